@@ -1,0 +1,45 @@
+"""Every number of the experiment, in one place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Pretraining(NamedTuple):
+    """Stopped early on purpose: the base should do each task a little, as a language model can."""
+
+    seed: int = 0
+    steps: int = 3000
+    batch: int = 64
+    peak: float = 2e-3  # learning rate: linear warm-up, constant, then a linear decay to zero
+    warmup: int = 100
+    decay: int = 500
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    chunk: int = 50  # steps in one compiled scan, between two lines of progress
+    save: int = 500
+
+
+class Adapting(NamedTuple):
+    """LoRA on the six projections of each layer, all tasks in one compiled step."""
+
+    seed: int = 1
+    rank: int = 8
+    alpha: float = 16.0
+    steps: int = 300
+    batch: int = 24
+    peak: float = 1e-3
+    warmup: int = 20
+    chunk: int = 10
+    save: int = 50
+
+
+class Data(NamedTuple):
+    """How items are made from the files."""
+
+    seed: int = 0
+    longest: int = 36  # tokens of prompt and answer together; longer items are dropped
+    minimum: int = 5  # a token seen less often in training is unknown
+    held_out: int = 1000  # dev and test words of the pronunciation data, each
+    edits: int = 3  # misspellings of each training word
+    sample: int = 48  # test items a task that ship with the package
