@@ -1,0 +1,270 @@
+"""Tables, figures and progress bars for people. Nothing here computes anything."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.similarity import Similarity, Summary
+
+MEASURES = {
+    "input_factor": "input factor",
+    "output_factor": "output factor",
+    "delta": "delta",
+    "input_subspace": "input subspace",
+    "output_subspace": "output subspace",
+}
+"""Field of Similarity -> its heading."""
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people, in decimal units as disks and file managers count.
+
+    >>> format_bytes(999), format_bytes(47_535_094), format_bytes(2e9)
+    ('999 B', '47.5 MB', '2.00 GB')
+    """
+    units = ["B", "kB", "MB", "GB", "TB"]
+    size = float(count)
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    digits = 0 if units[0] == "B" or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f} {units[0]}"
+
+
+def off_diagonal(matrix: np.ndarray) -> float:
+    """Mean over pairs of different tasks of a `[T, T]` matrix; its only entry where T = 1.
+
+    >>> off_diagonal(np.array([[1.0, 0.2], [0.4, 1.0]]))
+    0.3
+    """
+    tasks = len(matrix)
+    other = ~np.eye(tasks, dtype=bool)
+    return float(round(float(matrix[other].mean() if tasks > 1 else matrix[0, 0]), 7))
+
+
+def kinds_table(summary: Summary) -> Table:
+    """Table of layer kinds by measure: means over pairs of tasks and modules."""
+    table = Table(title="Similarity by layer kind (mean over pairs of tasks)", title_justify="left")
+    table.add_column("layer kind")
+    for heading in MEASURES.values():
+        table.add_column(heading, justify="right")
+    for kind, value in summary.kinds.items():
+        table.add_row(Text(kind), *_means(value))
+    table.add_section()
+    table.add_row("all modules", *_means(summary.mean), style="bold")
+    return table
+
+
+def _means(value: Similarity) -> list[str]:
+    return [f"{off_diagonal(np.asarray(getattr(value, field))):.3f}" for field in MEASURES]
+
+
+def task_table(summary: Summary, measure: str = "delta") -> Table:
+    """Task-by-task table of one measure, averaged over modules; columns carry the tasks' numbers.
+
+    Raises:
+      HydraOptError: `measure` is not a field of Similarity.
+    """
+    if measure not in MEASURES:
+        raise HydraOptError(f"measure: {measure!r} is not one of {', '.join(MEASURES)}")
+    table = Table(title=f"Similarity of tasks: {MEASURES[measure]}", title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("task")
+    for t in range(len(summary.tasks)):
+        table.add_column(str(t + 1), justify="right")
+    # Text, not str: a task's name may hold what rich would read as markup.
+    for t, (task, row) in enumerate(zip(summary.tasks, getattr(summary.mean, measure), strict=True)):
+        table.add_row(str(t + 1), Text(task), *(f"{x:.2f}" for x in row))
+    return table
+
+
+def _figure(path: str | Path, width: float, height: float) -> Any:
+    """A matplotlib figure bound to the Agg canvas, outside pyplot's global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise HydraOptError(
+            f"{path}: plots need matplotlib: pip install hydraopt-jax[plot], or leave --plot out"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    try:
+        figure.savefig(path, dpi=200, facecolor="white")
+    except (OSError, ValueError) as error:
+        raise HydraOptError(
+            f"{path}: cannot write the figure ({error}): name a writable .png or .pdf"
+        ) from error
+
+
+def _plain(text: str, limit: int = 24) -> str:
+    """A label that matplotlib does not read as mathematics, shortened in the middle."""
+    short = text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"
+    return short.replace("$", r"\$")
+
+
+def plot_similarity(path: str | Path, summary: Summary, *, title: str = "") -> None:
+    """Heat maps of all measures, averaged over modules.
+
+    Args:
+      path: PNG, PDF or SVG file to write.
+      summary: of `similarity.summarise`.
+      title: above the panels; none where empty.
+
+    Raises:
+      HydraOptError: matplotlib is missing, or the file cannot be written.
+    """
+    tasks = len(summary.tasks)
+    side = float(np.clip(0.3 * tasks, 1.9, 6.0))
+    label = 0.075 * max(len(_plain(x)) for x in summary.tasks)
+    figure = _figure(path, 5 * side + label + 2.0, side + label + 0.9)
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
+    ticks = [_plain(x) for x in summary.tasks]
+    size = 7 if tasks <= 20 else 5
+    images = []
+    for axis, (field, heading) in zip(axes, MEASURES.items(), strict=True):
+        matrix = np.asarray(getattr(summary.mean, field))
+        angle = field.endswith("subspace")
+        # A cosine has a sign and a middle, a share of a subspace has neither.
+        image = axis.imshow(
+            matrix, cmap="viridis" if angle else "RdBu_r", vmin=0.0 if angle else -1.0, vmax=1.0
+        )
+        images.append(image)
+        axis.set_title(heading, fontsize=9)
+        axis.set_xticks(range(tasks), ticks, rotation=90, fontsize=size)
+        axis.set_yticks(range(tasks), ticks, fontsize=size)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        if tasks <= 8:
+            _write_values(axis, matrix, angle)
+    for image, part, name in (
+        (images[0], axes[:3], "cosine"),
+        (images[-1], axes[3:], "mean squared cosine of principal angles"),
+    ):
+        bar = figure.colorbar(image, ax=list(part), shrink=0.9, pad=0.01, aspect=25)
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label(name, fontsize=7)
+        bar.outline.set_visible(False)
+    if title:
+        figure.suptitle(_plain(title, 120), fontsize=10)
+    _save(figure, path)
+
+
+def _write_values(axis: Any, matrix: np.ndarray, angle: bool) -> None:
+    """Each cell's value in it, light on dark."""
+    for s, row in enumerate(matrix):
+        for t, value in enumerate(row):
+            dark = value < 0.6 if angle else abs(value) > 0.6
+            colour = "white" if dark else "black"
+            axis.text(t, s, f"{value:.2f}", ha="center", va="center", fontsize=5.5, color=colour)
+
+
+def plot_tradeoff(
+    path: str | Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str = "",
+    bytes_label: str = "bytes stored / fp16 bytes of the adapters",
+    error_label: str = "relative squared error of delta",
+) -> None:
+    """Error against size, both axes logarithmic, one marked line a curve.
+
+    Args:
+      path: PNG, PDF or SVG file to write.
+      curves: name -> (fraction of the bytes, error) pairs, in any order. Errors of 0 have no place on a
+        logarithmic axis: they are drawn as open markers on its lower edge.
+      title: above the axes; none where empty.
+      bytes_label: of the horizontal axis.
+      error_label: of the vertical axis.
+
+    Raises:
+      HydraOptError: no point to draw, a size that is not positive, matplotlib missing, or the file cannot be
+        written.
+    """
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        raise HydraOptError(f"{path}: no point to plot")
+    if min(x for x, _ in points) <= 0:
+        raise HydraOptError(f"{path}: a curve holds a size that is not positive")
+    figure = _figure(path, 5.2, 3.8)
+    axis = figure.subplots()
+    positive = [y for _, y in points if y > 0]
+    floor = min(positive, default=1e-3) / 2
+    # Okabe and Ito's colours: told apart by colour-blind readers; markers do so in grey print.
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    markers = ["o", "s", "^", "D", "v", "P", "X"]
+    for n, (name, curve) in enumerate(curves.items()):
+        ordered = sorted(curve)
+        colour, marker = colours[n % len(colours)], markers[(n + n // len(colours)) % len(markers)]
+        drawn = [(x, y) for x, y in ordered if y > 0]
+        exact = [x for x, y in ordered if y <= 0]
+        style = {"color": colour, "marker": marker, "markersize": 4.5, "clip_on": False, "zorder": 3}
+        axis.plot(
+            [x for x, _ in drawn], [y for _, y in drawn], label=_plain(name, 60), linewidth=1.4, **style
+        )
+        axis.plot(exact, [floor] * len(exact), linestyle="none", markerfacecolor="white", **style)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    if len(positive) < len(points):
+        axis.set_ylim(bottom=floor)
+    axis.set_xlabel(bytes_label, fontsize=9)
+    axis.set_ylabel(error_label, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(which="major", color="0.88", linewidth=0.7)
+    axis.grid(which="minor", color="0.95", linewidth=0.4)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    if title:
+        axis.set_title(_plain(title, 80), fontsize=10, loc="left")
+    _save(figure, path)
+
+
+@contextmanager
+def progress(
+    description: str, total: int | None = None, enabled: bool = True
+) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; nothing where that is no terminal or `enabled` is False.
+
+    Args:
+      description: what is being done.
+      total: count of steps; a spinner where None.
+      enabled: False under `--json`.
+
+    Yields:
+      `advance(steps=1, description=None)`, to call after each step.
+
+    >>> with progress("Reading", 2, enabled=False) as advance:
+    ...     advance()
+    """
+    if not (enabled and sys.stderr.isatty()):
+        yield lambda steps=1, description=None: None
+        return
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        # Markup off by escaping: descriptions name tasks and files.
+        task = bar.add_task(description.replace("[", r"\["), total=total)
+
+        def advance(steps: int = 1, description: str | None = None) -> None:
+            text = None if description is None else description.replace("[", r"\[")
+            bar.update(task, advance=steps, description=text)
+
+        yield advance
