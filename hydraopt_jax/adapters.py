@@ -1,0 +1,146 @@
+"""Collections of LoRA adapters as arrays: stacking, padding, buckets of equal shape.
+
+Letters used throughout the package: T tasks, M modules of one shape, I inputs, O outputs, R adapter
+rank, S stored rank, K heads. A module's kernel is `[I, O]` (`y = x @ kernel`), so that task t adds
+`delta[t] = a[t] @ b[t]` with `a[t]: [I, R]`, `b[t]: [R, O]` and the LoRA scale folded into `b`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.errors import HydraOptError
+
+
+class Adapter(NamedTuple):
+    """One task's LoRA adapter, in host memory.
+
+    Attributes:
+      task: the task's name; any characters.
+      a: module name -> input-side factor `[I, R]`.
+      b: module name -> output-side factor `[R, O]`, the LoRA scale folded in.
+      dtype: numpy name of the dtype the factors had on disk, such as "bfloat16".
+      extras: full tensors that belong to the task (classifier heads, biases), by their original name.
+      config: what the adapter's format needs to write it again (for PEFT: adapter_config.json).
+      layout: module name -> how its format names and shapes the factors (empty for a linear layer).
+      source: path or id it came from.
+      digest: SHA-256 of the source's weights, hexadecimal; "" when it has no file.
+    """
+
+    task: str
+    a: Mapping[str, np.ndarray]
+    b: Mapping[str, np.ndarray]
+    dtype: str = "float32"
+    extras: Mapping[str, np.ndarray] = {}
+    config: Mapping[str, Any] = {}
+    layout: Mapping[str, Any] = {}
+    source: str = ""
+    digest: str = ""
+
+
+class Bucket(NamedTuple):
+    """All modules of one shape, stacked.
+
+    Attributes:
+      modules: the M module names.
+      a: `[M, T, I, R]` float32; columns beyond a task's own rank are zero.
+      b: `[M, T, R, O]` float32; rows beyond a task's own rank are zero.
+      ranks: `[M, T]` int; 0 where the task lacks the module.
+    """
+
+    modules: tuple[str, ...]
+    a: np.ndarray
+    b: np.ndarray
+    ranks: np.ndarray
+
+
+class Adapters(NamedTuple):
+    """A collection of adapters of one base model: task names and buckets."""
+
+    tasks: tuple[str, ...]
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def size(self) -> int:
+        """Count of factor entries, padding left out: sum over tasks and modules of R (I + O)."""
+        return sum(int(x.ranks.sum()) * (x.a.shape[2] + x.b.shape[3]) for x in self.buckets)
+
+
+def module_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """Module name -> (I, O) of one adapter."""
+    return {name: (a.shape[0], adapter.b[name].shape[1]) for name, a in adapter.a.items()}
+
+
+def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
+    """Check that adapters can be stored together; return module name -> (I, O).
+
+    Raises:
+      HydraOptError: no adapter, duplicate task names, shapes that disagree, NaN or infinite values.
+    """
+    if not collection:
+        raise HydraOptError("no adapter given: name at least one")
+    seen: dict[str, str] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    owner: dict[str, str] = {}
+    for adapter in collection:
+        if adapter.task in seen:
+            raise HydraOptError(
+                f"task name {adapter.task!r} is used by both {seen[adapter.task]} and {adapter.source}: "
+                "rename one with NAME=ADAPTER"
+            )
+        seen[adapter.task] = adapter.source or adapter.task
+        if not adapter.a:
+            raise HydraOptError(f"{adapter.source or adapter.task}: holds no LoRA factor")
+        for name, shape in module_shapes(adapter).items():
+            if shapes.setdefault(name, shape) != shape:
+                raise HydraOptError(
+                    f"{name}: {adapter.task!r} has [in, out] = {list(shape)}, {owner[name]!r} has "
+                    f"{list(shapes[name])}: adapters of one store must adapt one base model"
+                )
+            owner.setdefault(name, adapter.task)
+            for side, factor in (("input", adapter.a[name]), ("output", adapter.b[name])):
+                if not np.isfinite(factor.astype(np.float32, copy=False)).all():
+                    raise HydraOptError(
+                        f"{adapter.source or adapter.task}: {name} has NaN or infinite values in its "
+                        f"{side}-side factor: leave this adapter out or retrain it"
+                    )
+    return shapes
+
+
+def stack(collection: Sequence[Adapter]) -> Adapters:
+    """Stack adapters into buckets of equal shape, padding mixed ranks with zeros (exact).
+
+    Args:
+      collection: adapters of one base model; tasks may lack modules and differ in rank.
+
+    Returns:
+      Adapters whose buckets hold `a: [M, T, I, R]` and `b: [M, T, R, O]`, with R the largest rank in the
+      bucket; modules keep the order in which they first appear.
+
+    Raises:
+      HydraOptError: see `check`.
+
+    >>> import numpy as np
+    >>> one = Adapter("one", {"q": np.ones((4, 2))}, {"q": np.ones((2, 3))})
+    >>> two = Adapter("two", {"q": np.ones((4, 1))}, {"q": np.ones((1, 3))})
+    >>> [x.a.shape for x in stack([one, two]).buckets]
+    [(1, 2, 4, 2)]
+    """
+    shapes = check(collection)
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, shape in shapes.items():
+        groups.setdefault(shape, []).append(name)
+    buckets = []
+    for (inputs, outputs), names in groups.items():
+        ranks = np.array([[x.a[n].shape[1] if n in x.a else 0 for x in collection] for n in names])
+        width = max(int(ranks.max()), 1)
+        a = np.zeros((len(names), len(collection), inputs, width), np.float32)
+        b = np.zeros((len(names), len(collection), width, outputs), np.float32)
+        for m, name in enumerate(names):
+            for t, adapter in enumerate(collection):
+                if ranks[m, t]:
+                    a[m, t, :, : ranks[m, t]] = adapter.a[name]
+                    b[m, t, : ranks[m, t]] = adapter.b[name]
+        buckets.append(Bucket(tuple(names), a, b, ranks))
+    return Adapters(tuple(x.task for x in collection), tuple(buckets))
