@@ -9,11 +9,11 @@ class Pretraining(NamedTuple):
     """Stopped early on purpose: the base should do each task a little, as a language model can."""
 
     seed: int = 0
-    steps: int = 3000
+    steps: int = 1500
     batch: int = 64
     peak: float = 2e-3  # learning rate: linear warm-up, constant, then a linear decay to zero
     warmup: int = 100
-    decay: int = 500
+    decay: int = 300
     weight_decay: float = 0.01
     clip: float = 1.0
     chunk: int = 50  # steps in one compiled scan, between two lines of progress
