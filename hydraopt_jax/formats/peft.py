@@ -1,0 +1,381 @@
+"""PEFT adapter folders: adapter_config.json with adapter_model.safetensors (or .bin, given torch).
+
+PEFT stores `lora_A: [R, I]` and `lora_B: [O, R]` and adds `scale * B @ A` to a weight `[O, I]`. Here
+`a = A.T: [I, R]` and `b = scale * B.T: [R, O]`, which adds `a @ b` to the kernel `[I, O]`.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.peft_config import (
+    CONFIG_FILE,
+    module_rank,
+    module_scale,
+    read_config,
+    unit_scale_config,
+)
+from hydraopt_jax.formats.tensor_files import one_line, read_tensors
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+_PREFIX = "base_model.model."
+
+# A factor's key, with the adapter's name where PEFT's state dict was saved without removing it.
+_LINEAR_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
+_EMBEDDING_KEY = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\.[^.]+)?")
+# VeLoRA's buffers serve its backward pass only.
+_TRAINING_ONLY_KEY = re.compile(r".+\.lora_velora_[a-z]+(\.[^.]+)?")
+
+_NOT_UNDERSTOOD = (
+    ("lora_magnitude_vector", "DoRA's magnitudes are no low-rank delta: retrain without DoRA"),
+    (".bias", "a bias on a LoRA factor is no low-rank delta: retrain without lora_bias"),
+    ("lora_diag", "KaSA's diagonal is not supported: use plain LoRA"),
+    ("lora_", "this LoRA tensor is not understood, and none is dropped silently: use plain LoRA"),
+)
+
+_FLOATS = tuple(np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+
+
+# One module's tensors: side, "A" or "B" -> key and tensor.
+_Pair = dict[str, tuple[str, np.ndarray]]
+
+
+def _is_embedding(pair: _Pair) -> bool:
+    return any(_EMBEDDING_KEY.fullmatch(key) for key, _ in pair.values())
+
+
+def _sort_tensors(
+    tensors: Iterator[tuple[str, np.ndarray]], source: str
+) -> tuple[dict[str, _Pair], dict[str, np.ndarray]]:
+    """Sort tensors into LoRA pairs by module, and everything else by its own name."""
+    pairs: dict[str, _Pair] = {}
+    extras: dict[str, np.ndarray] = {}
+    for key, tensor in tensors:
+        if "lora_" not in key or _TRAINING_ONLY_KEY.fullmatch(key):
+            extras[key] = tensor
+            continue
+        match = _LINEAR_KEY.fullmatch(key) or _EMBEDDING_KEY.fullmatch(key)
+        if match is None:
+            reason = next(reason for part, reason in _NOT_UNDERSTOOD if part in key)
+            raise HydraOptError(f"{source}: {key}: {reason}")
+        if not key.startswith(_PREFIX):
+            raise HydraOptError(
+                f"{source}: {key} does not start with {_PREFIX}, so PEFT would ignore it: rename the tensors"
+            )
+        if tensor.dtype not in _FLOATS:
+            raise HydraOptError(
+                f"{source}: {key} is {tensor.dtype}: a LoRA factor must be float32, float16 or bfloat16"
+            )
+        pair = pairs.setdefault(match["module"].removeprefix(_PREFIX), {})
+        entry = {match["side"]: (key, tensor)}
+        if match["side"] in pair or (pair and _is_embedding(pair) != _is_embedding(entry)):
+            other = next(iter(pair.values()))[0]
+            raise HydraOptError(
+                f"{source}: {key} clashes with {other}: one file must hold one adapter, save them apart"
+            )
+        pair |= entry
+    return pairs, extras
+
+
+def _factors(
+    module: str, pair: _Pair, config: Mapping[str, Any], source: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """One module's `a: [I, R]`, `b: [R, O]` and layout, from PEFT's A and B."""
+    for side, other in (("A", "B"), ("B", "A")):
+        if side not in pair:
+            raise HydraOptError(
+                f"{source}: {pair[other][0]} has no lora_{side} beside it: save the adapter again"
+            )
+    (key_a, low), (key_b, high) = pair["A"], pair["B"]
+    layout: dict[str, Any] = {"kind": "embedding"} if _is_embedding(pair) else {}
+    for key, tensor in pair.values():
+        if not 2 <= tensor.ndim <= (2 if layout else 5) or tensor.ndim != low.ndim:
+            raise HydraOptError(
+                f"{source}: {key} has shape {list(tensor.shape)}: a LoRA factor has 2 dimensions, a "
+                "convolution's 3 to 5, and both sides as many"
+            )
+    rank = module_rank(config, module)
+    if low.shape[0] != rank:
+        raise HydraOptError(
+            f"{source}: {key_a} has rank {low.shape[0]} but {CONFIG_FILE} says {rank}, so its scale is "
+            "unknown: correct r or rank_pattern"
+        )
+    if low.ndim > 2:
+        if 0 < high.shape[1] < rank and rank % high.shape[1] == 0:
+            raise HydraOptError(
+                f"{source}: {key_b} has shape {list(high.shape)}: a convolution with groups, whose delta "
+                "is no product of two factors: leave that module out of target_modules"
+            )
+        if math.prod(high.shape[2:]) != 1:
+            raise HydraOptError(
+                f"{source}: {key_b} has shape {list(high.shape)}: its kernel must be of size 1"
+            )
+        layout = {"kind": "convolution", "kernel": list(low.shape[2:])}
+    if high.shape[1] != rank:
+        raise HydraOptError(
+            f"{source}: {key_b} has rank {high.shape[1]} but {key_a} has rank {rank}: save the adapter again"
+        )
+    b = np.array(high.reshape(high.shape[0], rank).T, dtype=np.float32, order="C")
+    b *= np.float32(module_scale(config, module))
+    return low.reshape(rank, -1).T, b, layout
+
+
+def _fetch(name: str) -> Path:
+    """Folder in the hub's cache that holds an adapter's files, downloaded if need be."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise HydraOptError(
+            f"hf:{name}: needs huggingface_hub: install the hub extra, or download the folder yourself"
+        ) from None
+    repository, _, revision = name.partition("@")
+    fetch = functools.partial(huggingface_hub.hf_hub_download, repository, revision=revision or None)
+    try:
+        folder = Path(fetch(CONFIG_FILE)).parent
+        try:
+            fetch(WEIGHTS_FILE)
+        except huggingface_hub.errors.EntryNotFoundError:
+            fetch(PICKLE_FILE)
+    except Exception as error:  # the hub's client lets its transport's many errors through
+        raise HydraOptError(f"hf:{name}: cannot be downloaded: {one_line(error)[:200]}") from None
+    return folder
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in (WEIGHTS_FILE, PICKLE_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    raise HydraOptError(f"{folder / WEIGHTS_FILE}: no such file: the folder has no adapter weights")
+
+
+def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Adapter:
+    """Read a PEFT LoRA adapter from a folder or from the Hugging Face hub.
+
+    Args:
+      path: a folder with adapter_config.json and adapter_model.safetensors (or adapter_model.bin, if torch
+        is installed); or `hf:organisation/name[@revision]`, if huggingface_hub is.
+      task: the task's name; by default the folder's name or the hub id.
+
+    Returns:
+      The adapter: `a` `[I, R]` in the dtype on disk, `b` `[R, O]` float32 with the exact scale folded in,
+      all other tensors in `extras`. An embedding's I is its vocabulary; a convolution's I is its inputs
+      times its kernel, whose shape is kept in `layout`.
+
+    Raises:
+      HydraOptError: a missing, damaged or contradictory file, or a LoRA variant that is not a plain
+        low-rank delta; the message names the file, tensor or field.
+    """
+    source = os.fspath(path)
+    if source.startswith("hf:"):
+        folder, name = _fetch(source[3:]), source[3:]
+    else:
+        folder = Path(source)
+        name = folder.resolve().name
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "no such folder"
+            raise HydraOptError(f"{source}: {what}: pass a folder that PEFT's save_pretrained wrote")
+    config = read_config(folder / CONFIG_FILE)
+    weights = _weights_file(folder)
+    pairs, extras = _sort_tensors(read_tensors(weights), str(weights))
+    if not pairs:
+        raise HydraOptError(f"{weights}: holds no LoRA tensor: was the right adapter saved?")
+    dtypes = {tensor.dtype for pair in pairs.values() for _, tensor in pair.values()}
+    a, b, layout = {}, {}, {}
+    for module in list(pairs):
+        # Popping frees each lora_B as its scaled copy is made.
+        a[module], b[module], layout[module] = _factors(module, pairs.pop(module), config, str(weights))
+    try:
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HydraOptError(f"{weights}: cannot be read: {one_line(error.strerror)}") from None
+    return Adapter(
+        task=name if task is None else task,
+        a=a,
+        b=b,
+        # Float32 holds every mixture of the narrower dtypes exactly.
+        dtype=dtypes.pop().name if len(dtypes) == 1 else "float32",
+        extras=extras,
+        config=config,
+        layout={name: value for name, value in layout.items() if value},
+        source=source,
+        digest=digest,
+    )
+
+
+def _disk_dtype(name: str) -> np.dtype:
+    for dtype in _FLOATS:
+        if dtype.name == name:
+            return dtype
+    raise HydraOptError(f"dtype {name!r}: choose one of {', '.join(x.name for x in _FLOATS)}")
+
+
+def _cast(key: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Cast to the dtype on disk, in C order: safetensors writes a transposed view's bytes as they lie."""
+    with np.errstate(over="ignore"):
+        result = np.array(values, dtype=dtype, order="C")
+    if not np.isfinite(result).all():
+        if np.isfinite(values).all():
+            raise HydraOptError(f"{key}: its values overflow {dtype.name}: write bfloat16 instead")
+        raise HydraOptError(f"{key}: has NaN or infinite values")
+    return result
+
+
+def _tensors(adapter: Adapter, dtype: np.dtype) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """PEFT's tensors by key, and each module's rank."""
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for module, a in adapter.a.items():
+        b = adapter.b[module]
+        layout = adapter.layout.get(module) or {}
+        if a.shape[1] == 0:
+            # PEFT knows no rank 0: a module whose delta is zero is written as one zero direction.
+            a, b = np.zeros((a.shape[0], 1), a.dtype), np.zeros((1, b.shape[1]), b.dtype)
+        ranks[module] = a.shape[1]
+        low, high = a.T, b.T
+        part, end = ("lora_", ".weight")
+        if layout.get("kind") == "embedding":
+            part, end = ("lora_embedding_", "")
+        elif layout.get("kind") == "convolution":
+            kernel = tuple(layout["kernel"])
+            low = low.reshape(low.shape[0], -1, *kernel)
+            high = high.reshape(*high.shape, *(1 for _ in kernel))
+        for side, values in (("A", low), ("B", high)):
+            key = f"{_PREFIX}{module}.{part}{side}{end}"
+            tensors[key] = _cast(key, values, dtype)
+    clash = next((key for key in adapter.extras if key in tensors), None)
+    if clash is not None:
+        raise HydraOptError(f"{clash}: is both a LoRA factor and a tensor of its own")
+    return tensors | {key: np.array(x, order="C") for key, x in adapter.extras.items()}, ranks
+
+
+def folder_name(task: str) -> str:
+    """Folder name for a task: safe in any file system, different for different tasks.
+
+    Args:
+      task: any string.
+
+    Returns:
+      The name with every character outside a safe set percent-encoded; never empty, never hidden, never a
+      path of more than one part.
+
+    >>> folder_name("legal"), folder_name("a/b"), folder_name("..")
+    ('legal', 'a%2Fb', '%2E.')
+    """
+    name = urllib.parse.quote(task, safe=" +=@,", errors="surrogatepass")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if len(name) > 200:
+        name = f"{name[:120]}%{hashlib.sha256(name.encode()).hexdigest()}"
+    return name or "%"
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not overwrite:
+        raise HydraOptError(f"{path}: exists: choose another path or pass --overwrite")
+    if not path.is_dir():
+        raise HydraOptError(f"{path}: is not a folder, so it is not overwritten: choose another path")
+    if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+        raise HydraOptError(
+            f"{path}: is not an adapter's folder, so it is not overwritten: choose another path"
+        )
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make a path's missing parents, and take them away again if the body fails."""
+    missing = [x for x in path.parents if not x.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put a finished folder in the place of another, keeping the files that are no adapter's."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".old", dir=path.parent))
+    old = aside / "old"
+    try:
+        path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        aside.rmdir()
+        raise
+    for child in old.iterdir():
+        if child.name not in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+            child.rename(path / child.name)
+    shutil.rmtree(aside)
+
+
+def _write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+    try:
+        new = work / "new"
+        new.mkdir()  # with the user's usual permissions, unlike mkdtemp's own folder
+        (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        if path.exists():
+            _swap(new, path)
+        else:
+            new.rename(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_adapter(
+    path: str | os.PathLike[str], adapter: Adapter, *, dtype: str | None = None, overwrite: bool = False
+) -> None:
+    """Write a folder that PEFT loads, in one step: it is there whole or not at all.
+
+    The configuration gives every module its own rank and the scale 1, since `b` holds the scale; other
+    fields are kept. Factors are written as they come: balance them first if they must fit float16.
+
+    Args:
+      path: the folder to write; missing parents are made.
+      adapter: `a` `[I, R]` and `b` `[R, O]` by module, any rank each; `extras` are written as they are.
+      dtype: dtype of the factors on disk; by default the dtype they came in.
+      overwrite: replace an adapter that is there already. Other files in its folder stay.
+
+    Raises:
+      HydraOptError: the path exists, cannot be written, or values do not fit the dtype.
+    """
+    target = Path(path).resolve()
+    if not adapter.a:
+        raise HydraOptError(f"{target}: task {adapter.task!r} holds no LoRA factor: nothing to write")
+    try:
+        _check_target(target, overwrite)
+        tensors, ranks = _tensors(adapter, _disk_dtype(dtype or adapter.dtype))
+        text = json.dumps(unit_scale_config(adapter.config, ranks), indent=2, sort_keys=True)
+        with _parents(target):
+            _write_folder(target, text, tensors)
+    except HydraOptError:
+        raise
+    except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:
+        # TypeError and ValueError: extras or configuration of a kind these formats cannot hold.
+        raise HydraOptError(f"{target}: cannot be written: {one_line(error)}") from None

@@ -1,0 +1,277 @@
+"""PEFT's adapter_config.json: what it may hold, the scale it implies, the base model it names."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.tensor_files import one_line
+
+CONFIG_FILE = "adapter_config.json"
+
+# PEFT's own defaults, for fields that old versions did not write.
+_DEFAULT_RANK = 8
+_DEFAULT_ALPHA = 8
+
+# Fields that make the adapter something else than base + scale * B @ A, with the reason.
+_REFUSED_FIELDS = {
+    "use_dora": "DoRA rescales the merged weight, which is no plain low-rank delta: retrain without it",
+    "target_parameters": "it adapts stacked expert parameters, whose factors are laid out differently: "
+    "retrain with target_modules only",
+    "lora_bias": "it adds a bias to lora_B, which a low-rank delta cannot hold: retrain without it",
+    "alora_invocation_tokens": "aLoRA switches the delta on part of the way through a prompt: use plain LoRA",
+    "layer_replication": "it changes the base model's layers: use an adapter of an unchanged base",
+    "kasa_config": "KaSA truncates the base weights and adds a diagonal: use plain LoRA",
+    "use_qalora": "QALoRA pools the module's inputs: use plain LoRA",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors: use plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its factors on each pass: use plain LoRA",
+    "arrow_config": "Arrow routes between several adapters: pass each of those adapters by itself",
+}
+
+# Fields named like a variant's switch that leave the forward pass as it is.
+_HARMLESS_FIELDS = frozenset(
+    {
+        "use_rslora",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "loftq_config",
+        "megatron_config",
+        "runtime_config",
+        "velora_config",
+    }
+)
+
+# Ways to initialise the factors that leave the base weights alone.
+_PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+
+_PEFT_INIT_HINT = (
+    "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...), or, if the "
+    "base you load already has the changed weights, set init_lora_weights to true"
+)
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value != []
+
+
+def _check_rank(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise HydraOptError(f"{where} is {value!r}: the rank must be a positive integer")
+
+
+def _check_alpha(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise HydraOptError(f"{where} is {value!r}: it must be a finite number")
+
+
+def _check_pattern(config: Mapping[str, Any], field: str, source: str) -> None:
+    pattern = config.get(field)
+    if pattern is None:
+        return
+    if not isinstance(pattern, dict):
+        raise HydraOptError(f"{source}: {field} is {pattern!r}: it must map module names to numbers")
+    check_value = _check_rank if field == "rank_pattern" else _check_alpha
+    for key, value in pattern.items():
+        check_value(value, f"{source}: {field}[{key!r}]")
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise HydraOptError(f"{source}: {field} key {key!r} is no regular expression: {error}") from None
+
+
+def check_config(config: Any, source: str) -> None:
+    """Check that a PEFT configuration describes plain LoRA deltas.
+
+    Args:
+      config: the parsed adapter_config.json.
+      source: its path, for the messages.
+
+    Raises:
+      HydraOptError: it is no object, no LoRA, has a malformed field, or asks for a variant that is not
+        `base + scale * B @ A`; the message says which and what to do.
+    """
+    if not isinstance(config, dict):
+        raise HydraOptError(
+            f"{source}: holds no JSON object: pass a folder that PEFT's save_pretrained wrote"
+        )
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise HydraOptError(f"{source}: peft_type is {kind!r}: only LORA adapters can be read")
+    for field, reason in _REFUSED_FIELDS.items():
+        if _is_set(config.get(field)):
+            raise HydraOptError(f"{source}: {field} is set: {reason}")
+    for field, value in config.items():
+        # A variant newer than this table must not be read as plain LoRA without a word.
+        variant = field.startswith("use_") or field.endswith("_config")
+        if variant and field not in _HARMLESS_FIELDS and _is_set(value):
+            raise HydraOptError(
+                f"{source}: {field} is set: this LoRA variant is not known here: use plain LoRA"
+            )
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init not in _PLAIN_INITS:
+        change = "changes" if init.startswith(_BASE_CHANGING_INITS) else "is not known here and may change"
+        raise HydraOptError(
+            f"{source}: init_lora_weights {init!r} {change} the base weights: {_PEFT_INIT_HINT}"
+        )
+    rslora = config.get("use_rslora")
+    if rslora is not None and not isinstance(rslora, bool):
+        raise HydraOptError(f"{source}: use_rslora is {rslora!r}: it must be true or false")
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise HydraOptError(f"{source}: base_model_name_or_path is {base!r}: it must be a string")
+    _check_rank(config.get("r", _DEFAULT_RANK), f"{source}: r")
+    _check_alpha(config.get("lora_alpha", _DEFAULT_ALPHA), f"{source}: lora_alpha")
+    _check_pattern(config, "rank_pattern", source)
+    _check_pattern(config, "alpha_pattern", source)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read and check a folder's adapter_config.json.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Its fields, as they stand.
+
+    Raises:
+      HydraOptError: no file, no JSON, or see `check_config`.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HydraOptError(
+            f"{path}: no such file: pass a folder that PEFT's save_pretrained wrote"
+        ) from None
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be read: {one_line(error.strerror)}") from None
+    except (ValueError, RecursionError) as error:
+        raise HydraOptError(f"{path}: is not JSON: {one_line(error)}") from None
+    check_config(config, str(path))
+    return config
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    # PEFT takes the first key in file order that matches the end of the name on a dot's boundary.
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def module_rank(config: Mapping[str, Any], module: str) -> int:
+    """Rank that a configuration gives a module: rank_pattern's first matching key, else `r`."""
+    return _by_pattern(config.get("rank_pattern"), module, config.get("r", _DEFAULT_RANK))
+
+
+def module_scale(config: Mapping[str, Any], module: str) -> float:
+    """Scale of a module's delta: alpha / r, or alpha / sqrt(r) with use_rslora.
+
+    Args:
+      config: a checked configuration.
+      module: the module's full name in the base model.
+
+    Returns:
+      The scale, with rank_pattern and alpha_pattern taken into account.
+
+    >>> module_scale({"r": 4, "lora_alpha": 8}, "layers.0.q")
+    2.0
+    >>> module_scale({"r": 4, "lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"q": 6}}, "layers.0.q")
+    3.0
+    """
+    rank = module_rank(config, module)
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", _DEFAULT_ALPHA))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Configuration under which PEFT gives each module its own rank and the scale 1.
+
+    Args:
+      config: the configuration to start from; its other fields are kept. May be empty.
+      ranks: module name -> rank.
+
+    Returns:
+      The new configuration: alpha equals the rank everywhere, patterns name full modules only.
+    """
+    # Ties go to the larger rank, so that the result does not depend on the modules' order.
+    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    # "^" keeps PEFT's optional "anything." prefix empty: layers.1.q must not match model.layers.1.q.
+    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != common}
+    defaults = {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(ranks),
+        "task_type": None,
+    }
+    result = {**defaults, **config}
+    # How the factors were first drawn says nothing about these, and could forbid their rank.
+    unused = {field: None for field in ("eva_config", "corda_config", "lora_ga_config") if field in config}
+    return (
+        result
+        | unused
+        | {
+            "peft_type": "LORA",
+            "r": common,
+            "lora_alpha": common,
+            "use_rslora": False,
+            "rank_pattern": pattern,
+            "alpha_pattern": dict(pattern),
+            "init_lora_weights": True,
+        }
+    )
+
+
+def base_name(config: Mapping[str, Any]) -> str:
+    """Name or path of the base model that a configuration was trained on; "" when it names none."""
+    return config.get("base_model_name_or_path") or ""
+
+
+def _base_key(name: str, suffixes: Sequence[str]) -> str:
+    name = name.rstrip("/")
+    # A hub id has at most one slash; two local paths may end alike and be different models.
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name:
+        name = name.split("/")[1]
+    while True:
+        suffix = max((x for x in suffixes if x and name.endswith(x) and name != x), key=len, default="")
+        if not suffix:
+            return name
+        name = name.removesuffix(suffix)
+
+
+def check_same_base(
+    adapters: Sequence[Adapter], *, any_base: bool = False, base_suffixes: Sequence[str] = ()
+) -> None:
+    """Check that adapters were trained on one base model, as far as its name tells.
+
+    Names that differ only by an organisation prefix (gpt2, openai-community/gpt2) are one base.
+
+    Args:
+      adapters: the collection.
+      any_base: accept different names; the shapes must agree all the same (`adapters.check`).
+      base_suffixes: endings that mark a quantised mirror of a base, such as "-bnb-4bit".
+
+    Raises:
+      HydraOptError: two adapters name different bases, or one names none.
+    """
+    if any_base:
+        return
+    for adapter in adapters[1:]:
+        names = base_name(adapters[0].config), base_name(adapter.config)
+        if _base_key(names[0], base_suffixes) != _base_key(names[1], base_suffixes):
+            first, second = (repr(x) if x else "no base model" for x in names)
+            raise HydraOptError(
+                f"{adapters[0].source or adapters[0].task} names {first} and "
+                f"{adapter.source or adapter.task} names {second}: adapters of one store must adapt one base "
+                "model; pass --any-base if they do"
+            )

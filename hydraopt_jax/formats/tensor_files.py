@@ -1,0 +1,80 @@
+"""Named tensors out of weight files written by PyTorch programs: safetensors, and pickles given torch."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from hydraopt_jax.errors import HydraOptError
+
+
+def one_line(error: object) -> str:
+    """Text of an error on one line, for quoting inside a message."""
+    return " ".join(str(error).split())
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Read a weights file one tensor at a time.
+
+    Args:
+      path: a .safetensors file, or a .bin pickle, for which torch must be installed.
+
+    Yields:
+      Name and array, in the dtype on disk.
+
+    Raises:
+      HydraOptError: the file is damaged, is no such file, holds anything but tensors, or a dtype that NumPy
+        cannot hold.
+    """
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        # The header is parsed, and checked against the file's size, on opening.
+        file = safetensors.safe_open(path, framework="np")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise HydraOptError(
+            f"{path}: is not a whole safetensors file ({one_line(error)}): copy it again"
+        ) from None
+    with file:
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            try:
+                tensor = file.get_tensor(key)
+            except (safetensors.SafetensorError, AttributeError, TypeError, KeyError, OSError) as error:
+                raise HydraOptError(
+                    f"{path}: {key} cannot be read by NumPy ({one_line(error)}): save it as bfloat16"
+                ) from None
+            yield key, tensor
+
+
+def _read_pickle(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        import torch
+    except ImportError:
+        raise HydraOptError(
+            f"{path}: a .bin file is a pickle and needs torch: install the torch extra, or save the adapter "
+            "again as safetensors"
+        ) from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
+        raise HydraOptError(
+            f"{path}: refused, not a pickle of plain tensors ({one_line(error)[:120]}): ask for safetensors"
+        ) from None
+    if not isinstance(tensors, Mapping):
+        raise HydraOptError(f"{path}: holds a {type(tensors).__name__}, not named tensors")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise HydraOptError(f"{path}: entry {key!r} is a {type(tensor).__name__}, not a named tensor")
+        try:
+            values = tensor.detach().contiguous()
+            if values.dtype == torch.bfloat16:  # NumPy has no such dtype of its own: pass the bits
+                array = values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            else:
+                array = values.numpy()
+        except (TypeError, RuntimeError) as error:
+            raise HydraOptError(f"{path}: {key} cannot be read by NumPy ({one_line(error)})") from None
+        yield key, array
