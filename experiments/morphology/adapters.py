@@ -3,8 +3,8 @@
     python -m experiments.morphology.adapters --data DIR --out DIR --regime shared
     python -m experiments.morphology.adapters --data DIR --out DIR --regime independent
 
-`--out` is the folder in which pretrain.py left `base.safetensors`. In the shared regime all tasks start from one
-random `a`; in the independent one each has its own. `b` starts at zero in both.
+`--out` is the folder in which pretrain.py left `base.safetensors`. In the shared regime all tasks start from
+one random `a`; in the independent one each has its own. `b` starts at zero in both.
 """
 
 from __future__ import annotations

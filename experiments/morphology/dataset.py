@@ -104,8 +104,8 @@ def _items(task: str, rows: list[tuple[str, ...]], alphabet: list[str], rng: ran
 def morphology_splits(directory: Path, language: str, config: Data) -> dict[str, Splits]:
     """The four tasks made from inflection tables, for one language code.
 
-    A training line whose form is also a dev or test form is dropped for all four tasks, and a dev line whose form
-    is a test form likewise: what one task asks for, no other task has shown.
+    A training line whose form is also a dev or test form is dropped for all four tasks, and a dev line whose
+    form is a test form likewise: what one task asks for, no other task has shown.
     """
     name = LANGUAGES[language]
     tables = {
@@ -203,5 +203,3 @@ def training_rows(items: dict[str, Splits], vocabulary: Vocabulary, config: Data
         starts.astype(np.int32),
         np.array(sizes, np.int32),
     )
-
-

@@ -2,8 +2,8 @@
 
     python -m experiments.morphology.download --data DIR
 
-CoNLL-SIGMORPHON 2018 task 1 (github.com/sigmorphon/conll2018) and WikiPron (github.com/CUNY-CL/wikipron), each at
-one commit; both are drawn from Wiktionary, CC BY-SA 3.0. About 17 MB. Files that are there and whole are left
+CoNLL-SIGMORPHON 2018 task 1 (github.com/sigmorphon/conll2018) and WikiPron (github.com/CUNY-CL/wikipron), each
+at one commit; both are drawn from Wiktionary, CC BY-SA 3.0. About 17 MB. Files that are there and whole are left
 alone; a download that broke off goes on where it stopped.
 """
 
@@ -85,7 +85,9 @@ def fetch(remote: Remote, folder: Path, *, timeout: float = 60.0) -> bool:
             expected = answer.headers.get("Content-Length")
             came = part.stat().st_size - (have if answer.status == 206 else 0)
             if expected is not None and came < int(expected):
-                raise OSError(f"{remote.url}: the connection ended after {came} of {expected} bytes; run again")
+                raise OSError(
+                    f"{remote.url}: the connection ended after {came} of {expected} bytes; run again"
+                )
     except urllib.error.HTTPError as error:
         # 416: the part is already as long as the file, so only its sum remains to be checked.
         if error.code != 416:
@@ -108,7 +110,9 @@ def fetch_all(remotes: Sequence[Remote], folder: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Downloads or, where all is there, only checks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder to fill; a complete copy is only checked")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder to fill; a complete copy is only checked"
+    )
     args = parser.parse_args(argv)
     remotes = sources()
     try:

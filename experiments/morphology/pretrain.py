@@ -1,6 +1,6 @@
 """Pre-trains the base on the mixture of all 40 tasks.
 
-    python -m experiments.morphology.pretrain --data DIR --out DIR
+python -m experiments.morphology.pretrain --data DIR --out DIR
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     items = load_items(args.data, Data())
     vocabulary = vocabulary_of(items, Data())
     rows = training_rows(items, vocabulary, Data())
-    print(f"{len(vocabulary.tokens)} tokens, {len(rows.tokens)} training items, {rows.sizes.min()} in the smallest task")
+    print(
+        f"{len(vocabulary.tokens)} tokens, {len(rows.tokens)} training items, "
+        f"{rows.sizes.min()} in the smallest task"
+    )
     settings = Pretraining(steps=args.steps)
     base, _ = pretrain(rows, Config(len(vocabulary.tokens)), settings, args.out / "pretraining")
     save_base(args.out / "base.safetensors", base, vocabulary)

@@ -145,7 +145,9 @@ def save_sample(path: Path, items: dict[str, list[Item]]) -> None:
     """Held-out items as gzipped `task TAB input TAB output`, tokens separated by spaces."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-        "\t".join((name, _join(item.input), _join(item.output))) for name, rows in items.items() for item in rows
+        "\t".join((name, _join(item.input), _join(item.output)))
+        for name, rows in items.items()
+        for item in rows
     ]
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as file:

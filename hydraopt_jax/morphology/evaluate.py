@@ -27,8 +27,8 @@ class Scores(NamedTuple):
 def greedy(base: Base, lora: Lora, prompts: Array, longest: int) -> Array:
     """The most likely next token, again and again, with cached keys and values.
 
-    The cache has P columns for the prompts and one for each answered token. A row's unused prompt columns stay
-    masked, and rotary positions go on from its own length, so the answers are those of an unpadded prompt.
+    The cache has P columns for the prompts and one for each answered token. A row's unused prompt columns
+    stay masked, and rotary positions go on from its own length, so the answers are those of an unpadded prompt.
 
     Args:
         lora: module -> `(a [I, S], b [S, O])`, or `{}`.
@@ -128,7 +128,9 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
     return np.where(stops.any(-1), stops.argmax(-1), rows.shape[-1])
 
 
-def answer_all(base: Base, lora: Lora, prompts: np.ndarray, *, longest: int = 32, block: int = 64) -> np.ndarray:
+def answer_all(
+    base: Base, lora: Lora, prompts: np.ndarray, *, longest: int = 32, block: int = 64
+) -> np.ndarray:
     """Greedy answers [T, N, longest] to prompts [T, N, P], `block` items of every task at a time.
 
     All blocks have one shape, so there is one compilation however many items there are.
@@ -152,8 +154,8 @@ def evaluate(base: Base, lora: Lora, items: Items, *, longest: int = 32, block: 
 
     Args:
         base: the transformer.
-        lora: module -> `(a [T, I, S], b [T, S, O])` stacked in the order of the tasks of `items`, scale folded in;
-            any S, `{}` for the base alone.
+        lora: module -> `(a [T, I, S], b [T, S, O])` stacked in the order of the tasks of `items`, scale
+            folded in; any S, `{}` for the base alone.
         items: encoded held-out items.
         longest: tokens the model may write; a longer true answer counts as missed.
         block: items of each task decoded together; less needs less memory.
@@ -167,7 +169,9 @@ def evaluate(base: Base, lora: Lora, items: Items, *, longest: int = 32, block: 
     tasks = len(items.prompts)
     for name, (a, b) in lora.items():
         if a.shape[0] != tasks or b.shape[0] != tasks:
-            raise ValueError(f"{name}: factors of {a.shape[0]} and {b.shape[0]} tasks for items of {tasks} tasks")
+            raise ValueError(
+                f"{name}: factors of {a.shape[0]} and {b.shape[0]} tasks for items of {tasks} tasks"
+            )
     answers = answer_all(base, lora, items.prompts, longest=longest, block=block)
     width = max(longest, items.targets.shape[-1])
     found = pad(answers.reshape(-1, longest).tolist(), width).reshape(*answers.shape[:2], width)

@@ -1,7 +1,7 @@
 """A small decoder-only character transformer, with LoRA factors as an argument.
 
-Each block is `x + attention(norm(x))` then `x + mlp(norm(x))`, with RMS norms, rotary positions (Su et al. 2021,
-arXiv 2104.09864) and tied embeddings. Every projection is `y = x @ w + (x @ a) @ b`, the LoRA pair
+Each block is `x + attention(norm(x))` then `x + mlp(norm(x))`, with RMS norms, rotary positions
+(Su et al. 2021, arXiv 2104.09864) and tied embeddings. Every projection is `y = x @ w + (x @ a) @ b`, the LoRA pair
 (Hu et al. 2021, arXiv 2106.09685) given from outside and left out where there is none, so one function serves
 the base, one adapter, and (under `vmap`) a stack of them.
 
@@ -157,11 +157,11 @@ class CharTransformer(nnx.Module):
 
 
 @functools.cache
-def _structure(config: Config) -> tuple[Any, tuple[tuple[str, ...], ...]]:
+def _structure(config: Config) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
     """The model's graph definition and its parameter paths, made once without allocating anything."""
     shape = nnx.eval_shape(lambda: CharTransformer(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(shape, nnx.Param)
-    return graph, tuple(path for path, _ in nnx.to_flat_state(state))
+    return graph, tuple(tuple(path) for path, _ in nnx.to_flat_state(state))
 
 
 def name_of(path: tuple[Any, ...]) -> str:
