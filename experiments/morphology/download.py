@@ -2,9 +2,9 @@
 
     python -m experiments.morphology.download --data DIR
 
-CoNLL-SIGMORPHON 2018 task 1 (github.com/sigmorphon/conll2018) and WikiPron (github.com/CUNY-CL/wikipron), each
-at one commit; both are drawn from Wiktionary, CC BY-SA 3.0. About 17 MB. Files that are there and whole are left
-alone; a download that broke off goes on where it stopped.
+CoNLL-SIGMORPHON 2018 task 1 (github.com/sigmorphon/conll2018) and WikiPron (github.com/CUNY-CL/wikipron),
+each at one commit; both are drawn from Wiktionary, CC BY-SA 3.0. About 17 MB. Files that are there and whole
+are left alone; a download that broke off goes on where it stopped.
 """
 
 from __future__ import annotations

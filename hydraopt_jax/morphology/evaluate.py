@@ -28,7 +28,8 @@ def greedy(base: Base, lora: Lora, prompts: Array, longest: int) -> Array:
     """The most likely next token, again and again, with cached keys and values.
 
     The cache has P columns for the prompts and one for each answered token. A row's unused prompt columns
-    stay masked, and rotary positions go on from its own length, so the answers are those of an unpadded prompt.
+    stay masked, and rotary positions go on from its own length, so the answers are those of an unpadded
+    prompt.
 
     Args:
         lora: module -> `(a [I, S], b [S, O])`, or `{}`.
