@@ -188,10 +188,10 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
         folder, name = _fetch(source[3:]), source[3:]
     else:
         folder = Path(source)
-        name = folder.resolve().name
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "no such folder"
             raise HydraOptError(f"{source}: {what}: pass a folder that PEFT's save_pretrained wrote")
+        name = folder.resolve().name
     config = read_config(folder / CONFIG_FILE)
     weights = _weights_file(folder)
     pairs, extras = _sort_tensors(read_tensors(weights), str(weights))

@@ -35,10 +35,12 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         # The header is parsed, and checked against the file's size, on opening.
         file = safetensors.safe_open(path, framework="np")
-    except (safetensors.SafetensorError, OSError) as error:
+    except safetensors.SafetensorError as error:
         raise HydraOptError(
             f"{path}: is not a whole safetensors file ({one_line(error)}): copy it again"
         ) from None
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be read: {one_line(error)}") from None
     with file:
         for key in file.keys():  # noqa: SIM118 - no mapping
             try:
