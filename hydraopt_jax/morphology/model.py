@@ -1,8 +1,8 @@
 """A small decoder-only character transformer, with LoRA factors as an argument.
 
-Each block is `x + attention(norm(x))` then `x + mlp(norm(x))`, with RMS norms, rotary positions
-(Su et al. 2021, arXiv 2104.09864) and tied embeddings. Every projection is `y = x @ w + (x @ a) @ b`, the
-LoRA pair (Hu et al. 2021, arXiv 2106.09685) given from outside and left out where there is none, so one function
+Each block is `x + attention(norm(x))` then `x + mlp(norm(x))`, with RMS norms, rotary positions (Su et al.
+2021, arXiv 2104.09864) and tied embeddings. Every projection is `y = x @ w + (x @ a) @ b`, the LoRA pair
+(Hu et al. 2021, arXiv 2106.09685) given from outside and left out where there is none, so one function
 serves the base, one adapter, and (under `vmap`) a stack of them.
 
 Letters: N batch, L length, V vocabulary, D width, H heads, C columns of a cache, I/O in/out, S stored rank.
