@@ -1,9 +1,9 @@
 """Linear algebra on low-rank factors. No function here forms a delta.
 
 Everything takes factors `a: [..., I, R]`, `b: [..., R, O]` of `delta = a @ b` and works in float32 at the
-highest matmul precision. Factorisations go through `qr`, `eigh`, `eigvalsh` and `thin_svd` below, which on a CPU loop over a
-batch: two batched LAPACK calls that run at once each wait for the thread pool the other one holds, and
-the computation hangs for ever (seen with jax 0.10.2 on two cores).
+highest matmul precision. Factorisations go through `qr`, `eigh`, `eigvalsh` and `thin_svd` below,
+which on a CPU loop over a batch: two batched LAPACK calls that run at once each wait for the thread pool
+the other one holds, and the computation hangs for ever (seen with jax 0.10.2 on two cores).
 """
 
 from collections.abc import Callable
@@ -134,7 +134,7 @@ def eigen_tail(eigenvalues: Array, rank: int) -> Array:
 
 
 def top_eigenvectors(matrix: Array, rank: int) -> tuple[Array, Array]:
-    """The `rank` leading eigenvectors `[..., N, rank]` of a symmetric matrix, and all eigenvalues, descending."""
+    """The `rank` leading eigenvectors `[..., N, rank]` of a symmetric matrix; all eigenvalues, descending."""
     values, vectors = eigh(matrix)
     return vectors[..., ::-1][..., :rank], jnp.maximum(values[..., ::-1], 0.0)
 

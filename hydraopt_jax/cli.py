@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import compression, report, similarity, store
+from hydraopt_jax import checkpoint, compression, report, similarity, store
 from hydraopt_jax import demo as demonstration
 from hydraopt_jax.adapters import Adapter, check, stack
 from hydraopt_jax.errors import HydraOptError
@@ -71,7 +71,9 @@ def clean(values: Any) -> Any:
 def with_adapters(command: Command) -> Command:
     """The options of every verb that reads a collection."""
     for decorate in (
-        click.option("--base-suffix", multiple=True, help="suffix of a quantised mirror's base name to ignore"),
+        click.option(
+            "--base-suffix", multiple=True, help="suffix of a quantised mirror's base name to ignore"
+        ),
         click.option("--any-base", is_flag=True, help="accept adapters of differently named base models"),
     ):
         command = decorate(command)
@@ -102,7 +104,9 @@ def similarity_command(
     payload = {
         "tasks": list(summary.tasks),
         "mean": {k: clean(np.asarray(v)) for k, v in summary.mean._asdict().items()},
-        "modules": {m: {k: clean(np.asarray(v)) for k, v in x._asdict().items()} for m, x in summary.modules.items()},
+        "modules": {
+            m: {k: clean(np.asarray(v)) for k, v in x._asdict().items()} for m, x in summary.modules.items()
+        },
     }
     say(as_json, payload, report.kinds_table(summary), report.task_table(summary))
 
@@ -135,19 +139,21 @@ def compress_command(
     **form: Any,
 ) -> None:
     """Compress ADAPTERS into one store."""
-    store.check_target(out, overwrite)
+    checkpoint.check_target(out, overwrite)
     options = compression.Options(**form)
     compression.check_options(options, len(adapters))
     collection = read_all(adapters, any_base, base_suffix, as_json)
     with report.progress("compressing", len(check(collection)), not as_json) as advance:
         result = compression.compress(collection, options, progress=advance)
-    before = sum(store.size_on_disk(x.source) for x in collection)
-    store.save(out, result, overwrite=overwrite, compress=not no_zstd, limit=None if force else before)
-    after = store.size_on_disk(out)
+    before = sum(checkpoint.size_on_disk(x.source) for x in collection)
+    checkpoint.save(out, result, overwrite=overwrite, compress=not no_zstd, limit=None if force else before)
+    after = checkpoint.size_on_disk(out)
     payload = describe(out, result) | {"bytes_before": before, "bytes_after": after}
     payload["ratio"] = clean(after / before)
     table = Table("on disk", "before", "after", "ratio", title=str(out))
-    table.add_row("all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}")
+    table.add_row(
+        "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
+    )
     say(as_json, payload, table, error_table(result))
 
 
@@ -157,7 +163,7 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
     bound = list(content.report["bound"].values())
     return {
         "store": str(path),
-        "schema": store.SCHEMA,
+        "schema": checkpoint.SCHEMA,
         "tasks": list(content.tasks),
         "modules": len(content.modules),
         "form": content.report["form"],
@@ -196,10 +202,10 @@ def error_table(content: store.Store) -> Table:
 @as_json_option
 def inspect(path: str, as_json: bool) -> None:
     """What is in a store: tasks, modules, form, bytes a leaf, error a task."""
-    content = store.restore(path)
-    _, index = store.read_index(path)
+    content = checkpoint.restore(path)
+    _, index = checkpoint.read_index(path)
     leaves = {name: size for name, (size, _) in index["leaves"].items()}
-    payload = describe(path, content) | {"leaves": leaves, "bytes": store.size_on_disk(path)}
+    payload = describe(path, content) | {"leaves": leaves, "bytes": checkpoint.size_on_disk(path)}
     table = Table("leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk")
     for name, size in leaves.items():
         table.add_row(name, f"{size:,}")
@@ -221,14 +227,20 @@ def inspect(path: str, as_json: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="replace what is there")
 @as_json_option
 def export(
-    path: str, tasks: Sequence[str], everything: bool, out: str, dtype: str | None, overwrite: bool, as_json: bool
+    path: str,
+    tasks: Sequence[str],
+    everything: bool,
+    out: str,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write tasks of a store as PEFT folders."""
     if bool(tasks) == everything:
         raise HydraOptError("export: give either --task NAME or --all")
     if dtype is not None and dtype not in compression.DTYPES:
         raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(compression.DTYPES)}")
-    content = store.restore(path, None if everything else list(tasks))
+    content = checkpoint.restore(path, None if everything else list(tasks))
     single = len(tasks) == 1
     folders = [Path(out) if single else Path(out) / peft.folder_name(t) for t in content.tasks]
     taken = [f for f in folders if f.exists() and not overwrite]
@@ -254,12 +266,14 @@ def verify(
     path: str, adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
 ) -> None:
     """Check a store's checksums; with ADAPTERS, measure the true errors against them."""
-    content = store.restore(path)
+    content = checkpoint.restore(path)
     payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "tasks": list(content.tasks)}
     if adapters:
         measured = compression.measure(content, read_all(adapters, any_base, base_suffix, as_json))
         claimed = dict(zip(content.tasks, task_errors(content.errors).tolist(), strict=True))
-        payload["error"] = {t: {"measured": clean(x), "claimed": clean(claimed[t])} for t, x in measured.items()}
+        payload["error"] = {
+            t: {"measured": clean(x), "claimed": clean(claimed[t])} for t, x in measured.items()
+        }
         wrong = [t for t, x in measured.items() if not abs(x - claimed[t]) <= 1e-6 + 0.01 * claimed[t]]
         payload["ok"] = not wrong
     table = Table("check", "result", title=str(path))
@@ -302,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; turn every expected failure into one line and an exit status."""
     try:
         sys.exit(cli.main(args=arguments, prog_name="hydraopt", standalone_mode=False) or 0)
-    except store.TooLarge as error:
+    except checkpoint.TooLarge as error:
         fail(f"{error}; --force keeps it", 1)
     except HydraOptError as error:
         fail(str(error), 2)

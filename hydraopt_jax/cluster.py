@@ -5,7 +5,7 @@ singular values) and the output-side products `v v.T`; nothing of size I or O ap
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ def partitions(tasks: int, heads: int) -> np.ndarray:
     >>> partitions(3, 2).tolist()
     [[0, 0, 1], [0, 1, 0], [0, 1, 1]]
     """
-    rows = [(0,)]
+    rows: list[tuple[int, ...]] = [(0,)]
     for t in range(1, tasks):
-        rows = [r + (k,) for r in rows for k in range(min(max(r) + 2, heads))]
+        rows = [(*r, k) for r in rows for k in range(min(max(r) + 2, heads))]
         rows = [r for r in rows if heads - 1 - max(r) <= tasks - 1 - t]
     return np.array(rows, np.int32)
 
@@ -115,7 +115,9 @@ class Partition(NamedTuple):
     certified: Array
 
 
-def exhaustive(c: Array, v: Array, gram: Array, weights: Array, heads: int, rank: int, limit: int) -> Partition:
+def exhaustive(
+    c: Array, v: Array, gram: Array, weights: Array, heads: int, rank: int, limit: int
+) -> Partition:
     """The best of all partitions into K heads; the scatter, a lower bound of the loss, orders the search.
 
     Only the `limit` partitions of least scatter are solved; the result is certified when the next
@@ -157,7 +159,7 @@ def reduced_kmeans(
         basis, values = top_eigenvectors(between(c, v, labels, weights, heads), rank)
         return basis, scatter(gram, labels, weights, heads) + jnp.sum(values[rank:])
 
-    def step(labels: Array, _: None) -> tuple[Array, Array]:
+    def step(labels: Array, _: Any) -> tuple[Array, Array]:
         basis, loss = losses(labels)
         side = matmul(basis.T, jnp.moveaxis(c, 0, 1).reshape(n, t * r))
         inside = (matmul(side.T, side) * products).reshape(t, r, t, r).sum((1, 3))

@@ -96,7 +96,7 @@ def fit_optax(a: jax.Array, b: jax.Array, options: Options, **form: Any) -> tupl
 
 
 def entries(tasks: int, heads: int, rank: int, shape: tuple[int, int], side: str) -> int:
-    """Numbers HydraOpt's form keeps for one module: S (I + K O), or S (O + K I) with the output side shared."""
+    """Numbers kept of one module: S (I + K O), or S (O + K I) with the output side shared."""
     inputs, outputs = shape if side == "in" else shape[::-1]
     return min(rank, inputs) * (inputs + heads * outputs)
 
@@ -115,7 +115,7 @@ def fit(a: jax.Array, b: jax.Array, options: Options, heads: int, rank: int) -> 
         width = rank
         if options.side == "auto":
             width = min(rank_at(min(costs.values()), tasks, heads, shape, side), rank)
-        form = {"heads": heads, "rank": width, "side": side, "cores": options.cores}
+        form: dict[str, Any] = {"heads": heads, "rank": width, "side": side, "cores": options.cores}
         solve = fit_closed if options.solver == "closed" else functools.partial(fit_optax, options=options)
         solutions.append(jax.device_get(solve(a, b, **form)))
     losses = np.array([(info.weights * info.error).sum(-1) for _, info in solutions])
@@ -130,7 +130,7 @@ def prune(factors: Factors) -> Factors:
     keep_b, b_of = np.unique(factors.b_of[factors.b_of >= 0], return_inverse=True)
     new_a, new_b = np.full_like(factors.a_of, -1), np.full_like(factors.b_of, -1)
     new_a[factors.a_of >= 0], new_b[factors.b_of >= 0] = a_of, b_of
-    return factors._replace(a=factors.a[keep_a], b=factors.b[keep_b], a_of=new_a, b_of=new_b)
+    return Factors(factors.a[keep_a], factors.b[keep_b], new_a, new_b, factors.core)  # type: ignore[arg-type]
 
 
 def scale(factors: Factors) -> Factors:
@@ -147,7 +147,9 @@ def scale(factors: Factors) -> Factors:
 def cast(factors: Factors, dtype: str, module: str) -> Factors:
     """Round to the stored dtype; an overflow is an error that names the module."""
     with np.errstate(over="ignore"):
-        out = [None if x is None else np.asarray(x).astype(dtype) for x in (factors.a, factors.b, factors.core)]
+        out = [
+            None if x is None else np.asarray(x).astype(dtype) for x in (factors.a, factors.b, factors.core)
+        ]
     for x in out:
         if x is not None and not np.isfinite(x.astype(np.float32)).all():
             raise HydraOptError(f"{module}: values overflow {dtype}; give --dtype bfloat16 or float32")
@@ -232,7 +234,7 @@ def compress_chunk(
     error = np.asarray(residual_energies(a, b, jnp.asarray(left), jnp.asarray(right)))
     for m, (name, kept, info) in enumerate(rows):
         absent = bucket.ranks[span][m] == 0
-        errors = np.where(absent, np.nan, relative(error[m], info.energy))
+        errors = np.where(absent, np.nan, relative(error[m], np.asarray(info.energy)))
         present = max(int((info.energy > 0).sum()), 1)
         out[name] = kept, errors, float(info.bound) / present
     return out
@@ -264,7 +266,7 @@ def measure(content: Store, collection: Sequence[Adapter]) -> dict[str, float]:
 def relative_error(a: np.ndarray, b: np.ndarray, a_hat: np.ndarray, b_hat: np.ndarray) -> float:
     """`||a b - a_hat b_hat||^2 / ||a b||^2` in float64 on the host."""
     a, b, a_hat, b_hat = (np.asarray(x, np.float64) for x in (a, b, a_hat, b_hat))
-    r = np.linalg.qr(np.concatenate([a, -a_hat], 1), mode="r")
+    r: np.ndarray = np.linalg.qr(np.concatenate([a, -a_hat], 1), mode="r")  # type: ignore[assignment]
     error = float(np.sum((r @ np.concatenate([b, b_hat], 0)) ** 2))
     energy = float(np.sum((r[:, : a.shape[1]] @ b) ** 2))
     return float(relative(np.array(error), np.array(energy)))

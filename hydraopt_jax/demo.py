@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax import compression, report, store, synthetic
+from hydraopt_jax import checkpoint, compression, report, store, synthetic
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, write_adapter
 
-TASKS = 8
+TASKS = 6
 STAGES = TASKS + 3
 
 
@@ -64,13 +64,13 @@ def build(work: Path, seed: int, advance: Callable[[], None]) -> dict[str, Any]:
         write_adapter(work / "adapters" / adapter.task, adapter)
     collection = [read_adapter(work / "adapters" / x.task) for x in made]
     advance()
-    before = store.size_on_disk(work / "adapters")
+    before = checkpoint.size_on_disk(work / "adapters")
     curve = []
     for heads in range(1, TASKS + 1):
         kept = compression.compress(collection, compression.Options(heads=heads))
         path = work / f"store-k{heads}"
-        store.save(path, kept)
-        size = store.size_on_disk(path)
+        checkpoint.save(path, kept)
+        size = checkpoint.size_on_disk(path)
         curve.append(
             {
                 "heads": heads,
@@ -82,16 +82,18 @@ def build(work: Path, seed: int, advance: Callable[[], None]) -> dict[str, Any]:
             }
         )
         advance()
-    content = store.restore(work / f"store-k{TASKS}")
+    content = checkpoint.restore(work / f"store-k{TASKS}")
     for task in content.tasks:
         write_adapter(work / "exported" / task, store.adapter(content, task))
     back = [read_adapter(work / "exported" / t) for t in content.tasks]
     advance()
     measured = compression.measure(content, collection)
-    exported = compression.measure(compression.compress(back, compression.Options(dtype="float32")), collection)
+    exported = compression.measure(
+        compression.compress(back, compression.Options(dtype="float32")), collection
+    )
     report.plot_tradeoff(
         work / "tradeoff.png",
-        {"HydraOpt, K = 1..8": [(x["ratio"], x["mean"]) for x in curve]},
+        {f"HydraOpt, K = 1..{TASKS}": [(x["ratio"], x["mean"]) for x in curve]},
         bytes_label="bytes on disk / bytes of the adapters",
     )
     advance()

@@ -14,7 +14,7 @@ A shared part plus a remainder for each task is the sum of two of these. Functio
 module; vmap them over modules of one shape.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,9 +168,7 @@ def hydra(
     if side not in ("in", "out"):
         raise HydraOptError(f"side = {side!r}: must be 'in' or 'out'")
     if side == "out":
-        factors, info = hydra(
-            deltas.mT, heads=heads, rank=rank, weights=weights, cores=cores, steps=steps
-        )
+        factors, info = hydra(deltas.mT, heads=heads, rank=rank, weights=weights, cores=cores, steps=steps)
         return transpose(factors), info
     weights = algebra.task_weights(deltas.energy) if weights is None else weights
     weights = jnp.where(deltas.energy > 0, weights, 0.0)
@@ -184,9 +182,7 @@ def hydra(
     average, _ = cluster.membership(part.labels, weights, heads)
     b = jnp.einsum("kt,tsr,tro->kso", average, projected, deltas.v, precision="highest")
     if heads < tasks:
-        values = algebra.eigvalsh(
-            cluster.between(reduced, deltas.v, jnp.arange(tasks), weights, tasks)
-        )
+        values = algebra.eigvalsh(cluster.between(reduced, deltas.v, jnp.arange(tasks), weights, tasks))
     bound = algebra.eigen_tail(values, rank)
     factors = Factors(
         matmul(q, basis)[None],
@@ -241,7 +237,7 @@ def add_cores(deltas: Svd, factors: Factors, weights: Array, steps: int) -> tupl
         rows = algebra.top_eigenvectors(spread, width)[0].mT
         return rows, matmul(outer, rows[of].mT)
 
-    def step(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], Array]:
+    def step(state: tuple[Array, Array, Array], _: Any) -> tuple[tuple[Array, Array, Array], Array]:
         _, rows, _ = state
         side = algebra.wide(matmul(left, matmul(right, rows[of].mT)) * jnp.sqrt(weights)[:, None, None])
         a = algebra.leading(side, rank)

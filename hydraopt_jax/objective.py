@@ -29,5 +29,5 @@ def squared_errors(a: Array, b: Array, a_hat: Array, b_hat: Array) -> Array:
 
 
 def weighted_error(a: Array, b: Array, a_hat: Array, b_hat: Array, weights: Array) -> Array:
-    """`sum_t w_t ||a_t b_t - a_hat_t b_hat_t||^2`; with `w_t = 1 / ||delta_t||^2` a sum of relative errors."""
+    """`sum_t w_t ||a_t b_t - a_hat_t b_hat_t||^2`; relative errors where `w_t = 1 / ||delta_t||^2`."""
     return jnp.sum(weights * squared_errors(a, b, a_hat, b_hat))

@@ -189,9 +189,7 @@ def hydra(
             tolerance=tolerance,
         )
         return forms.transpose(factors), info
-    closed, closed_info = forms.hydra(
-        deltas, heads=heads, rank=rank, side=side, weights=weights, cores=cores
-    )
+    closed, closed_info = forms.hydra(deltas, heads=heads, rank=rank, side=side, weights=weights, cores=cores)
     weights = closed_info.weights
     qa, ca = algebra.reduce(deltas.u * deltas.s[:, None, :])
     qb, cb = algebra.reduce(deltas.v.mT)
@@ -222,9 +220,7 @@ def hydra(
     )
     shared, head, core = best
     root = jnp.sqrt(scale)
-    factors = closed._replace(
-        a=matmul(qa, shared * root)[None], b=matmul(head * root, qb.T), core=core
-    )
+    factors = closed._replace(a=matmul(qa, shared * root)[None], b=matmul(head * root, qb.T), core=core)
     error = forms.errors(deltas, factors)
     kept = (jnp.sum(weights * error) <= jnp.sum(weights * closed_info.error)) | (start == "mean")
     factors = jax.tree.map(lambda x, y: jnp.where(kept, x, y), factors, closed)

@@ -1,0 +1,47 @@
+"""Shared inputs: strict numerics, seeded collections, and real adapters where they are at hand."""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from hydraopt_jax import formats, synthetic
+
+SHARED = Path(__file__).parents[2] / "shared" / "adapters"
+
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """Six real GPT-2 adapters."""
+    if not SHARED.exists():
+        pytest.skip(f"no real adapters at {SHARED}")
+    return [formats.read_adapter(p) for p in sorted((SHARED / "gpt2").iterdir())]
+
+
+@pytest.fixture(scope="session")
+def small():
+    """Four seeded adapters of a tiny two-shape model, rank 4, float32."""
+    return synthetic.collection(
+        1,
+        tasks=["one", "two/three", "a.b", "four"],
+        modules=synthetic.transformer_modules(2, 24, 12),
+        rank=4,
+        likeness=0.6,
+        dtype="float32",
+    )
+
+
+@pytest.fixture
+def folders(small, tmp_path):
+    """The small collection as PEFT folders: `NAME=PATH` arguments."""
+    out = []
+    for n, adapter in enumerate(small):
+        formats.write_adapter(tmp_path / f"in{n}", adapter)
+        out.append(f"{adapter.task}={tmp_path / f'in{n}'}")
+    return out

@@ -1,0 +1,201 @@
+"""The command as a user meets it: what it prints, its exit status, and what it leaves behind."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hydraopt_jax import cli, formats
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(x) for x in arguments])
+    out = capsys.readouterr()
+    return stop.value.code, out.out, out.err
+
+
+def ok(capsys, *arguments):
+    code, out, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def refused(capsys, *arguments, code=2):
+    got, out, err = run(capsys, *arguments)
+    assert got == code
+    assert out == ""
+    assert err.startswith("hydraopt: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def made(capsys, folders, tmp_path):
+    path = tmp_path / "store"
+    return path, ok(capsys, "compress", *folders, "--out", path, "--heads", 2, "--rank", 3)
+
+
+def test_compress_inspect_export_verify(capsys, folders, made, tmp_path):
+    path, said = made
+    assert said["tasks"] == ["one", "two/three", "a.b", "four"]
+    assert said["bytes_after"] < said["bytes_before"]
+    assert said["error"]["bound"] <= said["error"]["mean"] <= said["error"]["worst"]
+    seen = ok(capsys, "inspect", path)
+    assert seen["error"]["mean"] == pytest.approx(said["error"]["mean"], rel=1e-2)
+    checked = ok(capsys, "verify", path, *folders)
+    assert checked["ok"]
+    assert checked["error"]["a.b"]["measured"] == pytest.approx(checked["error"]["a.b"]["claimed"], rel=1e-2)
+    one = ok(capsys, "export", path, "--task", "two/three", "--out", tmp_path / "x")
+    assert formats.read_adapter(one["exported"]["two/three"]).a
+    every = ok(capsys, "export", path, "--all", "--out", tmp_path / "all")
+    assert len({Path(x).name for x in every["exported"].values()}) == 4
+    assert all(Path(x).parent == tmp_path / "all" for x in every["exported"].values())
+
+
+def test_tables_name_the_tasks(capsys, folders, tmp_path):
+    code, out, err = run(capsys, "compress", *folders, "--out", tmp_path / "s")
+    assert (code, err) == (0, "")
+    assert all(word in out for word in ("before", "after", "ratio", "two/three", "worst", "bound"))
+
+
+@pytest.mark.parametrize("options", [[], ["--solver", "optax", "--steps", "20"], ["--cores", "--heads", "1"]])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_solvers_and_sides(capsys, folders, tmp_path, options, side):
+    said = ok(capsys, "compress", *folders, "--out", tmp_path / "s", "--side", side, "--rank", "2", *options)
+    assert 0 < said["error"]["mean"] < 1
+
+
+def test_similarity_prints_and_plots(capsys, folders, tmp_path):
+    said = ok(capsys, "similarity", *folders, "--plot", tmp_path / "heat.png")
+    np.testing.assert_allclose(np.diag(said["mean"]["delta"]), 1, rtol=1e-5)
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo(capsys, tmp_path):
+    said = ok(capsys, "demo", "--out", tmp_path / "demo")
+    errors = [x["mean"] for x in said["curve"]]
+    assert errors == sorted(errors, reverse=True)
+    assert (tmp_path / "demo" / "tradeoff.png").exists()
+    assert max(said["exported"].values()) < 1.05 * max(said["verified"].values()) + 1e-4
+    assert refused(capsys, "demo", "--out", tmp_path / "demo")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--heads", "9"], "heads"),
+        (["--heads", "x"], "--heads"),
+        (["--rank", "0"], "rank"),
+        (["--side", "left"], "side"),
+        (["--solver", "magic"], "solver"),
+        (["--dtype", "int3"], "dtype"),
+        (["--solver", "optax", "--start", "mean", "--rank", "40"], "rank"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_bad_options(capsys, folders, tmp_path, options, named):
+    assert named in refused(capsys, "compress", *folders, "--out", tmp_path / "s", *options)
+    assert not (tmp_path / "s").exists()
+
+
+def damaged(tmp_path, small, name, change):
+    formats.write_adapter(tmp_path / name, small[0])
+    change(tmp_path / name)
+    return tmp_path / name
+
+
+def drop(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def truncate(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (drop("adapter_config.json"), "adapter_config.json"),
+        (drop("adapter_model.safetensors"), "adapter_model"),
+        (truncate, "adapter_model.safetensors"),
+    ],
+)
+def test_damaged_adapters(capsys, small, folders, tmp_path, change, named):
+    bad = damaged(tmp_path, small, "bad", change)
+    assert named in refused(capsys, "compress", *folders, bad, "--out", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_missing_adapter(capsys, tmp_path):
+    assert "nowhere" in refused(capsys, "compress", tmp_path / "nowhere", "--out", tmp_path / "s")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_name_the_module(capsys, small, folders, tmp_path, value):
+    name = next(iter(small[0].b))
+    broken = small[0]._replace(b={**small[0].b, name: small[0].b[name] * np.float32(value)})
+    formats.write_adapter(tmp_path / "bad", broken)
+    assert name in refused(capsys, "compress", *folders, tmp_path / "bad", "--out", tmp_path / "s")
+
+
+def test_other_base_other_shape_same_name(capsys, small, folders, tmp_path):
+    base = small[0]._replace(config={**small[0].config, "base_model_name_or_path": "some/other"})
+    formats.write_adapter(tmp_path / "base", base)
+    assert "--any-base" in refused(capsys, "compress", *folders, tmp_path / "base", "--out", tmp_path / "s")
+    name = next(iter(small[0].a))
+    wide = small[0]._replace(a={**small[0].a, name: np.ones((99, 4), np.float32)})
+    formats.write_adapter(tmp_path / "wide", wide)
+    said = refused(capsys, "compress", *folders, tmp_path / "wide", "--out", tmp_path / "s")
+    assert name in said
+    assert "99" in said
+    twice = refused(capsys, "compress", *folders, folders[0], "--out", tmp_path / "s")
+    assert "'one'" in twice
+
+
+def test_existing_output_and_overwrite(capsys, folders, made):
+    path, _ = made
+    assert "--overwrite" in refused(capsys, "compress", *folders, "--out", path)
+    ok(capsys, "compress", *folders, "--out", path, "--overwrite")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_output(capsys, folders, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "written" in refused(capsys, "compress", *folders, "--out", tmp_path / "locked" / "s")
+
+
+def test_output_below_a_file(capsys, folders, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "file" in refused(capsys, "compress", *folders, "--out", tmp_path / "file" / "s")
+
+
+def test_a_store_larger_than_its_input(capsys, small, tmp_path):
+    formats.write_adapter(tmp_path / "half", small[0], dtype="float16")
+    arguments = ["compress", tmp_path / "half", "--out", tmp_path / "s", "--dtype", "float32"]
+    assert "--force" in refused(capsys, *arguments, code=1)
+    assert not (tmp_path / "s").exists()
+    ok(capsys, *arguments, "--force")
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_what_is_not_a_store(capsys, tmp_path, verb):
+    assert "store" in refused(capsys, verb, tmp_path)
+
+
+def test_export_needs_a_task(capsys, made, tmp_path):
+    path, _ = made
+    assert "--task" in refused(capsys, "export", path, "--out", tmp_path / "x")
+    assert "'one'" in refused(capsys, "export", path, "--task", "onr", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_verify_fails_when_the_adapters_changed(capsys, small, made, tmp_path):
+    path, _ = made
+    formats.write_adapter(tmp_path / "new", small[0]._replace(b={k: v * 3 for k, v in small[0].b.items()}))
+    code, _, err = run(capsys, "verify", path, f"one={tmp_path / 'new'}")
+    assert code == 1
+    assert "one" in err

@@ -1,0 +1,183 @@
+"""Forms against dense NumPy, their bounds, and their invariances."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydraopt_jax import algebra, cluster, forms
+from hydraopt_jax.errors import HydraOptError
+
+T, I, R, O = 5, 14, 3, 11
+
+
+def factors(seed=0, tasks=T):
+    rng = np.random.default_rng(seed)
+    common = rng.normal(size=(1, I, R))
+    a = common + 0.5 * rng.normal(size=(tasks, I, R))
+    b = rng.normal(size=(1, R, O)) + 0.8 * rng.normal(size=(tasks, R, O))
+    return a.astype(np.float32), b.astype(np.float32)
+
+
+def dense(f):
+    a, b = forms.pair(f)
+    return np.asarray(a @ b)
+
+
+def solve(a, b, **form):
+    return forms.hydra(algebra.svd(jnp.asarray(a), jnp.asarray(b)), **form)
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_all_heads_reach_the_eigen_tail(side, rank):
+    a, b = factors()
+    got, info = solve(a, b, heads=T, rank=rank, side=side)
+    deltas = a @ b
+    energy = (deltas**2).sum((1, 2))
+    relative = deltas / np.sqrt(energy)[:, None, None]
+    stacked = np.concatenate(relative if side == "out" else relative.transpose(0, 2, 1), 0)
+    tail = (np.linalg.svd(stacked, compute_uv=False)[rank:] ** 2).sum()
+    error = ((dense(got) - deltas) ** 2).sum((1, 2))
+    np.testing.assert_allclose(info.bound, tail, rtol=1e-4)
+    np.testing.assert_allclose((error / energy).sum(), tail, rtol=1e-4)
+    np.testing.assert_allclose(info.error, error, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_full_rank_is_lossless(side):
+    a, b = factors()
+    got, _ = solve(a, b, heads=T, rank=T * R, side=side)
+    np.testing.assert_allclose(dense(got), a @ b, atol=2e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 3, 4])
+def test_exhaustive_search_finds_the_best_partition(heads):
+    a, b = factors(3)
+    _, info = solve(a, b, heads=heads, rank=2)
+    deltas, losses = a @ b, []
+    w = 1 / (deltas**2).sum((1, 2))
+    for labels in itertools.product(range(heads), repeat=T):
+        sets = [s for s in (np.flatnonzero(np.array(labels) == k) for k in range(heads)) if len(s)]
+        means = [np.average(deltas[s], axis=0, weights=w[s]) for s in sets]
+        scatter = sum(
+            (w[s] * ((deltas[s] - m) ** 2).sum((1, 2))).sum() for s, m in zip(sets, means, strict=True)
+        )
+        between = np.concatenate([np.sqrt(w[s].sum()) * m for s, m in zip(sets, means, strict=True)], 1)
+        losses.append(scatter + (np.linalg.svd(between, compute_uv=False)[2:] ** 2).sum())
+    np.testing.assert_allclose(jnp.sum(info.weights * info.error), min(losses), rtol=1e-4)
+    assert bool(info.converged)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_cores_never_raise_the_error(heads, side):
+    a, b = factors(4)
+    _, hard = solve(a, b, heads=heads, rank=3, side=side)
+    got, soft = solve(a, b, heads=heads, rank=3, side=side, cores=True)
+    weight = np.asarray(hard.weights)
+    assert (weight * soft.error).sum() <= (weight * hard.error).sum() * (1 + 1e-5)
+    assert (weight * soft.error).sum() >= soft.bound * (1 - 1e-5)
+    np.testing.assert_allclose(((dense(got) - a @ b) ** 2).sum((1, 2)), soft.error, rtol=1e-3, atol=1e-4)
+    assert np.all(np.diff(soft.trace) <= 1e-5)
+
+
+def test_reduced_kmeans_never_rises_and_beats_its_start():
+    a, b = factors(5, tasks=12)
+    deltas = algebra.svd(jnp.asarray(a), jnp.asarray(b))
+    _, info = forms.hydra(deltas, heads=4, rank=3)
+    assert np.all(np.diff(info.trace) <= 1e-4)
+    np.testing.assert_allclose(jnp.sum(info.weights * info.error), info.trace[-1], rtol=1e-3)
+
+
+def test_separate_is_each_truncated_svd():
+    a, b = factors()
+    got, info = forms.separate(algebra.svd(jnp.asarray(a), jnp.asarray(b)), rank=2)
+    tail = np.linalg.svd(a @ b, compute_uv=False)[:, 2:] ** 2
+    np.testing.assert_allclose(info.error, tail.sum(1), rtol=1e-3)
+    np.testing.assert_allclose(((dense(got) - a @ b) ** 2).sum((1, 2)), tail.sum(1), rtol=1e-3)
+
+
+def test_gauge_changes_nothing():
+    a, b = factors()
+    g = np.random.default_rng(1).normal(size=(T, R, R)).astype(np.float32) + 2 * np.eye(R, dtype=np.float32)
+    _, one = solve(a, b, heads=2, rank=3)
+    _, two = solve(a @ g, np.linalg.solve(g, b), heads=2, rank=3)
+    np.testing.assert_allclose(one.error, two.error, rtol=1e-2)
+
+
+def test_permuting_tasks_permutes_results():
+    a, b = factors()
+    order = np.array([3, 0, 4, 1, 2])
+    _, one = solve(a, b, heads=3, rank=3)
+    _, two = solve(a[order], b[order], heads=3, rank=3)
+    np.testing.assert_allclose(np.asarray(one.error)[order], two.error, rtol=1e-3)
+
+
+def test_rows_of_a_batch_do_not_leak():
+    batch = [factors(seed) for seed in (0, 1, 2)]
+    a, b = (jnp.stack([x[k] for x in batch]) for k in (0, 1))
+    _, together = jax.vmap(lambda a, b: solve(a, b, heads=2, rank=2))(a, b)
+    alone = [solve(*x, heads=2, rank=2)[1].error for x in batch]
+    np.testing.assert_allclose(together.error, jnp.stack(alone), rtol=1e-3)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_a_zero_adapter_comes_back_as_zeros(heads):
+    a, b = factors()
+    b[2] = 0
+    got, info = solve(a, b, heads=heads, rank=2)
+    assert np.abs(dense(got)[2]).max() == 0
+    assert info.error[2] == 0
+    assert np.isfinite(info.error).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "named"), [({"heads": 9}, "heads"), ({"rank": 0}, "rank"), ({"side": "x"}, "side")]
+)
+def test_bad_forms_name_the_option(form, named):
+    a, b = factors()
+    with pytest.raises(HydraOptError, match=named):
+        solve(a, b, **({"heads": 2, "rank": 2} | form))
+
+
+def test_one_trace_per_shape():
+    traces = []
+
+    @jax.jit
+    def fit(a, b):
+        traces.append(1)
+        return solve(a, b, heads=2, rank=2)
+
+    fit(*factors(0))
+    fit(*factors(1))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(("tasks", "heads", "count"), [(5, 2, 15), (8, 4, 1701), (4, 4, 1)])
+def test_partitions_are_stirling_many(tasks, heads, count):
+    rows = cluster.partitions(tasks, heads)
+    assert len({tuple(r) for r in rows.tolist()}) == count
+    assert all(len(set(r)) == heads for r in rows.tolist())
+
+
+def test_ward_separates_groups_and_is_nested():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(3, 20)) * 10
+    points = np.repeat(centres, 4, 0) + rng.normal(size=(12, 20)) * 0.1
+    gram = jnp.asarray(points @ points.T, jnp.float32)
+    three = np.asarray(cluster.ward(gram, jnp.ones(12), 3))
+    assert three.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    two = np.asarray(cluster.ward(gram, jnp.ones(12), 2))
+    assert len({(x, y) for x, y in zip(three.tolist(), two.tolist(), strict=True)}) == 3
+
+
+def test_real_adapters_reach_the_bound(gpt2):
+    from hydraopt_jax import compression
+
+    kept = compression.compress(gpt2, compression.Options(side="in"))
+    bound = np.array(list(kept.report["bound"].values()))
+    np.testing.assert_allclose(kept.errors.mean(1), bound, rtol=1e-4)
+    np.testing.assert_allclose(kept.errors.mean(), 0.08259, rtol=1e-3)
