@@ -71,14 +71,13 @@ def check_options(options: Options, tasks: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "rank", "side", "cores"))
-def fit_closed(a: jax.Array, b: jax.Array, *, heads: int, rank: int, side: str, cores: bool) -> Any:
-    """`forms.hydra` for modules of one shape, `a: [M, T, I, R]`, `b: [M, T, R, O]`."""
-    deltas = algebra.svd(a, b)
+def fit_closed(deltas: Svd, *, heads: int, rank: int, side: str, cores: bool) -> Any:
+    """`forms.hydra` for modules of one shape, decompositions of `[M, T]` deltas."""
     solve = functools.partial(forms.hydra, heads=heads, rank=rank, side=side, cores=cores)
     return jax.vmap(solve)(deltas)
 
 
-def fit_optax(a: jax.Array, b: jax.Array, options: Options, **form: Any) -> tuple[Factors, Info]:
+def fit_optax(a: jax.Array, b: jax.Array, deltas: Svd, options: Options, **form: Any) -> tuple[Factors, Info]:
     """`optimize.hydra` for modules of one shape, vmapped and jitted."""
 
     def solve(a: jax.Array, b: jax.Array, deltas: Svd) -> tuple[Factors, Info]:
@@ -92,7 +91,7 @@ def fit_optax(a: jax.Array, b: jax.Array, options: Options, **form: Any) -> tupl
             **form,
         )
 
-    return jax.jit(jax.vmap(solve))(a, b, algebra.batched_svd(a, b))
+    return jax.jit(jax.vmap(solve))(a, b, deltas)
 
 
 def entries(tasks: int, heads: int, rank: int, shape: tuple[int, int], side: str) -> int:
@@ -109,6 +108,7 @@ def rank_at(cost: int, tasks: int, heads: int, shape: tuple[int, int], side: str
 def fit(a: jax.Array, b: jax.Array, options: Options, heads: int, rank: int) -> list[tuple[Factors, Info]]:
     """Solve modules of one shape; with side "auto" both sides compete module by module at equal entries."""
     shape, tasks = (a.shape[2], b.shape[3]), a.shape[1]
+    deltas = algebra.batched_svd(a, b)
     solutions = []
     costs = {side: entries(tasks, heads, rank, shape, side) for side in ("in", "out")}
     for side in ("in", "out") if options.side == "auto" else (options.side,):
@@ -116,8 +116,11 @@ def fit(a: jax.Array, b: jax.Array, options: Options, heads: int, rank: int) -> 
         if options.side == "auto":
             width = min(rank_at(min(costs.values()), tasks, heads, shape, side), rank)
         form: dict[str, Any] = {"heads": heads, "rank": width, "side": side, "cores": options.cores}
-        solve = fit_closed if options.solver == "closed" else functools.partial(fit_optax, options=options)
-        solutions.append(jax.device_get(solve(a, b, **form)))
+        if options.solver == "closed":
+            found = fit_closed(deltas, **form)
+        else:
+            found = fit_optax(a, b, deltas, options, **form)
+        solutions.append(jax.device_get(found))
     losses = np.array([(info.weights * info.error).sum(-1) for _, info in solutions])
     return [
         jax.tree.map(lambda x, m=m: x[m], solutions[best]) for m, best in enumerate(losses.argmin(0).tolist())

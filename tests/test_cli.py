@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from hydraopt_jax import cli, formats
 
@@ -137,8 +138,11 @@ def test_missing_adapter(capsys, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_infinity_name_the_module(capsys, small, folders, tmp_path, value):
     name = next(iter(small[0].b))
-    broken = small[0]._replace(b={**small[0].b, name: small[0].b[name] * np.float32(value)})
-    formats.write_adapter(tmp_path / "bad", broken)
+    formats.write_adapter(tmp_path / "bad", small[0])
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors[f"base_model.model.{name}.lora_B.weight"][0, 0] = value
+    safetensors.numpy.save_file(tensors, file)
     assert name in refused(capsys, "compress", *folders, tmp_path / "bad", "--out", tmp_path / "s")
 
 
