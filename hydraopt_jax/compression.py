@@ -6,6 +6,7 @@ errors of what was rounded. The mathematics is in `forms` and `optimize`.
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import optax
 
-from hydraopt_jax import adapters, algebra, forms, optimize
+from hydraopt_jax import adapters, algebra, forms, objective, optimize
 from hydraopt_jax.adapters import Adapter, Bucket
 from hydraopt_jax.algebra import Svd
 from hydraopt_jax.errors import HydraOptError
@@ -23,6 +24,10 @@ from hydraopt_jax.store import Source, Store, task_factors
 
 # modules solved in one call: bounds memory, keeps the progress bar moving
 CHUNK = 24
+# chunks in flight
+WORKERS = 2
+# relative error below which the expanded square, whose round-off is about 1e-6, is not exact enough
+EXPANSION_FLOOR = 1e-3
 SIDES = ("in", "out", "auto")
 SOLVERS = ("closed", "optax")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -159,7 +164,17 @@ def cast(factors: Factors, dtype: str, module: str) -> Factors:
     return Factors(out[0], out[1], factors.a_of, factors.b_of, out[2])  # type: ignore[arg-type]
 
 
-residual_energies = jax.jit(algebra.residual_energy)
+expanded = jax.jit(jax.vmap(objective.squared_errors))
+exact = jax.jit(algebra.residual_energy)
+
+
+def squared_errors(a: jax.Array, b: jax.Array, a_hat: jax.Array, b_hat: jax.Array) -> np.ndarray:
+    """Squared errors `[M, T]` of stored factors: by expansion, or by QR where its round-off would show."""
+    error = np.asarray(expanded(a, b, a_hat, b_hat))
+    energy = np.asarray(expanded(a, b, jnp.zeros_like(a_hat), jnp.zeros_like(b_hat)))
+    if (error >= EXPANSION_FLOOR * energy).all():
+        return error
+    return np.asarray(exact(a, b, a_hat, b_hat))
 
 
 def relative(error: np.ndarray, energy: np.ndarray) -> np.ndarray:
@@ -202,10 +217,16 @@ def compress(
     check_options(options, tasks)
     dtype = options.dtype or stored_dtype(collection)
     done: dict[str, tuple[Factors, np.ndarray, float]] = {}
-    for bucket in stacked.buckets:
-        for start in range(0, len(bucket.modules), CHUNK):
-            done.update(compress_chunk(bucket, slice(start, start + CHUNK), options, dtype))
-            progress(len(bucket.modules[start : start + CHUNK]))
+    chunks = [
+        (bucket, slice(start, start + CHUNK))
+        for bucket in stacked.buckets
+        for start in range(0, len(bucket.modules), CHUNK)
+    ]
+    # one shape compiles while another runs
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for found in pool.map(lambda x: compress_chunk(x[0], x[1], options, dtype), chunks):
+            done.update(found)
+            progress(len(found))
     order = list(adapters.check(collection))
     errors = np.stack([done[name][1] for name in order])
     report = {
@@ -234,7 +255,7 @@ def compress_chunk(
     pairs = [[np.asarray(y, np.float32) for y in forms.pair(x)] for _, x, _ in rows]
     left = np.stack([np.pad(p[0], ((0, 0), (0, 0), (0, max(widths) - p[0].shape[2]))) for p in pairs])
     right = np.stack([np.pad(p[1], ((0, 0), (0, max(widths) - p[1].shape[1]), (0, 0))) for p in pairs])
-    error = np.asarray(residual_energies(a, b, jnp.asarray(left), jnp.asarray(right)))
+    error = squared_errors(a, b, jnp.asarray(left), jnp.asarray(right))
     for m, (name, kept, info) in enumerate(rows):
         absent = bucket.ranks[span][m] == 0
         errors = np.where(absent, np.nan, relative(error[m], np.asarray(info.energy)))

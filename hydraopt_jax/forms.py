@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax import algebra, cluster
+from hydraopt_jax import algebra, cluster, objective
 from hydraopt_jax.algebra import Svd, matmul
 from hydraopt_jax.errors import HydraOptError
 
@@ -174,42 +174,44 @@ def hydra(
     weights = jnp.where(deltas.energy > 0, weights, 0.0)
     q, reduced = algebra.reduce(deltas.u * deltas.s[:, None, :])
     rank = min(rank, q.shape[1])
-    part = partition(reduced, deltas, weights, heads, rank, steps)
-    basis, values = algebra.top_eigenvectors(
-        cluster.between(reduced, deltas.v, part.labels, weights, heads), rank
-    )
+    trivial = heads in (1, tasks)
+    labels = jnp.arange(tasks, dtype=jnp.int32) % heads
+    trace, converged = jnp.zeros(0), jnp.array(True)
+    if not trivial:
+        part = partition(reduced, deltas, weights, heads, rank, steps)
+        labels, trace, converged = part.labels, part.trace, part.certified
+    between = cluster.between(reduced, deltas.v, labels, weights, heads)
+    basis, values = algebra.top_eigenvectors(between, rank)
     projected = matmul(basis.T, reduced)
-    average, _ = cluster.membership(part.labels, weights, heads)
+    average, _ = cluster.membership(labels, weights, heads)
     b = jnp.einsum("kt,tsr,tro->kso", average, projected, deltas.v, precision="highest")
     if heads < tasks:
-        values = algebra.eigvalsh(cluster.between(reduced, deltas.v, jnp.arange(tasks), weights, tasks))
+        every = cluster.between(reduced, deltas.v, jnp.arange(tasks), weights, tasks)
+        values = algebra.eigvalsh(every)
     bound = algebra.eigen_tail(values, rank)
     factors = Factors(
         matmul(q, basis)[None],
         b,
         present(deltas, jnp.zeros(tasks, jnp.int32)),
-        present(deltas, part.labels),
+        present(deltas, labels),
     )
-    trace, converged = part.trace, part.certified
     if cores and heads < tasks:
         factors, trace = add_cores(deltas, factors, weights, steps)
         converged = jnp.abs(trace[-2] - trace[-1]) <= 1e-4 * trace[-1]
-    error = errors(deltas, factors)
+    a_hat, b_hat = pair(factors)
+    error = objective.squared_errors(deltas.u * deltas.s[:, None, :], deltas.v, a_hat, b_hat)
+    error = jnp.maximum(error, 0.0)
+    if trivial and not (cores and heads < tasks):
+        trace = jnp.sum(weights * error)[None]
     return factors, Info(error, deltas.energy, weights, bound, trace, converged)
 
 
 def partition(
     reduced: Array, deltas: Svd, weights: Array, heads: int, rank: int, steps: int
 ) -> cluster.Partition:
-    """The best partition of tasks into heads that can be found; trivial for K = 1 and K = T."""
-    tasks = reduced.shape[0]
+    """The best partition of tasks into heads that can be found."""
     gram = algebra.gram(deltas.u * deltas.s[:, None, :], deltas.v)
-    if heads in (1, tasks):
-        labels = jnp.arange(tasks, dtype=jnp.int32) % heads
-        values = algebra.eigvalsh(cluster.between(reduced, deltas.v, labels, weights, heads))
-        loss = cluster.scatter(gram, labels, weights, heads) + algebra.eigen_tail(values, rank)
-        return cluster.Partition(labels, loss, loss[None], jnp.array(True))
-    if tasks <= EXHAUSTIVE_TASKS:
+    if reduced.shape[0] <= EXHAUSTIVE_TASKS:
         return cluster.exhaustive(reduced, deltas.v, gram, weights, heads, rank, EXHAUSTIVE_LIMIT)
     start = cluster.ward(gram, weights, heads)
     return cluster.reduced_kmeans(reduced, deltas.v, gram, weights, heads, rank, start, steps)
