@@ -1,0 +1,59 @@
+"""Float64 error of reconstructed PEFT folders against the originals, by code that neither tool wrote."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+
+def scale(config: dict, module: str) -> float:
+    """PEFT's scale of one module: alpha / r, or alpha / sqrt(r) with rsLoRA, patterns first."""
+
+    def pick(pattern: dict, default: float) -> float:
+        keys = (x for x in pattern if re.match(rf"(.*\.)?({x})$", module))
+        return pattern.get(next(keys, None), default)
+
+    rank = pick(config.get("rank_pattern") or {}, config["r"])
+    alpha = pick(config.get("alpha_pattern") or {}, config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def deltas(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Module name -> (`B: [O, R]` with the LoRA scale folded in, `A: [R, I]`), float64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    out = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            b = tensors[f"{module}.lora_B.weight"].astype(np.float64)
+            factor = scale(config, module.removeprefix("base_model.model."))
+            out[module] = factor * b, tensor.astype(np.float64)
+    return out
+
+
+def square(b: np.ndarray, a: np.ndarray) -> float:
+    """`||b @ a||^2` without forming the product, no cancellation: the norm of `Rb @ Ra.T` of two QRs."""
+    rb, ra = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+    return float(np.sum((rb @ ra.T) ** 2))
+
+
+def relative_error(original: Path, other: Path) -> float:
+    """`sum_m ||delta_m - other_m||^2 / sum_m ||delta_m||^2` of two PEFT folders.
+
+    A module that `other` lacks counts whole.
+    """
+    ours, theirs = deltas(original), deltas(other)
+    residual = energy = 0.0
+    for name, (b, a) in ours.items():
+        b_other, a_other = theirs.get(name, (np.zeros((len(b), 1)), np.zeros((1, a.shape[1]))))
+        residual += square(np.hstack([b, -b_other]), np.vstack([a, a_other]))
+        energy += square(b, a)
+    return residual / energy
+
+
+def folder_bytes(folder: Path) -> int:
+    """Sum of the sizes of all files below a folder."""
+    return sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
