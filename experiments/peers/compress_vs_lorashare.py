@@ -3,9 +3,9 @@
     python experiments/peers/compress_vs_lorashare.py --json results.json
 
 A seeded collection of 16 PEFT adapters (rank 16, 24 layers x q, k, v, o of width 896 with 128 key-value
-outputs, bfloat16, 69.6 MB) is written once; the two commands then take turns, with OMP_NUM_THREADS=1 for both.
-XLA keeps a thread pool of its own, so processor seconds are printed beside the wall clock. Errors are measured
-from what each tool exports, by the float64 code of measure.py. About three minutes on two cores.
+outputs, bfloat16, 69.6 MB) is written once; the two commands then take turns, both with OMP_NUM_THREADS=1.
+XLA keeps a thread pool of its own, so processor seconds are printed beside the wall clock. Errors are
+measured from what each tool exports, by the float64 code of measure.py. About three minutes on two cores.
 """
 
 import argparse
