@@ -15,6 +15,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import click
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -312,8 +313,23 @@ class CheckFailed(click.ClickException):
     exit_code = 1
 
 
+def keep_compilations() -> None:
+    """Keep compiled computations between runs in the user's cache folder, where JAX has none set."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydraopt_jax"
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; turn every expected failure into one line and an exit status."""
+    keep_compilations()
     try:
         sys.exit(cli.main(args=arguments, prog_name="hydraopt", standalone_mode=False) or 0)
     except checkpoint.TooLarge as error:

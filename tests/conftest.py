@@ -1,8 +1,12 @@
 """Shared inputs: strict numerics, seeded collections, and real adapters where they are at hand."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# one cache for the whole run: tests compile the same small shapes again and again
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hydraopt-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from pathlib import Path
 
