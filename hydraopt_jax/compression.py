@@ -168,13 +168,23 @@ expanded = jax.jit(jax.vmap(objective.squared_errors))
 exact = jax.jit(algebra.residual_energy)
 
 
-def squared_errors(a: jax.Array, b: jax.Array, a_hat: jax.Array, b_hat: jax.Array) -> np.ndarray:
+def squared_errors(
+    a: jax.Array, b: jax.Array, a_hat: jax.Array, b_hat: jax.Array, energy: np.ndarray
+) -> np.ndarray:
     """Squared errors `[M, T]` of stored factors: by expansion, or by QR where its round-off would show."""
     error = np.asarray(expanded(a, b, a_hat, b_hat))
-    energy = np.asarray(expanded(a, b, jnp.zeros_like(a_hat), jnp.zeros_like(b_hat)))
     if (error >= EXPANSION_FLOOR * energy).all():
         return error
     return np.asarray(exact(a, b, a_hat, b_hat))
+
+
+def stacked(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+    """`forms.pair` on the host: `[T, I, S]` and `[T, S, O]` in float32, core folded in."""
+    a = np.asarray(factors.a, np.float32)[np.maximum(factors.a_of, 0)]
+    b = np.asarray(factors.b, np.float32)[np.maximum(factors.b_of, 0)]
+    if factors.core is not None:
+        b = np.asarray(factors.core, np.float32) @ b
+    return a, b * (np.asarray(factors.b_of) >= 0)[:, None, None]
 
 
 def relative(error: np.ndarray, energy: np.ndarray) -> np.ndarray:
@@ -212,17 +222,18 @@ def compress(
     Reference: Ceritli et al., HydraOpt, arXiv 2507.17706, 2025.
     """
     options = options or Options()
-    stacked = adapters.stack(collection)
-    tasks = len(stacked.tasks)
+    inputs = adapters.stack(collection)
+    tasks = len(inputs.tasks)
     check_options(options, tasks)
     dtype = options.dtype or stored_dtype(collection)
     done: dict[str, tuple[Factors, np.ndarray, float]] = {}
     chunks = [
         (bucket, slice(start, start + CHUNK))
-        for bucket in stacked.buckets
+        for bucket in inputs.buckets
         for start in range(0, len(bucket.modules), CHUNK)
     ]
-    # one shape compiles while another runs
+    # different shapes side by side, so that none is compiled twice
+    chunks.sort(key=lambda x: x[1].start)
     with ThreadPoolExecutor(WORKERS) as pool:
         for found in pool.map(lambda x: compress_chunk(x[0], x[1], options, dtype), chunks):
             done.update(found)
@@ -232,11 +243,11 @@ def compress(
     report = {
         "form": "hydra",
         "options": {**options._asdict(), "optimizer": None, "heads": options.heads or tasks, "dtype": dtype},
-        "entries": stacked.size,
+        "entries": inputs.size,
         "bound": {name: float(f"{done[name][2]:.6g}") for name in order},
     }
     sources = tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
-    return Store(stacked.tasks, {name: (done[name][0],) for name in order}, sources, report, errors)
+    return Store(inputs.tasks, {name: (done[name][0],) for name in order}, sources, report, errors)
 
 
 def compress_chunk(
@@ -252,10 +263,12 @@ def compress_chunk(
         kept = cast(scale(prune(factors)), dtype, name)
         rows.append((name, kept, info))
     widths = [x.a.shape[2] for _, x, _ in rows]
-    pairs = [[np.asarray(y, np.float32) for y in forms.pair(x)] for _, x, _ in rows]
-    left = np.stack([np.pad(p[0], ((0, 0), (0, 0), (0, max(widths) - p[0].shape[2]))) for p in pairs])
-    right = np.stack([np.pad(p[1], ((0, 0), (0, max(widths) - p[1].shape[1]), (0, 0))) for p in pairs])
-    error = squared_errors(a, b, jnp.asarray(left), jnp.asarray(right))
+    left = np.zeros((*a.shape[:3], max(widths)), np.float32)
+    right = np.zeros((*b.shape[:2], max(widths), b.shape[3]), np.float32)
+    for m, (_, kept, _) in enumerate(rows):
+        left[m, :, :, : widths[m]], right[m, :, : widths[m]] = stacked(kept)
+    energy = np.stack([info.energy for _, _, info in rows])
+    error = squared_errors(a, b, jnp.asarray(left), jnp.asarray(right), energy)
     for m, (name, kept, info) in enumerate(rows):
         absent = bucket.ranks[span][m] == 0
         errors = np.where(absent, np.nan, relative(error[m], np.asarray(info.energy)))

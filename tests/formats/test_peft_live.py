@@ -247,3 +247,31 @@ def test_convolution_with_groups_is_refused(tmp_path):
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=4)).save_pretrained(tmp_path)
     with pytest.raises(HydraOptError, match="groups"):
         read_adapter(tmp_path)
+
+
+def test_a_lossless_store_exports_what_peft_had(tmp_path):
+    from hydraopt_jax import cli
+
+    before = {}
+    for n, task in enumerate(["one", "two"]):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            gpt2(), peft.LoraConfig(r=3, lora_alpha=7, target_modules=["c_attn", "c_proj"])
+        )
+        torch.manual_seed(n + 1)
+        for name, value in model.named_parameters():
+            value.data += 0.3 * torch.randn_like(value) if "lora_" in name else 0.0
+        model.save_pretrained(tmp_path / task)
+        before[task] = output(model)
+    folders = [str(tmp_path / t) for t in before]
+    for arguments in (
+        ["compress", *folders, "--out", str(tmp_path / "store"), "--rank", "6", "--force"],
+        ["export", str(tmp_path / "store"), "--all", "--out", str(tmp_path / "out")],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+    for task, wanted in before.items():
+        torch.manual_seed(0)
+        again = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "out" / task)
+        np.testing.assert_allclose(output(again), wanted, rtol=1e-4, atol=1e-5)
