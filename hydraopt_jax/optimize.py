@@ -70,8 +70,8 @@ def minimise(
 
     >>> import jax.numpy as jnp, optax
     >>> x, info = minimise(lambda x: (x - 3.0) ** 2, jnp.array(0.0), optax.sgd(0.4), steps=50)
-    >>> print(x.round(3))
-    3.0
+    >>> print(f"{x:.3f}")
+    3.000
     """
 
     def body(state: State) -> State:
