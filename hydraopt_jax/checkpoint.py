@@ -1,9 +1,8 @@
 """The store on disk: an Orbax checkpoint of a few packed leaves.
 
-Every part (one factor, one core) lies in the leaf of the set of tasks that read it: `shared` when
-all do, `task_3` when one does, `head_0`, `head_1`, ... for the sets between. Leaves are packed bytes; what
-lies where follows from the index, itself a leaf. Restoring one task reads the index and the leaves whose
-set it belongs to, and nothing else.
+Every part lies in the leaf of the set of tasks that read it (`layout`). Leaves are packed bytes, plain or
+entropy-coded; what lies where follows from the index, itself a leaf. Restoring one task reads the index and the
+leaves whose set it belongs to, and nothing else.
 """
 
 import hashlib
@@ -19,13 +18,13 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from hydraopt_jax.coding import codec
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.store import Source, Store, task_index
+from hydraopt_jax.layout import TermShape, leaf_names, pieces
+from hydraopt_jax.store import Payload, Source, Store, task_index
 
 SCHEMA = 1
-# sets of tasks beyond this many share one leaf with everybody: a leaf costs about 0.5 kB
-MAX_GROUPS = 64
 
 
 class TooLarge(HydraOptError):
@@ -50,16 +49,32 @@ def parts(store_modules: Mapping[str, tuple[Factors, ...]]) -> Iterator[Part]:
                 yield Part(term.core[t], frozenset([int(t)]))  # type: ignore[index]
 
 
-def leaf_names(members: Sequence[frozenset[int]], sizes: Sequence[int], tasks: int) -> tuple[list[str], list]:
-    """The leaf of each part, and the task sets of the `head_*` leaves."""
-    weight: dict[frozenset[int], int] = {}
-    for users, size in zip(members, sizes, strict=True):
-        if 1 < len(users) < tasks:
-            weight[users] = weight.get(users, 0) + size
-    groups = sorted(sorted(weight, key=weight.__getitem__, reverse=True)[:MAX_GROUPS], key=sorted)
-    number = {users: f"head_{k}" for k, users in enumerate(groups)}
-    names = [f"task_{min(users)}" if len(users) == 1 else number.get(users, "shared") for users in members]
-    return names, [sorted(users) for users in groups]
+def coded_skeleton(shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, Any]:
+    """As `skeleton`, of coded terms; the dtype says so, and whether factors are predicted from the first."""
+    patterns: list[Any] = []
+    rows = []
+    for name, terms in shapes.items():
+        row = []
+        for x in terms:
+            use = [list(x.a_of), list(x.b_of), "diagonal"]
+            if use not in patterns:
+                patterns.append(use)
+            kind = "predicted" if x.predicted else "coded"
+            row.append([patterns.index(use), x.inputs, x.rank, x.outputs, kind])
+        rows.append([name, row])
+    return {"patterns": patterns, "modules": rows, "coded": True}
+
+
+def coded_shapes(index: Mapping[str, Any]) -> dict[str, tuple[TermShape, ...]]:
+    """The inverse of `coded_skeleton`."""
+    out = {}
+    for name, row in index["modules"]:
+        terms = []
+        for pattern, inputs, rank, outputs, kind in row:
+            a_of, b_of, _ = index["patterns"][pattern]
+            terms.append(TermShape(tuple(a_of), tuple(b_of), inputs, rank, outputs, kind == "predicted"))
+        out[name] = tuple(terms)
+    return out
 
 
 def skeleton(modules: Mapping[str, tuple[Factors, ...]]) -> dict[str, Any]:
@@ -86,15 +101,20 @@ def digest(data: bytes | np.ndarray) -> str:
 
 def pack(store: Store) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The store as leaves of bytes (name -> uint8 array), the index among them, and the plain metadata."""
-    tasks = len(store.tasks)
-    members, blobs = [], []
-    for part in parts(store.modules):
-        blobs.append(np.ascontiguousarray(part.value).tobytes())
-        members.append(part.users)
-    names, groups = leaf_names(members, [len(x) for x in blobs], tasks)
     leaves: dict[str, list[bytes]] = {}
-    for name, blob in zip(names, blobs, strict=True):
-        leaves.setdefault(name, []).append(blob)
+    if store.payload is not None:
+        leaves = {k: [v] for k, v in store.payload.leaves.items()}
+        groups = pieces(store.payload.shapes)[1]
+        description = coded_skeleton(store.payload.shapes)
+    else:
+        members, blobs = [], []
+        for part in parts(store.modules):
+            blobs.append(np.ascontiguousarray(part.value).tobytes())
+            members.append(part.users)
+        names, groups = leaf_names(members, [len(x) for x in blobs], len(store.tasks))
+        for name, blob in zip(names, blobs, strict=True):
+            leaves.setdefault(name, []).append(blob)
+        description = skeleton(store.modules)
     leaves["errors"] = [np.sqrt(store.errors).astype(np.float16).tobytes()]
     extras = [pack_extras(x.extras) for x in store.sources]
     for t, (_, blob) in enumerate(extras):
@@ -103,7 +123,7 @@ def pack(store: Store) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     packed = {k: np.frombuffer(b"".join(v), np.uint8) for k, v in leaves.items() if any(v)}
     index = {
         "groups": groups,
-        **skeleton(store.modules),
+        **description,
         "sources": merge_sources(store.sources),
         "extras": [table for table, _ in extras],
         "report": store.report,
@@ -288,7 +308,18 @@ def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Stor
     names, index = read_index(path)
     chosen = list(range(len(names))) if tasks is None else [task_index(names, t) for t in tasks]
     leaves = read_leaves(path, leaves_of(index, chosen))
-    modules = unpack(index, leaves, len(names), chosen)
+    payload = None
+    if index.get("coded"):
+        shapes = coded_shapes(index)
+        blobs = {
+            k: v.tobytes() for k, v in leaves.items() if k not in ("errors",) and not k.startswith("extras_")
+        }
+        every = codec.deserialise(blobs, shapes, chosen)
+        modules = {n: tuple(select(x, chosen) for x in terms) for n, terms in every.items()}
+        if tasks is None:
+            payload = Payload(blobs, shapes)
+    else:
+        modules = unpack(index, leaves, len(names), chosen)
     errors = leaves["errors"].view(np.float16).reshape(len(index["modules"]), len(names))
     extras = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
     sources = split_sources(index["sources"], extras)
@@ -298,7 +329,21 @@ def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Stor
         tuple(sources[t] for t in chosen),
         index["report"],
         errors[:, chosen].astype(np.float32) ** 2,
+        payload,
     )
+
+
+def select(term: Factors, chosen: Sequence[int]) -> Factors:
+    """A term for the chosen tasks: their factors alone, renumbered."""
+    out: list[Any] = []
+    for stack, of in ((term.a, term.a_of), (term.b, term.b_of)):
+        mine = np.asarray(of)[list(chosen)]
+        kept = np.unique(mine[mine >= 0])
+        out.append(
+            (np.asarray(stack)[kept], np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32))
+        )
+    (a, a_of), (b, b_of) = out
+    return Factors(a, b, a_of, b_of, None if term.core is None else np.asarray(term.core)[list(chosen)])  # type: ignore[arg-type]
 
 
 def unpack(
@@ -366,6 +411,13 @@ def restrict(pattern: Sequence[Any], values: Sequence[Any], chosen: Sequence[int
         np.array([pick_b.index(b_of[t]) if b_of[t] >= 0 else -1 for t in chosen], np.int32),  # type: ignore[arg-type]
         cores,
     )
+
+
+def measure_size(store: Store) -> int:
+    """Bytes the store takes on disk, by writing it to a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder) / "store", store)
+        return size_on_disk(Path(folder) / "store")
 
 
 def size_on_disk(path: str | os.PathLike) -> int:

@@ -64,16 +64,18 @@ def scatter(gram: Array, labels: Array, weights: Array, heads: int) -> Array:
     return jnp.maximum(jnp.sum(weights * jnp.diag(gram)) - jnp.sum(mass * means), 0.0)
 
 
-def ward(gram: Array, weights: Array, heads: int) -> Array:
-    """Labels `[T]` of Ward's minimum-variance hierarchy cut at `heads` clusters.
+def hierarchy(gram: Array, weights: Array) -> Array:
+    """Ward's minimum-variance hierarchy, cut at every number of clusters.
 
-    Merges, T - K times, the two clusters whose union raises the scatter least (Ward 1963), by the
-    Lance-Williams recurrence. Cuts at different K are nested.
+    Merges, one pair at a time, the two clusters whose union raises the scatter least (Ward 1963), by the
+    Lance-Williams recurrence. Cuts are nested.
 
     Args:
       gram: `[T, T]` Gram matrix of deltas.
       weights: `[T]`, 0 for a task without a delta.
-      heads: K, at most T.
+
+    Returns:
+      `[T, T]` labels; row K - 1 is the cut at K clusters, labelled 0 to K - 1 by first appearance.
     """
     t = gram.shape[0]
     mass = jnp.maximum(weights, 1e-30)
@@ -82,7 +84,7 @@ def ward(gram: Array, weights: Array, heads: int) -> Array:
     cost = squared * mass[:, None] * mass[None, :] / (mass[:, None] + mass[None, :])
     cost = jnp.where(jnp.eye(t, dtype=bool), jnp.inf, cost)
 
-    def merge(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def merge(state: tuple[Array, Array, Array], _: Any) -> tuple[tuple[Array, Array, Array], Array]:
         cost, mass, labels = state
         flat = jnp.argmin(cost)
         i, j = jnp.minimum(flat // t, flat % t), jnp.maximum(flat // t, flat % t)
@@ -92,11 +94,18 @@ def ward(gram: Array, weights: Array, heads: int) -> Array:
         gone = jnp.isinf(cost[i]) | (jnp.arange(t) == j)
         joint = jnp.where(gone, jnp.inf, joint)
         cost = cost.at[i].set(joint).at[:, i].set(joint).at[j].set(jnp.inf).at[:, j].set(jnp.inf)
-        return cost, mass.at[i].add(mass[j]), jnp.where(labels == j, i, labels)
+        labels = jnp.where(labels == j, i, labels)
+        return (cost, mass.at[i].add(mass[j]), labels), labels
 
-    _, _, labels = jax.lax.fori_loop(0, t - heads, merge, (cost, mass, jnp.arange(t)))
-    first = labels == jnp.arange(t)
-    return (jnp.cumsum(first) - 1)[labels].astype(jnp.int32)
+    own = jnp.arange(t)
+    _, merged = jax.lax.scan(merge, (cost, mass, own), length=t - 1)
+    cuts = jnp.concatenate([own[None], merged])[::-1]
+    return jax.vmap(lambda labels: (jnp.cumsum(labels == own) - 1)[labels].astype(jnp.int32))(cuts)
+
+
+def ward(gram: Array, weights: Array, heads: int) -> Array:
+    """Labels `[T]` of Ward's hierarchy cut at `heads` clusters, see `hierarchy`."""
+    return hierarchy(gram, weights)[heads - 1]
 
 
 class Partition(NamedTuple):

@@ -10,6 +10,7 @@ from hydraopt_jax import forms
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
+from hydraopt_jax.layout import TermShape
 
 
 class Source(NamedTuple):
@@ -32,6 +33,18 @@ class Source(NamedTuple):
     extras: Mapping[str, np.ndarray]
 
 
+class Payload(NamedTuple):
+    """The coded form of a store's factors, what is written; the factors are what it decodes to.
+
+    Attributes:
+      leaves: name -> bytes, see `coding.codec`.
+      shapes: module -> structure of its terms.
+    """
+
+    leaves: Mapping[str, bytes]
+    shapes: Mapping[str, tuple[TermShape, ...]]
+
+
 class Store(NamedTuple):
     """A compressed collection.
 
@@ -41,6 +54,7 @@ class Store(NamedTuple):
       sources: one `Source` a task.
       report: JSON-able account: the form asked for, bytes before, bounds, shapes.
       errors: `[M, T]` relative squared error of each module's delta for each task; NaN where absent.
+      payload: the entropy-coded factors; None where they are stored as they are.
     """
 
     tasks: tuple[str, ...]
@@ -48,6 +62,7 @@ class Store(NamedTuple):
     sources: tuple[Source, ...]
     report: Mapping[str, Any]
     errors: np.ndarray
+    payload: Payload | None = None
 
 
 def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

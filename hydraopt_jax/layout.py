@@ -1,0 +1,94 @@
+"""Which leaf of a store each part lies in: a rule that writer and reader both follow.
+
+Every part (one factor, one core) lies in the leaf of the set of tasks that read it: `shared` when all do,
+`task_3` when one does, `head_0`, `head_1`, ... for the sets between.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# sets of tasks beyond this many share one leaf with everybody: a leaf costs about 0.5 kB
+MAX_GROUPS = 64
+
+
+def leaf_names(members: Sequence[frozenset[int]], sizes: Sequence[int], tasks: int) -> tuple[list[str], list]:
+    """The leaf of each part, and the task sets of the `head_*` leaves.
+
+    >>> leaf_names([frozenset({0, 1, 2}), frozenset({1}), frozenset({0, 2})], [8, 4, 4], 3)
+    (['shared', 'task_1', 'head_0'], [[0, 2]])
+    """
+    weight: dict[frozenset[int], int] = {}
+    for users, size in zip(members, sizes, strict=True):
+        if 1 < len(users) < tasks:
+            weight[users] = weight.get(users, 0) + size
+    groups = sorted(sorted(weight, key=weight.__getitem__, reverse=True)[:MAX_GROUPS], key=sorted)
+    number = {users: f"head_{k}" for k, users in enumerate(groups)}
+    names = [
+        "shared"
+        if len(users) == tasks > 1
+        else f"task_{min(users)}"
+        if len(users) == 1
+        else number.get(users, "shared")
+        for users in members
+    ]
+    return names, [sorted(users) for users in groups]
+
+
+class TermShape(NamedTuple):
+    """The structure of one coded term: all that a reader needs beside the bytes.
+
+    Attributes:
+      a_of, b_of: which factor each task uses, -1 where the task has no delta.
+      inputs, rank, outputs: I, S, O.
+      predicted: whether factors 1, 2, ... of either side may be predicted from factor 0.
+    """
+
+    a_of: tuple[int, ...]
+    b_of: tuple[int, ...]
+    inputs: int
+    rank: int
+    outputs: int
+    predicted: bool
+
+
+class Piece(NamedTuple):
+    """One coded factor: `rank` vectors of one length.
+
+    Attributes:
+      module, term, side, factor: where it belongs; side 0 is the input side.
+      length: entries of each vector, I or O.
+      rank: how many vectors, S.
+      base: position of the piece it may be predicted from, or -1.
+      leaf: name of the leaf that holds it.
+    """
+
+    module: str
+    term: int
+    side: int
+    factor: int
+    length: int
+    rank: int
+    base: int
+    leaf: str
+
+
+def pieces(modules: Mapping[str, Sequence[TermShape]]) -> tuple[list[Piece], list]:
+    """Every coded factor in the canonical order, with its leaf; and the task sets of the `head_*` leaves."""
+    rows, members, sizes = [], [], []
+    tasks = 0
+    for name, terms in modules.items():
+        for k, term in enumerate(terms):
+            tasks = len(term.a_of)
+            for side, (of, length) in enumerate(((term.a_of, term.inputs), (term.b_of, term.outputs))):
+                first = len(rows)
+                for factor in range(max(of) + 1):
+                    base = first if term.predicted and factor else -1
+                    everyone = term.predicted and not factor
+                    users = range(tasks) if everyone else np.flatnonzero(np.array(of) == factor).tolist()
+                    rows.append((name, k, side, factor, length, term.rank, base))
+                    members.append(frozenset(users))
+                    sizes.append(length * term.rank)
+    names, groups = leaf_names(members, sizes, tasks)
+    return [Piece(*row, leaf) for row, leaf in zip(rows, names, strict=True)], groups
