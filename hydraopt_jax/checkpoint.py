@@ -1,12 +1,14 @@
 """The store on disk: an Orbax checkpoint of a few packed leaves.
 
-Every part lies in the leaf of the set of tasks that read it (`layout`). Leaves are packed bytes, plain or
-entropy-coded; what lies where follows from the index, itself a leaf. Restoring one task reads the index and the
-leaves whose set it belongs to, and nothing else.
+Every part lies in the leaf of the set of tasks that read it (`layout`). Leaves are packed bytes, plain
+or entropy-coded; what lies where follows from the index, itself a leaf. Restoring one task reads the index
+and the leaves whose set it belongs to, and nothing else.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -211,7 +213,10 @@ def save(
     try:
         context = ocp.Context()
         context.array.saving.use_compression = compress
-        with context:
+        # plain zarr: few leaves need no database, whose own files cost more and vary in size
+        context.array.saving.use_ocdbt = False
+        context.array.saving.use_zarr3 = False
+        with context, quiet_orbax():
             ocp.save(workspace / "new", packed, custom_metadata=metadata)
         size = size_on_disk(workspace / "new")
         if limit is not None and size > limit:
@@ -223,6 +228,18 @@ def save(
         raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keep Orbax's remarks on a format without a database from the user."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def check_target(path: str | os.PathLike, overwrite: bool) -> None:

@@ -9,21 +9,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-# sets of tasks beyond this many share one leaf with everybody: a leaf costs about 0.5 kB
+# sets of tasks beyond this many, or with less than this to store, share one leaf with everybody
 MAX_GROUPS = 64
+MIN_GROUP = 4096
 
 
 def leaf_names(members: Sequence[frozenset[int]], sizes: Sequence[int], tasks: int) -> tuple[list[str], list]:
     """The leaf of each part, and the task sets of the `head_*` leaves.
 
-    >>> leaf_names([frozenset({0, 1, 2}), frozenset({1}), frozenset({0, 2})], [8, 4, 4], 3)
+    Args:
+      members: the tasks that read each part.
+      sizes: how much each part stores: its bytes, or its entries where they are coded.
+      tasks: T.
+
+    >>> leaf_names([frozenset({0, 1, 2}), frozenset({1}), frozenset({0, 2})], [8192, 4, 4096], 3)
     (['shared', 'task_1', 'head_0'], [[0, 2]])
     """
     weight: dict[frozenset[int], int] = {}
     for users, size in zip(members, sizes, strict=True):
         if 1 < len(users) < tasks:
             weight[users] = weight.get(users, 0) + size
-    groups = sorted(sorted(weight, key=weight.__getitem__, reverse=True)[:MAX_GROUPS], key=sorted)
+    worth = [users for users, size in weight.items() if size >= MIN_GROUP]
+    groups = sorted(sorted(worth, key=weight.__getitem__, reverse=True)[:MAX_GROUPS], key=sorted)
     number = {users: f"head_{k}" for k, users in enumerate(groups)}
     names = [
         "shared"
@@ -76,7 +83,8 @@ class Piece(NamedTuple):
 
 def pieces(modules: Mapping[str, Sequence[TermShape]]) -> tuple[list[Piece], list]:
     """Every coded factor in the canonical order, with its leaf; and the task sets of the `head_*` leaves."""
-    rows, members, sizes = [], [], []
+    rows: list[tuple[str, int, int, int, int, int, int]] = []
+    members, sizes = [], []
     tasks = 0
     for name, terms in modules.items():
         for k, term in enumerate(terms):

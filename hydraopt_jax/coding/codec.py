@@ -1,8 +1,8 @@
 """The codec: factors in quantiser steps become leaves of bytes, and come back.
 
-A factor's vectors are classified, predicted from another factor where that pays, quantised on the trellis and
-entropy-coded. A diagonal core a task, the gains, scales the steps back. The shared leaf is coded first, because others may be
-predicted from what it decodes to.
+A factor's vectors are classified, predicted from another factor where that pays, quantised on the trellis
+and entropy-coded. A diagonal core a task, the gains, scales the steps back. The shared leaf is coded
+first, because others may be predicted from what it decodes to.
 """
 
 import struct
@@ -58,7 +58,7 @@ class Coded(NamedTuple):
       shapes: module name -> its terms' structure.
       pieces: every factor in canonical order.
       groups: task sets of the `head_*` leaves.
-      index: class of each vector of each piece, `[S]`.
+      classes: class of each vector of each piece, `[S]`.
       predictions: of each piece, or None.
       values: what each piece decodes to, `[length, S]` float32 in steps.
       leaves: names of the leaves, the shared one first.
@@ -69,7 +69,7 @@ class Coded(NamedTuple):
     shapes: Mapping[str, tuple[TermShape, ...]]
     pieces: list[Piece]
     groups: list[list[int]]
-    index: list[np.ndarray]
+    classes: list[np.ndarray]
     predictions: list[Prediction | None]
     values: list[np.ndarray]
     leaves: tuple[str, ...]
@@ -78,7 +78,7 @@ class Coded(NamedTuple):
 
 
 def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np.ndarray]:
-    """Least-squares prediction of vectors from a decoded base, for the vectors where it saves more bits than it costs.
+    """Least-squares prediction of vectors from a decoded base, where it saves more bits than it costs.
 
     Args:
       target: `[n, S]`.
@@ -87,7 +87,7 @@ def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np
     Returns:
       Prediction or None, and the predicted part `[n, S]`.
     """
-    nothing = None, np.zeros_like(target)
+    nothing: tuple[None, np.ndarray] = None, np.zeros_like(target)
     if not base.shape[1] or not target.any():
         return nothing
     gram = base.T.astype(np.float64) @ base
@@ -227,7 +227,7 @@ def unpack_gains(data: bytes) -> np.ndarray:
 def side_information(coded: Coded, leaf: str, gains: Mapping[int, Sequence[np.ndarray]]) -> bytes:
     """Classes, predictions and gains of a leaf, deflated."""
     members = [i for i, x in enumerate(coded.pieces) if x.leaf == leaf]
-    index = b"".join(coded.index[i].astype(np.uint8).tobytes() for i in members)
+    index = b"".join(coded.classes[i].astype(np.uint8).tobytes() for i in members)
     flags, scales, coefficients = b"", b"", b""
     for i in members:
         if coded.pieces[i].base < 0:
@@ -250,7 +250,7 @@ def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
     leaves = set(coded.leaves) | {f"task_{t}" for t in gains}
     side = sum(len(side_information(coded, x, gains)) + 8 for x in leaves)
     raw = sum(
-        float(classes.SHIFT[x.index].sum() + np.count_nonzero(x.magnitude)) / 8 + 4 * sum(x.lanes)
+        float(classes.SHIFT[x.cls].sum() + np.count_nonzero(x.magnitude)) / 8 + 4 * sum(x.lanes)
         for x in coded.symbols
     )
     return side + raw + entropy_bytes(coded.counts) + len(streams.pack_tables(streams.tables(coded.counts)))
@@ -308,7 +308,8 @@ def deserialise(
     gains: dict[int, np.ndarray] = {}
     names = ("shared", *sorted(set(rest) - {"shared"}))
     for now in (names[:1], names[1:]):
-        bodies, spelled, guesses = [], [], {}
+        bodies, spelled = [], []
+        guesses: dict[int, np.ndarray] = {}
         for leaf in now:
             members = [i for i, x in enumerate(rows) if x.leaf == leaf]
             (length,) = struct.unpack_from("<I", rest[leaf])
@@ -370,7 +371,7 @@ def read_side(
         if len(vectors):
             weights = np.zeros((known.shape[1], rows[i].rank), np.float32)
             weights[:, vectors] = rounded.reshape(len(vectors), -1).T * scales[first : first + len(vectors)]
-            guess = known @ weights
+            guess[:] = known @ weights
         first += len(vectors)
-        guesses[i] = guess.astype(np.float32)
+        guesses[i] = guess
     return tail[at : at + gains]

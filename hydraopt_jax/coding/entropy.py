@@ -1,10 +1,11 @@
 """Range asymmetric numeral systems (rANS): entropy coding with integer tables, every lane on its own.
 
-A lane's state is 32 bits and moves 16 bits at a time; `x -> (x // f) * 2^14 + x % f + c` for a symbol of frequency f
-and cumulative frequency c. All arithmetic is in integers, so that what one machine wrote every machine
-reads. The table of a symbol depends on the trellis state, which decoding carries along.
+A lane's state is 32 bits and moves 16 bits at a time; `x -> (x // f) * 2^14 + x % f + c` for a symbol of
+frequency f and cumulative frequency c. All arithmetic is in integers, so that what one machine wrote every
+machine reads. The table of a symbol depends on the trellis state, which decoding carries along.
 
-Reference: J. Duda, Asymmetric numeral systems, arXiv 1311.2540; F. Giesen, Interleaved entropy coders, arXiv 1402.3392.
+Reference: J. Duda, Asymmetric numeral systems, arXiv 1311.2540; F. Giesen, Interleaved entropy
+coders, arXiv 1402.3392.
 """
 
 from typing import NamedTuple

@@ -1,17 +1,17 @@
 """What to share and what to keep: the cheapest form of every module at one quantiser step.
 
-All modules, tasks, directions and forms are weighed in one currency, squared steps: a direction that is coded costs
-its distortion and `multiplier * bits` by the Gaussian rate-distortion function, one that is left out costs its
-energy. With one step for the whole collection this is the Lagrangian optimum of reverse water-filling,
-so choosing per module is choosing for the collection. The step alone moves along the curve.
+All modules, tasks, directions and forms are weighed in one currency, squared steps: a direction that is
+coded costs its distortion and `multiplier * bits` by the Gaussian rate-distortion function, one that is left
+out costs its energy. With one step for the whole collection this is the Lagrangian optimum of reverse
+water-filling, so choosing per module is choosing for the collection. The step alone moves along the curve.
 
-Reference: Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, 1988; Cover and Thomas,
-Elements of Information Theory, section 10.3 (reverse water-filling).
+Reference: Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, 1988; Cover and
+Thomas, Elements of Information Theory, section 10.3 (reverse water-filling).
 """
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from hydraopt_jax.layout import TermShape
 
 # class and gain of a direction
 DIRECTION_BITS = 24
+# bits that a module pays for any form but the plainest: structure in the index
+FORM_BITS = 64
 # tasks tried as the one that others are predicted from
 REFERENCES = 8
 # width of a shared factor over the adapters' rank
@@ -32,7 +34,7 @@ SHARED_WIDTH = 4
 
 
 class Choice(NamedTuple):
-    """A form for one module: `separate` (predicted from task `reference`, or -1) or `hydra` with `side` and `heads`."""
+    """A form: `separate`, predicted from task `reference` or from none (-1); or `hydra`."""
 
     form: str
     reference: int = -1
@@ -59,7 +61,7 @@ class Spectrum(NamedTuple):
 
     Attributes:
       modules: names.
-      deltas: decompositions with `s` relative to the task's norm and times the root of its weight, `[M, T, ...]`.
+      deltas: decompositions, `s` relative to the task's norm and times the root of its weight, `[M, T, ...]`.
       norms: `[M, T]` Frobenius norms, zero for an absent task.
       scales: `[M, T]` what a relative delta is multiplied with to give the true one.
       cosines: squared cosines of every singular vector with those of the candidate references, input
@@ -134,7 +136,7 @@ def hierarchies(deltas: Svd) -> Array:
 
 @jax.jit
 def squared_cosines(x: Array, references: Array) -> Array:
-    """Squared inner products of vectors `[M, T, I, R]` with the references' `[M, C, I, R]`: `[M, T, R, C, R]`."""
+    """Squared inner products of `[M, T, I, R]` with the references' `[M, C, I, R]`: `[M, T, R, C, R]`."""
     return jnp.einsum("mtir,mcis->mtrcs", x, references, precision="highest") ** 2
 
 
@@ -184,7 +186,7 @@ def spectrum(modules: Sequence[str], deltas: Svd, weights: np.ndarray, *, share:
 
 
 def cost(count: int, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cost in squared steps, and bits, of coding `count` Gaussian coefficients of a variance in squared steps."""
+    """Cost in squared steps, and bits, of `count` Gaussian coefficients of a variance in squared steps."""
     bits = 0.5 * count * np.log2(np.maximum(variance / DISTORTION, 1))
     return count * np.minimum(variance, DISTORTION) + MULTIPLIER * bits, bits
 
@@ -208,14 +210,12 @@ class Plan(NamedTuple):
 def plan(x: Spectrum, step: float) -> Plan:
     """Choose the cheapest form of each module at a quantiser step."""
     inputs, outputs = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
-    energy = x.deltas.s.astype(np.float64) ** 2 / step**2
-    options: list[tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]] = []
-    alone, bits = (
-        sum(y) for y in zip(cost(inputs, energy / inputs), cost(outputs, energy / outputs), strict=True)
-    )
-    bits = bits + DIRECTION_BITS
-    alone = alone + MULTIPLIER * DIRECTION_BITS
-    keep = alone < energy
+    energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
+    options: list[Any] = []
+    left, right = cost(inputs, energy / inputs), cost(outputs, energy / outputs)
+    alone = left[0] + right[0] + MULTIPLIER * DIRECTION_BITS
+    bits = left[1] + right[1] + DIRECTION_BITS
+    keep: np.ndarray = np.asarray(alone < energy)
     total = np.where(keep, alone, energy).sum((1, 2))
     modules = range(len(x.modules))
     options.append((total, (bits * keep).sum((1, 2)), [Choice("separate")] * len(modules), keep))
@@ -227,6 +227,7 @@ def plan(x: Spectrum, step: float) -> Plan:
             paid, rate = hydra_cost(found, k, sizes, step)
             options.append((paid, rate, [Choice("hydra", side=side, heads=heads)] * len(modules), keep))
     table = np.stack([option[0] for option in options])
+    table[1:] += MULTIPLIER * FORM_BITS
     best = table.argmin(0)
     return Plan(
         tuple(options[k][2][m] for m, k in enumerate(best)),
@@ -240,8 +241,9 @@ def predicted(
     x: Spectrum, c: int, task: int, energy: np.ndarray, keep: np.ndarray, sizes: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]:
     """Cost of `separate` with every other task predicted from candidate reference c."""
-    base = keep[:, task]
-    paid, rate = MULTIPLIER * DIRECTION_BITS, np.full(energy.shape, float(DIRECTION_BITS))
+    base: np.ndarray = keep[:, task]
+    rate = np.full(energy.shape, float(DIRECTION_BITS))
+    paid = MULTIPLIER * rate
     others = np.arange(energy.shape[1]) != task
     extra = 8 * (base.sum(-1) + 2)[:, None, None]
     for count, cosines in zip(sizes, x.cosines, strict=True):
@@ -250,7 +252,8 @@ def predicted(
         # the reference is itself known only up to its distortion
         rest = variance * (1 - explained) + explained * np.minimum(variance, DISTORTION)
         before, after = cost(count, variance), cost(count, rest)
-        use = (after[0] + MULTIPLIER * extra < before[0]) & others[:, None] & base.any(-1)[:, None, None]
+        known = np.asarray(base.any(-1))[:, None, None]
+        use = (after[0] + MULTIPLIER * extra < before[0]) & others[:, None] & known
         paid = paid + np.where(use, after[0] + MULTIPLIER * extra, before[0])
         rate = rate + np.where(use, after[1] + extra, before[1])
     live = paid < energy
@@ -261,8 +264,8 @@ def predicted(
 
 def hydra_cost(found: Shared, k: int, sizes: tuple[int, int], step: float) -> tuple[np.ndarray, np.ndarray]:
     """Cost of HydraOpt's form at cut k: a shared vector is worth it when the heads that use it are."""
-    heads = found.heads[:, k].astype(np.float64) / step**2
-    centre = found.centre[:, k].astype(np.float64) / step**2
+    heads = np.asarray(found.heads[:, k], np.float64) / step**2
+    centre = np.asarray(found.centre[:, k], np.float64) / step**2
     paid, rate = cost(sizes[1], heads / sizes[1])
     paid = paid + MULTIPLIER * DIRECTION_BITS
     live = paid < heads
@@ -270,7 +273,7 @@ def hydra_cost(found: Shared, k: int, sizes: tuple[int, int], step: float) -> tu
     own, own_rate = cost(sizes[0], centre / sizes[0])
     own = own + MULTIPLIER * DIRECTION_BITS
     used = leaves + own < centre
-    total = np.where(used, leaves + own, centre).sum(-1) + found.missed[:, k] / step**2
+    total = np.where(used, leaves + own, centre).sum(-1) + np.asarray(found.missed[:, k]) / step**2
     bits = ((rate + DIRECTION_BITS) * live * used[:, None]).sum((1, 2)) + ((own_rate + 16) * used).sum(-1)
     return total, bits
 
@@ -290,8 +293,9 @@ def targets(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[Target, .
 def separate_target(deltas: Svd, reference: int, live: np.ndarray, step: float) -> tuple[Target, ...]:
     """Each task's live singular directions; the reference's factors come first."""
     present = np.flatnonzero(np.asarray(deltas.energy) > 0)
-    order = [reference, *(t for t in present if t != reference)] if reference >= 0 else present.tolist()
-    if not order:
+    first = [reference] if reference >= 0 else []
+    order = np.array([*first, *(t for t in present if t != reference)], int)
+    if not len(order):
         return ()
     rank = max(int(live[present].sum(-1).max(initial=0)), 1)
     s = np.where(live, deltas.s, 0.0) / step

@@ -22,7 +22,7 @@ class Symbols(NamedTuple):
     """Symbols of several streams side by side.
 
     Attributes:
-      magnitude, quantiser, index: `[n, L]` int32.
+      magnitude, quantiser, cls: `[n, L]` int32; `cls` is the class.
       negative: `[n, L]` bool.
       lanes: lanes of each stream; their sum may fall short of L, the rest is padding.
       lengths: symbols of each stream.
@@ -30,14 +30,14 @@ class Symbols(NamedTuple):
 
     magnitude: np.ndarray
     quantiser: np.ndarray
-    index: np.ndarray
+    cls: np.ndarray
     negative: np.ndarray
     lanes: tuple[int, ...]
     lengths: tuple[int, ...]
 
 
 def shape(lengths: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
-    """Lanes of each stream, and the `[n, L]` of all: rounded up to few distinct shapes, so few compilations."""
+    """Lanes of each stream, and the `[n, L]` of all: rounded up, for few compilations."""
     lanes = tuple(-(-n // LANE) for n in lengths)
     height = max((-(-n // max(k, 1)) for n, k in zip(lengths, lanes, strict=True)), default=1)
     total = max(sum(lanes), 1)
@@ -48,11 +48,11 @@ def shape(lengths: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
 def arrange(flats: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     """1-D streams as lanes `[n, L]`, filled up with zeros."""
     lanes, height, width = shape([len(x) for x in flats])
-    out = np.zeros((width, height), dtype)
+    out: np.ndarray = np.zeros((width, height), dtype)
     at = 0
     for flat, count in zip(flats, lanes, strict=True):
         run = -(-len(flat) // max(count, 1))
-        padded = np.zeros(count * run, dtype)
+        padded: np.ndarray = np.zeros(count * run, dtype)
         padded[: len(flat)] = flat
         out[at : at + count, :run] = padded.reshape(count, run)
         at += count
@@ -90,8 +90,8 @@ def values(symbols: Symbols) -> list[np.ndarray]:
 
 def histogram(symbols: Symbols) -> np.ndarray:
     """Counts of high parts, `[COUNT, 2, HIGH]`; classes with raw low bits count both quantisers as one."""
-    high = np.minimum(symbols.magnitude >> classes.SHIFT[symbols.index], classes.HIGH - 1)
-    at = (symbols.index * 2 + symbols.quantiser) * classes.HIGH + high
+    high = np.minimum(symbols.magnitude >> classes.SHIFT[symbols.cls], classes.HIGH - 1)
+    at = (symbols.cls * 2 + symbols.quantiser) * classes.HIGH + high
     out = np.bincount(at.ravel(), minlength=classes.COUNT * 2 * classes.HIGH)
     out = out.reshape(classes.COUNT, 2, classes.HIGH).astype(np.float64)
     out[0] = 0
@@ -153,15 +153,14 @@ def unpack_low(data: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 def encode(symbols: Symbols, frequencies: np.ndarray) -> list[bytes]:
     """The bytes of each stream: low bits, signs, lane states, words."""
-    high = symbols.magnitude >> classes.SHIFT[symbols.index]
+    high = symbols.magnitude >> classes.SHIFT[symbols.cls]
     table = frequencies.reshape(-1, classes.HIGH).astype(np.int32)
     coded = entropy.encode(
-        jnp.asarray(high), jnp.asarray(symbols.index * 2 + symbols.quantiser), jnp.asarray(table)
+        jnp.asarray(high), jnp.asarray(symbols.cls * 2 + symbols.quantiser), jnp.asarray(table)
     )
     state, words, taken = jax.device_get(coded)
     rows = [
-        flatten(x, symbols.lanes, symbols.lengths)
-        for x in (symbols.magnitude, symbols.index, symbols.negative)
+        flatten(x, symbols.lanes, symbols.lengths) for x in (symbols.magnitude, symbols.cls, symbols.negative)
     ]
     out, at = [], 0
     for k, count in enumerate(symbols.lanes):
@@ -178,7 +177,7 @@ def encode(symbols: Symbols, frequencies: np.ndarray) -> list[bytes]:
 def decode(data: Sequence[bytes], index: Sequence[np.ndarray], frequencies: np.ndarray) -> list[np.ndarray]:
     """Values in steps of each stream from its bytes and the classes of its symbols."""
     lengths = [len(x) for x in index]
-    lanes, height, width = shape(lengths)
+    lanes, _, width = shape(lengths)
     lows, signs, states, words = [], [], [], []
     for blob, cls, count in zip(data, index, lanes, strict=True):
         (size,) = struct.unpack_from("<I", blob)

@@ -1,12 +1,12 @@
 """Dependent quantisation: an 8-state trellis over two interleaved scalar quantisers.
 
-Quantiser Q0 reconstructs `2 k`, Q1 `sign(k) (2 |k| - 1)` (0 for k = 0), in steps; the parity of k drives the state,
-and the state says which quantiser is next. The union is a denser packing than either: about 1 dB less error
-than a scalar quantiser at the same rate. The Viterbi algorithm picks the codes of least
+Quantiser Q0 reconstructs `2 k`, Q1 `sign(k) (2 |k| - 1)` (0 for k = 0), in steps; the parity of k drives
+the state, and the state says which quantiser is next. The union is a denser packing than either: about 1 dB
+less error than a scalar quantiser at the same rate. The Viterbi algorithm picks the codes of least
 `error + multiplier * bits`.
 
-Reference: Marcellin and Fischer, Trellis coded quantization, IEEE Trans. Communications 38(1), 1990; Schwarz et
-al., Quantization and entropy coding in the versatile video coding standard, 2021.
+Reference: Marcellin and Fischer, Trellis coded quantization, IEEE Trans. Communications 38(1), 1990; Schwarz
+et al., Quantization and entropy coding in the versatile video coding standard, 2021.
 """
 
 import functools
