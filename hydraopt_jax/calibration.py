@@ -1,0 +1,76 @@
+"""Second moments of modules' inputs: what turns weight errors into output errors.
+
+A module's output error on inputs x is `E ||x @ (delta - hat)||^2 = ||L.T @ (delta - hat)||^2` with
+`C = E[x x.T] = L @ L.T`. A calibration file is a safetensors file with one float32 tensor a module, by the
+module's name: `[I, I]`, or `[I]` where only the diagonal is kept.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from hydraopt_jax.algebra import matmul
+from hydraopt_jax.errors import HydraOptError
+
+
+class Moment(NamedTuple):
+    """A running second moment.
+
+    Attributes:
+      total: `[I, I]` sum of `x x.T`.
+      count: how many inputs it is of, scalar.
+    """
+
+    total: Array
+    count: Array  # type: ignore[assignment]
+
+
+def start(inputs: int) -> Moment:
+    """The moment of no inputs yet."""
+    return Moment(jnp.zeros((inputs, inputs)), jnp.zeros(()))
+
+
+def accumulate(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
+    """Add a batch of inputs: `total + sum x x.T`.
+
+    Args:
+      moment: what was accumulated before.
+      x: `[..., I]` inputs of the module, any leading axes.
+      mask: `[...]` bool, which of them count (padding left out); None for all.
+
+    >>> m = accumulate(start(2), jnp.array([[1.0, 0.0], [0.0, 2.0]]))
+    >>> print(mean(m))
+    [[0.5 0. ]
+     [0.  2. ]]
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    keep = jnp.ones(rows.shape[0]) if mask is None else mask.reshape(-1).astype(jnp.float32)
+    return Moment(moment.total + matmul(rows.T, rows * keep[:, None]), moment.count + keep.sum())
+
+
+def mean(moment: Moment) -> Array:
+    """`E[x x.T]`, `[I, I]`."""
+    return moment.total / jnp.maximum(moment.count, 1.0)
+
+
+def save(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) -> None:
+    """Write second moments, module name -> `[I, I]` or `[I]`."""
+    save_file({k: np.ascontiguousarray(v, np.float32) for k, v in moments.items()}, path)
+
+
+def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read second moments.
+
+    Raises:
+      HydraOptError: no such file, or not a safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise HydraOptError(f"{path}: no readable calibration file (safetensors): {error}") from error

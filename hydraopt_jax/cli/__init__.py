@@ -1,0 +1,75 @@
+"""The `hydraopt` command: parsing and printing only.
+
+Exit status 0 when all went well, 1 for a failed check, 2 for bad use or bad input; errors are one line on
+standard error. With `--json` one JSON object goes to standard output and nothing else.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# before NumPy and JAX load: OpenBLAS threads under a batched factorisation slow it a hundredfold
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import click
+import jax
+
+from hydraopt_jax import checkpoint
+from hydraopt_jax.cli import collections, stores
+from hydraopt_jax.errors import HydraOptError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hydraopt-jax")
+def cli() -> None:
+    """Keep many LoRA adapters in little storage. ADAPTER is a PEFT folder, NAME=FOLDER, or hf:ORG/NAME."""
+
+
+for verb in (
+    collections.similarity_command,
+    collections.compress_command,
+    collections.demo,
+    stores.inspect,
+    stores.export,
+    stores.verify,
+):
+    cli.add_command(verb)
+
+
+def keep_compilations() -> None:
+    """Keep compiled computations between runs in the user's cache folder, where JAX has none set."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydraopt_jax"
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; turn every expected failure into one line and an exit status."""
+    keep_compilations()
+    try:
+        sys.exit(cli.main(args=arguments, prog_name="hydraopt", standalone_mode=False) or 0)
+    except checkpoint.TooLarge as error:
+        fail(f"{error}; --force keeps it", 1)
+    except HydraOptError as error:
+        fail(str(error), 2)
+    except click.ClickException as error:
+        fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def fail(message: str, status: int) -> None:
+    """One line on standard error, and the exit status."""
+    click.echo(f"hydraopt: {' '.join(message.split())}", err=True)
+    sys.exit(status)

@@ -1,0 +1,166 @@
+"""Verbs that read a collection of adapters: similarity, compress, demo."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.table import Table
+
+from hydraopt_jax import checkpoint, compression, navigate, report, similarity
+from hydraopt_jax import demo as demonstration
+from hydraopt_jax.adapters import check, stack
+from hydraopt_jax.calibration import load as load_calibration
+from hydraopt_jax.cli.common import (
+    as_json_option,
+    clean,
+    describe,
+    error_table,
+    forms_table,
+    parse_budget,
+    parse_weights,
+    read_all,
+    say,
+    with_adapters,
+)
+from hydraopt_jax.errors import HydraOptError
+
+# what the options of an explicit form are where they were not given
+DEFAULTS = {
+    "heads": None,
+    "rank": None,
+    "side": "auto",
+    "cores": False,
+    "solver": "closed",
+    "start": "closed",
+    "steps": 1000,
+    "dtype": None,
+}
+
+
+@click.command("similarity")
+@click.argument("adapters", nargs=-1, required=True)
+@with_adapters
+@click.option("--plot", type=click.Path(dir_okay=False), help="write heat maps to this PNG, PDF or SVG")
+@as_json_option
+def similarity_command(
+    adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], plot: str | None, as_json: bool
+) -> None:
+    """How alike the adapters are: factors, deltas and subspaces, per layer kind and task by task."""
+    summary = similarity.summarise(stack(read_all(adapters, any_base, base_suffix, as_json)))
+    if plot:
+        report.plot_similarity(plot, summary)
+    payload = {
+        "tasks": list(summary.tasks),
+        "mean": {k: clean(np.asarray(v)) for k, v in summary.mean._asdict().items()},
+        "modules": {
+            m: {k: clean(np.asarray(v)) for k, v in x._asdict().items()} for m, x in summary.modules.items()
+        },
+    }
+    say(as_json, payload, report.kinds_table(summary), report.task_table(summary))
+
+
+@click.command("compress")
+@click.argument("adapters", nargs=-1, required=True)
+@with_adapters
+@click.option("--out", required=True, type=click.Path(), help="the store to write, a new folder")
+@click.option("--budget", help="a fraction of the factors' fp16 bytes (0.125, 12.5%) or bytes on disk (3MB)")
+@click.option("--max-error", type=float, help="largest mean relative squared error")
+@click.option("--max-task-error", type=float, help="largest relative squared error of any task")
+@click.option("--weight", "weights", multiple=True, help="NAME=NUMBER, weight of a task's error")
+@click.option("--calibration", type=click.Path(), help="second moments of the modules' inputs, safetensors")
+@click.option("--alone", is_flag=True, help="under a budget or target: share nothing between tasks")
+@click.option("--heads", type=int, help="K, heads a module; all tasks where not given")
+@click.option("--rank", type=int, help="S, width of the shared factor; the adapters' rank where not given")
+@click.option("--side", default="auto", help="which side is shared: in, out or auto")
+@click.option("--cores", is_flag=True, help="give each task an S x S core")
+@click.option("--solver", default="closed", help="closed or optax")
+@click.option("--start", default="closed", help="start of the optax solver: closed or mean")
+@click.option("--steps", type=int, default=1000, help="upper limit of Optax steps")
+@click.option("--dtype", help="stored dtype: float32, float16 or bfloat16; as it came where not given")
+@click.option("--no-zstd", is_flag=True, help="write the leaves without compression")
+@click.option("--overwrite", is_flag=True, help="replace an existing store")
+@click.option("--force", is_flag=True, help="keep a store that is larger than its input")
+@as_json_option
+def compress_command(
+    adapters: Sequence[str],
+    any_base: bool,
+    base_suffix: Sequence[str],
+    out: str,
+    no_zstd: bool,
+    overwrite: bool,
+    force: bool,
+    as_json: bool,
+    budget: str | None,
+    max_error: float | None,
+    max_task_error: float | None,
+    weights: Sequence[str],
+    calibration: str | None,
+    alone: bool,
+    **form: Any,
+) -> None:
+    """Compress ADAPTERS into one store: to a budget, to an error, or in a form that you choose."""
+    checkpoint.check_target(out, overwrite)
+    navigated = budget is not None or max_error is not None or max_task_error is not None
+    if navigated:
+        fixed = [k for k, v in form.items() if v != DEFAULTS[k]]
+        if fixed:
+            raise HydraOptError(
+                f"--{fixed[0]}: a budget or a target chooses the form itself; leave one of them out"
+            )
+        moments = None if calibration is None else load_calibration(calibration)
+        targets = navigate.Options(
+            None if budget is None else parse_budget(budget),
+            max_error,
+            max_task_error,
+            parse_weights(weights),
+            moments,
+            not alone,
+        )
+        navigate.check_options(targets)
+        collection = read_all(adapters, any_base, base_suffix, as_json)
+        with report.progress("navigating", navigate.ROUNDS, not as_json) as advance:
+            result = navigate.compress(collection, targets, progress=advance)
+    else:
+        if weights or calibration or alone:
+            raise HydraOptError(
+                "--weight, --calibration and --alone need --budget, --max-error or --max-task-error"
+            )
+        options = compression.Options(**form)
+        compression.check_options(options, len(adapters))
+        collection = read_all(adapters, any_base, base_suffix, as_json)
+        with report.progress("compressing", len(check(collection)), not as_json) as advance:
+            result = compression.compress(collection, options, progress=advance)
+    before = sum(checkpoint.size_on_disk(x.source) for x in collection)
+    checkpoint.save(out, result, overwrite=overwrite, compress=not no_zstd, limit=None if force else before)
+    after = checkpoint.size_on_disk(out)
+    payload = describe(out, result) | {"bytes_before": before, "bytes_after": after}
+    payload["ratio"] = clean(after / before)
+    table = Table("on disk", "before", "after", "ratio", title=str(out))
+    table.add_row(
+        "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
+    )
+    chosen = [forms_table(result)] if navigated else []
+    say(as_json, payload, table, *chosen, error_table(result))
+
+
+@click.command()
+@click.option("--out", default="hydraopt-demo", show_default=True, type=click.Path(), help="folder to write")
+@click.option("--seed", default=0, show_default=True, help="seed of the collection")
+@as_json_option
+def demo(out: str, seed: int, as_json: bool) -> None:
+    """The main job on a collection made for it: compress, export, verify, and the trade-off over K."""
+    with report.progress("demo", demonstration.STAGES, not as_json) as advance:
+        result = demonstration.run(Path(out), seed, advance)
+    table = Table("heads K", "bytes on disk", "of input", "mean error", "worst task", "bound")
+    for row in result["curve"]:
+        table.add_row(
+            str(row["heads"]),
+            report.format_bytes(row["bytes"]),
+            f"{row['ratio']:.3f}",
+            f"{row['mean']:.3e}",
+            f"{row['worst']:.3e}",
+            f"{row['bound']:.3e}",
+        )
+    say(as_json, clean(result), table, f"PEFT folders, stores and {result['plot']} are in {out}")

@@ -1,0 +1,169 @@
+"""What the verbs share: reading collections, printing, common options."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hydraopt_jax import checkpoint, report, store
+from hydraopt_jax.adapters import Adapter, check
+from hydraopt_jax.coding.trial import task_errors
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import check_same_base, read_adapter
+
+Command = Callable[..., Any]
+
+
+class CheckFailed(click.ClickException):
+    """A check that did not hold: exit status 1."""
+
+    exit_code = 1
+
+
+def read_all(
+    names: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
+) -> list[Adapter]:
+    """Read adapters given as PATH or NAME=PATH and check that they adapt one base model."""
+    out = []
+    with report.progress("reading", len(names), not as_json) as advance:
+        for name in names:
+            task, sep, path = name.partition("=")
+            plain = not sep or Path(name).exists()
+            out.append(read_adapter(name if plain else path, task=None if plain else task))
+            advance()
+    check_same_base(out, any_base=any_base, base_suffixes=tuple(base_suffix))
+    check(out)
+    return out
+
+
+def say(as_json: bool, payload: dict[str, Any], *tables: Any) -> None:
+    """Print the JSON object, or the tables."""
+    if as_json:
+        click.echo(json.dumps(payload, allow_nan=False))
+        return
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def clean(values: Any) -> Any:
+    """Numbers as JSON has them: six significant digits, null for what is not a number."""
+    if isinstance(values, dict):
+        return {k: clean(v) for k, v in values.items()}
+    if isinstance(values, list | tuple):
+        return [clean(v) for v in values]
+    if isinstance(values, np.ndarray):
+        return clean(values.tolist())
+    if isinstance(values, float | np.floating):
+        return float(f"{float(values):.6g}") if np.isfinite(values) else None
+    return values
+
+
+def with_adapters(command: Command) -> Command:
+    """The options of every verb that reads a collection."""
+    for decorate in (
+        click.option(
+            "--base-suffix", multiple=True, help="suffix of a quantised mirror's base name to ignore"
+        ),
+        click.option("--any-base", is_flag=True, help="accept adapters of differently named base models"),
+    ):
+        command = decorate(command)
+    return command
+
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output")
+
+
+def describe(path: str, content: store.Store) -> dict[str, Any]:
+    """What a store is, JSON-able."""
+    per_task = task_errors(content.errors)
+    bound = list(content.report["bound"].values())
+    chosen = {k: content.report[k] for k in ("forms", "limit", "step") if k in content.report}
+    return {
+        "store": str(path),
+        "schema": checkpoint.SCHEMA,
+        "tasks": list(content.tasks),
+        "modules": len(content.modules),
+        "form": content.report["form"],
+        "options": content.report["options"],
+        "error": {
+            "per_task": clean(dict(zip(content.tasks, per_task.tolist(), strict=True))),
+            "mean": clean(float(np.nanmean(content.errors))),
+            "worst": clean(float(np.max(per_task))),
+            "bound": clean(float(np.mean(bound))) if bound else None,
+        },
+        "entries": {"before": content.report["entries"], "after": store.count(content)},
+        **clean(chosen),
+    }
+
+
+def error_table(content: store.Store) -> Table:
+    """Relative squared error a task, mean, worst and the form's bound."""
+    table = Table("task", "relative squared error", title="error of delta")
+    per_task = task_errors(content.errors)
+    for task, value in zip(content.tasks, per_task, strict=True):
+        table.add_row(Text(task), f"{value:.3e}")
+    table.add_section()
+    table.add_row("mean", f"{np.nanmean(content.errors):.3e}")
+    table.add_row("worst", f"{per_task.max():.3e}")
+    bound = list(content.report["bound"].values())
+    if bound:
+        table.add_row("bound of the form (mean)", f"{np.mean(bound):.3e}")
+    for name, value in content.report.get("limit", {}).items():
+        table.add_row(f"rate-distortion limit, {name}", f"{value:.3e}")
+    return table
+
+
+def forms_table(content: store.Store) -> Table:
+    """How many modules took which form."""
+    table = Table("form", "modules", title="forms chosen")
+    for name, count in sorted(content.report["forms"].items(), key=lambda x: -x[1]):
+        table.add_row(Text(name), str(count))
+    return table
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_budget(text: str) -> int | float:
+    """A budget: a fraction of the fp16 bytes such as `0.125` or `12.5%`, or bytes such as `3MB`.
+
+    >>> parse_budget("0.125"), parse_budget("12.5%"), parse_budget("3MB"), parse_budget("1.5 KiB")
+    (0.125, 0.125, 3000000, 1536)
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
+    unit = match[2].upper() if match else "?"
+    try:
+        number = float(match[1]) if match else float("nan")
+    except ValueError:
+        unit = "?"
+    if unit == "" and number <= 10:
+        return number
+    if unit == "%":
+        return number / 100
+    if unit not in UNITS:
+        raise HydraOptError(
+            f"budget {text!r}: give a fraction of the fp16 bytes (0.125, 12.5%) or bytes with a unit (3MB)"
+        )
+    return int(number * UNITS[unit])
+
+
+def parse_weights(rows: Sequence[str]) -> dict[str, float]:
+    """Task weights given as NAME=WEIGHT."""
+    out = {}
+    for row in rows:
+        task, sep, value = row.rpartition("=")
+        try:
+            out[task] = float(value)
+        except ValueError:
+            sep = ""
+        if not sep:
+            raise HydraOptError(f"weight {row!r}: give NAME=NUMBER, such as legal=2")
+    return out

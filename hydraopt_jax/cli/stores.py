@@ -1,0 +1,112 @@
+"""Verbs that read a store: inspect, export, verify."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from hydraopt_jax import checkpoint, compression, report, store
+from hydraopt_jax.cli.common import (
+    CheckFailed,
+    as_json_option,
+    clean,
+    describe,
+    error_table,
+    read_all,
+    say,
+    with_adapters,
+)
+from hydraopt_jax.coding.trial import task_errors
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import peft, write_adapter
+
+
+@click.command()
+@click.argument("path", metavar="STORE")
+@as_json_option
+def inspect(path: str, as_json: bool) -> None:
+    """What is in a store: tasks, modules, form, bytes a leaf, error a task."""
+    content = checkpoint.restore(path)
+    _, index = checkpoint.read_index(path)
+    leaves = {name: size for name, (size, _) in index["leaves"].items()}
+    payload = describe(path, content) | {"leaves": leaves, "bytes": checkpoint.size_on_disk(path)}
+    table = Table("leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk")
+    for name, size in leaves.items():
+        table.add_row(name, f"{size:,}")
+    shape = Table("module", "[in, out]", "rank", "inputs", "outputs")
+    for name, terms in content.modules.items():
+        for term in terms:
+            a, b = term.a[0], term.b[0]
+            row = f"{a.shape[0]} x {b.shape[1]}", str(a.shape[1]), str(len(term.a)), str(len(term.b))
+            shape.add_row(Text(name), *row)
+    say(as_json, payload, table, shape, error_table(content))
+
+
+@click.command()
+@click.argument("path", metavar="STORE")
+@click.option("--task", "tasks", multiple=True, help="task to export; may be repeated")
+@click.option("--all", "everything", is_flag=True, help="export every task, each to OUT/<its name>")
+@click.option("--out", required=True, type=click.Path(), help="folder to write")
+@click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; as it came where not given")
+@click.option("--overwrite", is_flag=True, help="replace what is there")
+@as_json_option
+def export(
+    path: str,
+    tasks: Sequence[str],
+    everything: bool,
+    out: str,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write tasks of a store as PEFT folders."""
+    if bool(tasks) == everything:
+        raise HydraOptError("export: give either --task NAME or --all")
+    if dtype is not None and dtype not in compression.DTYPES:
+        raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(compression.DTYPES)}")
+    content = checkpoint.restore(path, None if everything else list(tasks))
+    single = len(tasks) == 1
+    folders = [Path(out) if single else Path(out) / peft.folder_name(t) for t in content.tasks]
+    taken = [f for f in folders if f.exists() and not overwrite]
+    if taken or len(set(folders)) < len(folders):
+        raise HydraOptError(f"{(taken or folders)[0]}: exists; choose another --out or give --overwrite")
+    with report.progress("exporting", len(folders), not as_json) as advance:
+        for task, folder in zip(content.tasks, folders, strict=True):
+            write_adapter(folder, store.adapter(content, task), dtype=dtype, overwrite=overwrite)
+            advance()
+    written = {task: str(f) for task, f in zip(content.tasks, folders, strict=True)}
+    table = Table("task", "folder")
+    for task, folder_text in written.items():
+        table.add_row(Text(task), Text(folder_text))
+    say(as_json, {"exported": written}, table)
+
+
+@click.command()
+@click.argument("path", metavar="STORE")
+@click.argument("adapters", nargs=-1)
+@with_adapters
+@as_json_option
+def verify(
+    path: str, adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
+) -> None:
+    """Check a store's checksums; with ADAPTERS, measure the true errors against them."""
+    content = checkpoint.restore(path)
+    payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "tasks": list(content.tasks)}
+    if adapters:
+        measured = compression.measure(content, read_all(adapters, any_base, base_suffix, as_json))
+        claimed = dict(zip(content.tasks, task_errors(content.errors).tolist(), strict=True))
+        payload["error"] = {
+            t: {"measured": clean(x), "claimed": clean(claimed[t])} for t, x in measured.items()
+        }
+        wrong = [t for t, x in measured.items() if not abs(x - claimed[t]) <= 1e-6 + 0.01 * claimed[t]]
+        payload["ok"] = not wrong
+    table = Table("check", "result", title=str(path))
+    table.add_row("checksums", "ok")
+    for task, pair in payload.get("error", {}).items():
+        table.add_row(Text(task), f"error {pair['measured']:.3e}, claimed {pair['claimed']:.3e}")
+    say(as_json, payload, table)
+    if adapters and wrong:
+        raise CheckFailed(f"{path}: the errors of {', '.join(wrong)} differ from what the store claims")
