@@ -13,7 +13,7 @@ import numpy as np
 from hydraopt_jax import adapters, checkpoint, compression
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.coding import codec, plan
-from hydraopt_jax.coding.trial import Problem, Trial, attempt, learn, prepare, task_errors
+from hydraopt_jax.coding.trial import Problem, Trial, attempt, prepare, task_errors, train
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.store import Payload, Source, Store
@@ -21,6 +21,8 @@ from hydraopt_jax.store import Payload, Source, Store
 # share of a byte budget that may stay unused before the search stops
 SLACK = 0.003
 ROUNDS = 12
+# tables are trained again when the logarithm of the step has moved this far
+RETRAIN = 0.4
 # the finest and the coarsest step, relative to the norm of a delta
 STEPS = (1e-6, 0.7)
 STEPS_LOG = (float(np.log(STEPS[0])), float(np.log(STEPS[1])))
@@ -85,8 +87,8 @@ def search(
     start: float,
     progress: Callable[[int], None],
 ) -> tuple[Trial | None, Trial]:
-    """Find the step whose trial has `goal(trial)` just at or below 0, by bracketed false position in
-    the logarithm of the step.
+    """Find the step whose trial has `goal(trial)` just at or below 0, by a bracketed secant in the
+    logarithm of the step.
 
     Args:
       problem: the collection.
@@ -100,11 +102,17 @@ def search(
     """
     x, best = float(np.log(start)), None
     # the finest and the coarsest step still open, and how far each end missed, once it was tried
-    ends: list[tuple[float, float | None]] = [(STEPS_LOG[0], None), (STEPS_LOG[1], None)]
-    trial = attempt(problem, float(np.exp(x)), learn(None))
+    open_ends: list[tuple[float, float | None]] = [(STEPS_LOG[0], None), (STEPS_LOG[1], None)]
+    ends = list(open_ends)
+    seen: tuple[float, float] | None = None
+    trained = x
+    frequencies = train(problem, float(np.exp(x)))
     for _ in range(ROUNDS):
-        # the first tables are a guess: the second pass at a step decides
-        trial = attempt(problem, float(np.exp(x)), learn(trial.coded))
+        # tables stay as they are near a step, so that the search sees a smooth curve
+        if abs(x - trained) > RETRAIN:
+            trained, frequencies = x, train(problem, float(np.exp(x)))
+            ends, seen = list(open_ends), None
+        trial = attempt(problem, float(np.exp(x)), frequencies)
         progress(1)
         miss = goal(trial)
         if miss <= 0 and (best is None or miss >= goal(best)):
@@ -115,12 +123,13 @@ def search(
         (low, miss_low), (high, miss_high) = ends
         if high - low < 1e-4:
             break
-        if miss_low is None or miss_high is None:
-            x -= (miss + SLACK / 2) / (0.8 * sign if sign < 0 else 1.5)
-        else:
+        slope = 0.8 * sign if sign < 0 else 1.5
+        if seen and seen[0] != x:
+            slope = sign * float(np.clip(sign * (miss - seen[1]) / (x - seen[0]), 0.2, 5.0))
+        seen, x = (x, miss), x - (miss + SLACK / 2) / slope
+        if not low < x < high and miss_low is not None and miss_high is not None:
             x = low + (high - low) * (miss_low + SLACK / 2) / (miss_low - miss_high)
-        margin = 0.02 * (high - low)
-        x = float(np.clip(x, low + margin, high - margin))
+        x = float(np.clip(x, low + 0.01 * (high - low), high - 0.01 * (high - low)))
     return best, trial
 
 
@@ -224,7 +233,7 @@ def to_budget(
     progress: Callable[[int], None],
 ) -> Store:
     """The best store of at most `limit` bytes on disk."""
-    least = attempt(problem, STEPS[1], learn(None))
+    least = attempt(problem, STEPS[1], train(problem, STEPS[1]))
     smallest = checkpoint.measure_size(to_store(collection, problem, least, options, entries))
     if smallest > limit:
         raise HydraOptError(

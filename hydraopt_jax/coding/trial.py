@@ -6,7 +6,7 @@ original coordinates.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,11 @@ from hydraopt_jax.coding.codec import Coded
 from hydraopt_jax.coding.plan import Spectrum
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
+
+# rate-distortion decisions and the tables they are charged by shape each other: rounds until they agree,
+# on this many modules
+TRAINING_ROUNDS = 5
+TRAINING_MODULES = 8
 
 
 class Metric(NamedTuple):
@@ -143,9 +148,9 @@ def solve_gains(
     return np.linalg.solve(system, cross[..., None])[..., 0] * live, gram, cross
 
 
-def attempt(problem: Problem, step: float, frequencies: np.ndarray) -> Trial:
-    """Code the collection at one step and measure it."""
-    goals: dict[str, Any] = {}
+def aims(problem: Problem, step: float) -> tuple[dict[str, tuple[codec.Target, ...]], dict[str, plan.Choice]]:
+    """What is to be coded at a step, module by module, and the form chosen for it."""
+    goals: dict[str, tuple[codec.Target, ...]] = {}
     choices: dict[str, plan.Choice] = {}
     for x in problem.spectra:
         chosen = plan.plan(x, step)
@@ -155,7 +160,24 @@ def attempt(problem: Problem, step: float, frequencies: np.ndarray) -> Trial:
                 for t in terms
             )
         choices |= dict(zip(x.modules, chosen.choices, strict=True))
-    coded = codec.quantise({n: goals[n] for n in problem.order}, frequencies)
+    return {n: goals[n] for n in problem.order}, choices
+
+
+def train(problem: Problem, step: float) -> np.ndarray:
+    """Frequencies to decide with near a step: quantisation and counting alternate on some of the modules."""
+    goals, _ = aims(problem, step)
+    few = list(goals)[:: max(len(goals) // TRAINING_MODULES, 1)]
+    prior = classes.gaussian()
+    frequencies = prior = prior / prior.sum(-1, keepdims=True)
+    for _ in range(TRAINING_ROUNDS):
+        frequencies = codec.quantise({n: goals[n] for n in few}, frequencies).counts + 8 * prior
+    return frequencies
+
+
+def attempt(problem: Problem, step: float, frequencies: np.ndarray) -> Trial:
+    """Code the collection at one step and measure it."""
+    goals, choices = aims(problem, step)
+    coded = codec.quantise(goals, frequencies)
     gains, errors = measure(problem, coded)
     size = codec.sizes(coded, gains)
     return Trial(step, coded, gains, errors, size, choices)
@@ -221,10 +243,3 @@ def task_errors(errors: np.ndarray) -> np.ndarray:
     """Mean over the modules that a task has, `[M, T] -> [T]`; 0 for a task with none."""
     present = ~np.isnan(errors)
     return np.where(present, errors, 0.0).sum(0) / np.maximum(present.sum(0), 1)
-
-
-def learn(coded: Coded | None) -> np.ndarray:
-    """Frequencies that the next quantisation decides with: counts over a weak Gaussian prior."""
-    prior = classes.gaussian()
-    prior = prior / prior.sum(-1, keepdims=True)
-    return prior if coded is None else coded.counts + 8 * prior
