@@ -26,7 +26,6 @@ import numpy as np
 from jax import Array
 
 from hydraopt_jax import algebra
-from hydraopt_jax.adapters import Adapters
 from hydraopt_jax.algebra import Svd
 
 # bisections of the logarithm of the water level
@@ -152,36 +151,27 @@ def _sides(deltas: Svd) -> tuple[Array, Array]:
     return jnp.maximum(left, 0.0), jnp.maximum(right, 0.0)
 
 
-def limits(
-    collection: Adapters, sizes: np.ndarray, weights: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
+def limits(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Least mean relative squared error of each model at numbers of bytes.
 
     Args:
-      collection: stacked adapters.
+      deltas: for the modules of each shape, decompositions `[M, T, ...]` of relative deltas (norm 1, times
+        the root of the task's weight); zero where a task lacks a module.
       sizes: `[P]` bytes.
-      weights: `[T]` weights of the tasks' relative errors, mean 1; None for 1.
 
     Returns:
       `separate` and `joint`, each `[P]`: mean over the (task, module) pairs there are.
     """
-    alone: list[tuple[np.ndarray, int, int]] = []
-    sides = []
-    for bucket in collection.buckets:
-        deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
-        scale = jnp.sqrt(
-            algebra.task_weights(deltas.energy) * (1.0 if weights is None else jnp.asarray(weights))
-        )
-        relative = deltas._replace(s=deltas.s * scale[..., None])
-        inputs, outputs = bucket.a.shape[2], bucket.b.shape[3]
-        alone.append((np.asarray(relative.s).ravel() ** 2, inputs, outputs))
-        left, right = _sides(relative)
+    alone, sides, pairs = [], [], 0
+    for x in deltas:
+        inputs, outputs = x.u.shape[-2], x.v.shape[-1]
+        energy = np.asarray(x.s, np.float32).ravel() ** 2
+        alone.append((energy, np.full_like(energy, inputs), np.full_like(energy, outputs)))
+        left, right = _sides(x)
         sides.append(Sides(left, right, jnp.float32(inputs), jnp.float32(outputs)))
-    energy = np.concatenate([x for x, _, _ in alone])
-    counts = [np.concatenate([np.full(len(x[0]), x[k], np.float32) for x in alone]) for k in (1, 2)]
-    pairs = sum(int((x.ranks > 0).sum()) for x in collection.buckets)
+        pairs += int((np.asarray(x.s).max(-1) > 0).sum())
     bits = jnp.asarray(8.0 * np.asarray(sizes), jnp.float32)
-    directions = Directions(jnp.asarray(energy), *(jnp.asarray(x) for x in counts))
+    directions = Directions(*(jnp.asarray(np.concatenate(x)) for x in zip(*alone, strict=True)))
     return {
         "separate": np.asarray(separate_limit(directions, bits)) / pairs,
         "joint": np.asarray(joint_limit(tuple(sides), bits)) / pairs,

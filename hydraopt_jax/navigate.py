@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, checkpoint, compression
+from hydraopt_jax import adapters, bounds, checkpoint, compression
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.coding import codec, plan
 from hydraopt_jax.coding.trial import Problem, Trial, attempt, prepare, task_errors, train
@@ -150,17 +150,28 @@ def to_store(
     leaves = codec.serialise(trial.coded, trial.gains)
     shapes = trial.coded.shapes
     modules = codec.deserialise(leaves, shapes, range(len(collection)))
-    forms: dict[str, list[str]] = {}
-    for name in problem.order:
-        forms.setdefault(label(trial.choices[name], [x.task for x in collection]), []).append(name)
-    report = account(options, entries) | {
-        "form": "coded",
-        "step": float(f"{trial.step:.6g}"),
-        "forms": {k: len(v) for k, v in forms.items()},
-    }
+    report = describe(collection, trial, options, entries)
+    if not problem.metrics:
+        found = limits(problem, np.array([sum(map(len, leaves.values()))]))
+        report["limit"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
     payload = Payload(leaves, shapes)
     tasks = tuple(x.task for x in collection)
     return Store(tasks, modules, sources_of(collection), report, trial.errors, payload)
+
+
+def describe(collection: Sequence[Adapter], trial: Trial, options: Options, entries: int) -> dict[str, Any]:
+    """The report of a coded store."""
+    tasks = [x.task for x in collection]
+    forms: dict[str, int] = {}
+    for choice in trial.choices.values():
+        forms[label(choice, tasks)] = forms.get(label(choice, tasks), 0) + 1
+    step = float(f"{trial.step:.6g}")
+    return account(options, entries) | {"form": "coded", "step": step, "forms": forms}
+
+
+def limits(problem: Problem, sizes: np.ndarray) -> dict[str, np.ndarray]:
+    """`bounds.limits` of the collection at numbers of bytes `[P]`: mean relative squared errors."""
+    return bounds.limits([x.deltas for x in problem.spectra], sizes)
 
 
 def account(options: Options, entries: int) -> dict[str, Any]:
@@ -189,10 +200,19 @@ def budget_bytes(options: Options, entries: int, extras: int) -> int:
     return int(budget) if isinstance(budget, int) else int(budget * 2 * entries) + extras
 
 
+def setup(collection: Sequence[Adapter], options: Options) -> Problem:
+    """Decompose and compare a collection, once for many budgets."""
+    inputs = adapters.stack(collection)
+    order = tuple(adapters.check(collection))
+    weights = task_weights(inputs.tasks, options)
+    return prepare(inputs, order, weights, options.calibration, options.share)
+
+
 def compress(
     collection: Sequence[Adapter],
     options: Options,
     *,
+    problem: Problem | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Store:
     """Compress adapters to a byte budget or an error target.
@@ -200,6 +220,7 @@ def compress(
     Args:
       collection: adapters of one base model.
       options: what to reach.
+      problem: what `setup` made of the same collection and options; None to make it.
       progress: called with 1 after each round of the search; there are at most `ROUNDS`.
 
     Returns:
@@ -210,17 +231,15 @@ def compress(
     """
     check_options(options)
     inputs = adapters.stack(collection)
-    order = tuple(adapters.check(collection))
-    weights = task_weights(inputs.tasks, options)
     if options.budget is None:
-        problem = prepare(inputs, order, weights, options.calibration, options.share)
+        problem = problem or setup(collection, options)
         return to_error(collection, inputs, problem, options, progress)
     extras = sum(int(v.nbytes) for x in collection for v in x.extras.values())
     limit = budget_bytes(options, inputs.size, extras)
     kept = lossless(collection, options, limit)
     if kept is not None:
         return kept
-    problem = prepare(inputs, order, weights, options.calibration, options.share)
+    problem = problem or setup(collection, options)
     return to_budget(collection, problem, options, inputs.size, limit, progress)
 
 
@@ -233,30 +252,38 @@ def to_budget(
     progress: Callable[[int], None],
 ) -> Store:
     """The best store of at most `limit` bytes on disk."""
-    least = attempt(problem, STEPS[1], train(problem, STEPS[1]))
-    smallest = checkpoint.measure_size(to_store(collection, problem, least, options, entries))
-    if smallest > limit:
-        raise HydraOptError(
-            f"budget of {limit:,} bytes: below the smallest store of this collection, {smallest:,} bytes "
-            f"({smallest / (2 * entries):.4f} of the fp16 bytes) at a mean error of "
-            f"{np.nanmean(least.errors):.3f}"
-        )
-    overhead = smallest - least.bytes
-    found = to_store(collection, problem, least, options, entries)
+    spare = 0
     for _ in range(3):
-        room = max(limit - overhead, least.bytes)
-        goal = lambda x, room=room: float(np.log(x.bytes / room))  # noqa: E731
-        best, _ = search(problem, goal, -1.0, first_step(problem, room), progress)
+        goal = lambda x, spare=spare: float(  # noqa: E731
+            np.log((x.bytes + overhead(collection, x, options, entries)) / (limit - spare))
+        )
+        best, _ = search(problem, goal, -1.0, first_step(problem, limit), progress)
         if best is None:
             break
-        result = to_store(collection, problem, best, options, entries)
-        size = checkpoint.measure_size(result)
+        kept = to_store(collection, problem, best, options, entries)
+        size = checkpoint.measure_size(kept)
         if size <= limit:
-            found = result
-            if size > (1 - 4 * SLACK) * limit or best.step <= STEPS[0] * 1.01:
-                break
-        overhead = size - best.bytes + 0.0005 * limit
-    return found
+            return kept
+        spare += size - limit + 16
+    step = STEPS[1]
+    least = to_store(collection, problem, attempt(problem, step, train(problem, step)), options, entries)
+    size = checkpoint.measure_size(least)
+    if size > limit:
+        raise HydraOptError(
+            f"budget of {limit:,} bytes: below the smallest store of this collection, {size:,} bytes "
+            f"({size / (2 * entries):.4f} of the fp16 bytes), of mean error {np.nanmean(least.errors):.3f}"
+        )
+    return least
+
+
+def overhead(collection: Sequence[Adapter], trial: Trial, options: Options, entries: int) -> int:
+    """Bytes on disk beside the coded factors: what a store of empty leaves takes."""
+    leaves = dict.fromkeys({*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}, b"\x00")
+    payload = Payload(leaves, trial.coded.shapes)
+    report = describe(collection, trial, options, entries)
+    tasks = tuple(x.task for x in collection)
+    empty = Store(tasks, {}, sources_of(collection), report, trial.errors, payload)
+    return checkpoint.measure_size(empty) - len(leaves)
 
 
 def lossless(collection: Sequence[Adapter], options: Options, limit: int) -> Store | None:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.frontier import Frontier
 from hydraopt_jax.similarity import Similarity, Summary
 
 MEASURES = {
@@ -182,6 +183,8 @@ def plot_tradeoff(
     path: str | Path,
     curves: Mapping[str, Sequence[tuple[float, float]]],
     *,
+    dashed: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    limits: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     title: str = "",
     bytes_label: str = "bytes stored / fp16 bytes of the adapters",
     error_label: str = "relative squared error of delta",
@@ -192,6 +195,8 @@ def plot_tradeoff(
       path: PNG, PDF or SVG file to write.
       curves: name -> (fraction of the bytes, error) pairs, in any order. Errors of 0 have no place on a
         logarithmic axis: they are drawn as open markers on its lower edge.
+      dashed: name of a curve -> a second line of its colour, dashed and without markers.
+      limits: name -> a grey line, such as a bound.
       title: above the axes; none where empty.
       bytes_label: of the horizontal axis.
       error_label: of the vertical axis.
@@ -221,7 +226,12 @@ def plot_tradeoff(
         axis.plot(
             [x for x, _ in drawn], [y for _, y in drawn], label=_plain(name, 60), linewidth=1.4, **style
         )
+        second = [(x, y) for x, y in sorted((dashed or {}).get(name, ())) if y > 0]
+        if second:
+            axis.plot(*zip(*second, strict=True), color=colour, linestyle="--", linewidth=1.0)
         axis.plot(exact, [floor] * len(exact), linestyle="none", markerfacecolor="white", **style)
+    for dashes, (name, line) in zip((":", "-.", "--"), (limits or {}).items(), strict=False):
+        axis.plot(*zip(*sorted(line), strict=True), color="0.5", linestyle=dashes, label=_plain(name, 60))
     axis.set_xscale("log")
     axis.set_yscale("log")
     if len(positive) < len(points):
@@ -236,6 +246,38 @@ def plot_tradeoff(
     if title:
         axis.set_title(_plain(title, 80), fontsize=10, loc="left")
     _save(figure, path)
+
+
+def plot_frontier(path: str | Path, found: Frontier) -> None:
+    """The frontier of a collection: mean error solid, worst task dashed, rate-distortion limits grey."""
+    mean = lambda c: [(p.bytes / found.reference, p.mean) for p in c.points]  # noqa: E731
+    worst = {c.label: [(p.bytes / found.reference, p.worst) for p in c.points] for c in found.curves[:1]}
+    plot_tradeoff(
+        path,
+        {c.label: mean(c) for c in found.curves if c.points},
+        dashed=worst,
+        limits={c.label: mean(c) for c in found.limits},
+    )
+
+
+def frontier_table(found: Frontier) -> Table:
+    """Every point of every curve: bytes, share of the fp16 bytes, mean and worst-task error."""
+    table = Table("method", "setting", "bytes", "of fp16", "mean error", "worst task")
+    for curve in (*found.curves, *found.limits):
+        for p in curve.points:
+            worst = f"{p.worst:.3e}" if np.isfinite(p.worst) else ""
+            share = f"{p.bytes / found.reference:.4f}"
+            table.add_row(Text(curve.label), p.setting, format_bytes(p.bytes), share, f"{p.mean:.3e}", worst)
+        table.add_section()
+    return table
+
+
+def rates_table(found: Frontier) -> Table:
+    """Bjontegaard-delta rates of the navigated curve."""
+    table = Table("against", "bytes at the same error", title="Bjontegaard-delta rate")
+    for name, value in found.delta_rate.items():
+        table.add_row(Text(name), f"{value:+.1f} %")
+    return table
 
 
 @contextmanager

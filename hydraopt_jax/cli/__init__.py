@@ -29,6 +29,7 @@ def cli() -> None:
 for verb in (
     collections.similarity_command,
     collections.compress_command,
+    collections.frontier_command,
     collections.demo,
     stores.inspect,
     stores.export,

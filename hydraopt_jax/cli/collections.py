@@ -1,4 +1,4 @@
-"""Verbs that read a collection of adapters: similarity, compress, demo."""
+"""Verbs that read a collection of adapters: similarity, compress, frontier, demo."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import click
 import numpy as np
 from rich.table import Table
 
-from hydraopt_jax import checkpoint, compression, navigate, report, similarity
+from hydraopt_jax import checkpoint, compression, frontier, navigate, report, similarity
 from hydraopt_jax import demo as demonstration
 from hydraopt_jax.adapters import check, stack
 from hydraopt_jax.calibration import load as load_calibration
@@ -143,6 +143,32 @@ def compress_command(
     )
     chosen = [forms_table(result)] if navigated else []
     say(as_json, payload, table, *chosen, error_table(result))
+
+
+@click.command("frontier")
+@click.argument("adapters", nargs=-1, required=True)
+@with_adapters
+@click.option("--budget", "budgets", multiple=True, help="a fraction of the fp16 bytes; may be repeated")
+@click.option("--plot", type=click.Path(dir_okay=False), help="write the plot to this PNG, PDF or SVG")
+@as_json_option
+def frontier_command(
+    adapters: Sequence[str],
+    any_base: bool,
+    base_suffix: Sequence[str],
+    budgets: Sequence[str],
+    plot: str | None,
+    as_json: bool,
+) -> None:
+    """The whole trade-off: bytes against error, with HydraOpt, merging, plain SVDs and the limit."""
+    fractions = [parse_budget(x) for x in budgets] or list(frontier.FRACTIONS)
+    if any(isinstance(x, int) for x in fractions):
+        raise HydraOptError("frontier: --budget takes fractions of the fp16 bytes, such as 0.125")
+    collection = read_all(adapters, any_base, base_suffix, as_json)
+    with report.progress("navigating", 2 * len(fractions), not as_json) as advance:
+        found = frontier.measure(collection, fractions, progress=advance)
+    if plot:
+        report.plot_frontier(plot, found)
+    say(as_json, clean(frontier.as_dict(found)), report.frontier_table(found), report.rates_table(found))
 
 
 @click.command()
