@@ -218,6 +218,10 @@ def save(
         context.array.saving.use_zarr3 = False
         with context, quiet_orbax():
             ocp.save(workspace / "new", packed, custom_metadata=metadata)
+        marker = workspace / "new" / "commit_success.txt"
+        if marker.exists():
+            # Orbax names the temporary folder in it, which is wrong after the rename and varies in length
+            marker.write_text("committed\n")
         size = size_on_disk(workspace / "new")
         if limit is not None and size > limit:
             raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")

@@ -20,7 +20,9 @@ from hydraopt_jax.store import Payload, Source, Store
 
 # share of a byte budget that may stay unused before the search stops
 SLACK = 0.003
-ROUNDS = 12
+ROUNDS = 16
+# about what the smallest store takes beside its codes, to start from
+LEAST_OVERHEAD = 4000
 # tables are trained again when the logarithm of the step has moved this far
 RETRAIN = 0.4
 # the finest and the coarsest step, relative to the norm of a delta
@@ -125,7 +127,7 @@ def search(
             break
         slope = 0.8 * sign if sign < 0 else 1.5
         if seen and seen[0] != x:
-            slope = sign * float(np.clip(sign * (miss - seen[1]) / (x - seen[0]), 0.2, 5.0))
+            slope = sign * float(np.clip(sign * (miss - seen[1]) / (x - seen[0]), 0.05, 5.0))
         seen, x = (x, miss), x - (miss + SLACK / 2) / slope
         if not low < x < high and miss_low is not None and miss_high is not None:
             x = low + (high - low) * (miss_low + SLACK / 2) / (miss_low - miss_high)
@@ -252,19 +254,21 @@ def to_budget(
     progress: Callable[[int], None],
 ) -> Store:
     """The best store of at most `limit` bytes on disk."""
-    spare = 0
+    # the estimate of the coded bytes is good to a few in ten thousand
+    spare = 16 + limit // 4096
+    start = first_step(problem, max(limit - LEAST_OVERHEAD, limit // 2))
     for _ in range(3):
         goal = lambda x, spare=spare: float(  # noqa: E731
             np.log((x.bytes + overhead(collection, x, options, entries)) / (limit - spare))
         )
-        best, _ = search(problem, goal, -1.0, first_step(problem, limit), progress)
+        best, _ = search(problem, goal, -1.0, start, progress)
         if best is None:
             break
         kept = to_store(collection, problem, best, options, entries)
         size = checkpoint.measure_size(kept)
         if size <= limit:
             return kept
-        spare += size - limit + 16
+        spare, start = spare + size - limit + 16, best.step
     step = STEPS[1]
     least = to_store(collection, problem, attempt(problem, step, train(problem, step)), options, entries)
     size = checkpoint.measure_size(least)

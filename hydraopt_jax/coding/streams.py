@@ -41,7 +41,7 @@ def shape(lengths: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
     lanes = tuple(-(-n // LANE) for n in lengths)
     height = max((-(-n // max(k, 1)) for n, k in zip(lengths, lanes, strict=True)), default=1)
     total = max(sum(lanes), 1)
-    unit = max(1 << (total.bit_length() - 2), 1)
+    unit = 1 << max(total.bit_length() - 2, 0)
     return lanes, 1 << max(height - 1, 63).bit_length(), -(-total // unit) * unit
 
 

@@ -26,15 +26,39 @@ TRAINING_MODULES = 8
 
 
 class Metric(NamedTuple):
-    """The second moment of a module's inputs, `C = L @ L.T` scaled to a mean of 1, as two factors.
+    """The second moment of a module's inputs, scaled to a mean eigenvalue of 1.
 
     Attributes:
-      forward: `[I, I]`, `L.T`: what turns `a` into the coordinates where errors are those of the output.
-      back: `[I, I]`, the inverse of `L.T`.
+      values: `[I]` eigenvalues.
+      vectors: `[I, I]` eigenvectors.
     """
 
-    forward: np.ndarray
-    back: np.ndarray
+    values: np.ndarray
+    vectors: np.ndarray
+
+    @property
+    def forward(self) -> np.ndarray:
+        """The symmetric root `[I, I]`: in its coordinates errors of `a` are those of the output."""
+        return (self.vectors * np.sqrt(self.values)) @ self.vectors.T
+
+
+def unweigh(metric: Metric, a: np.ndarray) -> np.ndarray:
+    """Vectors to be coded for given vectors in output coordinates, both in steps.
+
+    The plain inverse would spend bits on what inputs never excite. Keeping the part along an eigenvector of
+    value l costs bits in proportion to the energy `e / l` that it adds, and is worth e: with the factor
+    `g = l / (l + r)` on that part, `r = multiplier / (2 ln 2 variance)`, error plus bits are least.
+
+    Args:
+      metric: of the module's inputs.
+      a: `[A, I, S]`.
+    """
+    parts = metric.vectors.T @ a
+    plain = parts / np.sqrt(metric.values)[:, None]
+    variance = np.maximum((plain**2).mean(-2, keepdims=True), 1e-9)
+    ridge = codec.MULTIPLIER / (2 * np.log(2) * variance)
+    values = metric.values[:, None]
+    return (metric.vectors @ (plain * values / (values + ridge))).astype(np.float32)
 
 
 class Problem(NamedTuple):
@@ -84,8 +108,7 @@ def metric(moment: np.ndarray, name: str, inputs: int) -> Metric:
     if not np.isfinite(moment).all() or not np.trace(moment) > 0:
         raise HydraOptError(f"calibration: {name} is not a second moment (NaN, infinite or zero)")
     values, vectors = np.linalg.eigh((moment + moment.T) / 2 * inputs / np.trace(moment))
-    root = np.sqrt(np.maximum(values, 0) + 1e-3)
-    return Metric(((vectors * root) @ vectors.T).T, (vectors / root) @ vectors.T)
+    return Metric(np.maximum(values, 0) + 1e-4, vectors)
 
 
 def prepare(
@@ -156,8 +179,7 @@ def aims(problem: Problem, step: float) -> tuple[dict[str, tuple[codec.Target, .
         chosen = plan.plan(x, step)
         for name, terms in plan.targets(x, chosen, step).items():
             goals[name] = tuple(
-                t._replace(a=(problem.metrics[name].back @ t.a).astype(np.float32)) if problem.metrics else t
-                for t in terms
+                t._replace(a=unweigh(problem.metrics[name], t.a)) if problem.metrics else t for t in terms
             )
         choices |= dict(zip(x.modules, chosen.choices, strict=True))
     return {n: goals[n] for n in problem.order}, choices

@@ -1,0 +1,88 @@
+"""The frontier: plain curves against direct computation, rates against known answers."""
+
+import numpy as np
+import pytest
+
+from hydraopt_jax import HydraOptError, adapters, frontier, report, synthetic
+from hydraopt_jax.frontier import Curve, Point
+
+
+@pytest.fixture(scope="module")
+def many():
+    return synthetic.collection(
+        tasks=["a", "b", "c"], modules={"q": (192, 128), "k": (192, 128)}, rank=4, likeness=0.7
+    )
+
+
+@pytest.fixture(scope="module")
+def found(many):
+    return frontier.measure(many, (0.9, 0.5), heads=(1, 3))
+
+
+def line(factor, slope=2.0):
+    return Curve("", tuple(Point("", factor * 2.0**-k, slope**k, 0.0) for k in range(5)))
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
+def test_delta_rate_of_a_scaled_curve_is_its_factor(factor):
+    assert frontier.bjontegaard(line(factor), line(1.0)) == pytest.approx(100 * (factor - 1), abs=1e-6)
+
+
+def test_delta_rate_needs_errors_in_common():
+    far = Curve("", tuple(p._replace(mean=p.mean * 1e6) for p in line(1.0).points))
+    assert np.isnan(frontier.bjontegaard(far, line(1.0)))
+
+
+def test_dominated_points_are_no_part_of_a_curve():
+    points = [Point("", 4.0, 0.1, 0), Point("", 5.0, 0.2, 0), Point("", 2.0, 0.3, 0)]
+    assert [p.bytes for p in frontier.lower_envelope(points)] == [4.0, 2.0]
+
+
+def test_full_rank_svd_at_16_bits_is_the_rounding_of_half_precision(many):
+    last = frontier.separate(adapters.stack(many), 16).points[-1]
+    assert last.mean < 1e-6
+    assert last.bytes == 2 * adapters.stack(many).size
+
+
+def test_truncation_error_is_the_tail_of_the_singular_values(many):
+    first = frontier.separate(adapters.stack(many), 16).points[0]
+    tails = []
+    for x in many:
+        for name, a in x.a.items():
+            s = np.linalg.svd(a.astype(np.float64) @ x.b[name], compute_uv=False)
+            tails.append((s[1:] ** 2).sum() / (s**2).sum())
+    assert first.mean == pytest.approx(np.mean(tails), rel=1e-3)
+
+
+def test_merged_error_is_that_of_the_mean_cut_to_the_rank(many):
+    lost = []
+    for name in ("q", "k"):
+        deltas = [x.a[name].astype(np.float64) @ x.b[name] for x in many]
+        u, s, v = np.linalg.svd(np.mean(deltas, 0))
+        mean = (u[:, :4] * s[:4]) @ v[:4]
+        lost += [((d - mean) ** 2).sum() / (d**2).sum() for d in deltas]
+    assert frontier.merged(adapters.stack(many)).points[0].mean == pytest.approx(np.mean(lost), rel=1e-3)
+
+
+def test_navigated_curve_beats_the_paper_s_form(found):
+    assert found.delta_rate["separate SVD, 16 bits"] < -10
+    paper = found.curves[[c.label for c in found.curves].index("HydraOpt, fp16")]
+    for point in paper.points:
+        cheaper = [p.mean for p in found.curves[0].points if p.bytes <= point.bytes]
+        assert min(cheaper, default=0.0) < point.mean
+    for fraction, point in zip((0.9, 0.5), found.curves[0].points, strict=True):
+        assert point.bytes <= fraction * found.reference
+
+
+def test_frontier_as_plot_and_tables(found, tmp_path):
+    report.plot_frontier(tmp_path / "f.svg", found)
+    text = (tmp_path / "f.svg").read_text()
+    assert text.count("<path") > 20
+    rows = sum(len(c.points) for c in (*found.curves, *found.limits))
+    assert report.frontier_table(found).row_count == rows
+    assert frontier.as_dict(found)["curves"]["HydraOpt, fp16"][0]["setting"] == "K = 1"
+
+
+def test_budgets_must_be_positive(many):
+    with pytest.raises(HydraOptError, match="positive fractions"):
+        frontier.measure(many, (0.5, 0.0))

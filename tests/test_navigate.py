@@ -1,0 +1,191 @@
+"""Budgets and targets are met by the real store, and never worse than a plain form of the same bytes."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hydraopt_jax import HydraOptError, adapters, checkpoint, compression, frontier, navigate, synthetic
+from hydraopt_jax.coding.trial import task_errors
+from hydraopt_jax.store import task_factors
+
+MODULES = {"layers.0.q": (192, 128), "layers.1.q": (192, 128)}
+
+
+def collection(likeness, seed=0, tasks=3, rank=4):
+    names = [f"task {t}" for t in range(tasks)]
+    return synthetic.collection(
+        seed, tasks=names, modules=MODULES, rank=rank, likeness=likeness, dtype="float32"
+    )
+
+
+def fraction(store):
+    return checkpoint.measure_size(store) / (2 * store.report["entries"])
+
+
+@pytest.fixture(scope="module")
+def alike():
+    return collection(0.9)
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.5])
+def test_store_on_disk_meets_its_budget_and_its_claims(alike, budget, tmp_path):
+    kept = navigate.compress(alike, navigate.Options(budget=budget))
+    checkpoint.save(tmp_path / "store", kept)
+    back = checkpoint.restore(tmp_path / "store")
+    size = checkpoint.size_on_disk(tmp_path / "store")
+    assert 0.96 * budget < size / (2 * kept.report["entries"]) <= budget
+    measured = compression.measure(back, alike)
+    claimed = task_errors(kept.errors)
+    np.testing.assert_allclose(list(measured.values()), claimed, rtol=0.02, atol=1e-6)
+
+
+def test_budget_in_bytes(alike):
+    kept = navigate.compress(alike, navigate.Options(budget=9000))
+    assert 8500 < checkpoint.measure_size(kept) <= 9000
+
+
+def test_one_task_of_a_coded_store_is_the_same_as_all(alike, tmp_path):
+    kept = navigate.compress(alike, navigate.Options(budget=0.5))
+    checkpoint.save(tmp_path / "store", kept)
+    alone = checkpoint.restore(tmp_path / "store", ["task 2"])
+    assert alone.tasks == ("task 2",)
+    for name, (a, b) in task_factors(kept, "task 2").items():
+        a_alone, b_alone = task_factors(alone, "task 2")[name]
+        np.testing.assert_allclose(a_alone @ b_alone, a @ b, rtol=1e-5, atol=1e-7)
+
+
+def test_sharing_beats_no_sharing_on_like_adapters(alike):
+    both = [navigate.compress(alike, navigate.Options(budget=0.5, share=x)) for x in (True, False)]
+    assert np.nanmean(both[0].errors) < 0.7 * np.nanmean(both[1].errors)
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    likeness=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
+    seed=st.integers(0, 3),
+    budget=st.sampled_from([0.35, 0.6, 0.9]),
+)
+def test_never_worse_than_a_plain_form(likeness, seed, budget):
+    """Whatever the collection: no plain form, at any width and rank, has less error at the same bytes."""
+    many = collection(likeness, seed)
+    kept = navigate.compress(many, navigate.Options(budget=budget))
+    stacked = adapters.stack(many)
+    plain = [frontier.separate(stacked, bits) for bits in (16, 8, 6, 5, 4, 3)]
+    plain += [frontier.merged(stacked), frontier.hydra(many, [1, 2, 3])]
+    size = checkpoint.measure_size(kept)
+    # what any store takes beside its factors: index, checksums, the checkpoint's own files
+    beside = checkpoint.measure_size(compression.compress(many, compression.Options(rank=1, heads=1)))
+    rivals = [p.mean for curve in plain for p in curve.points if p.bytes + beside <= size]
+    assert np.nanmean(kept.errors) <= min(rivals, default=np.inf) + 2e-7
+
+
+def test_identical_adapters_cost_little_more_than_one():
+    one, many = collection(1.0, tasks=1), collection(1.0, tasks=4)
+    alone = navigate.compress(one, navigate.Options(max_error=1e-3))
+    together = navigate.compress(many, navigate.Options(max_error=1e-3))
+    extra = checkpoint.measure_size(together) - checkpoint.measure_size(alone)
+    assert extra < 0.5 * checkpoint.measure_size(alone)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.003])
+def test_error_target_is_met_and_not_by_much(alike, target):
+    kept = navigate.compress(alike, navigate.Options(max_error=target))
+    assert 0.7 * target < np.nanmean(kept.errors) <= target
+
+
+def test_worst_task_target(alike):
+    kept = navigate.compress(alike, navigate.Options(max_task_error=0.02))
+    assert 0.014 < task_errors(kept.errors).max() <= 0.02
+
+
+def test_a_heavy_task_is_kept_better(alike):
+    plain = navigate.compress(alike, navigate.Options(budget=0.4))
+    heavy = navigate.compress(alike, navigate.Options(budget=0.4, weights={"task 1": 8.0}))
+    assert task_errors(heavy.errors)[1] < 0.6 * task_errors(plain.errors)[1]
+
+
+def test_calibration_lowers_the_output_error(alike):
+    rng = np.random.default_rng(0)
+    # inputs that live in a subspace of 24 dimensions
+    root = rng.normal(size=(192, 24))
+    moment = root @ root.T
+    calibration = dict.fromkeys(MODULES, moment)
+
+    def output_error(kept):
+        lost = []
+        for x in alike:
+            for name, (a, b) in task_factors(kept, x.task).items():
+                true = x.a[name] @ x.b[name]
+                lost.append(np.sum((root.T @ (true - a @ b)) ** 2) / np.sum((root.T @ true) ** 2))
+        return np.mean(lost)
+
+    plain = navigate.compress(alike, navigate.Options(budget=0.4))
+    fitted = navigate.compress(alike, navigate.Options(budget=0.4, calibration=calibration))
+    assert output_error(fitted) < 0.8 * output_error(plain)
+    np.testing.assert_allclose(output_error(fitted), np.nanmean(fitted.errors), rtol=0.1)
+
+
+def test_lossless_above_the_input(alike):
+    kept = navigate.compress(alike, navigate.Options(budget=4.0))
+    assert kept.report["form"] == "lossless"
+    assert max(compression.measure(kept, alike).values()) < 1e-12
+
+
+def test_mixed_ranks_missing_modules_and_zero_deltas(tmp_path):
+    base = collection(0.5)
+    short = base[1]._replace(
+        a={"layers.0.q": base[1].a["layers.0.q"][:, :2]}, b={"layers.0.q": base[1].b["layers.0.q"][:2]}
+    )
+    zero = base[2]._replace(b={k: np.zeros_like(v) for k, v in base[2].b.items()})
+    many = [base[0], short, zero]
+    kept = navigate.compress(many, navigate.Options(budget=0.7))
+    checkpoint.save(tmp_path / "store", kept)
+    back = checkpoint.restore(tmp_path / "store")
+    assert np.isnan(back.errors[1, 1])
+    measured = compression.measure(back, many)
+    assert measured["task 0"] < 1e-3
+    assert measured["task 1"] < 1e-3
+    assert measured["task 2"] == 0
+
+
+def test_order_of_tasks_does_not_matter(alike):
+    forward = navigate.compress(alike, navigate.Options(max_error=0.01))
+    backward = navigate.compress(alike[::-1], navigate.Options(max_error=0.01))
+    sizes = [checkpoint.measure_size(x) for x in (forward, backward)]
+    assert abs(sizes[0] - sizes[1]) < 0.03 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "exactly one"),
+        ({"budget": 0.1, "max_error": 0.1}, "budget, max_error"),
+        ({"budget": 0.0}, "positive"),
+        ({"max_error": 0.0}, "--budget 1"),
+        ({"max_error": 1e-12}, "cannot be met"),
+        ({"budget": 500}, "below the smallest store"),
+        ({"budget": 0.5, "weights": {"tusk": 1.0}}, "tusk"),
+        ({"budget": 0.5, "weights": {"task 0": -1.0}}, "positive"),
+        ({"budget": 0.5, "calibration": {"layers.0.q": np.eye(192)}}, "layers.1.q"),
+        ({"budget": 0.5, "calibration": dict.fromkeys(MODULES, np.eye(4))}, r"\[4, 4\]"),
+        ({"budget": 0.5, "calibration": dict.fromkeys(MODULES, np.zeros(192))}, "second moment"),
+    ],
+)
+def test_bad_targets_say_what_is_wrong(alike, options, words):
+    with pytest.raises(HydraOptError, match=words):
+        navigate.compress(alike, navigate.Options(**options))
+
+
+@pytest.mark.parametrize(
+    ("budget", "target", "alone"),
+    [(0.25, 5.0e-4, 0.8), (0.125, 7.0e-3, 0.9), (0.0625, 0.035, 0.95), (0.03, 0.105, 0.95)],
+)
+def test_real_adapters_reach_their_figures(gpt2, budget, target, alone):
+    """Bytes on disk against the fp16 bytes of the factors; and sharing shows."""
+    many = [x._replace(extras={}) for x in gpt2]
+    kept = navigate.compress(many, navigate.Options(budget=budget))
+    assert fraction(kept) <= budget
+    assert np.nanmean(kept.errors) <= target
+    apart = navigate.compress(many, navigate.Options(budget=budget, share=False))
+    assert np.nanmean(kept.errors) < alone * np.nanmean(apart.errors)
