@@ -1,34 +1,59 @@
-"""The demonstration: a seeded collection, its trade-off over K, an export and a verification."""
+"""The demonstration: forty trained adapters, three budgets, bytes and scores before and after.
+
+Five word-level tasks in eight languages on a small character transformer, all of which ship with the
+package (`morphology/data`).
+"""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import checkpoint, compression, report, store, synthetic
+from hydraopt_jax import checkpoint, compression, navigate, report, store
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, write_adapter
+from hydraopt_jax.morphology import assets
+from hydraopt_jax.morphology.evaluate import evaluate
+from hydraopt_jax.morphology.vocabulary import encode_items
+from hydraopt_jax.store import Store, task_factors
 
-TASKS = 6
-STAGES = TASKS + 3
+BUDGETS = (0.25, 0.125, 0.0625)
+# words of each task that are scored
+ITEMS = 24
 
 
-def run(out: Path, seed: int, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Write the collection as PEFT folders, compress it at K = 1..T, export, verify, plot.
+def stages(budgets: Sequence[float]) -> int:
+    """How often `run` calls `advance`."""
+    return len(budgets) + 3
+
+
+def run(
+    out: Path,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    tasks: Sequence[str] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    items: int = ITEMS,
+) -> dict[str, Any]:
+    """Write the adapters as PEFT folders, compress them at each budget, score, export, verify, plot.
 
     Args:
       out: a new folder; it appears whole or not at all.
-      seed: of the collection.
-      advance: called after each of `STAGES` stages.
+      advance: called after each of `stages(budgets)` stages.
+      tasks: names of the adapters to use; None for all forty.
+      budgets: fractions of the adapters' fp16 bytes.
+      items: held-out words of each task to score, at most 48.
 
     Returns:
-      JSON-able: for each K the bytes on disk, their ratio to the input, the mean and worst relative squared
-      error and the bound; the path of the plot. Also written to `out/demo.json`.
+      JSON-able: for each budget the bytes on disk, their share of the fp16 bytes, the error and the scores;
+      scores of the adapters themselves and of the model without any; the path of the plot. Also written
+      to `out/demo.json`.
 
     Raises:
       HydraOptError: `out` exists or cannot be written.
@@ -41,7 +66,7 @@ def run(out: Path, seed: int, advance: Callable[[], None] = lambda: None) -> dic
     except OSError as error:
         raise HydraOptError(f"{out}: cannot be written: {error.strerror or error}") from error
     try:
-        result = build(work, seed, advance)
+        result = build(work, advance, tasks, budgets, items)
         result["plot"] = str(out / "tradeoff.png")
         (work / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
         os.replace(work, out)
@@ -50,51 +75,90 @@ def run(out: Path, seed: int, advance: Callable[[], None] = lambda: None) -> dic
     return result
 
 
-def build(work: Path, seed: int, advance: Callable[[], None]) -> dict[str, Any]:
+def lora_of(content: Store, tasks: Sequence[str]) -> dict[str, Any]:
+    """A store's factors as the model takes them: module -> `(a [T, I, S], b [T, S, O])`, ranks padded."""
+    rows = [task_factors(content, t) for t in tasks]
+    out = {}
+    for name in content.modules:
+        like = next(x[name] for x in rows if name in x)
+        rank = max(x[name][0].shape[1] for x in rows if name in x)
+        a = np.zeros((len(rows), like[0].shape[0], rank), np.float32)
+        b = np.zeros((len(rows), rank, like[1].shape[1]), np.float32)
+        for t, x in enumerate(rows):
+            if name in x:
+                a[t, :, : x[name][0].shape[1]], b[t, : x[name][1].shape[0]] = x[name]
+        out[name] = jnp.asarray(a), jnp.asarray(b)
+    return out
+
+
+def build(
+    work: Path,
+    advance: Callable[[], None],
+    chosen: Sequence[str] | None,
+    budgets: Sequence[float],
+    count: int,
+) -> dict[str, Any]:
     """The demonstration's files inside `work`."""
-    made = synthetic.collection(
-        seed,
-        tasks=TASKS,
-        modules=synthetic.transformer_modules(4, 256, 64),
-        rank=8,
-        likeness=0.6,
-        dtype="float16",
-    )
-    for adapter in made:
-        write_adapter(work / "adapters" / adapter.task, adapter)
-    collection = [read_adapter(work / "adapters" / x.task) for x in made]
+    paths = assets.unpack_adapters(assets.ADAPTERS_FILE, work / "adapters")
+    for path in paths:
+        if chosen is not None and path.name not in chosen:
+            shutil.rmtree(path)
+    collection = [read_adapter(p) for p in paths if p.exists()]
+    tasks = [x.task for x in collection]
+    sample = assets.load_sample()
+    items = encode_items(assets.load_vocabulary(), {t: sample[t] for t in tasks}, limit=count)
+    base = assets.load_base()
+    reference = 2 * sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
+
+    def score(lora: dict[str, Any]) -> dict[str, float]:
+        return dict(zip(tasks, np.round(evaluate(base, lora, items).exact, 4).tolist(), strict=True))
+
+    none = score({})
     advance()
-    before = checkpoint.size_on_disk(work / "adapters")
-    curve = []
-    for heads in range(1, TASKS + 1):
-        kept = compression.compress(collection, compression.Options(heads=heads))
-        path = work / f"store-k{heads}"
+    own = compression.compress(collection, compression.Options(dtype="float32"))
+    before = score(lora_of(own, tasks))
+    advance()
+    rows: list[dict[str, Any]] = []
+    problem = navigate.setup(collection, navigate.Options(budget=1.0))
+    for budget in budgets:
+        kept = navigate.compress(collection, navigate.Options(budget=budget), problem=problem)
+        path = work / f"store-{budget:g}"
         checkpoint.save(path, kept)
-        size = checkpoint.size_on_disk(path)
-        curve.append(
+        after = score(lora_of(checkpoint.restore(path), tasks))
+        rows.append(
             {
-                "heads": heads,
-                "bytes": size,
-                "ratio": size / before,
-                "mean": float(np.nanmean(kept.errors)),
-                "worst": float(np.nanmean(kept.errors, 0).max()),
-                "bound": float(np.mean(list(kept.report["bound"].values()))),
+                "budget": budget,
+                "bytes": checkpoint.size_on_disk(path),
+                "fraction": checkpoint.size_on_disk(path) / reference,
+                "error": float(np.nanmean(kept.errors)),
+                "score": float(np.mean(list(after.values()))),
+                "scores": after,
             }
         )
         advance()
-    content = checkpoint.restore(work / f"store-k{TASKS}")
-    for task in content.tasks:
-        write_adapter(work / "exported" / task, store.adapter(content, task))
-    back = [read_adapter(work / "exported" / t) for t in content.tasks]
-    advance()
+    content = checkpoint.restore(path)
+    write_adapter(work / "exported" / tasks[0], store.adapter(content, tasks[0]))
+    back = read_adapter(work / "exported" / tasks[0])
     measured = compression.measure(content, collection)
-    exported = compression.measure(
-        compression.compress(back, compression.Options(dtype="float32")), collection
-    )
     report.plot_tradeoff(
         work / "tradeoff.png",
-        {f"HydraOpt, K = 1..{TASKS}": [(x["ratio"], x["mean"]) for x in curve]},
-        bytes_label="bytes on disk / bytes of the adapters",
+        {
+            "stores": [(x["fraction"], x["score"]) for x in rows],
+            "own adapters, fp16": [(1.0, float(np.mean(list(before.values()))))],
+        },
+        bytes_label="bytes on disk / fp16 bytes of the adapters",
+        error_label="exact match, mean over tasks",
+        logarithmic=False,
     )
     advance()
-    return {"seed": seed, "bytes_before": before, "curve": curve, "verified": measured, "exported": exported}
+    mean = lambda x: float(np.mean(list(x.values())))  # noqa: E731
+    return {
+        "tasks": tasks,
+        "words": count,
+        "bytes_fp16": reference,
+        "without_adapters": {"score": mean(none), "scores": none},
+        "own_adapters": {"score": mean(before), "scores": before},
+        "stores": rows,
+        "verified": measured,
+        "exported": {"task": tasks[0], "modules": len(back.a)},
+    }

@@ -259,7 +259,7 @@ def to_budget(
     start = first_step(problem, max(limit - LEAST_OVERHEAD, limit // 2))
     for _ in range(3):
         goal = lambda x, spare=spare: float(  # noqa: E731
-            np.log((x.bytes + overhead(collection, x, options, entries)) / (limit - spare))
+            np.log((x.bytes + overhead(collection, x, options, entries)) / max(limit - spare, 1))
         )
         best, _ = search(problem, goal, -1.0, start, progress)
         if best is None:

@@ -188,6 +188,7 @@ def plot_tradeoff(
     title: str = "",
     bytes_label: str = "bytes stored / fp16 bytes of the adapters",
     error_label: str = "relative squared error of delta",
+    logarithmic: bool = True,
 ) -> None:
     """Error against size, both axes logarithmic, one marked line a curve.
 
@@ -200,6 +201,7 @@ def plot_tradeoff(
       title: above the axes; none where empty.
       bytes_label: of the horizontal axis.
       error_label: of the vertical axis.
+      logarithmic: whether the vertical axis is (the horizontal one always is).
 
     Raises:
       HydraOptError: no point to draw, a size that is not positive, matplotlib missing, or the file cannot be
@@ -233,7 +235,8 @@ def plot_tradeoff(
     for dashes, (name, line) in zip((":", "-.", "--"), (limits or {}).items(), strict=False):
         axis.plot(*zip(*sorted(line), strict=True), color="0.5", linestyle=dashes, label=_plain(name, 60))
     axis.set_xscale("log")
-    axis.set_yscale("log")
+    if logarithmic:
+        axis.set_yscale("log")
     if len(positive) < len(points):
         axis.set_ylim(bottom=floor)
     axis.set_xlabel(bytes_label, fontsize=9)

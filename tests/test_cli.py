@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hydraopt_jax import cli, formats
+from hydraopt_jax import cli, demo, formats
 
 
 def run(capsys, *arguments):
@@ -75,13 +75,57 @@ def test_similarity_prints_and_plots(capsys, folders, tmp_path):
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo(capsys, tmp_path):
-    said = ok(capsys, "demo", "--out", tmp_path / "demo")
-    errors = [x["mean"] for x in said["curve"]]
-    assert errors == sorted(errors, reverse=True)
+def test_demo_writes_stores_scores_and_a_plot(tmp_path):
+    said = demo.run(
+        tmp_path / "demo", tasks=["inflect-en", "inflect-de", "correct-fr"], budgets=(0.5, 0.1), items=2
+    )
+    sizes = [x["bytes"] for x in said["stores"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(x["fraction"] <= x["budget"] for x in said["stores"])
+    assert said["stores"][0]["error"] < said["stores"][1]["error"]
+    assert said["own_adapters"]["scores"].keys() == set(said["tasks"])
     assert (tmp_path / "demo" / "tradeoff.png").exists()
-    assert max(said["exported"].values()) < 1.05 * max(said["verified"].values()) + 1e-4
-    assert refused(capsys, "demo", "--out", tmp_path / "demo")
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == said
+
+
+def test_demo_does_not_write_over_anything(capsys, tmp_path):
+    assert "exists" in refused(capsys, "demo", "--out", tmp_path)
+
+
+def test_budget_makes_a_store_that_verifies(capsys, folders, tmp_path):
+    out = tmp_path / "store"
+    said = ok(capsys, "compress", *folders, "--budget", "0.6", "--out", out)
+    assert said["bytes_after"] <= 0.6 * 2 * said["entries"]["before"]
+    assert sum(said["forms"].values()) == said["modules"]
+    assert set(said["limit"]) == {"separate", "joint"}
+    assert ok(capsys, "verify", out, *folders)["ok"]
+    assert ok(capsys, "inspect", out)["form"] == "coded"
+
+
+def test_frontier_command_prints_every_curve(capsys, folders, tmp_path):
+    said = ok(capsys, "frontier", *folders, "--budget", "0.6", "--plot", tmp_path / "f.pdf")
+    assert {"hydraopt_jax", "HydraOpt, fp16", "merged (mean delta)"} <= set(said["curves"])
+    assert (tmp_path / "f.pdf").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--budget", "many"], "'many'"),
+        (["--budget", "3000"], "unit"),
+        (["--budget", "10B"], "below the smallest store"),
+        (["--budget", "0.5", "--heads", "2"], "--heads"),
+        (["--budget", "0.5", "--max-error", "0.1"], "exactly one"),
+        (["--max-error", "0"], "positive"),
+        (["--weight", "one=2"], "--weight"),
+        (["--budget", "0.5", "--weight", "one"], "NAME=NUMBER"),
+        (["--budget", "0.5", "--calibration", "none.safetensors"], "none.safetensors"),
+    ],
+)
+def test_bad_targets_write_nothing(capsys, folders, tmp_path, options, named):
+    said = refused(capsys, "compress", *folders, "--out", tmp_path / "store", *options)
+    assert named in said
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(

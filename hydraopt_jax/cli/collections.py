@@ -173,20 +173,25 @@ def frontier_command(
 
 @click.command()
 @click.option("--out", default="hydraopt-demo", show_default=True, type=click.Path(), help="folder to write")
-@click.option("--seed", default=0, show_default=True, help="seed of the collection")
 @as_json_option
-def demo(out: str, seed: int, as_json: bool) -> None:
-    """The main job on a collection made for it: compress, export, verify, and the trade-off over K."""
-    with report.progress("demo", demonstration.STAGES, not as_json) as advance:
-        result = demonstration.run(Path(out), seed, advance)
-    table = Table("heads K", "bytes on disk", "of input", "mean error", "worst task", "bound")
-    for row in result["curve"]:
+def demo(out: str, as_json: bool) -> None:
+    """Forty trained adapters at three budgets: bytes and scores before and after."""
+    budgets = demonstration.BUDGETS
+    with report.progress("demo", demonstration.stages(budgets), not as_json) as advance:
+        result = demonstration.run(Path(out), advance)
+    table = Table("what is kept", "bytes", "of fp16", "error of delta", "exact match", "of own")
+    own = result["own_adapters"]["score"]
+    none = result["without_adapters"]["score"]
+    size = result["bytes_fp16"]
+    table.add_row("no adapter", "0", "0", "", f"{none:.3f}", f"{none / own:.3f}")
+    table.add_row("40 adapters, fp16", report.format_bytes(size), "1", "", f"{own:.3f}", "1")
+    for row in result["stores"]:
         table.add_row(
-            str(row["heads"]),
+            f"store, budget {row['budget']:g}",
             report.format_bytes(row["bytes"]),
-            f"{row['ratio']:.3f}",
-            f"{row['mean']:.3e}",
-            f"{row['worst']:.3e}",
-            f"{row['bound']:.3e}",
+            f"{row['fraction']:.4f}",
+            f"{row['error']:.2e}",
+            f"{row['score']:.3f}",
+            f"{row['score'] / own:.3f}",
         )
     say(as_json, clean(result), table, f"PEFT folders, stores and {result['plot']} are in {out}")
