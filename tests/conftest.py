@@ -5,8 +5,9 @@ import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # one cache for the whole run: tests compile the same small shapes again and again
-run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"hydraopt-tests-{run}")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), "hydraopt-tests-" + os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from pathlib import Path

@@ -25,10 +25,10 @@ from experiments.morphology.config import Data
 from experiments.morphology.dataset import load_items
 from hydraopt_jax import checkpoint, compression, formats, navigate, report
 from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.demo import lora_of
 from hydraopt_jax.morphology.assets import ADAPTERS_FILE, load_base, load_vocabulary, unpack_adapters
 from hydraopt_jax.morphology.evaluate import evaluate
 from hydraopt_jax.morphology.vocabulary import encode_items
-from hydraopt_jax.demo import lora_of
 from hydraopt_jax.store import Store
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03)
@@ -129,9 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         keep(name, size, lora, {"error": error, "forms": store.report.get("forms", {})})
     summary = drops(result)
     for name, row in summary.items():
-        print(
-            f"{name:45} {row['fraction']:.4f} {row['score']:.4f} {row['mean_drop']:+.4f} {row['worst_drop']:+.4f}"
-        )
+        shown = (row[k] for k in ("fraction", "score", "mean_drop", "worst_drop"))
+        print(f"{name:45}", *(f"{x:+.4f}" for x in shown))
     curves = {
         label: [(r["fraction"], max(r["mean_drop"], 1e-4)) for n, r in summary.items() if match(n)]
         for label, match in {
