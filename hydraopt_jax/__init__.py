@@ -1,5 +1,6 @@
 """Transform coding for collections of LoRA adapters: HydraOpt (arXiv 2507.17706) and beyond, in JAX."""
 
+from hydraopt_jax import navigate
 from hydraopt_jax.adapters import Adapter, Adapters, Bucket, stack
 from hydraopt_jax.checkpoint import restore, save
 from hydraopt_jax.compression import Options, compress, measure
@@ -23,6 +24,7 @@ __all__ = [
     "hydra",
     "measure",
     "minimise",
+    "navigate",
     "pair",
     "restore",
     "save",

@@ -257,7 +257,7 @@ def to_budget(
     # the estimate of the coded bytes is good to a few in ten thousand
     spare = 16 + limit // 4096
     start = first_step(problem, max(limit - LEAST_OVERHEAD, limit // 2))
-    for _ in range(3):
+    for _ in range(6):
         goal = lambda x, spare=spare: float(  # noqa: E731
             np.log((x.bytes + overhead(collection, x, options, entries)) / max(limit - spare, 1))
         )
@@ -268,7 +268,7 @@ def to_budget(
         size = checkpoint.measure_size(kept)
         if size <= limit:
             return kept
-        spare, start = spare + size - limit + 16, best.step
+        spare, start = spare + 2 * (size - limit) + limit // 2048, best.step
     step = STEPS[1]
     least = to_store(collection, problem, attempt(problem, step, train(problem, step)), options, entries)
     size = checkpoint.measure_size(least)

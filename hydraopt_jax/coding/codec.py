@@ -248,7 +248,8 @@ def side_information(coded: Coded, leaf: str, gains: Mapping[int, Sequence[np.nd
 def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
     """Bytes that `serialise` will make, but for the last half per cent: no coding is done."""
     leaves = set(coded.leaves) | {f"task_{t}" for t in gains}
-    side = sum(len(side_information(coded, x, gains)) + 8 for x in leaves)
+    # lengths, and the last bytes and words of a leaf that are not full
+    side = sum(len(side_information(coded, x, gains)) + 14 for x in leaves)
     raw = sum(
         float(classes.SHIFT[x.cls].sum() + np.count_nonzero(x.magnitude)) / 8 + 4 * sum(x.lanes)
         for x in coded.symbols
