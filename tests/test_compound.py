@@ -1,0 +1,76 @@
+"""Compound forms: exact where they can be, between their bounds and their parts elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydraopt_jax import HydraOptError, algebra, compound, forms
+
+T, I, R, O = 4, 24, 3, 18
+
+
+@pytest.fixture(scope="module")
+def deltas():
+    keys = jax.random.split(jax.random.key(0), 4)
+    common = jax.random.normal(keys[0], (I, R)), jax.random.normal(keys[1], (R, O))
+    a = common[0] + 0.5 * jax.random.normal(keys[2], (T, I, R))
+    b = common[1] + 0.5 * jax.random.normal(keys[3], (T, R, O))
+    return jax.vmap(algebra.svd)(a, b)
+
+
+def loss(info):
+    return float(jnp.sum(info.weights * info.error))
+
+
+def measured(deltas, terms):
+    true = np.asarray((deltas.u * deltas.s[:, None, :]) @ deltas.v)
+    for term in terms:
+        a, b = forms.pair(term)
+        true = true - np.asarray(a) @ np.asarray(b)
+    return (true**2).sum((1, 2))
+
+
+@pytest.mark.parametrize(("heads", "residual_rank"), [(1, 1), (2, 2)])
+def test_residual_errors_are_true_and_above_the_bound(deltas, heads, residual_rank):
+    terms, info = compound.residual(deltas, heads=heads, rank=2, residual_rank=residual_rank)
+    np.testing.assert_allclose(measured(deltas, terms), info.error, rtol=1e-3, atol=1e-4)
+    assert float(info.bound) <= loss(info) * (1 + 1e-5)
+
+
+def test_remainder_lowers_the_error_down_to_nothing(deltas):
+    losses = [loss(compound.residual(deltas, heads=1, rank=2, residual_rank=r)[1]) for r in range(1, R + 3)]
+    plain = loss(forms.hydra(deltas, heads=1, rank=2)[1])
+    assert plain > losses[0]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 1e-9
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_joint_diagonal_lies_between_its_bound_and_one_merged_adapter(deltas, diagonal):
+    factors, info = compound.joint_diagonal(deltas, rank=3, diagonal=diagonal)
+    np.testing.assert_allclose(measured(deltas, [factors]), info.error, rtol=1e-3)
+    merged = loss(forms.hydra(deltas, heads=1, rank=3)[1])
+    assert float(info.bound) < loss(info) < merged
+    assert (np.diff(info.trace) <= 1e-4 * info.trace[0]).all()
+
+
+def test_full_cores_are_no_worse_than_diagonal_ones(deltas):
+    full, diagonal = (compound.joint_diagonal(deltas, rank=4, diagonal=d)[1] for d in (False, True))
+    assert loss(full) <= loss(diagonal) * 1.01
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_deltas_of_the_form_come_back(diagonal):
+    """Tasks that differ in a core only are exact."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    a, b = jax.random.normal(keys[0], (I, R)), jax.random.normal(keys[1], (R, O))
+    core = jax.vmap(jnp.diag)(1.0 + jax.random.uniform(keys[2], (T, R)))
+    made = jax.vmap(lambda c: algebra.svd(a @ c, b))(core)
+    _, info = compound.joint_diagonal(made, rank=R, diagonal=diagonal, steps=200)
+    assert loss(info) < 1e-4
+
+
+def test_remainder_needs_a_rank(deltas):
+    with pytest.raises(HydraOptError, match="residual_rank = 0"):
+        compound.residual(deltas, heads=1, rank=2, residual_rank=0)
