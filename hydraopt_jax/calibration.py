@@ -1,8 +1,16 @@
-"""Second moments of modules' inputs: what turns weight errors into output errors.
+"""Second moments of modules' inputs and output gradients: they turn weight errors into errors of the model.
 
-A module's output error on inputs x is `E ||x @ (delta - hat)||^2 = ||L.T @ (delta - hat)||^2` with
-`C = E[x x.T] = L @ L.T`. A calibration file is a safetensors file with one float32 tensor a module, by the
-module's name: `[I, I]`, or `[I]` where only the diagonal is kept.
+A module's output error on inputs x is `E ||x @ (delta - hat)||^2 = tr(C @ D @ D.T)` with
+`D = delta - hat` and `C = E[x x.T]`. With g the gradient, at the module's output, of the log-likelihood of
+labels drawn from the model itself, and `G = E[g g.T]`, the divergence of the model's outputs is about
+`tr(C @ D @ G @ D.T) / 2`, the Kronecker-factored Fisher information.
+
+A calibration file is a safetensors file with one float32 tensor a module, by the module's name: `[I, I]`, or
+`[I]` where only the diagonal is kept; and, if gradients were seen, one `NAME:output` a module, `[O, O]` or
+`[O]`, in the same units for all modules.
+
+Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
+arXiv 1503.05671.
 """
 
 import os
@@ -17,6 +25,9 @@ from safetensors.numpy import load_file, save_file
 
 from hydraopt_jax.algebra import matmul
 from hydraopt_jax.errors import HydraOptError
+
+# what follows a module's name where the moment is that of the gradients at its outputs
+OUTPUT = ":output"
 
 
 class Moment(NamedTuple):
@@ -41,7 +52,7 @@ def accumulate(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
 
     Args:
       moment: what was accumulated before.
-      x: `[..., I]` inputs of the module, any leading axes.
+      x: `[..., I]` inputs of the module, or gradients at its outputs; any leading axes.
       mask: `[...]` bool, which of them count (padding left out); None for all.
 
     >>> m = accumulate(start(2), jnp.array([[1.0, 0.0], [0.0, 2.0]]))

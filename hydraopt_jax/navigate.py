@@ -40,7 +40,8 @@ class Options(NamedTuple):
       max_task_error: largest relative squared error of any task, the mean over its modules.
       weights: task name -> weight of its relative error, 1 where not named.
       calibration: module name -> second moment `[I, I]` of its inputs, or `[I]` for a diagonal one; errors
-        are then those of the modules' outputs.
+        are then those of the modules' outputs. With `NAME:output` -> second moment of the gradients at its
+        outputs as well, what is made small is the divergence of the model's outputs (see `calibration`).
       share: whether tasks may share factors or be predicted from one another.
     """
 
@@ -335,6 +336,7 @@ def to_error(
     """The smallest store that meets an error target."""
     worst = options.max_task_error is not None
     target = float(options.max_task_error if worst else options.max_error)  # type: ignore[arg-type]
+    weights = task_weights(inputs.tasks, options)
     for _ in range(3 if worst else 1):
         goal = lambda x: float(np.log(max(value(x, worst), 1e-30) / target))  # noqa: E731
         best, last = search(problem, goal, 1.0, float(np.sqrt(target)) * 0.2, progress)
@@ -349,8 +351,7 @@ def to_error(
         # spend less on tasks that are better than they need be
         spread = np.maximum(task_errors(best.errors), 1e-3 * target) / target
         change = np.clip(spread, 0.1, 10.0) ** 0.9
-        weights = problem.weights * change
-        weights = weights / weights.mean()
+        weights = weights * change / np.mean(weights * change)
         problem = prepare(inputs, problem.order, weights, options.calibration, options.share)
     assert best is not None
     return to_store(collection, problem, best, options, inputs.size)

@@ -11,6 +11,7 @@ class Pretraining(NamedTuple):
     seed: int = 0
     steps: int = 1500
     batch: int = 64
+    balance: float = 0.5  # a task is drawn in proportion to its size to this power
     peak: float = 2e-3  # learning rate: linear warm-up, constant, then a linear decay to zero
     warmup: int = 100
     decay: int = 300

@@ -36,17 +36,19 @@ def optimiser(settings: Pretraining) -> optax.GradientTransformation:
 def pretrain(
     rows: Rows, config: Config, settings: Pretraining, folder: Path, *, stop: int | None = None
 ) -> tuple[Base, list[float]]:
-    """Trains on batches in which every row's task is drawn uniformly.
+    """Trains on batches in which every row's task is drawn in proportion to the task's size to the power
+    `settings.balance` (Conneau and Lample, Cross-lingual language model pretraining, arXiv 1901.07291).
 
     Returns the base and the mean loss of each chunk of steps.
     """
     tokens, lengths, starts, sizes = (jnp.asarray(x) for x in rows)
+    shares = settings.balance * jnp.log(sizes)
     tx = optimiser(settings)
 
     def step(state: tuple[dict[str, Array], Any], key: Array) -> tuple[Any, Array]:
         params, memory = state
         which, where = jax.random.split(key)
-        task = jax.random.randint(which, (settings.batch,), 0, len(sizes))
+        task = jax.random.categorical(which, shares, shape=(settings.batch,))
         pick = draw(where, starts[task], sizes[task], settings.batch)
         batch = tokens[pick].astype(jnp.int32)
         value, grads = jax.value_and_grad(lambda p: loss(Base(p, config), {}, batch, lengths[pick]))(params)

@@ -146,11 +146,11 @@ def spectrum(modules: Sequence[str], deltas: Svd, weights: np.ndarray, *, share:
     Args:
       modules: M names.
       deltas: decompositions of the true deltas, `u: [M, T, I, R]`.
-      weights: `[T]` of the relative errors.
+      weights: `[M, T]` of the relative errors.
       share: whether tasks may share anything.
     """
     norms = np.asarray(jnp.sqrt(deltas.energy))
-    root = np.sqrt(weights)[None, :]
+    root = np.sqrt(weights)
     scales = norms / root
     s = deltas.s * jnp.asarray(np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0))[..., None]
     # directions at round-off are none

@@ -1,8 +1,11 @@
 """A collection coded at one step: decompose once, then plan, quantise, solve the gains and measure.
 
-With second moments of the modules' inputs, `C = E[x x.T] = L @ L.T`, decompositions are those of
-`L.T @ delta`, so that choices, gains and errors are those of the modules' outputs; what is stored is in the
-original coordinates.
+With second moments of the modules' inputs, `C = E[x x.T]`, decompositions are those of `C^(1/2) @ delta`, so
+that choices, gains and errors are those of the modules' outputs. With those of the gradients at their
+outputs too, `G = E[g g.T]`, they are those of `C^(1/2) @ delta @ G^(1/2)`, whose squared norm is twice the
+Kronecker-factored estimate of the KL divergence of the model's outputs (Martens and Grosse,
+arXiv 1503.05671), and a module counts as much as it matters to them. What is stored is in the original
+coordinates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ import numpy as np
 
 from hydraopt_jax import algebra
 from hydraopt_jax.adapters import Adapters
+from hydraopt_jax.calibration import OUTPUT
 from hydraopt_jax.coding import classes, codec, plan
 from hydraopt_jax.coding.codec import Coded
 from hydraopt_jax.coding.plan import Spectrum
@@ -26,33 +30,40 @@ TRAINING_MODULES = 8
 
 
 class Metric(NamedTuple):
-    """The second moment of a module's inputs, scaled to a mean eigenvalue of 1.
+    """A second moment, scaled to a mean eigenvalue of 1.
 
     Attributes:
-      values: `[I]` eigenvalues.
-      vectors: `[I, I]` eigenvectors.
+      values: `[n]` eigenvalues.
+      vectors: `[n, n]` eigenvectors.
+      scale: mean eigenvalue of the moment itself.
     """
 
     values: np.ndarray
     vectors: np.ndarray
+    scale: float
 
     @property
-    def forward(self) -> np.ndarray:
-        """The symmetric root `[I, I]`: in its coordinates errors of `a` are those of the output."""
+    def root(self) -> np.ndarray:
+        """The symmetric root `[n, n]`: in its coordinates errors count alike."""
         return (self.vectors * np.sqrt(self.values)) @ self.vectors.T
 
 
-def unweigh(metric: Metric, a: np.ndarray) -> np.ndarray:
-    """Vectors to be coded for given vectors in output coordinates, both in steps.
+Metrics = tuple[Metric | None, Metric | None]
+
+
+def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
+    """Vectors to be coded for given vectors in the metric's coordinates, both in steps.
 
     The plain inverse would spend bits on what inputs never excite. Keeping the part along an eigenvector of
     value l costs bits in proportion to the energy `e / l` that it adds, and is worth e: with the factor
     `g = l / (l + r)` on that part, `r = multiplier / (2 ln 2 variance)`, error plus bits are least.
 
     Args:
-      metric: of the module's inputs.
-      a: `[A, I, S]`.
+      metric: of that side of the module, None for none.
+      a: `[A, n, S]`.
     """
+    if metric is None:
+        return a
     parts = metric.vectors.T @ a
     plain = parts / np.sqrt(metric.values)[:, None]
     variance = np.maximum((plain**2).mean(-2, keepdims=True), 1e-9)
@@ -66,13 +77,13 @@ class Problem(NamedTuple):
 
     Attributes:
       spectra: one a bucket.
-      metrics: module -> its metric; empty without calibration.
+      metrics: module -> metrics of its inputs and of its outputs; empty without calibration.
       order: module names in the collection's order.
-      weights: `[T]`.
+      weights: `[M, T]` of the relative errors, in that order.
     """
 
     spectra: tuple[Spectrum, ...]
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Metrics]
     order: tuple[str, ...]
     weights: np.ndarray
 
@@ -97,18 +108,50 @@ class Trial(NamedTuple):
     choices: dict[str, plan.Choice]
 
 
-def metric(moment: np.ndarray, name: str, inputs: int) -> Metric:
+def metric(moment: np.ndarray, name: str, size: int) -> Metric:
     """The metric of a second moment; a small ridge keeps directions never seen from being free."""
     moment = np.asarray(moment, np.float64)
     moment = np.diag(moment) if moment.ndim == 1 else moment
-    if moment.shape != (inputs, inputs):
+    if moment.shape != (size, size):
         raise HydraOptError(
-            f"calibration: {name} has shape {list(moment.shape)}, its module needs {[inputs, inputs]}"
+            f"calibration: {name} has shape {list(moment.shape)}, its module needs {[size, size]}"
         )
     if not np.isfinite(moment).all() or not np.trace(moment) > 0:
         raise HydraOptError(f"calibration: {name} is not a second moment (NaN, infinite or zero)")
-    values, vectors = np.linalg.eigh((moment + moment.T) / 2 * inputs / np.trace(moment))
-    return Metric(np.maximum(values, 0) + 1e-4, vectors)
+    scale = float(np.trace(moment)) / size
+    values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
+    return Metric(np.maximum(values, 0) + 1e-4, vectors, scale)
+
+
+def metrics_of(
+    inputs: Adapters, order: Sequence[str], calibration: Mapping[str, np.ndarray]
+) -> dict[str, Metrics]:
+    """The metrics of every module, checked against the collection."""
+    wanted = [*order]
+    if any(n + OUTPUT in calibration for n in order):
+        wanted += [n + OUTPUT for n in order]
+    missing = [n for n in wanted if n not in calibration]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise HydraOptError(f"calibration: no second moment of {missing[0]}{more}")
+    out: dict[str, Metrics] = {}
+    for bucket in inputs.buckets:
+        for n in bucket.modules:
+            left = metric(calibration[n], n, bucket.a.shape[2])
+            right = calibration.get(n + OUTPUT)
+            out[n] = left, None if right is None else metric(right, n + OUTPUT, bucket.b.shape[3])
+    return out
+
+
+def importance(metrics: Mapping[str, Metrics], modules: Sequence[str], norms: np.ndarray) -> np.ndarray:
+    """Energy of each delta in the units of the model's outputs, `[M, T]`; ones where that is not known."""
+    scales = np.zeros(len(modules))
+    for i, n in enumerate(modules):
+        left, right = metrics.get(n, (None, None))
+        if left is None or right is None:
+            return np.ones_like(norms)
+        scales[i] = left.scale * right.scale
+    return scales[:, None] * norms.astype(np.float64) ** 2
 
 
 def prepare(
@@ -120,55 +163,78 @@ def prepare(
 ) -> Problem:
     """Decompose and compare a collection once, for any step.
 
+    Args:
+      inputs: the collection.
+      order: module names.
+      weights: `[T]` of the tasks' errors.
+      calibration: second moments, as in a calibration file; None for none.
+      share: whether tasks may share anything.
+
     Raises:
       HydraOptError: a second moment that is missing, of a wrong shape, or none.
     """
-    metrics: dict[str, Metric] = {}
-    if calibration is not None:
-        missing = [n for n in order if n not in calibration]
-        if missing:
-            more = f" and {len(missing) - 1} more modules" if len(missing) > 1 else ""
-            raise HydraOptError(f"calibration: no second moment of {missing[0]}{more}")
-        for bucket in inputs.buckets:
-            for n in bucket.modules:
-                metrics[n] = metric(calibration[n], n, bucket.a.shape[2])
-    spectra = []
+    metrics = {} if calibration is None else metrics_of(inputs, order, calibration)
+    decomposed: list[algebra.Svd] = []
+    important: dict[str, np.ndarray] = {}
     for bucket in inputs.buckets:
-        a = bucket.a
-        if metrics:
-            forward = np.stack([metrics[n].forward for n in bucket.modules]).astype(np.float32)
-            a = np.einsum("mij,mtjr->mtir", forward, a)
-        deltas = algebra.batched_svd(jnp.asarray(a), jnp.asarray(bucket.b))
-        spectra.append(plan.spectrum(bucket.modules, deltas, weights, share=share))
-    return Problem(tuple(spectra), metrics, tuple(order), weights)
+        deltas = algebra.batched_svd(*weighed(metrics, bucket.modules, bucket.a, bucket.b))
+        decomposed.append(deltas)
+        norms = np.asarray(jnp.sqrt(deltas.energy))
+        important |= dict(zip(bucket.modules, importance(metrics, bucket.modules, norms), strict=True))
+    table = np.stack([important[n] for n in order])
+    table = np.where(table > 0, table / table[table > 0].mean(), 1.0) * weights
+    rows = {n: table[i] for i, n in enumerate(order)}
+    spectra = tuple(
+        plan.spectrum(x.modules, deltas, np.stack([rows[n] for n in x.modules]), share=share)
+        for x, deltas in zip(inputs.buckets, decomposed, strict=True)
+    )
+    return Problem(spectra, metrics, tuple(order), table)
+
+
+def weighed(
+    metrics: Mapping[str, Metrics], modules: Sequence[str], a: np.ndarray, b: np.ndarray
+) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Factors `[M, T, I, R]` and `[M, T, R, O]` in the metrics' coordinates."""
+    for side in (0, 1):
+        chosen = [metrics[n][side] if n in metrics else None for n in modules]
+        roots = [x.root.astype(np.float32) for x in chosen if x is not None]
+        if roots and side == 0:
+            a = np.einsum("mij,mtjr->mtir", np.stack(roots), a, optimize=True)
+        elif roots:
+            b = np.einsum("mtro,mop->mtrp", b, np.stack(roots), optimize=True)
+    return jnp.asarray(a), jnp.asarray(b)
 
 
 def solve_gains(
-    terms: Sequence[Factors], live: np.ndarray, deltas: algebra.Svd, forward: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    terms: Sequence[Factors], live: np.ndarray, deltas: algebra.Svd, metrics: Metrics = (None, None)
+) -> tuple[np.ndarray, ...]:
     """The gains of least error for given decoded factors of one module, all tasks, all terms jointly.
 
     Args:
       terms: decoded factors in steps.
       live: `[T, S]` directions that each task has, terms side by side.
       deltas: relative decompositions, `u: [T, I, R]`.
-      forward: metric of the inputs, or None.
+      metrics: of the module's inputs and outputs.
 
     Returns:
-      Gains `[T, S]`, and the quadratic form of the error, `gram: [T, S, S]` and `cross: [T, S]`.
+      Gains `[T, S]`, and the quadratic form of the error, `gram: [T, S, S]`, `cross: [T, S]` and the energies
+      `[T]` of the very arrays that the others are made of, so that small errors survive the cancellation.
     """
     a = np.concatenate([np.asarray(x.a, np.float64)[np.maximum(x.a_of, 0)] for x in terms], 2)
     b = np.concatenate([np.asarray(x.b, np.float64)[np.maximum(x.b_of, 0)] for x in terms], 1)
-    if forward is not None:
-        a = forward @ a
+    if metrics[0] is not None:
+        a = metrics[0].root @ a
+    if metrics[1] is not None:
+        b = b @ metrics[1].root
     a, b = a * live[:, None, :], b * live[:, :, None]
     gram = (a.swapaxes(1, 2) @ a) * (b @ b.swapaxes(1, 2))
-    left = a.swapaxes(1, 2) @ (deltas.u * deltas.s[:, None, :])
-    cross = np.einsum("tsr,trs->ts", left, deltas.v @ b.swapaxes(1, 2))
+    left, right = np.asarray(deltas.u * deltas.s[:, None, :]), np.asarray(deltas.v)
+    cross = np.einsum("tsr,trs->ts", a.swapaxes(1, 2) @ left, right @ b.swapaxes(1, 2))
+    energy = ((left.swapaxes(1, 2) @ left) * (right @ right.swapaxes(1, 2))).sum((1, 2))
     diagonal = np.einsum("tss->ts", gram)
     ridge = np.where(live, 1e-9 * diagonal, 1.0) + np.where(diagonal > 0, 0.0, 1.0)
     system = gram + ridge[:, :, None] * np.eye(gram.shape[1])
-    return np.linalg.solve(system, cross[..., None])[..., 0] * live, gram, cross
+    return np.linalg.solve(system, cross[..., None])[..., 0] * live, gram, cross, energy
 
 
 def aims(problem: Problem, step: float) -> tuple[dict[str, tuple[codec.Target, ...]], dict[str, plan.Choice]]:
@@ -178,9 +244,8 @@ def aims(problem: Problem, step: float) -> tuple[dict[str, tuple[codec.Target, .
     for x in problem.spectra:
         chosen = plan.plan(x, step)
         for name, terms in plan.targets(x, chosen, step).items():
-            goals[name] = tuple(
-                t._replace(a=unweigh(problem.metrics[name], t.a)) if problem.metrics else t for t in terms
-            )
+            left, right = problem.metrics.get(name, (None, None))
+            goals[name] = tuple(t._replace(a=unweigh(left, t.a), b=unweigh(right, t.b)) for t in terms)
         choices |= dict(zip(x.modules, chosen.choices, strict=True))
     return {n: goals[n] for n in problem.order}, choices
 
@@ -207,11 +272,11 @@ def attempt(problem: Problem, step: float, frequencies: np.ndarray) -> Trial:
 
 def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
     """Gains as they will be read, and the errors that they leave, `[M, T]`."""
-    tasks = len(problem.weights)
+    tasks = problem.weights.shape[1]
     decoded = codec.factors(coded)
     live = [codec.live_directions(coded.shapes, coded.pieces, coded.classes, t) for t in range(tasks)]
     place = {n: (x, m) for x in problem.spectra for m, n in enumerate(x.modules)}
-    solved: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+    solved: dict[str, tuple[np.ndarray, ...]] = {}
     for name in problem.order:
         x, m = place[name]
         if not decoded[name]:
@@ -225,8 +290,8 @@ def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]]
             ]
         )
         deltas = algebra.Svd(*(np.asarray(y[m], np.float64) for y in x.deltas))  # type: ignore[arg-type]
-        forward = problem.metrics[name].forward if problem.metrics else None
-        solved[name] = (*solve_gains(decoded[name], mask, deltas, forward), mask)
+        metrics = problem.metrics.get(name, (None, None))
+        solved[name] = (*solve_gains(decoded[name], mask, deltas, metrics), mask)
     gains: dict[int, list[np.ndarray]] = {}
     for t in range(tasks):
         rows = []
@@ -244,9 +309,9 @@ def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]]
             if x.norms[m, t] == 0:
                 errors[row, t] = 0.0 if name in solved and (name, 0) in live[t] else np.nan
                 continue
-            energy = float((np.asarray(x.deltas.s[m, t], np.float64) ** 2).sum())
             if name in solved:
-                _, gram, cross, mask = solved[name]
+                _, gram, cross, energies, mask = solved[name]
+                energy = energies[t]
                 g = np.zeros(mask.shape[1])
                 g[mask[t]] = (
                     np.concatenate(
@@ -256,8 +321,8 @@ def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]]
                 )
                 left = energy - 2 * g @ cross[t] + g @ gram[t] @ g
             else:
-                left = energy
-            errors[row, t] = max(left, 0.0) / problem.weights[t]
+                left = float((np.asarray(x.deltas.s[m, t], np.float64) ** 2).sum())
+            errors[row, t] = max(left, 0.0) / problem.weights[row, t]
     return gains, errors
 
 

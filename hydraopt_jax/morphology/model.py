@@ -11,6 +11,7 @@ Letters: N batch, L length, V vocabulary, D width, H heads, C columns of a cache
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from hydraopt_jax.morphology.vocabulary import PAD_ID
 
 PROJECTIONS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 Lora = dict[str, tuple[Array, Array]]
+# what the forward pass takes: pairs, or functions of a module's input that are added to its output (probes)
+Branches = Mapping[str, tuple[Array, Array] | Callable[[Array], Array]]
 Cache = list[tuple[Array, Array]]
 
 
@@ -53,6 +56,11 @@ def modules(config: Config) -> dict[str, tuple[int, int]]:
     d, h = config.width, config.hidden
     shapes = dict.fromkeys(PROJECTIONS, (d, d)) | {"up_proj": (d, h), "down_proj": (h, d)}
     return {f"layers.{i}.{name}": shapes[name] for i in range(config.layers) for name in PROJECTIONS}
+
+
+def low_rank(x: Array, a: Array, b: Array) -> Array:
+    """`(x @ a) @ b`: x [..., I], a [I, S], b [S, O]."""
+    return jnp.dot(jnp.dot(x, a, precision="highest"), b, precision="highest")
 
 
 def rotate(x: Array, positions: Array) -> Array:
@@ -87,19 +95,21 @@ class Block(nnx.Module):
         self.up_proj = linear(d, h, kernel_init=init)
         self.down_proj = linear(h, d, kernel_init=small)
 
-    def _project(self, name: str, x: Array, lora: Lora) -> Array:
+    def _project(self, name: str, x: Array, lora: Branches) -> Array:
         y = getattr(self, name)(x)
         if name not in lora:
             return y
-        a, b = lora[name]
-        return y + jnp.dot(jnp.dot(x, a, precision="highest"), b, precision="highest")
+        branch = lora[name]
+        if callable(branch):
+            return y + branch(x)
+        return y + low_rank(x, *branch)
 
     def __call__(
         self,
         x: Array,
         positions: Array,
         mask: Array,
-        lora: Lora,
+        lora: Branches,
         cache: tuple[Array, Array] | None = None,
         column: Array | int = 0,
     ) -> tuple[Array, tuple[Array, Array]]:
@@ -138,7 +148,7 @@ class CharTransformer(nnx.Module):
         tokens: Array,
         positions: Array,
         mask: Array,
-        lora: Lora,
+        lora: Branches,
         cache: Cache | None = None,
         column: Array | int = 0,
     ) -> tuple[Array, Cache]:
@@ -193,7 +203,7 @@ def init_base(config: Config, key: Array) -> Base:
     return Base(params, config)
 
 
-def forward(base: Base, lora: Lora, tokens: Array) -> Array:
+def forward(base: Base, lora: Branches, tokens: Array) -> Array:
     """Logits of every next token.
 
     Args:
@@ -217,7 +227,7 @@ def forward(base: Base, lora: Lora, tokens: Array) -> Array:
     return model.readout(hidden)
 
 
-def loss(base: Base, lora: Lora, tokens: Array, lengths: Array) -> Array:
+def loss(base: Base, lora: Branches, tokens: Array, lengths: Array) -> Array:
     """Mean cross-entropy of the answers.
 
     Args:
