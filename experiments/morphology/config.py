@@ -27,7 +27,7 @@ class Adapting(NamedTuple):
     seed: int = 1
     rank: int = 8
     alpha: float = 16.0
-    steps: int = 300
+    steps: int = 500
     batch: int = 24
     peak: float = 1e-3
     warmup: int = 20
