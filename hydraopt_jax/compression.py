@@ -283,20 +283,22 @@ def measure(content: Store, collection: Sequence[Adapter]) -> dict[str, float]:
     Raises:
       HydraOptError: an adapter whose task the store does not have, or that differs in its modules.
     """
+    return {x.task: float(np.mean(list(module_errors(content, x).values()))) for x in collection}
+
+
+def module_errors(content: Store, adapter: Adapter) -> dict[str, float]:
+    """True relative squared error of each of an adapter's modules; see `measure`."""
+    kept = task_factors(content, adapter.task)
+    unknown = set(adapter.a) - set(content.modules)
+    if unknown:
+        raise HydraOptError(f"{adapter.task!r}: the store has no module {min(unknown)}")
     out = {}
-    for adapter in collection:
-        kept = task_factors(content, adapter.task)
-        unknown = set(adapter.a) - set(content.modules)
-        if unknown:
-            raise HydraOptError(f"{adapter.task!r}: the store has no module {min(unknown)}")
-        values = []
-        for name, a in adapter.a.items():
-            b = adapter.b[name]
-            a_hat, b_hat = kept.get(name, (np.zeros_like(a), np.zeros_like(b)))
-            if (a_hat.shape[0], b_hat.shape[1]) != (a.shape[0], b.shape[1]):
-                raise HydraOptError(f"{adapter.task!r}: {name} has another shape in the store")
-            values.append(relative_error(a, b, a_hat, b_hat))
-        out[adapter.task] = float(np.mean(values))
+    for name, a in adapter.a.items():
+        b = adapter.b[name]
+        a_hat, b_hat = kept.get(name, (np.zeros_like(a), np.zeros_like(b)))
+        if (a_hat.shape[0], b_hat.shape[1]) != (a.shape[0], b.shape[1]):
+            raise HydraOptError(f"{adapter.task!r}: {name} has another shape in the store")
+        out[name] = relative_error(a, b, a_hat, b_hat)
     return out
 
 

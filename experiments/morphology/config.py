@@ -27,7 +27,7 @@ class Adapting(NamedTuple):
     seed: int = 1
     rank: int = 8
     alpha: float = 16.0
-    steps: int = 500
+    steps: int = 650
     batch: int = 24
     peak: float = 1e-3
     warmup: int = 20
@@ -44,3 +44,14 @@ class Data(NamedTuple):
     held_out: int = 1000  # dev and test words of the pronunciation data, each
     edits: int = 3  # misspellings of each training word
     sample: int = 48  # test items a task that ship with the package
+
+
+class Refining(NamedTuple):
+    """Output-level refinement of a store on unlabelled prompts."""
+
+    prompts: int = 256  # of the train split, a task
+    moments: int = 64  # of them that second moments are taken of
+    batch: int = 8  # prompts a task and step
+    steps: int = 120
+    rate: float = 0.05  # in quantiser steps
+    seeds: tuple[int, ...] = (0, 1, 2)  # order of the prompts

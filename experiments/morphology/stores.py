@@ -4,9 +4,10 @@
     python -m experiments.morphology.stores --data DATA --regime independent \\
         --adapters OUT/adapters-independent.zip
 
-Every row is a store written to disk, read back and scored by greedy decoding on the first test items of
-every task. Rows are kept in `results/stores-REGIME.json` as they are done; a second run goes on where the
-first stopped.
+Every row is a store written to disk, read back and scored by greedy decoding on the first items of every task.
+Second moments and refinement see prompts of the train split alone, answered by the adapters themselves. Rows
+are kept in `results/stores-REGIME.json` as they are done; a second run goes on where the first stopped. About
+25 minutes a regime on two CPU cores.
 """
 
 from __future__ import annotations
@@ -17,24 +18,44 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from experiments.morphology.config import Data
+from experiments.morphology.config import Data, Refining
 from experiments.morphology.dataset import load_items
-from hydraopt_jax import checkpoint, compression, formats, navigate, report
+from hydraopt_jax import checkpoint, compression, formats, navigate, refinement
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.demo import lora_of
-from hydraopt_jax.morphology.assets import ADAPTERS_FILE, load_base, load_vocabulary, unpack_adapters
+from hydraopt_jax.demo import factors_of, lora_of
+from hydraopt_jax.morphology import outputs
+from hydraopt_jax.morphology.assets import (
+    ADAPTERS_FILE,
+    load_base,
+    load_vocabulary,
+    stack_adapters,
+    unpack_adapters,
+)
 from hydraopt_jax.morphology.evaluate import evaluate
+from hydraopt_jax.morphology.model import Base, forward
+from hydraopt_jax.morphology.outputs import Sequences
 from hydraopt_jax.morphology.vocabulary import encode_items
 from hydraopt_jax.store import Store
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03)
-HEADS = (1, 5, 10, 20, 40)
-ADAM_HEADS = (1, 10, 40)
+# budgets that are shown without second moments too, and refined
+STUDIED = (0.125, 0.0625)
+HEADS = (1, 10, 40)
 RESULTS = Path(__file__).parent / "results"
+
+
+class Setting(NamedTuple):
+    """What every row is made of."""
+
+    base: Base
+    collection: list[Adapter]
+    lora: dict[str, Any]
+    heard: Sequences
 
 
 def round_trip(store: Store) -> tuple[Store, int]:
@@ -44,119 +65,129 @@ def round_trip(store: Store) -> tuple[Store, int]:
         return checkpoint.restore(Path(folder) / "store"), checkpoint.size_on_disk(Path(folder) / "store")
 
 
-def plan(collection: Sequence[Adapter]) -> dict[str, Callable[[], Store]]:
-    """Name of each row -> what makes its store."""
+def plan(setting: Setting, settings: Refining) -> dict[str, Callable[[], Store]]:
+    """Name of each row -> what makes its store, most telling first."""
+    collection = setting.collection
+    made: dict[float, Store] = {}
+    known: dict[str, Any] = {}
+
+    def moments() -> dict[str, np.ndarray]:
+        if "moments" not in known:
+            sample = outputs.batch(setting.heard, 0, settings.moments)
+            known["moments"] = outputs.moments(setting.base, setting.lora, sample, jax.random.key(0))
+        return known["moments"]
+
+    def navigated(budget: float, calibrated: bool) -> Store:
+        options = navigate.Options(budget=budget, calibration=moments() if calibrated else None)
+        key = f"problem {calibrated}"
+        if key not in known:
+            known[key] = navigate.setup(collection, options)
+        found = navigate.compress(collection, options, problem=known[key])
+        if calibrated:
+            made[budget] = found
+        return found
+
+    def refined(budget: float, seed: int) -> Store:
+        start = made.get(budget) or navigated(budget, True)
+        train = settings.prompts - settings.batch * 4
+        check = outputs.batch(setting.heard, train, settings.batch * 4)
+        order = np.random.default_rng(seed).permutation(train)
+        heard = Sequences(*(x[:, order] for x in setting.heard))
+        return refinement.refine(
+            start,
+            collection,
+            calibration=moments(),
+            forward=lambda lora, x: forward(setting.base, lora, x.tokens),
+            mask=lambda x: x.counts,
+            batches=lambda i: outputs.batch(heard, i * settings.batch, settings.batch),
+            check=check,
+            steps=settings.steps,
+            optimizer=refinement.default_optimizer(settings.steps, settings.rate),
+        )[0]
+
     rows: dict[str, Callable[[], Store]] = {}
-    problems: dict[bool, Any] = {}
-
-    def navigated(budget: float, share: bool) -> Store:
-        options = navigate.Options(budget=budget, share=share)
-        if share not in problems:
-            problems[share] = navigate.setup(collection, options)
-        return navigate.compress(collection, options, problem=problems[share])
-
-    for share in (True, False):
-        for budget in BUDGETS:
-            name = f"budget {budget:g}" + ("" if share else ", nothing shared")
-            rows[name] = lambda budget=budget, share=share: navigated(budget, share)
+    for budget in STUDIED:
+        rows[f"budget {budget:g}, output gradients"] = lambda b=budget: navigated(b, True)
+        rows[f"budget {budget:g}, output gradients, refined"] = lambda b=budget: refined(b, 0)
+    for budget in BUDGETS:
+        rows[f"budget {budget:g}"] = lambda b=budget: navigated(b, False)
     for heads in HEADS:
-        options = compression.Options(heads=heads, dtype="float16")
-        rows[f"HydraOpt K = {heads}, closed form"] = lambda options=options: compression.compress(
-            collection, options
-        )
-    for heads in ADAM_HEADS:
-        adam = compression.Options(
-            heads=heads, dtype="float16", solver="optax", start="mean", side="in", steps=300
-        )
-        rows[f"HydraOpt K = {heads}, Adam from the mean"] = lambda options=adam: compression.compress(
-            collection, options
-        )
+        closed = compression.Options(heads=heads, dtype="float16")
+        rows[f"HydraOpt K = {heads}, closed form"] = lambda o=closed: compression.compress(collection, o)
+        adam = closed._replace(solver="optax", start="mean", side="in", steps=300)
+        rows[f"HydraOpt K = {heads}, Adam from the mean"] = lambda o=adam: compression.compress(collection, o)
+    for budget in STUDIED:
+        for seed in settings.seeds[1:]:
+            name = f"budget {budget:g}, output gradients, refined, seed {seed}"
+            rows[name] = lambda b=budget, s=seed: refined(b, s)
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the folder download.py filled")
     parser.add_argument("--regime", default="shared", help="names the results")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS_FILE, help="archive of PEFT folders")
-    parser.add_argument("--items", type=int, default=250, help="test items a task")
+    parser.add_argument("--items", type=int, default=500, help="items a task")
+    parser.add_argument("--only", help="rows whose name contains this")
     options = parser.parse_args(argv)
+    settings = Refining()
     base, vocabulary = load_base(), load_vocabulary()
     with tempfile.TemporaryDirectory() as folder:
         paths = unpack_adapters(options.adapters, Path(folder))
         collection = [formats.read_adapter(p) for p in paths]
     tasks = [x.task for x in collection]
     found = load_items(options.data, Data())
-    items = encode_items(vocabulary, {t: found[t]["test"] for t in tasks}, limit=options.items)
+    prompts = encode_items(vocabulary, {t: found[t]["train"][: settings.prompts] for t in tasks}).prompts
+    lora = stack_adapters({x.task: factors_of(x) for x in collection})
+    setting = Setting(base, collection, lora, outputs.answered(base, lora, prompts))
+    held = {
+        split: encode_items(vocabulary, {t: found[t][split] for t in tasks}, limit=options.items)
+        for split in ("test", "dev")
+    }
     reference = 2 * sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
     path = RESULTS / f"stores-{options.regime}.json"
-    result = (
-        json.loads(path.read_text())
-        if path.exists()
-        else {
-            "regime": options.regime,
-            "items": options.items,
-            "fp16_bytes": reference,
-            "tasks": tasks,
-            "rows": {},
-        }
-    )
+    result: dict[str, Any] = {
+        "regime": options.regime,
+        "items": options.items,
+        "fp16_bytes": reference,
+        "tasks": tasks,
+        "settings": settings._asdict(),
+        "rows": {},
+    }
+    if path.exists():
+        result = json.loads(path.read_text())
 
-    def keep(name: str, size: int, lora: dict[str, Any], more: dict[str, Any]) -> None:
+    def keep(name: str, size: int, factors: dict[str, Any], more: dict[str, Any]) -> None:
         started = time.time()
-        scores = evaluate(base, lora, items)
-        exact = [round(float(x), 4) for x in scores.exact]
-        cer = [round(float(x), 4) for x in scores.error]
-        result["rows"][name] = {"bytes": size, "exact": exact, "cer": cer, **more}
+        row: dict[str, Any] = {"bytes": size}
+        # dev is for decisions: it is scored where there is one to take
+        for split in ("test", "dev") if "gradients" in name or name == "own adapters" else ("test",):
+            scores = evaluate(base, factors, held[split])
+            row[split] = [round(float(x), 4) for x in scores.exact]
+            row[f"{split}_cer"] = [round(float(x), 4) for x in scores.error]
+        result["rows"][name] = row | more
         path.write_text(json.dumps(result) + "\n")
-        print(
-            f"{name}: {size / reference:.4f} mean {np.mean(exact):.4f} ({time.time() - started:.0f} s)",
-            flush=True,
-        )
+        mean = np.mean(row["test"])
+        print(f"{name}: {size / reference:.4f} mean {mean:.4f} ({time.time() - started:.0f} s)", flush=True)
 
     if "zero-shot" not in result["rows"]:
         keep("zero-shot", 0, {}, {})
     if "own adapters" not in result["rows"]:
-        own = compression.compress(collection, compression.Options(dtype="float32"))
-        keep("own adapters", reference, lora_of(own, tasks), {})
-    for name, make in plan(collection).items():
-        if name in result["rows"]:
+        keep("own adapters", reference, lora, {})
+    for name, make in plan(setting, settings).items():
+        if name in result["rows"] or (options.only and options.only not in name):
             continue
+        started = time.time()
         store, size = round_trip(make())
-        lora = lora_of(store, tasks)
-        error = round(float(np.nanmean(store.errors)), 6)
-        keep(name, size, lora, {"error": error, "forms": store.report.get("forms", {})})
-    summary = drops(result)
-    for name, row in summary.items():
-        shown = (row[k] for k in ("fraction", "score", "mean_drop", "worst_drop"))
-        print(f"{name:45}", *(f"{x:+.4f}" for x in shown))
-    curves = {
-        label: [(r["fraction"], max(r["mean_drop"], 1e-4)) for n, r in summary.items() if match(n)]
-        for label, match in {
-            "hydraopt_jax": lambda n: n.startswith("budget") and "nothing" not in n,
-            "hydraopt_jax, nothing shared": lambda n: "nothing" in n,
-            "HydraOpt, closed form": lambda n: "closed" in n,
-            "HydraOpt, Adam from the mean": lambda n: "Adam" in n,
-        }.items()
-    }
-    label = "mean relative drop of exact match"
-    report.plot_tradeoff(RESULTS / f"stores-{options.regime}.png", curves, error_label=label)
-
-
-def drops(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Bytes as a share of the fp16 adapters, mean score, mean and worst-task relative drop of every row."""
-    own = np.array(result["rows"]["own adapters"]["exact"])
-    out = {}
-    for name, row in result["rows"].items():
-        ratio = np.array(row["exact"]) / own
-        out[name] = {
-            "fraction": row["bytes"] / result["fp16_bytes"],
-            "score": float(np.mean(row["exact"])),
-            "mean_drop": float(1 - ratio.mean()),
-            "worst_drop": float(1 - ratio.min()),
+        more = {
+            "error": round(float(np.nanmean(store.errors)), 6),
+            "forms": store.report.get("forms", {}),
+            "refinement": store.report.get("refinement"),
+            "seconds": round(time.time() - started, 1),
         }
-    return out
+        keep(name, size, lora_of(store, tasks), more)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""Refinement with the rounding in the loop: it gains, it never loses, bytes do not grow, a stopped run goes on."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hydraopt_jax import HydraOptError, checkpoint, compression, navigate, refinement, synthetic
+
+NAMES = ["one", "two", "three"]
+# inputs live in few dimensions, which an error of the weights cannot know
+ROOT = np.random.default_rng(0).normal(size=(8, 256)).astype(np.float32)
+BASE = 0.3 * np.random.default_rng(1).normal(size=(256, 48)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def many():
+    made = synthetic.collection(
+        tasks=NAMES, modules={"q": (256, 48)}, rank=4, likeness=0.5, dtype="float32"
+    )
+    return [x._replace(b={"q": 3 * x.b["q"] / np.linalg.norm(x.a["q"] @ x.b["q"])}) for x in made]
+
+
+@pytest.fixture(scope="module")
+def coded(many):
+    return navigate.compress(many, navigate.Options(max_error=0.004))
+
+
+def batch(step, size=32):
+    rng = np.random.default_rng(step)
+    return jnp.asarray(rng.normal(size=(len(NAMES), size, 8)).astype(np.float32) @ ROOT)
+
+
+def forward(lora, x):
+    a, b = lora["q"]
+    return x @ BASE + (x @ a) @ b
+
+
+def payload(store):
+    return sum(map(len, store.payload.leaves.values()))
+
+
+def refine(store, many, **options):
+    """The same batch again and again, so that every step is one down."""
+    options = {"steps": 16, "optimizer": refinement.default_optimizer(16, 0.05), "batches": [batch(0)]} | options
+    return refinement.refine(store, many, forward=forward, **options)
+
+
+def test_outputs_of_a_coded_store_gain_at_no_more_bytes(coded, many, tmp_path):
+    found, info = refine(coded, many)
+    assert info.after < 0.8 * info.before
+    assert payload(found) <= payload(coded)
+    assert checkpoint.measure_size(found) <= checkpoint.measure_size(coded)
+    checkpoint.save(tmp_path / "store", found)
+    back = checkpoint.restore(tmp_path / "store")
+    loss = refinement.divergence(forward)
+    measured = loss(refinement.stacked(back.modules), refinement.originals(many), batch(0))
+    np.testing.assert_allclose(measured, info.after, rtol=1e-3)
+    assert back.report["refinement"]["level"] == "outputs"
+    claimed = dict(zip(NAMES, back.errors.mean(0), strict=True))
+    assert compression.measure(back, many) == pytest.approx(claimed, rel=0.01)
+
+
+@pytest.mark.parametrize("at_once", [1, None])
+def test_divergence_is_that_of_the_distributions(coded, many, at_once):
+    x, counts = batch(3), jnp.arange(32) < 5
+    loss = refinement.divergence(forward, lambda x: counts, at_once=at_once)
+    found = loss(refinement.stacked(coded.modules), refinement.originals(many), x)
+    wanted = []
+    for t, adapter in enumerate(many):
+        a, b = (y[t] for y in refinement.stacked(coded.modules)["q"])
+        logs = [
+            np.log(np.exp(z) / np.exp(z).sum(-1, keepdims=True))
+            for z in (
+                np.asarray(x[t], np.float64) @ (BASE + adapter.a["q"] @ adapter.b["q"]),
+                np.asarray(x[t], np.float64) @ (BASE + np.asarray(a, np.float64) @ np.asarray(b)),
+            )
+        ]
+        wanted.append((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)[:5].mean())
+    np.testing.assert_allclose(found, np.mean(wanted), rtol=1e-3)
+
+
+def test_plain_store_of_one_head_gains_and_keeps_its_dtype(many):
+    plain = compression.compress(many, compression.Options(heads=1, dtype="float16"))
+    found, info = refine(plain, many, optimizer=refinement.default_optimizer(16, 0.05))
+    assert info.after < 0.95 * info.before
+    (term,) = found.modules["q"]
+    assert (term.a.dtype, term.a.shape) == (np.float16, plain.modules["q"][0].a.shape)
+
+
+def test_order_of_the_adapters_given_does_not_matter(coded, many):
+    one, _ = refine(coded, many, steps=4)
+    other, _ = refine(coded, many[::-1], steps=4)
+    np.testing.assert_array_equal(one.errors, other.errors)
+
+
+def test_a_bad_optimiser_never_makes_it_worse(coded, many):
+    found, info = refine(coded, many, steps=3, optimizer=optax.sgd(1e3))
+    assert found is coded
+    assert info.after == info.before
+
+
+def test_without_a_forward_the_error_of_delta_never_grows(coded, many):
+    found, info = refinement.refine(coded, many, steps=5)
+    assert np.nanmean(found.errors) <= np.nanmean(coded.errors) * (1 + 1e-6)
+    assert info.before == pytest.approx(np.nanmean(coded.errors), rel=0.01)
+    assert len(info.trace) == 5
+
+
+def test_calibrated_loss_is_the_output_error(coded, many):
+    moment = ROOT.T @ ROOT
+    _, info = refinement.refine(coded, many, calibration={"q": moment}, steps=1)
+    wanted = []
+    for t, adapter in enumerate(many):
+        a, b = (np.asarray(y[t], np.float64) for y in refinement.stacked(coded.modules)["q"])
+        true = adapter.a["q"].astype(np.float64) @ adapter.b["q"]
+        wanted.append(np.sum((ROOT @ (true - a @ b)) ** 2) / np.sum((ROOT @ true) ** 2))
+    assert info.before == pytest.approx(np.mean(wanted), rel=0.01)
+
+
+def test_accumulated_batches_move_once(coded, many):
+    seen = []
+    refine(coded, many, steps=4, accumulate=4, batches=lambda i: seen.append(i) or batch(i))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(coded, many, tmp_path):
+    whole, _ = refine(coded, many, steps=6, save=3, folder=tmp_path / "a")
+    stop = iter(range(4))
+
+    def stopping(step):
+        next(stop)
+        return batch(step)
+
+    with pytest.raises(RuntimeError):
+        refine(coded, many, steps=6, save=3, folder=tmp_path / "b", batches=stopping)
+    found, info = refine(coded, many, steps=6, save=3, folder=tmp_path / "b")
+    assert len(info.trace) == 6
+    np.testing.assert_allclose(found.errors, whole.errors, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"batches": ()}, "needs batches"), ({"drop": 1}, "no adapter for the task 'three'")]
+)
+def test_bad_input_is_one_line(coded, many, options, words):
+    kept = many[: len(many) - options.pop("drop", 0)]
+    with pytest.raises(HydraOptError, match=words):
+        refinement.refine(coded, kept, forward=forward, **({"batches": batch} | options))
