@@ -1,9 +1,9 @@
-"""Time of a batch that mixes tasks: this package against gathers of each token's factors and a loop over tasks.
+"""Time of a batch that mixes tasks: against gathers of each token's factors and against a loop over tasks.
 
-    OPENBLAS_NUM_THREADS=1 python experiments/serving/mixed_batch.py --json experiments/serving/mixed_batch.json
+    python experiments/serving/mixed_batch.py --json experiments/serving/mixed_batch.json
 
-Everything is jitted, in float32, with the same factors; contenders take turns within one process, and the median
-of the turns is reported. A minute on two cores; the gathers of the large case need 3 GB.
+Everything is jitted, in float32, with the same factors; contenders take turns within one process, and the
+median of the turns is reported. A minute on two cores; the gathers of the large case need 3 GB.
 
 - gather: `einsum("ns,nso->no", einsum("ni,nis->ns", x, a[a_of[ids]]), b[b_of[ids]])`.
 - loop: for each task, `x @ a @ b` for all tokens, kept where the token is the task's.
@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +72,7 @@ def problem(tokens: int, tasks: int, rank: int, width: int, form: str) -> tuple[
 
 
 def measure(case: str, form: str, turns: int) -> dict[str, Any]:
-    """Milliseconds of every contender, ratios to this package, and the largest deviation from the dense delta."""
+    """Milliseconds of every contender, ratios to this package, and its deviation from the dense delta."""
     x, term, ids = problem(*CASES[case], form)
     functions = {name: jax.jit(f) for name, f in contenders(form).items()}
     results = {name: np.asarray(f(x, term, ids)) for name, f in functions.items()}
@@ -108,12 +107,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     options = parser.parse_args()
     rows = [measure(case, form, options.turns) for case in CASES for form in FORMS]
-    machine = {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    results = {"machine": machine | {"jax": jax.__version__}, "turns": options.turns, "rows": rows}
+    machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
+    results = {"machine": machine, "turns": options.turns, "rows": rows}
     text = json.dumps(results, indent=1)
     print(text)
     if options.json:

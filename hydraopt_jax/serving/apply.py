@@ -20,7 +20,7 @@ from hydraopt_jax import quantize
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.quantize import Packed
-from hydraopt_jax.serving.grouped import check_method, dot, product
+from hydraopt_jax.serving.grouped import by_blocks, check_method, choose, dot, product
 from hydraopt_jax.store import Store
 
 # one module on the device; factors are arrays, or `quantize.Packed` codes of vectors along the last axis
@@ -171,24 +171,37 @@ def _indices(term: Factors, ids: Array) -> tuple[Array, Array, Array, Array]:
 
 def _one(x: Array, term: Factors, task_id: Array, precision: Any) -> Array:
     task, a, b, present = _indices(term, task_id)
-    h = dot(x, _dense(_pick(term.a, a), True), precision)
-    if term.core is not None:
-        core = term.core[task]
-        h = h * core if core.ndim == 1 else dot(h, core, precision)
-    w = _dense(_pick(term.b, b), False)
-    y = dot(h.astype(jnp.promote_types(x.dtype, w.dtype)), w, precision)
+    alone = term._replace(a_of=jnp.zeros_like(term.a_of), b_of=jnp.zeros_like(term.b_of))
+    left, right = _dense(_pick(term.a, a), True)[None], _dense(_pick(term.b, b), False)[None]
+    y = _block(x, task, term=alone, left=left, right=right, precision=precision)
     return jnp.where(present, y, 0.0)
 
 
 def _mixed(x: Array, term: Factors, ids: Array, method: str | None, precision: Any) -> Array:
     task, a, b, present = _indices(term, ids)
+    left, right = _dense(term.a, True), _dense(term.b, False)
+    kind = jnp.promote_types(x.dtype, right.dtype)
+    many = min(left.shape[0], right.shape[0]) > 1
+    if many and (method or choose(x.shape[0], left.shape[0], left.shape[2])) == "blocks":
+        # sorted once, by task, for both sides
+        one = functools.partial(_block, term=term, left=left, right=right, precision=precision)
+        return jnp.where(present[:, None], by_blocks(x, task, term.a_of.shape[0], one), 0.0)
     multiply = functools.partial(product, method=method, precision=precision)
-    h = multiply(x, _dense(term.a, True), a)
+    h = multiply(x, left, a)
     if term.core is not None:
         h = h * term.core[task] if term.core.ndim == 2 else multiply(h, term.core, task)
     h = jnp.where(present[:, None], h, 0.0)
-    w = _dense(term.b, False)
-    return multiply(h.astype(jnp.promote_types(x.dtype, w.dtype)), w, b)
+    return multiply(h.astype(kind), right, b)
+
+
+def _block(x: Array, task: Array, *, term: Factors, left: Array, right: Array, precision: Any) -> Array:
+    """Rows of one task through its own factors."""
+    h = dot(x, left[jnp.maximum(term.a_of[task], 0)], precision)
+    if term.core is not None:
+        core = term.core[task]
+        h = h * core if core.ndim == 1 else dot(h, core, precision)
+    kind = jnp.promote_types(x.dtype, right.dtype)
+    return dot(h.astype(kind), right[jnp.maximum(term.b_of[task], 0)], precision)
 
 
 def branches(

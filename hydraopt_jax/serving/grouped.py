@@ -11,7 +11,6 @@ No method gathers a matrix a row. With P inputs, Q outputs and S = min(P, Q), th
 On a CPU `ragged_dot` is a masked matmul over `[G, N, P]`, hence `blocks` there.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,18 +103,34 @@ def ragged(x: Array, w: Array, group: Array, precision: Any) -> Array:
 
 
 def blocked(x: Array, w: Array, group: Array, precision: Any) -> Array:
-    """Rows sorted into blocks of K rows of one group each, zeros where a group ends inside a block."""
-    rows, groups = x.shape[0], w.shape[0]
+    """Rows sorted into blocks of K rows of one group each, the matrix of each block gathered."""
+    return by_blocks(x, group, w.shape[0], lambda rows, owner: dot(rows, w[owner], precision))
+
+
+def by_blocks(x: Array, group: Array, groups: int, multiply: Callable[[Array, Array], Array]) -> Array:
+    """Apply `multiply(rows: [K, P], group) -> [K, Q]` to blocks of rows of one group each.
+
+    Args:
+      x: `[N, P]`.
+      group: `[N]` int, each in 0..G-1.
+      groups: G.
+      multiply: what to do with a block; vmapped over at most N / 4 blocks at a time, so that gathering a
+        matrix for each never takes what gathering one for each row would.
+
+    Returns:
+      `[N, Q]`, rows in the order of `x`.
+    """
+    rows = x.shape[0]
     size = next((k for k in BLOCKS if k * groups >= rows), BLOCKS[-1])
     # each group that occurs leaves at most one block unfilled
     count = rows // size + min(groups, rows)
     slot, owner = arrange(group, groups, size, count)
-    filled = jnp.zeros((count * size, x.shape[1]), x.dtype).at[slot].set(x, unique_indices=True)
-    filled = filled.reshape(count, size, -1)
-    multiply = functools.partial(dot, precision=precision)
-    # a block's matrix is gathered, a quarter as many at a time as there are rows at most
+    # places that no row has are read from the first row and never written back
+    source = jnp.zeros(count * size, slot.dtype).at[slot].set(jnp.arange(rows), unique_indices=True)
     y = jax.lax.map(
-        lambda block: multiply(block[0], w[block[1]]), (filled, owner), batch_size=max(rows // 4, 1)
+        lambda block: multiply(x[block[0]], block[1]),
+        (source.reshape(count, size), owner),
+        batch_size=max(rows // 4, 1),
     )
     return y.reshape(count * size, -1)[slot]
 
