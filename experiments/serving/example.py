@@ -36,7 +36,7 @@ def main(folder: Path, tokens: jax.Array) -> tuple[hydra.Store, jax.Array]:
     adapters = [formats.read_checkpoint(folder / task, "flax_nnx", scale=1.0) for task in TASKS]
     print(hydra.summarise(hydra.stack(adapters)).mean.delta.round(3))
 
-    store = hydra.compress(adapters, hydra.Options(rank=16))
+    store = hydra.compress(adapters, hydra.Options(rank=16, side="in"))
     print("relative squared error", store.errors.mean(0).round(4))
 
     model = bind(assets.load_base())

@@ -323,13 +323,14 @@ def test_eight_devices_share_the_rows_or_the_outputs():
         want = expected(x, module, ids)
         whole = jax.tree.map(lambda v: P(), module)
         wide = tuple(t._replace(b=P(None, None, "d")) for t in whole)
-        for method in ("mask", "blocks", "ragged"):
+        by_rows, by_outputs = ((P("d"), whole, P("d")), P("d")), ((P(), wide, P()), P(None, "d"))
+        cases = ("mask", by_rows), ("blocks", by_rows), ("ragged", by_rows), (None, by_outputs)
+        for method, (specs, out) in cases:
             run = lambda x, m, i: serving.apply(x, m, i, method=method)
-            for specs, out in (((P("d"), whole, P("d")), P("d")), ((P(), wide, P()), P(None, "d"))):
-                split = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out))
-                got = split(x, module, ids)
-                assert len(got.addressable_shards) == 8
-                np.testing.assert_allclose(got, want, atol=2e-5)
+            split = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out))
+            got = split(x, module, ids)
+            assert len(got.addressable_shards) == 8
+            np.testing.assert_allclose(got, want, atol=2e-5)
         print("eight agree")
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
