@@ -1,6 +1,6 @@
 """Transform coding for collections of LoRA adapters: HydraOpt (arXiv 2507.17706) and beyond, in JAX."""
 
-from hydraopt_jax import navigate
+from hydraopt_jax import formats, navigate, serving
 from hydraopt_jax.adapters import Adapter, Adapters, Bucket, stack
 from hydraopt_jax.checkpoint import restore, save
 from hydraopt_jax.compression import Options, compress, measure
@@ -21,6 +21,7 @@ __all__ = [
     "Store",
     "adapter",
     "compress",
+    "formats",
     "hydra",
     "measure",
     "minimise",
@@ -29,6 +30,7 @@ __all__ = [
     "restore",
     "save",
     "separate",
+    "serving",
     "stack",
     "summarise",
 ]

@@ -8,6 +8,8 @@ Reference: Max, Quantizing for minimum distortion, 1960; Banner et al., Post tra
 convolutional networks, arXiv 1810.05723 (clipping).
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -107,6 +109,52 @@ def unpack(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     planes = np.unpackbits(data, count=count * bits).reshape(count, bits)
     sign = np.repeat(planes[:, :1], 8 - bits, 1)
     return np.packbits(np.concatenate([sign, planes], 1), axis=1)[:, 0].view(np.int8)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["bits", "length"]
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Vectors along the last axis as packed codes, a pytree for use inside jitted computations.
+
+    Attributes:
+      codes: `[..., ceil(n * bits / 8)]` uint8, each vector from a byte of its own; int8 codes at 8 bits.
+      scale: `[..., 1]` float16.
+      bits: width of a code, static.
+      length: n, static.
+    """
+
+    codes: Array
+    scale: Array
+    bits: int
+    length: int
+
+
+def packed(x: Array, bits: int) -> Packed:
+    """Quantise and pack vectors along the last axis, for `unpacked` inside a jitted computation.
+
+    >>> import jax.numpy as jnp
+    >>> p = packed(jnp.array([[0.0, 1.0, -3.0]]), 3)
+    >>> print(p.codes.shape, unpacked(p)[0])
+    (1, 2) [ 0.  1. -3.]
+    """
+    q = jax.jit(quantise, static_argnums=1)(x, bits)
+    rows = np.asarray(q.codes).reshape(-1, x.shape[-1])
+    data = np.stack([pack(row, bits) for row in rows])
+    return Packed(jnp.asarray(data.reshape(*x.shape[:-1], -1)), q.scale, bits, x.shape[-1])
+
+
+def unpacked(x: Packed) -> Array:
+    """The vectors of `packed` codes in float32, `[..., n]`; pure JAX."""
+    shifts = jnp.arange(7, -1, -1, dtype=jnp.uint8)
+    planes = (x.codes[..., None] >> shifts) & 1
+    planes = planes.reshape(*x.codes.shape[:-1], -1)[..., : x.length * x.bits]
+    planes = planes.reshape(*x.codes.shape[:-1], x.length, x.bits).astype(jnp.int8)
+    # two's complement: the first bit counts negative
+    place = jnp.array([-(2 ** (x.bits - 1)), *(2**k for k in range(x.bits - 2, -1, -1))], jnp.int8)
+    codes = jnp.sum(planes * place, -1, dtype=jnp.int8)
+    return dequantise(Quantised(codes, x.scale))
 
 
 def size(vectors: int, length: int, bits: int) -> float:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
@@ -32,7 +31,7 @@ from hydraopt_jax.formats.peft_config import (
     read_config,
     unit_scale_config,
 )
-from hydraopt_jax.formats.tensor_files import one_line, read_tensors
+from hydraopt_jax.formats.tensor_files import FLOATS, cast, disk_dtype, one_line, read_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -50,9 +49,6 @@ _NOT_UNDERSTOOD = (
     ("lora_diag", "KaSA's diagonal is not supported: use plain LoRA"),
     ("lora_", "this LoRA tensor is not understood, and none is dropped silently: use plain LoRA"),
 )
-
-_FLOATS = tuple(np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
-
 
 # One module's tensors: side, "A" or "B" -> key and tensor.
 _Pair = dict[str, tuple[str, np.ndarray]]
@@ -80,7 +76,7 @@ def _sort_tensors(
             raise HydraOptError(
                 f"{source}: {key} does not start with {_PREFIX}, so PEFT would ignore it: rename the tensors"
             )
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise HydraOptError(
                 f"{source}: {key} is {tensor.dtype}: a LoRA factor must be float32, float16 or bfloat16"
             )
@@ -221,24 +217,6 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
     )
 
 
-def _disk_dtype(name: str) -> np.dtype:
-    for dtype in _FLOATS:
-        if dtype.name == name:
-            return dtype
-    raise HydraOptError(f"dtype {name!r}: choose one of {', '.join(x.name for x in _FLOATS)}")
-
-
-def _cast(key: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Cast to the dtype on disk, in C order: safetensors writes a transposed view's bytes as they lie."""
-    with np.errstate(over="ignore"):
-        result = np.array(values, dtype=dtype, order="C")
-    if not np.isfinite(result).all():
-        if np.isfinite(values).all():
-            raise HydraOptError(f"{key}: its values overflow {dtype.name}: write bfloat16 instead")
-        raise HydraOptError(f"{key}: has NaN or infinite values")
-    return result
-
-
 def _tensors(adapter: Adapter, dtype: np.dtype) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """PEFT's tensors by key, and each module's rank."""
     tensors: dict[str, np.ndarray] = {}
@@ -260,7 +238,7 @@ def _tensors(adapter: Adapter, dtype: np.dtype) -> tuple[dict[str, np.ndarray], 
             high = high.reshape(*high.shape, *(1 for _ in kernel))
         for side, values in (("A", low), ("B", high)):
             key = f"{_PREFIX}{module}.{part}{side}{end}"
-            tensors[key] = _cast(key, values, dtype)
+            tensors[key] = cast(key, values, dtype)
     clash = next((key for key in adapter.extras if key in tensors), None)
     if clash is not None:
         raise HydraOptError(f"{clash}: is both a LoRA factor and a tensor of its own")
@@ -370,7 +348,7 @@ def write_adapter(
         raise HydraOptError(f"{target}: task {adapter.task!r} holds no LoRA factor: nothing to write")
     try:
         _check_target(target, overwrite)
-        tensors, ranks = _tensors(adapter, _disk_dtype(dtype or adapter.dtype))
+        tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
         text = json.dumps(unit_scale_config(adapter.config, ranks), indent=2, sort_keys=True)
         with _parents(target):
             _write_folder(target, text, tensors)

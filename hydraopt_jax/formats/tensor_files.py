@@ -9,6 +9,8 @@ import safetensors
 
 from hydraopt_jax.errors import HydraOptError
 
+FLOATS = tuple(np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+
 
 def one_line(error: object) -> str:
     """Text of an error on one line, for quoting inside a message."""
@@ -80,3 +82,22 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         except (TypeError, RuntimeError) as error:
             raise HydraOptError(f"{path}: {key} cannot be read by NumPy ({one_line(error)})") from None
         yield key, array
+
+
+def disk_dtype(name: str) -> np.dtype:
+    """A dtype that factors may have on disk, by name."""
+    for dtype in FLOATS:
+        if dtype.name == name:
+            return dtype
+    raise HydraOptError(f"dtype {name!r}: choose one of {', '.join(x.name for x in FLOATS)}")
+
+
+def cast(key: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Cast to the dtype on disk, in C order: safetensors writes a transposed view's bytes as they lie."""
+    with np.errstate(over="ignore"):
+        result = np.array(values, dtype=dtype, order="C")
+    if not np.isfinite(result).all():
+        if np.isfinite(values).all():
+            raise HydraOptError(f"{key}: its values overflow {dtype.name}: write bfloat16 instead")
+        raise HydraOptError(f"{key}: has NaN or infinite values")
+    return result

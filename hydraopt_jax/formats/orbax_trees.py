@@ -1,0 +1,119 @@
+"""Orbax checkpoints of parameter trees that hold LoRA factors: only those leaves are read."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.tensor_files import one_line
+from hydraopt_jax.formats.trees import Scale, flatten, is_factor, leaves, place, read_tree
+
+
+def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, Any]:
+    """The LoRA leaves of a checkpoint as nested dicts of NumPy arrays; the base model's stay on disk.
+
+    Args:
+      path: the checkpoint's folder.
+      within: path of the subtree to read, such as "params"; "" for all of it.
+
+    Raises:
+      HydraOptError: no Orbax checkpoint of a tree, none with LoRA leaves, or a damaged one.
+    """
+    folder = Path(path).absolute()
+    try:
+        described = ocp.metadata(folder).metadata
+    except Exception as error:  # Orbax raises whatever its back ends do
+        raise HydraOptError(
+            f"{path}: no readable Orbax checkpoint of a tree ({one_line(error)[:120]}): pass the folder that "
+            "was saved, such as RUN/STEP of a checkpoint manager"
+        ) from None
+    want: dict[Any, Any] = {}
+    root = [part for part in within.split("/") if part]
+    for keys, leaf in flatten(described):
+        inside = list(map(str, keys[: len(root)])) == root
+        if inside and is_factor(keys) and getattr(leaf, "shape", None) is not None:
+            place(want, keys, np.empty(leaf.shape, leaf.dtype))
+    if not want:
+        raise HydraOptError(
+            f"{path}: the checkpoint holds no LoRA factor{f' within {within}' if within else ''}"
+        )
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            return ocp.load(folder, want)
+    except Exception as error:
+        raise HydraOptError(f"{path}: damaged checkpoint: {one_line(error)[:200]}") from None
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    task: str | None = None,
+    scale: Scale | None = None,
+    stack: int | str | None = "ask",
+    within: str = "",
+) -> Adapter:
+    """`read_tree` of an Orbax checkpoint, of either of Orbax's interfaces.
+
+    Args:
+      path: the checkpoint's folder.
+      name, scale, stack: see `trees.read_tree`.
+      task: the task's name; None for the folder's.
+      within: path of the subtree to read, such as "params" of a train state.
+
+    Returns:
+      The adapter, with a digest of its factors.
+
+    Raises:
+      HydraOptError: see `load_factors` and `trees.read_tree`.
+    """
+    tree = load_factors(path, within)
+    source = os.fspath(path)
+    adapter = read_tree(tree, name, task=task or Path(path).name, scale=scale, stack=stack, source=source)
+    digest = hashlib.sha256()
+    for keys, leaf in sorted(flatten(tree), key=lambda x: str(x[0])):
+        digest.update(
+            repr((keys, leaf.dtype.name, leaf.shape)).encode() + np.ascontiguousarray(leaf).tobytes()
+        )
+    return adapter._replace(digest=digest.hexdigest())
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    name: str,
+    *,
+    scale: Scale | None = None,
+    rank: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """`write_tree` into an Orbax checkpoint, atomically.
+
+    Args:
+      path: a new folder.
+      adapter, name, scale, rank, dtype: see `trees.write_tree`.
+      overwrite: replace an Orbax checkpoint that is there.
+
+    Raises:
+      HydraOptError: the path exists, or cannot be written; see `trees.write_tree`.
+    """
+    folder = Path(path).absolute()
+    if folder.exists() and not overwrite:
+        raise HydraOptError(f"{path}: exists: choose another path or pass overwrite=True")
+    if folder.exists():
+        load_factors(folder)  # nothing else is ever replaced
+    tree: dict[Any, Any] = {}
+    for keys, value in leaves(adapter, name, scale, rank, dtype):
+        place(tree, [str(key) for key in keys], value)
+    try:
+        ocp.save(folder, tree, overwrite=overwrite)
+    except (OSError, ValueError) as error:
+        raise HydraOptError(f"{path}: cannot be written: {one_line(error)}") from None

@@ -1,0 +1,19 @@
+"""Stores inside JAX programs: mixed batches, Flax NNX layers, one task into a model's own LoRA parameters."""
+
+from hydraopt_jax.serving.apply import Module, apply, branches, dequantise, load, shape
+from hydraopt_jax.serving.layers import Served, Stored, load_task, set_task_ids, task_ids, wrap
+
+__all__ = [
+    "Module",
+    "Served",
+    "Stored",
+    "apply",
+    "branches",
+    "dequantise",
+    "load",
+    "load_task",
+    "set_task_ids",
+    "shape",
+    "task_ids",
+    "wrap",
+]

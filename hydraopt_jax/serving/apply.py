@@ -1,0 +1,217 @@
+"""A store inside JAX: `x[n] @ delta[task[n]]` for batches that mix tasks.
+
+A module is a tuple of `forms.Factors` on the device, `delta[t] = sum of a[a_of[t]] @ core[t] @ b[b_of[t]]`: a
+pytree to pass through `jit`. The two products are taken factor by factor, not task by task: a side with one
+factor (HydraOpt's shared one) is one matmul for the whole batch, a side with K heads is a product in K
+groups (`grouped`).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import checkify
+
+from hydraopt_jax import quantize
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.quantize import Packed
+from hydraopt_jax.serving.grouped import by_blocks, check_method, choose, dot, product
+from hydraopt_jax.store import Store
+
+# one module on the device; factors are arrays, or `quantize.Packed` codes of vectors along the last axis
+Module = tuple[Factors, ...]
+
+
+def load(store: Store, *, dtype: Any = None, bits: int | None = None) -> dict[str, Module]:
+    """A store's modules on the device.
+
+    Entropy-coded stores are decoded when they are restored. `bits` quantises the factors anew at a fixed rate
+    and keeps packed codes in device memory; `apply` dequantises them on the fly, `dequantise` once.
+
+    Args:
+      store: from `compress`, `navigate.compress` or `restore`.
+      dtype: of the factors; None for the one they have. Cores stay float32.
+      bits: 2 to 8 for codes of so many bits and a half-precision scale a vector; None for none.
+
+    Returns:
+      Module name -> its terms; a module that no task of the store has is left out.
+
+    Raises:
+      HydraOptError: values that overflow the dtype, dtype and bits given together, an unknown width.
+    """
+    if bits is not None and dtype is not None:
+        raise HydraOptError("dtype and bits: give one; dequantise takes the dtype of quantised factors")
+    out = {}
+    for name, terms in store.modules.items():
+        used = [x for x in terms if np.any((np.asarray(x.a_of) >= 0) & (np.asarray(x.b_of) >= 0))]
+        if used:
+            out[name] = tuple(_device(name, term, dtype, bits) for term in used)
+    return out
+
+
+def _device(name: str, term: Factors, dtype: Any, bits: int | None) -> Factors:
+    sides: list[Any] = []
+    for stack in (term.a, term.b):
+        host = np.stack([np.asarray(x) for x in stack])
+        with np.errstate(over="ignore"):
+            host = host.astype(jnp.dtype(dtype or host.dtype))
+        if not np.isfinite(host.astype(np.float32)).all():
+            raise HydraOptError(f"{name}: its factors overflow {host.dtype}: choose bfloat16 or float32")
+        sides.append(host)
+    a, b = sides
+    if bits is None:
+        a, b = jnp.asarray(a), jnp.asarray(b)
+    else:
+        a, b = (quantize.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
+    a_of, b_of = (jnp.asarray(np.asarray(x), jnp.int32) for x in (term.a_of, term.b_of))
+    core = term.core
+    if core is not None:
+        core = jnp.asarray(np.stack([np.asarray(x) for x in core]), jnp.float32)
+    return Factors(a, b, a_of, b_of, core)
+
+
+def dequantise(module: Module, dtype: Any = jnp.float32) -> Module:
+    """The module with plain factors in place of codes: more memory, less work in each step."""
+    return tuple(
+        term._replace(a=_dense(term.a, True).astype(dtype), b=_dense(term.b, False).astype(dtype))
+        for term in module
+    )
+
+
+def _dense(factor: Array | Packed, inputs: bool) -> Array:
+    if not isinstance(factor, Packed):
+        return factor
+    x = quantize.unpacked(factor)
+    return x.mT if inputs else x
+
+
+def _pick(factor: Array | Packed, index: Array) -> Any:
+    return jax.tree.map(lambda x: x[index], factor)
+
+
+def shape(module: Module) -> tuple[int, int, int]:
+    """T, I and O of a module."""
+    term = module[0]
+    a = jax.eval_shape(functools.partial(_dense, inputs=True), term.a)
+    b = jax.eval_shape(functools.partial(_dense, inputs=False), term.b)
+    return term.a_of.shape[0], a.shape[-2], b.shape[-1]
+
+
+def apply(
+    x: Array,
+    module: Module,
+    task_ids: Any,
+    *,
+    method: str | None = None,
+    precision: Any = "highest",
+    checked: bool = False,
+) -> Array:
+    """`x[n] @ delta[task_ids[n]]`, to be added to the projection `x @ kernel`.
+
+    Neither `[N, I, S]` nor `[N, S, O]` is formed. It may be jitted, vmapped, differentiated (for `x` and the
+    factors) and called in `shard_map`, with `x` and ids split over rows or `b` split over outputs.
+
+    Args:
+      x: `[..., I]` rows or tokens.
+      module: one module of `load`.
+      task_ids: integers that broadcast to `x.shape[:-1]`: `[N]` for tokens `[N, I]`, `[B, 1]` for sequences
+        `[B, L, I]`. A scalar serves one task without sorting or masking.
+      method: how a side of several factors is multiplied, see `grouped`; None for the rule by shape.
+      precision: of the products; float32 operands count in full by default.
+      checked: raise through `jax.experimental.checkify` for an id that no task has.
+
+    Returns:
+      `[..., O]` in the dtype of `x`, accumulated in float32. An id outside 0..T-1, such as -1, gives exactly
+      zero: a row for the base model alone. So does a task that lacks the module.
+
+    Raises:
+      HydraOptError: shapes that disagree, ids that are not integers, an unknown method.
+
+    >>> two = Factors(jnp.ones((1, 2, 1)), jnp.array([[[1.0]], [[10.0]]]), jnp.zeros(2, int), jnp.arange(2))
+    >>> print(apply(jnp.ones((3, 2)), (two,), jnp.array([1, 0, -1])).ravel())
+    [20.  2.  0.]
+    """
+    check_method(method)
+    tasks, inputs, outputs = shape(module)
+    ids = jnp.asarray(task_ids)
+    lead = x.shape[:-1]
+    if x.shape[-1:] != (inputs,):
+        raise HydraOptError(f"x has shape {list(x.shape)}: its last axis must be the {inputs} inputs")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise HydraOptError(f"task_ids has dtype {ids.dtype}: give integers")
+    fits = (n in (1, m) for n, m in zip(ids.shape[::-1], lead[::-1], strict=False))
+    if ids.ndim > len(lead) or not all(fits):
+        raise HydraOptError(f"task_ids has shape {list(ids.shape)}: it must broadcast to {list(lead)}")
+    if checked:
+        inside = (ids >= 0) & (ids < tasks)
+        wrong = ids.ravel()[jnp.argmin(inside)]
+        checkify.check(jnp.all(inside), f"task id {{id}} is outside 0..{tasks - 1}", id=wrong)
+    if ids.ndim == 0 and method is None:
+        total = sum(_one(x, term, ids, precision) for term in module)
+        return jnp.asarray(total).astype(x.dtype)
+    rows = x.reshape(-1, inputs)
+    flat = jnp.broadcast_to(ids, lead).reshape(-1)
+    total = sum(_mixed(rows, term, flat, method, precision) for term in module)
+    return jnp.asarray(total).reshape(*lead, outputs).astype(x.dtype)
+
+
+def _indices(term: Factors, ids: Array) -> tuple[Array, Array, Array, Array]:
+    """Task, input factor, output factor of each id (0 where there is none); whether there is a delta."""
+    tasks = term.a_of.shape[0]
+    task = jnp.clip(ids, 0, tasks - 1)
+    a, b = term.a_of[task], term.b_of[task]
+    present = (task == ids) & (a >= 0) & (b >= 0)
+    return task, jnp.maximum(a, 0), jnp.maximum(b, 0), present
+
+
+def _one(x: Array, term: Factors, task_id: Array, precision: Any) -> Array:
+    task, a, b, present = _indices(term, task_id)
+    alone = term._replace(a_of=jnp.zeros_like(term.a_of), b_of=jnp.zeros_like(term.b_of))
+    left, right = _dense(_pick(term.a, a), True)[None], _dense(_pick(term.b, b), False)[None]
+    y = _block(x, task, term=alone, left=left, right=right, precision=precision)
+    return jnp.where(present, y, 0.0)
+
+
+def _mixed(x: Array, term: Factors, ids: Array, method: str | None, precision: Any) -> Array:
+    task, a, b, present = _indices(term, ids)
+    left, right = _dense(term.a, True), _dense(term.b, False)
+    kind = jnp.promote_types(x.dtype, right.dtype)
+    many = min(left.shape[0], right.shape[0]) > 1
+    if many and (method or choose(x.shape[0], left.shape[0], left.shape[2])) == "blocks":
+        # sorted once, by task, for both sides
+        one = functools.partial(_block, term=term, left=left, right=right, precision=precision)
+        return jnp.where(present[:, None], by_blocks(x, task, term.a_of.shape[0], one), 0.0)
+    multiply = functools.partial(product, method=method, precision=precision)
+    h = multiply(x, left, a)
+    if term.core is not None:
+        h = h * term.core[task] if term.core.ndim == 2 else multiply(h, term.core, task)
+    h = jnp.where(present[:, None], h, 0.0)
+    return multiply(h.astype(kind), right, b)
+
+
+def _block(x: Array, task: Array, *, term: Factors, left: Array, right: Array, precision: Any) -> Array:
+    """Rows of one task through its own factors."""
+    h = dot(x, left[jnp.maximum(term.a_of[task], 0)], precision)
+    if term.core is not None:
+        core = term.core[task]
+        h = h * core if core.ndim == 1 else dot(h, core, precision)
+    kind = jnp.promote_types(x.dtype, right.dtype)
+    return dot(h.astype(kind), right[jnp.maximum(term.b_of[task], 0)], precision)
+
+
+def branches(
+    modules: Mapping[str, Module], task_ids: Any, *, method: str | None = None
+) -> dict[str, Callable[[Array], Array]]:
+    """`apply` of every module for one batch, module name -> function of its input.
+
+    For models that take what is added to each projection, such as `morphology.model.forward`.
+    """
+    return {
+        name: functools.partial(apply, module=module, task_ids=task_ids, method=method)
+        for name, module in modules.items()
+    }

@@ -1,0 +1,277 @@
+"""NNX layers that serve a store, and one task in a model's own LoRA parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import hydraopt_jax as hydra
+from hydraopt_jax import serving
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.morphology import assets
+from hydraopt_jax.morphology.evaluate import greedy
+from hydraopt_jax.morphology.model import bind, forward
+from hydraopt_jax.morphology.vocabulary import encode_items
+from hydraopt_jax.store import Source
+
+TASKS = ("legal", "medical", "sports")
+SHAPES = {"attention.query": (12, 8), "attention.out": (8, 12), "layers.0": (12, 6), "layers.1": (12, 6)}
+
+
+def store_of(loras, shared=False):
+    """A store of plain factors: task -> module -> (a, b); with `shared`, one input factor for all."""
+    tasks = tuple(loras)
+    modules = {}
+    for name in loras[tasks[0]]:
+        a, b = (jnp.stack([loras[t][name][k] for t in tasks]) for k in (0, 1))
+        index = jnp.arange(len(tasks))
+        modules[name] = (Factors(a[:1], b, index * 0, index) if shared else Factors(a, b, index, index),)
+    sources = tuple(Source("float32", {}, {}, "", "", {}) for _ in tasks)
+    return hydra.Store(tasks, modules, sources, {}, np.zeros((len(modules), len(tasks))))
+
+
+@pytest.fixture(scope="module")
+def kept():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: 0.3 * rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return store_of({t: {n: (draw(i, 3), draw(3, o)) for n, (i, o) in SHAPES.items()} for t in TASKS})
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.query = nnx.LinearGeneral(12, (2, 4), rngs=rngs)
+        self.out = nnx.Einsum("BTNH,NHD->BTD", (2, 4, 12), rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.query(x))
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = Attention(rngs)
+        self.layers = nnx.List([nnx.Linear(12, 6, rngs=rngs), nnx.Linear(12, 6, rngs=rngs)])
+        self.head = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(x)
+        return self.head(jnp.tanh(self.layers[0](x)) * self.layers[1](x))
+
+
+def merged(kept, task):
+    """The model with one task's deltas added to its kernels: what a layer must give."""
+    model = Small(nnx.Rngs(0))
+    for name, (a, b) in hydra.store.task_factors(kept, task).items():
+        layer = model
+        for key in name.split("."):
+            layer = layer[int(key)] if key.isdigit() else getattr(layer, key)
+        layer.kernel.set_value(layer.kernel.get_value() + (a @ b).reshape(layer.kernel.shape))
+    return model
+
+
+def test_a_wrapped_model_serves_each_row_its_task(kept):
+    model = Small(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (4, 5, 12))
+    plain = model(x)
+    assert sorted(serving.wrap(model, serving.load(kept))) == sorted(SHAPES)
+    np.testing.assert_array_equal(model(x), plain)
+    graph, state = nnx.split(model)
+    traces = []
+
+    @jax.jit
+    def run(state, ids, x):
+        traces.append(1)
+        model = nnx.merge(graph, state)
+        serving.set_task_ids(model, ids)
+        return model(x)
+
+    names = ["sports", "legal", "sports", "medical"]
+    ids = serving.task_ids(kept, names)
+    got = run(state, ids[:, None], x)
+    for row, name in enumerate(names):
+        np.testing.assert_allclose(got[row], merged(kept, name)(x[row : row + 1])[0], atol=1e-4)
+    run(state, ids[::-1, None], x)
+    assert len(traces) == 1
+    scalar = run(state, jnp.int32(1), x)
+    np.testing.assert_allclose(scalar, merged(kept, "medical")(x), atol=1e-4)
+
+
+def test_tokens_of_one_sequence_may_differ(kept):
+    model = Small(nnx.Rngs(0))
+    serving.wrap(model, serving.load(kept), ["layers.*"])
+    x = jax.random.normal(jax.random.key(0), (1, 5, 12))
+    ids = jnp.array([0, 2, -1, 1, 1])
+    got = model.layers[0](x, task_ids=ids)[0]
+    for n, task in enumerate(ids.tolist()):
+        a, b = (*hydra.store.task_factors(kept, TASKS[task])["layers.0"],)
+        want = model.layers[0].base(x)[0, n] + (task >= 0) * (x[0, n] @ a @ b)
+        np.testing.assert_allclose(got[n], want, atol=1e-4)
+
+
+def test_patterns_choose_layers_and_rename_finds_them(kept):
+    model = Small(nnx.Rngs(0))
+    modules = {f"base.{name}": value for name, value in serving.load(kept).items()}
+    rename = lambda path: f"base.{path}"  # noqa: E731
+    assert serving.wrap(model, modules, ["layers.*", "*.out"], rename=rename) == [
+        "attention.out",
+        "layers.0",
+        "layers.1",
+    ]
+    assert isinstance(model.attention.query, nnx.LinearGeneral)
+    assert isinstance(model.layers[1], serving.Served)
+
+
+def test_the_factors_are_no_parameters_but_can_be_trained(kept):
+    model = Small(nnx.Rngs(0))
+    count = len(jax.tree.leaves(nnx.state(model, nnx.Param)))
+    serving.wrap(model, serving.load(kept))
+    assert len(jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+    serving.set_task_ids(model, jnp.int32(0))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 12))
+    graph, stored, rest = nnx.split(model, serving.Stored, ...)
+
+    def loss(stored):
+        return jnp.mean(nnx.merge(graph, stored, rest)(x) ** 2)
+
+    grads = jax.grad(loss, allow_int=True)(stored)
+    leaves = [g for g in jax.tree.leaves(grads) if g.dtype == jnp.float32]
+    assert len(leaves) == 8
+    assert all(np.abs(g).max() > 0 for g in leaves)
+
+
+@pytest.mark.parametrize(
+    ("equation", "kernel", "inputs"),
+    [
+        ("BTD,DNH->BTNH", (6, 2, 4), (3, 5, 6)),
+        ("BTD,NDH->BTNH", (2, 6, 4), (3, 5, 6)),
+        ("...NH,NHD->...D", (2, 3, 4), (5, 2, 3)),
+        ("BSD,KDNH->KBSNH", (2, 6, 2, 4), (3, 5, 6)),
+        ("TBD,DH->BTH", (6, 4), (3, 5, 6)),
+    ],
+)
+def test_einsums_of_any_order_are_their_kernel_plus_delta(equation, kernel, inputs):
+    layer = nnx.Einsum(equation, kernel, rngs=nnx.Rngs(0))
+    i, o = serving.layers.matrix(layer)
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(1, i, 2)).astype(np.float32), rng.normal(size=(1, 2, o)).astype(np.float32)
+    module = (Factors(jnp.asarray(a), jnp.asarray(b), jnp.zeros(1, int), jnp.zeros(1, int)),)
+    served = serving.Served(layer, module, serving.layers.TaskIds(jnp.array(0)))
+    x = jax.random.normal(jax.random.key(0), inputs)
+    _, contracted, made = serving.layers.roles(*serving.layers.labels(equation, x.ndim))
+    size = dict(zip(equation.split(",")[1].split("->")[0], kernel, strict=True))
+    delta = (a[0] @ b[0]).reshape([size[c] for c in contracted + made])
+    names = equation.split(",")[1].split("->")[0]
+    delta = jnp.einsum(f"{contracted}{made}->{names}", delta)
+    np.testing.assert_allclose(served(x) - layer(x), jnp.einsum(equation, x, delta), atol=1e-4)
+
+
+def test_a_linear_general_over_several_axes():
+    layer = nnx.LinearGeneral((4, 3), (2, 5), axis=(-1, 1), rngs=nnx.Rngs(0))
+    a, b = jax.random.normal(jax.random.key(1), (1, 12, 2)), jax.random.normal(jax.random.key(2), (1, 2, 10))
+    module = (Factors(a, b, jnp.zeros(1, int), jnp.zeros(1, int)),)
+    served = serving.Served(layer, module, serving.layers.TaskIds(jnp.array(0)))
+    x = jax.random.normal(jax.random.key(0), (7, 4, 6, 3))
+    delta = (a[0] @ b[0]).reshape(4, 3, 2, 5)
+    want = jnp.einsum("bixj,ijop->bxop", x, delta)
+    np.testing.assert_allclose(served(x) - layer(x), want, atol=1e-4)
+
+
+def test_one_task_in_the_model_s_own_lora(kept):
+    class Adapted(nnx.Module):
+        def __init__(self, rngs):
+            wrapped = nnx.Linear(12, 6, rngs=rngs)
+            self.layers = nnx.List(
+                [
+                    nnx.LoRALinear(12, 6, lora_rank=4, rngs=rngs),
+                    nnx.LoRA(12, 3, 6, base_module=wrapped, rngs=rngs),
+                ]
+            )
+
+    model = Adapted(nnx.Rngs(0))
+    mine = kept._replace(
+        modules={n: kept.modules[n] for n in ("layers.0", "layers.1")}, errors=np.zeros((2, 3))
+    )
+    assert sorted(serving.load_task(model, mine, "medical")) == ["layers.0", "layers.1"]
+    x = jax.random.normal(jax.random.key(0), (5, 12))
+    for layer, base, name in (
+        (model.layers[0], lambda x: nnx.Linear.__call__(model.layers[0], x), "layers.0"),
+        (model.layers[1], model.layers[1].base_module, "layers.1"),
+    ):
+        a, b = hydra.store.task_factors(kept, "medical")[name]
+        np.testing.assert_allclose(layer(x) - base(x), x @ a @ b, atol=1e-4)
+
+    (term,) = mine.modules["layers.1"]
+    lacking = mine._replace(modules=mine.modules | {"layers.1": (term._replace(b_of=jnp.array([0, -1, 2])),)})
+    assert serving.load_task(model, lacking, "medical") == ["layers.0"]
+    np.testing.assert_array_equal(model.layers[1](x), model.layers[1].base_module(x))
+    with pytest.raises(hydra.HydraOptError, match="did you mean 'sports'"):
+        serving.load_task(model, mine, "sport")
+    with pytest.raises(hydra.HydraOptError, match=r"attention\.query: the model has no nnx\.LoRA"):
+        serving.load_task(model, kept, "legal")
+    model.layers[0] = nnx.LoRALinear(12, 6, lora_rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        hydra.HydraOptError, match=r"layers\.0: .* has rank 2, task 'legal' needs 3: .* lora_rank=3"
+    ):
+        serving.load_task(model, mine, "legal")
+    model.layers[0] = nnx.LoRALinear(12, 7, lora_rank=3, rngs=nnx.Rngs(0))
+    with pytest.raises(hydra.HydraOptError, match=r"layers.0: .* = \[12, 7\], the store's module \[12, 6\]"):
+        serving.load_task(model, mine, "legal")
+
+
+def test_bad_wrapping_is_named(kept):
+    modules = serving.load(kept)
+    with pytest.raises(
+        hydra.HydraOptError, match=r"pattern 'layer\.\*' matches no layer: near paths are 'layers"
+    ):
+        serving.wrap(Small(nnx.Rngs(0)), modules, ["layers.*", "layer.*"])
+    with pytest.raises(
+        hydra.HydraOptError, match="pattern 'head' matches only layers the store has no module for"
+    ):
+        serving.wrap(Small(nnx.Rngs(0)), modules, ["head"])
+    with pytest.raises(hydra.HydraOptError, match=r"layers\.9: the model has no such .*'layers\.0'"):
+        serving.wrap(Small(nnx.Rngs(0)), modules | {"layers.9": modules["layers.0"]})
+    with pytest.raises(hydra.HydraOptError, match=r"layers\.1: the model's layer .* \[12, 6\], .* \[12, 8\]"):
+        serving.wrap(Small(nnx.Rngs(0)), modules | {"layers.1": modules["attention.query"]})
+    model = Small(nnx.Rngs(0))
+    model.layers[0] = nnx.Einsum("BTD,TDH->BTH", (3, 12, 6), rngs=nnx.Rngs(0))
+    with pytest.raises(hydra.HydraOptError, match=r"layers\.0: einsum .* no single matrix"):
+        serving.wrap(model, modules)
+    with pytest.raises(hydra.HydraOptError, match=r"call serving\.wrap first"):
+        serving.set_task_ids(Small(nnx.Rngs(0)), 0)
+    with pytest.raises(hydra.HydraOptError, match="no task 'legl' in the store: did you mean 'legal'"):
+        serving.task_ids(kept, ["legl"])
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    adapters = assets.load_adapters()
+    return store_of({t: adapters[t] for t in ("lemmatise-en", "pronounce-es", "inflect-de")})
+
+
+def test_the_shipped_transformer_serves_a_mixed_batch(shipped):
+    base = assets.load_base()
+    model = bind(base)
+    serving.wrap(model, serving.load(shipped), ["layers.*"])
+    tokens = jax.random.randint(jax.random.key(0), (4, 6), 5, 60)
+    positions = jnp.broadcast_to(jnp.arange(6), (4, 6))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((6, 6), bool)), (4, 6, 6))
+    ids = jnp.array([2, 0, -1, 1])
+    serving.set_task_ids(model, ids[:, None])
+    got = nnx.jit(lambda model: model.readout(model(tokens, positions, mask, {})[0]))(model)
+    whole = jax.jit(forward)
+    for row, task in enumerate(ids.tolist()):
+        factors = hydra.store.task_factors(shipped, shipped.tasks[task])
+        lora = {name: (a, (task >= 0) * b) for name, (a, b) in factors.items()}
+        np.testing.assert_allclose(got[row], whole(base, lora, tokens[row : row + 1])[0], atol=2e-3)
+
+
+def test_answers_of_a_mixed_batch_are_right(shipped):
+    rows = {t: items[:16] for t, items in assets.load_sample().items() if t in shipped.tasks}
+    held = encode_items(assets.load_vocabulary(), {t: rows[t] for t in shipped.tasks})
+    ids = np.repeat(np.arange(3), 16)
+    order = np.random.default_rng(0).permutation(48)
+    prompts, targets = (np.asarray(x).reshape(48, -1)[order] for x in (held.prompts, held.targets))
+    served = serving.branches(serving.load(shipped), jnp.asarray(ids[order])[:, None])
+    answers = np.asarray(jax.jit(lambda p: greedy(assets.load_base(), served, p, targets.shape[1]))(prompts))
+    exact = (answers == targets).all(1)
+    assert np.mean(exact) > 0.7
