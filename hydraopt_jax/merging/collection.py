@@ -19,6 +19,15 @@ from hydraopt_jax.merging.registry import Method
 _TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
+def check_single(name: str) -> None:
+    """Refuse a method that keeps something of every task."""
+    if not registry.find(name).single:
+        raise HydraOptError(
+            f"method {name!r} keeps a part for each task and makes no single adapter: see hydraopt "
+            f"compress, or hydraopt frontier --baselines {name}"
+        )
+
+
 def check_weights(weights: Sequence[float] | None, method: Method, tasks: int) -> np.ndarray:
     """One weight a task; the method's own where None.
 
@@ -150,11 +159,7 @@ def merge_adapters(
     >>> {x.shape for x in merged.a.values()}
     {(64, 2)}
     """
-    if not registry.find(method).single:
-        raise HydraOptError(
-            f"method {method!r} keeps a part for each task and makes no single adapter: see hydraopt "
-            f"compress, or hydraopt frontier --baselines {method}"
-        )
+    check_single(method)
     stacked = adapters.stack(collection)
     found = merge_stacked(
         stacked, method, weights=weights, rank=rank, seed=seed, progress=progress, **options
@@ -176,7 +181,10 @@ def merge_adapters(
 
 
 def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:
-    """Relative squared errors `[M, T]` of one adapter for all tasks, NaN where a task lacks a module."""
+    """Relative squared errors `[M, T]` of one adapter for all tasks, modules in the order of `merged.a`.
+
+    NaN where a task lacks a module.
+    """
     stacked = adapters.stack(collection)
     rows = []
     for bucket in stacked.buckets:
