@@ -1,5 +1,6 @@
 """Merging methods, the baselines of every trade-off: pure functions on deltas, and a table by name."""
 
+from hydraopt_jax.merging import curves
 from hydraopt_jax.merging.activations import regmean
 from hydraopt_jax.merging.collection import merge_adapters, merge_stacked, merged_errors
 from hydraopt_jax.merging.compressors import assign, joint, k_merge, separate, share
@@ -15,6 +16,7 @@ __all__ = [
     "breadcrumbs",
     "concatenation",
     "core_space",
+    "curves",
     "dare",
     "dare_ties",
     "della",

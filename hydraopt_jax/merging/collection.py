@@ -71,11 +71,12 @@ def whole_gram(stacked: Adapters) -> np.ndarray:
     return np.sum([each(a, b) for x in stacked.buckets for a, b in zip(x.a, x.b, strict=True)], 0)
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def squared_errors(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array) -> tuple[Any, Any]:
     """`||delta_t - left @ right||^2` and `||delta_t||^2`, `[T]` each, of one adapter for all tasks."""
-    lost = lambda x, y: algebra.residual_energy(x, y, left, right)  # noqa: E731
-    return jax.vmap(lost)(a, b), jax.vmap(lambda x, y: algebra.inner(x, y, x, y))(a, b)
+    tasks = a.shape[0]
+    left, right = (jnp.broadcast_to(x, (tasks, *x.shape)) for x in (left, right))
+    return algebra.residual_energy(a, b, left, right), algebra.inner(a, b, a, b)
 
 
 def merge_stacked(
