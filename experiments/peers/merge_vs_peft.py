@@ -2,9 +2,10 @@
 
     python experiments/peers/merge_vs_peft.py --peft PYTHON --json results.json
 
-16 adapters of rank 16, 24 layers x q, k, v, o of width 896, float32. PYTHON is an interpreter with torch and peft.
-Each tool has a process of its own, pinned to one core; times are of the merging alone. Ours are measured twice
-over, the first time with the compilation inside. Errors by the float64 code of measure.py. A few minutes.
+16 adapters of rank 16, 24 layers x q, k, v, o of width 896, float32. PYTHON is an interpreter with torch and
+peft. Each tool has a process of its own, pinned to one core; times are of the merging alone. Ours are taken
+twice over, the first time with the compilation inside. Errors by the float64 code of measure.py. About five
+minutes.
 """
 
 import argparse

@@ -117,6 +117,20 @@ def trim(x: Array, density: float, size: Array | int | None = None) -> Array:
     return jnp.where(jnp.abs(x) >= nth_largest(x, kept), x, 0.0)
 
 
+def column_ranks(x: Array) -> Array:
+    """Rank of each magnitude in its column, from 0; equal ones share the lowest. `[I, O]` int.
+
+    One sort of bit patterns, which is several times faster on a CPU than sorting floats with their positions.
+
+    >>> print(column_ranks(jnp.array([[0.5, 2.0], [-3.0, 1.0]])))
+    [[0 1]
+     [1 0]]
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x).T, jnp.int32)
+    ordered = jax.lax.sort(bits, dimension=-1, is_stable=False)
+    return jax.vmap(lambda o, b: jnp.searchsorted(o, b, method="scan_unrolled"))(ordered, bits).T
+
+
 def drop_at_random(key: Array, density: float) -> Sparsifier:
     """DARE's: keep each entry with probability `density`, divide by it; each task has its own draw."""
 
@@ -252,8 +266,7 @@ def della(
         )
 
     def sparsify(x: Array, t: Array) -> Array:
-        order = jnp.argsort(jnp.argsort(jnp.abs(x), axis=0), axis=0)
-        probability = low + epsilon * order / max(x.shape[0] - 1, 1)
+        probability = low + epsilon * column_ranks(x) / max(x.shape[0] - 1, 1)
         kept = jax.random.uniform(jax.random.fold_in(key, t), x.shape) < probability
         return jnp.where(kept, x / probability, 0.0)
 
