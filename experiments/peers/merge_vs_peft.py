@@ -90,14 +90,14 @@ def main() -> None:
                 rows[method] |= {
                     "peft": case,
                     "peft_seconds": peft[case],
-                    "peft_error": error(work / "out" / case / f"m-{case}"),
+                    "peft_error": error(work / "out" / case / f"merged-{case}"),
                     "speedup": peft[case] / second,
                     "speedup_first": peft[case] / first,
                 }
         rows["peft ties of factors"] = {
             "peft": "ties",
             "peft_seconds": peft["ties"],
-            "peft_error": error(work / "out" / "ties" / "m-ties"),
+            "peft_error": error(work / "out" / "ties" / "merged-ties"),
         }
     result = {
         "machine": f"{platform.machine()}, one core each",

@@ -46,19 +46,20 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     torch.set_num_threads(1)
     folders = sorted(Path(sys.argv[1]).iterdir())
-    model = peft.PeftModel.from_pretrained(empty_model(folders[0]), folders[0], adapter_name="0")
-    for t, folder in enumerate(folders[1:], 1):
-        model.load_adapter(folder, adapter_name=str(t))
-    names = [str(t) for t in range(len(folders))]
+    # names that no part of a module's name begins with: PEFT cuts ".NAME" out of the keys it saves
+    names = [f"adapter-{t}" for t in range(len(folders))]
+    model = peft.PeftModel.from_pretrained(empty_model(folders[0]), folders[0], adapter_name=names[0])
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        model.load_adapter(folder, adapter_name=name)
     weights = {"ties": 1.0, "ties_svd": 1.0}
     seconds = {}
     for case, options in CASES.items():
         start = time.perf_counter()
         model.base_model.add_weighted_adapter(
-            names, [weights.get(case, 1 / len(names))] * len(names), f"m-{case}", **options
+            names, [weights.get(case, 1 / len(names))] * len(names), f"merged-{case}", **options
         )
         seconds[case] = time.perf_counter() - start
-        model.save_pretrained(Path(sys.argv[2]) / case, selected_adapters=[f"m-{case}"])
+        model.save_pretrained(Path(sys.argv[2]) / case, selected_adapters=[f"merged-{case}"])
     print(json.dumps(seconds))
 
 
