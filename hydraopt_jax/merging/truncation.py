@@ -4,8 +4,6 @@ Block subspace iteration (Halko, Martinsson and Tropp, Finding structure with ra
 0909.4061) needs products only; small matrices are decomposed exactly.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,21 +13,9 @@ from hydraopt_jax.algebra import matmul
 
 # up to this many directions a full decomposition is as fast
 EXACT = 128
-# rounds of the iteration: factors of adapters have falling spectra, sparsified deltas flat ones
-ROUNDS = 4
-DENSE_ROUNDS = 8
+ROUNDS = 8
 # columns of the block beyond twice the rank
 SPARE = 8
-
-
-def _range(
-    forward: Callable[[Array], Array], back: Callable[[Array], Array], outputs: int, width: int, rounds: int
-) -> Array:
-    """An orthonormal basis `[I, width]` that nearly spans the leading left singular vectors."""
-    x = jax.random.normal(jax.random.key(0), (outputs, width))
-    for _ in range(rounds):
-        x = algebra.orthonormal(back(algebra.orthonormal(forward(x))))
-    return algebra.orthonormal(forward(x))
 
 
 def split(found: algebra.Svd, rank: int) -> tuple[Array, Array]:
@@ -47,8 +33,8 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
       rank: S; at most min(I, N, O) is used.
 
     Returns:
-      `(a: [I, S], b: [S, O])`, balanced. Beyond 128 directions by subspace iteration, whose squared error
-      exceeds the optimum by less than 1e-5 of it on spectra of adapters.
+      `(a: [I, S], b: [S, O])`, balanced. Beyond 128 directions by subspace iteration: its squared error is the
+      optimum to about 1e-5 of it on spectra of adapters, to 2e-4 on flat ones.
 
     >>> a, b = truncate(jnp.diag(jnp.array([3.0, 2.0, 1.0])), jnp.eye(3), 2)
     >>> print((a @ b).round(4))
@@ -59,13 +45,14 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     width, least = 2 * rank + SPARE, min(*a.shape, b.shape[1])
     if least <= max(EXACT, width):
         return split(algebra.svd(a, b), rank)
-    q = _range(
-        lambda x: matmul(a, matmul(b, x)),
-        lambda x: matmul(b.T, matmul(a.T, x)),
-        b.shape[1],
-        width,
-        ROUNDS,
-    )
+    # delta @ delta.T acts on a @ c as gram_b @ gram_a does on c, which is small
+    gram_a, gram_b = matmul(a.T, a), matmul(b, b.T)
+    c = jax.random.normal(jax.random.key(0), (a.shape[1], width))
+    for _ in range(ROUNDS):
+        c = algebra.orthonormal(matmul(gram_b, matmul(gram_a, c)))
+    # one round with the factors themselves: products of grams square the round-off of ill-conditioned ones
+    x = algebra.orthonormal(matmul(b.T, matmul(a.T, algebra.orthonormal(matmul(a, c)))))
+    q = algebra.orthonormal(matmul(a, matmul(b, x)))
     return split(algebra.svd(q, matmul(matmul(q.T, a), b)), rank)
 
 
@@ -74,5 +61,8 @@ def truncate_dense(x: Array, rank: int) -> tuple[Array, Array]:
     width, least = 2 * rank + SPARE, min(x.shape)
     if least <= max(EXACT, width):
         return split(algebra.Svd(*algebra.thin_svd(x)), rank)
-    q = _range(lambda y: matmul(x, y), lambda y: matmul(x.T, y), x.shape[1], width, DENSE_ROUNDS)
+    y = jax.random.normal(jax.random.key(0), (x.shape[1], width))
+    for _ in range(ROUNDS):
+        y = algebra.orthonormal(matmul(x.T, algebra.orthonormal(matmul(x, y))))
+    q = algebra.orthonormal(matmul(x, y))
     return split(algebra.svd(q, matmul(q.T, x)), rank)
