@@ -33,7 +33,7 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
       rank: S; at most min(I, N, O) is used.
 
     Returns:
-      `(a: [I, S], b: [S, O])`, balanced. Beyond 128 directions by subspace iteration: its squared error is the
+      `(a: [I, S], b: [S, O])`, balanced. Beyond 128 directions by subspace iteration; its error is the
       optimum to about 1e-5 of it on spectra of adapters, to 2e-4 on flat ones.
 
     >>> a, b = truncate(jnp.diag(jnp.array([3.0, 2.0, 1.0])), jnp.eye(3), 2)
