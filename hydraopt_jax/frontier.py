@@ -207,6 +207,7 @@ def measure(
     fractions: Sequence[float] = FRACTIONS,
     *,
     heads: Sequence[int] | None = None,
+    baselines: Sequence[Curve] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> Frontier:
     """Every curve of a collection.
@@ -215,6 +216,7 @@ def measure(
       collection: adapters of one base model.
       fractions: budgets of the navigated curve, of the fp16 bytes.
       heads: K of the paper's curve; None for `plan.cuts`: all up to 8 tasks, powers of two and all beyond.
+      baselines: curves of other methods to draw beside these, see `merging.curves`.
       progress: called with 1 after each navigated budget.
 
     Returns:
@@ -230,7 +232,7 @@ def measure(
         curves.append(navigated(collection, fractions, False, progress))
     curves.append(hydra(collection, heads or navigate.plan.cuts(len(collection))))
     curves += [separate(stacked, bits) for bits in WIDTHS]
-    curves.append(merged(stacked))
+    curves += [merged(stacked), *baselines]
     reference = 2 * stacked.size
     problem = navigate.setup(collection, navigate.Options(budget=1.0, share=False))
     found = navigate.limits(problem, np.asarray(fractions) * reference)

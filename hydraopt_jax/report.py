@@ -245,7 +245,12 @@ def plot_tradeoff(
     axis.grid(which="major", color="0.88", linewidth=0.7)
     axis.grid(which="minor", color="0.95", linewidth=0.4)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
+    if len(curves) > 10:
+        # more than the axes have room for
+        figure.set_size_inches(8.2, 4.6)
+        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    else:
+        axis.legend(fontsize=8, frameon=False)
     if title:
         axis.set_title(_plain(title, 80), fontsize=10, loc="left")
     _save(figure, path)

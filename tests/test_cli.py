@@ -103,8 +103,11 @@ def test_budget_makes_a_store_that_verifies(capsys, folders, tmp_path):
 
 
 def test_frontier_command_prints_every_curve(capsys, folders, tmp_path):
-    said = ok(capsys, "frontier", *folders, "--budget", "0.6", "--plot", tmp_path / "f.pdf")
-    assert {"hydraopt_jax", "HydraOpt, fp16", "merged (mean delta)"} <= set(said["curves"])
+    options = ["--budget", "0.6", "--plot", tmp_path / "f.pdf", "--baselines", "ties, k-merge"]
+    said = ok(capsys, "frontier", *folders, *options)
+    assert {"hydraopt_jax", "HydraOpt, fp16", "merged (mean delta)", "k-merge"} <= set(said["curves"])
+    assert said["curves"]["ties"][0]["fraction"] == pytest.approx(0.25)
+    assert "'magic'" in refused(capsys, "frontier", *folders, "--baselines", "magic")
     assert (tmp_path / "f.pdf").stat().st_size > 1000
 
 

@@ -16,7 +16,7 @@ import click
 import jax
 
 from hydraopt_jax import checkpoint
-from hydraopt_jax.cli import collections, stores
+from hydraopt_jax.cli import collections, merging, stores
 from hydraopt_jax.errors import HydraOptError
 
 
@@ -30,6 +30,7 @@ for verb in (
     collections.similarity_command,
     collections.compress_command,
     collections.frontier_command,
+    merging.merge,
     collections.demo,
     stores.inspect,
     stores.export,

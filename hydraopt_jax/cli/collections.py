@@ -8,7 +8,7 @@ import click
 import numpy as np
 from rich.table import Table
 
-from hydraopt_jax import checkpoint, compression, frontier, navigate, report, similarity
+from hydraopt_jax import checkpoint, compression, frontier, merging, navigate, report, similarity
 from hydraopt_jax import demo as demonstration
 from hydraopt_jax.adapters import check, stack
 from hydraopt_jax.calibration import load as load_calibration
@@ -149,6 +149,7 @@ def compress_command(
 @click.argument("adapters", nargs=-1, required=True)
 @with_adapters
 @click.option("--budget", "budgets", multiple=True, help="a fraction of the fp16 bytes; may be repeated")
+@click.option("--baselines", help="merging methods to measure too: all, or names with commas")
 @click.option("--plot", type=click.Path(dir_okay=False), help="write the plot to this PNG, PDF or SVG")
 @as_json_option
 def frontier_command(
@@ -156,6 +157,7 @@ def frontier_command(
     any_base: bool,
     base_suffix: Sequence[str],
     budgets: Sequence[str],
+    baselines: str | None,
     plot: str | None,
     as_json: bool,
 ) -> None:
@@ -163,9 +165,11 @@ def frontier_command(
     fractions = [parse_budget(x) for x in budgets] or list(frontier.FRACTIONS)
     if any(isinstance(x, int) for x in fractions):
         raise HydraOptError("frontier: --budget takes fractions of the fp16 bytes, such as 0.125")
+    names = merging.curves.parse(baselines) if baselines else ()
     collection = read_all(adapters, any_base, base_suffix, as_json)
-    with report.progress("navigating", 2 * len(fractions), not as_json) as advance:
-        found = frontier.measure(collection, fractions, progress=advance)
+    with report.progress("navigating", 2 * len(fractions) + len(names), not as_json) as advance:
+        others = merging.curves.measure(stack(collection), names, advance)
+        found = frontier.measure(collection, fractions, baselines=others, progress=advance)
     if plot:
         report.plot_frontier(plot, found)
     say(as_json, clean(frontier.as_dict(found)), report.frontier_table(found), report.rates_table(found))

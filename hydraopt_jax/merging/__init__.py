@@ -1,0 +1,38 @@
+"""Merging methods, the baselines of every trade-off: pure functions on deltas, and a table by name."""
+
+from hydraopt_jax.merging import curves
+from hydraopt_jax.merging.activations import regmean
+from hydraopt_jax.merging.collection import merge_adapters, merge_stacked, merged_errors
+from hydraopt_jax.merging.compressors import assign, joint, k_merge, separate, share
+from hydraopt_jax.merging.registry import METHODS, Method
+from hydraopt_jax.merging.sparse import breadcrumbs, dare, dare_ties, della, magnitude, ties
+from hydraopt_jax.merging.spectral import core_space, iso_c, knots, tsv_m
+from hydraopt_jax.merging.sums import concatenation, linear, linear_factors
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "assign",
+    "breadcrumbs",
+    "concatenation",
+    "core_space",
+    "curves",
+    "dare",
+    "dare_ties",
+    "della",
+    "iso_c",
+    "joint",
+    "k_merge",
+    "knots",
+    "linear",
+    "linear_factors",
+    "magnitude",
+    "merge_adapters",
+    "merge_stacked",
+    "merged_errors",
+    "regmean",
+    "separate",
+    "share",
+    "ties",
+    "tsv_m",
+]

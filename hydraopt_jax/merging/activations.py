@@ -1,0 +1,68 @@
+"""RegMean: the merged delta whose outputs are nearest to every task's own on that task's inputs."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hydraopt_jax import algebra
+from hydraopt_jax.algebra import matmul
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.merging.truncation import truncate
+
+# of the mean eigenvalue, so that directions no input excites have a solution
+RIDGE = 1e-6
+
+
+def regmean(
+    a: Array,
+    b: Array,
+    weights: Array,
+    *,
+    rank: int,
+    moments: Sequence[Array],
+    off_diagonal: float = 0.9,
+) -> tuple[Array, Array]:
+    """`(sum_t w_t C_t)^-1 sum_t w_t C_t delta_t`, which minimises `sum_t w_t E_t ||x (delta - delta_t)||^2`.
+
+    `C_t = E[x x.T]` is the second moment of the module's inputs on task t, its off-diagonal entries scaled
+    down as in the paper. The base's weights cancel. The right-hand side stays in factors,
+    `[C_1 a_1, ...] @ [b_1; ...]`, and moments are added one at a time.
+
+    Args:
+      a: `[T, I, R]`.
+      b: `[T, R, O]`.
+      weights: `[T]`.
+      rank: S; `T * R` keeps all.
+      moments: T of `[I, I]`, or `[I]` where only the diagonal is known, see `calibration`.
+      off_diagonal: factor of the off-diagonal entries, in [0, 1].
+
+    Returns:
+      `(a: [I, S], b: [S, O])`.
+
+    Raises:
+      HydraOptError: not one moment a task, or of another size.
+
+    Reference: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, 2022,
+    arXiv 2212.09849.
+    """
+    tasks, inputs, _ = a.shape
+    if len(moments) != tasks:
+        raise HydraOptError(f"regmean: {len(moments)} second moments for {tasks} tasks: give one each")
+    total, sides = jnp.zeros((inputs, inputs)), []
+    for t, moment in enumerate(moments):
+        moment = jnp.asarray(moment, jnp.float32)
+        if moment.shape not in ((inputs,), (inputs, inputs)):
+            raise HydraOptError(f"regmean: a second moment is {moment.shape}, the module has {inputs} inputs")
+        diagonal = moment if moment.ndim == 1 else jnp.diagonal(moment)
+        scaled = jnp.diag(diagonal)
+        if moment.ndim == 2:
+            scaled = off_diagonal * moment + (1 - off_diagonal) * scaled
+        total = total + weights[t] * scaled
+        sides.append(weights[t] * matmul(scaled, a[t]))
+    ridge = RIDGE * jnp.trace(total) / inputs + 1e-30
+    left = jax.scipy.linalg.solve(
+        total + ridge * jnp.eye(inputs), algebra.wide(jnp.stack(sides)), assume_a="sym"
+    )
+    return truncate(left, b.reshape(-1, b.shape[-1]), rank)

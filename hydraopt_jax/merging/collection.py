@@ -1,0 +1,196 @@
+"""A whole collection merged into one adapter: host code around the methods of one module."""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydraopt_jax import adapters, algebra, compression
+from hydraopt_jax.adapters import Adapter, Adapters
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.merging import registry
+from hydraopt_jax.merging.registry import Method
+
+# fields of a PEFT configuration that say which modules are adapted, wrong once modules of several are joined
+_TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+
+
+def check_single(name: str) -> None:
+    """Refuse a method that keeps something of every task."""
+    if not registry.find(name).single:
+        raise HydraOptError(
+            f"method {name!r} keeps a part for each task and makes no single adapter: see hydraopt "
+            f"compress, or hydraopt frontier --baselines {name}"
+        )
+
+
+def check_weights(weights: Sequence[float] | None, method: Method, tasks: int) -> np.ndarray:
+    """One weight a task; the method's own where None.
+
+    Raises:
+      HydraOptError: not as many weights as adapters, or one that is no number.
+    """
+    if weights is None:
+        return np.full(tasks, 1.0 / tasks if method.mean and method.single else 1.0, np.float32)
+    values = np.asarray(weights, np.float32)
+    if values.shape != (tasks,):
+        raise HydraOptError(f"{values.size} weights for {tasks} adapters: give one each")
+    if not np.isfinite(values).all():
+        raise HydraOptError("weights must be finite numbers")
+    return values
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(functools.partial(function, **dict(static)))
+
+
+def solve(
+    method: Method, module: str, a: jax.Array, b: jax.Array, weights: jax.Array, options: Mapping[str, Any]
+) -> Any:
+    """One module by one method, jitted where its arguments allow; masks are keyed by the module's name."""
+    known = method.options
+    traced: dict[str, Any] = {k: v for k, v in options.items() if k in ("key", "gram", "moments")}
+    static = tuple(sorted((k, v) for k, v in options.items() if k in known and k not in traced))
+    if "key" in known:
+        traced["key"] = jax.random.fold_in(options["key"], zlib.crc32(module.encode()))
+    if "moments" in traced:
+        # one moment at a time, not all of them on the device
+        rows = [x[module] for x in traced.pop("moments")]
+        return method.function(a, b, weights, moments=rows, **dict(static))
+    return _jitted(method.function, static)(a, b, weights, **{k: v for k, v in traced.items() if k in known})
+
+
+def whole_gram(stacked: Adapters) -> np.ndarray:
+    """`[T, T]` inner products of whole adapters, summed over modules."""
+    each = jax.jit(algebra.gram)
+    return np.sum([each(a, b) for x in stacked.buckets for a, b in zip(x.a, x.b, strict=True)], 0)
+
+
+@jax.jit
+def squared_errors(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array) -> tuple[Any, Any]:
+    """`||delta_t - left @ right||^2` and `||delta_t||^2`, `[T]` each, of one adapter for all tasks."""
+    tasks = a.shape[0]
+    left, right = (jnp.broadcast_to(x, (tasks, *x.shape)) for x in (left, right))
+    return algebra.residual_energy(a, b, left, right), algebra.inner(a, b, a, b)
+
+
+def merge_stacked(
+    stacked: Adapters,
+    name: str,
+    *,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    progress: Callable[[], Any] = lambda: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Module name -> what a method makes of it, NumPy `(a, b)` or Factors; see `merge_adapters`."""
+    method = registry.find(name)
+    given = {k: v for k, v in options.items() if v is not None}
+    registry.check_options(name, given | ({} if rank is None else {"rank": rank}))
+    tasks = len(stacked.tasks)
+    w = jnp.asarray(check_weights(weights, method, tasks))
+    if "moments" in given:
+        _check_moments(stacked, given["moments"])
+    if "gram" in method.options:
+        given["gram"] = jnp.asarray(whole_gram(stacked))
+    out = {}
+    for bucket in stacked.buckets:
+        for m, module in enumerate(bucket.modules):
+            each = dict(given, key=jax.random.key(seed))
+            if "rank" in method.options:
+                each["rank"] = max(int(bucket.ranks[m].max()), 1) if rank is None else rank
+            found = solve(method, module, jnp.asarray(bucket.a[m]), jnp.asarray(bucket.b[m]), w, each)
+            out[module] = jax.device_get(found)
+            progress()
+    return out
+
+
+def _check_moments(stacked: Adapters, moments: Sequence[Mapping[str, np.ndarray]]) -> None:
+    if len(moments) != len(stacked.tasks):
+        raise HydraOptError(f"{len(moments)} files of second moments for {len(stacked.tasks)} adapters")
+    for bucket in stacked.buckets:
+        for module in bucket.modules:
+            for task, rows in zip(stacked.tasks, moments, strict=True):
+                if module not in rows:
+                    raise HydraOptError(f"{module}: the second moments of {task!r} do not have it")
+
+
+def merge_adapters(
+    collection: Sequence[Adapter],
+    method: str,
+    *,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    task: str = "merged",
+    progress: Callable[[], Any] = lambda: None,
+    **options: Any,
+) -> Adapter:
+    """Merge adapters of one base model into one, in the memory of one module's deltas.
+
+    Ranks may differ, and a task may lack modules: its delta is zero there. Classifier heads and other full
+    tensors are left out, since a mean of heads answers for no task. "linear-factors" averages factors and not
+    deltas, see `sums.linear_factors`.
+
+    Args:
+      collection: the adapters.
+      method: a name in `METHODS` that makes a single adapter.
+      weights: one a task; None for 1 / T with methods that add and 1 with those that average.
+      rank: S; None for the largest rank that an adapter has in the module.
+      seed: of random masks.
+      task: name of the result.
+      progress: called after each module.
+      **options: of the method, such as density; None counts as not given. For "regmean", moments: one
+        mapping, module -> second moment, a task.
+
+    Returns:
+      Adapter, with the configuration of the first one and the dtype they have in common.
+
+    Raises:
+      HydraOptError: bad weights, options or method, or adapters that do not fit together.
+
+    >>> from hydraopt_jax import synthetic
+    >>> merged = merge_adapters(synthetic.collection(tasks=3), "linear", rank=2)
+    >>> {x.shape for x in merged.a.values()}
+    {(64, 2)}
+    """
+    check_single(method)
+    stacked = adapters.stack(collection)
+    found = merge_stacked(
+        stacked, method, weights=weights, rank=rank, seed=seed, progress=progress, **options
+    )
+    a, b, layout = {}, {}, {}
+    for module, (left, right) in found.items():
+        used = (np.abs(left).max(0) > 0) & (np.abs(right).max(1) > 0)
+        used[0] |= not used.any()
+        a[module], b[module] = left[:, used], right[used]
+        owner = next(x for x in collection if module in x.a)
+        if module in owner.layout:
+            layout[module] = owner.layout[module]
+    config = {k: v for k, v in collection[0].config.items() if k != "modules_to_save"}
+    if len(a) > len(collection[0].a):
+        config = {k: v for k, v in config.items() if k not in _TARGETS} | {"target_modules": sorted(a)}
+    dtypes = {x.dtype for x in collection}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    return Adapter(task, a, b, dtype=dtype, config=config, layout=layout)
+
+
+def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:
+    """Relative squared errors `[M, T]` of one adapter for all tasks, modules in the order of `merged.a`.
+
+    NaN where a task lacks a module.
+    """
+    stacked = adapters.stack(collection)
+    rows = []
+    for bucket in stacked.buckets:
+        for m, module in enumerate(bucket.modules):
+            lost, energy = squared_errors(bucket.a[m], bucket.b[m], merged.a[module], merged.b[module])
+            relative = compression.relative(np.asarray(lost), np.asarray(energy))
+            rows.append(np.where(bucket.ranks[m] > 0, relative, np.nan))
+    return np.stack(rows)

@@ -1,0 +1,187 @@
+"""Baselines that keep something of every task: slots, joint diagonalisation, shared bases, own SVDs.
+
+Contract: `(a: [T, I, R], b: [T, R, O], weights: [T], *, rank, ...)` of one module to `forms.Factors`. Weights
+count a task's error against the others'.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hydraopt_jax import algebra, cluster, compound, forms
+from hydraopt_jax.algebra import matmul
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.merging.sums import side_by_side
+from hydraopt_jax.merging.truncation import truncate
+
+
+def separate(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
+    """Each adapter's own truncated SVD, see `forms.separate`; weights have no effect."""
+    return forms.separate(algebra.svd(a, b), rank=rank)[0]
+
+
+def assign(gram: Array, slots: int, threshold: float = 1.0) -> Array:
+    """K-Merge's slots: which of K stored adapters each arriving one is merged into.
+
+    Adapters arrive in order. One whose cosine with every stored mean is below `threshold` takes a new slot
+    while there is one; any other is merged into the nearest slot's running mean. Inner products suffice.
+
+    Args:
+      gram: `[T, T]` inner products of whole adapters (summed over modules).
+      slots: K.
+      threshold: cosine from which an adapter is merged although slots are free; 1 fills the slots first.
+
+    Returns:
+      `[T]` int, slot of each task.
+
+    Raises:
+      HydraOptError: no slot.
+
+    >>> gram = jnp.array([[1.0, 0.0, 0.9], [0.0, 1.0, 0.1], [0.9, 0.1, 1.0]])
+    >>> print(assign(gram, 2))
+    [0 1 0]
+    """
+    tasks = gram.shape[0]
+    if slots < 1:
+        raise HydraOptError(f"slots = {slots}: must be at least 1")
+    slots = min(slots, tasks)
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 1e-30))
+
+    def arrive(members: Array, t: Array) -> tuple[Array, Array]:
+        count = members.sum(1)
+        mean = members / jnp.maximum(count, 1.0)[:, None]
+        own = jnp.einsum("ks,st,kt->k", mean, gram, mean, precision="highest")
+        cosine = matmul(mean, gram[:, t]) / (norms[t] * jnp.sqrt(jnp.maximum(own, 1e-30)))
+        cosine = jnp.where(count > 0, cosine, -jnp.inf)
+        used = jnp.sum(count > 0)
+        fresh = (used < slots) & (cosine.max() < threshold)
+        slot = jnp.where(fresh, used, jnp.argmax(cosine)).astype(jnp.int32)
+        return members.at[slot, t].set(1.0), slot
+
+    return jax.lax.scan(arrive, jnp.zeros((slots, tasks)), jnp.arange(tasks))[1]
+
+
+def k_merge(
+    a: Array,
+    b: Array,
+    weights: Array,
+    *,
+    rank: int,
+    slots: int = 2,
+    threshold: float = 1.0,
+    gram: Array | None = None,
+) -> Factors:
+    """K-Merge: K slots, each the mean delta of the adapters merged into it, cut to rank S; see `assign`.
+
+    The running mean `(n mean + delta) / (n + 1)` is the mean of the slot's members; it is cut to its rank
+    once, at the end.
+
+    Args:
+      a: `[T, I, R]`, in the order of arrival.
+      b: `[T, R, O]`.
+      weights: `[T]`, of the tasks in their slot's mean.
+      rank: S.
+      slots: K.
+      threshold: see `assign`.
+      gram: `[T, T]` inner products of whole adapters; this module's alone where None.
+
+    Returns:
+      Factors with one `a` and one `b` a slot.
+
+    Reference: Shenaj et al., K-Merge: Online Continual Merging of Adapters for On-device Large Language
+    Models, 2025, arXiv 2510.13537.
+    """
+    labels = assign(algebra.gram(a, b) if gram is None else gram, slots, threshold)
+    average, _ = cluster.membership(labels, weights, min(slots, a.shape[0]))
+    left, right = jax.lax.map(lambda w: truncate(*side_by_side(a, b, w), rank), average)
+    here = jnp.any(b != 0, (1, 2)) & jnp.any(a != 0, (1, 2))
+    of = jnp.where(here, labels, -1)
+    return Factors(left, right, of, of)
+
+
+def joint(
+    a: Array, b: Array, weights: Array, *, rank: int, clusters: int = 1, diagonal: bool = False
+) -> Factors:
+    """Joint diagonalisation, `delta[t] ~= a[k] @ core[t] @ b[k]`, within each of `clusters` groups of tasks.
+
+    Groups are Ward's (`cluster.ward`); each is `compound.joint_diagonal` with the other tasks at weight 0.
+
+    Args:
+      a: `[T, I, R]`.
+      b: `[T, R, O]`.
+      weights: `[T]`, times `1 / ||delta_t||^2`.
+      rank: S.
+      clusters: 1 to T.
+      diagonal: whether cores are diagonal (JD-Diag) or full (JD-Full).
+
+    Returns:
+      Factors with one `a` and `b` a cluster and a core a task.
+
+    Raises:
+      HydraOptError: clusters outside 1..T.
+
+    Reference: Gabrielsson et al., Compress then Serve: Serving Thousands of LoRA Adapters with Little
+    Overhead, 2024, arXiv 2407.00066.
+    """
+    tasks = a.shape[0]
+    if not 1 <= clusters <= tasks:
+        raise HydraOptError(f"clusters = {clusters}: must lie between 1 and the {tasks} tasks")
+    deltas = algebra.svd(a, b)
+    importance = weights * algebra.task_weights(deltas.energy)
+    if clusters == 1:
+        return compound.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=importance)[0]
+    labels = cluster.ward(algebra.gram(a, b), importance, clusters)
+
+    def one(k: Array) -> Factors:
+        inside = jnp.where(labels == k, importance, 0.0)
+        return compound.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=inside)[0]
+
+    each = jax.lax.map(one, jnp.arange(clusters, dtype=labels.dtype))
+    of = forms.present(deltas, labels)
+    assert each.core is not None
+    return Factors(each.a[:, 0], each.b[:, 0], of, of, each.core[labels, jnp.arange(tasks)])
+
+
+def share(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
+    """Share: one basis a side for all tasks, from the factors, and each task's coefficients in them.
+
+    The bases are the S leading left singular vectors of the tasks' input-side factors side by side and of
+    their output-side factors; a task keeps `core[t] = basis_a.T delta_t basis_b`, which is the product of its
+    two factors' coefficients `[S, R]`, `[R, S]`, kept as whichever is smaller. The split of each delta
+    into factors is the even one of its SVD, so that the result depends on the deltas alone; no mean is
+    subtracted.
+
+    Args:
+      a: `[T, I, R]`.
+      b: `[T, R, O]`.
+      weights: `[T]`, of the tasks in the bases.
+      rank: S; at most min(T * R, I) and min(T * R, O) are used.
+
+    Returns:
+      Factors with one `a`, one `b` and a full core a task.
+
+    Reference: Kaushik et al., Shared LoRA Subspaces for almost Strict Continual Learning, 2026,
+    arXiv 2602.06043.
+    """
+    deltas = algebra.svd(a, b)
+    root = jnp.sqrt(deltas.s * weights[:, None])
+    left = algebra.wide(deltas.u * root[:, None, :])
+    right = algebra.wide(deltas.v.mT * root[:, None, :])
+    x, y = (algebra.leading(side, min(rank, *side.shape)) for side in (left, right))
+    core = matmul(matmul(x.T, deltas.u * deltas.s[:, None, :]), matmul(deltas.v, y))
+    of = forms.present(deltas, jnp.zeros(a.shape[0], jnp.int32))
+    return Factors(x[None], y.T[None], of, of, core)
+
+
+def entries(factors: Factors, rank: int) -> int:
+    """Numbers to store; a task's full core as its two sides `[S, R]`, `[R, S]` where that is less.
+
+    Args:
+      factors: what is kept.
+      rank: R, the adapters' rank.
+    """
+    if factors.core is None or factors.core.ndim == 2:
+        return forms.count(factors)
+    tasks, rows, columns = factors.core.shape
+    return int(factors.a.size + factors.b.size) + tasks * min(rows * columns, rank * (rows + columns))

@@ -1,0 +1,123 @@
+"""Merging methods as curves of the frontier: bytes of half-precision factors against errors of delta."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from hydraopt_jax import algebra, compression, forms
+from hydraopt_jax.adapters import Adapters
+from hydraopt_jax.coding import plan
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.frontier import Curve, Point, summary
+from hydraopt_jax.merging import compressors, registry
+from hydraopt_jax.merging.collection import merge_stacked, squared_errors
+
+# "separate" is on every frontier, at three bit widths; what needs data is not in a collection
+BASELINES = tuple(k for k, v in registry.METHODS.items() if k != "separate" and not v.needs)
+# widths of the shared bases, times the adapters' rank
+WIDTHS = (1, 2, 4)
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """Names of baselines: `all`, or a list with commas.
+
+    Raises:
+      HydraOptError: unknown, or one that needs more than the adapters.
+
+    >>> parse("ties, knots")
+    ('ties', 'knots')
+    """
+    names = BASELINES if text.strip() == "all" else tuple(x.strip() for x in text.split(","))
+    for name in names:
+        if name not in BASELINES:
+            raise HydraOptError(f"baseline {name!r}: must be all, or some of {', '.join(BASELINES)}")
+    return names
+
+
+@jax.jit
+def kept_errors(a: Array, b: Array, factors: Factors) -> tuple[Array, Array]:
+    """Squared errors of factors that keep something of every task, and the energies, `[T]` each."""
+    return algebra.residual_energy(a, b, *forms.pair(factors)), algebra.inner(a, b, a, b)
+
+
+@jax.jit
+def products(a: Array, b: Array, left: Array, right: Array) -> tuple[Array, Array, Array]:
+    """`<delta_t, merged>`, `||delta_t||^2`, both `[T]`, and `||merged||^2`."""
+    return (
+        algebra.inner(a, b, left, right),
+        algebra.inner(a, b, a, b),
+        algebra.inner(left, right, left, right),
+    )
+
+
+def _modules(stacked: Adapters) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    for bucket in stacked.buckets:
+        yield from zip(bucket.modules, bucket.a, bucket.b, bucket.ranks, strict=True)
+
+
+def single(stacked: Adapters, name: str) -> Point:
+    """One adapter for all tasks, with the one factor that makes its mean relative error least.
+
+    The papers tune a scale of the merged adapter on data. Here it has a closed form: with sums over modules
+    and tasks, `scale = sum(<delta, merged> / ||delta||^2) / sum(||merged||^2 / ||delta||^2)`.
+    """
+    found = merge_stacked(stacked, name)
+    above = below = 0.0
+    for module, a, b, _ in _modules(stacked):
+        cross, energy, own = (np.asarray(x, np.float64) for x in products(a, b, *found[module]))
+        inverse = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
+        above += float((cross * inverse).sum())
+        below += float((own * inverse).sum())
+    scale = above / below if below > 0 else 1.0
+    errors, size = [], 0
+    for module, a, b, ranks in _modules(stacked):
+        left, right = found[module]
+        lost, energy = (np.asarray(x) for x in squared_errors(a, b, left, right * np.float32(scale)))
+        errors.append(np.where(ranks > 0, compression.relative(lost, energy), np.nan))
+        size += 2 * (left.size + right.size)
+    return summary(f"one adapter, scale {scale:.3g}", size, np.stack(errors))
+
+
+def kept(stacked: Adapters, name: str, setting: str, **options: Any) -> Point:
+    """A method that keeps something of every task, at one setting."""
+    found = merge_stacked(stacked, name, **options)
+    errors, size = [], 0
+    for module, a, b, ranks in _modules(stacked):
+        lost, energy = (np.asarray(x) for x in kept_errors(a, b, found[module]))
+        errors.append(np.where(ranks > 0, compression.relative(lost, energy), np.nan))
+        size += 2 * compressors.entries(found[module], int(ranks.max()))
+    return summary(setting, size, np.stack(errors))
+
+
+def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:
+    """What a method that keeps something of every task is tried at: name of the setting -> options."""
+    tasks = len(stacked.tasks)
+    rank = max(int(x.ranks.max()) for x in stacked.buckets)
+    if name == "k-merge":
+        return {f"K = {k}": {"slots": k} for k in plan.cuts(tasks)}
+    widths = [rank * k for k in WIDTHS if k == 1 or rank * k < rank * tasks]
+    if name == "share":
+        return {f"rank {s}": {"rank": s} for s in widths}
+    groups = [1] + [max(2, tasks // 4)] * (tasks > 2)
+    return {
+        f"rank {s}" + f", {k} clusters" * (k > 1): {"rank": s, "clusters": k} for k in groups for s in widths
+    }
+
+
+def measure(
+    stacked: Adapters, names: Sequence[str], progress: Callable[[int], None] = lambda done: None
+) -> list[Curve]:
+    """A curve a method, errors against each task's own delta; progress is called with 1 after each."""
+    out = []
+    for name in names:
+        if registry.find(name).single:
+            points = [single(stacked, name)]
+        else:
+            points = [kept(stacked, name, s, **options) for s, options in settings(stacked, name).items()]
+        out.append(Curve(name, tuple(points)))
+        progress(1)
+    return out
