@@ -153,7 +153,7 @@ def to_store(
     leaves = codec.serialise(trial.coded, trial.gains)
     shapes = trial.coded.shapes
     modules = codec.deserialise(leaves, shapes, range(len(collection)))
-    report = describe(collection, trial, options, entries)
+    report = describe(collection, problem, trial, options, entries)
     if not problem.metrics:
         found = limits(problem, np.array([sum(map(len, leaves.values()))]))
         report["limit"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
@@ -162,14 +162,32 @@ def to_store(
     return Store(tasks, modules, sources_of(collection), report, trial.errors, payload)
 
 
-def describe(collection: Sequence[Adapter], trial: Trial, options: Options, entries: int) -> dict[str, Any]:
+def describe(
+    collection: Sequence[Adapter], problem: Problem, trial: Trial, options: Options, entries: int
+) -> dict[str, Any]:
     """The report of a coded store."""
     tasks = [x.task for x in collection]
     forms: dict[str, int] = {}
     for choice in trial.choices.values():
         forms[label(choice, tasks)] = forms.get(label(choice, tasks), 0) + 1
     step = float(f"{trial.step:.6g}")
-    return account(options, entries) | {"form": "coded", "step": step, "forms": forms}
+    bound = {"eigen-tail": float(f"{eigen_tail(problem, trial):.6g}")}
+    return account(options, entries) | {"form": "coded", "step": step, "forms": forms, "bound": bound}
+
+
+def eigen_tail(problem: Problem, trial: Trial) -> float:
+    """Mean relative energy beyond as many directions as each task keeps: no factors of these ranks lose less
+    (Eckart and Young 1936)."""
+    coded, tails = trial.coded, []
+    for t in range(problem.weights.shape[1]):
+        kept: dict[str, int] = {}
+        for (name, _), live in codec.live_directions(coded.shapes, coded.pieces, coded.classes, t).items():
+            kept[name] = kept.get(name, 0) + int(live.sum())
+        for x in problem.spectra:
+            for m in np.flatnonzero(x.norms[:, t] > 0):
+                energy = np.asarray(x.deltas.s[m, t], np.float64) ** 2
+                tails.append(energy[kept.get(x.modules[m], 0) :].sum() / energy.sum())
+    return float(np.mean(tails)) if tails else 0.0
 
 
 def limits(problem: Problem, sizes: np.ndarray) -> dict[str, np.ndarray]:
@@ -260,7 +278,7 @@ def to_budget(
     start = first_step(problem, max(limit - LEAST_OVERHEAD, limit // 2))
     for _ in range(6):
         goal = lambda x, spare=spare: float(  # noqa: E731
-            np.log((x.bytes + overhead(collection, x, options, entries)) / max(limit - spare, 1))
+            np.log((x.bytes + overhead(collection, problem, x, options, entries)) / max(limit - spare, 1))
         )
         best, _ = search(problem, goal, -1.0, start, progress)
         if best is None:
@@ -281,11 +299,13 @@ def to_budget(
     return least
 
 
-def overhead(collection: Sequence[Adapter], trial: Trial, options: Options, entries: int) -> int:
+def overhead(
+    collection: Sequence[Adapter], problem: Problem, trial: Trial, options: Options, entries: int
+) -> int:
     """Bytes on disk beside the coded factors: what a store of empty leaves takes."""
     leaves = dict.fromkeys({*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}, b"\x00")
     payload = Payload(leaves, trial.coded.shapes)
-    report = describe(collection, trial, options, entries)
+    report = describe(collection, problem, trial, options, entries)
     tasks = tuple(x.task for x in collection)
     empty = Store(tasks, {}, sources_of(collection), report, trial.errors, payload)
     return checkpoint.measure_size(empty) - len(leaves)

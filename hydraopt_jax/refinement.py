@@ -1,4 +1,4 @@
-"""Refinement of a store with its rounding in the loop, shared and per-task factors jointly, by any Optax optimiser.
+"""Refinement of a store with its rounding in the loop, shared and per-task factors jointly, with Optax.
 
 What is optimised is the error of what will be stored. Behind every stored factor lies an unrounded one; each
 step rounds all of them as the store would (a cast, or the trellis quantiser with its tables and predictions),
@@ -9,8 +9,8 @@ Two losses. Without a forward function the mean relative squared error of delta.
 and tokens of `KL(p_adapter || p_store)`, the divergence of the stored adapters' next-token distributions from
 the original ones', on unlabelled batches (distillation).
 
-Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432; Hinton
-et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
+Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432;
+Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,17 +28,12 @@ from hydraopt_jax import adapters, algebra, compression, forms, objective, round
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding.trial import Metrics, metrics_of
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors
-from hydraopt_jax.store import Payload, Store
+from hydraopt_jax.rounding import Modules, arrays, with_arrays
+from hydraopt_jax.store import Store
 
 Lora = dict[str, tuple[Array, Array]]
 Forward = Callable[[Lora, Any], Array]
-Modules = Mapping[str, tuple[Factors, ...]]
 
-# bytes kept free for the account of the refinement itself
-SPARE = 96
-# tries to meet the bytes in the end
-ROUNDS = 12
 LEARNING_RATE = 0.03
 
 
@@ -57,10 +52,11 @@ class Refined(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is carried from step to step: unrounded factors in their units, and the optimiser's memory."""
+    """What is carried on: unrounded factors in their units, the optimiser's memory, the coder's tables."""
 
     factors: Any
     optimizer: Any
+    tables: Any
 
 
 def stacked(modules: Modules) -> Lora:
@@ -82,13 +78,15 @@ def originals(collection: Sequence[Adapter]) -> Lora:
 
 
 def quadratic(metrics: Mapping[str, Metrics] | None = None) -> Callable[[Lora, Lora, Any], Array]:
-    """The loss `mean_{m, t} ||D||^2 / ||delta||^2`, `D = delta - fit`, in the metrics' coordinates where there are any.
+    """The loss `mean_{m, t} ||D||^2 / ||delta||^2`, `D = delta - fit`, in the
+    metrics' coordinates where there are any.
 
-    With metrics of both sides, `tr(C D G D.T)` is in the units of the model's outputs and counts as it is, over the
-    sum of `tr(C delta G delta.T)`, so that a module weighs what it matters.
+    With metrics of both sides, `tr(C D G D.T)` is in the units of the model's outputs and counts as it is,
+    over the sum of `tr(C delta G delta.T)`, so that a module weighs what it matters.
     """
-    roots = {} if metrics is None else {n: [None if y is None else y.root for y in x] for n, x in metrics.items()}
-    scales = {n: x[0].scale * x[1].scale for n, x in (metrics or {}).items() if x[0] and x[1]}
+    metrics = metrics or {}
+    roots = {n: [None if y is None else y.root for y in x] for n, x in metrics.items()}
+    scales = {n: x[0].scale * x[1].scale for n, x in metrics.items() if x[0] and x[1]}
 
     def weigh(name: str, a: Array, b: Array) -> tuple[Array, Array]:
         left, right = roots.get(name, (None, None))
@@ -101,7 +99,7 @@ def quadratic(metrics: Mapping[str, Metrics] | None = None) -> Callable[[Lora, L
             a, b = weigh(name, *pair)
             energy = jnp.maximum(algebra.inner(a, b, a, b), 0.0)
             error = objective.squared_errors(a, b, *weigh(name, *stored[name]))
-            unit = scales[name] if scales else jnp.where(energy > 0, 1.0 / jnp.where(energy > 0, energy, 1.0), 0.0)
+            unit = scales[name] if scales else algebra.task_weights(energy)
             lost.append(error * unit)
             whole.append(energy * unit)
         return jnp.sum(jnp.stack(lost)) / jnp.sum(jnp.stack(whole))
@@ -139,92 +137,12 @@ def divergence(
 
 
 def default_optimizer(steps: int, rate: float = LEARNING_RATE) -> optax.GradientTransformation:
-    """Adam with a cosine decay to zero; the rate is in quantiser steps (coded) or in the factor's rms (plain)."""
+    """Adam with a cosine decay to zero; the rate is in quantiser steps (coded) or in a factor's rms."""
     return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
 
 
-class Coding:
-    """The rounding of a coded store, and the price of a bit that keeps its bytes."""
-
-    def __init__(self, store: Store, limit: int):
-        assert store.payload is not None
-        self.shapes, self.tasks, self.limit = store.payload.shapes, len(store.tasks), limit
-        self.tables = rounding.start_tables(store.modules, self.shapes)
-
-    def __call__(self, modules: Modules) -> dict[str, tuple[Factors, ...]]:
-        """What the factors would come back as; the tables follow, and the price of a bit."""
-        coded = rounding.encode(modules, self.shapes, self.tables)
-        size = rounding.codec.sizes(coded, rounding.gains_of(coded, modules, self.tasks))
-        change = float(np.clip((size / self.limit) ** 1.5, 0.9, 1.1))
-        self.tables = rounding.recount(coded, self.tables.multiplier * change)
-        return rounding.decoded(coded, modules)
-
-    def finish(self, modules: Modules) -> tuple[dict[str, tuple[Factors, ...]], Payload | None]:
-        """The factors in bytes, at most as many as allowed, and what they come back as."""
-        for _ in range(ROUNDS):
-            coded = rounding.encode(modules, self.shapes, self.tables)
-            leaves = rounding.codec.serialise(coded, rounding.gains_of(coded, modules, self.tasks))
-            size = sum(map(len, leaves.values()))
-            if size <= self.limit - SPARE:
-                kept = rounding.codec.deserialise(leaves, self.shapes, range(self.tasks))
-                return kept, Payload(leaves, self.shapes)
-            over = size / max(self.limit - SPARE, 1)
-            self.tables = rounding.recount(coded, self.tables.multiplier * (1.003 * over) ** 4)
-        return {}, None
-
-
-class Casting:
-    """The rounding of a plain store: each factor to the dtype it is stored in."""
-
-    def __init__(self, store: Store):
-        self.dtypes = {
-            n: [jax.tree.map(lambda x: np.asarray(x).dtype, y._replace(a_of=None, b_of=None)) for y in terms]
-            for n, terms in store.modules.items()
-        }
-
-    def __call__(self, modules: Modules) -> dict[str, tuple[Factors, ...]]:
-        """The factors as they will be read, in float32."""
-        return jax.tree.map(lambda x: np.asarray(x, np.float32), self.cast(modules))
-
-    def cast(self, modules: Modules) -> dict[str, tuple[Factors, ...]]:
-        """The factors in their stored dtypes."""
-        return {
-            n: tuple(
-                x._replace(
-                    **{
-                        k: np.asarray(getattr(x, k)).astype(getattr(d, k))
-                        for k in ("a", "b", "core")
-                        if getattr(x, k) is not None
-                    }
-                )
-                for x, d in zip(terms, self.dtypes[n], strict=True)
-            )
-            for n, terms in modules.items()
-        }
-
-    def finish(self, modules: Modules) -> tuple[dict[str, tuple[Factors, ...]], Payload | None]:
-        """The factors in their stored dtypes; they have no other form."""
-        return self.cast(modules), None
-
-
-def arrays(modules: Modules) -> Any:
-    """What moves: module -> terms' `(a, b, core)` as arrays; an empty core where there is none."""
-    return {n: tuple((x.a, x.b, () if x.core is None else x.core) for x in t) for n, t in modules.items()}
-
-
-def with_arrays(modules: Modules, moved: Any) -> dict[str, tuple[Factors, ...]]:
-    """The inverse of `arrays`."""
-    return {
-        n: tuple(
-            x._replace(a=a, b=b, core=None if x.core is None else core)
-            for x, (a, b, core) in zip(terms, moved[n], strict=True)
-        )
-        for n, terms in modules.items()
-    }
-
-
 def units(store: Store) -> Any:
-    """What one unit of each factor is: a quantiser step, or the rms of a plain factor; of cores their own size."""
+    """One unit of each factor: a quantiser step, or the rms of a plain one; of cores their own size."""
     coded = store.payload is not None
 
     def rms(x: Any, axes: Any) -> np.ndarray:
@@ -239,7 +157,8 @@ def units(store: Store) -> Any:
             side = (np.float32(1.0), np.float32(1.0)) if coded else (rms(x.a, None), rms(x.b, None))
             core: Any = () if x.core is None else rms(x.core, tuple(range(1, np.ndim(x.core))))
             if coded:
-                core = np.abs(np.asarray(x.core, np.float32))
+                # as much as one step is of a vector
+                core = np.abs(np.asarray(x.core, np.float32)) / max(float(rms(x.a, None).max()), 1.0)
                 core = np.where(core > 0, core, 1.0)
             rows.append((*side, core))
         out[name] = tuple(rows)
@@ -268,11 +187,12 @@ def refine(
     Args:
       store: plain or coded (made under a budget), all tasks of it.
       collection: the adapters it was made of.
-      calibration: second moments as in a calibration file, to refine the error of the modules' outputs; None
-        for the error of the weights.
-      forward: `(lora, batch) -> logits [..., V]` for one task, to refine the divergence of the model's outputs.
-      batches: step -> batch, or a sequence that is gone through again and again; every leaf has a leading task
-        axis. Unlabelled inputs, only for `forward`.
+      calibration: second moments as in a calibration file, to refine the error of the modules' outputs;
+        None for the error of the weights.
+      forward: `(lora, batch) -> logits [..., V]` for one task, to refine the divergence of the model's
+        outputs.
+      batches: step -> batch, or a sequence that is gone through again and again; every leaf has a leading
+        task axis. Unlabelled inputs, only for `forward`.
       mask: `batch -> [...]` bool, the predictions that count; None for all.
       check: the batch on which `before` and `after` are measured; None for the first.
       optimizer: any Optax optimiser; None for `default_optimizer(steps)`.
@@ -292,7 +212,7 @@ def refine(
     ordered = in_order(store, collection)
     if forward is not None and not callable(batches) and (not len(batches) or batches[0] is None):
         raise HydraOptError("refine: a forward function needs batches of inputs")
-    batch_at = batches if callable(batches) else lambda i: batches[i % len(batches)]
+    batch_at: Callable[[int], Any] = batches if callable(batches) else cycle(batches)
     metrics = {}
     if calibration is not None:
         metrics = metrics_of(adapters.stack(ordered), list(store.modules), calibration)
@@ -305,12 +225,9 @@ def refine(
     original, unit = originals(ordered), units(store)
     coded = store.payload is not None
     if coded:
-        limit = sum(map(len, store.payload.leaves.values()))  # type: ignore[union-attr]
-        rounded: Coding | Casting = Coding(store, limit)
-        begin: Modules = rounding.unrounded(store, ordered, metrics)
+        rounded, begin = rounding.coding(store), rounding.unrounded(store, ordered, metrics)
     else:
-        begin, rounded = store.modules, Casting(store)
-    index = {n: tuple(x._replace(a=None, b=None) for x in t) for n, t in store.modules.items()}
+        rounded, begin = rounding.casting(store), dict(store.modules)
     live = jax.tree.map(lambda x: np.asarray(np.abs(np.asarray(x, np.float32)) > 0), arrays(begin))
     if coded:
         live = jax.tree.map(lambda x: x.any(-2, keepdims=True) if x.ndim == 3 else x, vectors(live))
@@ -318,37 +235,49 @@ def refine(
     chain = optax.MultiSteps(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate)
 
     def value(moved: Any, batch: Any) -> Array:
-        return loss(stacked(with_arrays(index, moved)), original, batch)
+        return loss(stacked(with_arrays(store.modules, moved)), original, batch)
 
     @jax.jit
     def step(state: State, moved: Any, batch: Any) -> tuple[State, Array]:
         lost, gradient = jax.value_and_grad(value)(moved, batch)
         gradient = jax.tree.map(lambda g, u, x: g * u * x, gradient, unit, live)
         updates, memory = chain.update(gradient, state.optimizer, state.factors)
-        return State(optax.apply_updates(state.factors, updates), memory), lost
+        return State(optax.apply_updates(state.factors, updates), memory, state.tables), lost
 
     measure = jax.jit(value)
     check = batch_at(0) if check is None else check
     before = float(measure(wide(arrays(store.modules)), check))
     factors = jax.tree.map(lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), arrays(begin), unit)
-    state, done, trace = resume(State(factors, chain.init(factors)), folder)
+    state, done, trace = resume(State(factors, chain.init(factors), rounded.tables), folder)
     moved: Any = None
     for i in range(done, steps):
         if moved is None or i % accumulate == 0:
-            moved = wide(arrays(rounded(with_arrays(store.modules, scaled(state.factors, unit)))))
+            whole = with_arrays(store.modules, scaled(state.factors, unit))
+            kept, tables = rounded.round(whole, state.tables)
+            state, moved = state._replace(tables=tables), wide(arrays(kept))
         state, lost = step(state, moved, batch_at(i))
         trace.append(float(lost))
         progress(trace[-1])
         if folder is not None and ((i + 1) % save == 0 or i + 1 == steps):
             keep(state, i + 1, trace, folder)
-    modules, payload = rounded.finish(with_arrays(store.modules, scaled(state.factors, unit)))
+    modules, payload = rounded.finish(with_arrays(store.modules, scaled(state.factors, unit)), state.tables)
     after = float(measure(wide(arrays(modules)), check)) if modules else float("inf")
     if not after < before:
         return store, Refined(before, before, np.array(trace))
-    account = {"level": level, "steps": steps, "before": float(f"{before:.6g}"), "after": float(f"{after:.6g}")}
+    account = {
+        "level": level,
+        "steps": steps,
+        "before": float(f"{before:.6g}"),
+        "after": float(f"{after:.6g}"),
+    }
     report = {**store.report, "refinement": account}
     found = store._replace(modules=modules, payload=payload, report=report)
     return found._replace(errors=errors_of(found, ordered)), Refined(before, after, np.array(trace))
+
+
+def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:
+    """Step -> batch, from the front again after the last."""
+    return lambda i: batches[i % len(batches)]
 
 
 def vectors(moved: Any) -> Any:

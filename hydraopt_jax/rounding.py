@@ -1,12 +1,13 @@
 """What a store of given factors would hold: the rounding that a refinement has in its loop.
 
 A plain store rounds to its dtype; a coded one quantises on the trellis, and what comes back depends on all
-factors at once (tables, predictions). Both are functions from factors to factors, with no gradient of their own.
+factors at once (tables, predictions). Both map factors to factors and have no gradient of their own.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
@@ -15,12 +16,18 @@ from hydraopt_jax.coding.codec import Coded
 from hydraopt_jax.coding.trial import Metrics, unweigh
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape
-from hydraopt_jax.store import Store
+from hydraopt_jax.store import Payload, Store
 
 Modules = Mapping[str, tuple[Factors, ...]]
 
 # rounds in which tables and the decisions that they charge for agree
 TABLE_ROUNDS = 3
+# bytes kept free for the account of a refinement in the index
+SPARE = 96
+# least and largest price of a bit while factors move, of the usual one
+PRICES = (0.5, 2.0)
+# tries to meet the bytes in the end
+ROUNDS = 12
 # how far, in steps, an unrounded entry may lie from what it was rounded to
 CELL = 0.5
 
@@ -30,11 +37,11 @@ class Tables(NamedTuple):
 
     Attributes:
       frequencies: `[COUNT, 2, HIGH]`.
-      multiplier: squared steps a bit; a larger one spends fewer bytes.
+      multiplier: `[1]` squared steps a bit; a larger one spends fewer bytes.
     """
 
     frequencies: np.ndarray
-    multiplier: float
+    multiplier: np.ndarray
 
 
 def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, list[codec.Target]]:
@@ -54,7 +61,7 @@ def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> di
 
 def encode(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]], tables: Tables) -> Coded:
     """Quantise factors in steps."""
-    return codec.quantise(targets(modules, shapes), tables.frequencies, tables.multiplier)
+    return codec.quantise(targets(modules, shapes), tables.frequencies, float(tables.multiplier[0]))
 
 
 def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
@@ -65,19 +72,19 @@ def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
     }
 
 
+def recount(coded: Coded, multiplier: float | np.ndarray) -> Tables:
+    """Tables of what was just quantised."""
+    prior = classes.gaussian()
+    return Tables(coded.counts + 8 * prior / prior.sum(-1, keepdims=True), np.reshape(multiplier, 1))
+
+
 def start_tables(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> Tables:
     """Tables of factors in steps: quantisation and counting alternate."""
     prior = classes.gaussian()
-    tables = Tables(prior / prior.sum(-1, keepdims=True), codec.MULTIPLIER)
+    tables = Tables(prior / prior.sum(-1, keepdims=True), np.array([codec.MULTIPLIER]))
     for _ in range(TABLE_ROUNDS):
         tables = recount(encode(modules, shapes, tables), tables.multiplier)
     return tables
-
-
-def recount(coded: Coded, multiplier: float) -> Tables:
-    """Tables of what was just quantised."""
-    prior = classes.gaussian()
-    return Tables(coded.counts + 8 * prior / prior.sum(-1, keepdims=True), multiplier)
 
 
 def gains_of(coded: Coded, modules: Modules, tasks: int) -> dict[int, list[np.ndarray]]:
@@ -89,14 +96,93 @@ def gains_of(coded: Coded, modules: Modules, tasks: int) -> dict[int, list[np.nd
     return gains
 
 
+def arrays(modules: Modules) -> Any:
+    """What moves: module -> terms' `(a, b, core)` as arrays; an empty core where there is none."""
+    return {n: tuple((x.a, x.b, () if x.core is None else x.core) for x in t) for n, t in modules.items()}
+
+
+def with_arrays(modules: Modules, moved: Any) -> dict[str, tuple[Factors, ...]]:
+    """The inverse of `arrays`."""
+    return {
+        n: tuple(
+            x._replace(a=a, b=b, core=None if x.core is None else core)
+            for x, (a, b, core) in zip(terms, moved[n], strict=True)
+        )
+        for n, terms in modules.items()
+    }
+
+
+class Rounding(NamedTuple):
+    """How a store rounds.
+
+    Attributes:
+      tables: what the first rounding is charged.
+      round: `(factors, tables) -> (factors as they would be read, next tables)`.
+      finish: `(factors, tables) -> (factors as they are read, their coded form or None)`; no factors where
+        they did not fit.
+    """
+
+    tables: Any
+    round: Callable[[Modules, Any], tuple[Modules, Any]]
+    finish: Callable[[Modules, Any], tuple[Modules, Payload | None]]
+
+
+def casting(store: Store) -> Rounding:
+    """The rounding of a plain store: each factor to the dtype it is stored in."""
+    dtypes = jax.tree.map(lambda x: np.asarray(x).dtype, arrays(store.modules))
+
+    def cast(modules: Modules, tables: Any) -> tuple[Modules, Any]:
+        moved = jax.tree.map(lambda x, dtype: np.asarray(x).astype(dtype), arrays(modules), dtypes)
+        return with_arrays(modules, moved), tables
+
+    return Rounding(np.zeros(1), cast, lambda modules, tables: (cast(modules, tables)[0], None))
+
+
+def coding(store: Store) -> Rounding:
+    """The rounding of a coded store; the price of a bit follows the bytes, which may not grow."""
+    assert store.payload is not None
+    shapes, tasks = store.payload.shapes, len(store.tasks)
+    limit = max(sum(map(len, store.payload.leaves.values())) - SPARE, SPARE)
+    tables = start_tables(store.modules, shapes)
+
+    def estimate(coded: Coded, modules: Modules) -> float:
+        return codec.sizes(coded, gains_of(coded, modules, tasks))
+
+    def serialise(coded: Coded, modules: Modules) -> tuple[dict[str, bytes], int]:
+        leaves = codec.serialise(coded, gains_of(coded, modules, tasks))
+        return leaves, sum(map(len, leaves.values()))
+
+    # the estimate of a size is off by more than a little where there is little
+    first = encode(store.modules, shapes, tables)
+    bias = serialise(first, store.modules)[1] / estimate(first, store.modules)
+
+    def round_all(modules: Modules, tables: Any) -> tuple[Modules, Any]:
+        coded = encode(modules, shapes, tables)
+        over = bias * estimate(coded, modules) / limit
+        price = tables.multiplier * np.clip(over, 0.95, 1.05) / codec.MULTIPLIER
+        return decoded(coded, modules), recount(coded, codec.MULTIPLIER * np.clip(price, *PRICES))
+
+    def finish(modules: Modules, tables: Any) -> tuple[Modules, Payload | None]:
+        for _ in range(ROUNDS):
+            coded = encode(modules, shapes, tables)
+            leaves, size = serialise(coded, modules)
+            if size <= limit:
+                return codec.deserialise(leaves, shapes, range(tasks)), Payload(leaves, shapes)
+            tables = recount(coded, tables.multiplier * (1.003 * size / limit) ** 4)
+        return {}, None
+
+    return Rounding(tables, round_all, finish)
+
+
 def unrounded(
     store: Store, collection: Sequence[Adapter], metrics: Mapping[str, Metrics]
 ) -> dict[str, tuple[Factors, ...]]:
-    """Factors before their rounding: on each side the ones of least squared error for what the other decodes to.
+    """Factors before their rounding: on each side those of least squared error for what the other decodes to.
 
     With `p_t = core_t @ b_t`, the best inputs of the tasks t that share one factor solve
-    `a @ sum_t w_t p_t p_t.T = sum_t w_t delta_t p_t.T`, `w_t = 1 / ||delta_t||^2`, and alike for the other side.
-    Vectors that a store leaves out (zeros) stay so. All this is in the metrics' coordinates where there are any.
+    `a @ sum_t w_t p_t p_t.T = sum_t w_t delta_t p_t.T`, `w_t = 1 / ||delta_t||^2`, and alike for the other
+    side; they are kept within a cell of the stored ones. Vectors that a store leaves out (zeros) stay so. All
+    this is in the metrics' coordinates where there are any.
 
     Args:
       store: coded, with diagonal cores.
@@ -118,22 +204,26 @@ def unrounded(
             a, b = np.asarray(term.a, np.float64), np.asarray(term.b, np.float64).swapaxes(1, 2)
             seen_a = a if sides[0] is None else inputs @ a
             seen_b = b if sides[1] is None else outputs @ b
-            core = np.asarray(term.core, np.float64)
-            new_a = unweigh(sides[0], solve_side(rest, term.a_of, len(a), seen_b.swapaxes(1, 2), term.b_of, core))
-            new_b = unweigh(sides[1], solve_side(flipped, term.b_of, len(b), seen_a.swapaxes(1, 2), term.a_of, core))
-            new = [
-                np.where(np.abs(x).max(1, keepdims=True) > 0, x + np.clip(y - x, -CELL, CELL), 0.0)
-                for x, y in ((a, new_a), (b, new_b))
-            ]
-            rebuilt.append(term._replace(a=new[0].astype(np.float32), b=new[1].swapaxes(1, 2).astype(np.float32)))
+            core, a_of, b_of = np.asarray(term.core, np.float64), np.asarray(term.a_of), np.asarray(term.b_of)
+            new_a = solve_side(rest, a_of, len(a), seen_b.swapaxes(1, 2), b_of, core)
+            new_b = solve_side(flipped, b_of, len(b), seen_a.swapaxes(1, 2), a_of, core)
+            a = within_cell(a, unweigh(sides[0], new_a))
+            b = within_cell(b, unweigh(sides[1], new_b)).swapaxes(1, 2)
+            rebuilt.append(term._replace(a=a, b=b))  # type: ignore[arg-type]
         out[name] = tuple(rebuilt)
     return out
+
+
+def within_cell(stored: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """The best vectors `[A, n, S]`, each entry at most a cell from the stored one; zero vectors stay zero."""
+    live = np.abs(stored).max(1, keepdims=True) > 0
+    return np.where(live, stored + np.clip(best - stored, -CELL, CELL), 0.0).astype(np.float32)
 
 
 def residual(
     adapter: Adapter, name: str, terms: Sequence[Factors], *, skip: int, task: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """A task's delta less all terms but one, as factors `[I, r]`, `[r, O]` in float64; None where it has none."""
+    """A task's delta less all terms but one, factors `[I, r]`, `[r, O]` in float64; None if it has none."""
     if name not in adapter.a:
         return None
     left = [np.asarray(adapter.a[name], np.float64)]
@@ -153,7 +243,7 @@ def solve_side(
     other_of: np.ndarray,
     core: np.ndarray,
 ) -> np.ndarray:
-    """The `count` input factors `[A, I, S]` of least squared error for given output factors `other: [B, S, O]`."""
+    """The `count` input factors `[A, I, S]` of least squared error for given `other: [B, S, O]`."""
     rank = other.shape[1]
     size = next(x[0].shape[0] for x in deltas if x is not None)
     system, wanted = np.zeros((count, rank, rank)), np.zeros((count, size, rank))

@@ -92,6 +92,12 @@ def test_demo_does_not_write_over_anything(capsys, tmp_path):
     assert "exists" in refused(capsys, "demo", "--out", tmp_path)
 
 
+def test_refine_says_what_it_gained(folders, tmp_path, capsys):
+    said = ok(capsys, "compress", *folders, "--heads", "2", "--refine", "5", "--out", tmp_path / "store")
+    assert 0 < said["refinement"]["after"] <= said["refinement"]["before"]
+    assert said["error"]["mean"] == pytest.approx(said["refinement"]["after"], rel=0.02)
+
+
 def test_budget_makes_a_store_that_verifies(capsys, folders, tmp_path):
     out = tmp_path / "store"
     said = ok(capsys, "compress", *folders, "--budget", "0.6", "--out", out)

@@ -40,6 +40,12 @@ def test_store_on_disk_meets_its_budget_and_its_claims(alike, budget, tmp_path):
     np.testing.assert_allclose(list(measured.values()), claimed, rtol=0.02, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_error_is_never_below_the_bound_of_its_ranks(alike, share):
+    kept = navigate.compress(alike, navigate.Options(budget=0.4, share=share))
+    assert 0 < kept.report["bound"]["eigen-tail"] <= np.nanmean(kept.errors)
+
+
 def test_budget_in_bytes(alike):
     kept = navigate.compress(alike, navigate.Options(budget=9000))
     assert 8500 < checkpoint.measure_size(kept) <= 9000

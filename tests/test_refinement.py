@@ -1,4 +1,4 @@
-"""Refinement with the rounding in the loop: it gains, it never loses, bytes do not grow, a stopped run goes on."""
+"""Refinement with the rounding in the loop: it gains, never loses, keeps its bytes, goes on after a stop."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 from hydraopt_jax import HydraOptError, checkpoint, compression, navigate, refinement, synthetic
 
 NAMES = ["one", "two", "three"]
+MODULES = ["k", "o", "q", "v"]
 # inputs live in few dimensions, which an error of the weights cannot know
 ROOT = np.random.default_rng(0).normal(size=(8, 256)).astype(np.float32)
 BASE = 0.3 * np.random.default_rng(1).normal(size=(256, 48)).astype(np.float32)
@@ -15,15 +16,14 @@ BASE = 0.3 * np.random.default_rng(1).normal(size=(256, 48)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def many():
-    made = synthetic.collection(
-        tasks=NAMES, modules={"q": (256, 48)}, rank=4, likeness=0.5, dtype="float32"
-    )
-    return [x._replace(b={"q": 3 * x.b["q"] / np.linalg.norm(x.a["q"] @ x.b["q"])}) for x in made]
+    shapes = dict.fromkeys(MODULES, (256, 48))
+    made = synthetic.collection(tasks=NAMES, modules=shapes, rank=4, likeness=0.5, dtype="float32")
+    return [x._replace(b={n: b / np.linalg.norm(x.a[n] @ b) for n, b in x.b.items()}) for x in made]
 
 
 @pytest.fixture(scope="module")
 def coded(many):
-    return navigate.compress(many, navigate.Options(max_error=0.004))
+    return navigate.compress(many, navigate.Options(max_error=0.05))
 
 
 def batch(step, size=32):
@@ -32,8 +32,7 @@ def batch(step, size=32):
 
 
 def forward(lora, x):
-    a, b = lora["q"]
-    return x @ BASE + (x @ a) @ b
+    return x @ BASE + sum((x @ a) @ b for a, b in lora.values())
 
 
 def payload(store):
@@ -42,7 +41,11 @@ def payload(store):
 
 def refine(store, many, **options):
     """The same batch again and again, so that every step is one down."""
-    options = {"steps": 16, "optimizer": refinement.default_optimizer(16, 0.05), "batches": [batch(0)]} | options
+    options = {
+        "steps": 16,
+        "optimizer": refinement.default_optimizer(16, 0.03),
+        "batches": [batch(0)],
+    } | options
     return refinement.refine(store, many, forward=forward, **options)
 
 
@@ -68,14 +71,11 @@ def test_divergence_is_that_of_the_distributions(coded, many, at_once):
     found = loss(refinement.stacked(coded.modules), refinement.originals(many), x)
     wanted = []
     for t, adapter in enumerate(many):
-        a, b = (y[t] for y in refinement.stacked(coded.modules)["q"])
-        logs = [
-            np.log(np.exp(z) / np.exp(z).sum(-1, keepdims=True))
-            for z in (
-                np.asarray(x[t], np.float64) @ (BASE + adapter.a["q"] @ adapter.b["q"]),
-                np.asarray(x[t], np.float64) @ (BASE + np.asarray(a, np.float64) @ np.asarray(b)),
-            )
-        ]
+        fits = refinement.stacked(coded.modules)
+        true = sum(np.asarray(adapter.a[n], np.float64) @ adapter.b[n] for n in MODULES)
+        fit = sum(np.asarray(fits[n][0][t], np.float64) @ np.asarray(fits[n][1][t]) for n in MODULES)
+        scores = [np.asarray(x[t], np.float64) @ (BASE + delta) for delta in (true, fit)]
+        logs = [np.log(np.exp(z) / np.exp(z).sum(-1, keepdims=True)) for z in scores]
         wanted.append((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)[:5].mean())
     np.testing.assert_allclose(found, np.mean(wanted), rtol=1e-3)
 
@@ -95,7 +95,7 @@ def test_order_of_the_adapters_given_does_not_matter(coded, many):
 
 
 def test_a_bad_optimiser_never_makes_it_worse(coded, many):
-    found, info = refine(coded, many, steps=3, optimizer=optax.sgd(1e3))
+    found, info = refine(coded, many, steps=3, optimizer=optax.sgd(1e6))
     assert found is coded
     assert info.after == info.before
 
@@ -109,38 +109,40 @@ def test_without_a_forward_the_error_of_delta_never_grows(coded, many):
 
 def test_calibrated_loss_is_the_output_error(coded, many):
     moment = ROOT.T @ ROOT
-    _, info = refinement.refine(coded, many, calibration={"q": moment}, steps=1)
+    _, info = refinement.refine(coded, many, calibration=dict.fromkeys(MODULES, moment), steps=1)
     wanted = []
     for t, adapter in enumerate(many):
-        a, b = (np.asarray(y[t], np.float64) for y in refinement.stacked(coded.modules)["q"])
-        true = adapter.a["q"].astype(np.float64) @ adapter.b["q"]
-        wanted.append(np.sum((ROOT @ (true - a @ b)) ** 2) / np.sum((ROOT @ true) ** 2))
+        for n in MODULES:
+            a, b = (np.asarray(y[t], np.float64) for y in refinement.stacked(coded.modules)[n])
+            true = adapter.a[n].astype(np.float64) @ adapter.b[n]
+            wanted.append(np.sum((ROOT @ (true - a @ b)) ** 2) / np.sum((ROOT @ true) ** 2))
     assert info.before == pytest.approx(np.mean(wanted), rel=0.01)
 
 
 def test_accumulated_batches_move_once(coded, many):
     seen = []
-    refine(coded, many, steps=4, accumulate=4, batches=lambda i: seen.append(i) or batch(i))
+    refine(coded, many, steps=4, accumulate=4, check=batch(0), batches=lambda i: seen.append(i) or batch(i))
     assert seen == [0, 1, 2, 3]
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(coded, many, tmp_path):
-    whole, _ = refine(coded, many, steps=6, save=3, folder=tmp_path / "a")
+    whole, _ = refine(coded, many, steps=6, batches=batch)
     stop = iter(range(4))
 
     def stopping(step):
         next(stop)
         return batch(step)
 
-    with pytest.raises(RuntimeError):
-        refine(coded, many, steps=6, save=3, folder=tmp_path / "b", batches=stopping)
-    found, info = refine(coded, many, steps=6, save=3, folder=tmp_path / "b")
+    with pytest.raises(StopIteration):
+        refine(coded, many, steps=6, save=3, folder=tmp_path / "b", batches=stopping, check=batch(0))
+    found, info = refine(coded, many, steps=6, save=3, folder=tmp_path / "b", batches=batch)
     assert len(info.trace) == 6
     np.testing.assert_allclose(found.errors, whole.errors, rtol=0.05)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"batches": ()}, "needs batches"), ({"drop": 1}, "no adapter for the task 'three'")]
+    ("options", "words"),
+    [({"batches": ()}, "needs batches"), ({"drop": 1}, "no adapter for the task 'three'")],
 )
 def test_bad_input_is_one_line(coded, many, options, words):
     kept = many[: len(many) - options.pop("drop", 0)]

@@ -52,6 +52,6 @@ class Refining(NamedTuple):
     prompts: int = 256  # of the train split, a task
     moments: int = 64  # of them that second moments are taken of
     batch: int = 8  # prompts a task and step
-    steps: int = 120
+    steps: int = 200
     rate: float = 0.05  # in quantiser steps
     seeds: tuple[int, ...] = (0, 1, 2)  # order of the prompts

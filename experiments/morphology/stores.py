@@ -4,10 +4,9 @@
     python -m experiments.morphology.stores --data DATA --regime independent \\
         --adapters OUT/adapters-independent.zip
 
-Every row is a store written to disk, read back and scored by greedy decoding on the first items of every task.
-Second moments and refinement see prompts of the train split alone, answered by the adapters themselves. Rows
-are kept in `results/stores-REGIME.json` as they are done; a second run goes on where the first stopped. About
-25 minutes a regime on two CPU cores.
+Every row is a store written to disk, read back and scored by greedy decoding on the first items of every
+task. Second moments and refinement see prompts of the train split alone, answered by the adapters themselves.
+Rows are kept in `results/stores-REGIME.json` as they are done; a second run goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -153,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "items": options.items,
         "fp16_bytes": reference,
         "tasks": tasks,
-        "settings": settings._asdict(),
         "rows": {},
     }
     if path.exists():

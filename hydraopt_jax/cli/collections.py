@@ -8,7 +8,7 @@ import click
 import numpy as np
 from rich.table import Table
 
-from hydraopt_jax import checkpoint, compression, frontier, merging, navigate, report, similarity
+from hydraopt_jax import checkpoint, compression, frontier, merging, navigate, refinement, report, similarity
 from hydraopt_jax import demo as demonstration
 from hydraopt_jax.adapters import check, stack
 from hydraopt_jax.calibration import load as load_calibration
@@ -79,6 +79,9 @@ def similarity_command(
 @click.option("--start", default="closed", help="start of the optax solver: closed or mean")
 @click.option("--steps", type=int, default=1000, help="upper limit of Optax steps")
 @click.option("--dtype", help="stored dtype: float32, float16 or bfloat16; as it came where not given")
+@click.option(
+    "--refine", type=click.IntRange(min=1), help="Optax steps with the rounding in the loop, after all"
+)
 @click.option("--no-zstd", is_flag=True, help="write the leaves without compression")
 @click.option("--overwrite", is_flag=True, help="replace an existing store")
 @click.option("--force", is_flag=True, help="keep a store that is larger than its input")
@@ -98,11 +101,13 @@ def compress_command(
     weights: Sequence[str],
     calibration: str | None,
     alone: bool,
+    refine: int | None,
     **form: Any,
 ) -> None:
     """Compress ADAPTERS into one store: to a budget, to an error, or in a form that you choose."""
     checkpoint.check_target(out, overwrite)
     navigated = budget is not None or max_error is not None or max_task_error is not None
+    moments = None
     if navigated:
         fixed = [k for k, v in form.items() if v != DEFAULTS[k]]
         if fixed:
@@ -132,16 +137,26 @@ def compress_command(
         collection = read_all(adapters, any_base, base_suffix, as_json)
         with report.progress("compressing", len(check(collection)), not as_json) as advance:
             result = compression.compress(collection, options, progress=advance)
+    gained = {}
+    if refine:
+        with report.progress("refining", refine, not as_json) as advance:
+            result, found = refinement.refine(
+                result, collection, calibration=moments, steps=refine, progress=lambda loss: advance(1)
+            )
+        gained = {"refinement": clean({"before": found.before, "after": found.after, "steps": refine})}
     before = sum(checkpoint.size_on_disk(x.source) for x in collection)
     checkpoint.save(out, result, overwrite=overwrite, compress=not no_zstd, limit=None if force else before)
     after = checkpoint.size_on_disk(out)
-    payload = describe(out, result) | {"bytes_before": before, "bytes_after": after}
+    payload = describe(out, result) | {"bytes_before": before, "bytes_after": after} | gained
     payload["ratio"] = clean(after / before)
     table = Table("on disk", "before", "after", "ratio", title=str(out))
     table.add_row(
         "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
     )
-    chosen = [forms_table(result)] if navigated else []
+    chosen: list[Any] = [forms_table(result)] if navigated else []
+    if gained:
+        loss = "output error" if moments is not None else "error of delta"
+        chosen.append(f"refined: {loss} {found.before:.4e} before, {found.after:.4e} after {refine} steps")
     say(as_json, payload, table, *chosen, error_table(result))
 
 

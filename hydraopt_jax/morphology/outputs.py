@@ -32,9 +32,7 @@ class Sequences(NamedTuple):
     counts: np.ndarray
 
 
-def answered(
-    base: Base, lora: Lora, prompts: np.ndarray, *, longest: int = 24, keep: int = 36
-) -> Sequences:
+def answered(base: Base, lora: Lora, prompts: np.ndarray, *, longest: int = 24, keep: int = 36) -> Sequences:
     """Prompts `[T, N, P]` and the greedy answers of each task's own adapter, cut to `keep` tokens."""
     answers = answer_all(base, lora, prompts, longest=longest)
     tasks, count, width = prompts.shape
