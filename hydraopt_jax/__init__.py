@@ -7,6 +7,7 @@ from hydraopt_jax.compression import Options, compress, measure
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors, Info, hydra, pair, separate
 from hydraopt_jax.optimize import minimise
+from hydraopt_jax.refinement import refine
 from hydraopt_jax.similarity import summarise
 from hydraopt_jax.store import Store, adapter
 
@@ -27,6 +28,7 @@ __all__ = [
     "minimise",
     "navigate",
     "pair",
+    "refine",
     "restore",
     "save",
     "separate",

@@ -3,20 +3,24 @@
     python experiments/serving/example.py
 
 The trees are three of the trained adapters that ship with the package, saved as a Flax NNX training run does.
-Half a minute on two cores; prints how alike the adapters are, the store's error, and each task's next token.
+Half a minute on two cores; prints how alike the adapters are, the store's error, what its refinement gained,
+and next tokens.
 """
 
+import functools
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 import hydraopt_jax as hydra
 from hydraopt_jax import formats, serving
 from hydraopt_jax.morphology import assets
 from hydraopt_jax.morphology.model import bind
+from hydraopt_jax.morphology.model import forward as predict
 from hydraopt_jax.morphology.tasks import Item, prompt
 from hydraopt_jax.morphology.vocabulary import encode
 
@@ -32,26 +36,33 @@ def train(folder: Path) -> None:
 
 
 def main(folder: Path, tokens: jax.Array) -> tuple[hydra.Store, jax.Array]:
-    """Similarity, a store, and logits `[N, L, V]` of tokens `[N, L]`, row n by task n."""
+    """Similarity, a store, its refinement, and logits `[N, L, V]` of tokens `[N, L]`, row n by task n."""
     adapters = [formats.read_checkpoint(folder / task, "flax_nnx", scale=1.0) for task in TASKS]
     print(hydra.summarise(hydra.stack(adapters)).mean.delta.round(3))
 
     store = hydra.compress(adapters, hydra.Options(rank=16, side="in"))
     print("relative squared error", store.errors.mean(0).round(4))
 
-    model = bind(assets.load_base())
+    base = assets.load_base()
+    forward = functools.partial(predict, base)
+    inputs = [tokens[:, None]]
+    adam = optax.adam(2e-3)
+    store, gained = hydra.refine(store, adapters, forward=forward, batches=inputs, steps=20, optimizer=adam)
+    print("divergence of the outputs", f"{gained.before:.2e} before, {gained.after:.2e} after refinement")
+
+    model = bind(base)
     serving.wrap(model, serving.load(store, dtype=jnp.bfloat16), ["layers.*"])
     graph, state = nnx.split(model)
 
     @jax.jit
-    def forward(state: nnx.State, ids: jax.Array, tokens: jax.Array) -> jax.Array:
+    def mixed(state: nnx.State, ids: jax.Array, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(graph, state)
         serving.set_task_ids(model, ids[:, None])
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))[None]
         return model.readout(model(tokens, positions, mask, {})[0])
 
-    return store, forward(state, serving.task_ids(store, TASKS), tokens)
+    return store, mixed(state, serving.task_ids(store, TASKS), tokens)
 
 
 if __name__ == "__main__":

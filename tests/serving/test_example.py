@@ -15,6 +15,7 @@ def test_trees_in_orbax_become_a_jitted_mixed_batch(tmp_path, capsys):
     store, logits = example.main(tmp_path, tokens)
     assert store.tasks == example.TASKS
     assert "relative squared error" in capsys.readouterr().out
+    assert 0 < store.report["refinement"]["after"] < store.report["refinement"]["before"]
     adapters = assets.load_adapters()
     base = assets.load_base()
     whole = jax.jit(forward)
