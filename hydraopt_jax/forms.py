@@ -172,6 +172,11 @@ def hydra(
         return transpose(factors), info
     weights = algebra.task_weights(deltas.energy) if weights is None else weights
     weights = jnp.where(deltas.energy > 0, weights, 0.0)
+    if tasks == 1:
+        # one task shares with nobody: the same optimum, in fewer roundings
+        factors, info = separate(deltas, rank=rank)
+        bound = jnp.sum(weights * info.error)
+        return factors, info._replace(weights=weights, bound=bound, trace=bound[None])
     q, reduced = algebra.reduce(deltas.u * deltas.s[:, None, :])
     rank = min(rank, q.shape[1])
     trivial = heads in (1, tasks)

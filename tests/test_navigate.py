@@ -42,7 +42,7 @@ def test_store_on_disk_meets_its_budget_and_its_claims(alike, budget, tmp_path):
 
 @pytest.mark.parametrize("share", [True, False])
 def test_error_is_never_below_the_bound_of_its_ranks(alike, share):
-    kept = navigate.compress(alike, navigate.Options(budget=0.4, share=share))
+    kept = navigate.compress(alike, navigate.Options(max_error=0.1, share=share))
     assert 0 < kept.report["bound"]["eigen-tail"] <= np.nanmean(kept.errors)
 
 
