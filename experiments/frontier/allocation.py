@@ -3,7 +3,8 @@
     python experiments/frontier/allocation.py
 
 Prints seconds for the analysis of the collection (decompositions, likeness, hierarchies), done once, and for
-the whole allocation at one step (every module's form, every direction of every task), which the search repeats.
+the whole allocation at one step (every module's form, every direction of every task), which the search
+repeats.
 """
 
 import json
