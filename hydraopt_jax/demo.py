@@ -15,8 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import checkpoint, compression, navigate, report, store
-from hydraopt_jax.adapters import Adapter
+from hydraopt_jax import checkpoint, compression, navigate, refinement, report, store
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, write_adapter
 from hydraopt_jax.morphology import assets
@@ -92,11 +91,6 @@ def lora_of(content: Store, tasks: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def factors_of(adapter: Adapter) -> dict[str, Any]:
-    """An adapter's own factors as the model takes them: module -> `(a [I, R], b [R, O])`."""
-    return {n: (jnp.asarray(adapter.a[n]), jnp.asarray(adapter.b[n])) for n in adapter.a}
-
-
 def build(
     work: Path,
     advance: Callable[[], None],
@@ -121,7 +115,7 @@ def build(
 
     none = score({})
     advance()
-    before = score(assets.stack_adapters({x.task: factors_of(x) for x in collection}))
+    before = score(refinement.originals(collection))
     advance()
     rows: list[dict[str, Any]] = []
     problem = navigate.setup(collection, navigate.Options(budget=1.0))

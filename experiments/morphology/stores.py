@@ -26,13 +26,12 @@ from experiments.morphology.config import Data, Refining
 from experiments.morphology.dataset import load_items
 from hydraopt_jax import checkpoint, compression, formats, navigate, refinement
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.demo import factors_of, lora_of
+from hydraopt_jax.demo import lora_of
 from hydraopt_jax.morphology import outputs
 from hydraopt_jax.morphology.assets import (
     ADAPTERS_FILE,
     load_base,
     load_vocabulary,
-    stack_adapters,
     unpack_adapters,
 )
 from hydraopt_jax.morphology.evaluate import evaluate
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = [x.task for x in collection]
     found = load_items(options.data, Data())
     prompts = encode_items(vocabulary, {t: found[t]["train"][: settings.prompts] for t in tasks}).prompts
-    lora = stack_adapters({x.task: factors_of(x) for x in collection})
+    lora = refinement.originals(collection)
     setting = Setting(base, collection, lora, outputs.answered(base, lora, prompts))
     held = {
         split: encode_items(vocabulary, {t: found[t][split] for t in tasks}, limit=options.items)
