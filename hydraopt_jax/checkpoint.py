@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from hydraopt_jax.coding import codec
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.layout import TermShape, leaf_names, pieces
+from hydraopt_jax.layout import KINDS, TermShape, leaf_names, pieces
 from hydraopt_jax.store import Payload, Source, Store, task_index
 
 SCHEMA = 1
@@ -61,8 +61,7 @@ def coded_skeleton(shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, Any
             use = [list(x.a_of), list(x.b_of), "diagonal"]
             if use not in patterns:
                 patterns.append(use)
-            kind = "predicted" if x.predicted else "coded"
-            row.append([patterns.index(use), x.inputs, x.rank, x.outputs, kind])
+            row.append([patterns.index(use), x.inputs, x.rank, x.outputs, KINDS[x.predicted]])
         rows.append([name, row])
     return {"patterns": patterns, "modules": rows, "coded": True}
 
@@ -74,7 +73,7 @@ def coded_shapes(index: Mapping[str, Any]) -> dict[str, tuple[TermShape, ...]]:
         terms = []
         for pattern, inputs, rank, outputs, kind in row:
             a_of, b_of, _ = index["patterns"][pattern]
-            terms.append(TermShape(tuple(a_of), tuple(b_of), inputs, rank, outputs, kind == "predicted"))
+            terms.append(TermShape(tuple(a_of), tuple(b_of), inputs, rank, outputs, KINDS.index(kind)))
         out[name] = tuple(terms)
     return out
 

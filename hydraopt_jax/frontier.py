@@ -16,6 +16,7 @@ from jax import Array
 from hydraopt_jax import adapters, algebra, checkpoint, compression, navigate, quantize
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.algebra import Svd, matmul
+from hydraopt_jax.coding import spectrum
 from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 
@@ -215,7 +216,7 @@ def measure(
     Args:
       collection: adapters of one base model.
       fractions: budgets of the navigated curve, of the fp16 bytes.
-      heads: K of the paper's curve; None for `plan.cuts`: all up to 8 tasks, powers of two and all beyond.
+      heads: K of the paper's curve; None for those of `spectrum.cuts`.
       baselines: curves of other methods to draw beside these, see `merging.curves`.
       progress: called with 1 after each navigated budget.
 
@@ -230,7 +231,7 @@ def measure(
     curves = [mine]
     if len(collection) > 1:
         curves.append(navigated(collection, fractions, False, progress))
-    curves.append(hydra(collection, heads or navigate.plan.cuts(len(collection))))
+    curves.append(hydra(collection, heads or spectrum.cuts(len(collection))))
     curves += [separate(stacked, bits) for bits in WIDTHS]
     curves += [merged(stacked), *baselines]
     reference = 2 * stacked.size

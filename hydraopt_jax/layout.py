@@ -43,13 +43,20 @@ def leaf_names(members: Sequence[frozenset[int]], sizes: Sequence[int], tasks: i
     return names, [sorted(users) for users in groups]
 
 
+# how factors 1, 2, ... of a term are predicted from factor 0: not at all; coefficients in bytes and a scale a
+# vector, as early stores have them; coefficients along the unit vectors of factor 0, in whole steps
+KINDS = ("coded", "predicted", "projected")
+SCALED, PROJECTED = 1, 2
+
+
 class TermShape(NamedTuple):
     """The structure of one coded term: all that a reader needs beside the bytes.
 
     Attributes:
       a_of, b_of: which factor each task uses, -1 where the task has no delta.
       inputs, rank, outputs: I, S, O.
-      predicted: whether factors 1, 2, ... of either side may be predicted from factor 0.
+      predicted: how factors 1, 2, ... of either side may be predicted from factor 0, a position in `KINDS`.
+        No task need read factor 0 itself.
     """
 
     a_of: tuple[int, ...]
@@ -57,7 +64,7 @@ class TermShape(NamedTuple):
     inputs: int
     rank: int
     outputs: int
-    predicted: bool
+    predicted: int
 
 
 class Piece(NamedTuple):
@@ -68,6 +75,7 @@ class Piece(NamedTuple):
       length: entries of each vector, I or O.
       rank: how many vectors, S.
       base: position of the piece it may be predicted from, or -1.
+      kind: how, a position in `KINDS`.
       leaf: name of the leaf that holds it.
     """
 
@@ -78,12 +86,13 @@ class Piece(NamedTuple):
     length: int
     rank: int
     base: int
+    kind: int
     leaf: str
 
 
 def pieces(modules: Mapping[str, Sequence[TermShape]]) -> tuple[list[Piece], list]:
     """Every coded factor in the canonical order, with its leaf; and the task sets of the `head_*` leaves."""
-    rows: list[tuple[str, int, int, int, int, int, int]] = []
+    rows: list[tuple[str, int, int, int, int, int, int, int]] = []
     members, sizes = [], []
     tasks = 0
     for name, terms in modules.items():
@@ -95,7 +104,7 @@ def pieces(modules: Mapping[str, Sequence[TermShape]]) -> tuple[list[Piece], lis
                     base = first if term.predicted and factor else -1
                     everyone = term.predicted and not factor
                     users = range(tasks) if everyone else np.flatnonzero(np.array(of) == factor).tolist()
-                    rows.append((name, k, side, factor, length, term.rank, base))
+                    rows.append((name, k, side, factor, length, term.rank, base, term.predicted))
                     members.append(frozenset(users))
                     sizes.append(length * term.rank)
     names, groups = leaf_names(members, sizes, tasks)

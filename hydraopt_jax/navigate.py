@@ -13,7 +13,7 @@ import numpy as np
 from hydraopt_jax import adapters, bounds, checkpoint, compression
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.coding import codec, plan
-from hydraopt_jax.coding.trial import Problem, Trial, attempt, prepare, task_errors, train
+from hydraopt_jax.coding.trial import Problem, Trial, attempt, bar, prepare, task_errors, train
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.store import Payload, Source, Store
@@ -211,6 +211,8 @@ def label(choice: plan.Choice, tasks: Sequence[str]) -> str:
     """A form in words."""
     if choice.form == "separate":
         return "separate" if choice.reference < 0 else f"separate, predicted from {tasks[choice.reference]}"
+    if choice.form == "joint":
+        return "joint basis"
     return f"hydra, {choice.side} shared, {choice.heads} heads"
 
 
@@ -273,9 +275,10 @@ def to_budget(
     progress: Callable[[int], None],
 ) -> Store:
     """The best store of at most `limit` bytes on disk."""
+    start = first_step(problem, max(limit - LEAST_OVERHEAD, limit // 2))
+    problem = bar(problem, start)
     # the estimate of the coded bytes is good to a few in ten thousand
     spare = 16 + limit // 4096
-    start = first_step(problem, max(limit - LEAST_OVERHEAD, limit // 2))
     for _ in range(6):
         goal = lambda x, spare=spare: float(  # noqa: E731
             np.log((x.bytes + overhead(collection, problem, x, options, entries)) / max(limit - spare, 1))
@@ -357,9 +360,11 @@ def to_error(
     worst = options.max_task_error is not None
     target = float(options.max_task_error if worst else options.max_error)  # type: ignore[arg-type]
     weights = task_weights(inputs.tasks, options)
+    start = float(np.sqrt(target)) * 0.2
+    problem = bar(problem, start)
     for _ in range(3 if worst else 1):
         goal = lambda x: float(np.log(max(value(x, worst), 1e-30) / target))  # noqa: E731
-        best, last = search(problem, goal, 1.0, float(np.sqrt(target)) * 0.2, progress)
+        best, last = search(problem, goal, 1.0, start, progress)
         if best is None:
             raise HydraOptError(
                 f"error target {target:g} cannot be met: the least error at the finest step is "
@@ -372,7 +377,8 @@ def to_error(
         spread = np.maximum(task_errors(best.errors), 1e-3 * target) / target
         change = np.clip(spread, 0.1, 10.0) ** 0.9
         weights = weights * change / np.mean(weights * change)
-        problem = prepare(inputs, problem.order, weights, options.calibration, options.share)
+        again = prepare(inputs, problem.order, weights, options.calibration, options.share)
+        problem = again._replace(barred=problem.barred)
     assert best is not None
     return to_store(collection, problem, best, options, inputs.size)
 

@@ -35,6 +35,8 @@ Lora = dict[str, tuple[Array, Array]]
 Forward = Callable[[Lora, Any], Array]
 
 LEARNING_RATE = 0.03
+# share of the steps after which the quantiser's tables stay as they are
+SETTLED = 0.8
 
 
 class Refined(NamedTuple):
@@ -253,7 +255,7 @@ def refine(
     for i in range(done, steps):
         if moved is None or i % accumulate == 0:
             whole = with_arrays(store.modules, scaled(state.factors, unit))
-            kept, tables = rounded.round(whole, state.tables)
+            kept, tables = rounded.round(whole, state.tables, i >= SETTLED * steps)
             state, moved = state._replace(tables=tables), wide(arrays(kept))
         state, lost = step(state, moved, batch_at(i))
         trace.append(float(lost))

@@ -24,6 +24,8 @@ Modules = Mapping[str, tuple[Factors, ...]]
 TABLE_ROUNDS = 3
 # bytes kept free for the account of a refinement in the index
 SPARE = 96
+# share of the bytes kept free while factors move: the estimate of a size is good to less
+MARGIN = 0.002
 # least and largest price of a bit while factors move, of the usual one
 PRICES = (0.5, 2.0)
 # tries to meet the bytes in the end
@@ -117,13 +119,14 @@ class Rounding(NamedTuple):
 
     Attributes:
       tables: what the first rounding is charged.
-      round: `(factors, tables) -> (factors as they would be read, next tables)`.
+      round: `(factors, tables, settled) -> (factors as they would be read, next tables)`; where settled,
+        tables that fit stay, so that decisions stay what the factors have grown used to.
       finish: `(factors, tables) -> (factors as they are read, their coded form or None)`; no factors where
         they did not fit.
     """
 
     tables: Any
-    round: Callable[[Modules, Any], tuple[Modules, Any]]
+    round: Callable[[Modules, Any, bool], tuple[Modules, Any]]
     finish: Callable[[Modules, Any], tuple[Modules, Payload | None]]
 
 
@@ -131,7 +134,7 @@ def casting(store: Store) -> Rounding:
     """The rounding of a plain store: each factor to the dtype it is stored in."""
     dtypes = jax.tree.map(lambda x: np.asarray(x).dtype, arrays(store.modules))
 
-    def cast(modules: Modules, tables: Any) -> tuple[Modules, Any]:
+    def cast(modules: Modules, tables: Any, settled: bool = False) -> tuple[Modules, Any]:
         moved = jax.tree.map(lambda x, dtype: np.asarray(x).astype(dtype), arrays(modules), dtypes)
         return with_arrays(modules, moved), tables
 
@@ -156,10 +159,13 @@ def coding(store: Store) -> Rounding:
     first = encode(store.modules, shapes, tables)
     bias = serialise(first, store.modules)[1] / estimate(first, store.modules)
 
-    def round_all(modules: Modules, tables: Any) -> tuple[Modules, Any]:
+    def round_all(modules: Modules, tables: Any, settled: bool) -> tuple[Modules, Any]:
         coded = encode(modules, shapes, tables)
-        over = bias * estimate(coded, modules) / limit
-        price = tables.multiplier * np.clip(over, 0.95, 1.05) / codec.MULTIPLIER
+        over = bias * estimate(coded, modules) / (limit - MARGIN * limit)
+        if settled and over <= 1:
+            return decoded(coded, modules), tables
+        # bytes follow the price slowly
+        price = tables.multiplier * np.clip(over**4, 0.95, 1.05) / codec.MULTIPLIER
         return decoded(coded, modules), recount(coded, codec.MULTIPLIER * np.clip(price, *PRICES))
 
     def finish(modules: Modules, tables: Any) -> tuple[Modules, Payload | None]:
@@ -207,8 +213,12 @@ def unrounded(
             core, a_of, b_of = np.asarray(term.core, np.float64), np.asarray(term.a_of), np.asarray(term.b_of)
             new_a = solve_side(rest, a_of, len(a), seen_b.swapaxes(1, 2), b_of, core)
             new_b = solve_side(flipped, b_of, len(b), seen_a.swapaxes(1, 2), a_of, core)
-            a = within_cell(a, unweigh(sides[0], new_a))
-            b = within_cell(b, unweigh(sides[1], new_b)).swapaxes(1, 2)
+            # a basis that others are predicted from is read by no task: it stays as it is
+            read_a, read_b = (
+                np.isin(np.arange(len(x)), of)[:, None, None] for x, of in ((a, a_of), (b, b_of))
+            )
+            a = np.where(read_a, within_cell(a, unweigh(sides[0], new_a)), a)
+            b = np.where(read_b, within_cell(b, unweigh(sides[1], new_b)), b).swapaxes(1, 2)
             rebuilt.append(term._replace(a=a, b=b))  # type: ignore[arg-type]
         out[name] = tuple(rebuilt)
     return out

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.coding import classes, streams
+from hydraopt_jax.coding import classes, prediction, streams
+from hydraopt_jax.coding.prediction import Prediction
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.layout import Piece, TermShape, pieces
+from hydraopt_jax.layout import PROJECTED, Piece, TermShape, pieces
 
 # squared steps a bit, and the squared error of a well-coded coefficient in squared steps
 MULTIPLIER = 0.38
 DISTORTION = 0.26
-# prediction coefficients are stored in 8 bits, with a half-precision scale a vector
-COEFFICIENT_LEVELS = 127
 
 
 class Target(NamedTuple):
@@ -35,20 +34,6 @@ class Target(NamedTuple):
     shape: TermShape
     a: np.ndarray
     b: np.ndarray
-
-
-class Prediction(NamedTuple):
-    """Coefficients that predict a piece from its base: `base @ (coefficients * scale)` where used.
-
-    Attributes:
-      used: `[S]` bool.
-      scale: `[S]` float16.
-      coefficients: `[S_base, S]` int8, rows of the base's coded vectors only.
-    """
-
-    used: np.ndarray
-    scale: np.ndarray
-    coefficients: np.ndarray
 
 
 class Coded(NamedTuple):
@@ -77,33 +62,6 @@ class Coded(NamedTuple):
     counts: np.ndarray
 
 
-def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np.ndarray]:
-    """Least-squares prediction of vectors from a decoded base, where it saves more bits than it costs.
-
-    Args:
-      target: `[n, S]`.
-      base: `[n, D]` the base's coded vectors.
-
-    Returns:
-      Prediction or None, and the predicted part `[n, S]`.
-    """
-    nothing: tuple[None, np.ndarray] = None, np.zeros_like(target)
-    if not base.shape[1] or not target.any():
-        return nothing
-    gram = base.T.astype(np.float64) @ base
-    exact = np.linalg.solve(gram + 1e-3 * len(base) * np.eye(len(gram)), base.T @ target)
-    scale = (np.abs(exact).max(0) / COEFFICIENT_LEVELS).astype(np.float16)
-    divisor = np.where(scale > 0, scale, 1).astype(np.float32)
-    rounded = np.clip(np.rint(exact / divisor), -COEFFICIENT_LEVELS, COEFFICIENT_LEVELS).astype(np.int8)
-    guess = base @ (rounded * scale.astype(np.float32))
-    before, after = (target**2).mean(0), ((target - guess) ** 2).mean(0)
-    saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6))
-    used = (saved > 8 * (len(gram) + 2)) & (scale > 0) & target.any(0)
-    if not used.any():
-        return nothing
-    return Prediction(used, scale, rounded), (guess * used).astype(np.float32)
-
-
 def quantise(
     modules: Mapping[str, Sequence[Target]], frequencies: np.ndarray, multiplier: float = MULTIPLIER
 ) -> Coded:
@@ -126,7 +84,7 @@ def quantise(
                 guess = np.zeros_like(target)
                 if piece.base >= 0:
                     coded = values[piece.base][:, index[piece.base] > 0]
-                    predictions[i], guess = predict(target, coded)
+                    predictions[i], guess = prediction.predict(target, coded)
                 rest = np.where(target.any(0), target - guess, 0.0)
                 spread, peak = np.sqrt((rest**2).mean(0)), np.abs(rest).max(0, initial=0)
                 # a vector wholly predicted still needs a class: the least one
@@ -228,21 +186,17 @@ def side_information(coded: Coded, leaf: str, gains: Mapping[int, Sequence[np.nd
     """Classes, predictions and gains of a leaf, deflated."""
     members = [i for i, x in enumerate(coded.pieces) if x.leaf == leaf]
     index = b"".join(coded.classes[i].astype(np.uint8).tobytes() for i in members)
-    flags, scales, coefficients = b"", b"", b""
-    for i in members:
-        if coded.pieces[i].base < 0:
-            continue
+    flags = b""
+    conditional = [i for i in members if coded.pieces[i].base >= 0]
+    for i in conditional:
         found = coded.predictions[i]
-        used = np.zeros(coded.pieces[i].rank, bool) if found is None else found.used
-        flags += np.packbits(used).tobytes()
-        if found is not None:
-            scales += found.scale[used].astype("<f2").tobytes()
-            coefficients += np.ascontiguousarray(found.coefficients[:, used].T).tobytes()
+        flags += np.packbits(np.zeros(coded.pieces[i].rank, bool) if found is None else found.used).tobytes()
+    coefficients = prediction.pack([coded.predictions[i] for i in conditional])
     tail = b""
     if leaf.startswith("task_") and int(leaf[5:]) in gains:
         tail = pack_gains(gains[int(leaf[5:])])
     body = zlib.compress(index + flags, 9)
-    return struct.pack("<II", len(body), len(tail)) + body + scales + coefficients + tail
+    return struct.pack("<II", len(body), len(tail)) + body + coefficients + tail
 
 
 def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
@@ -255,6 +209,25 @@ def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
         for x in coded.symbols
     )
     return side + raw + entropy_bytes(coded.counts) + len(streams.pack_tables(streams.tables(coded.counts)))
+
+
+def module_bits(coded: Coded) -> np.ndarray:
+    """About what each module takes, `[M]`: the mean bits of a symbol of each class, and the coefficients."""
+    number = coded.counts.sum((1, 2))
+    counts = coded.counts.sum(1)
+    share = counts / np.maximum(number, 1)[:, None]
+    # a sign where the magnitude is not zero, low bits as they are
+    each = -(share * np.log2(np.where(share > 0, share, 1))).sum(-1) + classes.SHIFT + 1 - share[:, 0]
+    each[0] = 0
+    position = {n: m for m, n in enumerate(coded.shapes)}
+    out = np.zeros(len(position))
+    for row, index, found in zip(coded.pieces, coded.classes, coded.predictions, strict=True):
+        out[position[row.module]] += row.length * each[index].sum() + 4 * np.count_nonzero(index)
+        if found is not None:
+            energy = (found.coefficients[:, found.used].astype(np.float64) ** 2).sum(0)
+            bits = prediction.coefficient_bits(energy, np.array(len(found.coefficients)))
+            out[position[row.module]] += bits.sum()
+    return out
 
 
 def entropy_bytes(counts: np.ndarray) -> float:
@@ -361,18 +334,44 @@ def read_side(
             flags = np.unpackbits(np.frombuffer(head, np.uint8, width, at))[: rows[i].rank]
             at += width
             used[i] = np.flatnonzero(flags)
+    middle = tail[: len(tail) - gains]
+    if any(rows[i].kind == PROJECTED for i in used):
+        coefficients, at = prediction.unpack(middle), 0
+        for i, vectors in used.items():
+            known = known_vectors(rows[i], index, values)
+            size = known.shape[1] * len(vectors)
+            guesses[i] = np.zeros((rows[i].length, rows[i].rank), np.float32)
+            if size:
+                weights = coefficients[at : at + size].reshape(len(vectors), -1).T.astype(np.float32)
+                guesses[i][:, vectors] = prediction.unit(known) @ weights
+            at += size
+    else:
+        read_scaled(middle, rows, used, index, values, guesses)
+    return tail[len(tail) - gains :]
+
+
+def known_vectors(row: Piece, index: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
+    """The coded vectors of the piece that another is predicted from, `[length, D]`."""
+    return values[row.base][:, index[row.base] > 0]
+
+
+def read_scaled(
+    data: bytes,
+    rows: Sequence[Piece],
+    used: Mapping[int, np.ndarray],
+    index: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    guesses: dict[int, np.ndarray],
+) -> None:
+    """Predictions as early stores hold them: coefficients of one byte, a half-precision scale a vector."""
     total = sum(map(len, used.values()))
-    scales, at, first = np.frombuffer(tail, "<f2", total).astype(np.float32), 2 * total, 0
+    scales, at, first = np.frombuffer(data, "<f2", total).astype(np.float32), 2 * total, 0
     for i, vectors in used.items():
-        base = rows[i].base
-        known = values[base][:, index[base] > 0] if len(vectors) else np.zeros((0, 0))
-        rounded = np.frombuffer(tail, np.int8, len(vectors) * known.shape[1], at)
-        at += rounded.size
-        guess = np.zeros((rows[i].length, rows[i].rank), np.float32)
+        guesses[i] = np.zeros((rows[i].length, rows[i].rank), np.float32)
         if len(vectors):
-            weights = np.zeros((known.shape[1], rows[i].rank), np.float32)
-            weights[:, vectors] = rounded.reshape(len(vectors), -1).T * scales[first : first + len(vectors)]
-            guess[:] = known @ weights
+            known = known_vectors(rows[i], index, values)
+            rounded = np.frombuffer(data, np.int8, len(vectors) * known.shape[1], at)
+            at += rounded.size
+            weights = rounded.reshape(len(vectors), -1).T * scales[first : first + len(vectors)]
+            guesses[i][:, vectors] = known @ weights
         first += len(vectors)
-        guesses[i] = guess
-    return tail[at : at + gains]

@@ -9,8 +9,6 @@ Reference: Marcellin and Fischer, Trellis coded quantization, IEEE Trans. Commun
 et al., Quantization and entropy coding in the versatile video coding standard, 2021.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +38,8 @@ def costs(frequencies: np.ndarray) -> np.ndarray:
     return bits.astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames="multiplier")
-def quantise(y: Array, index: Array, bits: Array, multiplier: float) -> tuple[Array, Array]:
+@jax.jit
+def quantise(y: Array, index: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
     """Codes of least `sum (y - x)^2 + multiplier * bits` by the Viterbi algorithm, every lane on its own.
 
     Args:

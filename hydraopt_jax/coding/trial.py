@@ -17,9 +17,9 @@ import numpy as np
 from hydraopt_jax import algebra
 from hydraopt_jax.adapters import Adapters
 from hydraopt_jax.calibration import OUTPUT
-from hydraopt_jax.coding import classes, codec, plan
+from hydraopt_jax.coding import classes, codec, plan, targets
 from hydraopt_jax.coding.codec import Coded
-from hydraopt_jax.coding.plan import Spectrum
+from hydraopt_jax.coding.spectrum import Spectrum, spectrum
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 
@@ -72,6 +72,20 @@ def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
     return (metric.vectors @ (plain * values / (values + ridge))).astype(np.float32)
 
 
+# the ridge of `unweigh` at a few bits a coefficient, for choices that are made before a step is known
+USUAL_RIDGE = 0.07
+
+
+def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
+    """Unit vectors `[M, T, I, R]` of M modules, about as `unweigh` will have them coded."""
+    if metrics[0] is None:
+        return x
+    filters = [
+        (y.vectors * (np.sqrt(y.values) / (y.values + USUAL_RIDGE))) @ y.vectors.T for y in metrics if y
+    ]
+    return np.einsum("mij,mtjr->mtir", np.stack(filters).astype(np.float32), x, optimize=True)
+
+
 class Problem(NamedTuple):
     """A collection made ready to be coded at any step.
 
@@ -80,12 +94,14 @@ class Problem(NamedTuple):
       metrics: module -> metrics of its inputs and of its outputs; empty without calibration.
       order: module names in the collection's order.
       weights: `[M, T]` of the relative errors, in that order.
+      barred: modules that a trial showed to be dearer with a joint basis.
     """
 
     spectra: tuple[Spectrum, ...]
     metrics: Mapping[str, Metrics]
     order: tuple[str, ...]
     weights: np.ndarray
+    barred: frozenset[str] = frozenset()
 
 
 class Trial(NamedTuple):
@@ -184,11 +200,16 @@ def prepare(
     table = np.stack([important[n] for n in order])
     table = np.where(table > 0, table / table[table > 0].mean(), 1.0) * weights
     rows = {n: table[i] for i, n in enumerate(order)}
-    spectra = tuple(
-        plan.spectrum(x.modules, deltas, np.stack([rows[n] for n in x.modules]), share=share)
-        for x, deltas in zip(inputs.buckets, decomposed, strict=True)
-    )
-    return Problem(spectra, metrics, tuple(order), table)
+    spectra = []
+    for x, deltas in zip(inputs.buckets, decomposed, strict=True):
+        left, right = zip(*(metrics.get(n, (None, None)) for n in x.modules), strict=True)
+        coded = (
+            coordinates(left, np.asarray(deltas.u)),
+            coordinates(right, np.asarray(deltas.v).swapaxes(2, 3)),
+        )
+        weight = np.stack([rows[n] for n in x.modules])
+        spectra.append(spectrum(x.modules, deltas, weight, coded, share=share))
+    return Problem(tuple(spectra), metrics, tuple(order), table)
 
 
 def weighed(
@@ -242,12 +263,21 @@ def aims(problem: Problem, step: float) -> tuple[dict[str, tuple[codec.Target, .
     goals: dict[str, tuple[codec.Target, ...]] = {}
     choices: dict[str, plan.Choice] = {}
     for x in problem.spectra:
-        chosen = plan.plan(x, step)
-        for name, terms in plan.targets(x, chosen, step).items():
+        chosen = plan.plan(x, step, problem.barred)
+        for name, terms in targets.targets(x, chosen, step).items():
             left, right = problem.metrics.get(name, (None, None))
-            goals[name] = tuple(t._replace(a=unweigh(left, t.a), b=unweigh(right, t.b)) for t in terms)
+            goals[name] = tuple(
+                t._replace(a=unweigh_own(left, t.a, t.shape.a_of), b=unweigh_own(right, t.b, t.shape.b_of))
+                for t in terms
+            )
         choices |= dict(zip(x.modules, chosen.choices, strict=True))
     return {n: goals[n] for n in problem.order}, choices
+
+
+def unweigh_own(metric: Metric | None, a: np.ndarray, of: Sequence[int]) -> np.ndarray:
+    """`unweigh` of the factors that tasks read; a joint basis is in the coded coordinates already."""
+    read = np.isin(np.arange(len(a)), of)
+    return np.where(read[:, None, None], unweigh(metric, a), a)
 
 
 def train(problem: Problem, step: float) -> np.ndarray:
@@ -268,6 +298,23 @@ def attempt(problem: Problem, step: float, frequencies: np.ndarray) -> Trial:
     gains, errors = measure(problem, coded)
     size = codec.sizes(coded, gains)
     return Trial(step, coded, gains, errors, size, choices)
+
+
+def bar(problem: Problem, step: float) -> Problem:
+    """Code every module with and without a joint basis at a step, and bar those that are dearer with it; all,
+    where that is cheaper for the whole.
+
+    The plan's estimate is made before vectors are filtered by second moments and quantised; this is after.
+    """
+    costs, whole = [], []
+    open_problem = problem._replace(barred=frozenset())
+    for tried in (open_problem, problem._replace(barred=frozenset(problem.order))):
+        trial = attempt(tried, step, train(tried, step))
+        lost = np.nansum(trial.errors * problem.weights, 1) / step**2
+        costs.append(lost + codec.MULTIPLIER * codec.module_bits(trial.coded))
+        whole.append(lost.sum() + codec.MULTIPLIER * 8 * trial.bytes)
+    dearer = (costs[0] > costs[1]) | (whole[0] > whole[1])
+    return problem._replace(barred=frozenset(n for n, x in zip(problem.order, dearer, strict=True) if x))
 
 
 def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:

@@ -9,7 +9,7 @@ from jax import Array
 
 from hydraopt_jax import algebra, compression, forms
 from hydraopt_jax.adapters import Adapters
-from hydraopt_jax.coding import plan
+from hydraopt_jax.coding import spectrum
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.frontier import Curve, Point, summary
@@ -98,7 +98,7 @@ def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:
     tasks = len(stacked.tasks)
     rank = max(int(x.ranks.max()) for x in stacked.buckets)
     if name == "k-merge":
-        return {f"K = {k}": {"slots": k} for k in plan.cuts(tasks)}
+        return {f"K = {k}": {"slots": k} for k in spectrum.cuts(tasks)}
     widths = [rank * k for k in WIDTHS if k == 1 or rank * k < rank * tasks]
     if name == "share":
         return {f"rank {s}": {"rank": s} for s in widths}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hydraopt_jax.coding import classes, codec, entropy, streams, trellis
-from hydraopt_jax.layout import TermShape, leaf_names, pieces
+from hydraopt_jax.layout import PROJECTED, TermShape, leaf_names, pieces
 
 
 def laplacian(rng, count, spread):
@@ -108,7 +108,7 @@ def terms(rng, predicted):
     return {"q": (codec.Target(shape, a, b),)}
 
 
-@pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.parametrize("predicted", [0, PROJECTED])
 def test_serialised_terms_come_back(predicted):
     coded = codec.quantise(terms(np.random.default_rng(4), predicted), classes.gaussian())
     gains = {0: [np.array([0.5, 0.25, 2.0])], 1: [np.array([1.0, -1.0])]}
@@ -124,14 +124,14 @@ def test_serialised_terms_come_back(predicted):
 
 def test_prediction_from_a_like_factor_saves_bytes():
     sizes = []
-    for predicted in (False, True):
+    for predicted in (0, PROJECTED):
         coded = codec.quantise(terms(np.random.default_rng(4), predicted), classes.gaussian())
         sizes.append(len(codec.serialise(coded, {0: [np.ones(3)], 1: [np.ones(2)]})["task_1"]))
     assert sizes[1] < 0.75 * sizes[0]
 
 
 def test_one_task_reads_only_its_leaves():
-    coded = codec.quantise(terms(np.random.default_rng(4), False), classes.gaussian())
+    coded = codec.quantise(terms(np.random.default_rng(4), 0), classes.gaussian())
     leaves = codec.serialise(coded, {0: [np.ones(3)], 1: [np.ones(2)]})
     alone = {k: v for k, v in leaves.items() if k in ("shared", "task_1")}
     (back,) = codec.deserialise(alone, coded.shapes, [1])["q"]
@@ -145,7 +145,7 @@ def test_groups_too_small_for_a_leaf_go_to_the_shared_one():
 
 
 def test_a_base_of_predictions_is_read_by_all():
-    shape = TermShape((1, 0, -1), (1, 0, -1), 8, 2, 8, True)
+    shape = TermShape((1, 0, -1), (1, 0, -1), 8, 2, 8, PROJECTED)
     rows, _ = pieces({"q": (shape,)})
     assert [(x.side, x.factor, x.base, x.leaf) for x in rows] == [
         (0, 0, -1, "shared"),
