@@ -31,7 +31,7 @@ def inspect(path: str, as_json: bool) -> None:
     """What is in a store: tasks, modules, form, bytes a leaf, error a task."""
     content = checkpoint.restore(path)
     _, index = checkpoint.read_index(path)
-    leaves = {name: size for name, (size, _) in index["leaves"].items()}
+    leaves = index["leaves"]
     payload = describe(path, content) | {"leaves": leaves, "bytes": checkpoint.size_on_disk(path)}
     table = Table("leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk")
     for name, size in leaves.items():
