@@ -5,15 +5,14 @@ the index and the chunks of the leaves whose set of tasks it belongs to, and not
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from hydraopt_jax import container, packing
+from hydraopt_jax import atomic, container, packing
 from hydraopt_jax.container import SCHEMA
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.store import Store, task_index
@@ -27,7 +26,13 @@ __all__ = [
     "restore",
     "save",
     "size_on_disk",
+    "update",
+    "verify",
 ]
+
+Read = TypeVar("Read")
+# how often a reader begins anew when writers replace the store under it
+RETRIES = 20
 
 
 class TooLarge(HydraOptError):
@@ -61,40 +66,50 @@ def save(
       HydraOptError: the path exists, is not a store, or cannot be written.
       TooLarge: the store would exceed `limit`.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     check_target(path, overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
-    try:
-        write(workspace / "new", store, compress)
-        size = size_on_disk(workspace / "new")
-        if limit is not None and size > limit:
-            raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
-        if path.exists():
-            os.replace(path, workspace / "old")
-        os.replace(workspace / "new", path)
-    except OSError as error:
-        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+    with atomic.writing(path) as place:
+        check_target(path, overwrite)
+        put(place, path, store, compress, limit)
+
+
+def put(place: Path, path: Path, store: Store, compress: bool, limit: int | None = None) -> None:
+    """Write a store to a place of `atomic.writing`, then put it where it belongs."""
+    write(place / "new", store, compress)
+    size = size_on_disk(place / "new")
+    if limit is not None and size > limit:
+        raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
+    atomic.sync_tree(place / "new")
+    atomic.replace(place / "new", path)
+
+
+def update(path: str | os.PathLike, change: Callable[[Store], Store]) -> Store:
+    """Read a store, change it and put it back, with nobody writing between; returns what was put there.
+
+    Raises:
+      HydraOptError: as `save` and `restore`, and whatever `change` raises: the store is then as it was.
+    """
+    path = Path(path).resolve()
+    read_whole(path, container.read_description)
+    with atomic.writing(path) as place:
+        changed = change(restore(path))
+        put(place, path, changed, compress=container.is_compressed(path))
+    return changed
 
 
 def check_target(path: str | os.PathLike, overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a store that may be replaced."""
-    path = Path(path)
-    if not path.exists():
+    path = Path(path).absolute()
+    if not atomic.current(path).exists():
         return
     if not overwrite:
         raise HydraOptError(f"{path}: exists; choose another --out or give --overwrite")
-    container.read_description(path)
+    read_whole(path, container.read_description)
 
 
 def read_index(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Task names and the index of a store, whose "leaves" are name -> bytes."""
-    index, _ = open_store(Path(path).absolute())
+    index = read_whole(Path(path).absolute(), lambda at: open_store(at)[0])
     return tuple(index["tasks"]), index
 
 
@@ -145,11 +160,42 @@ def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Stor
     Raises:
       HydraOptError: not a store, damaged, newer than this version, or an unknown task.
     """
-    path = Path(path).absolute()
-    index, read = open_store(path)
-    names = index["tasks"]
-    chosen = list(range(len(names))) if tasks is None else [task_index(names, t) for t in tasks]
-    return packing.unpack(index, read(packing.leaves_of(index, chosen)), chosen)
+
+    def read(at: Path) -> Store:
+        index, leaves = open_store(at)
+        names = index["tasks"]
+        chosen = list(range(len(names))) if tasks is None else [task_index(names, t) for t in tasks]
+        return packing.unpack(index, leaves(packing.leaves_of(index, chosen)), chosen)
+
+    return read_whole(Path(path).absolute(), read)
+
+
+def read_whole(path: Path, read: Callable[[Path], Read]) -> Read:
+    """`read` the store at a path; again if a writer replaced it meanwhile, which the description tells."""
+    for _ in range(RETRIES):
+        at = atomic.current(path)
+        before = container.stamp(at)
+        try:
+            return read(at)
+        except (HydraOptError, OSError):
+            if (atomic.current(path), container.stamp(at)) == (at, before):
+                raise
+    raise HydraOptError(f"{path}: is replaced faster than it can be read: try again")
+
+
+def verify(path: str | os.PathLike) -> int:
+    """Read a store whole, every file of it against its checksum; returns the number of files.
+
+    Raises:
+      HydraOptError: as `restore`; a flipped bit, a truncated or a missing file is named.
+    """
+
+    def read(at: Path) -> int:
+        index, leaves = open_store(at)
+        packing.unpack(index, leaves(list(index["leaves"])), range(len(index["tasks"])))
+        return container.verify(at)
+
+    return read_whole(Path(path).absolute(), read)
 
 
 def measure_size(store: Store) -> int:

@@ -149,7 +149,7 @@ def read_description(path: Path) -> tuple[dict[str, Any], str]:
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
         raise HydraOptError(f"{path}: not a store, or its {DESCRIPTION} is damaged") from None
     if schema is None:
-        raise HydraOptError(f"{path}: not a store (an Orbax checkpoint of something else)")
+        raise HydraOptError(f"{path}: not a store ({DESCRIPTION} describes something else)")
     if type(schema) is not int or schema < 1:
         raise damaged(path, f"{DESCRIPTION} has schema {schema!r}")
     if schema > SCHEMA:
@@ -229,6 +229,34 @@ def decode(path: Path, array: str, files: Mapping[str, bytes], start: int, stop:
         return np.array(opened[start:stop].read().result())
     except Exception as error:
         raise damaged(path, f"{array} cannot be decoded ({' '.join(str(error).split())[:120]})") from None
+
+
+def verify(path: Path) -> int:
+    """Compare every file with its checksum, which the first schema has not; returns how many there are."""
+    meta, item = read_description(path)
+    if meta["schema"] == 1:
+        return sum(x.is_file() for x in path.rglob("*"))
+    opened = open_container(path, meta, item)
+    for k, (_, checksum) in enumerate(meta["chunks"]):
+        if digest(read_file(path, f"{opened.array}/{k}")) != checksum:
+            raise damaged(path, f"{opened.array}/{k} does not match its checksum")
+    return 1 + len(meta["files"]) + len(meta["chunks"])
+
+
+def stamp(path: Path) -> tuple[int, int, bytes]:
+    """What tells one state of a store from another, be they of equal content."""
+    file = path / DESCRIPTION
+    try:
+        return path.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()
+    except OSError:
+        return 0, 0, b""
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a store's chunks are compressed by Orbax."""
+    meta, item = read_description(path)
+    header = read_file(path, f"{item}/{'index' if meta['schema'] == 1 else ARRAY}/.zarray")
+    return json.loads(header).get("compressor") is not None
 
 
 def read_index(container: Container, cache: dict[int, bytes]) -> dict[str, Any]:
