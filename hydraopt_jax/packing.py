@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
 
-from hydraopt_jax.coding import codec
+from hydraopt_jax.coding import addition
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, leaf_names, pieces
-from hydraopt_jax.store import Payload, Source, Store
+from hydraopt_jax.store import Addition, Payload, Source, Store
 
 
 class Part(NamedTuple):
@@ -86,6 +86,12 @@ def pack(store: Store) -> tuple[dict[str, bytes], dict[str, Any]]:
         leaves |= {k: [v] for k, v in store.payload.leaves.items()}
         groups = pieces(store.payload.shapes)[1]
         description = coded_skeleton(store.payload.shapes)
+        if store.payload.slots is not None:
+            description |= {"slots": list(store.payload.slots), "additions": {}}
+        for slot, x in store.payload.additions.items():
+            description["additions"][str(slot)] = coded_skeleton(x.shapes) | {"references": x.references}
+            leaves |= {f"added_{slot}_{k}": [v] for k, v in x.leaves.items()}
+            leaves[f"added_{slot}_coefficients"] = [x.coefficients]
     else:
         members, blobs = [], []
         for part in parts(store.modules):
@@ -112,27 +118,79 @@ def pack(store: Store) -> tuple[dict[str, bytes], dict[str, Any]]:
 
 
 def leaves_of(index: Mapping[str, Any], tasks: Iterable[int]) -> list[str]:
-    """Names of the leaves that some tasks need."""
-    wanted = set(tasks)
-    names = {"shared", "errors"} | {f"task_{t}" for t in wanted} | {f"extras_{t}" for t in wanted}
-    names |= {f"head_{k}" for k, users in enumerate(index["groups"]) if wanted & set(users)}
-    return [k for k in index["leaves"] if k in names]
+    """Names of the leaves that some tasks need, also those of the tasks that predict them."""
+    names = {"shared", "errors"} | {f"extras_{t}" for t in tasks}
+    slots = index.get("slots")
+    wanted = set(
+        tasks if slots is None else addition.closure(additions_of(index, {}), [slots[t] for t in tasks])
+    )
+    names |= payload_leaves(index["groups"], wanted)
+    added = tuple(f"added_{s}_" for s in wanted)
+    return [k for k in index["leaves"] if k in names or k.startswith(added)]
+
+
+def payload_leaves(groups: Sequence[Sequence[int]], slots: Iterable[int]) -> set[str]:
+    """Names of the leaves that some tasks read of those that were compressed together."""
+    wanted = set(slots)
+    names = {"shared"} | {f"task_{s}" for s in wanted}
+    return names | {f"head_{k}" for k, users in enumerate(groups) if wanted & set(users)}
+
+
+def additions_of(index: Mapping[str, Any], leaves: Mapping[str, bytes]) -> dict[int, Addition]:
+    """The additions of an index, with those of their leaves that are given."""
+    out = {}
+    for key, x in index.get("additions", {}).items():
+        mine = {
+            k.removeprefix(f"added_{key}_"): v for k, v in leaves.items() if k.startswith(f"added_{key}_")
+        }
+        coefficients = mine.pop("coefficients", b"")
+        out[int(key)] = Addition(mine, coded_shapes(x), tuple(x["references"]), coefficients)
+    return out
+
+
+def module_order(shapes: Mapping[str, Any], additions: Mapping[int, Addition]) -> list[str]:
+    """Modules of the tasks that were compressed together, then what additions brought."""
+    return list(dict.fromkeys([*shapes, *(n for s in sorted(additions) for n in additions[s].shapes)]))
+
+
+def coded_terms(payload: Payload, slots: Sequence[int]) -> dict[str, tuple[Factors, ...]]:
+    """The terms of a coded store's modules for tasks in some slots."""
+    added, together = addition.decode(payload, slots)
+    places = [-1 if s in added else s for s in slots]
+    out = {}
+    for name in module_order(payload.shapes, payload.additions):
+        terms = [select(x, places) for x in together.get(name, ())]
+        if payload.slots is not None:
+            terms = [x for x in terms if len(x.a)]
+        for t, slot in enumerate(slots):
+            for x in added.get(slot, {}).get(name, ()):
+                of = np.full(len(slots), -1, np.int32)
+                of[t] = 0
+                core = np.zeros((len(slots), x.a.shape[2]), np.float32)
+                core[t] = np.asarray(x.core)[0]
+                terms.append(Factors(x.a, x.b, of, of, core))  # type: ignore[arg-type]
+        out[name] = tuple(terms)
+    return out
 
 
 def unpack(index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], chosen: Sequence[int]) -> Store:
     """The inverse of `pack`, for the chosen tasks, from the leaves that they need (uint8 arrays)."""
-    names = index["tasks"]
+    names, order = index["tasks"], [n for n, _ in index["modules"]]
     payload = None
     if index.get("coded"):
         shapes = coded_shapes(index)
         blobs = {k: v.tobytes() for k, v in leaves.items() if k != "errors" and not k.startswith("extras_")}
-        every = codec.deserialise(blobs, shapes, list(chosen))
-        modules = {n: tuple(select(x, chosen) for x in terms) for n, terms in every.items()}
-        if list(chosen) == list(range(len(names))):
-            payload = Payload(blobs, shapes)
+        additions = additions_of(index, blobs)
+        blobs = {k: v for k, v in blobs.items() if not k.startswith("added_")}
+        slots = index.get("slots")
+        payload = Payload(blobs, shapes, None if slots is None else tuple(slots), additions)
+        modules = coded_terms(payload, [t if slots is None else slots[t] for t in chosen])
+        order = list(modules)
+        if list(chosen) != list(range(len(names))):
+            payload = None
     else:
         modules = unpack_terms(index, leaves, len(names), chosen)
-    errors = leaves["errors"].view(np.float16).reshape(len(index["modules"]), len(names))
+    errors = leaves["errors"].view(np.float16).reshape(len(order), len(names))
     extras = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
     sources = split_sources(index["sources"], extras)
     return Store(
@@ -185,10 +243,10 @@ def unpack_extras(table: Sequence[Any], blob: np.ndarray | None) -> dict[str, np
 
 
 def select(term: Factors, chosen: Sequence[int]) -> Factors:
-    """A term for the chosen tasks: their factors alone, renumbered."""
+    """A term for the chosen tasks: their factors alone, renumbered; -1 for a task that it has not."""
     out: list[Any] = []
     for stack, of in ((term.a, term.a_of), (term.b, term.b_of)):
-        mine = np.asarray(of)[list(chosen)]
+        mine = np.array([np.asarray(of)[t] if t >= 0 else -1 for t in chosen], np.int32)
         kept = np.unique(mine[mine >= 0])
         out.append(
             (np.asarray(stack)[kept], np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32))
