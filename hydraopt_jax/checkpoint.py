@@ -6,13 +6,14 @@ the index and the chunks of the leaves whose set of tasks it belongs to, and not
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from hydraopt_jax import atomic, container, packing
+from hydraopt_jax import atomic, container, description, packing
 from hydraopt_jax.container import SCHEMA
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.store import Store, task_index
@@ -113,14 +114,28 @@ def read_index(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, Any]
     return tuple(index["tasks"]), index
 
 
+@contextmanager
+def believing(path: Path) -> Iterator[None]:
+    """Whatever a description that does not fit its data leads to is a damaged store."""
+    try:
+        yield
+    except (HydraOptError, OSError):
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:120] or type(error).__name__
+        raise container.damaged(path, f"its index does not fit its data ({what})") from None
+
+
 def open_store(path: Path) -> tuple[dict[str, Any], Callable[[Sequence[str]], dict[str, np.ndarray]]]:
     """The index of a store of any schema, and a function that reads leaves by name."""
     meta, item = container.read_description(path)
     if meta["schema"] == 1:
         return open_first_schema(path, meta, item)
-    opened = container.open_container(path, meta, item)
     chunks: dict[int, bytes] = {}
-    index = container.read_index(opened, chunks)
+    with believing(path):
+        opened = container.open_container(path, meta, item)
+        index = container.read_index(opened, chunks)
+        description.check_index(index)
     starts, at = {}, meta["index"][0]
     for name, size in index["leaves"].items():
         starts[name], at = at, at + size
@@ -137,9 +152,12 @@ def open_first_schema(
     path: Path, meta: dict[str, Any], item: str
 ) -> tuple[dict[str, Any], Callable[[Sequence[str]], dict[str, np.ndarray]]]:
     """As `open_store`, of a store with an array a leaf."""
-    index = container.parse(path, container.read_first_schema(path, item, "index", meta["index"]).tobytes())
-    sizes = index["leaves"]
-    index = {**index, "tasks": meta["tasks"], "leaves": {k: v[0] for k, v in sizes.items()}}
+    with believing(path):
+        text = container.read_first_schema(path, item, "index", meta["index"]).tobytes()
+        index = container.parse(path, text)
+        sizes = index["leaves"]
+        index = {**index, "tasks": meta["tasks"], "leaves": {k: v[0] for k, v in sizes.items()}}
+        description.check_index(index)
 
     def read(names: Sequence[str]) -> dict[str, np.ndarray]:
         return {n: container.read_first_schema(path, item, n, sizes[n]) for n in names}
@@ -165,7 +183,8 @@ def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Stor
         index, leaves = open_store(at)
         names = index["tasks"]
         chosen = list(range(len(names))) if tasks is None else [task_index(names, t) for t in tasks]
-        return packing.unpack(index, leaves(packing.leaves_of(index, chosen)), chosen)
+        with believing(at):
+            return packing.unpack(index, leaves(packing.leaves_of(index, chosen)), chosen)
 
     return read_whole(Path(path).absolute(), read)
 
@@ -192,7 +211,8 @@ def verify(path: str | os.PathLike) -> int:
 
     def read(at: Path) -> int:
         index, leaves = open_store(at)
-        packing.unpack(index, leaves(list(index["leaves"])), range(len(index["tasks"])))
+        with believing(at):
+            packing.unpack(index, leaves(list(index["leaves"])), range(len(index["tasks"])))
         return container.verify(at)
 
     return read_whole(Path(path).absolute(), read)

@@ -2,9 +2,9 @@
 
     python experiments/reliability/stream.py
 
-The first FIRST adapters are compressed at a step, the others are added one by one, in three orders; the fit of
-all at once gets the bytes that the stream's store takes. K-Merge, which merges each arriving adapter into one
-of K, gets at least as many. Writes stream.json beside this file.
+The first FIRST adapters are compressed at a step, the others are added one by one, in three orders; the fit
+of all at once gets the bytes that the stream's store takes. K-Merge, which merges each arriving adapter into
+one of K, gets at least as many. Writes stream.json beside this file.
 """
 
 import json
