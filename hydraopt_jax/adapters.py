@@ -12,6 +12,9 @@ import numpy as np
 
 from hydraopt_jax.errors import HydraOptError
 
+# norms that factors and deltas may have, or zero
+NORMS = (1e-15, 1e15)
+
 
 class Adapter(NamedTuple):
     """One task's LoRA adapter, in host memory.
@@ -105,7 +108,18 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
                         f"{adapter.source or adapter.task}: {name} has NaN or infinite values in its "
                         f"{side}-side factor: leave this adapter out or retrain it"
                     )
+            check_size(adapter, name)
     return shapes
+
+
+def check_size(adapter: Adapter, name: str) -> None:
+    """Refuse factors whose squares float32 cannot hold: errors are sums of squares."""
+    norms = [float(np.linalg.norm(np.asarray(x[name], np.float64))) for x in (adapter.a, adapter.b)]
+    if any(x and not NORMS[0] < x < NORMS[1] for x in (*norms, norms[0] * norms[1])):
+        raise HydraOptError(
+            f"{adapter.source or adapter.task}: {name} has factors of norms {norms[0]:.0e} and {norms[1]:.0e}"
+            ", beyond what float32 can square: set them to zero, or leave the module or the adapter out"
+        )
 
 
 def stack(collection: Sequence[Adapter]) -> Adapters:

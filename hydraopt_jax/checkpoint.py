@@ -1,183 +1,49 @@
-"""The store on disk: an Orbax checkpoint of a few packed leaves.
+"""The store on disk: saved at once or not at all, restored whole or a task at a time.
 
-Every part lies in the leaf of the set of tasks that read it (`layout`). Leaves are packed bytes, plain
-or entropy-coded; what lies where follows from the index, itself a leaf. Restoring one task reads the index
-and the leaves whose set it belongs to, and nothing else.
+`packing` says what the leaves of a store are, `container` how bytes lie in a folder. Restoring one task reads
+the index and the chunks of the leaves whose set of tasks it belongs to, and nothing else.
 """
 
-import contextlib
-import hashlib
-import json
-import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
-from hydraopt_jax.coding import codec
+from hydraopt_jax import atomic, container, description, packing
+from hydraopt_jax.container import SCHEMA
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors
-from hydraopt_jax.layout import KINDS, TermShape, leaf_names, pieces
-from hydraopt_jax.store import Payload, Source, Store, task_index
+from hydraopt_jax.store import Store, task_index
 
-SCHEMA = 1
+__all__ = [
+    "SCHEMA",
+    "TooLarge",
+    "check_target",
+    "measure_size",
+    "read_index",
+    "restore",
+    "save",
+    "size_on_disk",
+    "update",
+    "verify",
+]
+
+Read = TypeVar("Read")
+# how often a reader begins anew when writers replace the store under it
+RETRIES = 20
 
 
 class TooLarge(HydraOptError):
     """A store that would exceed the bytes it may take."""
 
 
-class Part(NamedTuple):
-    """One stored array and the tasks that read it."""
-
-    value: Any
-    users: frozenset[int]
-
-
-def parts(store_modules: Mapping[str, tuple[Factors, ...]]) -> Iterator[Part]:
-    """Every part in the canonical order: module, term, inputs, outputs, cores."""
-    for terms in store_modules.values():
-        for term in terms:
-            for stack, index in ((term.a, term.a_of), (term.b, term.b_of)):
-                for k in range(len(stack)):
-                    yield Part(stack[k], frozenset(np.flatnonzero(np.asarray(index) == k).tolist()))
-            for t in np.flatnonzero(np.asarray(term.a_of) >= 0) if term.core is not None else ():
-                yield Part(term.core[t], frozenset([int(t)]))  # type: ignore[index]
-
-
-def coded_skeleton(shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, Any]:
-    """As `skeleton`, of coded terms; the dtype says so, and whether factors are predicted from the first."""
-    patterns: list[Any] = []
-    rows = []
-    for name, terms in shapes.items():
-        row = []
-        for x in terms:
-            use = [list(x.a_of), list(x.b_of), "diagonal"]
-            if use not in patterns:
-                patterns.append(use)
-            row.append([patterns.index(use), x.inputs, x.rank, x.outputs, KINDS[x.predicted]])
-        rows.append([name, row])
-    return {"patterns": patterns, "modules": rows, "coded": True}
-
-
-def coded_shapes(index: Mapping[str, Any]) -> dict[str, tuple[TermShape, ...]]:
-    """The inverse of `coded_skeleton`."""
-    out = {}
-    for name, row in index["modules"]:
-        terms = []
-        for pattern, inputs, rank, outputs, kind in row:
-            a_of, b_of, _ = index["patterns"][pattern]
-            terms.append(TermShape(tuple(a_of), tuple(b_of), inputs, rank, outputs, KINDS.index(kind)))
-        out[name] = tuple(terms)
-    return out
-
-
-def skeleton(modules: Mapping[str, tuple[Factors, ...]]) -> dict[str, Any]:
-    """Shapes and indices of the terms, JSON-able; equal patterns of use are written once."""
-    patterns: list[Any] = []
-    rows = []
-    for name, terms in modules.items():
-        row = []
-        for term in terms:
-            core = None if term.core is None else ("diagonal" if np.ndim(term.core[0]) == 1 else "full")
-            use = [np.asarray(term.a_of).tolist(), np.asarray(term.b_of).tolist(), core]
-            if use not in patterns:
-                patterns.append(use)
-            a, b = term.a[0], term.b[0]
-            row.append([patterns.index(use), a.shape[0], a.shape[1], b.shape[1], np.asarray(a).dtype.name])
-        rows.append([name, row])
-    return {"patterns": patterns, "modules": rows}
-
-
-def digest(data: bytes | np.ndarray) -> str:
-    """Checksum of a leaf: the first 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(bytes(data)).hexdigest()[:16]
-
-
-def pack(store: Store) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The store as leaves of bytes (name -> uint8 array), the index among them, and the plain metadata."""
-    leaves: dict[str, list[bytes]] = {}
-    if store.payload is not None:
-        leaves = {k: [v] for k, v in store.payload.leaves.items()}
-        groups = pieces(store.payload.shapes)[1]
-        description = coded_skeleton(store.payload.shapes)
-    else:
-        members, blobs = [], []
-        for part in parts(store.modules):
-            blobs.append(np.ascontiguousarray(part.value).tobytes())
-            members.append(part.users)
-        names, groups = leaf_names(members, [len(x) for x in blobs], len(store.tasks))
-        for name, blob in zip(names, blobs, strict=True):
-            leaves.setdefault(name, []).append(blob)
-        description = skeleton(store.modules)
-    leaves["errors"] = [np.sqrt(store.errors).astype(np.float16).tobytes()]
-    extras = [pack_extras(x.extras) for x in store.sources]
-    for t, (_, blob) in enumerate(extras):
-        if blob:
-            leaves[f"extras_{t}"] = [blob]
-    packed = {k: np.frombuffer(b"".join(v), np.uint8) for k, v in leaves.items() if any(v)}
-    index = {
-        "groups": groups,
-        **description,
-        "sources": merge_sources(store.sources),
-        "extras": [table for table, _ in extras],
-        "report": store.report,
-        "leaves": {k: [len(v), digest(v)] for k, v in packed.items()},
-    }
-    text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
-    packed["index"] = np.frombuffer(text, np.uint8)
-    metadata = {
-        "format": "hydraopt",
-        "schema": SCHEMA,
-        "tasks": list(store.tasks),
-        "index": [len(text), digest(packed["index"])],
-    }
-    return packed, metadata
-
-
-def merge_sources(sources: Sequence[Source]) -> dict[str, Any]:
-    """Sources as one common part and what each task differs in, so that 40 alike configs cost one."""
-    rows: list[dict[str, Any]] = [
-        {"dtype": x.dtype, "origin": x.origin, "digest": x.digest, "layout": dict(x.layout)}
-        | {f"config.{k}": v for k, v in x.config.items()}
-        for x in sources
-    ]
-    common = {k: v for k, v in rows[0].items() if all(k in r and r[k] == v for r in rows)}
-    return {"common": common, "own": [{k: v for k, v in r.items() if k not in common} for r in rows]}
-
-
-def split_sources(
-    merged: Mapping[str, Any], extras: Sequence[Mapping[str, np.ndarray]]
-) -> tuple[Source, ...]:
-    """The inverse of `merge_sources`."""
-    out = []
-    for own, extra in zip(merged["own"], extras, strict=True):
-        row = {**merged["common"], **own}
-        config = {k[7:]: v for k, v in row.items() if k.startswith("config.")}
-        out.append(Source(row["dtype"], config, row["layout"], row["origin"], row["digest"], extra))
-    return tuple(out)
-
-
-def pack_extras(extras: Mapping[str, np.ndarray]) -> tuple[list[Any], bytes]:
-    """A table of (name, dtype, shape) and the bytes of a task's full tensors."""
-    table = [[k, v.dtype.name, list(v.shape)] for k, v in extras.items()]
-    return table, b"".join(np.ascontiguousarray(v).tobytes() for v in extras.values())
-
-
-def unpack_extras(table: Sequence[Any], blob: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The inverse of `pack_extras`; empty when the blob was not read."""
-    out, start = {}, 0
-    for name, dtype, shape in table if blob is not None else ():
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        out[name] = np.asarray(blob)[start : start + size].view(dtype).reshape(shape)
-        start += size
-    return out
+def write(folder: Path, store: Store, compress: bool = True) -> None:
+    """Write a store into a new folder, in place."""
+    leaves, index = packing.pack(store)
+    container.write(folder, index, list(leaves.values()), compress)
 
 
 def save(
@@ -194,121 +60,109 @@ def save(
       path: a new folder.
       store: what to write.
       overwrite: replace an existing store (nothing else is ever replaced).
-      compress: let Orbax compress the leaves with zstd.
+      compress: let Orbax compress the chunks with zstd.
       limit: most bytes the store may take on disk; a larger one is not kept.
 
     Raises:
       HydraOptError: the path exists, is not a store, or cannot be written.
       TooLarge: the store would exceed `limit`.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     check_target(path, overwrite)
-    packed, metadata = pack(store)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
-    try:
-        context = ocp.Context()
-        context.array.saving.use_compression = compress
-        # plain zarr: few leaves need no database, whose own files cost more and vary in size
-        context.array.saving.use_ocdbt = False
-        context.array.saving.use_zarr3 = False
-        with context, quiet_orbax():
-            ocp.save(workspace / "new", packed, custom_metadata=metadata)
-        marker = workspace / "new" / "commit_success.txt"
-        if marker.exists():
-            # Orbax names the temporary folder in it, which is wrong after the rename and varies in length
-            marker.write_text("committed\n")
-        size = size_on_disk(workspace / "new")
-        if limit is not None and size > limit:
-            raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
-        if path.exists():
-            os.replace(path, workspace / "old")
-        os.replace(workspace / "new", path)
-    except OSError as error:
-        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+    with atomic.writing(path) as place:
+        check_target(path, overwrite)
+        put(place, path, store, compress, limit)
 
 
-@contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Keep Orbax's remarks on a format without a database from the user."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def put(place: Path, path: Path, store: Store, compress: bool, limit: int | None = None) -> None:
+    """Write a store to a place of `atomic.writing`, then put it where it belongs."""
+    write(place / "new", store, compress)
+    size = size_on_disk(place / "new")
+    if limit is not None and size > limit:
+        raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
+    atomic.sync_tree(place / "new")
+    atomic.replace(place / "new", path)
+
+
+def update(path: str | os.PathLike, change: Callable[[Store], Store]) -> Store:
+    """Read a store, change it and put it back, with nobody writing between; returns what was put there.
+
+    Raises:
+      HydraOptError: as `save` and `restore`, and whatever `change` raises: the store is then as it was.
+    """
+    path = Path(path).resolve()
+    read_whole(path, container.read_description)
+    with atomic.writing(path) as place:
+        changed = change(restore(path))
+        put(place, path, changed, compress=container.is_compressed(path))
+    return changed
 
 
 def check_target(path: str | os.PathLike, overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a store that may be replaced."""
-    path = Path(path)
-    if not path.exists():
+    path = Path(path).absolute()
+    if not atomic.current(path).exists():
         return
     if not overwrite:
         raise HydraOptError(f"{path}: exists; choose another --out or give --overwrite")
-    read_metadata(path)
-
-
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """The store's plain metadata: schema and task names.
-
-    Raises:
-      HydraOptError: no store there, a damaged one, or one of a newer schema.
-    """
-    path = Path(path).absolute()
-    if not path.is_dir():
-        raise HydraOptError(f"{path}: no store there")
-    try:
-        metadata = ocp.metadata(path).custom_metadata or {}
-    except Exception as error:
-        raise HydraOptError(f"{path}: not a store (no readable Orbax checkpoint)") from error
-    if metadata.get("format") != "hydraopt":
-        raise HydraOptError(f"{path}: not a store (an Orbax checkpoint of something else)")
-    if metadata["schema"] > SCHEMA:
-        raise HydraOptError(
-            f"{path}: schema {metadata['schema']} is newer than this version reads ({SCHEMA}): "
-            "upgrade hydraopt_jax"
-        )
-    return metadata
-
-
-def read_leaves(path: Path, sizes: Mapping[str, Sequence[Any]]) -> dict[str, np.ndarray]:
-    """Read the named leaves, and only those; check each against its size and checksum."""
-    want = {k: np.empty(v[0], np.uint8) for k, v in sizes.items()}
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    try:
-        with context:
-            leaves = {k: np.asarray(v) for k, v in ocp.load(path, want).items()}
-    except Exception as error:
-        named = ", ".join(sizes)
-        raise HydraOptError(f"{path}: damaged store: cannot read {named}: {str(error)[:200]}") from error
-    for name, (_, checksum) in sizes.items():
-        if digest(leaves[name]) != checksum:
-            raise HydraOptError(f"{path}: damaged store: leaf {name!r} does not match its checksum")
-    return leaves
+    read_whole(path, container.read_description)
 
 
 def read_index(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Task names and the index of a store."""
-    metadata = read_metadata(path)
-    leaf = read_leaves(Path(path).absolute(), {"index": metadata["index"]})["index"]
-    return tuple(metadata["tasks"]), json.loads(leaf.tobytes())
+    """Task names and the index of a store, whose "leaves" are name -> bytes."""
+    index = read_whole(Path(path).absolute(), lambda at: open_store(at)[0])
+    return tuple(index["tasks"]), index
 
 
-def leaves_of(index: Mapping[str, Any], tasks: Iterable[int], extras: bool = True) -> dict[str, Any]:
-    """The leaves that some tasks need: name -> (bytes, checksum)."""
-    wanted = set(tasks)
-    names = {"shared", "errors"} | {f"task_{t}" for t in wanted}
-    names |= {f"extras_{t}" for t in wanted} if extras else set()
-    names |= {f"head_{k}" for k, users in enumerate(index["groups"]) if wanted & set(users)}
-    return {k: v for k, v in index["leaves"].items() if k in names}
+@contextmanager
+def believing(path: Path) -> Iterator[None]:
+    """Whatever a description that does not fit its data leads to is a damaged store."""
+    try:
+        yield
+    except (HydraOptError, OSError):
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:120] or type(error).__name__
+        raise container.damaged(path, f"its index does not fit its data ({what})") from None
+
+
+def open_store(path: Path) -> tuple[dict[str, Any], Callable[[Sequence[str]], dict[str, np.ndarray]]]:
+    """The index of a store of any schema, and a function that reads leaves by name."""
+    meta, item = container.read_description(path)
+    if meta["schema"] == 1:
+        return open_first_schema(path, meta, item)
+    chunks: dict[int, bytes] = {}
+    with believing(path):
+        opened = container.open_container(path, meta, item)
+        index = container.read_index(opened, chunks)
+        description.check_index(index)
+    starts, at = {}, meta["index"][0]
+    for name, size in index["leaves"].items():
+        starts[name], at = at, at + size
+
+    def read(names: Sequence[str]) -> dict[str, np.ndarray]:
+        return {
+            n: container.read_span(opened, starts[n], starts[n] + index["leaves"][n], chunks) for n in names
+        }
+
+    return index, read
+
+
+def open_first_schema(
+    path: Path, meta: dict[str, Any], item: str
+) -> tuple[dict[str, Any], Callable[[Sequence[str]], dict[str, np.ndarray]]]:
+    """As `open_store`, of a store with an array a leaf."""
+    with believing(path):
+        text = container.read_first_schema(path, item, "index", meta["index"]).tobytes()
+        index = container.parse(path, text)
+        sizes = index["leaves"]
+        index = {**index, "tasks": meta["tasks"], "leaves": {k: v[0] for k, v in sizes.items()}}
+        description.check_index(index)
+
+    def read(names: Sequence[str]) -> dict[str, np.ndarray]:
+        return {n: container.read_first_schema(path, item, n, sizes[n]) for n in names}
+
+    return index, read
 
 
 def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Store:
@@ -316,7 +170,7 @@ def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Stor
 
     Args:
       path: the store.
-      tasks: names to read; None for all. Only their leaves are read.
+      tasks: names to read; None for all. Only the chunks that hold their leaves are read.
 
     Returns:
       Store of those tasks, in the order given.
@@ -324,119 +178,50 @@ def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Stor
     Raises:
       HydraOptError: not a store, damaged, newer than this version, or an unknown task.
     """
-    path = Path(path).absolute()
-    names, index = read_index(path)
-    chosen = list(range(len(names))) if tasks is None else [task_index(names, t) for t in tasks]
-    leaves = read_leaves(path, leaves_of(index, chosen))
-    payload = None
-    if index.get("coded"):
-        shapes = coded_shapes(index)
-        blobs = {
-            k: v.tobytes() for k, v in leaves.items() if k not in ("errors",) and not k.startswith("extras_")
-        }
-        every = codec.deserialise(blobs, shapes, chosen)
-        modules = {n: tuple(select(x, chosen) for x in terms) for n, terms in every.items()}
-        if tasks is None:
-            payload = Payload(blobs, shapes)
-    else:
-        modules = unpack(index, leaves, len(names), chosen)
-    errors = leaves["errors"].view(np.float16).reshape(len(index["modules"]), len(names))
-    extras = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
-    sources = split_sources(index["sources"], extras)
-    return Store(
-        tuple(names[t] for t in chosen),
-        modules,
-        tuple(sources[t] for t in chosen),
-        index["report"],
-        errors[:, chosen].astype(np.float32) ** 2,
-        payload,
-    )
+
+    def read(at: Path) -> Store:
+        index, leaves = open_store(at)
+        names = index["tasks"]
+        chosen = list(range(len(names))) if tasks is None else [task_index(names, t) for t in tasks]
+        with believing(at):
+            return packing.unpack(index, leaves(packing.leaves_of(index, chosen)), chosen)
+
+    return read_whole(Path(path).absolute(), read)
 
 
-def select(term: Factors, chosen: Sequence[int]) -> Factors:
-    """A term for the chosen tasks: their factors alone, renumbered."""
-    out: list[Any] = []
-    for stack, of in ((term.a, term.a_of), (term.b, term.b_of)):
-        mine = np.asarray(of)[list(chosen)]
-        kept = np.unique(mine[mine >= 0])
-        out.append(
-            (np.asarray(stack)[kept], np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32))
-        )
-    (a, a_of), (b, b_of) = out
-    return Factors(a, b, a_of, b_of, None if term.core is None else np.asarray(term.core)[list(chosen)])  # type: ignore[arg-type]
+def read_whole(path: Path, read: Callable[[Path], Read]) -> Read:
+    """`read` the store at a path; again if a writer replaced it meanwhile, which the description tells."""
+    for _ in range(RETRIES):
+        at = atomic.current(path)
+        before = container.stamp(at)
+        try:
+            return read(at)
+        except (HydraOptError, OSError):
+            if (atomic.current(path), container.stamp(at)) == (at, before):
+                raise
+    raise HydraOptError(f"{path}: is replaced faster than it can be read: try again")
 
 
-def unpack(
-    index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], tasks: int, chosen: Sequence[int]
-) -> dict[str, tuple[Factors, ...]]:
-    """Terms of every module from the leaves, for the chosen tasks."""
-    uses: list[tuple[int, int]] = []
-    members: list[frozenset[int]] = []
-    sizes: list[tuple[int, tuple[int, ...], str]] = []
-    for _, row in index["modules"]:
-        for pattern, inputs, rank, outputs, kind in row:
-            a_of, b_of, core = index["patterns"][pattern]
-            shapes: list[tuple[int, ...]] = [(inputs, rank)] * (max(a_of) + 1) + [(rank, outputs)] * (
-                max(b_of) + 1
-            )
-            users = [frozenset(t for t, x in enumerate(a_of) if x == k) for k in range(max(a_of) + 1)]
-            users += [frozenset(t for t, x in enumerate(b_of) if x == k) for k in range(max(b_of) + 1)]
-            if core is not None:
-                present = [t for t in range(tasks) if a_of[t] >= 0]
-                users += [frozenset([t]) for t in present]
-                shapes += [(rank,) if core == "diagonal" else (rank, rank)] * len(present)
-            uses.append((len(members), len(users)))
-            members += users
-            for shape in shapes:
-                sizes.append((int(np.prod(shape)) * np.dtype(kind).itemsize, shape, kind))
-    names, _ = leaf_names(members, [s for s, _, _ in sizes], tasks)
-    offsets: dict[str, int] = {}
-    values: list[Any] = []
-    for name, (size, shape, kind) in zip(names, sizes, strict=True):
-        start = offsets.get(name, 0)
-        offsets[name] = start + size
-        if name not in leaves:
-            values.append(None)
-            continue
-        values.append(leaves[name][start : start + size].view(kind).reshape(shape))
-    spans = iter(uses)
-    out = {}
-    for module, row in index["modules"]:
-        terms = []
-        for pattern, *_ in row:
-            start, size = next(spans)
-            use = index["patterns"][pattern]
-            if any(use[0][t] >= 0 for t in chosen):
-                terms.append(restrict(use, values[start : start + size], chosen))
-        out[module] = tuple(terms)
-    return out
+def verify(path: str | os.PathLike) -> int:
+    """Read a store whole, every file of it against its checksum; returns the number of files.
 
+    Raises:
+      HydraOptError: as `restore`; a flipped bit, a truncated or a missing file is named.
+    """
 
-def restrict(pattern: Sequence[Any], values: Sequence[Any], chosen: Sequence[int]) -> Factors:
-    """One term for the chosen tasks: their factors alone, renumbered."""
-    a_of, b_of, core = pattern
-    na, nb = max(a_of) + 1, max(b_of) + 1
-    pick_a = sorted({a_of[t] for t in chosen} - {-1})
-    pick_b = sorted({b_of[t] for t in chosen} - {-1})
-    present = [t for t, x in enumerate(a_of) if x >= 0]
-    cores: Any = None
-    if core is not None:
-        by_task = dict(zip(present, values[na + nb :], strict=True))
-        like = next(np.asarray(by_task[t]) for t in chosen if t in by_task)
-        cores = [by_task.get(t, np.zeros_like(like)) for t in chosen]
-    return Factors(
-        [values[k] for k in pick_a],  # type: ignore[arg-type]
-        [values[na + k] for k in pick_b],  # type: ignore[arg-type]
-        np.array([pick_a.index(a_of[t]) if a_of[t] >= 0 else -1 for t in chosen], np.int32),  # type: ignore[arg-type]
-        np.array([pick_b.index(b_of[t]) if b_of[t] >= 0 else -1 for t in chosen], np.int32),  # type: ignore[arg-type]
-        cores,
-    )
+    def read(at: Path) -> int:
+        index, leaves = open_store(at)
+        with believing(at):
+            packing.unpack(index, leaves(list(index["leaves"])), range(len(index["tasks"])))
+        return container.verify(at)
+
+    return read_whole(Path(path).absolute(), read)
 
 
 def measure_size(store: Store) -> int:
     """Bytes the store takes on disk, by writing it to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder) / "store", store)
+        write(Path(folder) / "store", store)
         return size_on_disk(Path(folder) / "store")
 
 

@@ -22,7 +22,7 @@ from hydraopt_jax.store import Payload, Source, Store
 SLACK = 0.003
 ROUNDS = 16
 # about what the smallest store takes beside its codes, to start from
-LEAST_OVERHEAD = 4000
+LEAST_OVERHEAD = 1600
 # tables are trained again when the logarithm of the step has moved this far
 RETRAIN = 0.4
 # the finest and the coarsest step, relative to the norm of a delta
@@ -307,6 +307,8 @@ def overhead(
 ) -> int:
     """Bytes on disk beside the coded factors: what a store of empty leaves takes."""
     leaves = dict.fromkeys({*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}, b"\x00")
+    # zeros in place of the codes, which cost next to nothing: large stores have more files
+    leaves["shared"] = bytes(int(trial.bytes))
     payload = Payload(leaves, trial.coded.shapes)
     report = describe(collection, problem, trial, options, entries)
     tasks = tuple(x.task for x in collection)

@@ -226,6 +226,8 @@ def refine(
         level, loss = "weights", quadratic()
     original, unit = originals(ordered), units(store)
     coded = store.payload is not None
+    if store.payload is not None and store.payload.slots is not None:
+        raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     if coded:
         rounded, begin = rounding.coding(store), rounding.unrounded(store, ordered, metrics)
     else:

@@ -33,16 +33,37 @@ class Source(NamedTuple):
     extras: Mapping[str, np.ndarray]
 
 
-class Payload(NamedTuple):
-    """The coded form of a store's factors, what is written; the factors are what it decodes to.
+class Addition(NamedTuple):
+    """A task added to a coded store: what earlier tasks' vectors do not predict of it, see `coding.addition`.
 
     Attributes:
-      leaves: name -> bytes, see `coding.codec`.
+      leaves: name -> bytes, of a collection of this one task, see `coding.codec`.
       shapes: module -> structure of its terms.
+      references: slots whose vectors predict its own, `SHARED` for the leaf that all tasks read.
+      coefficients: of the prediction.
     """
 
     leaves: Mapping[str, bytes]
     shapes: Mapping[str, tuple[TermShape, ...]]
+    references: tuple[int, ...]
+    coefficients: bytes
+
+
+class Payload(NamedTuple):
+    """The coded form of a store's factors, what is written; the factors are what it decodes to.
+
+    Attributes:
+      leaves: name -> bytes, see `coding.codec`; those of removed tasks are gone.
+      shapes: module -> structure of its terms, for the tasks that were compressed together.
+      slots: of each of the store's tasks its place among those, or its key in `additions`; None where none
+        was added or removed.
+      additions: tasks that came later.
+    """
+
+    leaves: Mapping[str, bytes]
+    shapes: Mapping[str, tuple[TermShape, ...]]
+    slots: tuple[int, ...] | None = None
+    additions: Mapping[int, Addition] = {}
 
 
 class Store(NamedTuple):

@@ -256,3 +256,24 @@ def test_verify_fails_when_the_adapters_changed(capsys, small, made, tmp_path):
     code, _, err = run(capsys, "verify", path, f"one={tmp_path / 'new'}")
     assert code == 1
     assert "one" in err
+
+
+def test_add_and_remove_say_what_they_did(capsys, folders, tmp_path):
+    path = tmp_path / "store"
+    ok(capsys, "compress", *folders[:3], "--out", path, "--heads", "2", "--rank", "3")
+    said = ok(capsys, "add", path, folders[3])
+    assert said["tasks"] == ["one", "two/three", "a.b", "four"]
+    assert said["refit"]["stand_ins"] == []
+    assert said["error"]["task"] < 1
+    assert 0 < said["refit"]["task"] < 1
+    assert ok(capsys, "verify", path, *folders)["ok"]
+    assert "'four' is in the store" in refused(capsys, "add", path, folders[3])
+    fewer = ok(capsys, "remove", path, "one", "--quick")
+    assert fewer["tasks"] == ["two/three", "a.b", "four"]
+    assert fewer["bytes_after"] < fewer["bytes_before"]
+    (tmp_path / "in1").rename(tmp_path / "moved")
+    assert "--original two/three=FOLDER" in refused(capsys, "remove", path, "a.b", "--refit")
+    moved = f"two/three={tmp_path / 'moved'}"
+    again = ok(capsys, "remove", path, "a.b", "--refit", "--original", moved)
+    assert again["tasks"] == ["two/three", "four"]
+    assert ok(capsys, "verify", path, moved, folders[3])["ok"]

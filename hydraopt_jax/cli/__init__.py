@@ -16,7 +16,7 @@ import click
 import jax
 
 from hydraopt_jax import checkpoint
-from hydraopt_jax.cli import collections, merging, stores
+from hydraopt_jax.cli import changes, collections, merging, stores
 from hydraopt_jax.errors import HydraOptError
 
 
@@ -35,6 +35,8 @@ for verb in (
     stores.inspect,
     stores.export,
     stores.verify,
+    changes.add,
+    changes.remove,
 ):
     cli.add_command(verb)
 

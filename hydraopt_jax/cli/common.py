@@ -148,7 +148,7 @@ def parse_budget(text: str) -> int | float:
         return number
     if unit == "%":
         return number / 100
-    if unit not in UNITS:
+    if unit not in UNITS or not np.isfinite(number):
         raise HydraOptError(
             f"budget {text!r}: give a fraction of the fp16 bytes (0.125, 12.5%) or bytes with a unit (3MB)"
         )

@@ -31,7 +31,7 @@ def inspect(path: str, as_json: bool) -> None:
     """What is in a store: tasks, modules, form, bytes a leaf, error a task."""
     content = checkpoint.restore(path)
     _, index = checkpoint.read_index(path)
-    leaves = {name: size for name, (size, _) in index["leaves"].items()}
+    leaves = index["leaves"]
     payload = describe(path, content) | {"leaves": leaves, "bytes": checkpoint.size_on_disk(path)}
     table = Table("leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk")
     for name, size in leaves.items():
@@ -93,8 +93,10 @@ def verify(
     path: str, adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
 ) -> None:
     """Check a store's checksums; with ADAPTERS, measure the true errors against them."""
+    files = checkpoint.verify(path)
     content = checkpoint.restore(path)
-    payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "tasks": list(content.tasks)}
+    payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "files": files}
+    payload["tasks"] = list(content.tasks)
     if adapters:
         measured = compression.measure(content, read_all(adapters, any_base, base_suffix, as_json))
         claimed = dict(zip(content.tasks, task_errors(content.errors).tolist(), strict=True))
@@ -104,7 +106,7 @@ def verify(
         wrong = [t for t, x in measured.items() if not abs(x - claimed[t]) <= 1e-6 + 0.01 * claimed[t]]
         payload["ok"] = not wrong
     table = Table("check", "result", title=str(path))
-    table.add_row("checksums", "ok")
+    table.add_row("checksums", f"ok, {files} files")
     for task, pair in payload.get("error", {}).items():
         table.add_row(Text(task), f"error {pair['measured']:.3e}, claimed {pair['claimed']:.3e}")
     say(as_json, payload, table)

@@ -18,6 +18,15 @@ CONFIG_FILE = "adapter_config.json"
 _DEFAULT_RANK = 8
 _DEFAULT_ALPHA = 8
 
+# A scale beyond float32 is none.
+LARGEST = 1e38
+
+# What can take a regular expression exponential time, or a high power of a name's length.
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
+MAX_REPEATS = 3
+MAX_NAME = 400
+
 # Fields that make the adapter something else than base + scale * B @ A, with the reason.
 _REFUSED_FIELDS = {
     "use_dora": "DoRA rescales the merged weight, which is no plain low-rank delta: retrain without it",
@@ -67,7 +76,9 @@ def _check_rank(value: Any, where: str) -> None:
 
 
 def _check_alpha(value: Any, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # an integer beyond every float is not finite either, and cannot even be asked
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    if not number:
         raise HydraOptError(f"{where} is {value!r}: it must be a finite number")
 
 
@@ -82,8 +93,13 @@ def _check_pattern(config: Mapping[str, Any], field: str, source: str) -> None:
         check_value(value, f"{source}: {field}[{key!r}]")
         try:
             re.compile(key)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise HydraOptError(f"{source}: {field} key {key!r} is no regular expression: {error}") from None
+        if _REPEATED_GROUP.search(key) or len(_REPEAT.findall(key)) > MAX_REPEATS:
+            raise HydraOptError(
+                f"{source}: {field} key {key!r} repeats a group or repeats too often, and may take for ever "
+                "to match: name the modules"
+            )
 
 
 def check_config(config: Any, source: str) -> None:
@@ -159,6 +175,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    if pattern and len(module) > MAX_NAME:
+        raise HydraOptError(f"module {module[:60]}...: its name is too long to be matched against patterns")
     # PEFT takes the first key in file order that matches the end of the name on a dot's boundary.
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):

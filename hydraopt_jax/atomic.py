@@ -1,0 +1,150 @@
+"""Replace a folder at once, one writer at a time.
+
+A new folder is written beside the old one, made durable, and exchanged with it by one system call. Where the
+system has no such call, the old folder steps aside under a name that readers know, so that there is always
+one whole folder to be read. A lock that the kernel drops with its process keeps writers apart.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydraopt_jax.errors import HydraOptError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - a system without POSIX locks
+    fcntl = None  # type: ignore[assignment]
+
+AT_FDCWD = {"linux": -100, "darwin": -2}
+# renameat2(RENAME_EXCHANGE) and renameatx_np(RENAME_SWAP): one name, one flag on each system
+EXCHANGE = {"linux": ("renameat2", 2), "darwin": ("renameatx_np", 2)}
+
+
+def beside(path: Path, role: str) -> Path:
+    """A hidden name beside a store: `.NAME.lock`, `.NAME.writing` or `.NAME.previous`."""
+    return path.with_name(f".{path.name}.{role}")
+
+
+def current(path: Path) -> Path:
+    """Where the store at `path` is: there, or aside if a writer died between two renames."""
+    aside = beside(path, "previous")
+    return aside if not path.exists() and aside.is_dir() else path
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Exchange two existing folders at once; False where the system cannot."""
+    if sys.platform not in EXCHANGE:
+        return False
+    name, flag = EXCHANGE[sys.platform]
+    call = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if call is None:
+        return False
+    here = AT_FDCWD[sys.platform]
+    if call(here, os.fsencode(one), here, os.fsencode(two), flag) == 0:
+        return True
+    if ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(two))
+
+
+def replace(new: Path, path: Path) -> None:
+    """Put the folder `new` in the place of `path`, whatever is there; both lie in one folder."""
+    aside = beside(path, "previous")
+    if not path.exists():
+        os.replace(new, path)
+    elif exchange(new, path):
+        sync(path.parent)
+        shutil.rmtree(new, ignore_errors=True)
+    else:
+        os.replace(path, aside)
+        os.replace(new, path)
+    sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the entries of a folder, survive a crash of the machine."""
+    if path.is_dir() and os.name != "posix":  # pragma: no cover - folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of everything in a folder, and of the folder."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Hold the lock of a store and give a new, empty place to write it to; what dead writers left is mended.
+
+    Raises:
+      HydraOptError: another process writes the store, or its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            if not path.exists() and current(path) != path:
+                os.replace(current(path), path)
+            place = beside(path, "writing")
+            for left in (place, beside(path, "previous")):
+                shutil.rmtree(left, ignore_errors=True)
+            place.mkdir()
+            try:
+                yield place
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `.NAME.lock`, and remove it after."""
+    lock = beside(path, "lock")
+    handle = take(lock)
+    while handle is not None and not same_file(handle, lock):
+        os.close(handle)
+        handle = take(lock)
+    if handle is None:
+        raise HydraOptError(f"{path}: another process is writing it: try again when it is done")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def take(lock: Path) -> int | None:
+    """The locked file's handle, or None where another process has it."""
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def same_file(handle: int, path: Path) -> bool:
+    """Whether the open file is the one at `path`: the one before may have removed it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,224 @@
+"""Tasks that come and go: a store with one task more or less, the others bit for bit as they were.
+
+To a coded store a task is added in codes of its own, at the store's quantiser step, predicted from the
+store's vectors (`coding.addition`). To a plain one it joins module by module (`joining`), until it has had a
+task's mean share of the store.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax import adapters, checkpoint, compression, forms, joining, navigate, packing
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.coding import addition, trial
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.layout import pieces
+from hydraopt_jax.store import Source, Store, adapter, task_index
+
+# a refit is due where its mean error, at the same bytes, is lower by this factor
+DUE = 1.1
+# how bytes fall with the step, and the error with the bytes, all in logarithms, about
+BYTES_SLOPE, ERROR_SLOPE = 0.8, -2.5
+# fits tried to come near a store's bytes, how near is near enough, and how far the step moves at once
+ROUNDS, CLOSE, MOVE = 4, 0.01, 2.0
+
+
+class Refit(NamedTuple):
+    """What fitting all tasks at once would give at the bytes that the store has now.
+
+    Attributes:
+      mean: mean relative squared error over modules and tasks.
+      task: error of the task in question; NaN for none.
+      due: whether the store's own mean error is more than a tenth above.
+      stand_ins: tasks whose originals were not at hand; what the store holds stood in for them.
+    """
+
+    mean: float
+    task: float
+    due: bool
+    stand_ins: tuple[str, ...]
+
+
+def add(store: Store, new: Adapter) -> Store:
+    """A store with one task more; what it holds of the others is not touched.
+
+    Raises:
+      HydraOptError: a task of that name is there, shapes that disagree, or a store made with calibration.
+    """
+    if new.task in store.tasks:
+        raise HydraOptError(f"task {new.task!r} is in the store: remove it first, or give NAME=ADAPTER")
+    shapes = adapters.check([new])
+    for name, terms in store.modules.items():
+        for term in terms[:1] if name in shapes else ():
+            have = (np.shape(term.a[0])[0], np.shape(term.b[0])[1])
+            if shapes[name] != have:
+                raise HydraOptError(
+                    f"{name}: {new.task!r} has [in, out] = {list(shapes[name])}, the store has {list(have)}: "
+                    "adapters of one store must adapt one base model"
+                )
+    if store.report["options"].get("calibrated"):
+        raise HydraOptError("the store was made with --calibration, which it does not hold: compress again")
+    source = Source(new.dtype, new.config, new.layout, new.source, new.digest, new.extras)
+    grown = store._replace(
+        tasks=(*store.tasks, new.task),
+        sources=(*store.sources, source),
+        report=changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values()))),
+    )
+    return add_coded(grown, new) if store.payload is not None else add_plain(grown, new)
+
+
+def changed(report: Mapping[str, Any], entries: int) -> dict[str, Any]:
+    """The report after a change: what is said of the collection as it was compressed goes."""
+    return {
+        **{k: v for k, v in report.items() if k not in ("limit", "refinement")},
+        "entries": report["entries"] + entries,
+        "bound": {},
+    }
+
+
+def with_errors(store: Store, modules: Mapping[str, Any], own: Mapping[str, float]) -> np.ndarray:
+    """The errors with a column for the last task and rows for its new modules: `[M, T]`."""
+    rows = dict(zip(store.modules, store.errors, strict=True))
+    none = np.full(store.errors.shape[1], np.nan)
+    return np.array([[*rows.get(n, none), own.get(n, np.nan)] for n in modules], np.float64)
+
+
+def add_coded(store: Store, new: Adapter) -> Store:
+    """See `coding.addition`."""
+    payload = store.payload
+    assert payload is not None
+    found, errors, names = addition.add(new, store.report["step"], payload)
+    together = len(store.tasks) - 1 if payload.slots is None else addition.tasks_of(payload.shapes)
+    slot = max(together - 1, *payload.additions, *(payload.slots or ()), 0) + 1
+    slots = (*(payload.slots if payload.slots is not None else range(together)), slot)
+    payload = payload._replace(slots=slots, additions={**payload.additions, slot: found})
+    modules = packing.coded_terms(payload, slots)
+    table = with_errors(store, modules, dict(zip(names, errors, strict=True)))
+    return store._replace(modules=modules, payload=payload, errors=table)
+
+
+def add_plain(store: Store, new: Adapter) -> Store:
+    """See `joining`."""
+    tasks = len(store.tasks) - 1
+    lossless = store.report["form"] == "lossless"
+    dtypes = [np.asarray(x.a[0]).dtype.name for v in store.modules.values() for x in v]
+    share = sum(forms.count(x) for v in store.modules.values() for x in v) / tasks
+    ways = {
+        n: [joining.own_way(a, new.b[n])] if lossless else joining.ways(store.modules.get(n, ()), a, new.b[n])
+        for n, a in new.a.items()
+    }
+    taken = joining.spend(ways, share)
+    modules: dict[str, tuple[Factors, ...]] = {}
+    errors = {}
+    for name in dict.fromkeys((*store.modules, *new.a)):
+        way = taken.get(name, joining.Way(0, 0.0))
+        modules[name] = joining.join(name, store.modules.get(name, ()), way, tasks, dtypes[0])
+    grown = store._replace(modules=modules)
+    errors = compression.module_errors(grown, new)
+    return grown._replace(errors=with_errors(store, modules, errors))
+
+
+def remove(store: Store, task: str) -> Store:
+    """A store with one task less; what it holds of the others is not touched.
+
+    Of a coded store, leaves that others are predicted from stay until a refit.
+
+    Raises:
+      HydraOptError: no such task, or it is the only one.
+    """
+    gone = task_index(store.tasks, task)
+    if len(store.tasks) == 1:
+        raise HydraOptError(f"{task!r} is the store's only task: delete the store instead")
+    rest = [t for t in range(len(store.tasks)) if t != gone]
+    payload, modules = store.payload, {}
+    if payload is None:
+        for name, terms in store.modules.items():
+            left = (packing.select(x, rest) for x in terms if (np.asarray(x.a_of)[rest] >= 0).any())
+            modules[name] = tuple(left)
+    else:
+        slots = payload.slots if payload.slots is not None else range(len(store.tasks))
+        kept = tuple(slots[t] for t in rest)
+        needed = addition.closure(payload.additions, kept)
+        names = packing.payload_leaves(pieces(payload.shapes)[1], needed)
+        payload = payload._replace(
+            leaves={k: v for k, v in payload.leaves.items() if k in names},
+            slots=kept,
+            additions={k: v for k, v in payload.additions.items() if k in needed},
+        )
+        modules = packing.coded_terms(payload, kept)
+    rows = dict(zip(store.modules, store.errors, strict=True))
+    return store._replace(
+        tasks=tuple(store.tasks[t] for t in rest),
+        modules=modules,
+        sources=tuple(store.sources[t] for t in rest),
+        # what a task came with is not recorded task by task
+        report=changed(store.report, -round(store.report["entries"] / len(store.tasks))),
+        errors=np.stack([rows[n][rest] for n in modules]),
+        payload=payload,
+    )
+
+
+def refit(collection: Sequence[Adapter], store: Store) -> Store:
+    """All tasks fitted at once by the rule that made the store: its quantiser step, or its explicit form."""
+    if store.payload is None and store.report["form"] != "lossless":
+        asked = store.report["options"]
+        heads = min(asked["heads"], len(collection))
+        # one head a task stays one head a task
+        every = all(len(np.unique(x.b_of)) == len(x.b_of) for v in store.modules.values() for x in v[:1])
+        form = compression.Options(**{**asked, "heads": None if every else heads})
+        return compression.compress(collection, form)
+    if store.payload is None:
+        return navigate.compress(collection, navigate.Options(budget=1e6))
+    options, problem, entries = prepared(collection, store)
+    return navigate.to_store(collection, problem, code(problem, store.report["step"]), options, entries)
+
+
+def prepared(collection: Sequence[Adapter], store: Store) -> tuple[navigate.Options, trial.Problem, int]:
+    """A collection made ready to be coded as a store was."""
+    asked = {k: v for k, v in store.report["options"].items() if k not in ("weights", "calibrated")}
+    options = navigate.Options(**asked)
+    return options, navigate.setup(collection, options), adapters.stack(collection).size
+
+
+def code(problem: trial.Problem, step: float) -> trial.Trial:
+    """A collection coded at a step, tables trained for it."""
+    return trial.attempt(problem, step, trial.train(problem, step))
+
+
+def originals(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter], tuple[str, ...]]:
+    """Each task's original where it is given; else what the store holds, and the names of those tasks."""
+    absent = tuple(t for t in store.tasks if t not in given)
+    return [given[t] if t in given else adapter(store, t) for t in store.tasks], absent
+
+
+def estimate(store: Store, given: Mapping[str, Adapter], task: str | None = None) -> Refit:
+    """What a fit of all tasks at once would give at the bytes that the store has now; nothing is changed.
+
+    A coded store's tasks are coded together, at a step that is moved until they take about its bytes. A plain
+    one's are fitted in its form.
+    """
+    collection, absent = originals(store, given)
+    t = None if task is None else task_index(store.tasks, task)
+    found: np.ndarray = np.zeros(0)
+    miss = np.inf
+    if store.payload is None:
+        found, miss = refit(collection, store).errors, 0.0
+    else:
+        options, problem, entries = prepared(collection, store)
+        step, size = store.report["step"], checkpoint.measure_size(store)
+        for _ in range(ROUNDS):
+            fitted = code(problem, step)
+            whole = navigate.to_store(collection, problem, fitted, options, entries)
+            over = float(np.log(checkpoint.measure_size(whole) / size))
+            if abs(over) < abs(miss):
+                found, miss = fitted.errors, over
+            if abs(miss) < CLOSE:
+                break
+            step *= float(np.exp(np.clip(over / BYTES_SLOPE, -MOVE, MOVE)))
+    scale = float(np.exp(ERROR_SLOPE * -miss))
+    mean = scale * float(np.nanmean(found))
+    own = float("nan") if t is None else scale * float(np.nanmean(found[:, t]))
+    return Refit(mean, own, float(np.nanmean(store.errors)) > DUE * mean + 1e-12, absent)

@@ -1,0 +1,145 @@
+"""Verbs that change a store in place: add, remove."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from hydraopt_jax import changes, checkpoint, report
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.cli.common import as_json_option, clean, read_all, say, with_adapters
+from hydraopt_jax.coding.trial import task_errors
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import check_same_base, read_adapter
+from hydraopt_jax.store import Store, task_index
+
+
+def originals_of(content: Store, given: Sequence[Adapter]) -> dict[str, Adapter]:
+    """The tasks' originals: those given, and those that lie unchanged where they were read from."""
+    out = {x.task: x for x in given}
+    for task, source in zip(content.tasks, content.sources, strict=True):
+        if task in out or not source.digest or not Path(source.origin).is_dir():
+            continue
+        try:
+            found = read_adapter(source.origin, task=task)
+        except HydraOptError:
+            continue
+        if found.digest == source.digest:
+            out[task] = found
+    return out
+
+
+def refitted(content: Store, given: Mapping[str, Adapter]) -> Store:
+    """The store fitted anew; the originals of all its tasks must be at hand."""
+    collection, absent = changes.originals(content, given)
+    if absent:
+        raise HydraOptError(
+            f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
+            f"give --original {absent[0]}=FOLDER"
+        )
+    return changes.refit(collection, content)
+
+
+def options(command: Any) -> Any:
+    """What both verbs take."""
+    for decorate in (
+        as_json_option,
+        click.option("--quick", is_flag=True, help="do not estimate what a refit would give"),
+        click.option(
+            "--original", "known", multiple=True, help="NAME=FOLDER, a task's original that has moved"
+        ),
+        click.option("--refit", is_flag=True, help="fit all tasks anew, from their originals"),
+    ):
+        command = decorate(command)
+    return command
+
+
+def account(path: str, before: int, content: Store, found: changes.Refit | None, task: str | None) -> Any:
+    """The JSON object and the table of a change."""
+    own = task_errors(content.errors)
+    payload: dict[str, Any] = {
+        "store": str(path),
+        "tasks": list(content.tasks),
+        "bytes_before": before,
+        "bytes_after": checkpoint.size_on_disk(path),
+        "error": {"mean": clean(float(own.mean()))},
+    }
+    table = Table("", "now", "a refit at these bytes", title=str(path))
+    rows = [("mean error", float(own.mean()), None if found is None else found.mean)]
+    if task is not None:
+        payload["error"]["task"] = clean(float(own[task_index(content.tasks, task)]))
+        rows.insert(0, (f"error of {task}", payload["error"]["task"], None if found is None else found.task))
+    if found is not None:
+        payload["refit"] = clean(found._asdict())
+    for name, now, then in rows:
+        table.add_row(Text(name), f"{now:.3e}", "" if then is None else f"{then:.3e}")
+    sizes = (report.format_bytes(x) for x in (payload["bytes_before"], payload["bytes_after"]))
+    notes = [f"{' before, '.join(sizes)} after"]
+    if found is not None and found.due:
+        notes.append("a refit is due: --refit would lower the mean error by more than a tenth")
+    return payload, (table, *notes)
+
+
+@click.command()
+@click.argument("path", metavar="STORE")
+@click.argument("adapter")
+@with_adapters
+@options
+def add(
+    path: str,
+    adapter: str,
+    any_base: bool,
+    base_suffix: Sequence[str],
+    refit: bool,
+    known: Sequence[str],
+    quick: bool,
+    as_json: bool,
+) -> None:
+    """Add ADAPTER to a store; what it holds of the other tasks stays bit for bit as it was."""
+    checkpoint.read_index(path)
+    new, *given = read_all([adapter, *known], any_base, base_suffix, as_json)
+    before = checkpoint.size_on_disk(path)
+    found = []
+
+    def change(content: Store) -> Store:
+        bases = [x._replace(config=s.config) for x, s in ((new, content.sources[0]),) if s.config]
+        check_same_base([*bases, new], any_base=any_base, base_suffixes=tuple(base_suffix))
+        grown = changes.add(content, new)
+        at_hand = originals_of(content, given) | {new.task: new}
+        if refit:
+            return refitted(grown, at_hand)
+        if not quick:
+            found.append(changes.estimate(grown, at_hand, new.task))
+        return grown
+
+    content = checkpoint.update(path, change)
+    payload, shown = account(path, before, content, found[0] if found else None, new.task)
+    say(as_json, payload | {"added": new.task}, *shown)
+
+
+@click.command()
+@click.argument("path", metavar="STORE")
+@click.argument("task")
+@options
+def remove(path: str, task: str, refit: bool, known: Sequence[str], quick: bool, as_json: bool) -> None:
+    """Remove TASK from a store; what it holds of the others stays bit for bit as it was."""
+    checkpoint.read_index(path)
+    given = read_all(known, True, (), as_json) if known else []
+    before = checkpoint.size_on_disk(path)
+    found = []
+
+    def change(content: Store) -> Store:
+        left = changes.remove(content, task)
+        at_hand = originals_of(left, given) if refit or not quick else {}
+        if refit:
+            return refitted(left, at_hand)
+        if not quick:
+            found.append(changes.estimate(left, at_hand))
+        return left
+
+    content = checkpoint.update(path, change)
+    payload, shown = account(path, before, content, found[0] if found else None, None)
+    say(as_json, payload | {"removed": task}, *shown)

@@ -1,0 +1,184 @@
+"""How a task joins one module of a plain store: a head that is there, a new head, directions of its own.
+
+The shared factor is as it is, so a new head is a projection, `b = pinv(a) @ delta` (closed form), as is a
+core. What joining leaves is a delta again, of which the leading singular directions may be kept. The ways of
+a module lie on the convex hull of error against numbers stored, and modules spend a common budget by
+gain for a number, as everywhere in the package.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax import compression
+from hydraopt_jax.forms import Factors
+
+
+class Way(NamedTuple):
+    """One way to keep a task in a module.
+
+    Attributes:
+      cost: numbers that it adds.
+      error: relative squared error.
+      term: which term it joins, -1 for none.
+      a, b: a position where it joins a factor, `[I, S]` or `[S, O]` where it opens one.
+      core: `[S]` or `[S, S]` where the term has cores.
+      own: a pair `[I, r]`, `[r, O]` on top.
+    """
+
+    cost: int
+    error: float
+    term: int = -1
+    a: Any = None
+    b: Any = None
+    core: np.ndarray | None = None
+    own: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def own_way(a: np.ndarray, b: np.ndarray) -> Way:
+    """The task's own factors, as they are."""
+    return Way(a.size + b.size, 0.0, own=(a, b))
+
+
+def svd(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thin decomposition of `a @ b` by way of the factors' QR: `u: [I, R]`, `s: [R]`, `v: [R, O]`."""
+    (qa, ra), (qb, rb) = np.linalg.qr(a.astype(np.float64)), np.linalg.qr(b.T.astype(np.float64))
+    u, s, v = np.linalg.svd(ra @ rb.T, full_matrices=False)
+    return qa @ u, s, v @ qb.T
+
+
+def ways(terms: Sequence[Factors], a: np.ndarray, b: np.ndarray) -> list[Way]:
+    """Ways to keep `a @ b`, each dearer and better than the one before."""
+    u, s, v = svd(a, b)
+    energy = float((s**2).sum())
+    if energy == 0:
+        return [Way(0, 0.0, own=(a[:, :1], b[:1]))]
+    starts = [Way(0, 1.0)]
+    for k, term in enumerate(terms):
+        starts += joins(k, term, u * s, v)
+    out = []
+    for way in starts:
+        lu, ls, lv = svd(*minus(terms, way, u * s, v))
+        for rank in range(len(s) + 1):
+            root = np.sqrt(ls[:rank])
+            own = (lu[:, :rank] * root, root[:, None] * lv[:rank]) if rank else None
+            cost = way.cost + rank * (len(a) + b.shape[1])
+            out.append(way._replace(cost=cost, error=float((ls[rank:] ** 2).sum()) / energy, own=own))
+    return hull(out)
+
+
+def hull(found: Sequence[Way]) -> list[Way]:
+    """The ways on the lower convex hull of error against cost."""
+    out: list[Way] = []
+    for way in sorted(found, key=lambda x: (x.cost, x.error)):
+        if out and way.error >= out[-1].error:
+            continue
+        while len(out) > 1 and slope(out[-2], out[-1]) <= slope(out[-2], way):
+            out.pop()
+        out.append(way)
+    return out
+
+
+def slope(one: Way, two: Way) -> float:
+    """Error saved a number."""
+    return (one.error - two.error) / max(two.cost - one.cost, 1)
+
+
+def joins(k: int, term: Factors, a: np.ndarray, b: np.ndarray) -> list[Way]:
+    """A new head, projected onto the term's shared factor, and the head that suits best."""
+    first_a, first_b = (np.asarray(x[0]).astype(np.float64) for x in (term.a, term.b))
+    if min(len(term.a), len(term.b)) > 1:
+        return []
+    ones = None if term.core is None else np.ones(first_a.shape[1])
+    if term.core is not None and np.ndim(term.core[0]) == 2:
+        ones = np.diag(np.asarray(ones))
+    extra = 0 if ones is None else ones.size
+    out = []
+    if len(term.a) == 1:
+        out.append(Way(first_b.size + extra, 0.0, k, 0, np.linalg.pinv(first_a) @ a @ b, ones))
+    if len(term.b) == 1:
+        out.append(Way(first_a.size + extra, 0.0, k, a @ (b @ np.linalg.pinv(first_b)), 0, ones))
+    heads = []
+    for i in range(len(term.a)):
+        for j in range(len(term.b)):
+            left, right = (np.asarray(x).astype(np.float64) for x in (term.a[i], term.b[j]))
+            heads.append(Way(extra, 0.0, k, i, j, core(term, left, right, a, b)))
+    lost = [float((svd(*minus([term], x._replace(term=0), a, b))[1] ** 2).sum()) for x in heads]
+    return [*out, heads[int(np.argmin(lost))]]
+
+
+def core(term: Factors, left: np.ndarray, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
+    """The core of least error between given factors, of the kind that the term has."""
+    if term.core is None:
+        return None
+    if np.ndim(term.core[0]) == 2:
+        return (np.linalg.pinv(left) @ a) @ (b @ np.linalg.pinv(right))
+    gram = (left.T @ left) * (right @ right.T)
+    return np.linalg.pinv(gram) @ ((left.T @ a) * (right @ b.T)).sum(1)
+
+
+def minus(terms: Sequence[Factors], way: Way, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of what joining leaves of `a @ b`."""
+    if way.term < 0:
+        return a, b
+    term = terms[way.term]
+    left = np.asarray(term.a[way.a]) if isinstance(way.a, int) else way.a
+    right = np.asarray(term.b[way.b]) if isinstance(way.b, int) else way.b
+    if way.core is not None:
+        right = way.core[:, None] * right if way.core.ndim == 1 else way.core @ right
+    return np.concatenate([a, -left], 1), np.concatenate([b, right], 0)
+
+
+def spend(found: Mapping[str, Sequence[Way]], budget: float) -> dict[str, Way]:
+    """A way for each module: steps along the hulls by gain for a number, while the budget lasts."""
+    at = dict.fromkeys(found, 0)
+    left = budget - sum(x[0].cost for x in found.values())
+    steps = [(-slope(x[0], x[1]), n) for n, x in found.items() if len(x) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name = heapq.heappop(steps)
+        here = found[name]
+        price = here[at[name] + 1].cost - here[at[name]].cost
+        if price > left:
+            continue
+        at[name], left = at[name] + 1, left - price
+        if at[name] + 1 < len(here):
+            heapq.heappush(steps, (-slope(here[at[name]], here[at[name] + 1]), name))
+    return {n: x[at[n]] for n, x in found.items()}
+
+
+def join(name: str, terms: Sequence[Factors], way: Way, tasks: int, dtype: str) -> tuple[Factors, ...]:
+    """The terms of a module with one task more; the factors of the others are the very same."""
+    out = []
+    for k, term in enumerate(terms):
+        here = way if k == way.term else None
+        a, a_of = grow(name, term.a, term.a_of, None if here is None else here.a, dtype)
+        b, b_of = grow(name, term.b, term.b_of, None if here is None else here.b, dtype)
+        cores = None
+        if term.core is not None:
+            stack = np.stack([np.asarray(x) for x in term.core])
+            own = np.zeros_like(stack[0]) if here is None else rounded(name, here.core, stack.dtype.name)
+            cores = np.concatenate([stack, own[None]])
+        out.append(Factors(a, b, a_of, b_of, cores))  # type: ignore[arg-type]
+    if way.own is not None:
+        of = np.array([*[-1] * tasks, 0], np.int32)
+        left, right = (rounded(name, x, dtype)[None] for x in way.own)
+        out.append(Factors(left, right, of, of))  # type: ignore[arg-type]
+    return tuple(out)
+
+
+def grow(name: str, stack: Any, of: Any, what: Any, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """A stack of factors and its index for one task more: with none, one that is there, or one of its own."""
+    every = np.stack([np.asarray(x) for x in stack])
+    index = -1 if what is None else what if isinstance(what, int) else len(every)
+    if index == len(every):
+        every = np.concatenate([every, rounded(name, what, dtype)[None]])
+    return every, np.append(np.asarray(of), index).astype(np.int32)
+
+
+def rounded(name: str, x: Any, dtype: str) -> np.ndarray:
+    """An array in the stored dtype; an overflow is an error that names the module."""
+    none = np.zeros(0, np.int32)
+    return np.asarray(compression.cast(Factors(np.asarray(x), np.zeros(0), none, none), dtype, name).a)  # type: ignore[arg-type]

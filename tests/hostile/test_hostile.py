@@ -1,0 +1,158 @@
+"""Strangers' input: no traceback, no hang, no memory, no way out of a folder, no pickle."""
+
+import copy
+import json
+import pickle
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import targets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hydraopt_jax import checkpoint, compression, container, formats, synthetic
+from hydraopt_jax.errors import HydraOptError
+
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(2**63), 2**63, 1 << 40, 0, -1])
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"), [(x.parent.name, x) for x in sorted(targets.CORPUS.rglob("*")) if x.is_file()]
+)
+def test_the_corpus(name, seed):
+    targets.TARGETS[name](seed.read_bytes())
+
+
+def test_the_seeds_are_good_input():
+    seeds = targets.seeds()
+    assert targets.read(seeds["config"], seeds["safetensors"]).a["q"].shape == (3, 2)
+    assert targets.restore(seeds["index"]).tasks == ("one", "../two")
+    assert all((targets.CORPUS / k / "valid").exists() for k in seeds)
+
+
+@SETTINGS
+@given(field=st.sampled_from([*targets.CONFIG, "rank_pattern", "alpha_pattern", "use_rslora"]), value=JSON)
+def test_any_value_of_any_field(field, value):
+    targets.config(json.dumps({**targets.CONFIG, field: value}).encode())
+
+
+@SETTINGS
+@given(
+    side=st.sampled_from("AB"),
+    field=st.sampled_from(["dtype", "shape", "data_offsets"]),
+    value=JSON | st.lists(NUMBERS, max_size=3),
+)
+def test_any_safetensors_header(side, field, value):
+    size = struct.unpack("<Q", targets.weights()[:8])[0]
+    fields = json.loads(targets.weights()[8 : 8 + size])
+    fields[targets.KEY.format(side)][field] = value
+    targets.safetensors(targets.header(fields))
+
+
+def places(node, path=()):
+    """Every place in a JSON value."""
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *(p for k, v in inner for p in places(v, (*path, k)))]
+
+
+@SETTINGS
+@given(data=st.data(), value=JSON | st.sampled_from(["float64", "O", "../../x", [[[0, 0], [0, 0], None]]]))
+def test_any_value_anywhere_in_an_index(data, value):
+    index = copy.deepcopy(targets.small_store()[0])
+    *path, last = data.draw(st.sampled_from(places(index)[1:]))
+    node = index
+    for step in path:
+        node = node[step]
+    node[last] = value
+    targets.index(json.dumps(index).encode())
+
+
+@SETTINGS
+@given(text=st.text(max_size=12) | st.from_regex(r"[0-9.]{1,4}(e[0-9]{1,4})?[KMGiB%]{0,3}", fullmatch=True))
+def test_any_option_string(text):
+    targets.options(text.encode(errors="replace"))
+
+
+def test_headers_that_claim_a_terabyte(tmp_path):
+    """No more than a few megabytes are taken before each is refused."""
+    index = copy.deepcopy(targets.small_store()[0])
+    index["modules"][0][1][0][1] = 1 << 38
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(HydraOptError, match="more numbers than its bytes can hold"):
+        targets.restore(json.dumps(index).encode())
+    fields = {targets.KEY.format("A"): {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}
+    with pytest.raises(HydraOptError, match="safetensors"):
+        targets.read(json.dumps(targets.CONFIG).encode(), targets.header(fields))
+    with pytest.raises(HydraOptError, match="safetensors"):
+        targets.read(json.dumps(targets.CONFIG).encode(), struct.pack("<Q", 1 << 40) + b"{}")
+    with pytest.raises(HydraOptError, match="zarray claims"):
+        container.array_shape(tmp_path, "data", b'{"shape":[%d],"chunks":[1],"dtype":"|u1"}' % (1 << 40), 100)
+    assert container.inflate(zlib.compress(bytes(1 << 24)), 100) == bytes(100)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
+
+
+def test_a_pattern_that_never_ends_is_refused():
+    fields = {**targets.CONFIG, "rank_pattern": {"(a|a)*b": 2}}
+    with pytest.raises(HydraOptError, match="name the modules"):
+        targets.read(json.dumps(fields).encode(), targets.weights())
+
+
+NAMES = ["../../x", "/etc/x", "..", ".", "", "a\x00b", "con", "x" * 300, "a/../../b", "\\..\\x", "~", "a\nb"]
+
+
+def test_task_names_never_lead_out_of_a_folder(tmp_path, capsys):
+    from hydraopt_jax import cli
+
+    made = synthetic.collection(tasks=NAMES, modules={"q": (6, 4)}, rank=1, dtype="float32")
+    checkpoint.save(tmp_path / "in" / "store", compression.compress(made))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            [
+                "export",
+                str(tmp_path / "in" / "store"),
+                "--all",
+                "--out",
+                str(tmp_path / "in" / "out"),
+                "--json",
+            ]
+        )
+    assert stop.value.code == 0
+    folders = json.loads(capsys.readouterr().out)["exported"]
+    assert list(folders) == NAMES
+    assert {x.name for x in tmp_path.iterdir()} == {"in"}
+    assert {x.name for x in (tmp_path / "in").iterdir()} == {"store", "out"}
+    assert len({x.name for x in (tmp_path / "in" / "out").iterdir()}) == len(NAMES)
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_pickle_is_executed(tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(targets.CONFIG))
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "done")))
+    with pytest.raises(HydraOptError, match="pickle"):
+        formats.read_adapter(folder)
+    np.save(tmp_path / "array.npy", np.array([Bomb(tmp_path / "done")], object), allow_pickle=True)
+    (folder / "adapter_model.bin").unlink()
+    (folder / "adapter_model.safetensors").write_bytes((tmp_path / "array.npy").read_bytes())
+    with pytest.raises(HydraOptError, match="safetensors"):
+        formats.read_adapter(folder)
+    assert not (tmp_path / "done").exists()
