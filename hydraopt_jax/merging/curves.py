@@ -1,6 +1,6 @@
 """Merging methods as curves of the frontier: bytes of half-precision factors against errors of delta."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.frontier import Curve, Point, summary
 from hydraopt_jax.merging import compressors, registry
-from hydraopt_jax.merging.collection import merge_stacked, squared_errors
+from hydraopt_jax.merging.collection import merge_stacked, modules_of, squared_errors
 
 # "separate" is on every frontier, at three bit widths; what needs data is not in a collection
 BASELINES = tuple(k for k, v in registry.METHODS.items() if k != "separate" and not v.needs)
@@ -54,11 +54,6 @@ def products(a: Array, b: Array, left: Array, right: Array) -> tuple[Array, Arra
     )
 
 
-def _modules(stacked: Adapters) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-    for bucket in stacked.buckets:
-        yield from zip(bucket.modules, bucket.a, bucket.b, bucket.ranks, strict=True)
-
-
 def single(stacked: Adapters, name: str) -> Point:
     """One adapter for all tasks, with the one factor that makes its mean relative error least.
 
@@ -67,14 +62,14 @@ def single(stacked: Adapters, name: str) -> Point:
     """
     found = merge_stacked(stacked, name)
     above = below = 0.0
-    for module, a, b, _ in _modules(stacked):
+    for module, a, b, _ in modules_of(stacked):
         cross, energy, own = (np.asarray(x, np.float64) for x in products(a, b, *found[module]))
         inverse = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
         above += float((cross * inverse).sum())
         below += float((own * inverse).sum())
     scale = above / below if below > 0 else 1.0
     errors, size = [], 0
-    for module, a, b, ranks in _modules(stacked):
+    for module, a, b, ranks in modules_of(stacked):
         left, right = found[module]
         lost, energy = (np.asarray(x) for x in squared_errors(a, b, left, right * np.float32(scale)))
         errors.append(np.where(ranks > 0, compression.relative(lost, energy), np.nan))
@@ -86,7 +81,7 @@ def kept(stacked: Adapters, name: str, setting: str, **options: Any) -> Point:
     """A method that keeps something of every task, at one setting."""
     found = merge_stacked(stacked, name, **options)
     errors, size = [], 0
-    for module, a, b, ranks in _modules(stacked):
+    for module, a, b, ranks in modules_of(stacked):
         lost, energy = (np.asarray(x) for x in kept_errors(a, b, found[module]))
         errors.append(np.where(ranks > 0, compression.relative(lost, energy), np.nan))
         size += 2 * compressors.entries(found[module], int(ranks.max()))

@@ -128,7 +128,7 @@ def column_ranks(x: Array) -> Array:
     """
     bits = jax.lax.bitcast_convert_type(jnp.abs(x).T, jnp.int32)
     ordered = jax.lax.sort(bits, dimension=-1, is_stable=False)
-    return jax.vmap(lambda o, b: jnp.searchsorted(o, b, method="scan_unrolled"))(ordered, bits).T
+    return jax.vmap(lambda o, b: jnp.searchsorted(o, b, method="scan"))(ordered, bits).T
 
 
 def drop_at_random(key: Array, density: float) -> Sparsifier:

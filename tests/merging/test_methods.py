@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hydraopt_jax import HydraOptError, forms, merging
-from hydraopt_jax.merging import registry
+from hydraopt_jax.merging import registry, truncation
 
 T, I, R, O = 4, 13, 3, 10
 WEIGHTS = np.array([0.5, 1.5, 1.0, 0.7])
@@ -377,6 +377,11 @@ def test_large_matrices_are_cut_as_small_ones_are(name, options):
     got = merged(name, a.astype(np.float32), b.astype(np.float32), np.full(8, 1 / 8), rank=5, **options)
     lost = ((mean - got) ** 2).sum()
     assert best * (1 - 1e-5) <= lost <= best * (1 + 1e-3)
+
+
+def test_a_product_by_halves_is_the_product():
+    x = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    np.testing.assert_allclose(truncation.self_product(jnp.asarray(x)), x @ x.T, atol=1e-5)
 
 
 def test_one_trace_a_shape():
