@@ -102,6 +102,22 @@ def squared_errors(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array
     return algebra.residual_energy(a, b, left, right), algebra.inner(a, b, a, b)
 
 
+def relative_errors(
+    modules: Iterable[Module], measure: Callable[[str, np.ndarray, np.ndarray], tuple[Any, Any]]
+) -> dict[str, np.ndarray]:
+    """Module name -> relative squared errors `[T]`, NaN where a task lacks it.
+
+    Args:
+      modules: the collection's.
+      measure: name, `a`, `b` -> squared errors and energies, `[T]` each.
+    """
+    rows = {}
+    for module, a, b, ranks in modules:
+        lost, energy = (np.asarray(x) for x in measure(module, a, b))
+        rows[module] = np.where(ranks > 0, compression.relative(lost, energy), np.nan)
+    return rows
+
+
 def merge_stacked(
     stacked: Adapters,
     name: str,
@@ -235,8 +251,6 @@ def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:
 
     NaN where a task lacks a module.
     """
-    rows = {}
-    for module, a, b, ranks in stream(collection, adapters.check(collection)):
-        lost, energy = squared_errors(a, b, merged.a[module], merged.b[module])
-        rows[module] = np.where(ranks > 0, compression.relative(np.asarray(lost), np.asarray(energy)), np.nan)
+    modules = stream(collection, adapters.check(collection))
+    rows = relative_errors(modules, lambda m, a, b: squared_errors(a, b, merged.a[m], merged.b[m]))
     return np.stack([rows[module] for module in merged.a])
