@@ -102,7 +102,7 @@ def full_cores(deltas: Svd, common: Array, weights: Array, steps: int) -> tuple[
     """One head with cores; a single task is its own truncated SVD.
 
     Started from the mean's directions, and from those that all tasks together have most of (`common:
-    [1, I, S]`, the higher-order SVD's): the mean of unlike tasks has little of any, that of like ones is better.
+    [1, I, S]`, the higher-order SVD's): the former is better for like tasks, the latter for unlike ones.
     """
     rank = common.shape[-1]
     if deltas.s.shape[0] == 1:

@@ -61,7 +61,7 @@ def test_full_cores_are_no_worse_than_diagonal_ones(deltas):
 
 
 def test_full_cores_do_not_start_from_the_mean_of_unlike_tasks_alone():
-    """Seen on real adapters too: from the mean, full cores ended above the diagonal ones that they contain."""
+    """Seen on real adapters too: from the mean, full cores ended above the diagonal ones."""
     keys = jax.random.split(jax.random.key(4), 2)
     sides = jax.random.normal(keys[0], (T, I, R)), jax.random.normal(keys[1], (T, R, O))
     unlike = jax.vmap(algebra.svd)(*sides)

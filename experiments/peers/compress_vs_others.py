@@ -57,6 +57,11 @@ def environment(given: str | None, work: Path) -> Path:
     return folder / "bin"
 
 
+def float32(folder: Path) -> Path:
+    """Where an adapter's float32 copy is."""
+    return folder.parent.with_name("float32") / folder.name
+
+
 def tools(arguments: argparse.Namespace, commands: Path, folders: list[Path]) -> list[Tool]:
     """The contenders."""
     names = [str(x) for x in folders]
@@ -80,10 +85,10 @@ def tools(arguments: argparse.Namespace, commands: Path, folders: list[Path]) ->
             [lorashare, "compress", *names, "--output", "{out}", "--device", "cpu", "--num-components", k],
             [[lorashare, "reconstruct", "{out}", "--all", "-o", "{peft}"]],
         ),
-        # vlora forgets the LoRA scale: it is told it
+        # vlora fails on bfloat16 and forgets the LoRA scale: it gets float32 copies and is told the scale
         Tool(
             f"vlora -k {few}",
-            [vlora, "compress", *names, "-o", "{out}", "-k", few],
+            [vlora, "compress", *(str(float32(x)) for x in folders), "-o", "{out}", "-k", few],
             [
                 [vlora, "export", "{out}", x.name, "-o", f"{{peft}}/{x.name}", "--alpha", str(alpha)]
                 for x in folders
@@ -155,8 +160,9 @@ def main() -> None:
         )
         folders = [work / "adapters" / x.task for x in collection]
         for folder, adapter in zip(folders, collection, strict=True):
-            folder.parent.mkdir(exist_ok=True)
-            peft.write_adapter(folder, adapter, dtype="bfloat16")
+            for path, dtype in ((folder, "bfloat16"), (float32(folder), "float32")):
+                path.parent.mkdir(exist_ok=True)
+                peft.write_adapter(path, adapter, dtype=dtype)
         contenders = tools(arguments, commands, folders)
         log = work / "log.json"
 
@@ -169,6 +175,7 @@ def main() -> None:
             for n, tool in enumerate(contenders):
                 shutil.rmtree(work / f"store{n}", ignore_errors=True)
                 timed[n].append(run(places(n, tool.compress), log))
+                print(f"{tool.name}: {timed[n][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
         results = []
         for n, tool in enumerate(contenders):
             for command in tool.export:
