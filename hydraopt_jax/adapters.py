@@ -114,12 +114,34 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
 
 def check_size(adapter: Adapter, name: str) -> None:
     """Refuse factors whose squares float32 cannot hold: errors are sums of squares."""
-    norms = [float(np.linalg.norm(np.asarray(x[name], np.float64))) for x in (adapter.a, adapter.b)]
+    norms = [norm(x[name]) for x in (adapter.a, adapter.b)]
     if any(x and not NORMS[0] < x < NORMS[1] for x in (*norms, norms[0] * norms[1])):
         raise HydraOptError(
             f"{adapter.source or adapter.task}: {name} has factors of norms {norms[0]:.0e} and {norms[1]:.0e}"
             ", beyond what float32 can square: set them to zero, or leave the module or the adapter out"
         )
+
+
+def norm(x: np.ndarray) -> float:
+    """Frobenius norm; in float64 only where float32 cannot hold its square."""
+    flat = np.asarray(x, np.float32).ravel()
+    square = float(np.vdot(flat, flat))
+    if NORMS[0] ** 2 < square < NORMS[1] ** 2:
+        return float(np.sqrt(square))
+    return float(np.linalg.norm(flat.astype(np.float64)))
+
+
+def module_ranks(collection: Sequence[Adapter], name: str) -> list[int]:
+    """The T ranks of one module, 0 where a task lacks it."""
+    return [x.a[name].shape[1] if name in x.a else 0 for x in collection]
+
+
+def fill(collection: Sequence[Adapter], name: str, a: np.ndarray, b: np.ndarray) -> None:
+    """Write one module's factors into zeroed `a: [T, I, R]`, `b: [T, R, O]`."""
+    for t, (adapter, rank) in enumerate(zip(collection, module_ranks(collection, name), strict=True)):
+        if rank:
+            a[t, :, :rank] = adapter.a[name]
+            b[t, :rank] = adapter.b[name]
 
 
 def stack(collection: Sequence[Adapter]) -> Adapters:
@@ -147,14 +169,11 @@ def stack(collection: Sequence[Adapter]) -> Adapters:
         groups.setdefault(shape, []).append(name)
     buckets = []
     for (inputs, outputs), names in groups.items():
-        ranks = np.array([[x.a[n].shape[1] if n in x.a else 0 for x in collection] for n in names])
+        ranks = np.array([module_ranks(collection, n) for n in names])
         width = max(int(ranks.max()), 1)
         a = np.zeros((len(names), len(collection), inputs, width), np.float32)
         b = np.zeros((len(names), len(collection), width, outputs), np.float32)
         for m, name in enumerate(names):
-            for t, adapter in enumerate(collection):
-                if ranks[m, t]:
-                    a[m, t, :, : ranks[m, t]] = adapter.a[name]
-                    b[m, t, : ranks[m, t]] = adapter.b[name]
+            fill(collection, name, a[m], b[m])
         buckets.append(Bucket(tuple(names), a, b, ranks))
     return Adapters(tuple(x.task for x in collection), tuple(buckets))

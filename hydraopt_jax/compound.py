@@ -66,8 +66,8 @@ def joint_diagonal(
 ) -> tuple[Factors, Info]:
     """Both sides shared, a core a task: `delta[t] ~= a @ core[t] @ b`, the core full or diagonal.
 
-    Full cores: higher-order orthogonal iteration (`forms.add_cores` with one head). Diagonal ones: the
-    canonical polyadic decomposition by alternating least squares. The loss never rises.
+    Full cores: higher-order orthogonal iteration (`forms.add_cores` with one head), the better of two starts.
+    Diagonal ones: the canonical polyadic decomposition by alternating least squares. The loss never rises.
 
     Args:
       deltas: T decompositions of one module.
@@ -85,25 +85,36 @@ def joint_diagonal(
 
     Reference: Gabrielsson et al., Compress then Serve, arXiv 2407.00066; Carroll and Chang, 1970.
     """
-    _, info = forms.hydra(deltas, heads=1, rank=rank, weights=weights)
-    _, other = forms.hydra(deltas, heads=1, rank=rank, side="out", weights=weights)
+    tasks = deltas.s.shape[0]
+    common, info = forms.hydra(deltas, heads=tasks, rank=rank, weights=weights)
+    _, other = forms.hydra(deltas, heads=tasks, rank=rank, side="out", weights=weights)
     bound = jnp.maximum(info.bound, other.bound)
     if diagonal:
         factors, trace = polyadic(deltas, rank, info.weights, steps)
         error = forms.errors(deltas, factors)
         settled = jnp.abs(trace[-2] - trace[-1]) <= 1e-4 * trace[-1]
         return factors, Info(error, info.energy, info.weights, bound, trace, settled)
-    factors, found = full_cores(deltas, rank, info.weights, steps)
+    factors, found = full_cores(deltas, common.a, info.weights, steps)
     return factors, found._replace(bound=bound)
 
 
-def full_cores(deltas: Svd, rank: int, weights: Array, steps: int) -> tuple[Factors, Info]:
-    """One head with cores; a single task is its own truncated SVD."""
+def full_cores(deltas: Svd, common: Array, weights: Array, steps: int) -> tuple[Factors, Info]:
+    """One head with cores; a single task is its own truncated SVD.
+
+    Started from the mean's directions, and from those that all tasks together have most of (`common:
+    [1, I, S]`, the higher-order SVD's): the former is better for like tasks, the latter for unlike ones.
+    """
+    rank = common.shape[-1]
     if deltas.s.shape[0] == 1:
         factors, info = forms.separate(deltas, rank=rank)
         width = factors.a.shape[-1]
         return factors._replace(core=jnp.eye(width)[None]), info
-    return forms.hydra(deltas, heads=1, rank=rank, weights=weights, cores=True, steps=steps)
+    mean, info = forms.hydra(deltas, heads=1, rank=rank, weights=weights, cores=True, steps=steps)
+    other, trace = forms.add_cores(deltas, mean._replace(a=common), weights, steps)
+    better = trace[-1] < info.trace[-1]
+    factors, trace = jax.tree.map(lambda x, y: jnp.where(better, x, y), (other, trace), (mean, info.trace))
+    settled = jnp.abs(trace[-2] - trace[-1]) <= 1e-4 * trace[-1]
+    return factors, info._replace(error=forms.errors(deltas, factors), trace=trace, converged=settled)
 
 
 def polyadic(deltas: Svd, rank: int, weights: Array, steps: int) -> tuple[Factors, Array]:

@@ -229,7 +229,7 @@ def add_cores(deltas: Svd, factors: Factors, weights: Array, steps: int) -> tupl
     loss never rises (higher-order orthogonal iteration, De Lathauwer et al. 2000). It runs in reduced
     coordinates of both sides, so that nothing of size O x O appears.
     """
-    heads, rank, _ = factors.b.shape
+    heads, rank = len(factors.b), factors.a.shape[-1]
     left = deltas.u * deltas.s[:, None, :]
     q, right = algebra.reduce(deltas.v.mT)
     right = right.mT

@@ -60,6 +60,15 @@ def test_full_cores_are_no_worse_than_diagonal_ones(deltas):
     assert loss(full) <= loss(diagonal) * 1.01
 
 
+def test_full_cores_do_not_start_from_the_mean_of_unlike_tasks_alone():
+    """Seen on real adapters too: from the mean, full cores ended above the diagonal ones."""
+    keys = jax.random.split(jax.random.key(4), 2)
+    sides = jax.random.normal(keys[0], (T, I, R)), jax.random.normal(keys[1], (T, R, O))
+    unlike = jax.vmap(algebra.svd)(*sides)
+    full, diagonal = (compound.joint_diagonal(unlike, rank=3, diagonal=d)[1] for d in (False, True))
+    assert loss(full) < loss(diagonal)
+
+
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_deltas_of_the_form_come_back(diagonal):
     """Tasks that differ in a core only are exact."""

@@ -1,11 +1,40 @@
-"""Float64 error of reconstructed PEFT folders against the originals, by code that neither tool wrote."""
+"""Commands timed in processes of their own; float64 errors of PEFT folders, by code that no tool wrote."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
+
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+# Runs a command and prints its children's peak memory: a fresh process each time, so that peaks do not mix.
+WATCH = (
+    "import json, resource, subprocess, sys, time; t = time.perf_counter(); "
+    "done = subprocess.run(sys.argv[2:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True); "
+    "out = dict(seconds=time.perf_counter() - t, returncode=done.returncode, tail=done.stdout[-2000:]); "
+    "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+    "out |= dict(peak=1024 * used.ru_maxrss, cpu=used.ru_utime + used.ru_stime); "
+    "open(sys.argv[1], 'w').write(json.dumps(out))"
+)
+
+
+def run(command: list[str], log: Path) -> dict[str, Any]:
+    """Seconds and peak memory (bytes) of one command; exits with its output where it fails."""
+    subprocess.run([sys.executable, "-c", WATCH, str(log), *command], env=os.environ | ONE_THREAD, check=True)
+    out = json.loads(log.read_text())
+    if out["returncode"]:
+        raise SystemExit(f"{' '.join(command)}\nfailed with status {out['returncode']}:\n{out['tail']}")
+    return out
 
 
 def scale(config: dict, module: str) -> float:

@@ -3,9 +3,9 @@
     python experiments/peers/merge_vs_peft.py --peft PYTHON --json results.json
 
 16 adapters of rank 16, 24 layers x q, k, v, o of width 896, float32. PYTHON is an interpreter with torch and
-peft. Each tool has a process of its own, pinned to one core; times are of the merging alone. Ours are taken
-twice over, the first time with the compilation inside. Errors by the float64 code of measure.py. About five
-minutes.
+peft. Each tool has a process of its own, pinned to one core; times are of the merging alone, wall-clock and
+processor (other processes of the machine count in the former only). Ours are taken twice over, the first time
+with the compilation inside. Errors by the float64 code of measure.py. About five minutes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ THEIRS = {"linear-factors": "linear", "linear": "svd", "ties": "ties_svd"}
 
 
 def ours(adapters: Path, out: Path) -> None:
-    """The worker of this package: prints seconds of the first and the second run as JSON."""
+    """The worker of this package: prints wall-clock and processor seconds of two runs as JSON."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     os.environ["XLA_FLAGS"] = ONE_CORE
     from hydraopt_jax import formats, merging
@@ -35,9 +35,9 @@ def ours(adapters: Path, out: Path) -> None:
     for method, options in OURS.items():
         times = []
         for _ in range(2):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             merged = merging.merge_adapters(collection, method, **options)
-            times.append(time.perf_counter() - start)
+            times.append([time.perf_counter() - start[0], time.process_time() - start[1]])
         seconds[method] = times
         formats.write_adapter(out / method, merged)
     print(json.dumps(seconds))
@@ -54,8 +54,7 @@ def main() -> None:
     if arguments.worker:
         ours(*map(Path, arguments.worker))
         return
-    from compress_vs_lorashare import run
-    from measure import relative_error
+    from measure import relative_error, run
 
     from hydraopt_jax import formats, synthetic
 
@@ -84,19 +83,28 @@ def main() -> None:
 
         rows = {}
         for method, (first, second) in seconds.items():
-            rows[method] = {"seconds": second, "seconds_first": first, "error": error(work / "out" / method)}
+            rows[method] = {
+                "seconds": second[0],
+                "cpu_seconds": second[1],
+                "seconds_first": first[0],
+                "cpu_seconds_first": first[1],
+                "error": error(work / "out" / method),
+            }
             if method in THEIRS:
                 case = THEIRS[method]
                 rows[method] |= {
                     "peft": case,
-                    "peft_seconds": peft[case],
+                    "peft_seconds": peft[case][0],
+                    "peft_cpu_seconds": peft[case][1],
                     "peft_error": error(work / "out" / case / f"merged-{case}"),
-                    "speedup": peft[case] / second,
-                    "speedup_first": peft[case] / first,
+                    "speedup": peft[case][0] / second[0],
+                    "speedup_cpu": peft[case][1] / second[1],
+                    "speedup_first": peft[case][0] / first[0],
                 }
         rows["peft ties of factors"] = {
             "peft": "ties",
-            "peft_seconds": peft["ties"],
+            "peft_seconds": peft["ties"][0],
+            "peft_cpu_seconds": peft["ties"][1],
             "peft_error": error(work / "out" / "ties" / "merged-ties"),
         }
     result = {

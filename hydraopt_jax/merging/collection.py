@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,9 @@ from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.merging import registry
 from hydraopt_jax.merging.registry import Method
+
+# name, `a: [T, I, R]`, `b: [T, R, O]`, ranks `[T]`
+Module = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 # fields of a PEFT configuration that say which modules are adapted, wrong once modules of several are joined
 _TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -65,10 +68,30 @@ def solve(
     return _jitted(method.function, static)(a, b, weights, **{k: v for k, v in traced.items() if k in known})
 
 
+def modules_of(stacked: Adapters) -> Iterator[Module]:
+    """The modules of a stacked collection, in its order."""
+    for bucket in stacked.buckets:
+        yield from zip(bucket.modules, bucket.a, bucket.b, bucket.ranks, strict=True)
+
+
+def stream(collection: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> Iterator[Module]:
+    """The modules of a collection, each stacked when its turn comes; those of one shape share their R."""
+    ranks = {name: np.array(adapters.module_ranks(collection, name)) for name in shapes}
+    width: dict[tuple[int, int], int] = {}
+    for name, shape in shapes.items():
+        width[shape] = max(width.get(shape, 1), int(ranks[name].max()))
+    for name, (inputs, outputs) in shapes.items():
+        kept = width[inputs, outputs]
+        a = np.zeros((len(collection), inputs, kept), np.float32)
+        b = np.zeros((len(collection), kept, outputs), np.float32)
+        adapters.fill(collection, name, a, b)
+        yield name, a, b, ranks[name]
+
+
 def whole_gram(stacked: Adapters) -> np.ndarray:
     """`[T, T]` inner products of whole adapters, summed over modules."""
     each = jax.jit(algebra.gram)
-    return np.sum([each(a, b) for x in stacked.buckets for a, b in zip(x.a, x.b, strict=True)], 0)
+    return np.sum([each(a, b) for _, a, b, _ in modules_of(stacked)], 0)
 
 
 @jax.jit
@@ -77,6 +100,22 @@ def squared_errors(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array
     tasks = a.shape[0]
     left, right = (jnp.broadcast_to(x, (tasks, *x.shape)) for x in (left, right))
     return algebra.residual_energy(a, b, left, right), algebra.inner(a, b, a, b)
+
+
+def relative_errors(
+    modules: Iterable[Module], measure: Callable[[str, np.ndarray, np.ndarray], tuple[Any, Any]]
+) -> dict[str, np.ndarray]:
+    """Module name -> relative squared errors `[T]`, NaN where a task lacks it.
+
+    Args:
+      modules: the collection's.
+      measure: name, `a`, `b` -> squared errors and energies, `[T]` each.
+    """
+    rows = {}
+    for module, a, b, ranks in modules:
+        lost, energy = (np.asarray(x) for x in measure(module, a, b))
+        rows[module] = np.where(ranks > 0, compression.relative(lost, energy), np.nan)
+    return rows
 
 
 def merge_stacked(
@@ -90,35 +129,61 @@ def merge_stacked(
     **options: Any,
 ) -> dict[str, Any]:
     """Module name -> what a method makes of it, NumPy `(a, b)` or Factors; see `merge_adapters`."""
+    names = [x for bucket in stacked.buckets for x in bucket.modules]
+    method, w, given = _prepare(stacked.tasks, names, name, weights, rank, options)
+    if "gram" in method.options:
+        given["gram"] = jnp.asarray(whole_gram(stacked))
+    return _merge(modules_of(stacked), method, w, rank, seed, progress, given)
+
+
+def _prepare(
+    tasks: Sequence[str],
+    modules: Iterable[str],
+    name: str,
+    weights: Sequence[float] | None,
+    rank: int | None,
+    options: Mapping[str, Any],
+) -> tuple[Method, jax.Array, dict[str, Any]]:
+    """The method, its weights and its options, all checked."""
     method = registry.find(name)
     given = {k: v for k, v in options.items() if v is not None}
     registry.check_options(name, given | ({} if rank is None else {"rank": rank}))
-    tasks = len(stacked.tasks)
-    w = jnp.asarray(check_weights(weights, method, tasks))
+    w = jnp.asarray(check_weights(weights, method, len(tasks)))
     if "moments" in given:
-        _check_moments(stacked, given["moments"])
-    if "gram" in method.options:
-        given["gram"] = jnp.asarray(whole_gram(stacked))
+        _check_moments(tasks, modules, given["moments"])
+    return method, w, given
+
+
+def _merge(
+    modules: Iterable[Module],
+    method: Method,
+    weights: jax.Array,
+    rank: int | None,
+    seed: int,
+    progress: Callable[[], Any],
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    known, key = method.options, jax.random.key(seed)
     out = {}
-    for bucket in stacked.buckets:
-        for m, module in enumerate(bucket.modules):
-            each = dict(given, key=jax.random.key(seed))
-            if "rank" in method.options:
-                each["rank"] = max(int(bucket.ranks[m].max()), 1) if rank is None else rank
-            found = solve(method, module, jnp.asarray(bucket.a[m]), jnp.asarray(bucket.b[m]), w, each)
-            out[module] = jax.device_get(found)
-            progress()
+    for module, a, b, ranks in modules:
+        each = dict(given, key=key)
+        if "rank" in known:
+            each["rank"] = max(int(ranks.max()), 1) if rank is None else rank
+        found = solve(method, module, jnp.asarray(a), jnp.asarray(b), weights, each)
+        out[module] = jax.device_get(found)
+        progress()
     return out
 
 
-def _check_moments(stacked: Adapters, moments: Sequence[Mapping[str, np.ndarray]]) -> None:
-    if len(moments) != len(stacked.tasks):
-        raise HydraOptError(f"{len(moments)} files of second moments for {len(stacked.tasks)} adapters")
-    for bucket in stacked.buckets:
-        for module in bucket.modules:
-            for task, rows in zip(stacked.tasks, moments, strict=True):
-                if module not in rows:
-                    raise HydraOptError(f"{module}: the second moments of {task!r} do not have it")
+def _check_moments(
+    tasks: Sequence[str], modules: Iterable[str], moments: Sequence[Mapping[str, np.ndarray]]
+) -> None:
+    if len(moments) != len(tasks):
+        raise HydraOptError(f"{len(moments)} files of second moments for {len(tasks)} adapters")
+    for module in modules:
+        for task, rows in zip(tasks, moments, strict=True):
+            if module not in rows:
+                raise HydraOptError(f"{module}: the second moments of {task!r} do not have it")
 
 
 def merge_adapters(
@@ -161,10 +226,10 @@ def merge_adapters(
     {(64, 2)}
     """
     check_single(method)
-    stacked = adapters.stack(collection)
-    found = merge_stacked(
-        stacked, method, weights=weights, rank=rank, seed=seed, progress=progress, **options
-    )
+    shapes = adapters.check(collection)
+    tasks = [x.task for x in collection]
+    chosen, w, given = _prepare(tasks, shapes, method, weights, rank, options)
+    found = _merge(stream(collection, shapes), chosen, w, rank, seed, progress, given)
     a, b, layout = {}, {}, {}
     for module, (left, right) in found.items():
         used = (np.abs(left).max(0) > 0) & (np.abs(right).max(1) > 0)
@@ -186,11 +251,6 @@ def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:
 
     NaN where a task lacks a module.
     """
-    stacked = adapters.stack(collection)
-    rows = []
-    for bucket in stacked.buckets:
-        for m, module in enumerate(bucket.modules):
-            lost, energy = squared_errors(bucket.a[m], bucket.b[m], merged.a[module], merged.b[module])
-            relative = compression.relative(np.asarray(lost), np.asarray(energy))
-            rows.append(np.where(bucket.ranks[m] > 0, relative, np.nan))
-    return np.stack(rows)
+    modules = stream(collection, adapters.check(collection))
+    rows = relative_errors(modules, lambda m, a, b: squared_errors(a, b, merged.a[m], merged.b[m]))
+    return np.stack([rows[module] for module in merged.a])

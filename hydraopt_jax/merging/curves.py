@@ -1,20 +1,20 @@
 """Merging methods as curves of the frontier: bytes of half-precision factors against errors of delta."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
-from hydraopt_jax import algebra, compression, forms
+from hydraopt_jax import algebra, forms
 from hydraopt_jax.adapters import Adapters
 from hydraopt_jax.coding import spectrum
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.frontier import Curve, Point, summary
 from hydraopt_jax.merging import compressors, registry
-from hydraopt_jax.merging.collection import merge_stacked, squared_errors
+from hydraopt_jax.merging.collection import merge_stacked, modules_of, relative_errors, squared_errors
 
 # "separate" is on every frontier, at three bit widths; what needs data is not in a collection
 BASELINES = tuple(k for k, v in registry.METHODS.items() if k != "separate" and not v.needs)
@@ -54,11 +54,6 @@ def products(a: Array, b: Array, left: Array, right: Array) -> tuple[Array, Arra
     )
 
 
-def _modules(stacked: Adapters) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-    for bucket in stacked.buckets:
-        yield from zip(bucket.modules, bucket.a, bucket.b, bucket.ranks, strict=True)
-
-
 def single(stacked: Adapters, name: str) -> Point:
     """One adapter for all tasks, with the one factor that makes its mean relative error least.
 
@@ -67,30 +62,24 @@ def single(stacked: Adapters, name: str) -> Point:
     """
     found = merge_stacked(stacked, name)
     above = below = 0.0
-    for module, a, b, _ in _modules(stacked):
+    for module, a, b, _ in modules_of(stacked):
         cross, energy, own = (np.asarray(x, np.float64) for x in products(a, b, *found[module]))
         inverse = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
         above += float((cross * inverse).sum())
         below += float((own * inverse).sum())
     scale = above / below if below > 0 else 1.0
-    errors, size = [], 0
-    for module, a, b, ranks in _modules(stacked):
-        left, right = found[module]
-        lost, energy = (np.asarray(x) for x in squared_errors(a, b, left, right * np.float32(scale)))
-        errors.append(np.where(ranks > 0, compression.relative(lost, energy), np.nan))
-        size += 2 * (left.size + right.size)
-    return summary(f"one adapter, scale {scale:.3g}", size, np.stack(errors))
+    scaled = {module: (left, right * np.float32(scale)) for module, (left, right) in found.items()}
+    rows = relative_errors(modules_of(stacked), lambda m, a, b: squared_errors(a, b, *scaled[m]))
+    size = sum(2 * (left.size + right.size) for left, right in found.values())
+    return summary(f"one adapter, scale {scale:.3g}", size, np.stack(list(rows.values())))
 
 
 def kept(stacked: Adapters, name: str, setting: str, **options: Any) -> Point:
     """A method that keeps something of every task, at one setting."""
     found = merge_stacked(stacked, name, **options)
-    errors, size = [], 0
-    for module, a, b, ranks in _modules(stacked):
-        lost, energy = (np.asarray(x) for x in kept_errors(a, b, found[module]))
-        errors.append(np.where(ranks > 0, compression.relative(lost, energy), np.nan))
-        size += 2 * compressors.entries(found[module], int(ranks.max()))
-    return summary(setting, size, np.stack(errors))
+    rows = relative_errors(modules_of(stacked), lambda m, a, b: kept_errors(a, b, found[m]))
+    size = sum(compressors.entries(found[m], int(ranks.max())) for m, _, _, ranks in modules_of(stacked))
+    return summary(setting, 2 * size, np.stack(list(rows.values())))
 
 
 def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Elementwise methods: entries of each delta are dropped, signs elected, the rest added.
 
-These look at single entries, so that a delta must be formed. One is at a time: `combine` streams the tasks,
-twice where signs are elected, and holds a handful of matrices `[I, O]` whatever T is. The result is cut to
+These look at single entries, so that a delta must be formed. One is at a time: `combine` streams the tasks
+and holds a handful of matrices `[I, O]` whatever T is. The result is cut to
 rank S by `truncation.truncate_dense`; PEFT's `..._svd` methods do the same with all deltas in memory.
 
 Trimming is a module at a time, as PEFT does it; TIES's own code trims over all modules at once.
@@ -69,20 +69,20 @@ def combine(
     if elect is None:
         return jax.lax.scan(add, zero, (parts, tasks, weights))[0]
 
-    def vote(total: Array, x: Any) -> tuple[Array, None]:
-        s = sparse(*x)
-        return total + (s if elect == "total" else jnp.sign(s)), None
-
-    sign = jnp.where(jax.lax.scan(vote, zero, (parts, tasks))[0] >= 0, 1.0, -1.0)
-
-    def agree(state: tuple[Array, Array], x: Any) -> tuple[tuple[Array, Array], None]:
+    # sums and counts of either sign, so that one pass over the tasks is enough
+    def ballot(state: tuple[Array, ...], x: Any) -> tuple[tuple[Array, ...], None]:
+        vote, above, below, voters_above, voters_below = state
         part, t, w = x
         s = sparse(part, t)
-        same = jnp.sign(s) == sign
-        return (state[0] + jnp.where(same, w * s, 0.0), state[1] + same), None
+        vote = vote + (s if elect == "total" else jnp.sign(s))
+        above, below = above + jnp.where(s > 0, w * s, 0.0), below + jnp.where(s < 0, w * s, 0.0)
+        return (vote, above, below, voters_above + (s > 0), voters_below + (s < 0)), None
 
-    (total, voters), _ = jax.lax.scan(agree, (zero, zero), (parts, tasks, weights))
-    return total / jnp.maximum(voters, 1.0)
+    start: tuple[Array, ...] = (zero,) * 5
+    found, _ = jax.lax.scan(ballot, start, (parts, tasks, weights))
+    vote, above, below, voters_above, voters_below = found
+    plus = vote >= 0
+    return jnp.where(plus, above, below) / jnp.maximum(jnp.where(plus, voters_above, voters_below), 1.0)
 
 
 def nth_largest(x: Array, n: Array | int) -> Array:
@@ -128,7 +128,7 @@ def column_ranks(x: Array) -> Array:
     """
     bits = jax.lax.bitcast_convert_type(jnp.abs(x).T, jnp.int32)
     ordered = jax.lax.sort(bits, dimension=-1, is_stable=False)
-    return jax.vmap(lambda o, b: jnp.searchsorted(o, b, method="scan_unrolled"))(ordered, bits).T
+    return jax.vmap(lambda o, b: jnp.searchsorted(o, b, method="scan"))(ordered, bits).T
 
 
 def drop_at_random(key: Array, density: float) -> Sparsifier:

@@ -24,6 +24,27 @@ def split(found: algebra.Svd, rank: int) -> tuple[Array, Array]:
     return found.u[:, :rank] * root, root[:, None] * found.v[:rank]
 
 
+def onto(a: Array, c: Array) -> Array:
+    """`a @ c` for a narrow `c`: as `(c.T @ a.T).T`, which a CPU multiplies up to three times as fast."""
+    return matmul(c.mT, a.mT).mT
+
+
+def self_product(x: Array) -> Array:
+    """`x @ x.T` by halves, the mirrored one copied: three quarters of the multiply-adds."""
+    half = x.shape[0] // 2
+    top, low = x[:half], x[half:]
+    cross = matmul(top, low.T)
+    return jnp.block([[matmul(top, top.T), cross], [cross.T, matmul(low, low.T)]])
+
+
+def from_rows(image: Array, x: Array, rank: int) -> tuple[Array, Array]:
+    """The leading directions of `image @ x.T`, with `image: [I, N]` and `x: [O, N]` orthonormal."""
+    q, r = algebra.qr(image)
+    u, s, vt = algebra.thin_svd(r)
+    root = jnp.sqrt(s[:rank])
+    return matmul(q, u[:, :rank] * root), onto(x, vt[:rank].T * root).T
+
+
 def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     """Factors of the best rank-S approximation of `a @ b`, which is not formed.
 
@@ -46,14 +67,14 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     if least <= max(EXACT, width):
         return split(algebra.svd(a, b), rank)
     # delta @ delta.T acts on a @ c as gram_b @ gram_a does on c, which is small
-    gram_a, gram_b = matmul(a.T, a), matmul(b, b.T)
+    gram_a, gram_b = self_product(a.T), self_product(b)
     c = jax.random.normal(jax.random.key(0), (a.shape[1], width))
     for _ in range(ROUNDS):
         c = algebra.orthonormal(matmul(gram_b, matmul(gram_a, c)))
     # one round with the factors themselves: products of grams square the round-off of ill-conditioned ones
-    x = algebra.orthonormal(matmul(b.T, matmul(a.T, algebra.orthonormal(matmul(a, c)))))
-    q = algebra.orthonormal(matmul(a, matmul(b, x)))
-    return split(algebra.svd(q, matmul(matmul(q.T, a), b)), rank)
+    q = algebra.orthonormal(onto(a, c))
+    x = algebra.orthonormal(onto(b.T, onto(a.T, q)))
+    return from_rows(onto(a, onto(b, x)), x, rank)
 
 
 def truncate_dense(x: Array, rank: int) -> tuple[Array, Array]:
@@ -63,6 +84,5 @@ def truncate_dense(x: Array, rank: int) -> tuple[Array, Array]:
         return split(algebra.Svd(*algebra.thin_svd(x)), rank)
     y = jax.random.normal(jax.random.key(0), (x.shape[1], width))
     for _ in range(ROUNDS):
-        y = algebra.orthonormal(matmul(x.T, algebra.orthonormal(matmul(x, y))))
-    q = algebra.orthonormal(matmul(x, y))
-    return split(algebra.svd(q, matmul(q.T, x)), rank)
+        y = algebra.orthonormal(onto(x.T, algebra.orthonormal(onto(x, y))))
+    return from_rows(onto(x, y), y, rank)

@@ -163,6 +163,10 @@ def expected(dialect, tree, module):
     return product(*both) if dialect != "levanter" else product(low.T, high.T)
 
 
+def text_keys(tree):
+    return {str(k): text_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
 def leaves(tree):
     return {trees.text(path): leaf for path, leaf in trees.flatten(tree) if trees.is_factor(path)}
 
@@ -178,6 +182,20 @@ def test_a_layout_comes_in_and_goes_out(name):
     stored = adapter._replace(layout=json.loads(json.dumps(adapter.layout)))
     again = leaves(formats.write_tree(stored, dialect, scale=0.25))
     want = leaves(tree)
+    assert set(again) == set(want)
+    for key, value in want.items():
+        np.testing.assert_array_equal(again[key], value)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_goes_through_orbax(name, tmp_path):
+    dialect, tree, modules, options = LAYOUTS[name]
+    # Orbax's keys are text
+    ocp.save(tmp_path / "in", jax.tree.map(np.asarray, text_keys(tree)))
+    adapter = formats.read_checkpoint(tmp_path / "in", dialect, scale=0.25, **options)
+    assert set(adapter.a) == set(modules)
+    formats.write_checkpoint(tmp_path / "out", adapter, dialect, scale=0.25)
+    again, want = leaves(ocp.load(tmp_path / "out")), leaves(text_keys(tree))
     assert set(again) == set(want)
     for key, value in want.items():
         np.testing.assert_array_equal(again[key], value)

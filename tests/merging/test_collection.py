@@ -21,6 +21,19 @@ def mean(collection, module):
     return np.mean([x.a.get(module, zero[0]) @ x.b.get(module, zero[1]) for x in collection], 0)
 
 
+@pytest.fixture(scope="module")
+def small():
+    """Four seeded adapters of one layer whose modules have one shape: a method compiles once."""
+    return synthetic.collection(
+        1,
+        tasks=["one", "two/three", "a.b", "four"],
+        modules=synthetic.transformer_modules(1, 24, 24),
+        rank=4,
+        likeness=0.6,
+        dtype="float32",
+    )
+
+
 @pytest.fixture
 def uneven(small):
     """Mixed ranks, and a module that the first adapter lacks."""
@@ -66,6 +79,7 @@ def test_errors_are_those_of_dense_deltas(uneven):
         ("linear", {}, 1),
         ("ties", {"density": 1.0}, 1),
         ("knots", {"density": 1.0}, 1),
+        ("core-space", {"density": 1.0}, 1),
         ("task-arithmetic", {}, 3),
         # three copies at a third each come back threefold: why factors are not to be averaged
         ("linear-factors", {}, 3),

@@ -1,10 +1,12 @@
 """Merging methods on the frontier: their bytes and errors against dense computation."""
 
+import inspect
+
 import numpy as np
 import pytest
 
 from hydraopt_jax import HydraOptError, adapters, merging, synthetic
-from hydraopt_jax.merging import curves
+from hydraopt_jax.merging import curves, registry
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,11 @@ def test_merged_point_has_the_best_scale(many, stacked):
 
 
 def test_kept_points_hold_what_they_say(many, stacked):
-    points = {p.setting: p for p in curves.measure(stacked, ["k-merge"])[0].points}
-    assert list(points) == ["K = 1", "K = 2", "K = 3", "K = 4"]
-    assert points["K = 4"].mean < 1e-8
-    assert points["K = 3"].bytes == 3 * 2 * 2 * 2 * (20 + 14)
+    slots = curves.settings(stacked, "k-merge")
+    assert list(slots) == ["K = 1", "K = 2", "K = 3", "K = 4"]
+    three, four = (curves.kept(stacked, "k-merge", k, **slots[k]) for k in ("K = 3", "K = 4"))
+    assert four.mean < 1e-8 < three.mean
+    assert three.bytes == 3 * 2 * 2 * 2 * (20 + 14)
     share = curves.measure(stacked, ["share"])[0].points
     assert [p.setting for p in share] == ["rank 2", "rank 4"]
     # two bases, and a 4 x 4 core a task
@@ -53,13 +56,22 @@ def test_kept_points_hold_what_they_say(many, stacked):
     ]
 
 
-def test_every_baseline_makes_a_curve(many):
-    steps = []
-    found = curves.measure(adapters.stack(many[:2]), curves.BASELINES, steps.append)
-    assert [c.label for c in found] == list(curves.BASELINES)
+def test_measured_in_the_order_of_the_names(many):
+    names, steps = ["dare", "concatenation", "jd-diag"], []
+    found = curves.measure(adapters.stack(many[:2]), names, steps.append)
+    assert [c.label for c in found] == names
     assert len(steps) == len(found)
     # half of every delta is common, so that no method on deltas is worse than keeping nothing
     assert all(0 <= p.mean <= 1 for c in found for p in c.points)
+
+
+def test_all_are_those_that_need_the_adapters_alone():
+    assert curves.parse("all") == curves.BASELINES
+    for name in curves.BASELINES:
+        function = registry.find(name).function
+        keywords = inspect.signature(function).parameters.values()
+        needed = {x.name for x in keywords if x.kind is x.KEYWORD_ONLY and x.default is x.empty}
+        assert needed <= {"rank", "key"}
 
 
 @pytest.mark.parametrize("text", ["magic", "ties,", "regmean", "separate"])
