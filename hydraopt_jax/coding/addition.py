@@ -5,6 +5,7 @@ once. Each of the task's vectors is predicted by least squares from the vectors 
 of the leaf that all tasks read; the codec codes what is left.
 """
 
+import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.coding import codec, trial
+from hydraopt_jax.coding import classes, codec, streams, trial
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, pieces
 from hydraopt_jax.store import Addition, Payload
@@ -27,6 +28,9 @@ WORTH = 0.02
 LEVELS = 127
 # an entry, in steps, that keeps a vector alive of which the prediction leaves nothing
 TRACE = 1e-3
+
+# weights of the collection's own table and of a Gaussian in the table of additions
+KNOWN, PRIOR = 16, 1024
 
 # (module, side) -> `[n, D]` vectors in steps
 Vectors = Mapping[tuple[str, int], np.ndarray]
@@ -105,6 +109,35 @@ def unpack(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
     return out
 
 
+def tables(payload: Payload) -> np.ndarray:
+    """Integer frequencies for additions: the collection's own, and a little of every other symbol.
+
+    A table of its own would cost an addition some hundred bytes and say much the same. All counts are
+    integers before they are scaled, so that every machine has the same table.
+    """
+    (size,) = struct.unpack_from("<I", payload.leaves["shared"])
+    known = streams.unpack_tables(payload.leaves["shared"][4 : 4 + size])
+    prior = classes.gaussian()
+    prior = np.rint(PRIOR * prior / prior.sum(-1, keepdims=True)) + 1
+    return streams.tables(known * KNOWN + prior)
+
+
+def with_table(leaves: Mapping[str, bytes], coded: codec.Coded, table: np.ndarray) -> dict[str, bytes]:
+    """Leaves of the codec, coded again by a table that is known and so left out."""
+    (size,) = struct.unpack_from("<I", leaves["shared"])
+    out = {**leaves, "shared": leaves["shared"][4 + size :]}
+    for leaf, body in zip(coded.leaves[1:], streams.encode(coded.symbols[1], table), strict=True):
+        (side,) = struct.unpack_from("<I", leaves[leaf])
+        out[leaf] = leaves[leaf][: 4 + side] + body
+    return out
+
+
+def without_table(leaves: Mapping[str, bytes], table: np.ndarray) -> dict[str, bytes]:
+    """The inverse: leaves that the codec reads."""
+    packed = streams.pack_tables(table)
+    return {**leaves, "shared": struct.pack("<I", len(packed)) + packed + leaves["shared"]}
+
+
 def sides(term: Factors, task: int) -> tuple[np.ndarray, np.ndarray]:
     """A task's vectors of a term in steps: `[I, S]` and `[O, S]`."""
     a, b = np.asarray(term.a[int(term.a_of[task])]), np.asarray(term.b[int(term.b_of[task])])
@@ -159,7 +192,7 @@ def decode(payload: Payload, slots: Sequence[int]) -> tuple[dict[int, dict[str, 
     for slot in needed:
         if slot in payload.additions:
             x = payload.additions[slot]
-            terms = codec.deserialise(x.leaves, x.shapes, [0])
+            terms = codec.deserialise(without_table(x.leaves, tables(payload)), x.shapes, [0])
             added[slot] = restore(x, terms, known)
             known[slot] = vectors(added[slot], 0)
         else:
@@ -237,7 +270,7 @@ def add(adapter: Adapter, step: float, payload: Payload) -> tuple[Addition, np.n
     """
     inputs = adapters.stack([adapter])
     problem = trial.prepare(inputs, tuple(adapter.a), np.ones(1), None, False)
-    frequencies = trial.train(problem, step)
+    table = tables(payload)
     goals, _ = trial.aims(problem, step)
     slots = payload.slots or tuple(range(tasks_of(payload.shapes)))
     added, modules = decode(payload, (SHARED, *slots))
@@ -261,12 +294,12 @@ def add(adapter: Adapter, step: float, payload: Payload) -> tuple[Addition, np.n
             remains[0] += TRACE * (target.any(0) & ~remains.any(0))
             left.append(np.where(target.any(0), remains, 0).astype(np.float32))
         rest[name] = (terms[0]._replace(a=left[0][None], b=left[1][None]), *terms[1:]) if terms else ()
-    coded = codec.quantise(rest, frequencies)
+    coded = codec.quantise(rest, table.astype(np.float64))
     whole = []
     for x, value in zip(coded.pieces, coded.values, strict=True):
         whole.append(value + guesses.get((x.module, x.side), np.float32(0)) if x.term == 0 else value)
     gains, errors = trial.measure(problem, coded._replace(values=whole))
-    leaves = codec.serialise(coded, gains)
+    leaves = with_table(codec.serialise(coded, gains), coded, table)
     return Addition(leaves, coded.shapes, references, pack(found)), errors[:, 0], list(problem.order)
 
 
