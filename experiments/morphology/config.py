@@ -49,9 +49,9 @@ class Data(NamedTuple):
 class Refining(NamedTuple):
     """Output-level refinement of a store on unlabelled prompts."""
 
-    prompts: int = 256  # of the train split, a task
+    prompts: int = 1056  # of the train split, a task
     moments: int = 64  # of them that second moments are taken of
     batch: int = 8  # prompts a task and step
-    steps: int = 200
+    steps: int = 600
     rate: float = 0.05  # in quantiser steps
     seeds: tuple[int, ...] = (0, 1, 2)  # order of the prompts

@@ -5,7 +5,8 @@
         --adapters OUT/adapters-independent.zip
 
 Every row is a store written to disk, read back and scored by greedy decoding on the first items of every
-task. Second moments and refinement see prompts of the train split alone, answered by the adapters themselves.
+task, in batches that mix the tasks (`serving`). Second moments and refinement see prompts of the train split
+alone, answered by the adapters themselves.
 Rows are kept in `results/stores-REGIME.json` as they are done; a second run goes on where the first stopped.
 """
 
@@ -24,9 +25,8 @@ import numpy as np
 
 from experiments.morphology.config import Data, Refining
 from experiments.morphology.dataset import load_items
-from hydraopt_jax import checkpoint, compression, formats, navigate, refinement
+from hydraopt_jax import checkpoint, compression, formats, navigate, refinement, serving
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.demo import lora_of
 from hydraopt_jax.morphology import outputs
 from hydraopt_jax.morphology.assets import (
     ADAPTERS_FILE,
@@ -40,9 +40,9 @@ from hydraopt_jax.morphology.outputs import Sequences
 from hydraopt_jax.morphology.vocabulary import encode_items
 from hydraopt_jax.store import Store
 
-BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03)
+BUDGETS = (0.5, 0.25, 0.125, 0.065, 0.03)
 # budgets that are shown without second moments too, and refined
-STUDIED = (0.125, 0.0625)
+STUDIED = (0.065, 0.125)
 HEADS = (1, 10, 40)
 RESULTS = Path(__file__).parent / "results"
 
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "refinement": store.report.get("refinement"),
             "seconds": round(time.time() - started, 1),
         }
-        keep(name, size, lora_of(store, tasks), more)
+        keep(name, size, serving.load(store), more)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,21 @@ Letters: T tasks, N items, P and G padded prompt and answer lengths, I/O in/out,
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax.morphology.model import Base, Lora, bind, forward
+from hydraopt_jax import serving
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.morphology.model import Base, Branches, Lora, bind, forward
 from hydraopt_jax.morphology.vocabulary import END_ID, PAD_ID, Items, pad
+
+Module = tuple[Factors, ...]
+Adapted = Lora | Mapping[str, Module]
 
 
 class Scores(NamedTuple):
@@ -24,7 +30,7 @@ class Scores(NamedTuple):
     error: np.ndarray  # [T] character error rate: edits / length of the true answers
 
 
-def greedy(base: Base, lora: Lora, prompts: Array, longest: int) -> Array:
+def greedy(base: Base, lora: Branches, prompts: Array, longest: int) -> Array:
     """The most likely next token, again and again, with cached keys and values.
 
     The cache has P columns for the prompts and one for each answered token. A row's unused prompt columns
@@ -86,6 +92,23 @@ def greedy_tasks(base: Base, lora: Lora, prompts: Array, longest: int) -> Array:
     return jax.vmap(greedy, in_axes=(None, 0, 0, None))(base, lora, prompts, longest)
 
 
+@functools.partial(jax.jit, static_argnames="longest")
+def greedy_served(base: Base, modules: Mapping[str, Module], prompts: Array, longest: int) -> Array:
+    """`greedy` for the items of all tasks in one batch that mixes them, through `serving.branches`.
+
+    Args:
+        modules: of a store of T tasks, as `serving.load` gives them.
+        prompts: [T, N, P].
+
+    Returns:
+        [T, N, longest].
+    """
+    tasks, items, width = prompts.shape
+    ids = jnp.repeat(jnp.arange(tasks), items)[:, None]
+    found = greedy(base, serving.branches(modules, ids), prompts.reshape(-1, width), longest)
+    return found.reshape(tasks, items, longest)
+
+
 def logits(base: Base, lora: Lora, tokens: Array) -> Array:
     """Next-token logits of every task with its own adapter, for losses on the model's outputs.
 
@@ -130,7 +153,7 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def answer_all(
-    base: Base, lora: Lora, prompts: np.ndarray, *, longest: int = 32, block: int = 64
+    base: Base, lora: Adapted, prompts: np.ndarray, *, longest: int = 32, block: int = 64
 ) -> np.ndarray:
     """Greedy answers [T, N, longest] to prompts [T, N, P], `block` items of every task at a time.
 
@@ -139,15 +162,17 @@ def answer_all(
     n = prompts.shape[1]
     block = min(block, n)
     answers = []
+    served = any(isinstance(term, Factors) for terms in lora.values() for term in terms)
+    answer: Any = greedy_served if served else greedy_tasks
     for start in range(0, n, block):
         part = prompts[:, start : start + block]
         missing = block - part.shape[1]
         part = np.concatenate([part, np.repeat(part[:, :1], missing, 1)], 1)
-        answers.append(np.asarray(greedy_tasks(base, lora, part, longest))[:, : block - missing])
+        answers.append(np.asarray(answer(base, lora, part, longest))[:, : block - missing])
     return np.concatenate(answers, 1)
 
 
-def evaluate(base: Base, lora: Lora, items: Items, *, longest: int = 32, block: int = 64) -> Scores:
+def evaluate(base: Base, lora: Adapted, items: Items, *, longest: int = 32, block: int = 64) -> Scores:
     """Exact match and character error rate of every task.
 
     `exact[t]` is the share of t's valid items whose answer is the true one, and `error[t]` the sum of edit
@@ -156,7 +181,8 @@ def evaluate(base: Base, lora: Lora, items: Items, *, longest: int = 32, block: 
     Args:
         base: the transformer.
         lora: module -> `(a [T, I, S], b [T, S, O])` stacked in the order of the tasks of `items`, scale
-            folded in; any S, `{}` for the base alone.
+            folded in; any S, `{}` for the base alone. Or the modules of a store, from `serving.load`: its
+            tasks are then answered in batches that mix them.
         items: encoded held-out items.
         longest: tokens the model may write; a longer true answer counts as missed.
         block: items of each task decoded together; less needs less memory.
@@ -168,11 +194,10 @@ def evaluate(base: Base, lora: Lora, items: Items, *, longest: int = 32, block: 
         ValueError: the adapters are of another number of tasks than the items.
     """
     tasks = len(items.prompts)
-    for name, (a, b) in lora.items():
-        if a.shape[0] != tasks or b.shape[0] != tasks:
-            raise ValueError(
-                f"{name}: factors of {a.shape[0]} and {b.shape[0]} tasks for items of {tasks} tasks"
-            )
+    for name, terms in lora.items():
+        counts = {len(x.a_of) if isinstance(x, Factors) else x.shape[0] for x in terms}
+        if counts != {tasks}:
+            raise ValueError(f"{name}: factors of {sorted(counts)} tasks for items of {tasks} tasks")
     answers = answer_all(base, lora, items.prompts, longest=longest, block=block)
     width = max(longest, items.targets.shape[-1])
     found = pad(answers.reshape(-1, longest).tolist(), width).reshape(*answers.shape[:2], width)
