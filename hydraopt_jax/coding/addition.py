@@ -6,15 +6,15 @@ of the leaf that all tasks read; the codec codes what is left.
 """
 
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.coding import classes, codec, streams, trial
+from hydraopt_jax.coding import classes, codec, prediction, streams, trial
+from hydraopt_jax.coding.prediction import Prediction
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, pieces
 from hydraopt_jax.store import Addition, Payload
@@ -25,7 +25,6 @@ SHARED = -1
 MAX_REFERENCES = 4
 # share of the bits that a further reference must save
 WORTH = 0.02
-LEVELS = 127
 # an entry, in steps, that keeps a vector alive of which the prediction leaves nothing
 TRACE = 1e-3
 
@@ -36,76 +35,24 @@ KNOWN, PRIOR = 16, 1024
 Vectors = Mapping[tuple[str, int], np.ndarray]
 
 
-class Prediction(NamedTuple):
-    """`guess = base @ (coefficients * scale)` where used.
-
-    Attributes:
-      used: `[S]` bool.
-      scale: `[S]` float16.
-      coefficients: `[D, S]` int8.
-    """
-
-    used: np.ndarray
-    scale: np.ndarray
-    coefficients: np.ndarray
-
-
-def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction, np.ndarray, float]:
-    """Predict `[n, S]` from `[n, D]` where that saves bits: prediction, guess `[n, S]`, and bits saved."""
-    width, rank = base.shape[1], target.shape[1]
-    nothing = Prediction(np.zeros(rank, bool), np.zeros(rank, np.float16), np.zeros((width, rank), np.int8))
-    if not width or not target.any():
-        return nothing, np.zeros_like(target), 0.0
-    gram = base.T.astype(np.float64) @ base
-    ridge = 1e-6 * np.trace(gram) / width + 1e-3 * len(base)
-    exact = np.linalg.solve(gram + ridge * np.eye(width), base.T @ target)
-    with np.errstate(over="ignore"):
-        scale = (np.abs(exact).max(0) / LEVELS).astype(np.float16)
-    divisor = np.where(scale > 0, scale, 1).astype(np.float32)
-    rounded = np.clip(np.rint(exact / divisor), -LEVELS, LEVELS).astype(np.int8)
-    guess = weigh(base, Prediction(scale > 0, scale, rounded))
-    before, after = (target**2).mean(0), ((target - guess) ** 2).mean(0)
-    saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - 8 * (width + 2)
-    used = (saved > 0) & (scale > 0) & np.isfinite(scale) & target.any(0)
-    found = Prediction(used, scale, rounded)
-    return found, weigh(base, found), float(saved[used].sum())
-
-
-def weigh(base: np.ndarray, found: Prediction) -> np.ndarray:
-    """The predicted part `[n, S]`."""
-    weights = found.coefficients * np.where(found.used, found.scale, 0).astype(np.float32)
-    return (base.astype(np.float32) @ weights).astype(np.float32)
-
-
 def pack(found: Sequence[Prediction]) -> bytes:
-    """Predictions as bytes: flags, scales, coefficients, deflated."""
-    flags = b"".join(np.packbits(x.used).tobytes() for x in found)
-    scales = b"".join(x.scale[x.used].astype("<f2").tobytes() for x in found)
-    rows = b"".join(np.ascontiguousarray(x.coefficients[:, x.used].T).tobytes() for x in found)
-    return zlib.compress(flags + scales + rows, 9)
+    """Predictions as bytes: flags, then coefficients."""
+    return b"".join(np.packbits(x.used).tobytes() for x in found) + prediction.pack(found)
 
 
 def unpack(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
     """The inverse of `pack`, for predictions of widths and ranks `(D, S)`."""
-    room = sum(-(-rank // 8) + rank * (width + 2) for width, rank in sizes)
-    raw = zlib.decompressobj().decompress(data, room + 1)
     used, at = [], 0
     for _, rank in sizes:
-        used.append(np.unpackbits(np.frombuffer(raw, np.uint8, -(-rank // 8), at))[:rank].astype(bool))
+        used.append(np.unpackbits(np.frombuffer(data, np.uint8, -(-rank // 8), at))[:rank].astype(bool))
         at += -(-rank // 8)
-    scales = []
-    for mask in used:
-        scale = np.zeros(len(mask), np.float16)
-        scale[mask] = np.frombuffer(raw, "<f2", int(mask.sum()), at)
-        scales.append(scale)
-        at += 2 * int(mask.sum())
+    counts = [width * int(mask.sum()) for (width, _), mask in zip(sizes, used, strict=True)]
+    flat = np.split(prediction.unpack(data[at:], sum(counts)), np.cumsum(counts)[:-1]) if counts else []
     out = []
-    for mask, scale, (width, rank) in zip(used, scales, sizes, strict=True):
-        coefficients: np.ndarray = np.zeros((width, rank), np.int8)
-        count = int(mask.sum())
-        coefficients[:, mask] = np.frombuffer(raw, np.int8, width * count, at).reshape(count, width).T
-        at += width * count
-        out.append(Prediction(mask, scale, coefficients))
+    for mask, part, (width, rank) in zip(used, flat, sizes, strict=True):
+        coefficients: np.ndarray = np.zeros((width, rank), np.int64)
+        coefficients[:, mask] = part.reshape(-1, width).T if width else 0
+        out.append(Prediction(mask, coefficients))
     return out
 
 
@@ -222,7 +169,7 @@ def restore(
     ranks = {n: v[0].rank for n, v in x.shapes.items() if v}
     sizes = [(bases[k].shape[1], ranks[k[0]]) for k in keys]  # type: ignore[union-attr]
     guesses = {
-        k: weigh(bases[k], found)  # type: ignore[arg-type]
+        k: prediction.weigh(bases[k], found.coefficients)  # type: ignore[arg-type]
         for k, found in zip(keys, unpack(x.coefficients, sizes), strict=True)
     }
     out = {}
@@ -249,7 +196,7 @@ def choose(goals: Mapping[str, Sequence[codec.Target]], known: Mapping[int, Vect
         for slot in known.keys() - set(chosen):
             trial_set = tuple(sorted((*chosen, slot)))
             bases = {k: base_of(known, trial_set, k) for k in targets}
-            gains[slot] = sum(predict(targets[k], x)[2] for k, x in bases.items() if x is not None)
+            gains[slot] = sum(prediction.predict(targets[k], x)[2] for k, x in bases.items() if x is not None)
         following = max(gains, key=lambda s: (gains[s], -s), default=SHARED)
         if gains.get(following, 0.0) - best <= WORTH * total:
             break
@@ -287,8 +234,9 @@ def add(adapter: Adapter, step: float, payload: Payload) -> tuple[Addition, np.n
             target = (terms[0].b if side else terms[0].a)[0]
             base = base_of(known, references, (name, side))
             if base is not None:
-                one, guesses[name, side], _ = predict(target, base)
-                found.append(one)
+                one, guesses[name, side], _ = prediction.predict(target, base)
+                none = Prediction(np.zeros(target.shape[1], bool), np.zeros((base.shape[1], 0), np.int32))
+                found.append(one or none)
             remains = target - guesses.get((name, side), np.float32(0))
             # a vector that the prediction meets exactly must not look like one that is not coded
             remains[0] += TRACE * (target.any(0) & ~remains.any(0))

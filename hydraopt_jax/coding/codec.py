@@ -84,7 +84,7 @@ def quantise(
                 guess = np.zeros_like(target)
                 if piece.base >= 0:
                     coded = values[piece.base][:, index[piece.base] > 0]
-                    predictions[i], guess = prediction.predict(target, coded)
+                    predictions[i], guess, _ = prediction.predict(target, coded)
                 rest = np.where(target.any(0), target - guess, 0.0)
                 spread, peak = np.sqrt((rest**2).mean(0)), np.abs(rest).max(0, initial=0)
                 # a vector wholly predicted still needs a class: the least one
@@ -336,15 +336,14 @@ def read_side(
             used[i] = np.flatnonzero(flags)
     middle = tail[: len(tail) - gains]
     if any(rows[i].kind == PROJECTED for i in used):
-        coefficients, at = prediction.unpack(middle), 0
+        sizes = {i: int(np.count_nonzero(index[rows[i].base])) * len(x) for i, x in used.items()}
+        coefficients, at = prediction.unpack(middle, sum(sizes.values())), 0
         for i, vectors in used.items():
-            known = known_vectors(rows[i], index, values)
-            size = known.shape[1] * len(vectors)
             guesses[i] = np.zeros((rows[i].length, rows[i].rank), np.float32)
-            if size:
-                weights = coefficients[at : at + size].reshape(len(vectors), -1).T.astype(np.float32)
-                guesses[i][:, vectors] = prediction.unit(known) @ weights
-            at += size
+            if sizes[i]:
+                weights = coefficients[at : at + sizes[i]].reshape(len(vectors), -1).T
+                guesses[i][:, vectors] = prediction.weigh(known_vectors(rows[i], index, values), weights)
+            at += sizes[i]
     else:
         read_scaled(middle, rows, used, index, values, guesses)
     return tail[len(tail) - gains :]

@@ -47,7 +47,7 @@ def coefficient_bits(energy: np.ndarray, count: np.ndarray) -> np.ndarray:
     return 0.5 * count * np.log2(2 * np.pi * np.e * (variance + 1 / 12)) + VECTOR_BITS
 
 
-def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np.ndarray]:
+def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np.ndarray, float]:
     """Least-squares prediction of vectors from a decoded base, where it saves more bits than it costs.
 
     Args:
@@ -55,29 +55,33 @@ def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np
       base: `[n, D]` the base's coded vectors.
 
     Returns:
-      Prediction or None, and the predicted part `[n, S]`.
+      Prediction or None, the predicted part `[n, S]`, and the bits saved.
     """
-    nothing: tuple[None, np.ndarray] = None, np.zeros_like(target)
+    nothing: tuple[None, np.ndarray, float] = None, np.zeros_like(target), 0.0
     if not base.any() or not target.any():
         return nothing
     known = unit(base)
     gram = known.T.astype(np.float64) @ known
     exact = np.linalg.solve(gram + RIDGE * np.eye(len(gram)), known.T @ target)
     rounded = np.clip(np.rint(exact), -(2**30), 2**30).astype(np.int32)
-    guess = known @ rounded.astype(np.float32)
+    guess = weigh(base, rounded)
     before, after = (target**2).mean(0), ((target - guess) ** 2).mean(0)
-    saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6))
-    used = (
-        saved > coefficient_bits((rounded.astype(np.float64) ** 2).sum(0), np.array(len(gram)))
-    ) & target.any(0)
+    spent = coefficient_bits((rounded.astype(np.float64) ** 2).sum(0), np.array(len(gram)))
+    saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent
+    used = (saved > 0) & target.any(0)
     if not used.any():
         return nothing
-    return Prediction(used, rounded), (guess * used).astype(np.float32)
+    return Prediction(used, rounded), (guess * used).astype(np.float32), float(saved[used].sum())
+
+
+def weigh(base: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """The predicted vectors `[n, S]`."""
+    return unit(base) @ coefficients.astype(np.float32)
 
 
 def pack(found: Sequence[Prediction | None]) -> bytes:
     """The coefficients in use, vector by vector: zigzag, byte plane by byte plane, deflated."""
-    rows = [x.coefficients[:, x.used].T.ravel() for x in found if x is not None]
+    rows = [x.coefficients[:, x.used].T.ravel() for x in found if x is not None and x.used.any()]
     flat = np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int64)
     if not len(flat):
         return b""
@@ -91,19 +95,19 @@ def pack(found: Sequence[Prediction | None]) -> bytes:
     return out
 
 
-def unpack(data: bytes) -> np.ndarray:
-    """The inverse of `pack`: all coefficients in a row, int64.
+def unpack(data: bytes, count: int) -> np.ndarray:
+    """The inverse of `pack`: all `count` coefficients in a row, int64.
 
     >>> x = Prediction(np.array([True, False]), np.array([[-3, 9], [300, 9]], np.int32))
-    >>> unpack(pack([None, x])).tolist()
+    >>> unpack(pack([None, x]), 2).tolist()
     [-3, 300]
     """
-    planes, at = [], 0
-    while at < len(data):
+    code: np.ndarray = np.zeros(count, np.int64)
+    at, shift = 0, 0
+    while at < len(data) and count:
         (size,) = struct.unpack_from("<I", data, at)
-        planes.append(np.frombuffer(zlib.decompress(data[at + 4 : at + 4 + size], -15), np.uint8))
-        at += 4 + size
-    code: np.ndarray = np.zeros(len(planes[0]) if planes else 0, np.int64)
-    for k, plane in enumerate(planes):
-        code |= plane.astype(np.int64) << (8 * k)
+        # never more than was asked for, whatever the bytes say
+        plane = zlib.decompressobj(-15).decompress(data[at + 4 : at + 4 + size], count)
+        code |= np.frombuffer(plane, np.uint8, count).astype(np.int64) << shift
+        at, shift = at + 4 + size, shift + 8
     return np.where(code & 1, -(code + 1) // 2, code // 2)
