@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydraopt_jax.forms import Factors
 from hydraopt_jax.morphology.assets import (
     load_adapters,
     load_base,
@@ -12,7 +13,7 @@ from hydraopt_jax.morphology.assets import (
     load_vocabulary,
     stack_adapters,
 )
-from hydraopt_jax.morphology.evaluate import evaluate, greedy, greedy_tasks, logits
+from hydraopt_jax.morphology.evaluate import answer_all, evaluate, greedy, greedy_tasks, logits
 from hydraopt_jax.morphology.model import Base, Config, Lora, forward, init_base, loss, modules
 from hydraopt_jax.morphology.vocabulary import END_ID, Items, encode_items
 
@@ -103,8 +104,17 @@ def test_scores_count_exact_answers_and_edits(base):
 
 def test_wrong_number_of_adapters_is_refused(base):
     items = Items(np.ones((2, 1, 3), int), np.ones((2, 1, 3), int), np.ones((2, 1), bool))
-    with pytest.raises(ValueError, match="3 and 3 tasks for items of 2"):
+    with pytest.raises(ValueError, match=r"\[3\] tasks for items of 2"):
         evaluate(base, random_lora(jax.random.key(1), tasks=3), items)
+
+
+def test_a_store_answers_in_mixed_batches_as_task_by_task(base):
+    prompts = np.array([[[5, 6, 2], [7, 2, 0]], [[8, 9, 2], [5, 2, 0]], [[6, 6, 2], [9, 8, 2]]])
+    lora = random_lora(jax.random.key(1), tasks=3)
+    of = jnp.arange(3)
+    stored = {n: (Factors(a, b, of, of),) for n, (a, b) in lora.items()}
+    found = [answer_all(base, x, prompts, longest=4, block=2) for x in (lora, stored)]
+    np.testing.assert_array_equal(*found)
 
 
 def test_what_ships_can_do_its_tasks():

@@ -1,0 +1,85 @@
+"""How near coders come to the entropy of a store's codes: the package's own, and a general one (zstd).
+
+    python experiments/frontier/entropy.py ADAPTER... --json experiments/frontier/entropy.json
+
+The same codes, three ways: the package's rANS streams; int8 (int16 where a code needs it) one after another
+under zstd; the same with vectors sorted by scale class first, each class an array of its own. Against the
+entropy of codes given class and quantiser, signs and raw low bits included.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+
+from hydraopt_jax import formats, navigate
+from hydraopt_jax.coding import classes, codec, streams
+from hydraopt_jax.coding.trial import attempt, train
+
+BUDGETS = (0.25, 0.125, 0.0625, 0.03)
+LEVEL = 19
+
+
+def zstd(codes: np.ndarray) -> int:
+    """Bytes of an array as one zarr chunk under zstd, as Orbax would write it."""
+    narrow = np.abs(codes).max(initial=0) < 128
+    data = codes.astype(np.int8 if narrow else np.int16)
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "memory"},
+        "metadata": {
+            "shape": [len(data)],
+            "chunks": [max(len(data), 1)],
+            "dtype": data.dtype.str,
+            "compressor": {"id": "zstd", "level": LEVEL},
+        },
+        "create": True,
+    }
+    array = ts.open(spec).result()
+    array.write(data).result()
+    return sum(
+        len(array.kvstore.read(k).result().value) for k in array.kvstore.list().result() if k != b".zarray"
+    )
+
+
+def measure(coded: codec.Coded) -> dict[str, float]:
+    """Bytes of one coded collection's codes, by coder, over their entropy."""
+    entropy = codec.entropy_bytes(coded.counts)
+    own = plain = by_class = raw = 0.0
+    table = streams.tables(coded.counts)
+    for x in coded.symbols:
+        raw += float(classes.SHIFT[x.cls].sum() + np.count_nonzero(x.magnitude)) / 8
+        own += sum(map(len, streams.encode(x, table)))
+        codes = np.where(x.negative, -x.magnitude, x.magnitude).T[x.cls.T > 0]
+        cls = x.cls.T[x.cls.T > 0]
+        plain += zstd(codes)
+        by_class += sum(zstd(codes[cls == c]) for c in np.unique(cls))
+    whole = entropy + raw
+    ratios = {"own coder": own, "zstd": plain, "zstd, by class": by_class}
+    return {"entropy": round(whole)} | {k: round(v / whole, 4) for k, v in ratios.items()}
+
+
+def main() -> None:
+    """Measure at several budgets."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapters", nargs="+")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args()
+    collection = [formats.read_adapter(x)._replace(extras={}) for x in options.adapters]
+    problem = navigate.setup(collection, navigate.Options(budget=0.1))
+    result = {}
+    for budget in BUDGETS:
+        kept = navigate.compress(collection, navigate.Options(budget=budget), problem=problem)
+        step = kept.report["step"]
+        result[f"{budget:g}"] = measure(attempt(problem, step, train(problem, step)).coded)
+        print(budget, json.dumps(result[f"{budget:g}"]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
