@@ -1,0 +1,56 @@
+"""Processes of one job, joined by `jax.distributed`: modules are independent, so they share but a folder."""
+
+import jax
+from jax.experimental import multihost_utils
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.scale.jobs import Processes
+
+# after so many seconds without a sign of life a process counts as dead, and the others stop
+SILENCE = 30
+
+
+def join(coordinator: str | None, size: int | None, rank: int | None) -> Processes:
+    """Take part in a job of several processes.
+
+    Args:
+      coordinator: ADDRESS:PORT of process 0; "auto" where JAX knows the cluster (TPU pods, SLURM, Open MPI,
+        Kubernetes); None for a job of this process alone.
+      size: how many processes; None under "auto".
+      rank: which of them this is; None under "auto".
+
+    Raises:
+      HydraOptError: the others cannot be reached, or options that do not fit each other.
+    """
+    if coordinator is None:
+        if size is not None or rank is not None:
+            raise HydraOptError("--processes and --process-id need --coordinator ADDRESS:PORT")
+        return Processes()
+    auto = coordinator == "auto"
+    if not auto and (size is None or rank is None or not 0 <= rank < size):
+        raise HydraOptError(
+            "--coordinator ADDRESS:PORT needs --processes N and --process-id 0..N-1; auto finds them itself on "
+            "TPU pods and SLURM"
+        )
+    try:
+        jax.distributed.initialize(
+            None if auto else coordinator, size, rank, heartbeat_timeout_seconds=SILENCE
+        )
+    except (RuntimeError, ValueError) as error:
+        raise HydraOptError(f"--coordinator {coordinator}: cannot join the job: {error}") from error
+    return Processes(jax.process_index(), jax.process_count(), wait)
+
+
+def wait(name: str) -> None:
+    """Wait until every process has come here.
+
+    Raises:
+      HydraOptError: one of them is gone.
+    """
+    try:
+        multihost_utils.sync_global_devices(name)
+    except Exception as error:  # the transport raises whatever it met
+        raise HydraOptError(
+            f"another process of this job has stopped ({str(error)[:80]}): what is done is kept; start "
+            "all processes again to go on"
+        ) from error
