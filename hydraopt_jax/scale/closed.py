@@ -2,7 +2,8 @@
 
 With `G = sum_t w_t delta_t delta_t.T` the shared factor is G's S leading eigenvectors and the heads are the
 projections (`forms.hydra`). Here no pass holds more than a few tasks on the device: G is added up over chunks
-of tasks, so T is unbounded; where T R < I the sum is smaller than G and is applied, never formed. Both
+of tasks, so T is unbounded; where T R < I, G is never formed: with `G = W.T W` and fewer rows in W than
+columns, the eigenvectors come from `W W.T`. Both
 sides look alike in the layout `a: [T, R, I]`, `b: [T, R, O]` of `delta = a.T @ b`, so that one side's
 code is the other's. On a mesh modules and tasks are sharded; the sums over tasks are then a `psum`.
 """
@@ -25,7 +26,7 @@ from hydraopt_jax.scale.mesh import MODULES, TASKS
 # up to this size an eigenproblem is solved outright
 DIRECT = 256
 # change of the captured share of the energy at which iterating stops, and the most rounds
-TOLERANCE = 3e-6
+TOLERANCE = 1e-5
 ROUNDS = 60
 
 BOTH = P(MODULES, TASKS)
@@ -154,7 +155,7 @@ def of_sum(total: Array, trace: Array, *, mesh: Mesh, rank: int, columns: int) -
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rank", "side"))
 def of_factors(a: Array, b: Array, scale: Array, *, mesh: Mesh, rank: int, side: str) -> tuple[Basis, Array]:
-    """Leading directions of the sum made of all tasks' factors, without forming it; and the energies."""
+    """Leading directions of the sum, by the Gram matrix of all tasks' factors; and the energies."""
 
     def local(a: Array, b: Array, scale: Array) -> tuple[Basis, Array]:
         a, b, scale = (jax.lax.all_gather(x, TASKS, axis=1, tiled=True) for x in (a, b, scale))
@@ -164,17 +165,17 @@ def of_factors(a: Array, b: Array, scale: Array, *, mesh: Mesh, rank: int, side:
         energy = jnp.sum(matmul(x, x.mT) * outer, (-2, -1))
         outer = outer * algebra.task_weights(energy)[..., None, None]
 
-        def one(x: Array, outer: Array, energy: Array) -> Basis:
-            tasks, ranks, size = x.shape
-            wide = x.reshape(-1, size)
+        values, vectors = algebra.eigh(outer)
+        root = jnp.sqrt(jnp.maximum(values, 0.0))[..., None] * vectors.mT
 
-            def apply(q: Array) -> Array:
-                inner = matmul(outer, matmul(wide, q).reshape(tasks, ranks, -1))
-                return matmul(wide.mT, inner.reshape(tasks * ranks, -1))
+        def one(rows: Array, energy: Array) -> Basis:
+            gram = matmul(rows, rows.T)
+            trace = jnp.sum(energy > 0).astype(jnp.float32)
+            found = leading(lambda q: matmul(gram, q), len(rows), len(rows), rank, trace)
+            lengths = jnp.sqrt(jnp.maximum(found.values, 1e-20))
+            return Basis(algebra.orthonormal(matmul(rows.T, found.vectors) / lengths), found.values)
 
-            return leading(apply, size, tasks * ranks, rank, jnp.sum(energy > 0).astype(jnp.float32))
-
-        return jax.vmap(one)(x, outer, energy), energy
+        return jax.vmap(one)(flat(matmul(root, x)), energy), energy
 
     return jax.shard_map(
         local, mesh=mesh, in_specs=(BOTH, BOTH, BOTH), out_specs=(LOCAL, LOCAL), check_vma=False

@@ -29,8 +29,8 @@ def join(coordinator: str | None, size: int | None, rank: int | None) -> Process
     auto = coordinator == "auto"
     if not auto and (size is None or rank is None or not 0 <= rank < size):
         raise HydraOptError(
-            "--coordinator ADDRESS:PORT needs --processes N and --process-id 0..N-1; auto finds them itself on "
-            "TPU pods and SLURM"
+            "--coordinator ADDRESS:PORT needs --processes N and --process-id 0..N-1; auto finds them "
+            "itself on TPU pods and SLURM"
         )
     try:
         jax.distributed.initialize(

@@ -13,9 +13,11 @@ from hydraopt_jax.scale import streaming
 from hydraopt_jax.scale.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
 from hydraopt_jax.scale.reading import Collection
 
-# bytes a second of reading, checking and writing, and the share of a matmul's rate, that are counted on
+# what is counted on: bytes a second of reading, checking and writing, and the share of a matmul's rate
 READ_RATE = 3e8
 EFFICIENCY = 0.4
+# of subspace iteration
+ROUNDS = 20
 CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
 
 
@@ -63,7 +65,8 @@ def group_flops(group: Group, tasks: int, ranks: dict[str, int]) -> int:
     for side, size in zip(("in", "out"), group.shape, strict=True):
         if side in ranks:
             block = ranks[side] + max(ranks[side], 8)
-            total += 4 * wide * size * block * 12 if applied(tasks, group.rank, size) else 2 * wide * size**2
+            n = min(wide, size)
+            total += 2 * wide * size * n + 4 * n**2 * block * ROUNDS
     width = max(ranks.values())
     total += 2 * wide * width * 4 * sum(group.shape) + 4 * tasks * width**2 * max(group.shape)
     return total * len(group.modules)

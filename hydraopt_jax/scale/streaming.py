@@ -79,7 +79,7 @@ def bases(
         for s in direct
     )
     found: dict[str, Basis] = {}
-    energy: list[np.ndarray] = []
+    energy: list[jax.Array] = []
     present: list[np.ndarray] = []
     local = rows // grid.shape[MODULES]
     size = chunk_tasks(SUM_BYTES, tasks, group.rank * sum(group.shape), local, grid)
@@ -89,7 +89,7 @@ def bases(
         if direct:
             for count, arrays in chunks(block, size, grid):
                 sums, part = closed.accumulate(sums, *arrays, mesh=grid, sides=direct)
-                energy.append(np.asarray(part)[:, :count])
+                energy.append(part[:, :count])
         if len(direct) < len(ranks):
             # the only span: `applied` sides need every task at once, and are small for it
             every = next(chunks(block, padded(tasks, lanes), grid))[1]
@@ -97,8 +97,8 @@ def bases(
                 if side not in direct:
                     basis, part = closed.of_factors(*every, mesh=grid, rank=ranks[side], side=side)
                     found[side] = jax.device_get(basis)
-                    energy = energy if direct else [np.asarray(part)[:, :tasks]]
-    norms = np.concatenate(energy, 1)
+                    energy = energy if direct else [part[:, :tasks]]
+    norms = np.concatenate([np.asarray(x) for x in energy], 1)
     trace = put(grid, (norms > 0).sum(-1).astype(np.float32), LOCAL)
     for side, total in zip(direct, sums, strict=True):
         found[side] = jax.device_get(
@@ -162,20 +162,14 @@ def solve(
             shared = shared if order[chosen[m]] == "in" else shared.T
             shared_at.append(sink.tell())
             sink.write(np.ascontiguousarray(shared).tobytes())
-        for start, _ in group.spans:
-            block, at = next(parts), start
-            for count, arrays in chunks(block, size, grid):
-                for side in sides:
-                    out = closed.project(*on_mesh[side], *arrays, mesh=grid, side=side, dtype=dtype)
-                    values, error = np.asarray(out.values), np.asarray(out.error)
-                    for m in (m for m in range(len(group.modules)) if order[chosen[m]] == side):
-                        squares[m, at : at + count] = error[m, :count]
-                        check_finite(group.modules[m], values[m, :count], dtype)
-                        for t in np.flatnonzero(energy[m, at : at + count] > 0):
-                            heads[m].append((at + int(t), sink.tell()))
-                            sink.write(values[m, t].tobytes())
-                at += count
-            del block
+        for at, count, side, out in ahead(projected(group, parts, sides, on_mesh, size, grid, dtype)):
+            values, error = np.asarray(out.values), np.asarray(out.error)
+            for m in (m for m in range(len(group.modules)) if order[chosen[m]] == side):
+                squares[m, at : at + count] = error[m, :count]
+                check_finite(group.modules[m], values[m, :count], dtype)
+                for t in np.flatnonzero(energy[m, at : at + count] > 0):
+                    heads[m].append((at + int(t), sink.tell()))
+                    sink.write(values[m, t].tobytes())
         for m in (m for m, rows in enumerate(heads) if not rows):
             # a module whose deltas are all zero is one head of zeros
             heads[m].append((0, sink.tell()))
@@ -192,6 +186,39 @@ def solve(
             bound=float(losses[side][m]) / max(int(present[m]), 1),
         )
     return kept
+
+
+def projected(
+    group: Group,
+    parts: Iterator[Block],
+    sides: list[str],
+    on_mesh: dict[str, tuple[jax.Array, ...]],
+    size: int,
+    grid: Mesh,
+    dtype: str,
+) -> Iterator[tuple[int, int, str, closed.Heads]]:
+    """Second pass: first task, count of tasks, side and heads of every chunk."""
+    for start, _ in group.spans:
+        at = start
+        for count, arrays in chunks(next(parts), size, grid):
+            for side in sides:
+                yield (
+                    at,
+                    count,
+                    side,
+                    closed.project(*on_mesh[side], *arrays, mesh=grid, side=side, dtype=dtype),
+                )
+            at += count
+
+
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, each only when the next one has been asked for: the device works on that meanwhile."""
+    waiting: list[Any] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def check_finite(name: str, values: np.ndarray, dtype: str) -> None:
