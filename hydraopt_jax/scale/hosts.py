@@ -1,13 +1,16 @@
 """Processes of one job, joined by `jax.distributed`: modules are independent, so they share but a folder."""
 
 import jax
-from jax.experimental import multihost_utils
+import jax.extend.backend
+from orbax.checkpoint import multihost
 
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.scale.jobs import Processes
 
 # after so many seconds without a sign of life a process counts as dead, and the others stop
 SILENCE = 30
+# how long the first waits for the last, in seconds
+PATIENCE = 7 * 86400
 
 
 def join(coordinator: str | None, size: int | None, rank: int | None) -> Processes:
@@ -38,7 +41,7 @@ def join(coordinator: str | None, size: int | None, rank: int | None) -> Process
         )
     except (RuntimeError, ValueError) as error:
         raise HydraOptError(f"--coordinator {coordinator}: cannot join the job: {error}") from error
-    return Processes(jax.process_index(), jax.process_count(), wait)
+    return Processes(jax.process_index(), jax.process_count(), wait, leave)
 
 
 def wait(name: str) -> None:
@@ -48,9 +51,16 @@ def wait(name: str) -> None:
       HydraOptError: one of them is gone.
     """
     try:
-        multihost_utils.sync_global_devices(name)
+        # by the coordination service alone: no collective, whose transport would speak on standard output
+        multihost.get_barrier_sync_fn()(key=f"hydraopt-{name}", timeout_ms=1000 * PATIENCE)
     except Exception as error:  # the transport raises whatever it met
         raise HydraOptError(
             f"another process of this job has stopped ({str(error)[:80]}): what is done is kept; start "
             "all processes again to go on"
         ) from error
+
+
+def leave() -> None:
+    """End what the processes have in common: from here on each is alone, also for Orbax."""
+    jax.distributed.shutdown()
+    jax.extend.backend.clear_backends()

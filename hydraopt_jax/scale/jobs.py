@@ -30,11 +30,12 @@ SCHEMA = 1
 
 
 class Processes(NamedTuple):
-    """Who takes part in a job: process `rank` of `size`, and how it waits for the others."""
+    """Who takes part in a job: process `rank` of `size`, how it waits for the others, and leaves."""
 
     rank: int = 0
     size: int = 1
     wait: Callable[[str], None] = lambda name: None
+    leave: Callable[[], None] = lambda: None
 
 
 class Progress(NamedTuple):
@@ -193,8 +194,8 @@ def run(
         progress.start(modules, modules - sum(len(x.modules) for x in todo.values()))
         work(folder, found, todo, options, dtype, progress)
         processes.wait("worked")
+        processes.leave()
         if processes.rank:
-            processes.wait("written")
             return None
         done = kept_groups(folder, groups)
         missing = [n for n in range(len(groups)) if n not in done]
@@ -203,11 +204,9 @@ def run(
                 f"{folder}: group {missing[0]} of another process is not there: the folder must be on a file "
                 "system that all processes share"
             )
-        content = finish(
+        return finish(
             Path(out).absolute(), folder, found, done, options, dtype, compress, limit, left_out or {}
         )
-        processes.wait("written")
-        return content
     except OSError as error:
         raise assembly.disk_error(folder, error) from error
 

@@ -77,8 +77,8 @@ def compress(folders, out, *more):
 def test_a_killed_job_goes_on_and_ends_with_the_same_store(folders, tmp_path):
     code, _, err = finish(start(compress(folders, tmp_path / "whole")))
     assert (code, err) == (0, "")
-    # keep1 is the checks, keep2 the job's mark, keep3 to keep5 the groups
-    for n, (point, going_on) in enumerate([("keep4:SIGKILL", "1 of 3"), ("gather1:SIGKILL", "3 of 3")]):
+    # keep1 is the job's mark, keep2 to keep4 the groups
+    for n, (point, going_on) in enumerate([("keep3:SIGKILL", "1 of 3"), ("gather1:SIGKILL", "3 of 3")]):
         out = tmp_path / f"killed{n}"
         assert finish(start(compress(folders, out), point))[0] == -signal.SIGKILL
         assert not out.exists()
@@ -91,7 +91,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_store(folders, tmp_path):
 
 def test_sigterm_ends_a_job_with_a_message(folders, tmp_path):
     out = tmp_path / "store"
-    code, said, err = finish(start(compress(folders, out), "keep5:SIGTERM"))
+    code, said, err = finish(start(compress(folders, out), "keep4:SIGTERM"))
     assert (code, said) == (143, "")
     assert err.startswith("hydraopt: stopped by SIGTERM")
     assert err.count("\n") == 1
@@ -105,7 +105,7 @@ def test_sigterm_ends_a_job_with_a_message(folders, tmp_path):
 def test_a_full_disk_is_one_clear_line_and_keeps_what_is_done(folders, tmp_path):
     out = tmp_path / "store"
     kept = tmp_path / "store.partial"
-    assert finish(start(compress(folders, out), "keep4:SIGKILL"))[0] == -signal.SIGKILL
+    assert finish(start(compress(folders, out), "keep3:SIGKILL"))[0] == -signal.SIGKILL
     limited = subprocess.run(
         [sys.executable, "-c", DRIVER, "none0:SIGKILL", *map(str, compress(folders, out))],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"},
@@ -156,7 +156,7 @@ def test_two_processes_of_four_devices_write_the_store_of_one(folders, tmp_path)
 
 def test_the_others_stop_when_a_process_dies(folders, tmp_path):
     out = tmp_path / "store"
-    alive, dead = company(folders, out, ("none0:SIGKILL", "keep2:SIGKILL"))
+    alive, dead = company(folders, out, ("none0:SIGKILL", "keep1:SIGKILL"))
     assert finish(dead)[0] == -signal.SIGKILL
     begun = time.monotonic()
     code, _, err = finish(alive, timeout=90)
