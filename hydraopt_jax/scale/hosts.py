@@ -8,7 +8,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.scale.jobs import Processes
 
 # after so many seconds without a sign of life a process counts as dead, and the others stop
-SILENCE = 30
+SILENCE = 20
 # how long the first waits for the last, in seconds
 PATIENCE = 7 * 86400
 
@@ -35,6 +35,8 @@ def join(coordinator: str | None, size: int | None, rank: int | None) -> Process
             "--coordinator ADDRESS:PORT needs --processes N and --process-id 0..N-1; auto finds them "
             "itself on TPU pods and SLURM"
         )
+    # sums never leave a process, and the transport between processes would speak on standard output
+    jax.config.update("jax_cpu_collectives_implementation", None)
     try:
         jax.distributed.initialize(
             None if auto else coordinator, size, rank, heartbeat_timeout_seconds=SILENCE
@@ -51,7 +53,7 @@ def wait(name: str) -> None:
       HydraOptError: one of them is gone.
     """
     try:
-        # by the coordination service alone: no collective, whose transport would speak on standard output
+        # by the coordination service, no collective
         multihost.get_barrier_sync_fn()(key=f"hydraopt-{name}", timeout_ms=1000 * PATIENCE)
     except Exception as error:  # the transport raises whatever it met
         raise HydraOptError(
