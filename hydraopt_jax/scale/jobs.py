@@ -273,7 +273,8 @@ def finish(
         assembly.write(folder / "new", folder / "leaves", content, kept, found.read_extras, compress)
         assembly.place(out, folder / "new", folder / "old", limit)
     except checkpoint.TooLarge:
-        shutil.rmtree(folder / "new", ignore_errors=True)
+        # as every refusal this one leaves nothing behind
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     return content
