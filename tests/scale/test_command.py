@@ -1,7 +1,6 @@
 """The command on collections with a bad adapter, and before any work."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,7 @@ def test_a_dry_run_says_what_the_job_takes_and_writes_nothing(capsys, folders, t
     _, index = checkpoint.read_index(tmp_path / "store")
     stored = sum(index["leaves"].values())
     assert plan["store"] == stored
-    shutil.rmtree(tmp_path / "store")
+    assert run(capsys, "verify", tmp_path / "store", *folders)[0] == 0
 
 
 @pytest.mark.parametrize(

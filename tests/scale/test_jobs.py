@@ -8,21 +8,23 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.scale import assembly, jobs, reading
 
 CORES = compression.Options(heads=2, rank=3, side="in", cores=True)
+# [24, 12]: four adapters of rank 4 span less than the input side and more than the output side
+MODULES = ["model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj"]
 
 
-def cards(folders):
-    pairs = [x.partition("=")[::2] for x in folders]
-    return [reading.open_adapter(path, task, {}) for task, path in pairs]
+def some(adapter, modules):
+    """An adapter of some of the modules alone."""
+    return adapter._replace(a={m: adapter.a[m] for m in modules}, b={m: adapter.b[m] for m in modules})
 
 
-@pytest.fixture
-def found(folders):
-    return reading.collection(cards(folders))
-
-
-@pytest.fixture
-def read(folders):
-    return [formats.read_adapter(x.partition("=")[2], task=x.partition("=")[0]) for x in folders]
+def written(adapters, folder):
+    """Adapters on disk, as a collection and read whole."""
+    cards, read = [], []
+    for n, adapter in enumerate(adapters):
+        formats.write_adapter(folder / f"in{n}", adapter)
+        cards.append(reading.open_adapter(str(folder / f"in{n}"), adapter.task, {}))
+        read.append(formats.read_adapter(folder / f"in{n}", task=adapter.task))
+    return reading.collection(cards), read
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,8 @@ def read(folders):
         (CORES, 1 << 27),
     ],
 )
-def test_store_is_that_of_the_collection_in_memory(found, read, tmp_path, options, group_bytes):
+def test_store_is_that_of_the_collection_in_memory(small, tmp_path, options, group_bytes):
+    found, read = written([some(x, MODULES) for x in small], tmp_path)
     said = jobs.run(tmp_path / "s", found, options, group_bytes=group_bytes)
     kept = checkpoint.restore(tmp_path / "s")
     expected = compression.compress(read, options)
@@ -51,19 +54,10 @@ def test_store_is_that_of_the_collection_in_memory(found, read, tmp_path, option
 def streamed(small, tmp_path, monkeypatch):
     """A store written in memory, `small`, and the same one too large for that, `large`; with full tensors and
     a module that one task lacks."""
+    one, two, three, four = (some(x, MODULES) for x in small)
     head = np.arange(6, dtype=np.float16).reshape(2, 3)
-    lacks = {s: dict(list(getattr(small[2], s).items())[1:]) for s in "ab"}
-    adapters = [
-        small[0],
-        small[1]._replace(extras={"score.weight": head}),
-        small[2]._replace(**lacks),
-        small[3],
-    ]
-    cards = []
-    for n, adapter in enumerate(adapters):
-        formats.write_adapter(tmp_path / f"in{n}", adapter)
-        cards.append(reading.open_adapter(str(tmp_path / f"in{n}"), adapter.task, {}))
-    found = reading.collection(cards)
+    adapters = [one, two._replace(extras={"score.weight": head}), some(three, MODULES[:1]), four]
+    found, _ = written(adapters, tmp_path)
     jobs.run(tmp_path / "small", found, CORES)
     monkeypatch.setattr(assembly, "IN_MEMORY", 0)
     jobs.run(tmp_path / "large", found, CORES)
@@ -90,7 +84,9 @@ def test_a_store_too_large_for_memory_is_changed_and_checked_as_any_other(stream
     large = streamed / "large"
     assert checkpoint.verify(large) > 5
     before = store.task_factors(checkpoint.restore(large), "one")
-    checkpoint.update(large, lambda x: changes.remove(changes.add(x, small[3]._replace(task="new")), "a.b"))
+    checkpoint.update(
+        large, lambda x: changes.remove(changes.add(x, some(small[3], MODULES)._replace(task="new")), "a.b")
+    )
     kept = checkpoint.restore(large)
     assert kept.tasks == ("one", "two/three", "four", "new")
     assert checkpoint.schema_of(large) == checkpoint.SCHEMA

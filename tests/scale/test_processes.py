@@ -1,4 +1,4 @@
-"""Two real processes of one job."""
+"""Two real processes of one job, of four devices each."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from hydraopt_jax import checkpoint, formats, synthetic
+from hydraopt_jax import checkpoint, compression, formats, synthetic
 from hydraopt_jax.scale import jobs, reading
 
 # the command, a module a group, killed as it keeps the file that the first argument names
@@ -70,33 +70,7 @@ def company(sources, out, last=""):
     return [(x.returncode, *y) for x, y in zip(running, said, strict=True)]
 
 
-def alone(sources, out, progress=None):
-    """The same job by this process."""
-    found = reading.collection([reading.open_adapter(x, None, {}) for x in sources])
-    options = jobs.Options(rank=3, side="in")
-    return jobs.run(out, found, options, group_bytes=1, progress=progress)
-
-
-def assert_same(one, two):
-    one, two = checkpoint.restore(one), checkpoint.restore(two)
-    np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
-    assert list(two.modules) == list(one.modules)
-    for name, (term,) in one.modules.items():
-        (other,) = two.modules[name]
-        delta, again = (np.asarray(x.a)[0] @ np.asarray(x.b) for x in (term, other))
-        np.testing.assert_allclose(again, delta, atol=1e-4 * np.abs(delta).max())
-
-
-def test_two_processes_of_four_devices_write_the_store_of_one(sources, tmp_path):
-    done = company(sources, tmp_path / "two")
-    assert [x[0] for x in done] == [0, 0], done
-    assert json.loads(done[0][1])["tasks"] == [f"task-0{t}" for t in range(5)]
-    assert done[1][1] == ""
-    alone(sources, tmp_path / "one")
-    assert_same(tmp_path / "one", tmp_path / "two")
-
-
-def test_the_others_stop_when_a_process_is_killed_and_the_job_goes_on(sources, tmp_path):
+def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sources, tmp_path):
     out = tmp_path / "store"
     # groups 0 and 2 are the first process's, 1 is the second's
     alive, dead = company(sources, out, "group-1.json")
@@ -106,8 +80,17 @@ def test_the_others_stop_when_a_process_is_killed_and_the_job_goes_on(sources, t
     assert not out.exists()
     kept = jobs.folder_of(out)
     assert sorted(x.name for x in kept.glob("group-*.json")) == ["group-0.json", "group-2.json"]
-    again: list = []
-    alone(sources, out, jobs.Progress(start=lambda total, done: again.append((total, done))))
-    assert again == [(3, 2)]
-    alone(sources, tmp_path / "one")
-    assert_same(tmp_path / "one", out)
+    first, second = company(sources, out)
+    assert (first[0], second[:2]) == (0, (0, "")), (first, second)
+    assert "going on: 2 of 2 modules" in first[2]
+    assert json.loads(first[1])["tasks"] == [f"task-0{t}" for t in range(5)]
+    assert not kept.exists()
+    found = reading.collection([reading.open_adapter(x, None, {}) for x in sources])
+    jobs.run(tmp_path / "alone", found, compression.Options(rank=3, side="in"), group_bytes=1)
+    one, two = checkpoint.restore(tmp_path / "alone"), checkpoint.restore(out)
+    np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
+    assert list(two.modules) == list(one.modules)
+    for name, (term,) in one.modules.items():
+        (other,) = two.modules[name]
+        delta, again = (np.asarray(x.a)[0] @ np.asarray(x.b) for x in (term, other))
+        np.testing.assert_allclose(again, delta, atol=1e-4 * np.abs(delta).max())
