@@ -26,9 +26,12 @@ __all__ = [
     "read_index",
     "restore",
     "save",
+    "schema_of",
+    "settle",
     "size_on_disk",
     "update",
     "verify",
+    "write",
 ]
 
 Read = TypeVar("Read")
@@ -77,11 +80,16 @@ def save(
 def put(place: Path, path: Path, store: Store, compress: bool, limit: int | None = None) -> None:
     """Write a store to a place of `atomic.writing`, then put it where it belongs."""
     write(place / "new", store, compress)
-    size = size_on_disk(place / "new")
+    settle(place / "new", path, limit)
+
+
+def settle(new: Path, path: Path, limit: int | None) -> None:
+    """Put a finished folder where it belongs; one that is too large is not kept."""
+    size = size_on_disk(new)
     if limit is not None and size > limit:
         raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
-    atomic.sync_tree(place / "new")
-    atomic.replace(place / "new", path)
+    atomic.sync_tree(new)
+    atomic.replace(new, path)
 
 
 def update(path: str | os.PathLike, change: Callable[[Store], Store]) -> Store:
@@ -106,6 +114,11 @@ def check_target(path: str | os.PathLike, overwrite: bool) -> None:
     if not overwrite:
         raise HydraOptError(f"{path}: exists; choose another --out or give --overwrite")
     read_whole(path, container.read_description)
+
+
+def schema_of(path: str | os.PathLike) -> int:
+    """Which schema a store is written in."""
+    return read_whole(Path(path).absolute(), container.read_description)[0]["schema"]
 
 
 def read_index(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -5,7 +5,8 @@ costs a few hundred bytes beside its content, an array a leaf as much for each l
 carries the description: sizes and checksums of all other files, and a seal over itself. Chunks are decoded
 from the very bytes whose checksum was compared: a store replaced meanwhile is never read half and half.
 
-The first schema kept one array a leaf; it is read, no longer written.
+The first schema keeps one array a leaf; it is read here, and written by `scale.assembly` for what memory does
+not hold.
 """
 
 import hashlib

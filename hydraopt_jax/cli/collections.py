@@ -1,6 +1,6 @@
 """Verbs that read a collection of adapters: similarity, compress, frontier, demo."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,21 @@ import click
 import numpy as np
 from rich.table import Table
 
-from hydraopt_jax import checkpoint, compression, frontier, merging, navigate, refinement, report, similarity
+from hydraopt_jax import (
+    checkpoint,
+    compression,
+    frontier,
+    merging,
+    navigate,
+    refinement,
+    report,
+    similarity,
+    store,
+)
 from hydraopt_jax import demo as demonstration
 from hydraopt_jax.adapters import check, stack
 from hydraopt_jax.calibration import load as load_calibration
+from hydraopt_jax.cli import scaling
 from hydraopt_jax.cli.common import (
     as_json_option,
     clean,
@@ -85,6 +96,7 @@ def similarity_command(
 @click.option("--no-zstd", is_flag=True, help="write the leaves without compression")
 @click.option("--overwrite", is_flag=True, help="replace an existing store")
 @click.option("--force", is_flag=True, help="keep a store that is larger than its input")
+@scaling.scale_options
 @as_json_option
 def compress_command(
     adapters: Sequence[str],
@@ -102,12 +114,23 @@ def compress_command(
     calibration: str | None,
     alone: bool,
     refine: int | None,
+    skip_bad: bool,
+    dry_run: bool,
+    coordinator: str | None,
+    processes: int | None,
+    process_id: int | None,
     **form: Any,
 ) -> None:
     """Compress ADAPTERS into one store: to a budget, to an error, or in a form that you choose."""
     checkpoint.check_target(out, overwrite)
     navigated = budget is not None or max_error is not None or max_task_error is not None
     moments = None
+    large = {"--skip-bad": skip_bad, "--dry-run": dry_run, "--coordinator": coordinator}
+    asked = [k for k, v in large.items() if v]
+    if asked and (navigated or refine):
+        raise HydraOptError(
+            f"{asked[0]} needs an explicit form: budgets, targets and --refine hold all in memory"
+        )
     if navigated:
         fixed = [k for k, v in form.items() if v != DEFAULTS[k]]
         if fixed:
@@ -134,6 +157,26 @@ def compress_command(
             )
         options = compression.Options(**form)
         compression.check_options(options, len(adapters))
+        if not refine:
+            done = scaling.run(
+                adapters,
+                out,
+                options,
+                any_base=any_base,
+                base_suffix=base_suffix,
+                overwrite=overwrite,
+                zstd=not no_zstd,
+                force=force,
+                as_json=as_json,
+                skip_bad=skip_bad,
+                dry_run=dry_run,
+                coordinator=coordinator,
+                processes=processes,
+                process_id=process_id,
+            )
+            if done is not None:
+                show_store(out, *done, as_json)
+            return
         collection = read_all(adapters, any_base, base_suffix, as_json)
         with report.progress("compressing", len(check(collection)), not as_json) as advance:
             result = compression.compress(collection, options, progress=advance)
@@ -146,18 +189,31 @@ def compress_command(
         gained = {"refinement": clean({"before": found.before, "after": found.after, "steps": refine})}
     before = sum(checkpoint.size_on_disk(x.source) for x in collection)
     checkpoint.save(out, result, overwrite=overwrite, compress=not no_zstd, limit=None if force else before)
+    chosen: list[Any] = [forms_table(result)] if navigated else []
+    if gained:
+        loss = "output error" if moments is not None else "error of delta"
+        chosen.append(f"refined: {loss} {found.before:.4e} before, {found.after:.4e} after {refine} steps")
+    show_store(out, result, before, as_json, gained, chosen)
+
+
+def show_store(
+    out: str,
+    result: store.Store,
+    before: int,
+    as_json: bool,
+    gained: Mapping[str, Any] | None = None,
+    chosen: Sequence[Any] = (),
+) -> None:
+    """Print what a store that was just written is."""
     after = checkpoint.size_on_disk(out)
-    payload = describe(out, result) | {"bytes_before": before, "bytes_after": after} | gained
+    payload = describe(out, result) | {"bytes_before": before, "bytes_after": after} | dict(gained or {})
     payload["ratio"] = clean(after / before)
     table = Table("on disk", "before", "after", "ratio", title=str(out))
     table.add_row(
         "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
     )
-    chosen: list[Any] = [forms_table(result)] if navigated else []
-    if gained:
-        loss = "output error" if moments is not None else "error of delta"
-        chosen.append(f"refined: {loss} {found.before:.4e} before, {found.after:.4e} after {refine} steps")
-    say(as_json, payload, table, *chosen, error_table(result))
+    left = [f"left out: {x}: {why}" for x, why in result.report.get("left_out", {}).items()]
+    say(as_json, payload, table, *chosen, *left, error_table(result))
 
 
 @click.command("frontier")

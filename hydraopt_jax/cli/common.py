@@ -27,16 +27,20 @@ class CheckFailed(click.ClickException):
     exit_code = 1
 
 
+def split_name(text: str) -> tuple[str, str | None]:
+    """Where an adapter given as PATH or NAME=PATH is, and its name, None for the folder's."""
+    task, sep, path = text.partition("=")
+    return (text, None) if not sep or Path(text).exists() else (path, task)
+
+
 def read_all(
     names: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
 ) -> list[Adapter]:
     """Read adapters given as PATH or NAME=PATH and check that they adapt one base model."""
     out = []
     with report.progress("reading", len(names), not as_json) as advance:
-        for name in names:
-            task, sep, path = name.partition("=")
-            plain = not sep or Path(name).exists()
-            out.append(read_adapter(name if plain else path, task=None if plain else task))
+        for path, task in map(split_name, names):
+            out.append(read_adapter(path, task=task))
             advance()
     check_same_base(out, any_base=any_base, base_suffixes=tuple(base_suffix))
     check(out)
@@ -85,10 +89,10 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
     """What a store is, JSON-able."""
     per_task = task_errors(content.errors)
     bound = list(content.report["bound"].values())
-    chosen = {k: content.report[k] for k in ("forms", "limit", "step") if k in content.report}
+    chosen = {k: content.report[k] for k in ("forms", "limit", "step", "left_out") if k in content.report}
     return {
         "store": str(path),
-        "schema": checkpoint.SCHEMA,
+        "schema": checkpoint.schema_of(path),
         "tasks": list(content.tasks),
         "modules": len(content.modules),
         "form": content.report["form"],

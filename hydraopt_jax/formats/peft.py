@@ -58,7 +58,7 @@ def _is_embedding(pair: _Pair) -> bool:
     return any(_EMBEDDING_KEY.fullmatch(key) for key, _ in pair.values())
 
 
-def _sort_tensors(
+def sort_tensors(
     tensors: Iterator[tuple[str, np.ndarray]], source: str
 ) -> tuple[dict[str, _Pair], dict[str, np.ndarray]]:
     """Sort tensors into LoRA pairs by module, and everything else by its own name."""
@@ -91,10 +91,8 @@ def _sort_tensors(
     return pairs, extras
 
 
-def _factors(
-    module: str, pair: _Pair, config: Mapping[str, Any], source: str
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """One module's `a: [I, R]`, `b: [R, O]` and layout, from PEFT's A and B."""
+def check_pair(module: str, pair: _Pair, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """One module's layout, from the shapes of PEFT's A and B, which must fit each other and the config."""
     for side, other in (("A", "B"), ("B", "A")):
         if side not in pair:
             raise HydraOptError(
@@ -129,6 +127,16 @@ def _factors(
         raise HydraOptError(
             f"{source}: {key_b} has rank {high.shape[1]} but {key_a} has rank {rank}: save the adapter again"
         )
+    return layout
+
+
+def _factors(
+    module: str, pair: _Pair, config: Mapping[str, Any], source: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """One module's `a: [I, R]`, `b: [R, O]` and layout, from PEFT's A and B."""
+    layout = check_pair(module, pair, config, source)
+    (_, low), (_, high) = pair["A"], pair["B"]
+    rank = low.shape[0]
     b = np.array(high.reshape(high.shape[0], rank).T, dtype=np.float32, order="C")
     b *= np.float32(module_scale(config, module))
     return low.reshape(rank, -1).T, b, layout
@@ -155,11 +163,31 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def _weights_file(folder: Path) -> Path:
+def locate(source: str) -> tuple[Path, str]:
+    """An adapter's folder, fetched from the hub if need be, and the task's name where none is given."""
+    if source.startswith("hf:"):
+        return _fetch(source[3:]), source[3:]
+    folder = Path(source)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "no such folder"
+        raise HydraOptError(f"{source}: {what}: pass a folder that PEFT's save_pretrained wrote")
+    return folder, folder.resolve().name
+
+
+def weights_file(folder: Path) -> Path:
     for name in (WEIGHTS_FILE, PICKLE_FILE):
         if (folder / name).is_file():
             return folder / name
     raise HydraOptError(f"{folder / WEIGHTS_FILE}: no such file: the folder has no adapter weights")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be read: {one_line(error.strerror)}") from None
 
 
 def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Adapter:
@@ -180,17 +208,10 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
         low-rank delta; the message names the file, tensor or field.
     """
     source = os.fspath(path)
-    if source.startswith("hf:"):
-        folder, name = _fetch(source[3:]), source[3:]
-    else:
-        folder = Path(source)
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "no such folder"
-            raise HydraOptError(f"{source}: {what}: pass a folder that PEFT's save_pretrained wrote")
-        name = folder.resolve().name
+    folder, name = locate(source)
     config = read_config(folder / CONFIG_FILE)
-    weights = _weights_file(folder)
-    pairs, extras = _sort_tensors(read_tensors(weights), str(weights))
+    weights = weights_file(folder)
+    pairs, extras = sort_tensors(read_tensors(weights), str(weights))
     if not pairs:
         raise HydraOptError(f"{weights}: holds no LoRA tensor: was the right adapter saved?")
     dtypes = {tensor.dtype for pair in pairs.values() for _, tensor in pair.values()}
@@ -198,11 +219,7 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
     for module in list(pairs):
         # Popping frees each lora_B as its scaled copy is made.
         a[module], b[module], layout[module] = _factors(module, pairs.pop(module), config, str(weights))
-    try:
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise HydraOptError(f"{weights}: cannot be read: {one_line(error.strerror)}") from None
+    digest = file_digest(weights)
     return Adapter(
         task=name if task is None else task,
         a=a,

@@ -1,0 +1,91 @@
+"""One generated job in a process of its own: prints seconds, peak memory and the error as one JSON object."""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import generated
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydraopt_jax import checkpoint, compression, synthetic
+from hydraopt_jax.scale import groups, jobs, plan
+
+MODELS = {
+    "slice": {f"model.layers.{n}.q_proj": (2048, 2048) for n in range(4)},
+    "8b": synthetic.transformer_modules(32, 4096, 1024, mlp=14336),
+}
+
+
+def peak() -> int:
+    """Peak resident bytes of this process so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--tasks", type=int, required=True)
+    parser.add_argument("--layers", type=int, help="only the first layers")
+    arguments = parser.parse_args()
+    jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))
+    base = peak()
+    modules = dict(
+        list(MODELS[arguments.model].items())[: 7 * arguments.layers if arguments.layers else None]
+    )
+    found = generated.collection(arguments.tasks, modules)
+    options = compression.Options(rank=16)
+    planned = plan.estimate(found, options)
+    by_shape: dict[tuple[int, int], int] = {}
+    for shape in modules.values():
+        by_shape[shape] = by_shape.get(shape, 0) + 2 * arguments.tasks * 16 * sum(shape)
+    seconds: list[float] = []
+    read: list[int] = []
+
+    def step(_: int) -> None:
+        seconds.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "store"
+        start = time.perf_counter()
+        content = jobs.run(out, found, options, progress=jobs.Progress(step=step, read=read.append))
+        total = time.perf_counter() - start
+        size = checkpoint.size_on_disk(out)
+    group = max(
+        x.room * 2 * arguments.tasks * x.rank * sum(x.shape) for x in groups.groups_of(found, options)
+    )
+    assert content is not None
+    result = {
+        "model": arguments.model,
+        "tasks": arguments.tasks,
+        "modules": len(modules),
+        "input_bytes": found.size,
+        "largest_bucket_bytes": max(by_shape.values()),
+        "largest_group_bytes": group,
+        "baseline_bytes": base,
+        "peak_beyond_baseline_bytes": peak() - base,
+        "planned_memory_bytes": planned.memory,
+        "seconds": total,
+        "seconds_after_first_group": seconds[-1] - seconds[0],
+        "bytes_read": sum(read),
+        "store_bytes": size,
+        "planned_store_bytes": planned.store,
+        "flops": planned.flops,
+        "planned_seconds": planned.seconds,
+        "error": float(np.nanmean(content.errors)),
+        "bound": float(np.mean(list(content.report["bound"].values()))),
+        "device": jax.devices()[0].device_kind,
+    }
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Collections that do not fit in memory, on many devices and many hosts."""

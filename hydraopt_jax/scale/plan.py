@@ -1,0 +1,116 @@
+"""What a job will take, before any of it is done."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydraopt_jax import compression
+from hydraopt_jax.compression import Options
+from hydraopt_jax.scale import streaming
+from hydraopt_jax.scale.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
+from hydraopt_jax.scale.reading import Collection
+
+# what is counted on: bytes a second of reading, checking and writing, and the share of a matmul's rate
+READ_RATE = 3e8
+EFFICIENCY = 0.4
+# of subspace iteration
+ROUNDS = 20
+CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
+
+
+class Plan(NamedTuple):
+    """Estimates.
+
+    Attributes:
+      groups: how many groups the modules are divided into.
+      memory: bytes beyond what Python and JAX take.
+      flops: of the products; a multiplication and an addition count as two.
+      read: bytes read from the adapters' files.
+      store: bytes of the store's leaves, uncompressed.
+      seconds: on one process of this machine.
+    """
+
+    groups: int
+    memory: int
+    flops: int
+    read: int
+    store: int
+    seconds: float
+
+    @property
+    def time_class(self) -> str:
+        """Seconds, minutes, hours or days."""
+        return next(name for limit, name in CLASSES if self.seconds < limit)
+
+
+def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
+    """FLOP/s of a float32 product of two square matrices, the best of a few."""
+    x = jnp.ones((size, size))
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def group_flops(group: Group, tasks: int, ranks: dict[str, int]) -> int:
+    """Products of a group: the sums (or their applications), the heads, the errors."""
+    total = 0
+    wide = tasks * group.rank
+    for side, size in zip(("in", "out"), group.shape, strict=True):
+        if side in ranks:
+            block = ranks[side] + max(ranks[side], 8)
+            n = min(wide, size)
+            total += 2 * wide * size * n + 4 * n**2 * block * ROUNDS
+    width = max(ranks.values())
+    total += 2 * wide * width * 4 * sum(group.shape) + 4 * tasks * width**2 * max(group.shape)
+    return total * len(group.modules)
+
+
+def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int) -> int:
+    """Bytes of a group at work: its block and the next one, sums, chunks and what is made of them."""
+    length = max(b - a for a, b in group.spans)
+    block = itemsize * group.room * length * group.rank * sum(group.shape)
+    sums = chunk = 0
+    for side, size in zip(("in", "out"), group.shape, strict=True):
+        if side in ranks:
+            if applied(tasks, group.rank, size):
+                chunk = max(chunk, 4 * 3 * group.room * tasks * group.rank * sum(group.shape))
+            else:
+                sums += 4 * 3 * group.room * size**2
+    return 2 * block + sums + max(chunk, 6 * max(streaming.SUM_BYTES.values()))
+
+
+def estimate(found: Collection, options: Options, group_bytes: int = GROUP_BYTES) -> Plan:
+    """Estimate a job. Forms other than a head a task are counted as if they were; they take longer."""
+    tasks = len(found.cards)
+    compression.check_options(options, tasks)
+    dtype = np.dtype(options.dtype or found.dtype).itemsize
+    itemsize = np.dtype(host_dtype(found)).itemsize
+    groups = groups_of(found, options, group_bytes)
+    flops = memory = store = read = 0
+    for group in groups:
+        ranks = streaming.ranks_of(options, group.shape, group.rank, tasks)
+        flops += group_flops(group, tasks, ranks)
+        memory = max(memory, group_memory(group, tasks, ranks, itemsize))
+        cheapest = min(
+            compression.entries(tasks, options.heads or tasks, r, group.shape, side)
+            for side, r in ranks.items()
+        )
+        store += dtype * len(group.modules) * cheapest
+        passes = 2 if len(group.spans) > 1 and streams(options, tasks) else 1
+        per_module = sum(found.rank(m, t) for m in group.modules for t in range(tasks)) * sum(group.shape)
+        read += (passes + 2) * itemsize * per_module
+    store += 2 * len(found.shapes) * tasks
+    seconds = flops / (EFFICIENCY * matmul_rate()) + (read + store) / READ_RATE
+    return Plan(len(groups), memory, flops, read, store, seconds)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """JSON-able."""
+    return plan._asdict() | {"seconds": float(f"{plan.seconds:.2g}"), "time_class": plan.time_class}

@@ -1,0 +1,92 @@
+"""The command on collections with a bad adapter, and before any work."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from hydraopt_jax import checkpoint, cli
+from hydraopt_jax.scale import progress
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(x) for x in arguments])
+    out = capsys.readouterr()
+    return stop.value.code, out.out, out.err
+
+
+@pytest.fixture
+def broken(folders):
+    """The second adapter's file ends early, the fourth has a value that is no number."""
+    paths = [x.partition("=")[2] + "/adapter_model.safetensors" for x in folders]
+    cut = Path(paths[1])
+    cut.write_bytes(cut.read_bytes()[:-100])
+    tensors = load_file(paths[3])
+    next(iter(tensors.values()))[0, 0] = np.nan
+    save_file(tensors, paths[3])
+    return folders
+
+
+def test_a_bad_adapter_is_named_or_left_out_and_listed(capsys, broken, tmp_path):
+    out = tmp_path / "store"
+    arguments = ["compress", *broken, "--out", out, "--rank", "3", "--side", "in", "--json"]
+    code, said, err = run(capsys, *arguments)
+    assert (code, said) == (2, "")
+    assert "in1/adapter_model.safetensors" in err
+    assert not out.exists()
+    assert not (tmp_path / "store.partial").exists()
+    code, said, err = run(capsys, *arguments, "--skip-bad")
+    assert (code, err) == (0, "")
+    left = json.loads(said)["left_out"]
+    assert [x.rpartition("/")[2] for x in left] == ["in1", "in3"]
+    assert "NaN" in list(left.values())[1]
+    kept = checkpoint.restore(out)
+    assert kept.tasks == ("one", "a.b")
+    assert kept.report["left_out"] == left
+
+
+def test_a_dry_run_says_what_the_job_takes_and_writes_nothing(capsys, folders, tmp_path):
+    arguments = ["compress", *folders, "--out", tmp_path / "store", "--rank", "3", "--side", "in", "--json"]
+    code, said, err = run(capsys, *arguments, "--dry-run")
+    assert (code, err) == (0, "")
+    plan = json.loads(said)["plan"]
+    assert plan["time_class"] == "seconds"
+    assert not list(tmp_path.glob("store*"))
+    assert run(capsys, *arguments, "--no-zstd")[0] == 0
+    _, index = checkpoint.read_index(tmp_path / "store")
+    stored = sum(index["leaves"].values())
+    assert plan["store"] == stored
+    assert run(capsys, "verify", tmp_path / "store", *folders)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--coordinator", "x:1"], "--processes"),
+        (["--processes", "2"], "--coordinator"),
+        (["--budget", "0.5", "--dry-run"], "--dry-run"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(capsys, folders, tmp_path, options, named):
+    code, _, err = run(capsys, "compress", *folders, "--out", tmp_path / "s", *options)
+    assert code == 2
+    assert named in err
+    assert not list(tmp_path.glob("s*"))
+
+
+def test_progress_speaks_once_a_minute():
+    now, said = [0.0], []
+    lines = progress.Lines(said.append, 60.0, lambda: now[0])
+    lines.start(10, 2)
+    lines.read(5_000_000)
+    for second in (30, 61, 90, 122):
+        now[0] = second
+        lines.step(1)
+    assert said == [
+        "going on: 2 of 10 modules were done before",
+        "4 of 10 modules, 1.97 a minute, about 3.0 minutes left, 5.00 MB read",
+        "6 of 10 modules, 1.97 a minute, about 2.0 minutes left, 5.00 MB read",
+    ]

@@ -1,0 +1,96 @@
+"""Two real processes of one job, of four devices each."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hydraopt_jax import checkpoint, compression, formats, synthetic
+from hydraopt_jax.scale import jobs, reading
+
+# the command, a module a group, killed as it keeps the file that the first argument names
+DRIVER = """
+import os, signal, sys
+from hydraopt_jax import cli
+from hydraopt_jax.scale import hosts, jobs
+hosts.SILENCE = 10
+jobs.run.__kwdefaults__["group_bytes"] = 1
+write = jobs.write_json
+def keep(path, content):
+    if path.name == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+jobs.write_json = keep
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    out = []
+    for adapter in synthetic.collection(
+        1, tasks=5, modules={f"l.{x}": (24, 16) for x in "qkv"}, rank=4, dtype="float32"
+    ):
+        formats.write_adapter(tmp_path / adapter.task, adapter)
+        out.append(str(tmp_path / adapter.task))
+    return out
+
+
+def company(sources, out, last=""):
+    """Exit status, standard output and standard error of each of two processes, of four devices each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    form = ["--rank", "3", "--side", "in", "--force", "--json"]
+    where = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process-id"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, last, "compress", *sources, "--out", out, *form, *where, str(n)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    try:
+        said = [x.communicate(timeout=300) for x in running]
+    finally:
+        for x in running:
+            x.kill()
+    return [(x.returncode, *y) for x, y in zip(running, said, strict=True)]
+
+
+def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sources, tmp_path):
+    out = tmp_path / "store"
+    # groups 0 and 2 are the first process's, 1 is the second's
+    alive, dead = company(sources, out, "group-1.json")
+    assert dead[0] == -signal.SIGKILL
+    assert alive[0] not in (0, -signal.SIGKILL)
+    assert (alive[1], bool(alive[2])) == ("", True)
+    assert not out.exists()
+    kept = jobs.folder_of(out)
+    assert sorted(x.name for x in kept.glob("group-*.json")) == ["group-0.json", "group-2.json"]
+    first, second = company(sources, out)
+    assert (first[0], second[:2]) == (0, (0, "")), (first, second)
+    assert "going on: 2 of 2 modules" in first[2]
+    assert json.loads(first[1])["tasks"] == [f"task-0{t}" for t in range(5)]
+    assert not kept.exists()
+    found = reading.collection([reading.open_adapter(x, None, {}) for x in sources])
+    jobs.run(tmp_path / "alone", found, compression.Options(rank=3, side="in"), group_bytes=1)
+    one, two = checkpoint.restore(tmp_path / "alone"), checkpoint.restore(out)
+    np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
+    assert list(two.modules) == list(one.modules)
+    for name, (term,) in one.modules.items():
+        (other,) = two.modules[name]
+        delta, again = (np.asarray(x.a)[0] @ np.asarray(x.b) for x in (term, other))
+        np.testing.assert_allclose(again, delta, atol=1e-4 * np.abs(delta).max())
