@@ -306,6 +306,8 @@ def bar(problem: Problem, step: float) -> Problem:
 
     The plan's estimate is made before vectors are filtered by second moments and quantised; this is after.
     """
+    if not any(c.form == "joint" for x in problem.spectra for c in plan.plan(x, step).choices):
+        return problem
     costs, whole = [], []
     open_problem = problem._replace(barred=frozenset())
     for tried in (open_problem, problem._replace(barred=frozenset(problem.order))):
