@@ -75,8 +75,15 @@ def _means(value: Similarity) -> list[str]:
     return [f"{off_diagonal(np.asarray(getattr(value, field))):.3f}" for field in MEASURES]
 
 
+# tasks whose table a terminal still holds, and how many near ones are named of each beyond that
+WIDE = 16
+NEAREST = 3
+
+
 def task_table(summary: Summary, measure: str = "delta") -> Table:
     """Task-by-task table of one measure, averaged over modules; columns carry the tasks' numbers.
+
+    Of more than `WIDE` tasks, which no terminal holds, each task's `NEAREST` nearest ones.
 
     Raises:
       HydraOptError: `measure` is not a field of Similarity.
@@ -84,6 +91,14 @@ def task_table(summary: Summary, measure: str = "delta") -> Table:
     if measure not in MEASURES:
         raise HydraOptError(f"measure: {measure!r} is not one of {', '.join(MEASURES)}")
     table = Table(title=f"Similarity of tasks: {MEASURES[measure]}", title_justify="left")
+    if len(summary.tasks) > WIDE:
+        matrix = np.asarray(getattr(summary.mean, measure))
+        for heading in ("task", *("near" for _ in range(NEAREST))):
+            table.add_column(heading)
+        for t, task in enumerate(summary.tasks):
+            order = [u for u in np.argsort(-matrix[t], kind="stable") if u != t][:NEAREST]
+            table.add_row(Text(task), *(Text(f"{matrix[t, u]:.2f} {summary.tasks[u]}") for u in order))
+        return table
     table.add_column("", justify="right")
     table.add_column("task")
     for t in range(len(summary.tasks)):
