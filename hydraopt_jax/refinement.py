@@ -209,7 +209,8 @@ def refine(
       The refined store, or the same one where nothing was gained; and what it bought.
 
     Raises:
-      HydraOptError: adapters that are not those of the store, or no batches for `forward`.
+      HydraOptError: adapters that are not those of the store, no batches for `forward`, or a saved step that
+        cannot be read.
     """
     ordered = in_order(store, collection)
     if forward is not None and not callable(batches) and (not len(batches) or batches[0] is None):
@@ -329,5 +330,11 @@ def resume(state: State, folder: Path | None) -> tuple[State, int, list[float]]:
         return state, 0, []
     assert folder is not None
     tree = {"state": state, "trace": np.zeros(max(done))}
-    found = ocp.load((folder / str(max(done))).resolve(), tree)
+    path = folder / str(max(done))
+    try:
+        found = ocp.load(path.resolve(), tree)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise HydraOptError(
+            f"{path}: no saved step of this refinement can be read; remove it to go on from the one before"
+        ) from error
     return found["state"], max(done), np.asarray(found["trace"]).tolist()

@@ -140,6 +140,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(coded, many, tmp_path):
     np.testing.assert_allclose(found.errors, whole.errors, rtol=0.05)
 
 
+def test_a_damaged_step_is_named(coded, many, tmp_path):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "_METADATA").write_bytes(b"not a checkpoint")
+    with pytest.raises(HydraOptError, match="3: no saved step"):
+        refine(coded, many, steps=6, folder=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"batches": ()}, "needs batches"), ({"drop": 1}, "no adapter for the task 'three'")],
