@@ -13,7 +13,7 @@ import numpy as np
 from hydraopt_jax.coding import addition
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import KINDS, TermShape, leaf_names, pieces
-from hydraopt_jax.store import Addition, Payload, Source, Store
+from hydraopt_jax.store import Addition, Payload, Source, Store, count
 
 
 class Part(NamedTuple):
@@ -110,7 +110,8 @@ def pack(store: Store) -> tuple[dict[str, bytes], dict[str, Any]]:
         **description,
         "sources": merge_sources(store.sources),
         "extras": [table for table, _ in extras],
-        "report": store.report,
+        # a store made by hand may say nothing of itself
+        "report": {"form": "", "options": {}, "entries": count(store), "bound": {}} | dict(store.report),
         "leaves": {k: len(v) for k, v in packed.items()},
     }
     return packed, index
