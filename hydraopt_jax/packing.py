@@ -34,6 +34,13 @@ def parts(store_modules: Mapping[str, tuple[Factors, ...]]) -> Iterator[Part]:
                 yield Part(term.core[t], frozenset([int(t)]))  # type: ignore[index]
 
 
+def number(patterns: list[Any], use: Any) -> int:
+    """Position of a pattern of use, which is written down where it is new."""
+    if use not in patterns:
+        patterns.append(use)
+    return patterns.index(use)
+
+
 def coded_skeleton(shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, Any]:
     """As `skeleton`, of coded terms; the dtype says so, and whether factors are predicted from the first."""
     patterns: list[Any] = []
@@ -42,9 +49,7 @@ def coded_skeleton(shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, Any
         row = []
         for x in terms:
             use = [list(x.a_of), list(x.b_of), "diagonal"]
-            if use not in patterns:
-                patterns.append(use)
-            row.append([patterns.index(use), x.inputs, x.rank, x.outputs, KINDS[x.predicted]])
+            row.append([number(patterns, use), x.inputs, x.rank, x.outputs, KINDS[x.predicted]])
         rows.append([name, row])
     return {"patterns": patterns, "modules": rows, "coded": True}
 
@@ -70,10 +75,8 @@ def skeleton(modules: Mapping[str, tuple[Factors, ...]]) -> dict[str, Any]:
         for term in terms:
             core = None if term.core is None else ("diagonal" if np.ndim(term.core[0]) == 1 else "full")
             use = [np.asarray(term.a_of).tolist(), np.asarray(term.b_of).tolist(), core]
-            if use not in patterns:
-                patterns.append(use)
             a, b = term.a[0], term.b[0]
-            row.append([patterns.index(use), a.shape[0], a.shape[1], b.shape[1], np.asarray(a).dtype.name])
+            row.append([number(patterns, use), a.shape[0], a.shape[1], b.shape[1], np.asarray(a).dtype.name])
         rows.append([name, row])
     return {"patterns": patterns, "modules": rows}
 

@@ -187,7 +187,8 @@ def choose(goals: Mapping[str, Sequence[codec.Target]], known: Mapping[int, Vect
     """The references that save the most bits, greedily."""
     targets = {(n, side): (v[0].b if side else v[0].a)[0] for n, v in goals.items() if v for side in (0, 1)}
     total = sum(
-        float((len(x) / 2 * np.log2(np.maximum((x**2).mean(0) / 0.26, 1))).sum()) for x in targets.values()
+        float((len(x) / 2 * np.log2(np.maximum((x**2).mean(0) / codec.DISTORTION, 1))).sum())
+        for x in targets.values()
     )
     chosen: tuple[int, ...] = ()
     best = 0.0

@@ -64,7 +64,7 @@ def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np
     gram = known.T.astype(np.float64) @ known
     exact = np.linalg.solve(gram + RIDGE * np.eye(len(gram)), known.T @ target)
     rounded = np.clip(np.rint(exact), -(2**30), 2**30).astype(np.int32)
-    guess = weigh(base, rounded)
+    guess = known @ rounded.astype(np.float32)
     before, after = (target**2).mean(0), ((target - guess) ** 2).mean(0)
     spent = coefficient_bits((rounded.astype(np.float64) ** 2).sum(0), np.array(len(gram)))
     saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent
