@@ -1,190 +1,188 @@
 """What compressed stores score: exact match of every task against bytes, for one regime.
 
-    python -m experiments.morphology.stores --data DATA --regime shared
-    python -m experiments.morphology.stores --data DATA --regime independent \\
+    python -m experiments.morphology.stores --data DATA --out OUT --regime shared
+    python -m experiments.morphology.stores --data DATA --out OUT --regime independent \\
         --adapters OUT/adapters-independent.zip
 
-Every row is a store written to disk, read back and scored by greedy decoding on the first items of every
+Every row is a store written to disk, read back and scored by greedy decoding on the held-out items of every
 task, in batches that mix the tasks (`serving`). Second moments and refinement see prompts of the train split
 alone, answered by the adapters themselves.
-Rows are kept in `results/stores-REGIME.json` as they are done; a second run goes on where the first stopped.
+Scores are kept in `results/stores-REGIME.json` as they are done, stores and the steps of refinements below
+OUT: a second run goes on where the first stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.morphology.config import Data, Refining
 from experiments.morphology.dataset import load_items
-from hydraopt_jax import checkpoint, compression, formats, navigate, refinement, serving
+from experiments.morphology.rows import Maker, Setting, plan
+from hydraopt_jax import checkpoint, formats, refinement, report, serving
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.morphology import outputs
 from hydraopt_jax.morphology.assets import (
     ADAPTERS_FILE,
+    BASE_FILE,
     load_base,
     load_vocabulary,
     unpack_adapters,
 )
-from hydraopt_jax.morphology.evaluate import evaluate
-from hydraopt_jax.morphology.model import Base, forward
-from hydraopt_jax.morphology.outputs import Sequences
-from hydraopt_jax.morphology.vocabulary import encode_items
+from hydraopt_jax.morphology.evaluate import Adapted, evaluate
+from hydraopt_jax.morphology.model import Base
+from hydraopt_jax.morphology.tasks import Item
+from hydraopt_jax.morphology.vocabulary import Items, Vocabulary, encode_items
 from hydraopt_jax.store import Store
 
-BUDGETS = (0.5, 0.25, 0.125, 0.065, 0.03)
-# budgets that are shown without second moments too, and refined
-STUDIED = (0.065, 0.125)
-HEADS = (1, 10, 40)
 RESULTS = Path(__file__).parent / "results"
+# dev items a task by which a merge's scale is chosen
+CHOOSING = 100
 
 
-class Setting(NamedTuple):
-    """What every row is made of."""
-
-    base: Base
-    collection: list[Adapter]
-    lora: dict[str, Any]
-    heard: Sequences
-
-
-def round_trip(store: Store) -> tuple[Store, int]:
-    """The store as it comes back from disk, and its bytes there."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(Path(folder) / "store", store)
-        return checkpoint.restore(Path(folder) / "store"), checkpoint.size_on_disk(Path(folder) / "store")
+def score(base: Base, factors: Adapted, held: Mapping[str, Items]) -> dict[str, list[float]]:
+    """Exact match and character error rate of every task on each split."""
+    row = {}
+    for split, items in held.items():
+        found = evaluate(base, factors, items)
+        row[split] = [round(float(x), 4) for x in found.exact]
+        row[f"{split}_cer"] = [round(float(x), 4) for x in found.error]
+    return row
 
 
-def plan(setting: Setting, settings: Refining) -> dict[str, Callable[[], Store]]:
-    """Name of each row -> what makes its store, most telling first."""
-    collection = setting.collection
-    made: dict[float, Store] = {}
-    known: dict[str, Any] = {}
+def on_disk(path: Path, make: Maker) -> tuple[Store, int, float | None]:
+    """A row's store as it comes back from disk, its bytes there, and the seconds of making it, if it was."""
+    seconds = None
+    if not path.exists():
+        started = time.time()
+        made = make()
+        seconds = round(time.time() - started, 1)
+        checkpoint.save(path, made)
+    return checkpoint.restore(path), checkpoint.size_on_disk(path), seconds
 
-    def moments() -> dict[str, np.ndarray]:
-        if "moments" not in known:
-            sample = outputs.batch(setting.heard, 0, settings.moments)
-            known["moments"] = outputs.moments(setting.base, setting.lora, sample, jax.random.key(0))
-        return known["moments"]
 
-    def navigated(budget: float, calibrated: bool) -> Store:
-        options = navigate.Options(budget=budget, calibration=moments() if calibrated else None)
-        key = f"problem {calibrated}"
-        if key not in known:
-            known[key] = navigate.setup(collection, options)
-        found = navigate.compress(collection, options, problem=known[key])
-        if calibrated:
-            made[budget] = found
-        return found
+def fill(
+    result: dict[str, Any],
+    path: Path,
+    setting: Setting,
+    rows: Mapping[str, Maker],
+    held: Mapping[str, Items],
+    out: Path,
+) -> None:
+    """Score what `result` lacks of the rows, and write it to `path` after each."""
+    base, lora = setting.base, refinement.originals(setting.collection)
 
-    def refined(budget: float, seed: int) -> Store:
-        start = made.get(budget) or navigated(budget, True)
-        train = settings.prompts - settings.batch * 4
-        check = outputs.batch(setting.heard, train, settings.batch * 4)
-        order = np.random.default_rng(seed).permutation(train)
-        heard = Sequences(*(x[:, order] for x in setting.heard))
-        return refinement.refine(
-            start,
-            collection,
-            calibration=moments(),
-            forward=lambda lora, x: forward(setting.base, lora, x.tokens),
-            mask=lambda x: x.counts,
-            batches=lambda i: outputs.batch(heard, i * settings.batch, settings.batch),
-            check=check,
-            steps=settings.steps,
-            optimizer=refinement.default_optimizer(settings.steps, settings.rate),
-        )[0]
+    def keep(name: str, size: int, factors: Adapted, **more: Any) -> None:
+        # dev is for decisions: it is scored where there is one to take
+        both = "gradients" in name or name == "own adapters"
+        splits = {k: x for k, x in held.items() if both or k == "test"}
+        row = {"bytes": size, **score(base, factors, splits), **more}
+        result["rows"][name] = row
+        path.write_text(json.dumps(result) + "\n")
+        share, mean = size / result["fp16_bytes"], np.mean(row["test"])
+        print(f"{time.strftime('%H:%M:%S')} {name}: {share:.4f} mean {mean:.4f}", flush=True)
 
-    rows: dict[str, Callable[[], Store]] = {}
-    for budget in STUDIED:
-        rows[f"budget {budget:g}, output gradients"] = lambda b=budget: navigated(b, True)
-        rows[f"budget {budget:g}, output gradients, refined"] = lambda b=budget: refined(b, 0)
-    for budget in BUDGETS:
-        rows[f"budget {budget:g}"] = lambda b=budget: navigated(b, False)
-    for heads in HEADS:
-        closed = compression.Options(heads=heads, dtype="float16")
-        rows[f"HydraOpt K = {heads}, closed form"] = lambda o=closed: compression.compress(collection, o)
-        adam = closed._replace(solver="optax", start="mean", side="in", steps=300)
-        rows[f"HydraOpt K = {heads}, Adam from the mean"] = lambda o=adam: compression.compress(collection, o)
-    for budget in STUDIED:
-        for seed in settings.seeds[1:]:
-            name = f"budget {budget:g}, output gradients, refined, seed {seed}"
-            rows[name] = lambda b=budget, s=seed: refined(b, s)
-    return rows
+    if "zero-shot" not in result["rows"]:
+        keep("zero-shot", 0, {})
+    if "own adapters" not in result["rows"]:
+        keep("own adapters", result["fp16_bytes"], lora)
+    todo = {k: x for k, x in rows.items() if k not in result["rows"]}
+    with report.progress("rows", len(todo)) as advance:
+        for name, make in todo.items():
+            store, size, seconds = on_disk(out / re.sub(r"[^a-z0-9.]+", "-", name.lower()), make)
+            keep(
+                name,
+                size,
+                serving.load(store),
+                error=round(float(np.nanmean(store.errors)), 6),
+                forms=store.report.get("forms", {}),
+                refinement=store.report.get("refinement"),
+                seconds=seconds,
+            )
+            advance()
+
+
+def run(
+    base: Base,
+    vocabulary: Vocabulary,
+    collection: Sequence[Adapter],
+    items: Mapping[str, Mapping[str, Sequence[Item]]],
+    settings: Refining,
+    path: Path,
+    out: Path,
+    *,
+    regime: str = "shared",
+    count: int = 1000,
+    only: str = "",
+) -> dict[str, Any]:
+    """All rows whose name contains `only`, on up to `count` held-out items a task, into the file `path`."""
+    tasks = [x.task for x in collection]
+    result: dict[str, Any] = {
+        "regime": regime,
+        "items": count,
+        "fp16_bytes": 2 * sum(x.a[n].size + x.b[n].size for x in collection for n in x.a),
+        "tasks": tasks,
+        "rows": {},
+    }
+    if path.exists():
+        kept = json.loads(path.read_text())
+        result = kept if kept["items"] == count and kept["tasks"] == tasks else result
+
+    def encoded(split: str, limit: int) -> Items:
+        return encode_items(vocabulary, {t: list(items[t][split]) for t in tasks}, limit=limit)
+
+    @functools.cache
+    def heard() -> outputs.Sequences:
+        prompts = encoded("train", settings.prompts).prompts
+        return outputs.answered(base, refinement.originals(collection), prompts)
+
+    few = encoded("dev", CHOOSING)
+    setting = Setting(
+        base,
+        list(collection),
+        heard,
+        lambda store: float(evaluate(base, serving.load(store), few).exact.mean()),
+        out / "refining",
+    )
+    rows = {k: x for k, x in plan(setting, settings).items() if only in k}
+    fill(result, path, setting, rows, {s: encoded(s, count) for s in ("test", "dev")}, out)
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the folder download.py filled")
+    parser.add_argument("--out", type=Path, required=True, help="keeps stores and steps of refinements")
     parser.add_argument("--regime", default="shared", help="names the results")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS_FILE, help="archive of PEFT folders")
-    parser.add_argument("--items", type=int, default=500, help="items a task")
-    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--items", type=int, default=1000, help="held-out items a task, at most")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     options = parser.parse_args(argv)
-    settings = Refining()
-    base, vocabulary = load_base(), load_vocabulary()
     with tempfile.TemporaryDirectory() as folder:
         paths = unpack_adapters(options.adapters, Path(folder))
         collection = [formats.read_adapter(p) for p in paths]
-    tasks = [x.task for x in collection]
-    found = load_items(options.data, Data())
-    prompts = encode_items(vocabulary, {t: found[t]["train"][: settings.prompts] for t in tasks}).prompts
-    lora = refinement.originals(collection)
-    setting = Setting(base, collection, lora, outputs.answered(base, lora, prompts))
-    held = {
-        split: encode_items(vocabulary, {t: found[t][split] for t in tasks}, limit=options.items)
-        for split in ("test", "dev")
-    }
-    reference = 2 * sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
-    path = RESULTS / f"stores-{options.regime}.json"
-    result: dict[str, Any] = {
-        "regime": options.regime,
-        "items": options.items,
-        "fp16_bytes": reference,
-        "tasks": tasks,
-        "rows": {},
-    }
-    if path.exists():
-        result = json.loads(path.read_text())
-
-    def keep(name: str, size: int, factors: dict[str, Any], more: dict[str, Any]) -> None:
-        started = time.time()
-        row: dict[str, Any] = {"bytes": size}
-        # dev is for decisions: it is scored where there is one to take
-        for split in ("test", "dev") if "gradients" in name or name == "own adapters" else ("test",):
-            scores = evaluate(base, factors, held[split])
-            row[split] = [round(float(x), 4) for x in scores.exact]
-            row[f"{split}_cer"] = [round(float(x), 4) for x in scores.error]
-        result["rows"][name] = row | more
-        path.write_text(json.dumps(result) + "\n")
-        mean = np.mean(row["test"])
-        print(f"{name}: {size / reference:.4f} mean {mean:.4f} ({time.time() - started:.0f} s)", flush=True)
-
-    if "zero-shot" not in result["rows"]:
-        keep("zero-shot", 0, {}, {})
-    if "own adapters" not in result["rows"]:
-        keep("own adapters", reference, lora, {})
-    for name, make in plan(setting, settings).items():
-        if name in result["rows"] or (options.only and options.only not in name):
-            continue
-        started = time.time()
-        store, size = round_trip(make())
-        more = {
-            "error": round(float(np.nanmean(store.errors)), 6),
-            "forms": store.report.get("forms", {}),
-            "refinement": store.report.get("refinement"),
-            "seconds": round(time.time() - started, 1),
-        }
-        keep(name, size, serving.load(store), more)
+    run(
+        load_base(BASE_FILE),
+        load_vocabulary(BASE_FILE),
+        collection,
+        load_items(options.data, Data()),
+        Refining(),
+        RESULTS / f"stores-{options.regime}.json",
+        options.out / f"stores-{options.regime}",
+        regime=options.regime,
+        count=options.items,
+        only=options.only,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Merging methods as curves of the frontier: bytes of half-precision factors against errors of delta."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,20 +54,29 @@ def products(a: Array, b: Array, left: Array, right: Array) -> tuple[Array, Arra
     )
 
 
-def single(stacked: Adapters, name: str) -> Point:
-    """One adapter for all tasks, with the one factor that makes its mean relative error least.
+def best_scale(stacked: Adapters, found: Mapping[str, tuple[Any, Any]]) -> float:
+    """The factor on one merged adapter that makes its mean relative squared error least.
 
     The papers tune a scale of the merged adapter on data. Here it has a closed form: with sums over modules
     and tasks, `scale = sum(<delta, merged> / ||delta||^2) / sum(||merged||^2 / ||delta||^2)`.
+
+    Args:
+      stacked: the collection.
+      found: module -> the merged adapter's `(a: [I, S], b: [S, O])`.
     """
-    found = merge_stacked(stacked, name)
     above = below = 0.0
     for module, a, b, _ in modules_of(stacked):
         cross, energy, own = (np.asarray(x, np.float64) for x in products(a, b, *found[module]))
         inverse = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
         above += float((cross * inverse).sum())
         below += float((own * inverse).sum())
-    scale = above / below if below > 0 else 1.0
+    return above / below if below > 0 else 1.0
+
+
+def single(stacked: Adapters, name: str) -> Point:
+    """One adapter for all tasks, at its `best_scale`."""
+    found = merge_stacked(stacked, name)
+    scale = best_scale(stacked, found)
     scaled = {module: (left, right * np.float32(scale)) for module, (left, right) in found.items()}
     rows = relative_errors(modules_of(stacked), lambda m, a, b: squared_errors(a, b, *scaled[m]))
     size = sum(2 * (left.size + right.size) for left, right in found.values())

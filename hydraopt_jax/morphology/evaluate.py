@@ -153,7 +153,7 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def answer_all(
-    base: Base, lora: Adapted, prompts: np.ndarray, *, longest: int = 32, block: int = 64
+    base: Base, lora: Adapted, prompts: np.ndarray, *, longest: int = 32, block: int = 32
 ) -> np.ndarray:
     """Greedy answers [T, N, longest] to prompts [T, N, P], `block` items of every task at a time.
 
@@ -172,7 +172,7 @@ def answer_all(
     return np.concatenate(answers, 1)
 
 
-def evaluate(base: Base, lora: Adapted, items: Items, *, longest: int = 32, block: int = 64) -> Scores:
+def evaluate(base: Base, lora: Adapted, items: Items, *, longest: int = 32, block: int = 32) -> Scores:
     """Exact match and character error rate of every task.
 
     `exact[t]` is the share of t's valid items whose answer is the true one, and `error[t]` the sum of edit
@@ -198,6 +198,9 @@ def evaluate(base: Base, lora: Adapted, items: Items, *, longest: int = 32, bloc
         counts = {len(x.a_of) if isinstance(x, Factors) else x.shape[0] for x in terms}
         if counts != {tasks}:
             raise ValueError(f"{name}: factors of {sorted(counts)} tasks for items of {tasks} tasks")
+    # a block ends with its longest answer: items of like length belong together
+    order = np.argsort(_lengths(items.targets.reshape(-1, items.targets.shape[-1])).reshape(tasks, -1), 1)
+    items = jax.tree.map(lambda x: x[np.arange(tasks)[:, None], order], items)
     answers = answer_all(base, lora, items.prompts, longest=longest, block=block)
     width = max(longest, items.targets.shape[-1])
     found = pad(answers.reshape(-1, longest).tolist(), width).reshape(*answers.shape[:2], width)

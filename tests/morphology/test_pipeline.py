@@ -7,16 +7,19 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.morphology import dataset
+from experiments.morphology import dataset, stores
 from experiments.morphology.adapters import init_adapters, scaled, train_adapters
-from experiments.morphology.config import Adapting, Data, Pretraining
+from experiments.morphology.config import Adapting, Data, Pretraining, Refining
 from experiments.morphology.pretrain import pretrain, vocabulary_of
+from hydraopt_jax import formats
+from hydraopt_jax.morphology.assets import save_adapters, unpack_adapters
 from hydraopt_jax.morphology.evaluate import evaluate
 from hydraopt_jax.morphology.model import Config
 from hydraopt_jax.morphology.tasks import LANGUAGES
 from hydraopt_jax.morphology.vocabulary import encode_items
 
 DATA = Data(minimum=1, held_out=20)
+ADAPTING = Adapting(rank=4, steps=24, batch=16, peak=1e-2, warmup=2, chunk=6, save=12)
 TASKS, SPOKEN = ("inflect", "pronounce"), ("en", "de")
 
 
@@ -92,23 +95,51 @@ def test_fresh_adapters_share_their_input_factor_or_do_not(shared):
     assert not b.any()
 
 
-def test_the_whole_pipeline_learns_resumes_and_repeats(items, tmp_path):
+@pytest.fixture(scope="module")
+def trained(items, tmp_path_factory):
+    """A small base, and adapters of one initialisation trained on it without a stop, with both traces."""
     vocabulary = vocabulary_of(items, DATA)
     rows = dataset.training_rows(items, vocabulary, DATA)
     config = Config(len(vocabulary.tokens), layers=1, width=32, heads=2, hidden=64)
     first = Pretraining(steps=60, batch=32, peak=5e-3, warmup=5, decay=10, chunk=20, save=20)
-    base, losses = pretrain(rows, config, first, tmp_path / "base")
-    assert losses[-1] < 0.8 * losses[0]
+    base, losses = pretrain(rows, config, first, tmp_path_factory.mktemp("base"))
+    whole, trace = train_adapters(base, rows, ADAPTING, tmp_path_factory.mktemp("whole"), shared=True)
+    return vocabulary, rows, base, losses, whole, trace
 
-    second = Adapting(rank=4, steps=24, batch=16, peak=1e-2, warmup=2, chunk=6, save=12)
-    whole, trace = train_adapters(base, rows, second, tmp_path / "whole", shared=True)
-    _, before = train_adapters(base, rows, second, tmp_path / "parts", shared=True, stop=12)
-    resumed, after = train_adapters(base, rows, second, tmp_path / "parts", shared=True)
+
+def test_the_whole_pipeline_learns_resumes_and_repeats(items, trained, tmp_path):
+    vocabulary, rows, base, losses, whole, trace = trained
+    assert losses[-1] < 0.8 * losses[0]
+    _, before = train_adapters(base, rows, ADAPTING, tmp_path, shared=True, stop=12)
+    resumed, after = train_adapters(base, rows, ADAPTING, tmp_path, shared=True)
     np.testing.assert_allclose(before + after, trace, rtol=1e-5)
     for name, (a, b) in whole.items():
         np.testing.assert_allclose(resumed[name][0], a, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(resumed[name][1], b, rtol=1e-4, atol=1e-6)
 
     held = encode_items(vocabulary, {t: s["test"] for t, s in items.items()}, limit=20)
-    zero, own = evaluate(base, {}, held), evaluate(base, scaled(whole, second.alpha / second.rank), held)
+    scale = ADAPTING.alpha / ADAPTING.rank
+    zero, own = evaluate(base, {}, held), evaluate(base, scaled(whole, scale), held)
     assert own.error.mean() < zero.error.mean()
+
+
+def test_every_kind_of_row_is_scored_and_a_second_run_adds_nothing(items, trained, tmp_path):
+    vocabulary, _, base, _, whole, _ = trained
+    one = {t: {n: (a[k], b[k]) for n, (a, b) in whole.items()} for k, t in enumerate(items)}
+    save_adapters(tmp_path / "adapters.zip", one, ADAPTING.alpha)
+    folders = unpack_adapters(tmp_path / "adapters.zip", tmp_path / "in")
+    collection = [formats.read_adapter(p) for p in folders]
+    small = Refining((0.9,), prompts=8, check=2, moments=4, batch=2, steps=3, seeds=(0,), save=2)
+    given = base, vocabulary, collection, items, small, tmp_path / "result.json", tmp_path / "out"
+    stores.run(*given, count=20, only="0.9, output gradients")
+    found = stores.run(*given, count=20, only="merged, linear")
+    assert stores.run(*given, count=20, only="merged, linear") == found
+    done = found["rows"]
+    own, kept = (np.array(done[x]["test_cer"]) for x in ("own adapters", "budget 0.9, output gradients"))
+    assert set(done) - {"zero-shot", "own adapters", "merged, linear"} == {
+        "budget 0.9, output gradients",
+        "budget 0.9, output gradients, refined",
+    }
+    np.testing.assert_allclose(kept, own, atol=0.05)
+    assert np.mean(done["merged, linear"]["test_cer"]) > own.mean()
+    assert done["merged, linear"]["bytes"] < done["budget 0.9, output gradients"]["bytes"]

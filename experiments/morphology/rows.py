@@ -1,0 +1,180 @@
+"""What is compared: name of every row -> how its store is made, when the row's turn comes.
+
+Merging baselines are stores too: one adapter that all tasks read, or what a method keeps of every task.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.morphology.config import Refining
+from hydraopt_jax import adapters, compression, merging, navigate, refinement, report
+from hydraopt_jax.adapters import Adapter, Adapters
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.merging import curves
+from hydraopt_jax.morphology import outputs
+from hydraopt_jax.morphology.model import Base, forward
+from hydraopt_jax.morphology.outputs import Sequences
+from hydraopt_jax.store import Source, Store
+
+BUDGETS = (0.5, 0.25, 0.125, 0.065, 0.03)
+HEADS = (1, 10, 40)
+# merging methods that make one adapter, each scaled to suit; and what keeps more than one
+SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m")
+RANDOM = ("dare-ties",)
+SLOTS = (8, 20)
+WIDTHS = (64, 128)
+SCALES = (1.0, 2.0, 4.0, 8.0)
+
+Maker = Callable[[], Store]
+
+
+class Setting(NamedTuple):
+    """What every row is made of.
+
+    Attributes:
+      base: the trained transformer.
+      collection: the T adapters.
+      heard: makes prompts of the train split with the adapters' own answers; only called where needed.
+      score: mean exact match of a store on some dev items, to choose a merge's scale.
+      folder: where refinements keep their steps, to go on after a stop; None for nowhere.
+    """
+
+    base: Base
+    collection: list[Adapter]
+    heard: Callable[[], Sequences]
+    score: Callable[[Store], float]
+    folder: Path | None = None
+
+
+def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
+    """Name of each row -> its maker, most telling first."""
+    moments = functools.cache(functools.partial(_moments, setting, settings))
+    problem = functools.cache(
+        lambda calibrated: navigate.setup(
+            setting.collection, navigate.Options(calibration=moments() if calibrated else None)
+        )
+    )
+
+    @functools.cache
+    def navigated(budget: float, calibrated: bool) -> Store:
+        options = navigate.Options(budget=budget, calibration=moments() if calibrated else None)
+        return navigate.compress(setting.collection, options, problem=problem(calibrated))
+
+    rows: dict[str, Maker] = {}
+    for budget in settings.budgets:
+        rows[f"budget {budget:g}, output gradients"] = functools.partial(navigated, budget, True)
+        rows[f"budget {budget:g}, output gradients, refined"] = lambda b=budget: refined(
+            setting, settings, navigated(b, True), moments(), f"{b:g}", 0
+        )
+    for budget in BUDGETS:
+        rows[f"budget {budget:g}"] = functools.partial(navigated, budget, False)
+    for heads in HEADS:
+        closed = compression.Options(heads=heads, dtype="float16")
+        adam = closed._replace(solver="optax", start="mean", side="in", steps=300)
+        for label, options in (("closed form", closed), ("Adam from the mean", adam)):
+            rows[f"HydraOpt K = {heads}, {label}"] = functools.partial(
+                compression.compress, setting.collection, options
+            )
+    rows |= merged(setting, settings)
+    for seed in settings.seeds[1:]:
+        for budget in settings.budgets:
+            name = f"budget {budget:g}, output gradients, refined, seed {seed}"
+            rows[name] = lambda b=budget, s=seed: refined(
+                setting, settings, navigated(b, True), moments(), f"{b:g}", s
+            )
+    return rows
+
+
+def _moments(setting: Setting, settings: Refining) -> dict[str, np.ndarray]:
+    """Second moments of inputs and output gradients on a few prompts."""
+    sample = outputs.batch(setting.heard(), 0, settings.moments)
+    lora = refinement.originals(setting.collection)
+    return outputs.moments(setting.base, lora, sample, jax.random.key(0))
+
+
+def refined(
+    setting: Setting,
+    settings: Refining,
+    start: Store,
+    moments: Mapping[str, np.ndarray],
+    name: str,
+    seed: int,
+) -> Store:
+    """A store refined on the divergence of the logits; the seed orders the prompts."""
+    train = settings.prompts - settings.check
+    heard = setting.heard()
+    check = outputs.batch(heard, train, settings.check)
+    order = np.random.default_rng(seed).permutation(train)
+    shuffled = Sequences(*(x[:, order] for x in heard))
+    folder = None if setting.folder is None else setting.folder / f"{name}-seed-{seed}"
+    with report.progress(f"refining {name}, seed {seed}", settings.steps) as advance:
+        return refinement.refine(
+            start,
+            setting.collection,
+            calibration=moments,
+            forward=lambda lora, x: forward(setting.base, lora, x.tokens),
+            mask=lambda x: x.counts,
+            batches=lambda i: outputs.batch(shuffled, i * settings.batch, settings.batch),
+            check=check,
+            steps=settings.steps,
+            optimizer=refinement.default_optimizer(settings.steps, settings.rate),
+            folder=folder,
+            save=settings.save,
+            progress=lambda loss: advance(),
+        )[0]
+
+
+def merged(setting: Setting, settings: Refining) -> dict[str, Maker]:
+    """The merging baselines, in float16."""
+    stacked = functools.cache(lambda: adapters.stack(setting.collection))
+
+    def kept(method: str, **options: int) -> Store:
+        return store_of(setting.collection, merging.merge_stacked(stacked(), method, **options))
+
+    rows: dict[str, Maker] = {}
+    for method in SINGLE:
+        for seed in settings.seeds if method in RANDOM else (0,):
+            name = f"merged, {method}" + (f", seed {seed}" if seed else "")
+            rows[name] = lambda m=method, s=seed: scaled(setting, stacked(), m, s)
+    for slots in SLOTS:
+        rows[f"K-Merge, {slots} slots"] = functools.partial(kept, "k-merge", slots=slots)
+    for rank in WIDTHS:
+        rows[f"Share, rank {rank}"] = functools.partial(kept, "share", rank=rank)
+    return rows
+
+
+def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store:
+    """One adapter for all tasks, at the best of a few scales on dev items.
+
+    Scales are multiples of the one of least weight error, see `merging.curves.best_scale`.
+    """
+    found = merging.merge_stacked(stacked, method, seed=seed)
+    least = curves.best_scale(stacked, found)
+    everywhere = np.zeros(len(stacked.tasks), np.int32)
+    tries = []
+    for scale in SCALES:
+        one = {
+            n: Factors(a[None], np.float32(scale * least) * b[None], everywhere, everywhere)
+            for n, (a, b) in found.items()
+        }
+        tries.append(store_of(setting.collection, one))
+    return max(tries, key=setting.score)
+
+
+def store_of(collection: Sequence[Adapter], modules: Mapping[str, Factors]) -> Store:
+    """A float16 store of what a merging method kept."""
+    sources = tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
+    cast = {n: (compression.cast(compression.scale(x), "float16", n),) for n, x in modules.items()}
+    entries = sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
+    report = {"form": "merged", "options": {}, "entries": entries, "bound": {}}
+    made = Store(
+        tuple(x.task for x in collection), cast, sources, report, np.zeros((len(cast), len(sources)))
+    )
+    return made._replace(errors=refinement.errors_of(made, collection))
