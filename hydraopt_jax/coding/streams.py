@@ -16,6 +16,10 @@ import numpy as np
 from hydraopt_jax.coding import classes, entropy, trellis
 
 LANE = 4096
+# lanes that are quantised side by side: what the trellis keeps of every symbol until it has decided is some
+# thirty times what it is given, so a CPU takes a few lanes at a time
+BLOCK = {"cpu": 256}
+ELSEWHERE = 1 << 14
 
 
 class Symbols(NamedTuple):
@@ -78,8 +82,20 @@ def quantise(
     bits = trellis.costs(frequencies)
     bits[0] = trellis.FORBIDDEN
     bits[0, :, 0] = 0.0
-    magnitude, quantiser = trellis.quantise(jnp.asarray(y), jnp.asarray(cls), jnp.asarray(bits), multiplier)
-    return Symbols(np.asarray(magnitude), np.asarray(quantiser), cls, y < 0, shape(lengths)[0], lengths)
+    magnitude, quantiser = np.empty(y.shape, np.int32), np.empty(y.shape, np.int32)
+    block = min(BLOCK.get(jax.default_backend(), ELSEWHERE), y.shape[1])
+    for at in range(0, y.shape[1], block):
+        part = slice(at, at + block)
+        room = ((0, 0), (0, block - y[:, part].shape[1]))
+        found = trellis.quantise(
+            jnp.asarray(np.pad(y[:, part], room)),
+            jnp.asarray(np.pad(cls[:, part], room)),
+            jnp.asarray(bits),
+            multiplier,
+        )
+        width = block - room[1][1]
+        magnitude[:, part], quantiser[:, part] = (np.asarray(x)[:, :width] for x in found)
+    return Symbols(magnitude, quantiser, cls, y < 0, shape(lengths)[0], lengths)
 
 
 def values(symbols: Symbols) -> list[np.ndarray]:
