@@ -12,11 +12,11 @@ import numpy as np
 
 from hydraopt_jax import adapters, checkpoint, compression, forms, joining, navigate, packing
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.coding import addition, trial
+from hydraopt_jax.coding import addition, codec, trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import pieces
-from hydraopt_jax.store import Source, Store, adapter, task_index
+from hydraopt_jax.store import Payload, Segment, Source, Store, adapter, task_index
 
 # a refit is due where its mean error, at the same bytes, is lower by this factor
 DUE = 1.1
@@ -90,6 +90,8 @@ def add_coded(store: Store, new: Adapter) -> Store:
     """See `coding.addition`."""
     payload = store.payload
     assert payload is not None
+    if payload.segments:
+        return add_segment(store, payload, new)
     found, errors, names = addition.add(new, store.report["step"], payload)
     together = len(store.tasks) - 1 if payload.slots is None else addition.tasks_of(payload.shapes)
     slot = max(together - 1, *payload.additions, *(payload.slots or ()), 0) + 1
@@ -98,6 +100,18 @@ def add_coded(store: Store, new: Adapter) -> Store:
     modules = packing.coded_terms(payload, slots)
     table = with_errors(store, modules, dict(zip(names, errors, strict=True)))
     return store._replace(modules=modules, payload=payload, errors=table)
+
+
+def add_segment(store: Store, payload: Payload, new: Adapter) -> Store:
+    """A task in a segment of its own, predicted from nobody: a large collection is not decoded for it."""
+    problem = trial.prepare(adapters.stack([new]), tuple(new.a), np.ones(1), None, False)
+    found = code(problem, store.report["step"])
+    leaves = codec.serialise(found.coded, found.gains)
+    one = Segment(leaves, found.coded.shapes, (len(store.tasks) - 1,))
+    payload = payload._replace(segments=(*payload.segments, one))
+    modules = packing.coded_terms(payload, range(len(store.tasks)))
+    own = dict(zip(problem.order, found.errors[:, 0], strict=True))
+    return store._replace(modules=modules, payload=payload, errors=with_errors(store, modules, own))
 
 
 def add_plain(store: Store, new: Adapter) -> Store:
@@ -138,6 +152,9 @@ def remove(store: Store, task: str) -> Store:
         for name, terms in store.modules.items():
             left = (packing.select(x, rest) for x in terms if (np.asarray(x.a_of)[rest] >= 0).any())
             modules[name] = tuple(left)
+    elif payload.segments:
+        payload = payload._replace(segments=tuple(without(x, gone) for x in payload.segments))
+        modules = packing.coded_terms(payload, range(len(rest)))
     else:
         slots = payload.slots if payload.slots is not None else range(len(store.tasks))
         kept = tuple(slots[t] for t in rest)
@@ -159,6 +176,14 @@ def remove(store: Store, task: str) -> Store:
         errors=np.stack([rows[n][rest] for n in modules]),
         payload=payload,
     )
+
+
+def without(segment: Segment, gone: int) -> Segment:
+    """A segment of a store that has lost a task: the others move up."""
+    tasks = tuple(-1 if t == gone else t - (t > gone) for t in segment.tasks)
+    kept = [k for k, t in enumerate(tasks) if t >= 0]
+    names = packing.payload_leaves(pieces(segment.shapes)[1], kept) if kept else set()
+    return segment._replace(leaves={k: v for k, v in segment.leaves.items() if k in names}, tasks=tasks)
 
 
 def refit(collection: Sequence[Adapter], store: Store) -> Store:

@@ -68,12 +68,17 @@ def damaged(path: str | os.PathLike, what: str) -> HydraOptError:
     return HydraOptError(f"{path}: damaged store: {what}: restore it from a copy or compress again")
 
 
+def chunks_of(size: int) -> int:
+    """How many chunks so many bytes are cut into."""
+    return min(max(round(size / CHUNK), 1), MAX_CHUNKS)
+
+
 def write(folder: Path, index: Mapping[str, Any], leaves: Sequence[bytes], compress: bool) -> None:
     """Write a new folder: the index, deflated, then the leaves; no bytes of it depend on time or place."""
     text = json.dumps(index, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
     head = zlib.compress(text, 9)
     data = b"".join([head, *leaves])
-    count = min(max(round(len(data) / CHUNK), 1), MAX_CHUNKS)
+    count = chunks_of(len(data))
     chunk = -(-len(data) // count)
     array = np.zeros(chunk * count, np.uint8)
     array[: len(data)] = np.frombuffer(data, np.uint8)

@@ -42,6 +42,12 @@ def check_index(index: Any) -> None:
         need(key.isdecimal() and slots is not None, "an addition's slot")
         need(all(whole(r, -1, int(key) - 1) for r in x["references"]), "an addition's references")
         entries += check_structure(x, 1)
+    for x in index.get("segments", ()):
+        count = len(x["tasks"])
+        need(slots is None and all(whole(t, -1, len(tasks) - 1) for t in x["tasks"]), "a segment's tasks")
+        need(len({t for t in x["tasks"] if t >= 0}) == sum(t >= 0 for t in x["tasks"]), "a segment's tasks")
+        need(all(whole(t, 0, count - 1) for users in x["groups"] for t in users), "a segment's groups")
+        entries += check_structure(x, count)
     if slots is not None:
         need(len(slots) == len(tasks) and all(whole(s, 0, together) for s in slots), "slots")
     need(entries <= ROOM + EXPANSION * sum(leaves.values()), "more numbers than its bytes can hold")

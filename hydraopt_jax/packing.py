@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
 
-from hydraopt_jax.coding import addition
+from hydraopt_jax.coding import addition, codec
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import KINDS, TermShape, leaf_names, pieces
-from hydraopt_jax.store import Addition, Payload, Source, Store, count
+from hydraopt_jax.store import Addition, Payload, Segment, Source, Store, count
 
 
 class Part(NamedTuple):
@@ -94,6 +94,10 @@ def pack(store: Store) -> tuple[dict[str, bytes], dict[str, Any]]:
             description["additions"][str(slot)] = coded_skeleton(x.shapes) | {"references": x.references}
             leaves |= {f"added_{slot}_{k}": [v] for k, v in x.leaves.items()}
             leaves[f"added_{slot}_coefficients"] = [x.coefficients]
+        if store.payload.segments:
+            description["segments"] = segment_table(store.payload.segments)
+        for n, segment in enumerate(store.payload.segments):
+            leaves |= {f"segment_{n}_{k}": [v] for k, v in segment.leaves.items()}
     else:
         members, blobs = [], []
         for part in parts(store.modules):
@@ -120,9 +124,38 @@ def pack(store: Store) -> tuple[dict[str, bytes], dict[str, Any]]:
     return packed, index
 
 
+def segment_table(segments: Iterable[Segment]) -> list[dict[str, Any]]:
+    """Segments without their leaves, JSON-able."""
+    return [
+        coded_skeleton(x.shapes) | {"tasks": list(x.tasks), "groups": pieces(x.shapes)[1]} for x in segments
+    ]
+
+
+def segments_of(index: Mapping[str, Any], leaves: Mapping[str, bytes]) -> tuple[Segment, ...]:
+    """The segments of an index, with those of their leaves that are given."""
+    mine: list[dict[str, bytes]] = [{} for _ in index.get("segments", ())]
+    for name, value in leaves.items():
+        if name.startswith("segment_"):
+            _, n, own = name.split("_", 2)
+            mine[int(n)][own] = value
+    rows = zip(mine, index.get("segments", ()), strict=True)
+    return tuple(Segment(found, coded_shapes(x), tuple(x["tasks"])) for found, x in rows)
+
+
+def segment_places(tasks: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """The place of each wanted task of a store in a segment, -1 where it is not there."""
+    place = {t: k for k, t in enumerate(tasks) if t >= 0}
+    return [place.get(t, -1) for t in wanted]
+
+
 def leaves_of(index: Mapping[str, Any], tasks: Iterable[int]) -> list[str]:
     """Names of the leaves that some tasks need, also those of the tasks that predict them."""
+    tasks = list(tasks)
     names = {"shared", "errors"} | {f"extras_{t}" for t in tasks}
+    for n, x in enumerate(index.get("segments", ())):
+        here = [k for k in segment_places(x["tasks"], tasks) if k >= 0]
+        if here:
+            names |= {f"segment_{n}_{k}" for k in payload_leaves(x["groups"], here)}
     slots = index.get("slots")
     wanted = set(
         tasks if slots is None else addition.closure(additions_of(index, {}), [slots[t] for t in tasks])
@@ -151,6 +184,19 @@ def additions_of(index: Mapping[str, Any], leaves: Mapping[str, bytes]) -> dict[
     return out
 
 
+def segmented_terms(segments: Iterable[Segment], wanted: Sequence[int]) -> dict[str, tuple[Factors, ...]]:
+    """The terms of every module for some tasks of a store, one segment decoded at a time."""
+    out: dict[str, list[Factors]] = {}
+    for x in segments:
+        places = segment_places(x.tasks, wanted)
+        here = [k for k in places if k >= 0]
+        found = codec.deserialise(x.leaves, x.shapes, here) if here else {}
+        for name in x.shapes:
+            terms = (select(term, places) for term in found.get(name, ()))
+            out.setdefault(name, []).extend(term for term in terms if len(term.a))
+    return {name: tuple(terms) for name, terms in out.items()}
+
+
 def module_order(shapes: Mapping[str, Any], additions: Mapping[int, Addition]) -> list[str]:
     """Modules of the tasks that were compressed together, then what additions brought."""
     return list(dict.fromkeys([*shapes, *(n for s in sorted(additions) for n in additions[s].shapes)]))
@@ -158,6 +204,8 @@ def module_order(shapes: Mapping[str, Any], additions: Mapping[int, Addition]) -
 
 def coded_terms(payload: Payload, slots: Sequence[int]) -> dict[str, tuple[Factors, ...]]:
     """The terms of a coded store's modules for tasks in some slots."""
+    if payload.segments:
+        return segmented_terms(payload.segments, slots)
     added, together = addition.decode(payload, slots)
     places = [-1 if s in added else s for s in slots]
     out = {}
@@ -184,9 +232,10 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], chosen: S
         shapes = coded_shapes(index)
         blobs = {k: v.tobytes() for k, v in leaves.items() if k != "errors" and not k.startswith("extras_")}
         additions = additions_of(index, blobs)
-        blobs = {k: v for k, v in blobs.items() if not k.startswith("added_")}
+        segments = segments_of(index, blobs)
+        blobs = {k: v for k, v in blobs.items() if not k.startswith(("added_", "segment_"))}
         slots = index.get("slots")
-        payload = Payload(blobs, shapes, None if slots is None else tuple(slots), additions)
+        payload = Payload(blobs, shapes, None if slots is None else tuple(slots), additions, segments)
         modules = coded_terms(payload, [t if slots is None else slots[t] for t in chosen])
         order = list(modules)
         if list(chosen) != list(range(len(names))):

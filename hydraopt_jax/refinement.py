@@ -229,6 +229,8 @@ def refine(
     coded = store.payload is not None
     if store.payload is not None and store.payload.slots is not None:
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
+    if store.payload is not None and store.payload.segments:
+        raise HydraOptError("refine: the store was coded in parts because it is large: compress fewer tasks")
     if coded:
         rounded, begin = rounding.coding(store), rounding.unrounded(store, ordered, metrics)
     else:

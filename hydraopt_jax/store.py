@@ -49,6 +49,20 @@ class Addition(NamedTuple):
     coefficients: bytes
 
 
+class Segment(NamedTuple):
+    """Some modules of some tasks, coded by themselves as if there were no others.
+
+    Attributes:
+      leaves: name -> bytes, see `coding.codec`; those of removed tasks are gone.
+      shapes: module -> structure of its terms.
+      tasks: of each of its tasks the position in the store, -1 for a removed one.
+    """
+
+    leaves: Mapping[str, bytes]
+    shapes: Mapping[str, tuple[TermShape, ...]]
+    tasks: tuple[int, ...]
+
+
 class Payload(NamedTuple):
     """The coded form of a store's factors, what is written; the factors are what it decodes to.
 
@@ -58,12 +72,14 @@ class Payload(NamedTuple):
       slots: of each of the store's tasks its place among those, or its key in `additions`; None where none
         was added or removed.
       additions: tasks that came later.
+      segments: in place of all these, a collection that was coded in parts because it is large.
     """
 
     leaves: Mapping[str, bytes]
     shapes: Mapping[str, tuple[TermShape, ...]]
     slots: tuple[int, ...] | None = None
     additions: Mapping[int, Addition] = {}
+    segments: tuple[Segment, ...] = ()
 
 
 class Store(NamedTuple):

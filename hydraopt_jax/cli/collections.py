@@ -127,10 +127,40 @@ def compress_command(
     moments = None
     large = {"--skip-bad": skip_bad, "--dry-run": dry_run, "--coordinator": coordinator}
     asked = [k for k, v in large.items() if v]
-    if asked and (navigated or refine):
-        raise HydraOptError(
-            f"{asked[0]} needs an explicit form: budgets, targets and --refine hold all in memory"
+    whole = [
+        k
+        for k, v in (
+            ("--calibration", calibration),
+            ("--max-task-error", max_task_error is not None),
+            ("--refine", refine),
         )
+        if v
+    ]
+    if asked and whole:
+        raise HydraOptError(
+            f"{asked[0]}: {whole[0]} holds the whole collection in memory; leave one of them out"
+        )
+
+    def stream(options: compression.Options | navigate.Options) -> None:
+        done = scaling.run(
+            adapters,
+            out,
+            options,
+            any_base=any_base,
+            base_suffix=base_suffix,
+            overwrite=overwrite,
+            zstd=not no_zstd,
+            force=force,
+            as_json=as_json,
+            skip_bad=skip_bad,
+            dry_run=dry_run,
+            coordinator=coordinator,
+            processes=processes,
+            process_id=process_id,
+        )
+        if done is not None:
+            show_store(out, *done, as_json, chosen=[forms_table(done[0])] if navigated else [])
+
     if navigated:
         fixed = [k for k, v in form.items() if v != DEFAULTS[k]]
         if fixed:
@@ -147,6 +177,9 @@ def compress_command(
             not alone,
         )
         navigate.check_options(targets)
+        if asked or (not whole and scaling.is_large(adapters)):
+            stream(targets)
+            return
         collection = read_all(adapters, any_base, base_suffix, as_json)
         with report.progress("navigating", navigate.ROUNDS, not as_json) as advance:
             result = navigate.compress(collection, targets, progress=advance)
@@ -158,24 +191,7 @@ def compress_command(
         options = compression.Options(**form)
         compression.check_options(options, len(adapters))
         if not refine:
-            done = scaling.run(
-                adapters,
-                out,
-                options,
-                any_base=any_base,
-                base_suffix=base_suffix,
-                overwrite=overwrite,
-                zstd=not no_zstd,
-                force=force,
-                as_json=as_json,
-                skip_bad=skip_bad,
-                dry_run=dry_run,
-                coordinator=coordinator,
-                processes=processes,
-                process_id=process_id,
-            )
-            if done is not None:
-                show_store(out, *done, as_json)
+            stream(options)
             return
         collection = read_all(adapters, any_base, base_suffix, as_json)
         with report.progress("compressing", len(check(collection)), not as_json) as advance:

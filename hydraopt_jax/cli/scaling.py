@@ -1,4 +1,4 @@
-"""`hydraopt compress` in an explicit form: the collection is read module by module."""
+"""`hydraopt compress` of a collection that memory need not hold: it is read a few modules at a time."""
 
 import contextlib
 import shutil
@@ -11,11 +11,16 @@ from typing import Any
 import click
 from rich.table import Table
 
-from hydraopt_jax import compression, report, store
+from hydraopt_jax import compression, navigate, report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli.common import Command, clean, say, split_name
 from hydraopt_jax.formats import check_same_base
-from hydraopt_jax.scale import assembly, hosts, jobs, looking, plan, progress
+from hydraopt_jax.scale import assembly, coded, hosts, jobs, looking, plan, progress
+
+# bytes of adapters from which on a budget or an error target is met segment by segment
+LARGE = 1 << 28
+# files of a job that say that something is done
+KEPT = ("group-*.json", "pass-*.json")
 
 
 class Terminated(click.ClickException):
@@ -58,10 +63,17 @@ def scale_options(command: Command) -> Command:
     return command
 
 
+def is_large(adapters: Sequence[str]) -> bool:
+    """Whether adapters, given as PATH or NAME=PATH, are too many to be held in memory a few times over."""
+    folders = (Path(split_name(x)[0]) for x in adapters)
+    files = (x for f in folders if f.is_dir() for x in f.iterdir() if x.is_file())
+    return sum(x.stat().st_size for x in files) > LARGE
+
+
 def run(
     adapters: Sequence[str],
     out: str,
-    options: compression.Options,
+    options: compression.Options | navigate.Options,
     *,
     any_base: bool,
     base_suffix: Sequence[str],
@@ -88,22 +100,23 @@ def run(
             if dry_run:
                 show(out, found.size, plan.estimate(found, options), bad, as_json)
                 return None
-            content = jobs.run(
-                out,
-                found,
-                options,
-                overwrite=overwrite,
-                compress=zstd,
-                limit=None if force else found.size,
-                left_out=bad,
-                progress=progress.to_stderr(),
-                processes=who,
-            )
+            common: Any = {
+                "overwrite": overwrite,
+                "compress": zstd,
+                "limit": None if force else found.size,
+                "left_out": bad,
+                "progress": progress.to_stderr(),
+                "processes": who,
+            }
+            if isinstance(options, navigate.Options):
+                content = coded.run(out, found, options, **common)
+            else:
+                content = jobs.run(out, found, options, **common)
         except OSError as error:
             raise assembly.disk_error(folder, error) from error
         finally:
             # no group is kept: there is nothing to go on with
-            if folder.exists() and not any(folder.glob("group-*.json")):
+            if folder.exists() and not any(x for kept in KEPT for x in folder.glob(kept)):
                 shutil.rmtree(folder, ignore_errors=True)
         return None if content is None else (content, found.size)
 

@@ -57,7 +57,8 @@ class Spectrum(NamedTuple):
       references: the C candidate tasks.
       cuts: numbers of heads tried.
       labels: `[M, K, T]` head of each task at each cut.
-      shared: spectrum with the input side shared and with the output side shared; None where one task is all.
+      shared: spectrum with the input side shared and with the output side shared; None where one task is all,
+        or where they were not looked for.
       joint: joint bases of the input side and of the output side, likewise.
     """
 
@@ -111,14 +112,17 @@ def shared_spectrum(deltas: Svd, labels: Array, rank: int) -> Shared:
         centre = heads.sum(0)
         return centre, heads, jnp.maximum(deltas.energy.sum() - centre.sum(), 0.0)
 
-    return Shared(*jax.vmap(jax.vmap(one, (None, 0)))(deltas, labels))
+    # one after another: each is large where there are many tasks
+    module = lambda x: jax.lax.map(lambda cut: one(x[0], cut), x[1])  # noqa: E731
+    return Shared(*jax.lax.map(module, (deltas, labels)))
 
 
 @functools.partial(jax.jit, static_argnames="width")
 def joint_bases(vectors: Array, s: Array, width: int) -> Joint:
     """`Joint` of one side of modules of one shape: vectors `[M, T, I, R]`, singular values `[M, T, R]`."""
 
-    def one(vectors: Array, s: Array) -> Joint:
+    def one(x: tuple[Array, Array]) -> Joint:
+        vectors, s = x
         q, reduced = algebra.reduce(vectors * s[:, None, :])
         flat = algebra.wide(reduced)
         basis, _ = algebra.top_eigenvectors(matmul(flat, flat.T), width)
@@ -126,7 +130,7 @@ def joint_bases(vectors: Array, s: Array, width: int) -> Joint:
         energy = jnp.sum(reduced**2, 1)[:, :, None]
         return Joint(matmul(q, basis), along.mT / jnp.where(energy > 0, energy, 1.0))
 
-    return jax.vmap(one)(vectors, s)
+    return jax.lax.map(one, (vectors, s))
 
 
 @jax.jit
@@ -156,6 +160,7 @@ def spectrum(
     coded: tuple[np.ndarray, np.ndarray],
     *,
     share: bool = True,
+    deep: bool = True,
 ) -> Spectrum:
     """Analyse the modules of one shape.
 
@@ -165,6 +170,8 @@ def spectrum(
       weights: `[M, T]` of the relative errors.
       coded: unit singular vectors in the coordinates they are coded in, `[M, T, I, R]` and `[M, T, O, R]`.
       share: whether tasks may share anything.
+      deep: whether shared factors and joint bases are looked for as well, or references only; their cost
+        grows with the cube of T R.
     """
     norms = np.asarray(jnp.sqrt(deltas.energy))
     root = np.sqrt(weights)
@@ -183,10 +190,10 @@ def spectrum(
     gram = np.asarray(jax.vmap(lambda x: algebra.gram(x.u * x.s[:, None, :], x.v))(relative))
     central = np.argsort(-(gram**2).sum((0, 2)), kind="stable")[:REFERENCES]
     left, right = (squared_cosines(x, x[:, central]) for x in map(jnp.asarray, coded))
-    tried = cuts(tasks)
-    labels = hierarchies(relative)[:, np.array(tried) - 1]
+    tried = cuts(tasks) if deep else ()
+    labels = hierarchies(relative)[:, np.array(tried) - 1] if deep else np.zeros((0,))
     sides, joint = [], []
-    for x, vectors in zip((relative, relative.mT), coded, strict=True):
+    for x, vectors in zip((relative, relative.mT), coded, strict=True) if deep else ():
         width = min(tasks * x.s.shape[-1], x.u.shape[-2], SHARED_WIDTH * x.s.shape[-1])
         sides.append(jax.device_get(shared_spectrum(x, labels, width)))
         joint.append(jax.device_get(joint_bases(jnp.asarray(vectors), relative.s, width)))
@@ -199,6 +206,6 @@ def spectrum(
         tuple(central.tolist()),
         tried,
         np.asarray(labels),
-        (sides[0], sides[1]),
-        (joint[0], joint[1]),
+        (sides[0], sides[1]) if deep else None,
+        (joint[0], joint[1]) if deep else None,
     )

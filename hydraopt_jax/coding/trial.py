@@ -176,6 +176,7 @@ def prepare(
     weights: np.ndarray,
     calibration: Mapping[str, np.ndarray] | None = None,
     share: bool = True,
+    deep: bool = True,
 ) -> Problem:
     """Decompose and compare a collection once, for any step.
 
@@ -184,7 +185,7 @@ def prepare(
       order: module names.
       weights: `[T]` of the tasks' errors.
       calibration: second moments, as in a calibration file; None for none.
-      share: whether tasks may share anything.
+      share, deep: as `spectrum`.
 
     Raises:
       HydraOptError: a second moment that is missing, of a wrong shape, or none.
@@ -208,7 +209,7 @@ def prepare(
             coordinates(right, np.asarray(deltas.v).swapaxes(2, 3)),
         )
         weight = np.stack([rows[n] for n in x.modules])
-        spectra.append(spectrum(x.modules, deltas, weight, coded, share=share))
+        spectra.append(spectrum(x.modules, deltas, weight, coded, share=share, deep=deep))
     return Problem(tuple(spectra), metrics, tuple(order), table)
 
 
@@ -300,9 +301,9 @@ def attempt(problem: Problem, step: float, frequencies: np.ndarray) -> Trial:
     return Trial(step, coded, gains, errors, size, choices)
 
 
-def bar(problem: Problem, step: float) -> Problem:
+def bar(problem: Problem, step: float, frequencies: np.ndarray | None = None) -> Problem:
     """Code every module with and without a joint basis at a step, and bar those that are dearer with it; all,
-    where that is cheaper for the whole.
+    where that is cheaper for the whole. Tables are trained for either, unless they are given.
 
     The plan's estimate is made before vectors are filtered by second moments and quantised; this is after.
     """
@@ -311,7 +312,7 @@ def bar(problem: Problem, step: float) -> Problem:
     costs, whole = [], []
     open_problem = problem._replace(barred=frozenset())
     for tried in (open_problem, problem._replace(barred=frozenset(problem.order))):
-        trial = attempt(tried, step, train(tried, step))
+        trial = attempt(tried, step, train(tried, step) if frequencies is None else frequencies)
         lost = np.nansum(trial.errors * problem.weights, 1) / step**2
         costs.append(lost + codec.MULTIPLIER * codec.module_bits(trial.coded))
         whole.append(lost.sum() + codec.MULTIPLIER * 8 * trial.bytes)

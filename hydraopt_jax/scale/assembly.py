@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from hydraopt_jax import container, packing
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.layout import leaf_names
+from hydraopt_jax.layout import TermShape, leaf_names
 from hydraopt_jax.scale.reading import Collection
 from hydraopt_jax.store import Source, Store
 
@@ -202,3 +202,22 @@ def disk_error(path: Path, error: OSError) -> HydraOptError:
         f"{path}: cannot be written: {error.strerror or error}; what was done is kept: make room and run the "
         "same command again"
     )
+
+
+def outline_coded(term: TermShape, tasks: Sequence[int], total: int) -> Factors:
+    """A coded term of a segment as a term of the store, of the right shapes and of no memory.
+
+    Args:
+      term: its structure, by the segment's tasks.
+      tasks: their positions in the store.
+      total: tasks of the store.
+    """
+    blank = lambda *shape: np.broadcast_to(np.zeros((), np.float32), shape)  # noqa: E731
+    index = []
+    for of in (term.a_of, term.b_of):
+        row = np.full(total, -1, np.int32)
+        row[list(tasks)] = of
+        index.append(row)
+    a = blank(max(term.a_of) + 1, term.inputs, term.rank)
+    b = blank(max(term.b_of) + 1, term.rank, term.outputs)
+    return Factors(a, b, index[0], index[1], blank(total, term.rank))  # type: ignore[arg-type]

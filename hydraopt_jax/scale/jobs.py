@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import atomic, checkpoint, compression, packing
+from hydraopt_jax import atomic, checkpoint, compression, navigate, packing
 from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.compression import Options
 from hydraopt_jax.errors import HydraOptError
@@ -99,7 +99,7 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(new, path)
 
 
-def fingerprint(found: Collection, options: Options, dtype: str) -> str:
+def fingerprint(found: Collection, options: Options | navigate.Options, dtype: str) -> str:
     """What a job's folder must agree in with the job that goes on with it."""
     rows = [[x.task, x.source, x.digest, x.stamp[0], x.config] for x in found.cards]
     said = {**options._asdict(), "optimizer": None, "dtype": dtype, "schema": SCHEMA, "adapters": rows}
@@ -112,7 +112,7 @@ def folder_of(out: str | os.PathLike) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def enter(folder: Path, mark: str, groups: Sequence[Group], limit: int) -> None:
+def enter(folder: Path, mark: str, groups: Sequence[Any], limit: int) -> None:
     """Open a job's folder, new or of the same job.
 
     Raises:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import compression
+from hydraopt_jax import compression, navigate
 from hydraopt_jax.compression import Options
-from hydraopt_jax.scale import streaming
+from hydraopt_jax.scale import coded, segments, streaming
 from hydraopt_jax.scale.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
 from hydraopt_jax.scale.reading import Collection
 
@@ -18,6 +18,11 @@ READ_RATE = 3e8
 EFFICIENCY = 0.4
 # of subspace iteration
 ROUNDS = 20
+# of coded segments: passes over the collection as a rule, half-precision bytes that a core codes in a second,
+# and memory over the bytes of a segment
+PASSES = 2
+CODING_RATE = 8e6
+CODING_MEMORY = 40
 CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
 
 
@@ -86,8 +91,10 @@ def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int)
     return 2 * block + sums + max(chunk, 6 * max(streaming.SUM_BYTES.values()))
 
 
-def estimate(found: Collection, options: Options, group_bytes: int = GROUP_BYTES) -> Plan:
+def estimate(found: Collection, options: Options | navigate.Options, group_bytes: int = GROUP_BYTES) -> Plan:
     """Estimate a job. Forms other than a head a task are counted as if they were; they take longer."""
+    if isinstance(options, navigate.Options):
+        return estimate_coded(found, options)
     tasks = len(found.cards)
     compression.check_options(options, tasks)
     dtype = np.dtype(options.dtype or found.dtype).itemsize
@@ -109,6 +116,22 @@ def estimate(found: Collection, options: Options, group_bytes: int = GROUP_BYTES
     store += 2 * len(found.shapes) * tasks
     seconds = flops / (EFFICIENCY * matmul_rate()) + (read + store) / READ_RATE
     return Plan(len(groups), memory, flops, read, store, seconds)
+
+
+def estimate_coded(found: Collection, options: navigate.Options) -> Plan:
+    """Estimate a job to a budget or an error target; the store that an error asks for is not known before,
+    and counted as what comes in."""
+    goal = coded.target_of(found, options)
+    entries = found.entries()
+    rank = max(e.rank for x in found.cards for e in x.modules.values())
+    itemsize = np.dtype(host_dtype(found)).itemsize
+    store = int(goal.limit) if goal.sign < 0 else itemsize * entries
+    read = (1 + PASSES) * itemsize * entries
+    # QRs of both factors and small SVDs, and the gains
+    flops = PASSES * 8 * rank * entries
+    memory = CODING_MEMORY * min(segments.SEGMENT_BYTES, 2 * entries)
+    seconds = PASSES * 2 * entries / CODING_RATE + (read + store) / READ_RATE
+    return Plan(len(segments.parts_of(found)), memory, flops, read, store, seconds)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

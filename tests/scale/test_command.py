@@ -67,7 +67,7 @@ def test_a_dry_run_says_what_the_job_takes_and_writes_nothing(capsys, folders, t
     [
         (["--coordinator", "x:1"], "--processes"),
         (["--processes", "2"], "--coordinator"),
-        (["--budget", "0.5", "--dry-run"], "--dry-run"),
+        (["--budget", "0.5", "--refine", "2", "--dry-run"], "--dry-run: --refine"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(capsys, folders, tmp_path, options, named):
@@ -90,3 +90,17 @@ def test_progress_speaks_once_a_minute():
         "4 of 10 modules, 1.97 a minute, about 3.0 minutes left, 5.00 MB read",
         "6 of 10 modules, 1.97 a minute, about 2.0 minutes left, 5.00 MB read",
     ]
+
+
+def test_a_budget_is_planned_and_met_without_the_bad_ones(capsys, folders, tmp_path):
+    (tmp_path / "broken").mkdir()
+    given = [*folders, str(tmp_path / "broken"), "--out", tmp_path / "s", "--budget", "0.5", "--skip-bad"]
+    code, out, _ = run(capsys, "compress", *given, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0 and not (tmp_path / "s").exists()
+    code, out, _ = run(capsys, "compress", *given, "--json")
+    said = json.loads(out)
+    assert code == 0
+    assert said["bytes_after"] <= plan["plan"]["store"]
+    assert list(said["left_out"]) == [str(tmp_path / "broken")]
+    assert sum(said["forms"].values()) == said["modules"]

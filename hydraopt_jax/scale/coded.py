@@ -1,0 +1,398 @@
+"""A collection that memory does not hold, compressed to a budget or an error target.
+
+The step that meets the target is looked for on a small part of the collection first; then all segments are
+coded at it, and again at a corrected one until the whole meets the target, which takes two passes as a rule.
+A segment depends on nothing but its own factors, the step and the tables of the pass: processes of one job
+divide them, and a killed job goes on with those that are not done and ends with the same store.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax import atomic, checkpoint, container, navigate, packing
+from hydraopt_jax.coding import trial
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.navigate import Options
+from hydraopt_jax.scale import assembly, jobs, segments
+from hydraopt_jax.scale.jobs import Processes, Progress
+from hydraopt_jax.scale.reading import Collection
+from hydraopt_jax.scale.segments import SEGMENT_BYTES, Coded, Part
+from hydraopt_jax.store import Payload, Segment, Source, Store
+
+# share of a target that may stay unused, and passes over the collection until it is met
+SLACK = 0.01
+PASSES = 6
+# two steps in this ratio tell how bytes and errors move with the step
+NEARBY = 1.1
+# bytes of a store's description: a chunk's line, and what any store has
+LINE, FIXED = 40, 1200
+
+
+class Target(NamedTuple):
+    """What is to be met.
+
+    Attributes:
+      sign: -1 for bytes, which fall with the step; +1 for the mean error, which rises.
+      limit: bytes on disk, or mean relative squared error.
+    """
+
+    sign: float
+    limit: float
+
+
+class Pass(NamedTuple):
+    """One pass over the collection: the step, and the log of what came out over the target."""
+
+    step: float
+    miss: float
+
+
+def check(options: Options) -> None:
+    """Refuse what needs the whole collection at once."""
+    navigate.check_options(options)
+    if options.max_task_error is not None or options.calibration is not None:
+        name = "--calibration" if options.max_task_error is None else "--max-task-error"
+        raise HydraOptError(f"{name} holds the whole collection in memory: compress fewer adapters with it")
+
+
+def target_of(found: Collection, options: Options) -> Target:
+    """The target in bytes or in error.
+
+    Raises:
+      HydraOptError: a budget that the adapters as they are would fit into.
+    """
+    if options.max_error is not None:
+        return Target(1.0, options.max_error)
+    extras = sum(int(np.prod(s)) * np.dtype(d).itemsize for x in found.cards for _, d, s in x.extras)
+    limit = navigate.budget_bytes(options, found.entries(), extras)
+    if limit >= found.entries() * np.dtype(found.dtype).itemsize + extras:
+        raise HydraOptError(
+            f"budget of {limit:,} bytes: the adapters' factors take no more as they are: keep them, or give "
+            "a smaller budget"
+        )
+    return Target(-1.0, limit)
+
+
+class Pilot(NamedTuple):
+    """What a part of the collection tells of the whole.
+
+    Attributes:
+      step: meets the target about.
+      slope: how the logarithm of what is to be met moves with the step's.
+      frequencies: `[COUNT, 2, HIGH]`, what the quantiser is charged.
+      deep: whether any module took a shared factor or a joint basis; where none did they are not looked for.
+    """
+
+    step: np.ndarray
+    slope: np.ndarray
+    frequencies: np.ndarray
+    deep: np.ndarray
+
+
+def pilot(found: Collection, options: Options, goal: Target, limit: int) -> Pilot:
+    """Code a part of the collection, to begin with."""
+    wanted = segments.pilot_of(found, limit)
+    weights = navigate.task_weights(found.tasks, options)[list(wanted.tasks)]
+    collection = segments.read(found, wanted)
+    problem = segments.prepare(collection, weights, options.share)
+    entries = sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
+    if goal.sign < 0:
+        room = max(goal.limit - navigate.LEAST_OVERHEAD, goal.limit / 2) * entries / found.entries()
+        start = navigate.first_step(problem, room)
+        miss = lambda x: float(np.log(x.bytes / room))  # noqa: E731
+    else:
+        start = float(np.sqrt(goal.limit)) * 0.2
+        miss = lambda x: float(np.log(max(navigate.value(x, False), 1e-30) / goal.limit))  # noqa: E731
+    problem = trial.bar(problem, start)
+    best, last = navigate.search(problem, miss, goal.sign, start, lambda done: None)
+    here = best or last
+    frequencies = trial.train(problem, here.step)
+    beside = trial.attempt(problem, here.step * NEARBY, frequencies)
+    slope = (miss(beside) - miss(here)) / np.log(NEARBY)
+    # the first pass aims at the middle of the slack, as the others do
+    step = here.step * float(np.exp(-(SLACK / 2 + miss(here)) / slope)) if slope else here.step
+    deep = any(x.form != "separate" for x in here.choices.values())
+    return Pilot(np.array(np.clip(step, *navigate.STEPS)), np.array(slope), frequencies, np.array(deep))
+
+
+def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
+    """The step of the next pass: a secant in logarithms that aims at the middle of the slack.
+
+    Args:
+      done: the passes so far.
+      slope: of the pilot.
+      goal: what is to be met.
+    """
+    if len(done) > 1 and done[-1].step != done[-2].step:
+        slope = (done[-1].miss - done[-2].miss) / np.log(done[-1].step / done[-2].step)
+    slope = goal.sign * float(np.clip(goal.sign * slope, 0.05, 5.0))
+    aim = np.log(done[-1].step) - (done[-1].miss + SLACK / 2) / slope
+    return float(np.exp(np.clip(aim, *navigate.STEPS_LOG)))
+
+
+def met(done: Sequence[Pass]) -> int | None:
+    """The pass that meets the target closely enough, or the best one that meets it when no more are made."""
+    fits = [k for k, x in enumerate(done) if x.miss <= 0]
+    close = [k for k in fits if done[k].miss > -SLACK or done[k].step <= navigate.STEPS[0] * 1.0001]
+    if close:
+        return close[-1]
+    return max(fits, key=lambda k: done[k].miss) if fits and len(done) >= PASSES else None
+
+
+def run(
+    out: str | os.PathLike,
+    found: Collection,
+    options: Options,
+    *,
+    overwrite: bool = False,
+    compress: bool = True,
+    limit: int | None = None,
+    left_out: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+    segment_bytes: int = SEGMENT_BYTES,
+) -> Store | None:
+    """Compress a collection that need not fit in memory to a budget or a mean error, into a store on disk.
+
+    Args:
+      out: the store.
+      found: the collection.
+      options: a budget or `max_error`; no calibration.
+      overwrite, compress, limit: as `checkpoint.save`.
+      left_out: adapters that were not taken, with the reason, for the store's description.
+      progress: what to tell while at work.
+      processes: who takes part.
+      segment_bytes: half-precision bytes of the factors that are coded together.
+
+    Returns:
+      The store without its numbers; None in all processes but the first.
+
+    Raises:
+      HydraOptError: bad options, a target that cannot be met, a folder that is another job's, or a file
+        system that takes no more. What is done stays, and the same call goes on with it.
+      TooLarge: as `checkpoint.save`.
+    """
+    progress, processes = progress or Progress(), processes or Processes()
+    check(options)
+    checkpoint.check_target(out, overwrite)
+    goal = target_of(found, options)
+    parts = segments.parts_of(found, segment_bytes)
+    folder = jobs.folder_of(out)
+    try:
+        if processes.rank == 0:
+            jobs.enter(folder, jobs.fingerprint(found, options, "coded"), parts, segment_bytes)
+        processes.wait("entered")
+        chosen = passes(folder, found, options, goal, parts, progress, processes, segment_bytes)
+        processes.leave()
+        if processes.rank:
+            return None
+        number, step = chosen
+        rows = segments_of(folder, number, len(parts))
+        content = summary(found, options, parts, rows, step, left_out or {})
+        path = Path(out).resolve()
+        with atomic.writing(path) as place:
+            checkpoint.check_target(path, overwrite)
+            write(place / "new", folder, number, found, content, rows, compress)
+            checkpoint.settle(place / "new", path, int(goal.limit) if goal.sign < 0 else limit)
+    except checkpoint.TooLarge:
+        # as every refusal this one leaves nothing behind
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise assembly.disk_error(folder, error) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    return content
+
+
+def passes(
+    folder: Path,
+    found: Collection,
+    options: Options,
+    goal: Target,
+    parts: Sequence[Part],
+    progress: Progress,
+    processes: Processes,
+    limit: int,
+) -> tuple[int, float]:
+    """Code all segments until the whole meets the target: number and step of the pass that does."""
+    file = folder / "pilot.npz"
+    if processes.rank == 0 and not file.exists():
+        with (folder / "pilot.new").open("wb") as sink:
+            np.savez(sink, **pilot(found, options, goal, limit)._asdict())
+        os.replace(folder / "pilot.new", file)
+    processes.wait("pilot")
+    with np.load(file, allow_pickle=False) as saved:
+        known = Pilot(**saved)
+    step = float(known.step)
+    done: list[Pass] = []
+    while (chosen := met(done)) is None:
+        if len(done) == PASSES:
+            raise HydraOptError(failure(done, goal))
+        number = len(done)
+        if number:
+            step = next_step(done, float(known.slope), goal)
+        one_pass(folder, number, found, options, parts, step, known, progress, processes)
+        processes.wait(f"pass {number}")
+        rows = segments_of(folder, number, len(parts))
+        done.append(Pass(step, miss_of(found, options, parts, rows, step, goal)))
+        if done[-1].miss > 0 and step >= navigate.STEPS[1] / 1.0001 and goal.sign < 0:
+            raise HydraOptError(failure(done, goal))
+    return chosen, done[chosen].step
+
+
+def failure(done: Sequence[Pass], goal: Target) -> str:
+    """Why no pass meets the target."""
+    best = min(x.miss for x in done)
+    value = goal.limit * float(np.exp(best))
+    if goal.sign < 0:
+        return f"budget of {int(goal.limit):,} bytes: the smallest store that was found takes {int(value):,}"
+    return f"error target {goal.limit:g} cannot be met: the least error that was found is {value:.3g}"
+
+
+def one_pass(
+    folder: Path,
+    number: int,
+    found: Collection,
+    options: Options,
+    parts: Sequence[Part],
+    step: float,
+    known: Pilot,
+    progress: Progress,
+    processes: Processes,
+) -> None:
+    """Code this process's segments that are not done; those of passes long ago make room."""
+    weights = navigate.task_weights(found.tasks, options)
+    mine = range(processes.rank, len(parts), processes.size)
+    todo = [n for n in mine if not row(folder, number, n).exists()]
+    total = sum(len(parts[n].modules) for n in mine)
+    progress.start(total, total - sum(len(parts[n].modules) for n in todo))
+    coming = segments.ahead(found, [parts[n] for n in todo], progress.read)
+    for n, collection in zip(todo, coming, strict=True):
+        own = weights[list(parts[n].tasks)]
+        problem = segments.prepare(collection, own, options.share, bool(known.deep))
+        before = segments.kept(row(folder, 0, n)) if number else None
+        if before is None:
+            problem = trial.bar(problem, step, known.frequencies)
+        else:
+            problem = problem._replace(barred=frozenset(before.barred))
+        file = row(folder, number, n).with_suffix(".bin")
+        names = [x.task for x in collection]
+        segments.keep(row(folder, number, n), segments.code(problem, names, step, known.frequencies, file))
+        progress.step(len(parts[n].modules))
+
+
+def row(folder: Path, number: int, n: int) -> Path:
+    """Where a pass's segment is described; its bytes lie beside it."""
+    return folder / f"pass-{number}-{n}.json"
+
+
+def segments_of(folder: Path, number: int, count: int) -> list[Coded]:
+    """All segments of a pass.
+
+    Raises:
+      HydraOptError: one is missing, though its process says that it is done.
+    """
+    out = []
+    for n in range(count):
+        found = segments.kept(row(folder, number, n))
+        if found is None:
+            raise HydraOptError(
+                f"{folder}: segment {n} of another process is not there: the folder must be on a file system "
+                "that all processes share"
+            )
+        out.append(found)
+    return out
+
+
+def miss_of(
+    found: Collection,
+    options: Options,
+    parts: Sequence[Part],
+    rows: Sequence[Coded],
+    step: float,
+    goal: Target,
+) -> float:
+    """Log of a pass's bytes or error over the target."""
+    if goal.sign > 0:
+        tables = [x.table for x in rows]
+        lost = sum(float(np.nansum(x)) for x in tables)
+        mean = lost / sum(np.count_nonzero(~np.isnan(x)) for x in tables)
+        return float(np.log(max(mean, 1e-30) / goal.limit))
+    codes = sum(x.size for x in rows)
+    total = codes + overhead(found, summary(found, options, parts, rows, step, {}), codes)
+    return float(np.log(total / goal.limit))
+
+
+def overhead(found: Collection, content: Store, codes: int) -> int:
+    """Bytes on disk beside the segments' own `codes`, a little more than less."""
+    index = packing.pack(content)[1]
+    head = len(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9))
+    extras = sum(int(np.prod(s)) * np.dtype(d).itemsize for x in found.cards for _, d, s in x.extras)
+    # the errors, a line of the description for each chunk, and what any store has
+    return head + extras + 2 * content.errors.size + LINE * container.chunks_of(codes) + FIXED
+
+
+def summary(
+    found: Collection,
+    options: Options,
+    parts: Sequence[Part],
+    rows: Sequence[Coded],
+    step: float,
+    left_out: Mapping[str, str],
+) -> Store:
+    """The store without its bytes: what can be said of it."""
+    order = list(dict.fromkeys(name for x in rows for name in x.shapes))
+    position = {name: m for m, name in enumerate(order)}
+    errors = np.full((len(order), len(found.cards)), np.nan)
+    forms: dict[str, int] = {}
+    modules: dict[str, Any] = dict.fromkeys(order, ())
+    for part, x in zip(parts, rows, strict=True):
+        for k, (name, terms) in enumerate(x.shapes.items()):
+            errors[position[name], list(part.tasks)] = x.table[k]
+            modules[name] += tuple(
+                assembly.outline_coded(term, part.tasks, len(found.cards)) for term in terms
+            )
+        for label, count in x.forms.items():
+            forms[label] = forms.get(label, 0) + count
+    numbers = [np.count_nonzero(~np.isnan(x.table)) for x in rows]
+    tail = float(np.average([x.tail for x in rows], weights=numbers))
+    report = navigate.account(options, found.entries()) | {
+        "form": "coded",
+        "step": float(f"{step:.6g}"),
+        "forms": forms,
+        "bound": {"eigen-tail": float(f"{tail:.6g}")},
+    }
+    if left_out:
+        report["left_out"] = dict(left_out)
+    sources = tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, {}) for x in found.cards)
+    empty = tuple(Segment({}, x.shapes, part.tasks) for part, x in zip(parts, rows, strict=True))
+    return Store(found.tasks, modules, sources, report, errors, Payload({}, {}, segments=empty))
+
+
+def write(
+    new: Path,
+    folder: Path,
+    number: int,
+    found: Collection,
+    content: Store,
+    rows: Sequence[Coded],
+    compress: bool,
+) -> None:
+    """Write the store's folder."""
+    assert content.payload is not None
+    filled = []
+    for n, (x, empty) in enumerate(zip(rows, content.payload.segments, strict=True)):
+        data = row(folder, number, n).with_suffix(".bin").read_bytes()
+        leaves = {name: data[at : at + size] for name, (at, size) in x.leaves.items()}
+        filled.append(empty._replace(leaves=leaves))
+    sources = tuple(x._replace(extras=found.read_extras(t)) for t, x in enumerate(content.sources))
+    one = filled[0] if len(filled) == 1 and filled[0].tasks == tuple(range(len(found.cards))) else None
+    payload = Payload({}, {}, segments=tuple(filled)) if one is None else Payload(one.leaves, one.shapes)
+    checkpoint.write(new, content._replace(sources=sources, payload=payload), compress)
