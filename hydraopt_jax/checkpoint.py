@@ -46,7 +46,7 @@ class TooLarge(HydraOptError):
 def write(folder: Path, store: Store, compress: bool = True) -> None:
     """Write a store into a new folder, in place."""
     leaves, index = packing.pack(store)
-    container.write(folder, index, list(leaves.values()), compress)
+    container.write(folder, index, leaves.values(), compress)
 
 
 def save(
@@ -144,7 +144,7 @@ def open_store(path: Path) -> tuple[dict[str, Any], Callable[[Sequence[str]], di
     meta, item = container.read_description(path)
     if meta["schema"] == 1:
         return open_first_schema(path, meta, item)
-    chunks: dict[int, bytes] = {}
+    chunks: dict[str, bytes] = {}
     with believing(path):
         opened = container.open_container(path, meta, item)
         index = container.read_index(opened, chunks)

@@ -5,16 +5,19 @@ costs a few hundred bytes beside its content, an array a leaf as much for each l
 carries the description: sizes and checksums of all other files, and a seal over itself. Chunks are decoded
 from the very bytes whose checksum was compared: a store replaced meanwhile is never read half and half.
 
-The first schema keeps one array a leaf; it is read here, and written by `scale.assembly` for what memory does
-not hold.
+A run of more than `ARRAY_BYTES` is cut into arrays `data`, `data_1`, `data_2`, ..., written one after another
+(Orbax's partial saving), so that the writer holds one of them and not the store: schema 3, else schema 2.
+The first schema keeps one array a leaf and is only read.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,17 +28,41 @@ from orbax.checkpoint import v1 as ocp
 
 from hydraopt_jax.errors import HydraOptError
 
-SCHEMA = 2
+# of one array, and of several, the newest
+ONE_ARRAY, SCHEMA = 2, 3
 DESCRIPTION = "_CHECKPOINT_METADATA"
 ARRAY = "data"
-# bytes of a chunk, and the most chunks: what a task's restore may read in excess, against a file a chunk
+# bytes of a chunk, and the most chunks of an array: what a task's restore may read in excess, against a file
+# a chunk
 CHUNK = 1 << 16
 MAX_CHUNKS = 256
+# most bytes of an array, which a writer holds twice: its own and Orbax's copy
+ARRAY_BYTES = 1 << 26
 # what an array may claim to hold: so many bytes, and so many for each on disk (zstd of zeros)
 ROOM, EXPANSION = 1 << 26, 1000
 # deflate cannot expand further
 DEFLATE = 1040
 SEAL = "0" * 16
+
+
+class Chunked(NamedTuple):
+    """One array of a container.
+
+    Attributes:
+      folder: of its chunk files, relative.
+      start: where its bytes begin in the run.
+      total: bytes of the array.
+      chunk: bytes of a chunk.
+      header: the array's own metadata file.
+      chunks: bytes on disk and checksum of each chunk.
+    """
+
+    folder: str
+    start: int
+    total: int
+    chunk: int
+    header: bytes
+    chunks: Sequence[Any]
 
 
 class Container(NamedTuple):
@@ -44,18 +71,14 @@ class Container(NamedTuple):
     Attributes:
       path: the folder.
       meta: the description, seal checked.
-      array: folder of the chunk files, relative.
-      total: bytes of the array.
-      chunk: bytes of a chunk.
-      header: the array's own metadata file.
+      arrays: that hold the run of bytes, in order.
+      total: bytes of the run.
     """
 
     path: Path
     meta: Mapping[str, Any]
-    array: str
+    arrays: Sequence[Chunked]
     total: int
-    chunk: int
-    header: bytes
 
 
 def digest(data: bytes | np.ndarray) -> str:
@@ -68,53 +91,115 @@ def damaged(path: str | os.PathLike, what: str) -> HydraOptError:
     return HydraOptError(f"{path}: damaged store: {what}: restore it from a copy or compress again")
 
 
-def chunks_of(size: int) -> int:
-    """How many chunks so many bytes are cut into."""
-    return min(max(round(size / CHUNK), 1), MAX_CHUNKS)
+def write(folder: Path, index: Mapping[str, Any], leaves: Iterable[Any], compress: bool) -> None:
+    """Write a new folder: the index, deflated, then the leaves; no bytes of it depend on time or place.
 
+    Args:
+      folder: to be made.
+      index: JSON-able; its "leaves" are name -> bytes, in the order in which the leaves come.
+      leaves: their bytes in pieces of any length, as bytes or contiguous arrays of bytes. A piece is asked
+        for when there is room for it: what they come from need not fit in memory.
+      compress: let Orbax compress the chunks with zstd.
 
-def write(folder: Path, index: Mapping[str, Any], leaves: Sequence[bytes], compress: bool) -> None:
-    """Write a new folder: the index, deflated, then the leaves; no bytes of it depend on time or place."""
+    Raises:
+      ValueError: the leaves have more or fewer bytes than the index says.
+      HydraOptError: zstd makes less of the leaves than a reader believes.
+    """
     text = json.dumps(index, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
     head = zlib.compress(text, 9)
-    data = b"".join([head, *leaves])
-    count = chunks_of(len(data))
-    chunk = -(-len(data) // count)
-    array = np.zeros(chunk * count, np.uint8)
-    array[: len(data)] = np.frombuffer(data, np.uint8)
+    total = len(head) + sum(index["leaves"].values())
+    chunk, count = division(total)
+    arrays = fill(itertools.chain([head], leaves), total, chunk, count)
     context = ocp.Context()
     context.array.saving.use_compression = compress
-    # plain zarr: one array needs no database, whose own files cost more and vary in size
+    # plain zarr: few arrays need no database, whose own files cost more and vary in size
     context.array.saving.use_ocdbt = False
     context.array.saving.use_zarr3 = False
     context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=chunk
     )
     with context, quiet_orbax():
-        ocp.save(folder, {ARRAY: array}, custom_metadata={})
+        if total <= ARRAY_BYTES:
+            (array,) = arrays
+            counts = [len(array) // chunk]
+            ocp.save(folder, {ARRAY: array}, custom_metadata={})
+        else:
+            counts = []
+            for array in arrays:
+                ocp.partial.save(folder, {array_name(len(counts)): array})
+                counts.append(len(array) // chunk)
+            ocp.partial.finalize(folder)
     marker = folder / "commit_success.txt"
     if marker.exists():
         # Orbax names the temporary folder in it, which is wrong after the rename and varies in length
         marker.write_text("committed\n")
+    describe(folder, counts, chunk, [len(head), len(text)])
+
+
+def describe(folder: Path, counts: Sequence[int], chunk: int, index: Sequence[int]) -> None:
+    """Write the description of a folder: arrays of so many chunks, chunks and index of so many bytes."""
     handlers = json.loads((folder / DESCRIPTION).read_bytes())["item_handlers"]
-    home = f"{next(iter(handlers))}/{ARRAY}"
-    pieces = [(folder / home / str(k)).read_bytes() for k in range(count)]
-    names = sorted(x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file())
+    item = next(iter(handlers))
+    names = [[f"{item}/{array_name(n)}/{k}" for k in range(count)] for n, count in enumerate(counts)]
+    # one file at a time: together they are the store
+    chunks = [[summarise((folder / x).read_bytes()) for x in array] for array in names]
+    stored = sum(size for array in chunks for size, _ in array)
+    total = chunk * sum(counts)
+    if total > ROOM + EXPANSION * stored:
+        raise HydraOptError(f"a store of {total:,} bytes that are nearly all zeros: write it without zstd")
+    apart = {DESCRIPTION, *itertools.chain(*names)}
+    others = sorted(x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file())
     meta = {
         "format": "hydraopt",
-        "schema": SCHEMA,
-        "index": [len(head), len(text)],
-        "chunks": [[len(x), digest(x)] for x in pieces],
-        "files": {
-            x: digest((folder / x).read_bytes())
-            for x in names
-            if x != DESCRIPTION and x not in {f"{home}/{k}" for k in range(count)}
-        },
+        "schema": ONE_ARRAY if len(counts) == 1 else SCHEMA,
+        "index": index,
+        "chunks": chunks[0] if len(counts) == 1 else chunks,
+        "files": {x: digest((folder / x).read_bytes()) for x in others if x not in apart},
         "seal": SEAL,
     }
     blank = json.dumps({"item_handlers": handlers, "custom_metadata": meta}, separators=(",", ":"))
     sealed = blank.replace(f'"seal":"{SEAL}"', f'"seal":"{digest(blank.encode())}"')
     (folder / DESCRIPTION).write_text(sealed)
+
+
+def summarise(data: bytes) -> list[Any]:
+    """Size and checksum."""
+    return [len(data), digest(data)]
+
+
+def array_name(n: int) -> str:
+    """Name of the n-th array."""
+    return f"{ARRAY}_{n}" if n else ARRAY
+
+
+def division(total: int) -> tuple[int, int]:
+    """Bytes of a chunk, and the most chunks of an array, for a run of so many bytes."""
+    count = min(max(round(min(total, ARRAY_BYTES) / CHUNK), 1), MAX_CHUNKS)
+    return (-(-total // count) if total <= ARRAY_BYTES else ARRAY_BYTES // count), count
+
+
+def fill(pieces: Iterable[Any], total: int, chunk: int, count: int) -> Iterator[np.ndarray]:
+    """A run of `total` bytes as arrays of whole chunks, padded with zeros.
+
+    One buffer is filled again and again: an array is gone when the next one is asked for.
+    """
+    buffer = np.zeros(chunk * count, np.uint8)
+    done = at = 0
+    for piece in pieces:
+        rest = memoryview(piece).cast("B")
+        done += len(rest)
+        while rest:
+            taken = min(len(rest), len(buffer) - at)
+            buffer[at : at + taken] = rest[:taken]
+            rest, at = rest[taken:], at + taken
+            if at == len(buffer):
+                yield buffer
+                at = 0
+    if done != total:
+        raise ValueError(f"index and leaves have {done} bytes instead of {total}")
+    if at:
+        buffer[at:] = 0
+        yield buffer[: chunk * -(-at // chunk)]
 
 
 @contextmanager
@@ -171,36 +256,45 @@ def read_description(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def open_container(path: Path, meta: Mapping[str, Any], item: str) -> Container:
-    """Open a store of the present schema: all its files are there in their sizes, the small ones as written.
+    """Open a store of a later schema than the first: all files have their sizes, small ones are as written.
 
     Raises:
       HydraOptError: a file that is missing, of another size, or not as written.
     """
-    array = f"{item}/{ARRAY}"
     small = {name: read_file(path, name) for name in meta["files"]}
     for name, checksum in meta["files"].items():
         if digest(small[name]) != checksum:
             raise damaged(path, f"{name} does not match its checksum")
-    for k, (size, _) in enumerate(meta["chunks"]):
-        file = path / array / str(k)
-        if not file.is_file():
-            raise damaged(path, f"{array}/{k} is missing")
-        if file.stat().st_size != size:
-            raise damaged(path, f"{array}/{k} has {file.stat().st_size} bytes instead of {size}")
-    header = small[f"{array}/.zarray"]
-    stored = sum(size for size, _ in meta["chunks"])
-    total, chunk = array_shape(path, array, header, stored)
-    if total != chunk * len(meta["chunks"]):
-        raise damaged(path, f"{array}/.zarray has {total} bytes in chunks of {chunk}")
-    return Container(path, meta, array, total, chunk, header)
+    groups = [meta["chunks"]] if meta["schema"] == ONE_ARRAY else meta["chunks"]
+    folders = [f"{item}/{array_name(n)}" for n in range(len(groups))]
+    stored = 0
+    for folder, chunks in zip(folders, groups, strict=True):
+        for k, (size, _) in enumerate(chunks):
+            file = path / folder / str(k)
+            if not file.is_file():
+                raise damaged(path, f"{folder}/{k} is missing")
+            if file.stat().st_size != size:
+                raise damaged(path, f"{folder}/{k} has {file.stat().st_size} bytes instead of {size}")
+            stored += size
+    arrays: list[Chunked] = []
+    at = 0
+    for folder, chunks in zip(folders, groups, strict=True):
+        header = small[f"{folder}/.zarray"]
+        # many arrays together may claim no more room than one
+        total, chunk = array_shape(path, folder, header, stored, at)
+        if total != chunk * len(chunks):
+            raise damaged(path, f"{folder}/.zarray has {total} bytes in chunks of {chunk}")
+        arrays.append(Chunked(folder, at, total, chunk, header, chunks))
+        at += total
+    return Container(path, meta, arrays, at)
 
 
-def array_shape(path: Path, array: str, header: bytes, stored: int) -> tuple[int, int]:
-    """Bytes of an array and of a chunk from its header; refused where they cannot be true."""
+def array_shape(path: Path, array: str, header: bytes, stored: int, before: int = 0) -> tuple[int, int]:
+    """Bytes of an array, after `before` others, and of a chunk, if its header can be believed."""
     try:
         fields = json.loads(header)
         (total,), (chunk,), kind = fields["shape"], fields["chunks"], fields["dtype"]
-        sane = kind == "|u1" and 0 < chunk <= total <= ROOM + EXPANSION * stored
+        sane = kind == "|u1" and 0 < chunk <= total <= ROOM + EXPANSION * stored - before
     except (ValueError, KeyError, TypeError, RecursionError):
         sane = False
     if not sane:
@@ -208,19 +302,42 @@ def array_shape(path: Path, array: str, header: bytes, stored: int) -> tuple[int
     return total, chunk
 
 
-def read_span(container: Container, start: int, stop: int, cache: dict[int, bytes]) -> np.ndarray:
-    """Bytes `start` to `stop` of the array, from the chunks that hold them, each against its checksum."""
-    path, array = container.path, container.array
+def read_span(container: Container, start: int, stop: int, cache: dict[str, bytes]) -> np.ndarray:
+    """Bytes `start` to `stop` of the run, from the chunks that hold them, each against its checksum.
+
+    Args:
+      container: opened.
+      start, stop: of the span.
+      cache: the chunk where the span before ended, by name; of this one only the last is left in it.
+    """
     if not 0 <= start < stop <= container.total:
-        raise damaged(path, f"its index points at bytes {start} to {stop} of {container.total}")
-    store = {".zarray": container.header}
-    for k in range(start // container.chunk, (stop - 1) // container.chunk + 1):
-        if k not in cache:
-            cache[k] = read_file(path, f"{array}/{k}")
-            if digest(cache[k]) != container.meta["chunks"][k][1]:
-                raise damaged(path, f"{array}/{k} does not match its checksum")
-        store[str(k)] = cache[k]
-    return decode(path, array, store, start, stop)
+        raise damaged(container.path, f"its index points at bytes {start} to {stop} of {container.total}")
+    out = np.empty(stop - start, np.uint8)
+    first = bisect.bisect_right(container.arrays, start, key=lambda x: x.start) - 1
+    for array in itertools.takewhile(lambda x: x.start < stop, container.arrays[first:]):
+        low, high = max(start, array.start), min(stop, array.start + array.total)
+        part = read_array(container.path, array, low - array.start, high - array.start, cache)
+        out[low - start : high - start] = part
+    return out
+
+
+def read_array(path: Path, array: Chunked, start: int, stop: int, cache: dict[str, bytes]) -> np.ndarray:
+    """As `read_span`, of one array."""
+    files = {".zarray": array.header}
+    for k in range(start // array.chunk, (stop - 1) // array.chunk + 1):
+        name = f"{array.folder}/{k}"
+        files[str(k)] = cache[name] if name in cache else read_chunk(path, array, k)
+    cache.clear()
+    cache[name] = files[str(k)]
+    return decode(path, array.folder, files, start, stop)
+
+
+def read_chunk(path: Path, array: Chunked, k: int) -> bytes:
+    """A chunk file, against its checksum."""
+    data = read_file(path, f"{array.folder}/{k}")
+    if digest(data) != array.chunks[k][1]:
+        raise damaged(path, f"{array.folder}/{k} does not match its checksum")
+    return data
 
 
 def decode(path: Path, array: str, files: Mapping[str, bytes], start: int, stop: int) -> np.ndarray:
@@ -232,7 +349,7 @@ def decode(path: Path, array: str, files: Mapping[str, bytes], start: int, stop:
             memory.write(name, value).result()
         spec = {"driver": "zarr", "kvstore": {"driver": "memory"}}
         opened = tensorstore.open(spec, context=context, open=True).result()
-        return np.array(opened[start:stop].read().result())
+        return np.asarray(opened[start:stop].read().result())
     except Exception as error:
         raise damaged(path, f"{array} cannot be decoded ({' '.join(str(error).split())[:120]})") from None
 
@@ -243,10 +360,10 @@ def verify(path: Path) -> int:
     if meta["schema"] == 1:
         return sum(x.is_file() for x in path.rglob("*"))
     opened = open_container(path, meta, item)
-    for k, (_, checksum) in enumerate(meta["chunks"]):
-        if digest(read_file(path, f"{opened.array}/{k}")) != checksum:
-            raise damaged(path, f"{opened.array}/{k} does not match its checksum")
-    return 1 + len(meta["files"]) + len(meta["chunks"])
+    for array in opened.arrays:
+        for k in range(len(array.chunks)):
+            read_chunk(path, array, k)
+    return 1 + len(meta["files"]) + sum(len(x.chunks) for x in opened.arrays)
 
 
 def stamp(path: Path) -> tuple[int, int, bytes]:
@@ -265,7 +382,7 @@ def is_compressed(path: Path) -> bool:
     return json.loads(header).get("compressor") is not None
 
 
-def read_index(container: Container, cache: dict[int, bytes]) -> dict[str, Any]:
+def read_index(container: Container, cache: dict[str, bytes]) -> dict[str, Any]:
     """The index."""
     packed, size = container.meta["index"]
     data = read_span(container, 0, packed, cache).tobytes()

@@ -111,17 +111,36 @@ def pack(store: Store) -> tuple[dict[str, bytes], dict[str, Any]]:
     for t, (_, blob) in enumerate(extras):
         leaves[f"extras_{t}"] = [blob]
     packed = {k: b"".join(v) for k, v in leaves.items() if any(v)}
-    index = {
+    sizes = {k: len(v) for k, v in packed.items()}
+    return packed, index_of(store, groups, description, [table for table, _ in extras], sizes)
+
+
+def index_of(
+    store: Store,
+    groups: list,
+    description: Mapping[str, Any],
+    tables: Sequence[Any],
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """The index of a store, for which its numbers need not be there.
+
+    Args:
+      store: what it is the index of.
+      groups: task sets of the `head_*` leaves.
+      description: `skeleton` or `coded_skeleton` of the modules.
+      tables: of each task's full tensors, as `pack_extras` makes them.
+      sizes: bytes of each leaf, none empty, in the order in which they are written.
+    """
+    return {
         "tasks": list(store.tasks),
         "groups": groups,
         **description,
         "sources": merge_sources(store.sources),
-        "extras": [table for table, _ in extras],
+        "extras": list(tables),
         # a store made by hand may say nothing of itself
         "report": {"form": "", "options": {}, "entries": count(store), "bound": {}} | dict(store.report),
-        "leaves": {k: len(v) for k, v in packed.items()},
+        "leaves": dict(sizes),
     }
-    return packed, index
 
 
 def segment_table(segments: Iterable[Segment]) -> list[dict[str, Any]]:

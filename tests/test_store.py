@@ -192,6 +192,7 @@ def test_what_is_not_a_store(tmp_path, make, said):
 
 def test_a_newer_schema_is_refused(small, tmp_path, monkeypatch):
     monkeypatch.setattr(container, "SCHEMA", 99)
+    monkeypatch.setattr(container, "ARRAY_BYTES", 2000)
     checkpoint.save(tmp_path / "s", compress(small))
     monkeypatch.undo()
     with pytest.raises(HydraOptError, match=r"schema 99 is newer .* upgrade hydraopt_jax"):

@@ -1,31 +1,22 @@
 """The store of a job, put together from the parts that its groups kept on disk.
 
-A small one is loaded and written as every store is. A larger one is written a leaf at a time in the first
-schema, an array a leaf: Orbax's partial saving takes a few leaves at a time, so that memory holds those and
-not the store.
+Its index is that of the store without its numbers, which are read part by part as they are written: memory
+holds what `container.write` holds of a store, whatever its size.
 """
 
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from hydraopt_jax import container, packing
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, leaf_names
-from hydraopt_jax.scale.reading import Collection
 from hydraopt_jax.store import Source, Store
-
-# bytes of a store that is written as every store is, for which the writer holds it a few times over
-IN_MEMORY = 1 << 26
-# bytes of leaves in one partial save
-BATCH = 1 << 26
-
 
 Extras = Callable[[int], Mapping[str, np.ndarray]]
 
@@ -72,128 +63,97 @@ def summary(
     return Store(tuple(tasks), modules, tuple(sources), report, errors)
 
 
-def size(content: Store, found: Collection) -> int:
-    """Bytes of a store's factors and full tensors, from its `summary`."""
-    factors = sum(x.value.nbytes for x in packing.parts(content.modules))
-    extras = [np.prod(shape) * np.dtype(kind).itemsize for x in found.cards for _, kind, shape in x.extras]
-    return factors + int(sum(extras))
+class Place(NamedTuple):
+    """Where a part lies."""
 
-
-def load(content: Store, kept: Mapping[str, Kept], extras: Extras) -> Store:
-    """The store with its numbers.
-
-    Args:
-      content: the `summary`.
-      kept: where the parts lie.
-      extras: task -> its full tensors.
-    """
-    modules = {}
-    for name, x in kept.items():
-        (term,) = content.modules[name]
-        blanks = [part.value for part in packing.parts({name: (term,)})]
-        values = []
-        with open(x.file, "rb") as source:
-            for blank, offset in zip(blanks, x.offsets, strict=True):
-                source.seek(offset)
-                values.append(np.frombuffer(source.read(blank.nbytes), blank.dtype).reshape(blank.shape))
-        inputs, outputs = x.a[0], x.b[0]
-        core: Any = None
-        if x.core is not None:
-            core = np.zeros(x.core, x.dtype)
-            core[np.array(x.a_of) >= 0] = values[inputs + outputs :]
-        a: Any = np.stack(values[:inputs])
-        b: Any = np.stack(values[inputs : inputs + outputs])
-        modules[name] = (term._replace(a=a, b=b, core=core),)
-    sources = tuple(x._replace(extras=extras(t)) for t, x in enumerate(content.sources))
-    return content._replace(modules=modules, sources=sources)
+    file: str
+    offset: int
+    size: int
 
 
 def write(
-    folder: Path, work: Path, content: Store, kept: Mapping[str, Kept], extras: Extras, compress: bool
+    folder: Path,
+    content: Store,
+    kept: Mapping[str, Kept],
+    tables: Sequence[Sequence[Any]],
+    extras: Extras,
+    compress: bool,
 ) -> None:
-    """Write a store's folder in the first schema.
+    """Write a store's folder, the same bytes that `checkpoint.write` makes of the store in memory.
 
     Args:
       folder: the new store.
-      work: a folder for the leaves while they are put together.
       content: the `summary`.
       kept: where the parts lie.
+      tables: of each task's full tensors, `[name, dtype, shape]`.
       extras: task -> its full tensors.
-      compress: whether Orbax compresses the leaves.
+      compress: whether Orbax compresses the chunks.
     """
-    tables = []
     every = list(packing.parts(content.modules))
     sizes = [x.value.nbytes for x in every]
     names, groups = leaf_names([x.users for x in every], sizes, len(content.tasks))
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    gather(work, names, sizes, kept)
-    (work / "errors").write_bytes(np.sqrt(content.errors).astype(np.float16).tobytes())
-    for t in range(len(content.tasks)):
-        table, blob = packing.pack_extras(extras(t))
-        tables.append(table)
-        if blob:
-            (work / f"extras_{t}").write_bytes(blob)
-    files = sorted(x for x in work.iterdir() if x.stat().st_size)
-    index = {
-        "groups": groups,
-        **packing.skeleton(content.modules),
-        "sources": packing.merge_sources(content.sources),
-        "extras": tables,
-        "report": content.report,
-        "leaves": {x.name: [x.stat().st_size, container.digest(x.read_bytes())] for x in files},
-    }
-    text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
-    last = np.frombuffer(text, np.uint8)
-    metadata = {
-        "format": "hydraopt",
-        "schema": 1,
-        "tasks": list(content.tasks),
-        "index": [len(text), container.digest(last)],
-    }
-    context = ocp.Context()
-    context.array.saving.use_compression = compress
-    context.array.saving.use_ocdbt = False
-    context.array.saving.use_zarr3 = False
-    with context, container.quiet_orbax():
-        for batch in batches(files):
-            ocp.partial.save(folder, {x.name: np.fromfile(x, np.uint8) for x in batch})
-            for x in batch:
-                x.unlink()
-        ocp.partial.save(folder, {"index": last}, custom_metadata=metadata)
-        ocp.partial.finalize(folder)
-    marker = folder / "commit_success.txt"
-    if marker.exists():
-        marker.write_text("committed\n")
+    offsets = ((x.file, offset) for x in kept.values() for offset in x.offsets)
+    leaves: dict[str, list[Place]] = {}
+    for name, (file, offset), size in zip(names, offsets, sizes, strict=True):
+        leaves.setdefault(name, []).append(Place(file, offset, size))
+    description = packing.skeleton(content.modules)
+    write_leaves(folder, content, description, groups, leaves, tables, extras, compress)
 
 
-def gather(work: Path, names: Sequence[str], sizes: Sequence[int], kept: Mapping[str, Kept]) -> None:
-    """Copy every part to the end of its leaf's file; a few files are open at a time."""
-    at = 0
-    for module in kept.values():
-        waiting: dict[str, list[bytes]] = {}
-        with open(module.file, "rb") as source:
-            for offset in module.offsets:
-                source.seek(offset)
-                waiting.setdefault(names[at], []).append(source.read(sizes[at]))
-                at += 1
-        for name, blobs in waiting.items():
-            with (work / name).open("ab") as leaf:
-                leaf.writelines(blobs)
+def write_leaves(
+    folder: Path,
+    content: Store,
+    description: Mapping[str, Any],
+    groups: list,
+    leaves: Mapping[str, Sequence[Place]],
+    tables: Sequence[Sequence[Any]],
+    extras: Extras,
+    compress: bool,
+) -> None:
+    """Write a store's folder from leaves whose parts lie in files.
+
+    Args:
+      folder, content, tables, extras, compress: as `write`.
+      description, groups: as `packing.index_of`.
+      leaves: name -> where its parts lie, in order.
+    """
+    errors = np.sqrt(content.errors).astype(np.float16).tobytes()
+    lengths = {"errors": len(errors)} | {k: sum(x.size for x in v) for k, v in leaves.items()}
+    for t, table in enumerate(tables):
+        lengths[f"extras_{t}"] = sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in table)
+    written = {k: v for k, v in lengths.items() if v}
+    index = packing.index_of(content, groups, description, tables, written)
+    blobs = itertools.chain([errors], parts(itertools.chain(*leaves.values())), tensors(tables, extras))
+    container.write(folder, index, blobs, compress)
 
 
-def batches(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """Files in batches of about `BATCH` bytes."""
-    batch: list[Path] = []
-    total = 0
-    for x in files:
-        batch.append(x)
-        total += x.stat().st_size
-        if total >= BATCH:
-            yield batch
-            batch, total = [], 0
-    if batch:
-        yield batch
+def parts(places: Iterable[Place]) -> Iterator[bytes]:
+    """Parts, each read when it is asked for; a file is open while parts of it follow each other.
+
+    Raises:
+      HydraOptError: a file that is shorter than it was.
+    """
+    for file, run in itertools.groupby(places, key=lambda x: x.file):
+        with open(file, "rb") as source:
+            for place in run:
+                source.seek(place.offset)
+                data = source.read(place.size)
+                if len(data) != place.size:
+                    raise HydraOptError(f"{file}: is not whole: delete {Path(file).parent} and start again")
+                yield data
+
+
+def tensors(tables: Sequence[Sequence[Any]], extras: Extras) -> Iterator[bytes]:
+    """Each task's full tensors, read when they are asked for.
+
+    Raises:
+      HydraOptError: they are not those of the table.
+    """
+    for t, table in enumerate(tables):
+        found, blob = packing.pack_extras(extras(t)) if table else ([], b"")
+        if found != [list(row) for row in table]:
+            raise HydraOptError(f"the full tensors of adapter {t + 1} have changed meanwhile: run it again")
+        yield blob
 
 
 def disk_error(path: Path, error: OSError) -> HydraOptError:

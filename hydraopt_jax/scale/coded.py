@@ -19,6 +19,7 @@ import numpy as np
 from hydraopt_jax import atomic, checkpoint, container, navigate, packing
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.layout import pieces
 from hydraopt_jax.navigate import Options
 from hydraopt_jax.scale import assembly, jobs, segments
 from hydraopt_jax.scale.jobs import Processes, Progress
@@ -325,18 +326,21 @@ def miss_of(
         lost = sum(float(np.nansum(x)) for x in tables)
         mean = lost / sum(np.count_nonzero(~np.isnan(x)) for x in tables)
         return float(np.log(max(mean, 1e-30) / goal.limit))
-    codes = sum(x.size for x in rows)
-    total = codes + overhead(found, summary(found, options, parts, rows, step, {}), codes)
+    total = size(found, summary(found, options, parts, rows, step, {}), rows)
     return float(np.log(total / goal.limit))
 
 
-def overhead(found: Collection, content: Store, codes: int) -> int:
-    """Bytes on disk beside the segments' own `codes`, a little more than less."""
-    index = packing.pack(content)[1]
+def size(found: Collection, content: Store, rows: Sequence[Coded]) -> int:
+    """Bytes of the store on disk, a few hundred more than less."""
+    description, groups, leaves = outline(content, rows)
+    tables = [x.extras for x in found.cards]
+    lengths = {name: size for name, (_, _, size) in leaves.items()}
+    index = packing.index_of(content, groups, description, tables, lengths)
     head = len(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9))
-    extras = sum(int(np.prod(s)) * np.dtype(d).itemsize for x in found.cards for _, d, s in x.extras)
-    # the errors, a line of the description for each chunk, and what any store has
-    return head + extras + 2 * content.errors.size + LINE * container.chunks_of(codes) + FIXED
+    extras = sum(int(np.prod(s)) * np.dtype(d).itemsize for table in tables for _, d, s in table)
+    body = head + extras + 2 * content.errors.size + sum(lengths.values())
+    # a line of the description for each chunk, and what any store has
+    return body + LINE * (body // container.division(body)[0] + 1) + FIXED
 
 
 def summary(
@@ -376,6 +380,25 @@ def summary(
     return Store(found.tasks, modules, sources, report, errors, Payload({}, {}, segments=empty))
 
 
+def outline(
+    content: Store, rows: Sequence[Coded]
+) -> tuple[dict[str, Any], list, dict[str, tuple[int, int, int]]]:
+    """Description and groups of the index; and leaf -> its segment, where it begins there, how long it is."""
+    assert content.payload is not None
+    given = content.payload.segments
+    # a collection of one segment is an ordinary coded store
+    alone = len(rows) == 1 and len(given[0].tasks) == len(content.tasks)
+    leaves = {
+        name if alone else f"segment_{n}_{name}": (n, at, size)
+        for n, x in enumerate(rows)
+        for name, (at, size) in x.leaves.items()
+        if size
+    }
+    if alone:
+        return dict(rows[0].skeleton), pieces(rows[0].shapes)[1], leaves
+    return packing.coded_skeleton({}) | {"segments": packing.segment_table(given)}, [], leaves
+
+
 def write(
     new: Path,
     folder: Path,
@@ -385,14 +408,9 @@ def write(
     rows: Sequence[Coded],
     compress: bool,
 ) -> None:
-    """Write the store's folder."""
-    assert content.payload is not None
-    filled = []
-    for n, (x, empty) in enumerate(zip(rows, content.payload.segments, strict=True)):
-        data = row(folder, number, n).with_suffix(".bin").read_bytes()
-        leaves = {name: data[at : at + size] for name, (at, size) in x.leaves.items()}
-        filled.append(empty._replace(leaves=leaves))
-    sources = tuple(x._replace(extras=found.read_extras(t)) for t, x in enumerate(content.sources))
-    one = filled[0] if len(filled) == 1 and filled[0].tasks == tuple(range(len(found.cards))) else None
-    payload = Payload({}, {}, segments=tuple(filled)) if one is None else Payload(one.leaves, one.shapes)
-    checkpoint.write(new, content._replace(sources=sources, payload=payload), compress)
+    """Write the store's folder, its leaves read one at a time from the segments' files."""
+    description, groups, leaves = outline(content, rows)
+    files = [str(row(folder, number, n).with_suffix(".bin")) for n in range(len(rows))]
+    places = {name: [assembly.Place(files[n], at, size)] for name, (n, at, size) in leaves.items()}
+    tables = [x.extras for x in found.cards]
+    assembly.write_leaves(new, content, description, groups, places, tables, found.read_extras, compress)

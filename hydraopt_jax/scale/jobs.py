@@ -209,7 +209,8 @@ def run(
         with atomic.writing(path) as place:
             checkpoint.check_target(path, overwrite)
             try:
-                write(place / "new", folder, found, content, kept, compress)
+                tables = [x.extras for x in found.cards]
+                assembly.write(place / "new", content, kept, tables, found.read_extras, compress)
                 checkpoint.settle(place / "new", path, limit)
             except OSError as error:
                 raise assembly.disk_error(folder, error) from error
@@ -274,13 +275,3 @@ def put_together(
         report["left_out"] = dict(left_out)
     sources = [Source(x.dtype, x.config, x.layout, x.source, x.digest, {}) for x in found.cards]
     return assembly.summary(found.tasks, kept, sources, report), kept
-
-
-def write(
-    new: Path, folder: Path, found: Collection, content: Store, kept: Mapping[str, Kept], compress: bool
-) -> None:
-    """Write the store's folder by the way that its size asks for."""
-    if assembly.size(content, found) <= assembly.IN_MEMORY:
-        checkpoint.write(new, assembly.load(content, kept, found.read_extras), compress)
-    else:
-        assembly.write(new, folder / "leaves", content, kept, found.read_extras, compress)

@@ -57,11 +57,6 @@ class Coded(NamedTuple):
     tail: float
 
     @property
-    def size(self) -> int:
-        """Bytes of all leaves."""
-        return sum(size for _, size in self.leaves.values())
-
-    @property
     def shapes(self) -> dict[str, tuple[TermShape, ...]]:
         """Module -> structure of its terms."""
         return packing.coded_shapes(self.skeleton)
@@ -133,7 +128,7 @@ def ahead(found: Collection, wanted: Sequence[Part], count: Callable[[int], None
     """The factors of part after part, the next one being read meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         pending: list[Future[list[Adapter]]] = [pool.submit(read, found, x, count) for x in wanted[:1]]
-        for following in [*wanted[1:], None]:
+        for following in [*wanted[1:], None][: len(wanted)]:
             now = pending.pop().result()
             if following is not None:
                 pending.append(pool.submit(read, found, following, count))

@@ -11,7 +11,7 @@ from hydraopt_jax.scale import coded, jobs, reading, segments
 from hydraopt_jax.scale.jobs import Processes, Progress
 from hydraopt_jax.store import task_factors
 
-MODULES = {f"layers.{n}.{p}": (48, o) for n in range(2) for p, o in (("q", 48), ("up", 96))}
+MODULES = {f"layers.{n}.{p}": (192, o) for n in range(2) for p, o in (("q", 192), ("up", 256))}
 HALF = navigate.Options(budget=0.5)
 
 
@@ -37,7 +37,7 @@ def narrow():
         yield
 
 
-SMALL = 4096
+SMALL = 1 << 15
 
 
 def code(out, found, options=HALF, **more):
@@ -69,17 +69,16 @@ def test_a_budget_is_met_and_errors_are_true(given, kept):
     out, said = kept
     store = checkpoint.restore(out)
     assert store.payload.segments
-    # a store of 12 kB: what is beside the codes is estimated with a few hundred bytes to spare
-    assert 0.9 * found.entries() < checkpoint.size_on_disk(out) <= found.entries()
+    assert 0.97 * found.entries() < checkpoint.size_on_disk(out) <= found.entries()
     measured = compression.measure(store, read)
     assert measured == pytest.approx(
         dict(zip(store.tasks, np.nanmean(store.errors, 0), strict=True)), rel=2e-3
     )
     np.testing.assert_allclose(said.errors, store.errors, rtol=2e-3)
     assert list(said.modules) == list(store.modules)
-    # no more than the loss of tables of its own for each segment
-    whole = navigate.compress(read, HALF)
-    assert np.nanmean(store.errors) < 1.5 * np.nanmean(whole.errors)
+    # what is alike in other segments is not used, tables and structure are written for each
+    alone = navigate.compress(read, HALF._replace(share=False))
+    assert np.nanmean(store.errors) < 2 * np.nanmean(alone.errors)
 
 
 def test_some_tasks_come_back_as_among_all(kept):

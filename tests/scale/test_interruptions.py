@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from hydraopt_jax import checkpoint, cli, formats, synthetic
-from hydraopt_jax.scale import assembly, jobs
+from hydraopt_jax import checkpoint, cli, container, formats, synthetic
+from hydraopt_jax.scale import jobs
 
 
 class Killed(BaseException):
@@ -62,25 +62,28 @@ def before(module, name, count, act):
 
 
 def content(path):
-    """Index and leaves of a store: all of it but Orbax's time of writing."""
-    index, read = checkpoint.open_store(path)
-    return index, {k: v.tobytes() for k, v in read(list(index["leaves"])).items()}
+    """Every file of a store."""
+    return {x.relative_to(path).as_posix(): x.read_bytes() for x in path.rglob("*") if x.is_file()}
 
 
 @pytest.mark.parametrize(
-    ("in_memory", "module", "name"),
-    [(assembly.IN_MEMORY, checkpoint, "settle"), (0, assembly, "gather"), (0, checkpoint, "settle")],
+    ("array_bytes", "module", "name", "count"),
+    [
+        (container.ARRAY_BYTES, checkpoint, "settle", 1),
+        (500, container.ocp.partial, "save", 3),
+        (500, checkpoint, "settle", 1),
+    ],
 )
 def test_a_killed_job_goes_on_and_ends_with_the_same_store(
-    job, monkeypatch, tmp_path, in_memory, module, name
+    job, monkeypatch, tmp_path, array_bytes, module, name, count
 ):
-    monkeypatch.setattr(assembly, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(container, "ARRAY_BYTES", array_bytes)
     assert job(tmp_path / "whole")[0] == 0
     out = tmp_path / "killed"
     # the first to be written is the job's mark, then come three groups
     with before(jobs, "write_json", 3, kill), pytest.raises(Killed):
         job(out)
-    with before(module, name, 1, kill), pytest.raises(Killed):
+    with before(module, name, count, kill), pytest.raises(Killed):
         job(out)
     assert not out.exists()
     assert job(out, "--json")[2] == "hydraopt: going on: 3 of 3 modules were done before\n"

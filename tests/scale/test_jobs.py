@@ -1,9 +1,11 @@
 """Collections in groups: the same store as in memory, whatever the groups."""
 
+import os
+
 import numpy as np
 import pytest
 
-from hydraopt_jax import changes, checkpoint, compression, formats, store
+from hydraopt_jax import changes, checkpoint, compression, container, formats, store
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.scale import assembly, jobs, reading
 
@@ -52,21 +54,31 @@ def test_store_is_that_of_the_collection_in_memory(small, tmp_path, options, gro
 
 @pytest.fixture
 def streamed(small, tmp_path, monkeypatch):
-    """A store written in memory, `small`, and the same one too large for that, `large`; with full tensors and
-    a module that one task lacks."""
+    """A job's store, `small`; in several arrays, `large`; by the writer of stores in memory,
+    `memory`. With full tensors and a module that one task lacks."""
     one, two, three, four = (some(x, MODULES) for x in small)
     head = np.arange(6, dtype=np.float16).reshape(2, 3)
     adapters = [one, two._replace(extras={"score.weight": head}), some(three, MODULES[:1]), four]
     found, _ = written(adapters, tmp_path)
     jobs.run(tmp_path / "small", found, CORES)
-    monkeypatch.setattr(assembly, "IN_MEMORY", 0)
+    checkpoint.save(tmp_path / "memory", checkpoint.restore(tmp_path / "small"))
+    monkeypatch.setattr(container, "ARRAY_BYTES", 1000)
     jobs.run(tmp_path / "large", found, CORES)
     return tmp_path
 
 
-def test_a_store_too_large_for_memory_holds_the_same(streamed):
+def test_a_job_writes_the_bytes_of_the_writer_in_memory(streamed):
+    files = [
+        {f.relative_to(streamed / x): f.read_bytes() for f in (streamed / x).rglob("*") if f.is_file()}
+        for x in ("small", "memory")
+    ]
+    assert files[0] == files[1]
+    assert len(files[0]) == 6
+
+
+def test_a_store_of_several_arrays_holds_the_same(streamed):
     small, large = (checkpoint.restore(streamed / x) for x in ("small", "large"))
-    assert [checkpoint.schema_of(streamed / x) for x in ("small", "large")] == [2, 1]
+    assert [checkpoint.schema_of(streamed / x) for x in ("small", "large")] == [2, 3]
     assert small.tasks == large.tasks
     assert small.report == large.report
     np.testing.assert_array_equal(small.errors, large.errors)
@@ -80,24 +92,37 @@ def test_a_store_too_large_for_memory_holds_the_same(streamed):
             np.testing.assert_array_equal(np.concatenate(pair, None), np.concatenate(two[name], None))
 
 
-def test_a_store_too_large_for_memory_is_changed_and_checked_as_any_other(streamed, small):
+def test_a_store_of_several_arrays_is_changed_and_checked_as_any_other(streamed, small, monkeypatch):
     large = streamed / "large"
-    assert checkpoint.verify(large) > 5
+    assert checkpoint.verify(large) > 7
     before = store.task_factors(checkpoint.restore(large), "one")
-    checkpoint.update(
-        large, lambda x: changes.remove(changes.add(x, some(small[3], MODULES)._replace(task="new")), "a.b")
-    )
+    change = lambda x: changes.remove(changes.add(x, some(small[3], MODULES)._replace(task="new")), "a.b")  # noqa: E731
+    checkpoint.update(large, change)
     kept = checkpoint.restore(large)
     assert kept.tasks == ("one", "two/three", "four", "new")
-    assert checkpoint.schema_of(large) == checkpoint.SCHEMA
+    assert checkpoint.schema_of(large) == 3
     for name, pair in store.task_factors(kept, "one").items():
         np.testing.assert_array_equal(pair[1], before[name][1])
 
 
-def test_a_flipped_bit_of_a_store_too_large_for_memory_is_found(streamed):
-    file = streamed / "large" / "state" / "shared" / "0"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(HydraOptError, match="shared"):
-        checkpoint.verify(streamed / "large")
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda file, found: os.truncate(file, 10), "group-0.bin: is not whole"),
+        (lambda file, found: found.cards[1].extras[0].__setitem__(2, [3, 2]), "adapter 2 have changed"),
+    ],
+)
+def test_parts_that_change_before_they_are_written_are_refused(small, tmp_path, monkeypatch, break_it, said):
+    head = np.arange(6, dtype=np.float16).reshape(2, 3)
+    adapters = [some(x, MODULES)._replace(extras={"score.weight": head}) for x in small]
+    found, _ = written(adapters, tmp_path)
+    write = assembly.write
+
+    def late(*arguments):
+        break_it(jobs.folder_of(tmp_path / "s") / "group-0.bin", found)
+        write(*arguments)
+
+    monkeypatch.setattr(assembly, "write", late)
+    with pytest.raises(HydraOptError, match=said):
+        jobs.run(tmp_path / "s", found, CORES)
+    assert not (tmp_path / "s").exists()
