@@ -370,7 +370,8 @@ def stamp(path: Path) -> tuple[int, int, bytes]:
     """What tells one state of a store from another, be they of equal content."""
     file = path / DESCRIPTION
     try:
-        return path.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()
+        # the time of the inode's last change: that of the content may be a copy's, the number may come again
+        return path.stat().st_ino, file.stat().st_ctime_ns, file.read_bytes()
     except OSError:
         return 0, 0, b""
 

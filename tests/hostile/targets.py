@@ -85,6 +85,20 @@ def restore(index: bytes):
     return describe(path, meta)
 
 
+@functools.cache
+def large_store() -> tuple[Path, dict]:
+    """A small store of several arrays, and its description."""
+    made = synthetic.collection(tasks=["one", "../two"], modules={"q": (40, 24)}, rank=2, dtype="float32")
+    path = place() / "large"
+    before = container.ARRAY_BYTES
+    container.ARRAY_BYTES = 500
+    try:
+        checkpoint.save(path, compression.compress(made, compression.Options(heads=1)), compress=False)
+    finally:
+        container.ARRAY_BYTES = before
+    return path, container.read_description(path)[0]
+
+
 def describe(path: Path, meta):
     """Restore a store with a description, sealed."""
     content = {"item_handlers": {"state": "x"}, "custom_metadata": {**meta, "seal": container.SEAL}}

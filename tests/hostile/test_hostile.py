@@ -77,6 +77,21 @@ def test_any_value_anywhere_in_an_index(data, value):
 
 
 @SETTINGS
+@given(data=st.data(), value=JSON | st.sampled_from(["state/data_1/0", [[[0, ""]]], [], {}, "../../x"]))
+def test_any_value_anywhere_in_a_description_of_several_arrays(data, value):
+    path, meta = targets.large_store()
+    assert len(meta["chunks"]) > 1
+    changed = copy.deepcopy(meta)
+    *steps, last = data.draw(st.sampled_from(places(meta)[1:]))
+    node = changed
+    for step in steps:
+        node = node[step]
+    node[last] = value
+    targets.guarded(lambda: targets.describe(path, changed))
+    assert targets.describe(path, meta).tasks == ("one", "../two")
+
+
+@SETTINGS
 @given(text=st.text(max_size=12) | st.from_regex(r"[0-9.]{1,4}(e[0-9]{1,4})?[KMGiB%]{0,3}", fullmatch=True))
 def test_any_option_string(text):
     targets.options(text.encode(errors="replace"))
