@@ -6,8 +6,8 @@ kills: real processes run `hydraopt add`, `remove` and `compress --overwrite` an
 times at a random instant of the command, and once before and once after every rename that they make. After
 each kill the store must be the old one or the new one, bit for bit, and pass its checksums.
 
-flips: every byte of every file of two small stores has a random bit flipped, every file is cut short and
-removed. `restore` and `verify` must each find it and name the file.
+flips: every byte of every file of three small stores, one of them in several arrays, has a random bit
+flipped, every file is cut short and removed. `restore` and `verify` must each find it and name the file.
 
 mutations, fuzz: random changes of valid input, and, with atheris, SECONDS of coverage-guided fuzzing.
 
@@ -272,7 +272,7 @@ def concurrency(root, contents):
 
 
 def main(chosen):
-    from hydraopt_jax import checkpoint, compression, formats, navigate, synthetic
+    from hydraopt_jax import checkpoint, compression, container, formats, navigate, synthetic
 
     made = synthetic.collection(
         3, tasks=[f"t{k}" for k in range(4)], modules=MODULES, rank=3, likeness=0.7, dtype="float32"
@@ -289,8 +289,12 @@ def main(chosen):
         coded = navigate.compress(made[:3], navigate.Options(max_error=0.02))
         checkpoint.save(root / "pristine", coded)
         checkpoint.save(root / "plain", compression.compress(made[:2], compression.Options(heads=1)))
+        array_bytes, container.ARRAY_BYTES = container.ARRAY_BYTES, 2000
+        checkpoint.save(root / "arrays", coded)
+        container.ARRAY_BYTES = array_bytes
+        assert checkpoint.schema_of(root / "arrays") == 3
         parts = {
-            "flips": lambda: flips([root / "plain", root / "pristine"]),
+            "flips": lambda: flips([root / "plain", root / "pristine", root / "arrays"]),
             "kills": lambda: kills(root, folders),
             "mutations": mutations,
             "fuzz": fuzz,
