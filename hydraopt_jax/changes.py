@@ -186,6 +186,17 @@ def without(segment: Segment, gone: int) -> Segment:
     return segment._replace(leaves={k: v for k, v in segment.leaves.items() if k in names}, tasks=tasks)
 
 
+def held(store: Store) -> int:
+    """Bytes of removed tasks that a coded store keeps, because others are predicted from them."""
+    payload = store.payload
+    if payload is None or payload.slots is None:
+        return 0
+    live = set(payload.slots)
+    own = (len(v) for k, v in payload.leaves.items() if k.startswith("task_") and int(k[5:]) not in live)
+    added = (x for slot, x in payload.additions.items() if slot not in live)
+    return sum(own) + sum(len(x.coefficients) + sum(map(len, x.leaves.values())) for x in added)
+
+
 def refit(collection: Sequence[Adapter], store: Store) -> Store:
     """All tasks fitted at once by the rule that made the store: its quantiser step, or its explicit form."""
     if store.payload is None and store.report["form"] != "lossless":

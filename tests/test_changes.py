@@ -127,3 +127,15 @@ def test_what_cannot_be_added_is_named(made):
     wide = one._replace(a={**one.a, "layers.0.q": np.ones((7, 3), np.float32)})
     with pytest.raises(HydraOptError, match=r"layers.0.q: 't3' has .*\[7, 64\]"):
         changes.add(made, wide)
+
+
+def test_what_a_removed_task_still_takes_is_said():
+    first, second, third = collection(likeness=0.9)[:3]
+    grown = changes.add(FORMS["coded"]([first, second]), third)
+    (added,) = grown.payload.additions.values()
+    assert changes.held(grown) == 0
+    for task, slot in (("t0", 0), ("t1", 1), ("t2", 2)):
+        left = changes.remove(grown, task)
+        kept = slot in added.references
+        assert (changes.held(left) > 0) == kept
+    assert any(slot >= 0 for slot in added.references)

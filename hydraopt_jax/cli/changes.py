@@ -65,6 +65,7 @@ def account(path: str, before: int, content: Store, found: changes.Refit | None,
         "tasks": list(content.tasks),
         "bytes_before": before,
         "bytes_after": checkpoint.size_on_disk(path),
+        "bytes_held": changes.held(content),
         "error": {"mean": clean(float(own.mean()))},
     }
     table = Table("", "now", "a refit at these bytes", title=str(path))
@@ -78,6 +79,11 @@ def account(path: str, before: int, content: Store, found: changes.Refit | None,
         table.add_row(Text(name), f"{now:.3e}", "" if then is None else f"{then:.3e}")
     sizes = (report.format_bytes(x) for x in (payload["bytes_before"], payload["bytes_after"]))
     notes = [f"{' before, '.join(sizes)} after"]
+    if payload["bytes_held"]:
+        notes.append(
+            f"{report.format_bytes(payload['bytes_held'])} of removed tasks are kept until --refit: others are "
+            "predicted from them"
+        )
     if found is not None and found.due:
         notes.append("a refit is due: --refit would lower the mean error by more than a tenth")
     return payload, (table, *notes)
