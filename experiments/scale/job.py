@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -16,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import checkpoint, compression, synthetic
-from hydraopt_jax.scale import groups, jobs, plan
+from hydraopt_jax import checkpoint, compression, navigate, synthetic
+from hydraopt_jax.scale import coded, groups, jobs, plan, segments
+from hydraopt_jax.scale.reading import Collection
 
 MODELS = {
     "slice": {f"model.layers.{n}.q_proj": (2048, 2048) for n in range(4)},
@@ -30,11 +32,21 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def largest_group(found: Collection, options: compression.Options | navigate.Options) -> int:
+    """Bytes of the factors that are solved, or coded, together, at most."""
+    if isinstance(options, compression.Options):
+        rows = groups.groups_of(found, options)
+        return max(x.room * 2 * len(found.cards) * x.rank * sum(x.shape) for x in rows)
+    size = lambda p: 2 * sum(found.rank(m, t) * sum(found.shapes[m]) for m in p.modules for t in p.tasks)  # noqa: E731
+    return max(map(size, segments.parts_of(found)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--tasks", type=int, required=True)
     parser.add_argument("--layers", type=int, help="only the first layers")
+    parser.add_argument("--budget", type=float, help="of the bytes that come in, in place of rank 16")
     arguments = parser.parse_args()
     jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))
     base = peak()
@@ -42,7 +54,9 @@ def main() -> None:
         list(MODELS[arguments.model].items())[: 7 * arguments.layers if arguments.layers else None]
     )
     found = generated.collection(arguments.tasks, modules)
-    options = compression.Options(rank=16)
+    options: compression.Options | navigate.Options = compression.Options(rank=16)
+    if arguments.budget:
+        options = navigate.Options(budget=arguments.budget)
     planned = plan.estimate(found, options)
     by_shape: dict[tuple[int, int], int] = {}
     for shape in modules.values():
@@ -56,20 +70,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "store"
         start = time.perf_counter()
-        content = jobs.run(out, found, options, progress=jobs.Progress(step=step, read=read.append))
+        run: Any = coded.run if arguments.budget else jobs.run
+        content = run(out, found, options, progress=jobs.Progress(step=step, read=read.append))
         total = time.perf_counter() - start
         size = checkpoint.size_on_disk(out)
-    group = max(
-        x.room * 2 * arguments.tasks * x.rank * sum(x.shape) for x in groups.groups_of(found, options)
-    )
     assert content is not None
     result = {
         "model": arguments.model,
         "tasks": arguments.tasks,
+        "budget": arguments.budget,
         "modules": len(modules),
         "input_bytes": found.size,
         "largest_bucket_bytes": max(by_shape.values()),
-        "largest_group_bytes": group,
+        "largest_group_bytes": largest_group(found, options),
         "baseline_bytes": base,
         "peak_beyond_baseline_bytes": peak() - base,
         "planned_memory_bytes": planned.memory,

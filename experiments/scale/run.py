@@ -39,6 +39,7 @@ def main() -> None:
         "--large-tasks", type=int, default=100, help="adapters of the 8B-shaped model; 0 for none"
     )
     parser.add_argument("--large-layers", type=int, default=32)
+    parser.add_argument("--budget", type=float, default=0.125, help="each slice is also coded to; 0 not")
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
@@ -47,14 +48,19 @@ def main() -> None:
     if arguments.large_tasks:
         more = ["--tasks", str(arguments.large_tasks), "--layers", str(arguments.large_layers)]
         runs.append(call("job.py", "8b", *more))
+    for t in arguments.tasks if arguments.budget else ():
+        runs.append(call("job.py", "slice", "--tasks", str(t), "--budget", str(arguments.budget)))
     for x in runs:
         x["peak_over_largest_bucket"] = round(x["peak_beyond_baseline_bytes"] / x["largest_bucket_bytes"], 3)
-    times = [(x["tasks"], x["seconds"]) for x in runs if x["model"] == "slice"]
-    exponent = float(np.polyfit(*np.log(np.array(times)).T, 1)[0]) if len(times) > 1 else None
+    exponents = {}
+    for name, chosen in (("rank 16", None), ("budget", arguments.budget)):
+        times = [(x["tasks"], x["seconds"]) for x in runs if (x["model"], x["budget"]) == ("slice", chosen)]
+        if len(times) > 1:
+            exponents[name] = round(float(np.polyfit(*np.log(np.array(times)).T, 1)[0]), 3)
     out = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the start",
         "roofline": roofline,
-        "exponent_of_time_in_tasks": exponent,
+        "exponent_of_time_in_tasks": exponents,
         "runs": runs,
     }
     text = json.dumps(out, indent=1)
@@ -66,7 +72,7 @@ def main() -> None:
     )
     for x in runs:
         table.add_row(
-            f"{x['tasks']} x {x['modules']} modules, {x['model']}",
+            f"{x['tasks']} x {x['modules']} modules, {x['model']}, {x['budget'] or 'rank 16'}",
             f"{x['input_bytes'] / 1e6:.0f}",
             f"{x['largest_bucket_bytes'] / 1e6:.0f}",
             f"{x['peak_beyond_baseline_bytes'] / 1e6:.0f}",

@@ -81,8 +81,8 @@ def account(path: str, before: int, content: Store, found: changes.Refit | None,
     notes = [f"{' before, '.join(sizes)} after"]
     if payload["bytes_held"]:
         notes.append(
-            f"{report.format_bytes(payload['bytes_held'])} of removed tasks are kept until --refit: others are "
-            "predicted from them"
+            f"{report.format_bytes(payload['bytes_held'])} of removed tasks are kept until --refit: others "
+            "are predicted from them"
         )
     if found is not None and found.due:
         notes.append("a refit is due: --refit would lower the mean error by more than a tenth")
