@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hydraopt_jax import atomic, container, description, packing
+from hydraopt_jax import atomic, container, container_writer, description, packing
 from hydraopt_jax.container import SCHEMA
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.store import Store, task_index
@@ -46,7 +46,7 @@ class TooLarge(HydraOptError):
 def write(folder: Path, store: Store, compress: bool = True) -> None:
     """Write a store into a new folder, in place."""
     leaves, index = packing.pack(store)
-    container.write(folder, index, leaves.values(), compress)
+    container_writer.write(folder, index, leaves.values(), compress)
 
 
 def save(

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from hydraopt_jax import atomic, checkpoint, compression, container, store
+from hydraopt_jax import atomic, checkpoint, compression, container, container_writer, store
 from hydraopt_jax.errors import HydraOptError
 
 
@@ -171,7 +171,7 @@ def test_missing_and_truncated_files_are_named(kept, tmp_path, read):
 
 
 def test_a_truncated_chunk_is_found_by_a_restore_that_does_not_read_it(kept, tmp_path, monkeypatch):
-    monkeypatch.setattr(container, "CHUNK", 256)
+    monkeypatch.setattr(container_writer, "CHUNK", 256)
     checkpoint.save(tmp_path / "s", kept, compress=False)
     last = max((tmp_path / "s" / "state" / "data").glob("[0-9]*"), key=lambda x: int(x.name))
     last.write_bytes(last.read_bytes()[:-1])

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from hydraopt_jax import checkpoint, compression, container, navigate, store
+from hydraopt_jax import checkpoint, compression, container, container_writer, navigate, store
 from hydraopt_jax.errors import HydraOptError
 
 CHUNK, ARRAY = 256, 1000
@@ -15,8 +15,8 @@ CHUNK, ARRAY = 256, 1000
 @pytest.fixture
 def cut(monkeypatch):
     """Arrays of 1,000 bytes, in four chunks of 250."""
-    monkeypatch.setattr(container, "CHUNK", CHUNK)
-    monkeypatch.setattr(container, "ARRAY_BYTES", ARRAY)
+    monkeypatch.setattr(container_writer, "CHUNK", CHUNK)
+    monkeypatch.setattr(container_writer, "ARRAY_BYTES", ARRAY)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_leaves_are_asked_for_when_there_is_room(tmp_path, cut, monkeypatch):
     """When an array is saved, no piece beyond it has been asked for; a piece may span arrays."""
     pieces = np.split(number_bytes(6000), [100, 200, 200, 3300, 3400, 4700])
     asked, when = [0], []
-    save = container.ocp.partial.save
+    save = container_writer.ocp.partial.save
 
     def leaves():
         for piece in pieces:
@@ -140,8 +140,8 @@ def test_leaves_are_asked_for_when_there_is_room(tmp_path, cut, monkeypatch):
         when.append(asked[0])
         save(folder, tree)
 
-    monkeypatch.setattr(container.ocp.partial, "save", spy)
-    container.write(tmp_path / "s", {"leaves": {"a": 3000, "b": 3000}}, leaves(), False)
+    monkeypatch.setattr(container_writer.ocp.partial, "save", spy)
+    container_writer.write(tmp_path / "s", {"leaves": {"a": 3000, "b": 3000}}, leaves(), False)
     meta, item = container.read_description(tmp_path / "s")
     ends, head = np.cumsum([len(x) for x in pieces]), meta["index"][0]
     assert when == [int(ends[np.searchsorted(ends, min(k * ARRAY - head, 6000))]) for k in range(1, 8)]
@@ -159,7 +159,7 @@ def test_leaves_are_asked_for_when_there_is_room(tmp_path, cut, monkeypatch):
 @pytest.mark.parametrize("size", [10, 5999, 6001])
 def test_leaves_that_are_not_those_of_the_index_are_refused(tmp_path, cut, size):
     with pytest.raises(ValueError, match="bytes instead of"):
-        container.write(tmp_path / "s", {"leaves": {"a": 6000}}, [bytes(size)], False)
+        container_writer.write(tmp_path / "s", {"leaves": {"a": 6000}}, [bytes(size)], False)
     assert not (tmp_path / "s" / container.DESCRIPTION).exists()
 
 
@@ -174,15 +174,15 @@ def test_leaves_that_are_not_those_of_the_index_are_refused(tmp_path, cut, size)
     ],
 )
 def test_division(total, chunk, count):
-    assert container.division(total) == (chunk, count)
+    assert container_writer.division(total) == (chunk, count)
 
 
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_what_fits_one_array_stays_one(tmp_path, cut, monkeypatch, beyond):
     index = {"leaves": {"a": 990}}
     head = 990 + len(container.zlib.compress(b'{"leaves":{"a":990}}', 9))
-    monkeypatch.setattr(container, "ARRAY_BYTES", head - beyond)
-    container.write(tmp_path / "s", index, [number_bytes(990)], False)
+    monkeypatch.setattr(container_writer, "ARRAY_BYTES", head - beyond)
+    container_writer.write(tmp_path / "s", index, [number_bytes(990)], False)
     assert container.read_description(tmp_path / "s")[0]["schema"] == 2 + beyond
     assert len(arrays_of(tmp_path / "s")) == 1 + beyond
 

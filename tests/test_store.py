@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden import make as golden
 
-from hydraopt_jax import checkpoint, compression, container, store, synthetic
+from hydraopt_jax import checkpoint, compression, container, container_writer, store, synthetic
 from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 
@@ -51,7 +51,7 @@ def test_claimed_errors_are_true(small, tmp_path, options):
 
 def test_one_task_reads_only_its_chunks(small, tmp_path, monkeypatch):
     kept = compress(small, heads=3)
-    monkeypatch.setattr(container, "CHUNK", 256)
+    monkeypatch.setattr(container_writer, "CHUNK", 256)
     checkpoint.save(tmp_path / "s", kept, compress=False)
     whole = checkpoint.read_index(tmp_path / "s")[1]["leaves"]
     read = []
@@ -192,7 +192,7 @@ def test_what_is_not_a_store(tmp_path, make, said):
 
 def test_a_newer_schema_is_refused(small, tmp_path, monkeypatch):
     monkeypatch.setattr(container, "SCHEMA", 99)
-    monkeypatch.setattr(container, "ARRAY_BYTES", 2000)
+    monkeypatch.setattr(container_writer, "ARRAY_BYTES", 2000)
     checkpoint.save(tmp_path / "s", compress(small))
     monkeypatch.undo()
     with pytest.raises(HydraOptError, match=r"schema 99 is newer .* upgrade hydraopt_jax"):

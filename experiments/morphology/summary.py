@@ -24,6 +24,9 @@ CURVES = {
     "refined": "with output gradients, refined",
     "closed": "HydraOpt, closed form",
     "Adam": "HydraOpt, Adam from the mean",
+    "merged": "merged into one",
+    "K-Merge": "K-Merge",
+    "Share": "Share",
 }
 
 
@@ -52,6 +55,18 @@ def drops(result: dict[str, Any], split: str) -> dict[str, dict[str, Any]]:
     return out
 
 
+def seeds(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Rows of a table: what is random, over its seeds: mean and worst drop, least to largest."""
+    rows = []
+    for name, x in found.items():
+        same = [x] + [y for other, y in found.items() if other.startswith(f"{name}, seed ")]
+        if len(same) > 1 and ", seed " not in name:
+            spans = (sorted(100 * y[k] for y in same) for k in ("drop", "worst"))
+            cells = " | ".join(f"{low:.2f}% to {high:.2f}%" for low, *_, high in spans)
+            rows.append(f"| {name} | {len(same)} | {cells} |")
+    return rows
+
+
 def main() -> None:
     """Print the tables of both regimes and draw their plots."""
     for path in sorted(RESULTS.glob("stores-*.json")):
@@ -66,6 +81,10 @@ def main() -> None:
             label = curve_of(name)
             if label is not None:
                 curves.setdefault(label, []).append((x["fraction"], max(x["drop"], 1e-3)))
+        random = seeds(found)
+        if random:
+            print("\n| over seeds | seeds | mean drop | worst task's drop |\n|---|---|---|---|")
+            print("\n".join(random))
         print(f"\n| 1 - S by task and language | {' | '.join((*TASKS, *LANGUAGES))} |")
         print("|---" * (1 + len(TASKS) + len(LANGUAGES)) + "|")
         for name, x in found.items():

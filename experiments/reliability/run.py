@@ -272,7 +272,14 @@ def concurrency(root, contents):
 
 
 def main(chosen):
-    from hydraopt_jax import checkpoint, compression, container, formats, navigate, synthetic
+    from hydraopt_jax import (
+        checkpoint,
+        compression,
+        container_writer,
+        formats,
+        navigate,
+        synthetic,
+    )
 
     made = synthetic.collection(
         3, tasks=[f"t{k}" for k in range(4)], modules=MODULES, rank=3, likeness=0.7, dtype="float32"
@@ -289,9 +296,9 @@ def main(chosen):
         coded = navigate.compress(made[:3], navigate.Options(max_error=0.02))
         checkpoint.save(root / "pristine", coded)
         checkpoint.save(root / "plain", compression.compress(made[:2], compression.Options(heads=1)))
-        array_bytes, container.ARRAY_BYTES = container.ARRAY_BYTES, 2000
+        array_bytes, container_writer.ARRAY_BYTES = container_writer.ARRAY_BYTES, 2000
         checkpoint.save(root / "arrays", coded)
-        container.ARRAY_BYTES = array_bytes
+        container_writer.ARRAY_BYTES = array_bytes
         assert checkpoint.schema_of(root / "arrays") == 3
         parts = {
             "flips": lambda: flips([root / "plain", root / "pristine", root / "arrays"]),

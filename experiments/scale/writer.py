@@ -31,16 +31,16 @@ def measured(work):
 
 def one(count):
     """A container of so many leaves: written, one leaf read, all read."""
-    from hydraopt_jax import container
+    from hydraopt_jax import container, container_writer
 
     block = np.random.default_rng(0).integers(0, 256, LEAF, np.uint8)
     leaf = lambda k: block + np.uint8(k % 256)  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
         # what Orbax takes for anything is in the baseline
-        container.write(Path(folder) / "first", {"leaves": {"0": 1}}, [b"x"], False)
+        container_writer.write(Path(folder) / "first", {"leaves": {"0": 1}}, [b"x"], False)
         path = Path(folder) / "store"
         index = {"leaves": {str(k): LEAF for k in range(count)}}
-        _, wrote = measured(lambda: container.write(path, index, map(leaf, range(count)), False))
+        _, wrote = measured(lambda: container_writer.write(path, index, map(leaf, range(count)), False))
         meta, item = container.read_description(path)
         opened = container.open_container(path, meta, item)
         start = meta["index"][0] + (count // 2) * LEAF

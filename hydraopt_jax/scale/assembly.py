@@ -1,7 +1,7 @@
 """The store of a job, put together from the parts that its groups kept on disk.
 
 Its index is that of the store without its numbers, which are read part by part as they are written: memory
-holds what `container.write` holds of a store, whatever its size.
+holds what `container_writer.write` holds of a store, whatever its size.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import container, packing
+from hydraopt_jax import container_writer, packing
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, leaf_names
@@ -124,7 +124,7 @@ def write_leaves(
     written = {k: v for k, v in lengths.items() if v}
     index = packing.index_of(content, groups, description, tables, written)
     blobs = itertools.chain([errors], parts(itertools.chain(*leaves.values())), tensors(tables, extras))
-    container.write(folder, index, blobs, compress)
+    container_writer.write(folder, index, blobs, compress)
 
 
 def parts(places: Iterable[Place]) -> Iterator[bytes]:

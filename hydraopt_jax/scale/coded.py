@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import atomic, checkpoint, container, navigate, packing
+from hydraopt_jax import atomic, checkpoint, container_writer, navigate, packing
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.layout import pieces
@@ -340,7 +340,7 @@ def size(found: Collection, content: Store, rows: Sequence[Coded]) -> int:
     extras = sum(int(np.prod(s)) * np.dtype(d).itemsize for table in tables for _, d, s in table)
     body = head + extras + 2 * content.errors.size + sum(lengths.values())
     # a line of the description for each chunk, and what any store has
-    return body + LINE * (body // container.division(body)[0] + 1) + FIXED
+    return body + LINE * (body // container_writer.division(body)[0] + 1) + FIXED
 
 
 def summary(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hydraopt_jax import checkpoint, compression, container, formats, merging, synthetic
+from hydraopt_jax import checkpoint, compression, container, container_writer, formats, merging, synthetic
 from hydraopt_jax.cli.common import parse_budget, parse_weights
 from hydraopt_jax.errors import HydraOptError
 
@@ -90,12 +90,12 @@ def large_store() -> tuple[Path, dict]:
     """A small store of several arrays, and its description."""
     made = synthetic.collection(tasks=["one", "../two"], modules={"q": (40, 24)}, rank=2, dtype="float32")
     path = place() / "large"
-    before = container.ARRAY_BYTES
-    container.ARRAY_BYTES = 500
+    before = container_writer.ARRAY_BYTES
+    container_writer.ARRAY_BYTES = 500
     try:
         checkpoint.save(path, compression.compress(made, compression.Options(heads=1)), compress=False)
     finally:
-        container.ARRAY_BYTES = before
+        container_writer.ARRAY_BYTES = before
     return path, container.read_description(path)[0]
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from hydraopt_jax import checkpoint, cli, container, formats, synthetic
+from hydraopt_jax import checkpoint, cli, container_writer, formats, synthetic
 from hydraopt_jax.scale import jobs
 
 
@@ -69,15 +69,15 @@ def content(path):
 @pytest.mark.parametrize(
     ("array_bytes", "module", "name", "count"),
     [
-        (container.ARRAY_BYTES, checkpoint, "settle", 1),
-        (500, container.ocp.partial, "save", 3),
+        (container_writer.ARRAY_BYTES, checkpoint, "settle", 1),
+        (500, container_writer.ocp.partial, "save", 3),
         (500, checkpoint, "settle", 1),
     ],
 )
 def test_a_killed_job_goes_on_and_ends_with_the_same_store(
     job, monkeypatch, tmp_path, array_bytes, module, name, count
 ):
-    monkeypatch.setattr(container, "ARRAY_BYTES", array_bytes)
+    monkeypatch.setattr(container_writer, "ARRAY_BYTES", array_bytes)
     assert job(tmp_path / "whole")[0] == 0
     out = tmp_path / "killed"
     # the first to be written is the job's mark, then come three groups

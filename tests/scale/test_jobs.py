@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from hydraopt_jax import changes, checkpoint, compression, container, formats, store
+from hydraopt_jax import changes, checkpoint, compression, container_writer, formats, store
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.scale import assembly, jobs, reading
 
@@ -62,7 +62,7 @@ def streamed(small, tmp_path, monkeypatch):
     found, _ = written(adapters, tmp_path)
     jobs.run(tmp_path / "small", found, CORES)
     checkpoint.save(tmp_path / "memory", checkpoint.restore(tmp_path / "small"))
-    monkeypatch.setattr(container, "ARRAY_BYTES", 1000)
+    monkeypatch.setattr(container_writer, "ARRAY_BYTES", 1000)
     jobs.run(tmp_path / "large", found, CORES)
     return tmp_path
 
