@@ -3,10 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.scale.groups import READERS
 from hydraopt_jax.scale.jobs import Processes, write_json
 from hydraopt_jax.scale.reading import Card, Collection, collection, open_adapter
 
@@ -43,16 +45,29 @@ def look(
     bad: dict[str, str] = {}
     mine: dict[str, Any] = {}
     cards: dict[int, Card] = {}
-    for n, (source, task) in enumerate(sources):
-        if n % processes.size == processes.rank:
-            try:
-                cards[n] = open_adapter(source, task, known)
-                mine[cards[n].file] = [cards[n].stamp, cards[n].digest]
-            except HydraOptError as error:
-                if not skip_bad:
-                    raise
-                bad[source] = str(error)
+    seen: dict[Any, Any] = {}
+
+    def open_one(n: int) -> Card | HydraOptError:
+        try:
+            return open_adapter(*sources[n], known, seen)
+        except HydraOptError as error:
+            return error
+
+    share = range(processes.rank, len(sources), processes.size)
+    # reading and hashing leave the interpreter to the others
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        for n, card in zip(share, pool.map(open_one, share), strict=True):
+            if isinstance(card, Card):
+                cards[n] = card
+                mine[card.file] = [card.stamp, card.digest]
+            elif skip_bad:
+                bad[sources[n][0]] = str(card)
+            else:
+                raise card
             advance()
+    finally:
+        pool.shutdown(cancel_futures=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"checked-{processes.rank}.json", {"known": mine, "bad": bad})
     processes.wait("checked")
@@ -62,7 +77,7 @@ def look(
         bad |= said["bad"]
     for n, (source, task) in enumerate(sources):
         if n not in cards and source not in bad:
-            cards[n] = open_adapter(source, task, known)
+            cards[n] = open_adapter(source, task, known, seen)
     chosen = [cards[n] for n in sorted(cards)]
     if skip_bad:
         bad |= odd_ones(chosen)

@@ -1,11 +1,17 @@
 """A collection that is read module by module: what an adapter holds is known, its factors stay in its file.
 
-A file is opened for the tensors of one group of modules and closed again, so that neither open files nor
-mapped pages grow with the collection. A pickle cannot be read in parts and is held in memory.
+A file is read once from end to end when it is looked at: its checksum is taken and its values are checked from
+the same bytes. Later it is opened for the tensors of one group of modules, which are read at their places and
+not mapped, so that neither open files nor mapped pages grow with the collection. A pickle cannot be read in
+parts and is held in memory.
 """
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -19,6 +25,8 @@ from hydraopt_jax.formats import peft
 from hydraopt_jax.formats.peft_config import CONFIG_FILE, module_scale, read_config
 from hydraopt_jax.formats.tensor_files import one_line, read_tensors
 
+# bytes that are read, checked and hashed while a core's cache has them
+PIECE = 1 << 20
 DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 
 # one module of one adapter as its file has it: `a: [R, I]`, `b: [O, R]` and the scale of the delta
@@ -36,6 +44,32 @@ class Entry(NamedTuple):
     scale: float
 
 
+class Place(NamedTuple):
+    """Where the bytes of a tensor, or of several that follow each other, lie in a file."""
+
+    begin: int
+    end: int
+    dtype: np.dtype
+    shape: tuple[int, ...] = ()
+
+
+class Contents(NamedTuple):
+    """What a weights file holds; equal files of a collection share one.
+
+    Attributes:
+      modules, extras, dtype, layout: as in `Card`.
+      places: key of a factor -> where it lies; empty for a pickle.
+      runs: factors that follow each other in the file, and the largest scale of those.
+    """
+
+    modules: Mapping[str, Entry]
+    extras: Sequence[Any]
+    dtype: str
+    layout: Mapping[str, Any]
+    places: Mapping[str, Place]
+    runs: Sequence[tuple[Place, float]]
+
+
 class Card(NamedTuple):
     """What is known of an adapter whose factors are not in memory.
 
@@ -46,6 +80,7 @@ class Card(NamedTuple):
       dtype, config, layout, source, digest: as in `Adapter`.
       file: its weights.
       stamp: bytes and time of the file's last change.
+      places: as in `Contents`.
     """
 
     task: str
@@ -58,6 +93,7 @@ class Card(NamedTuple):
     digest: str
     file: str
     stamp: tuple[int, int] = (0, 0)
+    places: Mapping[str, Place] = MappingProxyType({})
 
 
 class Collection(NamedTuple):
@@ -125,24 +161,17 @@ def _shapes(file: Path) -> list[tuple[str, Any]]:
         ) from None
 
 
-def open_adapter(source: str, task: str | None, known: Mapping[str, Sequence[Any]]) -> Card:
-    """Look at an adapter, check every value of it, and take its checksum, a tensor at a time.
+def _header(file: Path) -> bytes:
+    """Length and header of a safetensors file; nothing of a pickle or of what cannot be one."""
+    if file.suffix != ".safetensors":
+        return b""
+    with file.open("rb") as opened:
+        length = opened.read(8)
+        count = int.from_bytes(length, "little")
+        return length + opened.read(count) if count < file.stat().st_size else b""
 
-    Args:
-      source: as `formats.read_adapter`.
-      task: its name; None for the folder's.
-      known: file -> its stamp and checksum at an earlier check, which holds while the stamp does; an empty
-        checksum where values are not to be checked at all.
 
-    Raises:
-      HydraOptError: as `formats.read_adapter`; or NaN or infinite values.
-    """
-    folder, name = peft.locate(source)
-    name = name if task is None else task
-    config = read_config(folder / CONFIG_FILE)
-    file = peft.weights_file(folder)
-    stat = file.stat()
-    stamp = (stat.st_size, stat.st_mtime_ns)
+def _contents(file: Path, header: bytes, config: Mapping[str, Any]) -> Contents:
     pairs, extras = peft.sort_tensors(iter(_shapes(file)), str(file))
     if not pairs:
         raise HydraOptError(f"{file}: holds no LoRA tensor: was the right adapter saved?")
@@ -167,13 +196,128 @@ def open_adapter(source: str, task: str | None, known: Mapping[str, Sequence[Any
         # rare dtypes have names that only reading tells
         table = [[k, x.dtype.name, list(x.shape)] for k, x in read_tensors(file) if k in extras]
     kind = dtypes.pop().name if len(dtypes) == 1 else "float32"
+    places = {}
+    if header:
+        rows = json.loads(header[8:])
+        for key in (k for e in modules.values() for k in e[:2]):
+            begin, end = (len(header) + x for x in rows[key]["data_offsets"])
+            dtype = np.dtype(DTYPES[rows[key]["dtype"]])
+            places[key] = Place(begin, end, dtype, tuple(rows[key]["shape"]))
+    scales = {k: e.scale if s else 1.0 for e in modules.values() for s, k in enumerate(e[:2])}
+    runs = [
+        (
+            Place(places[keys[0]].begin, places[keys[-1]].end, places[keys[0]].dtype),
+            max(scales[k] for k in keys),
+        )
+        for keys in adjacent(list(places), places)
+    ]
+    return Contents(modules, table, kind, layouts, places, runs)
+
+
+def adjacent(keys: Sequence[str], places: Mapping[str, Place]) -> list[list[str]]:
+    """Keys of tensors of one dtype that lie one behind another, together; in order of the file."""
+    out: list[list[str]] = []
+    for key in sorted(keys, key=lambda k: places[k].begin):
+        last = places[out[-1][-1]] if out else None
+        if last is not None and (last.end, last.dtype) == (places[key].begin, places[key].dtype):
+            out[-1].append(key)
+        else:
+            out.append([key])
+    return out
+
+
+def open_adapter(
+    source: str,
+    task: str | None,
+    known: Mapping[str, Sequence[Any]],
+    seen: dict[Any, Contents] | None = None,
+) -> Card:
+    """Look at an adapter: read it once, check every value of it and take its checksum.
+
+    Args:
+      source: as `formats.read_adapter`.
+      task: its name; None for the folder's.
+      known: file -> its stamp and checksum at an earlier check, which holds while the stamp does; an empty
+        checksum where values are not to be checked at all.
+      seen: contents of files by header, size and config: what one file was found to hold is not looked up
+        again for the next one alike.
+
+    Raises:
+      HydraOptError: as `formats.read_adapter`; or NaN or infinite values.
+    """
+    seen = {} if seen is None else seen
+    folder, name = peft.locate(source)
+    name = name if task is None else task
+    config = read_config(folder / CONFIG_FILE)
+    file = peft.weights_file(folder)
+    stat = file.stat()
+    stamp = (stat.st_size, stat.st_mtime_ns)
+    try:
+        header = _header(file)
+    except OSError as error:
+        raise HydraOptError(f"{file}: cannot be read: {one_line(error.strerror)}") from None
+    key = (header, stat.st_size, json.dumps(config, sort_keys=True, default=str)) if header else None
+    held = seen.get(key) or _contents(file, header, config)
+    if key is not None:
+        seen[key] = held
     before = known.get(str(file), (None, ""))
-    if tuple(before[0] or ()) == stamp:
-        digest = before[1]
-    else:
-        check_values(source, file, modules)
-        digest = peft.file_digest(file)
-    return Card(name, modules, table, kind, config, layouts, source, digest, str(file), stamp)
+    digest = before[1] if tuple(before[0] or ()) == stamp else check(source, file, held, len(header))
+    return Card(
+        name,
+        held.modules,
+        held.extras,
+        held.dtype,
+        config,
+        held.layout,
+        source,
+        digest,
+        str(file),
+        stamp,
+        held.places,
+    )
+
+
+def largest(values: np.ndarray) -> float:
+    """The largest magnitude among floats, by their bits, which sort as the magnitudes do; NaN sorts last.
+
+    >>> largest(np.array([1.0, -3.0], np.float16))
+    3.0
+    """
+    width = values.dtype.itemsize
+    plus, minus = int(values.view(f"i{width}").max()), int(values.view(f"u{width}").max())
+    bits = max(plus, minus & ((1 << (8 * width - 1)) - 1))
+    return float(np.array(bits, f"u{width}").view(values.dtype))
+
+
+def check(source: str, file: Path, held: Contents, header: int) -> str:
+    """Checksum of a file whose values are finite, as the files' bytes pass by.
+
+    Raises:
+      HydraOptError: NaN or infinite values, also those that the scale would make.
+    """
+    fine = bool(held.places) and all((x.begin - header) % x.dtype.itemsize == 0 for x, _ in held.runs)
+    digest = hashlib.sha256()
+    buffer = np.empty(PIECE, np.uint8)
+    try:
+        with file.open("rb") as opened:
+            # the header apart, so that a piece never ends inside a number
+            digest.update(opened.read(header))
+            at = header
+            while count := opened.readinto(buffer):  # type: ignore[arg-type]
+                digest.update(buffer[:count])
+                for place, scale in held.runs if fine else ():
+                    low, high = max(place.begin - at, 0), min(place.end - at, count)
+                    if low < high:
+                        with np.errstate(over="ignore"):
+                            top = np.float32(largest(buffer[low:high].view(place.dtype))) * np.float32(scale)
+                        fine = fine and bool(np.isfinite(top))
+                at += count
+    except OSError as error:
+        raise HydraOptError(f"{file}: cannot be read: {one_line(error.strerror)}") from None
+    if not fine:
+        # which one it is, or that the large value and the large scale belong to different modules
+        check_values(source, file, held.modules)
+    return digest.hexdigest()
 
 
 def check_values(source: str, file: Path, modules: Mapping[str, Entry]) -> None:
@@ -234,9 +378,8 @@ def collection(cards: Sequence[Card]) -> Collection:
         if card.file in held:
             return [held[card.file][k] for k in keys]
         try:
-            with safetensors.safe_open(card.file, framework="np") as opened:
-                return [opened.get_tensor(k) for k in keys]
-        except (safetensors.SafetensorError, OSError) as error:
+            return read_places(card, keys)
+        except OSError as error:
             raise HydraOptError(
                 f"{card.file}: cannot be read ({one_line(error)}), though it could be before: has it changed?"
             ) from None
@@ -250,10 +393,46 @@ def collection(cards: Sequence[Card]) -> Collection:
         ]
 
     def read_extras(task: int) -> Mapping[str, np.ndarray]:
-        names = [row[0] for row in shared[task].extras]
-        return dict(zip(names, fetch(shared[task], names), strict=True)) if names else {}
+        card, names = shared[task], {row[0] for row in shared[task].extras}
+        rows = held[card.file].items() if card.file in held else read_tensors(Path(card.file))
+        return {k: x for k, x in rows if k in names} if names else {}
 
     return Collection(tuple(shared), shapes, read, read_extras, folder_bytes(shared))
+
+
+def read_places(card: Card, keys: Sequence[str]) -> list[np.ndarray]:
+    """Factors of an adapter, those that lie one behind another by one call.
+
+    Raises:
+      OSError: the file cannot be read, or is not the one that was looked at.
+    """
+    out: dict[str, np.ndarray] = {}
+    opened = os.open(card.file, os.O_RDONLY)
+    try:
+        stat = os.fstat(opened)
+        if (stat.st_size, stat.st_mtime_ns) != tuple(card.stamp):
+            raise OSError("another size or time of change")
+        for run in adjacent(keys, card.places):
+            begin = card.places[run[0]].begin
+            data = pread(opened, card.places[run[-1]].end - begin, begin)
+            for place, key in ((card.places[k], k) for k in run):
+                part = data[place.begin - begin : place.end - begin]
+                out[key] = part.view(place.dtype).reshape(place.shape)
+    finally:
+        os.close(opened)
+    return [out[k] for k in keys]
+
+
+def pread(opened: int, count: int, at: int) -> np.ndarray:
+    """So many bytes of a file from there on; one call may bring no more than two gigabytes."""
+    data = np.empty(count, np.uint8)
+    done = 0
+    while done < count:
+        got = os.preadv(opened, [memoryview(data)[done:]], at + done)
+        if not got:
+            raise OSError("it ends too early")
+        done += got
+    return data
 
 
 def folder_bytes(cards: Sequence[Card]) -> int:
