@@ -1,5 +1,7 @@
 """Groups: the modules of one shape that are read and solved together, and how they come from the files."""
 
+import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -86,12 +88,19 @@ def host_dtype(found: Collection) -> str:
     return kinds.pop() if len(kinds) == 1 and kinds <= {"float16", "bfloat16"} else "float32"
 
 
+def zeros(shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """An array of zeros that begins on a page: a CPU's JAX then takes contiguous parts of it as they are."""
+    dtype = np.dtype(kind)
+    pages = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1))
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
+
+
 def fill(found: Collection, group: Group, span: tuple[int, int], read: Callable[[int], None]) -> Block:
     """Read a block."""
     tasks, (inputs, outputs) = range(*span), group.shape
     kind = host_dtype(found)
-    a = np.zeros((group.room, len(tasks), group.rank, inputs), kind)
-    b = np.zeros((group.room, len(tasks), outputs, group.rank), kind)
+    a = zeros((group.room, len(tasks), group.rank, inputs), kind)
+    b = zeros((group.room, len(tasks), outputs, group.rank), kind)
     scale = np.zeros((group.room, len(tasks)), np.float32)
     ranks = np.zeros((group.room, len(tasks)), int)
 

@@ -1,9 +1,9 @@
 """A collection that is read module by module: what an adapter holds is known, its factors stay in its file.
 
-A file is read once from end to end when it is looked at: its checksum is taken and its values are checked from
-the same bytes. Later it is opened for the tensors of one group of modules, which are read at their places and
-not mapped, so that neither open files nor mapped pages grow with the collection. A pickle cannot be read in
-parts and is held in memory.
+A file is read once from end to end when it is looked at: its checksum is taken and its values are checked
+from the same bytes. Later it is opened for the tensors of one group of modules, which are read at their
+places and not mapped, so that neither open files nor mapped pages grow with the collection. A pickle cannot
+be read in parts and is held in memory.
 """
 
 import hashlib
@@ -203,7 +203,7 @@ def _contents(file: Path, header: bytes, config: Mapping[str, Any]) -> Contents:
             begin, end = (len(header) + x for x in rows[key]["data_offsets"])
             dtype = np.dtype(DTYPES[rows[key]["dtype"]])
             places[key] = Place(begin, end, dtype, tuple(rows[key]["shape"]))
-    scales = {k: e.scale if s else 1.0 for e in modules.values() for s, k in enumerate(e[:2])}
+    scales = {k: abs(e.scale) if s else 1.0 for e in modules.values() for s, k in enumerate(e[:2])}
     runs = [
         (
             Place(places[keys[0]].begin, places[keys[-1]].end, places[keys[0]].dtype),
@@ -304,7 +304,7 @@ def check(source: str, file: Path, held: Contents, header: int) -> str:
             digest.update(opened.read(header))
             at = header
             while count := opened.readinto(buffer):  # type: ignore[arg-type]
-                digest.update(buffer[:count])
+                digest.update(buffer[:count].data)
                 for place, scale in held.runs if fine else ():
                     low, high = max(place.begin - at, 0), min(place.end - at, count)
                     if low < high:
@@ -428,7 +428,7 @@ def pread(opened: int, count: int, at: int) -> np.ndarray:
     data = np.empty(count, np.uint8)
     done = 0
     while done < count:
-        got = os.preadv(opened, [memoryview(data)[done:]], at + done)
+        got = os.preadv(opened, [data.data[done:]], at + done)
         if not got:
             raise OSError("it ends too early")
         done += got

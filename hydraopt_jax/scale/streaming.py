@@ -1,51 +1,59 @@
-"""A group of modules solved in two passes over its tasks, chunk by chunk, its heads written as they come."""
+"""A group's modules solved in two passes over the tasks, chunk by chunk, heads written as they come.
 
+A step takes as many modules as the mesh has rows; the devices add up the next step's sums while the host
+writes this one's heads.
+"""
+
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from hydraopt_jax import compression
 from hydraopt_jax.compression import Options
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.scale import closed
 from hydraopt_jax.scale.assembly import Kept
-from hydraopt_jax.scale.closed import BOTH, LOCAL, Basis
+from hydraopt_jax.scale.closed import BOTH, LOCAL, Basis, Grams
 from hydraopt_jax.scale.groups import Block, Group, applied
 from hydraopt_jax.scale.mesh import MODULES, TASKS, padded, put
 
 # float32 bytes of a chunk of tasks on one device: what its caches hold on a CPU, what keeps others busy
-SUM_BYTES = {"cpu": 1 << 25}
+SUM_BYTES = {"cpu": 1 << 23}
 HEAD_BYTES = {"cpu": 1 << 23}
 ELSEWHERE = 1 << 28
 
 
-def chunk_tasks(limit: dict[str, int], tasks: int, width: int, rows: int, grid: Mesh) -> int:
+def chunk_tasks(limit: dict[str, int], tasks: int, width: int, grid: Mesh) -> int:
     """Tasks of a chunk of about so many bytes a device; a multiple of the devices that share the tasks."""
     room = limit.get(grid.devices.flat[0].platform, ELSEWHERE)
-    each = max(room // (4 * width * rows), 1)
     lanes = grid.shape[TASKS]
-    return min(each * lanes, padded(tasks, lanes))
+    most = max(room // (4 * width), 1)
+    # as few chunks as that, and all about alike
+    count = -(-tasks // (most * lanes))
+    return padded(-(-tasks // count), lanes)
 
 
-def chunks(block: Block, size: int, grid: Mesh) -> Iterator[tuple[int, tuple[jax.Array, ...]]]:
-    """Chunks of a block on the mesh, all of one size, filled up with zero tasks; with the real count."""
-    rows = padded(block.a.shape[0], grid.shape[MODULES])
-    for at in range(0, block.a.shape[1], size):
+def chunks(
+    arrays: Sequence[np.ndarray], size: int, grid: Mesh
+) -> Iterator[tuple[int, tuple[jax.Array, ...]]]:
+    """Chunks of `[M, T, ...]` arrays on the mesh, filled up to one size with zeros; with the real count."""
+    rows, tasks = grid.shape[MODULES], arrays[0].shape[1]
+    for at in range(0, tasks, size):
         out = []
-        for array in (block.a, block.b, block.scale):
+        for array in arrays:
             part = array[:, at : at + size]
             lack = (rows - part.shape[0], size - part.shape[1])
             if any(lack):
                 part = np.pad(part, [(0, lack[0]), (0, lack[1]), *[(0, 0)] * (part.ndim - 2)])
             out.append(put(grid, part, BOTH))
-        yield min(size, block.a.shape[1] - at), tuple(out)
+        yield min(size, tasks - at), tuple(out)
 
 
 def ranks_of(options: Options, shape: tuple[int, int], rank: int, tasks: int) -> dict[str, int]:
@@ -62,49 +70,85 @@ def ranks_of(options: Options, shape: tuple[int, int], rank: int, tasks: int) ->
     return out
 
 
-def bases(
-    group: Group, parts: Iterator[Block], tasks: int, ranks: dict[str, int], grid: Mesh
-) -> tuple[dict[str, Basis], np.ndarray, np.ndarray]:
-    """First pass: the leading directions of each side, on the host; energies and ranks `[M, T]`."""
-    rows = padded(group.room, grid.shape[MODULES])
+class First(NamedTuple):
+    """What the first pass found out about a step's modules, on the devices.
+
+    Attributes:
+      rows: the modules of the group.
+      bases: side -> leading directions.
+      grams: of every chunk or span of tasks, with their real count.
+      ranks: `[M, T]` on the host.
+    """
+
+    rows: slice
+    bases: dict[str, Basis]
+    grams: list[tuple[int, Grams]]
+    ranks: np.ndarray
+
+
+Passes = Callable[[], Iterator[tuple[int, Block]]]
+
+
+def passes_of(group: Group, parts: Iterator[Block]) -> Passes:
+    """A function that goes through the first task and the block of every span, once a call."""
+    starts = [start for start, _ in group.spans]
+    if len(starts) > 1:
+        return lambda: ((start, next(parts)) for start in starts)
+    held = [next(parts)]
+    return lambda: iter([(0, held[0])])
+
+
+def rows_of(block: Block, rows: slice) -> tuple[np.ndarray, ...]:
+    """Factors and scales of some modules of a block."""
+    return block.a[rows], block.b[rows], block.scale[rows]
+
+
+def first_pass(
+    group: Group, rows: slice, passes: Passes, tasks: int, ranks: dict[str, int], grid: Mesh
+) -> First:
+    """Leading directions of each side, not waited for; `ranks` are their numbers."""
     sizes = dict(zip(("in", "out"), group.shape, strict=True))
     direct = tuple(s for s in ranks if not applied(tasks, group.rank, sizes[s]))
-    lanes = grid.shape[TASKS]
-    spec = P(MODULES, TASKS)
-    sums: tuple[Any, ...] = tuple(
-        jax.jit(
-            lambda n=sizes[s]: jnp.zeros((rows, lanes, n, n)),
-            out_shardings=jax.sharding.NamedSharding(grid, spec),
-        )()
-        for s in direct
-    )
+    sums = blank(tuple(sizes[s] for s in direct), mesh=grid)
     found: dict[str, Basis] = {}
-    energy: list[jax.Array] = []
+    grams: list[tuple[int, Grams]] = []
     present: list[np.ndarray] = []
-    local = rows // grid.shape[MODULES]
-    size = chunk_tasks(SUM_BYTES, tasks, group.rank * sum(group.shape), local, grid)
-    for _ in group.spans:
-        block = next(parts)
-        present.append(block.ranks)
+    size = chunk_tasks(SUM_BYTES, tasks, group.rank * sum(group.shape), grid)
+    for _, block in passes():
+        present.append(block.ranks[rows])
         if direct:
-            for count, arrays in chunks(block, size, grid):
+            for count, arrays in chunks(rows_of(block, rows), size, grid):
                 sums, part = closed.accumulate(sums, *arrays, mesh=grid, sides=direct)
-                energy.append(part[:, :count])
+                grams.append((count, part))
         if len(direct) < len(ranks):
             # the only span: `applied` sides need every task at once, and are small for it
-            every = next(chunks(block, padded(tasks, lanes), grid))[1]
+            every = next(chunks(rows_of(block, rows), padded(tasks, grid.shape[TASKS]), grid))[1]
             for side in ranks:
                 if side not in direct:
                     basis, part = closed.of_factors(*every, mesh=grid, rank=ranks[side], side=side)
-                    found[side] = jax.device_get(basis)
-                    energy = energy if direct else [part[:, :tasks]]
-    norms = np.concatenate([np.asarray(x) for x in energy], 1)
-    trace = put(grid, (norms > 0).sum(-1).astype(np.float32), LOCAL)
-    for side, total in zip(direct, sums, strict=True):
-        found[side] = jax.device_get(
-            closed.of_sum(total, trace, mesh=grid, rank=ranks[side], columns=tasks * group.rank)
-        )
-    return found, norms, np.concatenate(present, 1)
+                    found[side] = basis
+                    grams = grams if direct else [(tasks, part)]
+    if direct:
+        trace = trace_of(tuple(x.energy for _, x in grams))
+        for side, total in zip(direct, sums, strict=True):
+            found[side] = closed.of_sum(total, trace, mesh=grid, rank=ranks[side], columns=tasks * group.rank)
+    return First(rows, found, grams, np.concatenate(present, 1))
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "mesh"))
+def blank(sizes: tuple[int, ...], *, mesh: Mesh) -> tuple[closed.Sum, ...]:
+    """Sums of nothing, one of each size n."""
+    lead = (mesh.shape[MODULES], mesh.shape[TASKS])
+    zeros = lambda *shape: jax.lax.with_sharding_constraint(  # noqa: E731
+        jnp.zeros(lead + shape), jax.sharding.NamedSharding(mesh, BOTH)
+    )
+    return tuple(closed.Sum(zeros(n // 2, n), zeros(n - n // 2, n - n // 2)) for n in sizes)
+
+
+@jax.jit
+def trace_of(energies: tuple[jax.Array, ...]) -> jax.Array:
+    """Trace of a weighted sum: how many deltas there are, `[M]`."""
+    return jnp.stack([(x > 0).sum(-1) for x in energies]).sum(0).astype(jnp.float32)
 
 
 def solve(
@@ -131,83 +175,122 @@ def solve(
       HydraOptError: values that overflow the stored dtype.
     """
     ranks = ranks_of(options, group.shape, group.rank, tasks)
-    found, energy, own_ranks = bases(group, parts, tasks, ranks, grid)
-    present = (energy > 0).sum(-1)
-    losses = {
-        s: np.maximum(present - np.asarray(b.values, np.float64).sum(-1), 0.0) for s, b in found.items()
-    }
-    order = list(ranks)
-    chosen = np.stack([losses[s] for s in order]).argmin(0).tolist()
-    stored: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    for side, basis in found.items():
-        gain = closed.gains(np.asarray(basis.values), energy)
-        with np.errstate(over="ignore"):
-            shared = (np.asarray(basis.vectors) * gain[:, None, :]).astype(dtype)
-        stored[side] = (np.asarray(basis.vectors), shared, gain)
-    squares = np.zeros((len(group.modules), tasks))
-    heads: list[list[tuple[int, int]]] = [[] for _ in group.modules]
-    shared_at = []
-    local = padded(group.room, grid.shape[MODULES]) // grid.shape[MODULES]
-    width = group.rank * sum(group.shape) + max(ranks.values()) * max(group.shape)
-    size = chunk_tasks(HEAD_BYTES, tasks, width, local, grid)
-    sides = [s for k, s in enumerate(order) if k in chosen[: len(group.modules)]]
-    on_mesh = {
-        s: tuple(put(grid, x, LOCAL) for x in (stored[s][0], stored[s][1].astype(np.float32), stored[s][2]))
-        for s in sides
-    }
+    passes = passes_of(group, parts)
+    step, count = grid.shape[MODULES], len(group.modules)
+    steps = (slice(at, min(at + step, count)) for at in range(0, count, step))
+    kept: dict[str, Kept] = {}
     with file.open("wb") as sink:
-        for m, name in enumerate(group.modules):
-            shared = stored[order[chosen[m]]][1][m]
-            check_finite(name, shared, dtype)
-            shared = shared if order[chosen[m]] == "in" else shared.T
-            shared_at.append(sink.tell())
-            sink.write(np.ascontiguousarray(shared).tobytes())
-        for at, count, side, out in ahead(projected(group, parts, sides, on_mesh, size, grid, dtype)):
-            values, error = np.asarray(out.values), np.asarray(out.error)
-            for m in (m for m in range(len(group.modules)) if order[chosen[m]] == side):
-                squares[m, at : at + count] = error[m, :count]
-                check_finite(group.modules[m], values[m, :count], dtype)
-                for t in np.flatnonzero(energy[m, at : at + count] > 0):
-                    heads[m].append((at + int(t), sink.tell()))
-                    sink.write(values[m, t].tobytes())
-        for m in (m for m, rows in enumerate(heads) if not rows):
-            # a module whose deltas are all zero is one head of zeros
-            heads[m].append((0, sink.tell()))
-            sink.write(bytes(np.dtype(dtype).itemsize * ranks[order[chosen[m]]] * max(group.shape)))
+        for first in ahead(first_pass(group, x, passes, tasks, ranks, grid) for x in steps):
+            kept |= second_pass(sink, group, first, passes, tasks, dtype, grid)
         sink.flush()
         os.fsync(sink.fileno())
+    return kept
+
+
+class Chosen(NamedTuple):
+    """A side's factor for a step's modules.
+
+    Attributes:
+      vectors: `[M, n, S]` orthonormal.
+      stored: `[M, n, S]` as it is stored.
+      gain: `[M, S]` what it was scaled by.
+      loss: `[M]` the form's bound, summed over the tasks.
+    """
+
+    vectors: np.ndarray
+    stored: np.ndarray
+    gain: np.ndarray
+    loss: np.ndarray
+
+
+def second_pass(
+    sink: BinaryIO,
+    group: Group,
+    first: First,
+    passes: Passes,
+    tasks: int,
+    dtype: str,
+    grid: Mesh,
+) -> dict[str, Kept]:
+    """Project a step's tasks onto its bases, and write."""
+    names = group.modules[first.rows]
+    grams = [np.concatenate([np.asarray(x[k])[:, :n] for n, x in first.grams], 1) for k in (0, 1)]
+    energy = (grams[0] * grams[1]).sum((-2, -1))[: len(names)]
+    present = (energy > 0).sum(-1)
+    sides: dict[str, Chosen] = {}
+    for side, basis in first.bases.items():
+        vectors, values = (np.asarray(x)[: len(names)] for x in basis)
+        gain = closed.gains(values, energy)
+        with np.errstate(over="ignore"):
+            stored = (vectors * gain[:, None, :]).astype(dtype)
+        loss = np.maximum(present - values.sum(-1, dtype=np.float64), 0.0)
+        sides[side] = Chosen(vectors, stored, gain, loss)
+    order = list(sides)
+    chosen = [order[k] for k in np.stack([x.loss for x in sides.values()]).argmin(0)]
+    shared_at = []
+    for m, (name, side) in enumerate(zip(names, chosen, strict=True)):
+        shared = sides[side].stored[m]
+        check_finite(name, shared, dtype)
+        shared_at.append(sink.tell())
+        sink.write(np.ascontiguousarray(shared if side == "in" else shared.T).tobytes())
+    squares = np.zeros((len(names), tasks))
+    heads: list[list[tuple[int, int]]] = [[] for _ in names]
+    wanted = {x: sides[x] for x in dict.fromkeys(chosen)}
+    for at, count, side, out in ahead(projected(group, first.rows, passes, wanted, grams, grid, dtype)):
+        values, error = np.asarray(out.values), np.asarray(out.error)
+        for m in (m for m in range(len(names)) if chosen[m] == side):
+            squares[m, at : at + count] = error[m, :count]
+            check_finite(names[m], values[m, :count], dtype)
+            here = np.flatnonzero(energy[m, at : at + count] > 0)
+            start, length = sink.tell(), values[m, 0].nbytes
+            rows = values[m, :count] if len(here) == count else values[m, here]
+            sink.write(np.ascontiguousarray(rows).view(np.uint8).data)
+            heads[m] += [(at + int(t), start + length * k) for k, t in enumerate(here)]
     kept = {}
-    for m, name in enumerate(group.modules):
-        side = order[chosen[m]]
-        kept[name] = describe(
-            file, side, group, tasks, stored[side][1].shape[-1], dtype, shared_at[m], heads[m]
-        )._replace(
-            errors=relative(squares[m], energy[m], own_ranks[m]),
-            bound=float(losses[side][m]) / max(int(present[m]), 1),
+    for m, (name, side) in enumerate(zip(names, chosen, strict=True)):
+        width = sides[side].stored.shape[-1]
+        if not heads[m]:
+            # a module whose deltas are all zero is one head of zeros
+            heads[m].append((0, sink.tell()))
+            sink.write(bytes(np.dtype(dtype).itemsize * width * max(group.shape)))
+        kept[name] = describe(sink.name, side, group, tasks, width, dtype, shared_at[m], heads[m])._replace(
+            errors=relative(squares[m], energy[m], first.ranks[m]),
+            bound=float(sides[side].loss[m]) / max(int(present[m]), 1),
         )
     return kept
 
 
 def projected(
     group: Group,
-    parts: Iterator[Block],
-    sides: list[str],
-    on_mesh: dict[str, tuple[jax.Array, ...]],
-    size: int,
+    rows: slice,
+    passes: Passes,
+    sides: dict[str, Chosen],
+    grams: Sequence[np.ndarray],
     grid: Mesh,
     dtype: str,
 ) -> Iterator[tuple[int, int, str, closed.Heads]]:
     """Second pass: first task, count of tasks, side and heads of every chunk."""
-    for start, _ in group.spans:
+    step = grid.shape[MODULES]
+    on_mesh = {}
+    for side, x in sides.items():
+        # the rows that a last step lacks are divided by their gain, too
+        lack = step - len(x.gain)
+        wide = [np.pad(y, [(0, lack), (0, 0), (0, 0)]) for y in (x.vectors, x.stored.astype(np.float32))]
+        gain = np.pad(x.gain, [(0, lack), (0, 0)], constant_values=1.0)
+        on_mesh[side] = tuple(put(grid, y, LOCAL) for y in (*wide, gain))
+    widest = max(x.gain.shape[-1] for x in sides.values())
+    width = group.rank * sum(group.shape) + 2 * widest * max(group.shape)
+    size = chunk_tasks(HEAD_BYTES, grams[0].shape[1], width, grid)
+    for start, block in passes():
         at = start
-        for count, arrays in chunks(next(parts), size, grid):
-            for side in sides:
-                yield (
-                    at,
-                    count,
-                    side,
-                    closed.project(*on_mesh[side], *arrays, mesh=grid, side=side, dtype=dtype),
+        length = block.a.shape[1]
+        small = tuple(x[: len(block.a[rows]), start : start + length] for x in grams)
+        for count, arrays in chunks((*rows_of(block, rows), *small), size, grid):
+            for side, basis in on_mesh.items():
+                out = closed.project(
+                    *basis, *arrays[:3], Grams(*arrays[3:]), mesh=grid, side=side, dtype=dtype
                 )
+                yield at, count, side, out
             at += count
 
 
@@ -234,7 +317,7 @@ def relative(square: np.ndarray, energy: np.ndarray, ranks: np.ndarray) -> list[
 
 
 def describe(
-    file: Path,
+    file: str,
     side: str,
     group: Group,
     tasks: int,
@@ -254,4 +337,4 @@ def describe(
         shapes, uses, offsets = ((1, inputs, rank), (count, rank, outputs)), (zero, of), [shared_at, *spots]
     else:
         shapes, uses, offsets = ((count, inputs, rank), (1, rank, outputs)), (of, zero), [*spots, shared_at]
-    return Kept(*shapes, *uses, None, dtype, str(file), offsets, [], 0.0)
+    return Kept(*shapes, *uses, None, dtype, file, offsets, [], 0.0)
