@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,8 @@ try:
 except ImportError:  # pragma: no cover - a system without POSIX locks
     fcntl = None  # type: ignore[assignment]
 
+# files that wait for the disk together
+SYNCING = 16
 AT_FDCWD = {"linux": -100, "darwin": -2}
 # renameat2(RENAME_EXCHANGE) and renameatx_np(RENAME_SWAP): one name, one flag on each system
 EXCHANGE = {"linux": ("renameat2", 2), "darwin": ("renameatx_np", 2)}
@@ -81,9 +84,12 @@ def sync(path: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """`sync` of everything in a folder, and of the folder."""
-    for path in sorted(folder.rglob("*"), reverse=True):
+    every = sorted(folder.rglob("*"), reverse=True)
+    # a journal commits what several threads wait for together
+    with ThreadPoolExecutor(SYNCING) as pool:
+        list(pool.map(sync, (x for x in every if not x.is_dir())))
+    for path in (*(x for x in every if x.is_dir()), folder):
         sync(path)
-    sync(folder)
 
 
 @contextmanager
