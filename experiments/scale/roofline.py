@@ -1,4 +1,10 @@
-"""Achieved FLOP/s of the Gram and projection steps over a large matmul's, interleaved in one process."""
+"""Achieved FLOP/s of the Gram and projection steps over a large matmul's, interleaved in one process.
+
+    python experiments/scale/roofline.py > experiments/scale/roofline.json
+
+FLOPs are those of the products that are done, of a symmetric sum the three quarters that are; conversions,
+rounding and everything else that is no product count as none.
+"""
 
 import json
 import os
@@ -24,14 +30,22 @@ def main() -> None:
     a = rng.standard_normal((1, TASKS, RANK, SIZE), np.float32).astype(bfloat16)
     b = rng.standard_normal((1, TASKS, SIZE, RANK), np.float32).astype(bfloat16)
     block = groups.Block(a, b, np.ones((1, TASKS), np.float32), np.full((1, TASKS), RANK))
+    both, ones = (block.a, block.b, block.scale), np.ones((1, WIDTH), np.float32)
     each = 2 * RANK * SIZE
     lengths = {
-        "gram": streaming.chunk_tasks(streaming.SUM_BYTES, TASKS, each, 1, grid),
-        "projection": streaming.chunk_tasks(streaming.HEAD_BYTES, TASKS, each + WIDTH * SIZE, 1, grid),
+        "gram": streaming.chunk_tasks(streaming.SUM_BYTES, TASKS, each, grid),
+        "projection": streaming.chunk_tasks(streaming.HEAD_BYTES, TASKS, each + 2 * WIDTH * SIZE, grid),
     }
-    parts = {k: [x for _, x in streaming.chunks(block, n, grid)] for k, n in lengths.items()}
+    parts = {"gram": [x for _, x in streaming.chunks(both, lengths["gram"], grid)]}
+    # the first pass leaves the factors' own Gram matrices to the second one
+    wide = [x.astype(np.float32) for x in (a, b.swapaxes(2, 3))]
+    grams = [x @ x.swapaxes(2, 3) for x in wide]
+    parts["projection"] = [
+        (*x[:3], closed.Grams(*x[3:]))
+        for _, x in streaming.chunks((*both, *grams), lengths["projection"], grid)
+    ]
     q = np.linalg.qr(rng.standard_normal((SIZE, WIDTH)))[0][None].astype(np.float32)
-    shared = tuple(mesh.put(grid, x, closed.LOCAL) for x in (q, q, np.ones((1, WIDTH), np.float32)))
+    shared = tuple(mesh.put(grid, x, closed.LOCAL) for x in (q, q, ones))
     large = jnp.asarray(rng.standard_normal((4096, 4096), np.float32))
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
 
@@ -39,7 +53,7 @@ def main() -> None:
         product(large).block_until_ready()
 
     def gram() -> None:
-        sums = (jnp.zeros((1, 1, SIZE, SIZE)), jnp.zeros((1, 1, SIZE, SIZE)))
+        sums = streaming.blank((SIZE, SIZE), mesh=grid)
         for x in parts["gram"]:
             sums, _ = closed.accumulate(sums, *x, mesh=grid, sides=("in", "out"))
         jax.block_until_ready(sums)
@@ -49,14 +63,14 @@ def main() -> None:
             out = closed.project(*shared, *x, mesh=grid, side="in", dtype="bfloat16")
         jax.block_until_ready(out)
 
-    wide = TASKS * RANK
+    rows = TASKS * RANK
+    half = SIZE // 2
     flops = {
         "matmul 4096": 2 * 4096**3,
-        # two sums; and what weighs a task: two R x R Grams and their product with the factor, a side
-        "gram": 2 * (2 * wide * SIZE**2 + 3 * 2 * wide * RANK * SIZE),
-        # inner products, heads, what is left of the factor, its Gram, the factor's rounding, heads against
-        # heads twice, factor against heads, and two R x R Grams for the energy
-        "projection": 2 * wide * SIZE * (4 * WIDTH + 2 * RANK + WIDTH + RANK) + 4 * TASKS * WIDTH**2 * SIZE,
+        # two sums, three quarters of each; Gram matrices of both factors; each factor times the other one's
+        "gram": 2 * rows * (2 * (half * SIZE + (SIZE - half) ** 2) + 4 * RANK * SIZE),
+        # the factor times basis and rounding, heads, heads' rounding against the other factor, and small ones
+        "projection": 2 * rows * (SIZE * (2 * WIDTH + WIDTH + WIDTH) + WIDTH * (RANK + 4 * WIDTH)),
     }
     steps = {"matmul 4096": matmul, "gram": gram, "projection": projection}
     seconds: dict[str, list[float]] = {k: [] for k in steps}
@@ -67,6 +81,7 @@ def main() -> None:
             seconds[name] += [time.perf_counter() - start] * (n > 0)
     rates = {k: flops[k] / min(v) for k, v in seconds.items()}
     out = {
+        "load": os.getloadavg()[0],
         "tasks in a chunk": lengths,
         "flops": flops,
         "seconds": {k: [round(x, 4) for x in v] for k, v in seconds.items()},

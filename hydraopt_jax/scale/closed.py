@@ -268,8 +268,13 @@ def project(
     """
 
     def local(u: Array, stored: Array, gain: Array, a: Array, b: Array, scale: Array, grams: Grams) -> Heads:
-        a, b = load(a, b, scale)
-        x, y = (a, b) if side == "in" else (b, a)
+        files = a, b, scale
+        low, high = load(*files)
+        # of y both layouts: the product with `lost` takes what would else be the transpose of `lost`
+        if side == "in":
+            x, y, columns = low, high, b.astype(jnp.float32) * scale[..., None, None]
+        else:
+            x, y, columns = high, low, low.mT
         yy, energy = grams.of(side)[1], grams.energy
         width = u.shape[-1]
         tall = (*x.shape[:3], width)
@@ -282,7 +287,7 @@ def project(
         kept = heads.astype(dtype)
         lost = heads - kept.astype(jnp.float32)
         noise = jnp.sum(lost**2, -1)
-        y_lost = matmul(y, lost.mT)
+        y_lost = matmul(lost, columns).mT
         y_inner = matmul(yy, inner.reshape(tall))
         y_heads = y_inner / gain[:, None, None, :]
 
@@ -293,7 +298,8 @@ def project(
         square = energy - total(matmul(inner, 2 * jnp.eye(width) - matmul(u.mT, u)), y_inner)
 
         def formed() -> Array:
-            rest = x - matmul(inner, u.mT).reshape(x.shape)
+            # from the files again: else x would be kept for it, whether it is asked for or not
+            rest = load(*files)[side == "out"] - matmul(inner, u.mT).reshape(x.shape)
             return jnp.sum(matmul(rest, rest.mT) * yy, (-2, -1))
 
         near = jnp.any((energy > 0) & (square < NEAR * energy))

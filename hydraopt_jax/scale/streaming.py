@@ -4,7 +4,9 @@ A step takes as many modules as the mesh has rows; the devices add up the next s
 writes this one's heads.
 """
 
+import contextlib
 import functools
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -179,12 +181,26 @@ def solve(
     step, count = grid.shape[MODULES], len(group.modules)
     steps = (slice(at, min(at + step, count)) for at in range(0, count, step))
     kept: dict[str, Kept] = {}
-    with file.open("wb") as sink:
+    with undisturbed(), file.open("wb") as sink:
         for first in ahead(first_pass(group, x, passes, tasks, ranks, grid) for x in steps):
             kept |= second_pass(sink, group, first, passes, tasks, dtype, grid)
         sink.flush()
         os.fsync(sink.fileno())
     return kept
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep the collector from searching, again and again, the million objects that were there before."""
+    if gc.get_freeze_count():
+        # somebody else's decision
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Chosen(NamedTuple):
