@@ -126,3 +126,19 @@ def test_parts_that_change_before_they_are_written_are_refused(small, tmp_path, 
     with pytest.raises(HydraOptError, match=said):
         jobs.run(tmp_path / "s", found, CORES)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_file_that_changed_after_it_was_looked_at_is_refused(small, tmp_path):
+    found, _ = written([some(x, MODULES) for x in small], tmp_path)
+    formats.write_adapter(tmp_path / "in1", some(small[0], MODULES), overwrite=True)
+    with pytest.raises(HydraOptError, match="has it changed"):
+        jobs.run(tmp_path / "s", found, compression.Options(rank=3))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_largest_magnitude_tells_what_is_not_finite(dtype, bad):
+    values = np.array([1, -3, 2], dtype)
+    assert reading.largest(values) == 3
+    values[1] = bad
+    assert not np.isfinite(reading.largest(values))
