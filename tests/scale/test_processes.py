@@ -10,16 +10,17 @@ import sys
 import numpy as np
 import pytest
 
-from hydraopt_jax import checkpoint, compression, formats, synthetic
-from hydraopt_jax.scale import jobs, reading
+from hydraopt_jax import checkpoint, compression, formats, navigate, synthetic
+from hydraopt_jax.scale import coded, jobs, reading
 
 # the command, a module a group, killed as it keeps the file that the first argument names
 DRIVER = """
 import os, signal, sys
 from hydraopt_jax import cli
-from hydraopt_jax.scale import hosts, jobs
+from hydraopt_jax.scale import coded, hosts, jobs
 hosts.SILENCE = 10
 jobs.run.__kwdefaults__["group_bytes"] = 1
+coded.run.__kwdefaults__["segment_bytes"] = 1
 write = jobs.write_json
 def keep(path, content):
     if path.name == sys.argv[1]:
@@ -41,7 +42,10 @@ def sources(tmp_path):
     return out
 
 
-def company(sources, out, last=""):
+FORM = ["--rank", "3", "--side", "in"]
+
+
+def company(sources, out, last="", form=FORM):
     """Exit status, standard output and standard error of each of two processes, of four devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -50,7 +54,7 @@ def company(sources, out, last=""):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
     }
-    form = ["--rank", "3", "--side", "in", "--force", "--json"]
+    form = [*form, "--force", "--json"]
     where = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process-id"]
     running = [
         subprocess.Popen(
@@ -94,3 +98,14 @@ def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sou
         (other,) = two.modules[name]
         delta, again = (np.asarray(x.a)[0] @ np.asarray(x.b) for x in (term, other))
         np.testing.assert_allclose(again, delta, atol=1e-4 * np.abs(delta).max())
+
+
+def test_two_processes_code_the_segments_of_one(sources, tmp_path):
+    first, second = company(sources, tmp_path / "two", form=["--max-error", "0.05"])
+    assert (first[0], second[:2]) == (0, (0, "")), (first, second)
+    found = reading.collection([reading.open_adapter(x, None, {}) for x in sources])
+    coded.run(tmp_path / "one", found, navigate.Options(max_error=0.05), segment_bytes=1)
+    one, two = checkpoint.restore(tmp_path / "one"), checkpoint.restore(tmp_path / "two")
+    assert len(two.payload.segments) == 15
+    assert 0.0 < np.mean(two.errors) <= 0.05
+    np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
