@@ -29,7 +29,6 @@ HEADS = (1, 10, 40)
 SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m")
 RANDOM = ("dare-ties",)
 SLOTS = (8, 20)
-WIDTHS = (64, 128)
 SCALES = (1.0, 2.0, 4.0, 8.0)
 
 Maker = Callable[[], Store]
@@ -145,8 +144,6 @@ def merged(setting: Setting, settings: Refining) -> dict[str, Maker]:
             rows[name] = lambda m=method, s=seed: scaled(setting, stacked(), m, s)
     for slots in SLOTS:
         rows[f"K-Merge, {slots} slots"] = functools.partial(kept, "k-merge", slots=slots)
-    for rank in WIDTHS:
-        rows[f"Share, rank {rank}"] = functools.partial(kept, "share", rank=rank)
     return rows
 
 

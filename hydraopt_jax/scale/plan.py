@@ -9,7 +9,7 @@ import numpy as np
 
 from hydraopt_jax import compression, navigate
 from hydraopt_jax.compression import Options
-from hydraopt_jax.scale import coded, segments, streaming
+from hydraopt_jax.scale import segments, streaming, target
 from hydraopt_jax.scale.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
 from hydraopt_jax.scale.reading import Collection
 
@@ -121,7 +121,7 @@ def estimate(found: Collection, options: Options | navigate.Options, group_bytes
 def estimate_coded(found: Collection, options: navigate.Options) -> Plan:
     """Estimate a job to a budget or an error target; the store that an error asks for is not known before,
     and counted as what comes in."""
-    goal = coded.target_of(found, options)
+    goal = target.target_of(found, options)
     entries = found.entries()
     rank = max(e.rank for x in found.cards for e in x.modules.values())
     itemsize = np.dtype(host_dtype(found)).itemsize
