@@ -85,9 +85,8 @@ def main() -> None:
                 curves.setdefault(label, []).append((x["fraction"], max(x["drop"], 1e-3)))
         random = seeds(found)
         if random:
-            print(
-                "\n| over seeds | seeds | mean drop | worst task's drop | of the mean |\n|---|---|---|---|---|"
-            )
+            print("\n| over seeds | seeds | mean drop | worst task's drop | of the mean |")
+            print("|---|---|---|---|---|")
             print("\n".join(random))
         print(f"\n| 1 - S by task and language | {' | '.join((*TASKS, *LANGUAGES))} |")
         print("|---" * (1 + len(TASKS) + len(LANGUAGES)) + "|")
