@@ -7,7 +7,7 @@
 Every row is a store written to disk, read back and scored by greedy decoding on the held-out items of every
 task, in batches that mix the tasks (`serving`). Second moments and refinement see prompts of the train split
 alone, answered by the adapters themselves.
-Scores are kept in `results/stores-REGIME.json` as they are done, stores and the steps of refinements below
+Scores are kept in `stores-REGIME.json` as they are done, stores and the steps of refinements below
 OUT: a second run goes on where the first stopped.
 """
 
@@ -165,19 +165,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="keeps stores and steps of refinements")
     parser.add_argument("--regime", default="shared", help="names the results")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS_FILE, help="archive of PEFT folders")
+    parser.add_argument("--base", type=Path, default=BASE_FILE, help="the transformer that they adapt")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the scores")
     parser.add_argument("--items", type=int, default=1000, help="held-out items a task, at most")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         paths = unpack_adapters(options.adapters, Path(folder))
         collection = [formats.read_adapter(p) for p in paths]
+    options.results.mkdir(parents=True, exist_ok=True)
     run(
-        load_base(BASE_FILE),
-        load_vocabulary(BASE_FILE),
+        load_base(options.base),
+        load_vocabulary(options.base),
         collection,
         load_items(options.data, Data()),
         Refining(),
-        RESULTS / f"stores-{options.regime}.json",
+        options.results / f"stores-{options.regime}.json",
         options.out / f"stores-{options.regime}",
         regime=options.regime,
         count=options.items,

@@ -8,7 +8,9 @@ adapter's score, shown as the mean drop `1 - S`, and the worst task's drop; and 
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +71,11 @@ def seeds(found: dict[str, dict[str, Any]]) -> list[str]:
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables of both regimes and draw their plots."""
-    for path in sorted(RESULTS.glob("stores-*.json")):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the scores")
+    for path in sorted(parser.parse_args(argv).results.glob("stores-*.json")):
         result = json.loads(path.read_text())
         print(f"\n## {result['regime']}, {result['items']} test items a task\n")
         print("| stored | bytes | exact match | mean drop | worst task's drop |\n|---|---|---|---|---|")

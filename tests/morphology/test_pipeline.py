@@ -1,5 +1,6 @@
 """The whole experiment in small, on generated words."""
 
+import importlib
 import itertools
 import random
 
@@ -143,3 +144,16 @@ def test_every_kind_of_row_is_scored_and_a_second_run_adds_nothing(items, traine
     np.testing.assert_allclose(kept, own, atol=0.05)
     assert np.mean(done["merged, linear"]["test_cer"]) > own.mean()
     assert done["merged, linear"]["bytes"] < done["budget 0.9, output gradients"]["bytes"]
+
+
+def test_one_command_goes_through_all_steps(monkeypatch, tmp_path):
+    said = []
+    for name in ("download", "pretrain", "adapters", "stores", "summary"):
+        module = importlib.import_module(f"experiments.morphology.{name}")
+        monkeypatch.setattr(module, "main", lambda argv, name=name: said.append((name, argv)))
+    whole = importlib.import_module("experiments.morphology.__main__")
+    whole.main(["--data", "D", "--out", str(tmp_path)])
+    order = ["download", "pretrain", "adapters", "stores", "adapters", "stores", "summary"]
+    assert [name for name, _ in said] == order
+    regimes = [argv[argv.index("--regime") + 1] for name, argv in said if name == "stores"]
+    assert sorted(regimes) == ["independent", "shared"]
