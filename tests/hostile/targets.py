@@ -10,9 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from hydraopt_jax import checkpoint, compression, container, container_writer, formats, merging, synthetic
+from hydraopt_jax import (
+    checkpoint,
+    compression,
+    container,
+    container_writer,
+    formats,
+    merging,
+    navigate,
+    packing,
+    synthetic,
+)
 from hydraopt_jax.cli.common import parse_budget, parse_weights
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.store import Payload, Segment
 
 CORPUS = Path(__file__).parent / "corpus"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
@@ -56,16 +67,38 @@ def read(config: bytes, data: bytes):
 def small_store() -> tuple[dict, bytes]:
     """The index of a small plain store, and what follows it."""
     made = synthetic.collection(tasks=["one", "../two"], modules={"q": (6, 4)}, rank=2, dtype="float32")
-    path = place() / "small"
-    checkpoint.save(path, compression.compress(made, compression.Options(heads=1)), compress=False)
+    return opened(compression.compress(made, compression.Options(heads=1)), "small")
+
+
+@functools.cache
+def segmented_store() -> tuple[dict, bytes]:
+    """The same of a store of two segments, a task each."""
+    made = synthetic.collection(tasks=["one", "../two"], modules={"q": (24, 16)}, rank=2, dtype="float32")
+    alone = [navigate.compress([x], navigate.Options(max_error=0.05)) for x in made]
+    parts = [Segment(x.payload.leaves, x.payload.shapes, (t,)) for t, x in enumerate(alone)]
+    payload = Payload({}, {}, segments=tuple(parts))
+    first = alone[0]._replace(
+        tasks=tuple(x.task for x in made),
+        sources=tuple(x.sources[0] for x in alone),
+        errors=np.concatenate([x.errors for x in alone], 1),
+        modules=packing.coded_terms(payload, (0, 1)),
+        payload=payload,
+    )
+    return opened(first, "segmented")
+
+
+def opened(content, name: str) -> tuple[dict, bytes]:
+    """The index of a small store, and what follows it."""
+    path = place() / name
+    checkpoint.save(path, content, compress=False)
     packed = container.read_description(path)[0]["index"][0]
     data = (path / "state" / "data" / "0").read_bytes()
     return json.loads(zlib.decompress(data[:packed])), data[packed:]
 
 
-def restore(index: bytes):
+def restore(index: bytes, tail: bytes | None = None):
     """A store whose every checksum holds, of any index."""
-    path, tail = place() / "store", small_store()[1]
+    path, tail = place() / "store", small_store()[1] if tail is None else tail
     head = zlib.compress(index)
     array = head + tail
     (path / "state" / "data").mkdir(parents=True, exist_ok=True)
@@ -119,11 +152,11 @@ def safetensors(data: bytes) -> None:
     guarded(lambda: read(json.dumps(CONFIG).encode(), data))
 
 
-def index(data: bytes) -> None:
+def index(data: bytes, tail: bytes | None = None) -> None:
     """A store's index; what it names may not lead out of a folder, nor hold anything but numbers."""
 
     def run():
-        content = restore(data)
+        content = restore(data, tail)
         for task in content.tasks:
             name = formats.peft.folder_name(task)
             assert "/" not in name and name not in ("", ".", "..")  # noqa: PT018

@@ -77,6 +77,21 @@ def test_any_value_anywhere_in_an_index(data, value):
 
 
 @SETTINGS
+@given(data=st.data(), value=JSON | NUMBERS | st.sampled_from([[0, 0], [-1, 1 << 40], [[0, 9]]]))
+def test_any_value_anywhere_in_an_index_of_segments(data, value):
+    index, tail = targets.segmented_store()
+    assert targets.restore(json.dumps(index).encode(), tail).payload.segments
+    index = copy.deepcopy(index)
+    inside = [x for x in places(index) if x[:1] == ("segments",)]
+    *path, last = data.draw(st.sampled_from(inside))
+    node = index
+    for step in path:
+        node = node[step]
+    node[last] = value
+    targets.index(json.dumps(index).encode(), tail)
+
+
+@SETTINGS
 @given(data=st.data(), value=JSON | st.sampled_from(["state/data_1/0", [[[0, ""]]], [], {}, "../../x"]))
 def test_any_value_anywhere_in_a_description_of_several_arrays(data, value):
     path, meta = targets.large_store()
