@@ -95,7 +95,7 @@ def run(
             checkpoint.check_target(path, overwrite)
             write(place / "new", folder, number, found, content, rows, compress)
             checkpoint.settle(place / "new", path, int(goal.limit) if goal.sign < 0 else limit)
-    except checkpoint.TooLarge:
+    except (checkpoint.TooLarge, target.Unmet):
         # as every refusal this one leaves nothing behind
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -128,7 +128,7 @@ def passes(
     done: list[Pass] = []
     while (chosen := target.met(done)) is None:
         if len(done) == target.PASSES:
-            raise HydraOptError(target.failure(done, goal))
+            raise target.unmet(done, goal)
         number = len(done)
         if number:
             step = target.next_step(done, float(known.slope), goal)
@@ -136,8 +136,12 @@ def passes(
         processes.wait(f"pass {number}")
         rows = segments_of(folder, number, len(parts))
         done.append(Pass(step, miss_of(found, options, parts, rows, step, goal)))
+        if done[-1].miss > 0:
+            # it will not be taken: its description stays, its bytes make room
+            for n in range(processes.rank, len(parts), processes.size):
+                codes(folder, number, n).unlink(missing_ok=True)
         if done[-1].miss > 0 and step >= navigate.STEPS[1] / 1.0001 and goal.sign < 0:
-            raise HydraOptError(target.failure(done, goal))
+            raise target.unmet(done, goal)
     return chosen, done[chosen].step
 
 
@@ -152,7 +156,7 @@ def one_pass(
     progress: Progress,
     processes: Processes,
 ) -> None:
-    """Code this process's segments that are not done; those of passes long ago make room."""
+    """Code this process's segments that are not done."""
     weights = navigate.task_weights(found.tasks, options)
     mine = range(processes.rank, len(parts), processes.size)
     todo = [n for n in mine if not row(folder, number, n).exists()]
@@ -167,15 +171,20 @@ def one_pass(
             problem = trial.bar(problem, step, known.frequencies)
         else:
             problem = problem._replace(barred=frozenset(before.barred))
-        file = row(folder, number, n).with_suffix(".bin")
         names = [x.task for x in collection]
-        segments.keep(row(folder, number, n), segments.code(problem, names, step, known.frequencies, file))
+        coded = segments.code(problem, names, step, known.frequencies, codes(folder, number, n))
+        segments.keep(row(folder, number, n), coded)
         progress.step(len(parts[n].modules))
 
 
 def row(folder: Path, number: int, n: int) -> Path:
-    """Where a pass's segment is described; its bytes lie beside it."""
+    """Where a pass's segment is described."""
     return folder / f"pass-{number}-{n}.json"
+
+
+def codes(folder: Path, number: int, n: int) -> Path:
+    """Where its bytes lie."""
+    return folder / f"pass-{number}-{n}.bin"
 
 
 def segments_of(folder: Path, number: int, count: int) -> list[Coded]:
@@ -294,7 +303,7 @@ def write(
 ) -> None:
     """Write the store's folder, its leaves read one at a time from the segments' files."""
     description, groups, leaves = outline(content, rows)
-    files = [str(row(folder, number, n).with_suffix(".bin")) for n in range(len(rows))]
+    files = [str(codes(folder, number, n)) for n in range(len(rows))]
     places = {name: [assembly.Place(files[n], at, size)] for name, (n, at, size) in leaves.items()}
     tables = [x.extras for x in found.cards]
     assembly.write_leaves(new, content, description, groups, places, tables, found.read_extras, compress)

@@ -19,6 +19,10 @@ PASSES = 6
 NEARBY = 1.1
 
 
+class Unmet(HydraOptError):
+    """No pass met the target, and none will."""
+
+
 class Target(NamedTuple):
     """What is to be met.
 
@@ -122,10 +126,12 @@ def met(done: Sequence[Pass]) -> int | None:
     return max(fits, key=lambda k: done[k].miss) if fits and len(done) >= PASSES else None
 
 
-def failure(done: Sequence[Pass], goal: Target) -> str:
-    """Why no pass meets the target."""
+def unmet(done: Sequence[Pass], goal: Target) -> Unmet:
+    """The error where no pass meets the target: it says what can be met."""
     best = min(x.miss for x in done)
     value = goal.limit * float(np.exp(best))
     if goal.sign < 0:
-        return f"budget of {int(goal.limit):,} bytes: the smallest store that was found takes {int(value):,}"
-    return f"error target {goal.limit:g} cannot be met: the least error that was found is {value:.3g}"
+        return Unmet(
+            f"budget of {int(goal.limit):,} bytes: the smallest store that was found takes {int(value):,}"
+        )
+    return Unmet(f"error target {goal.limit:g} cannot be met: the least error that was found is {value:.3g}")
