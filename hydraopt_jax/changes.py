@@ -103,7 +103,7 @@ def add_coded(store: Store, new: Adapter) -> Store:
 
 
 def add_segment(store: Store, payload: Payload, new: Adapter) -> Store:
-    """A task in a segment of its own, predicted from nobody: a large collection is not decoded for it."""
+    """A task in a segment of its own, compared with nobody and predicted from nobody."""
     problem = trial.prepare(adapters.stack([new]), tuple(new.a), np.ones(1), None, False)
     found = code(problem, store.report["step"])
     leaves = codec.serialise(found.coded, found.gains)

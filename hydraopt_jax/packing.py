@@ -4,6 +4,7 @@ Every part, one factor or one core, plain or entropy-coded, lies in the leaf of 
 (`layout`). The index has the structure of the terms, the sources and the report.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -301,6 +302,11 @@ def pack_extras(extras: Mapping[str, np.ndarray]) -> tuple[list[Any], bytes]:
     """A table of (name, dtype, shape) and the bytes of a task's full tensors."""
     table = [[k, v.dtype.name, list(v.shape)] for k, v in extras.items()]
     return table, b"".join(np.ascontiguousarray(v).tobytes() for v in extras.values())
+
+
+def extras_size(table: Sequence[Any]) -> int:
+    """Bytes of the full tensors of a table."""
+    return sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in table)
 
 
 def unpack_extras(table: Sequence[Any], blob: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ holds what `container_writer.write` holds of a store, whatever its size.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +119,7 @@ def write_leaves(
     errors = np.sqrt(content.errors).astype(np.float16).tobytes()
     lengths = {"errors": len(errors)} | {k: sum(x.size for x in v) for k, v in leaves.items()}
     for t, table in enumerate(tables):
-        lengths[f"extras_{t}"] = sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in table)
+        lengths[f"extras_{t}"] = packing.extras_size(table)
     written = {k: v for k, v in lengths.items() if v}
     index = packing.index_of(content, groups, description, tables, written)
     blobs = itertools.chain([errors], parts(itertools.chain(*leaves.values())), tensors(tables, extras))

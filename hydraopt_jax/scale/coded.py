@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax import atomic, checkpoint, container_writer, navigate, packing
+from hydraopt_jax import checkpoint, container_writer, navigate, packing
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.layout import pieces
@@ -79,28 +79,22 @@ def run(
     goal = target.target_of(found, options)
     parts = segments.parts_of(found, segment_bytes)
     folder = jobs.folder_of(out)
-    try:
+    with jobs.keeping(folder, checkpoint.TooLarge, target.Unmet):
         if processes.rank == 0:
             jobs.enter(folder, jobs.fingerprint(found, options, "coded"), parts, segment_bytes)
         processes.wait("entered")
-        chosen = passes(folder, found, options, goal, parts, progress, processes, segment_bytes)
+        number, step = passes(folder, found, options, goal, parts, progress, processes, segment_bytes)
         processes.leave()
         if processes.rank:
             return None
-        number, step = chosen
         rows = segments_of(folder, number, len(parts))
         content = summary(found, options, parts, rows, step, left_out or {})
-        path = Path(out).resolve()
-        with atomic.writing(path) as place:
-            checkpoint.check_target(path, overwrite)
-            write(place / "new", folder, number, found, content, rows, compress)
-            checkpoint.settle(place / "new", path, int(goal.limit) if goal.sign < 0 else limit)
-    except (checkpoint.TooLarge, target.Unmet):
-        # as every refusal this one leaves nothing behind
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except OSError as error:
-        raise assembly.disk_error(folder, error) from error
+        jobs.put(
+            out,
+            lambda new: write(new, folder, number, found, content, rows, compress),
+            overwrite,
+            int(goal.limit) if goal.sign < 0 else limit,
+        )
     shutil.rmtree(folder, ignore_errors=True)
     return content
 
@@ -197,10 +191,7 @@ def segments_of(folder: Path, number: int, count: int) -> list[Coded]:
     for n in range(count):
         found = segments.kept(row(folder, number, n))
         if found is None:
-            raise HydraOptError(
-                f"{folder}: segment {n} of another process is not there: the folder must be on a file system "
-                "that all processes share"
-            )
+            raise jobs.absent(folder, f"segment {n}")
         out.append(found)
     return out
 
@@ -230,7 +221,7 @@ def size(found: Collection, content: Store, rows: Sequence[Coded]) -> int:
     lengths = {name: size for name, (_, _, size) in leaves.items()}
     index = packing.index_of(content, groups, description, tables, lengths)
     head = len(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9))
-    extras = sum(int(np.prod(s)) * np.dtype(d).itemsize for table in tables for _, d, s in table)
+    extras = sum(map(packing.extras_size, tables))
     body = head + extras + 2 * content.errors.size + sum(lengths.values())
     # a line of the description for each chunk, and what any store has
     return body + LINE * (body // container_writer.division(body)[0] + 1) + FIXED

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +183,7 @@ def run(
     dtype = options.dtype or found.dtype
     groups = groups_of(found, options, group_bytes)
     folder = folder_of(out)
-    try:
+    with keeping(folder, checkpoint.TooLarge):
         if processes.rank == 0:
             enter(folder, fingerprint(found, options, dtype), groups, group_bytes)
         processes.wait("entered")
@@ -200,28 +200,53 @@ def run(
         done = kept_groups(folder, groups)
         missing = [n for n in range(len(groups)) if n not in done]
         if missing:
-            raise HydraOptError(
-                f"{folder}: group {missing[0]} of another process is not there: the folder must be on a file "
-                "system that all processes share"
-            )
+            raise absent(folder, f"group {missing[0]}")
         content, kept = put_together(found, done, options, dtype, left_out or {})
-        path = Path(out).resolve()
-        with atomic.writing(path) as place:
-            checkpoint.check_target(path, overwrite)
-            try:
-                tables = [x.extras for x in found.cards]
-                assembly.write(place / "new", content, kept, tables, found.read_extras, compress)
-                checkpoint.settle(place / "new", path, limit)
-            except OSError as error:
-                raise assembly.disk_error(folder, error) from error
-    except checkpoint.TooLarge:
-        # as every refusal this one leaves nothing behind
+        tables = [x.extras for x in found.cards]
+        put(
+            out,
+            lambda new: assembly.write(new, content, kept, tables, found.read_extras, compress),
+            overwrite,
+            limit,
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    return content
+
+
+@contextlib.contextmanager
+def keeping(folder: Path, *hopeless: type[HydraOptError]) -> Iterator[None]:
+    """What is done in a job's folder stays there, whatever happens, but for errors that no other try mends.
+
+    Raises:
+      HydraOptError: in place of an OSError.
+    """
+    try:
+        yield
+    except hopeless:
+        # as every refusal these leave nothing behind
         shutil.rmtree(folder, ignore_errors=True)
         raise
     except OSError as error:
         raise assembly.disk_error(folder, error) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    return content
+
+
+def put(out: str | os.PathLike, write: Callable[[Path], None], overwrite: bool, limit: int | None) -> None:
+    """Put the store that `write` makes of a new folder where it belongs."""
+    path = Path(out).resolve()
+    with atomic.writing(path) as place:
+        checkpoint.check_target(path, overwrite)
+        # a full disk here is told as one anywhere else in the job, not as one of an ordinary writer
+        with keeping(folder_of(out)):
+            write(place / "new")
+            checkpoint.settle(place / "new", path, limit)
+
+
+def absent(folder: Path, what: str) -> HydraOptError:
+    """The error where another process has done its part and it is not there."""
+    return HydraOptError(
+        f"{folder}: {what} of another process is not there: the folder must be on a file system that all "
+        "processes share"
+    )
 
 
 def work(

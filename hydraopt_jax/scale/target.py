@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import navigate
+from hydraopt_jax import navigate, packing
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.navigate import Options
@@ -50,7 +50,7 @@ def target_of(found: Collection, options: Options) -> Target:
     """
     if options.max_error is not None:
         return Target(1.0, options.max_error)
-    extras = sum(int(np.prod(s)) * np.dtype(d).itemsize for x in found.cards for _, d, s in x.extras)
+    extras = sum(packing.extras_size(x.extras) for x in found.cards)
     limit = navigate.budget_bytes(options, found.entries(), extras)
     if limit >= found.entries() * np.dtype(found.dtype).itemsize + extras:
         raise HydraOptError(

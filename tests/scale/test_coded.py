@@ -1,5 +1,7 @@
 """Collections coded in segments: targets are met, whoever codes them and however often they stop."""
 
+import errno
+import os
 import threading
 
 import numpy as np
@@ -126,6 +128,19 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_store(given, kept, tmp_pat
     assert before[0] > 0
     assert contents(tmp_path / "s") == contents(kept[0])
     assert not jobs.folder_of(tmp_path / "s").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_done(given, kept, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "settle", full)
+        with pytest.raises(HydraOptError, match="run the same command again"):
+            code(tmp_path / "s", given[1])
+    assert list(jobs.folder_of(tmp_path / "s").glob("pass-*.bin"))
+    code(tmp_path / "s", given[1])
+    assert contents(tmp_path / "s") == contents(kept[0])
 
 
 def test_two_processes_make_the_same_store(given, kept, tmp_path):
