@@ -1,11 +1,11 @@
 """`hydraopt compress` against `lorashare compress`, end to end: process start and files included.
 
-    python experiments/scale/against_lorashare.py --lorashare PYTHON --tasks 1024 --json FILE
+    python experiments/scale/against_lorashare.py --lorashare PYTHON --model 8b --layers 1 --tasks 1000
 
-Adapters shaped as those of experiments/peers/compress_vs_others.py, more of them and unrelated. PYTHON is
-an interpreter that has lorashare. Both may use all cores and as many threads as they like; hydraopt finds no
-compiled code of an earlier run. Peak memory is the whole process's, Python and JAX (or torch)
-included. Who is not done after `--limit` seconds is ended and has no row but that.
+PYTHON is an interpreter that has lorashare. Both may use all cores and as many threads as they like;
+hydraopt finds no compiled code of an earlier run. Peak memory is the whole process's, Python and JAX (or
+torch) included. Who is not done after `--limit` seconds is ended and has no row but that. Errors are measured
+on some adapters from what each tool exports, by the float64 code of experiments/peers/measure.py.
 """
 
 import argparse
@@ -22,10 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
 
-from measure import folder_bytes
-
-from hydraopt_jax import synthetic
-from hydraopt_jax.formats import peft
+import generated
+import numpy as np
+from measure import folder_bytes, relative_error
 
 
 def run(command: list[str], environment: dict[str, str], limit: float) -> dict[str, Any]:
@@ -51,62 +50,88 @@ def run(command: list[str], environment: dict[str, str], limit: float) -> dict[s
     return row
 
 
-def bytes_of(folder: Path) -> int:
-    return folder_bytes(folder) if folder.exists() else 0
+def error(tool: list[str], folders: list[Path], work: Path) -> float | None:
+    """Mean relative squared error of some adapters as a tool exports them; None where it stored nothing."""
+    errors = []
+    for folder in folders:
+        out = work / "exported"
+        done = subprocess.run(
+            [x.format(task=folder.name, out=out) for x in tool], capture_output=True, check=False
+        )
+        if done.returncode:
+            return None
+        errors.append(relative_error(folder, out))
+        shutil.rmtree(out)
+    return float(f"{np.mean(errors):.4g}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lorashare", metavar="PYTHON", required=True)
+    parser.add_argument("--model", choices=generated.MODELS, default="0.5b")
+    parser.add_argument("--layers", type=int, help="only the first layers")
     parser.add_argument("--tasks", type=int, default=64)
     parser.add_argument("--limit", type=float, default=600, help="seconds that each of the two has")
+    parser.add_argument("--samples", type=int, default=3, help="adapters whose errors are measured")
+    parser.add_argument("--only", choices=("hydraopt", "lorashare"), help="run one of the two")
     parser.add_argument(
         "--inputs", metavar="FOLDER", help="keep the adapters there, take those that are there"
     )
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    modules = synthetic.transformer_modules(24, 896, 128)
+    modules = generated.model(arguments.model, arguments.layers)
+    found = generated.collection(arguments.tasks, modules)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        folders = []
-        for n in range(arguments.tasks):
-            folders.append(Path(arguments.inputs or work / "in") / f"task-{n:03d}")
-            if not folders[-1].exists():
-                (adapter,) = synthetic.collection(n, tasks=1, modules=modules, rank=16)
-                peft.write_adapter(folders[-1], adapter, dtype="bfloat16")
+        folders = [Path(arguments.inputs or work / "in") / x for x in found.tasks]
+        for n, folder in enumerate(folders):
+            if not folder.exists():
+                generated.write(found, n, folder)
         names = [str(x) for x in folders]
-        ours, theirs = work / "ours", work / "theirs"
+        hydraopt = [sys.executable, "-m", "hydraopt_jax.cli"]
+        lorashare = [str(Path(arguments.lorashare).parent / "lorashare")]
+        stores = {x: str(work / x) for x in ("hydraopt", "lorashare")}
         commands = {
             "hydraopt": [
-                *(sys.executable, "-m", "hydraopt_jax.cli", "compress", *names, "--out", str(ours)),
+                *(*hydraopt, "compress", *names, "--out", stores["hydraopt"]),
                 *("--rank", "16", "--side", "in", "--json"),
             ],
             "lorashare": [
-                *(str(Path(arguments.lorashare).parent / "lorashare"), "compress", *names),
-                *("--output", str(theirs), "--device", "cpu", "--num-components", "64"),
+                *(*lorashare, "compress", *names, "--output", stores["lorashare"]),
+                *("--device", "cpu", "--num-components", "64"),
+            ],
+        }
+        exports = {
+            "hydraopt": [*hydraopt, "export", stores["hydraopt"], "--task", "{task}", "--out", "{out}"],
+            "lorashare": [
+                *(*lorashare, "reconstruct", stores["lorashare"], "--adapter", "{task}", "--output", "{out}")
             ],
         }
         load = os.getloadavg()[0]
-        rows = {}
-        for name, store in (("hydraopt", ours), ("lorashare", theirs)):
+        rows: dict[str, dict[str, Any]] = {}
+        for name in [arguments.only] if arguments.only else commands:
             rows[name] = run(
                 commands[name], {"XDG_CACHE_HOME": str(work), "HF_HUB_OFFLINE": "1"}, arguments.limit
             )
-            rows[name]["bytes_on_disk"] = bytes_of(store)
-            shutil.rmtree(store, ignore_errors=True)
+            if Path(stores[name]).exists() and "failed" not in rows[name]:
+                rows[name]["bytes_on_disk"] = folder_bytes(Path(stores[name]))
+                rows[name]["error"] = error(exports[name], folders[: arguments.samples], work)
+            shutil.rmtree(stores[name], ignore_errors=True)
         size = sum(folder_bytes(x) for x in folders)
-    ratio = {
-        k: round(rows["lorashare"][k] / rows["hydraopt"][k], 2)
-        for k in ("seconds", "cpu_seconds", "peak_memory_bytes")
-    }
     out = {
+        "model": arguments.model,
+        "modules": len(modules),
         "tasks": arguments.tasks,
         "input_bytes": size,
         "load": load,
         "load_after": os.getloadavg()[0],
         "results": rows,
-        "lorashare_over_hydraopt": ratio,
     }
+    if len(rows) > 1:
+        out["lorashare_over_hydraopt"] = {
+            k: round(rows["lorashare"][k] / rows["hydraopt"][k], 2)
+            for k in ("seconds", "cpu_seconds", "peak_memory_bytes")
+        }
     print(json.dumps(out, indent=1))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(out, indent=1) + "\n")

@@ -1,12 +1,31 @@
-"""Collections made as they are read: a reader with the interface of `scale.reading`, and no files."""
+"""Collections made as they are read: a reader with the interface of `scale.reading`, and no files unless
+`write` makes them.
+"""
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
+from hydraopt_jax import synthetic
 from hydraopt_jax.scale.reading import Card, Collection, Entry, Pair
+
+MODELS = {
+    "0.5b": synthetic.transformer_modules(24, 896, 128),
+    "slice": {f"model.layers.{n}.q_proj": (2048, 2048) for n in range(4)},
+    "8b": synthetic.transformer_modules(32, 4096, 1024, mlp=14336),
+}
+
+
+def model(name: str, layers: int | None = None) -> dict[str, tuple[int, int]]:
+    """Module -> (I, O) of a model, or of its first layers."""
+    modules = MODELS[name]
+    count = len({x.split(".")[2] for x in modules})
+    return dict(list(modules.items())[: len(modules) // count * (layers or count)])
 
 
 def collection(
@@ -50,3 +69,22 @@ def collection(
     )
     size = sum(2 * tasks * rank * (i + o) for i, o in modules.values())
     return Collection(cards, dict(modules), read, lambda task: {}, size)
+
+
+def write(found: Collection, task: int, folder: Path) -> None:
+    """Write an adapter of a generated collection as PEFT does."""
+    folder.mkdir(parents=True)
+    names = list(found.shapes)
+    rank = found.rank(names[0], task)
+    tensors = {}
+    for name, (a, b, _) in zip(names, found.read(task, names), strict=True):
+        tensors |= {f"base_model.model.{name}.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": sorted({x.rsplit(".", 1)[1] for x in names}),
+        "base_model_name_or_path": "generated",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

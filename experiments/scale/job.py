@@ -17,14 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import checkpoint, compression, navigate, synthetic
+from hydraopt_jax import checkpoint, compression, navigate
 from hydraopt_jax.scale import coded, groups, jobs, plan, segments
 from hydraopt_jax.scale.reading import Collection
-
-MODELS = {
-    "slice": {f"model.layers.{n}.q_proj": (2048, 2048) for n in range(4)},
-    "8b": synthetic.transformer_modules(32, 4096, 1024, mlp=14336),
-}
 
 
 def peak() -> int:
@@ -43,16 +38,14 @@ def largest_group(found: Collection, options: compression.Options | navigate.Opt
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=generated.MODELS)
     parser.add_argument("--tasks", type=int, required=True)
     parser.add_argument("--layers", type=int, help="only the first layers")
     parser.add_argument("--budget", type=float, help="of the bytes that come in, in place of rank 16")
     arguments = parser.parse_args()
     jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))
     base = peak()
-    modules = dict(
-        list(MODELS[arguments.model].items())[: 7 * arguments.layers if arguments.layers else None]
-    )
+    modules = generated.model(arguments.model, arguments.layers)
     found = generated.collection(arguments.tasks, modules)
     options: compression.Options | navigate.Options = compression.Options(rank=16)
     if arguments.budget:

@@ -30,13 +30,16 @@ from hydraopt_jax.scale.mesh import MODULES, TASKS, padded, put
 SUM_BYTES = {"cpu": 1 << 23}
 HEAD_BYTES = {"cpu": 1 << 23}
 ELSEWHERE = 1 << 28
+# rows that a chunk adds to a sum at least: the whole sum is read and written for them
+SUM_ROWS = 512
 
 
-def chunk_tasks(limit: dict[str, int], tasks: int, width: int, grid: Mesh) -> int:
-    """Tasks of a chunk of about so many bytes a device; a multiple of the devices that share the tasks."""
+def chunk_tasks(limit: dict[str, int], tasks: int, width: int, grid: Mesh, least: int = 1) -> int:
+    """Tasks of a chunk of about so many bytes a device, but `least` or more; a multiple of the devices that
+    share the tasks."""
     room = limit.get(grid.devices.flat[0].platform, ELSEWHERE)
     lanes = grid.shape[TASKS]
-    most = max(room // (4 * width), 1)
+    most = max(room // (4 * width), least)
     # as few chunks as that, and all about alike
     count = -(-tasks // (most * lanes))
     return padded(-(-tasks // count), lanes)
@@ -115,7 +118,8 @@ def first_pass(
     found: dict[str, Basis] = {}
     grams: list[tuple[int, Grams]] = []
     present: list[np.ndarray] = []
-    size = chunk_tasks(SUM_BYTES, tasks, group.rank * sum(group.shape), grid)
+    least = -(-SUM_ROWS // group.rank)
+    size = chunk_tasks(SUM_BYTES, tasks, group.rank * sum(group.shape), grid, least)
     for _, block in passes():
         present.append(block.ranks[rows])
         if direct:
