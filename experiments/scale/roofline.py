@@ -2,8 +2,8 @@
 
     python experiments/scale/roofline.py > experiments/scale/roofline.json
 
-FLOPs are those of the products that are done, of a symmetric sum the three quarters that are; conversions,
-rounding and everything else that is no product count as none.
+FLOPs are those of the products that are done, of a symmetric sum the strips that are; conversions, rounding
+and everything else that is no product count as none.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> None:
     both, ones = (block.a, block.b, block.scale), np.ones((1, WIDTH), np.float32)
     each = 2 * RANK * SIZE
     lengths = {
-        "gram": streaming.chunk_tasks(streaming.SUM_BYTES, TASKS, each, grid),
+        "gram": streaming.sum_tasks(TASKS, RANK, (SIZE, SIZE), grid),
         "projection": streaming.chunk_tasks(streaming.HEAD_BYTES, TASKS, each + 2 * WIDTH * SIZE, grid),
     }
     parts = {"gram": [x for _, x in streaming.chunks(both, lengths["gram"], grid)]}
@@ -64,11 +64,11 @@ def main() -> None:
         jax.block_until_ready(out)
 
     rows = TASKS * RANK
-    half = SIZE // 2
+    strips = sum((end - at) * (SIZE - at) for at, end in closed.rows_of_strips(SIZE))
     flops = {
         "matmul 4096": 2 * 4096**3,
-        # two sums, three quarters of each; Gram matrices of both factors; each factor times the other one's
-        "gram": 2 * rows * (2 * (half * SIZE + (SIZE - half) ** 2) + 4 * RANK * SIZE),
+        # two sums; Gram matrices of both factors; each factor times the other one's
+        "gram": 2 * rows * (2 * strips + 4 * RANK * SIZE),
         # the factor times basis and rounding, heads, heads' rounding against the other factor, and small ones
         "projection": 2 * rows * (SIZE * (2 * WIDTH + WIDTH + WIDTH) + WIDTH * (RANK + 4 * WIDTH)),
     }

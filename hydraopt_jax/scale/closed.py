@@ -9,6 +9,7 @@ code is the other's. On a mesh modules and tasks are sharded; the sums over task
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ from hydraopt_jax.scale.mesh import MODULES, TASKS
 
 # up to this size an eigenproblem is solved outright
 DIRECT = 256
+# about so many rows has a strip of a sum
+STRIP = 1024
 # change of the captured share of the energy at which iterating stops, and the most rounds
 TOLERANCE = 1e-5
 ROUNDS = 60
@@ -80,22 +83,32 @@ class Grams(NamedTuple):
         return (self.a, self.b) if side == "in" else (self.b, self.a)
 
 
-class Sum(NamedTuple):
-    """A symmetric sum without its lower left quarter, h = n // 2; D devices share the tasks.
+# the upper triangle of a symmetric sum in strips of rows, `[M, D, end - at, n - at]`, each from its diagonal
+# block on; D devices share the tasks
+Sum = tuple[Array, ...]
 
-    Attributes:
-      top: `[M, D, h, n]`.
-      corner: `[M, D, n - h, n - h]`.
+
+def rows_of_strips(size: int) -> list[tuple[int, int]]:
+    """Where the strips of a sum begin and end: two or more, which save a fourth of the products or more.
+
+    >>> rows_of_strips(896)
+    [(0, 448), (448, 896)]
     """
+    count = max(2, size // STRIP)
+    return list(itertools.pairwise(size * k // count for k in range(count + 1)))
 
-    top: Array
-    corner: Array
 
-
-def join(top: Array, corner: Array) -> Array:
-    """The whole matrix of a `Sum`, `[..., n, n]`."""
-    h = top.shape[-2]
-    return jnp.concatenate([top, jnp.concatenate([top[..., h:].mT, corner], -1)], -2)
+def join(strips: Sum) -> Array:
+    """The whole matrix of strips `[..., h, n - at]`, `[..., n, n]`."""
+    size = strips[0].shape[-1]
+    whole = jnp.zeros((*strips[0].shape[:-2], size, size), strips[0].dtype)
+    at = 0
+    for strip in strips:
+        end = at + strip.shape[-2]
+        whole = whole.at[..., at:end, at:].set(strip)
+        whole = whole.at[..., end:, at:end].set(strip[..., end - at :].mT)
+        at = end
+    return whole
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "sides"), donate_argnums=0)
@@ -122,11 +135,11 @@ def accumulate(
         for side, total in zip(sides, sums, strict=True):
             x = a if side == "in" else b
             heavy = flat(matmul(grams.of(side)[1] * weights, x))
-            rows, h = flat(x).mT, total.top.shape[-2]
+            rows, spans = flat(x).mT, rows_of_strips(x.shape[-1])
             out.append(
-                Sum(
-                    total.top + matmul(rows[:, :h], heavy)[:, None],
-                    total.corner + matmul(rows[:, h:], heavy[:, :, h:])[:, None],
+                tuple(
+                    strip + matmul(rows[:, at:end], heavy[:, :, at:])[:, None]
+                    for strip, (at, end) in zip(total, spans, strict=True)
                 )
             )
         return tuple(out), grams
@@ -181,7 +194,7 @@ def of_sum(total: Sum, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> 
     """Leading directions of an accumulated sum; `trace` is `[M]`."""
 
     def local(total: Sum, trace: Array) -> Basis:
-        whole = join(*(jax.lax.psum(x[:, 0], TASKS) for x in total))
+        whole = join(tuple(jax.lax.psum(x[:, 0], TASKS) for x in total))
         solve = lambda g, t: leading(lambda q: matmul(g, q), g.shape[0], columns, rank, t)  # noqa: E731
         return jax.vmap(solve)(whole, trace)
 

@@ -45,6 +45,11 @@ def chunk_tasks(limit: dict[str, int], tasks: int, width: int, grid: Mesh, least
     return padded(-(-tasks // count), lanes)
 
 
+def sum_tasks(tasks: int, rank: int, shape: tuple[int, int], grid: Mesh) -> int:
+    """Tasks of a chunk of the first pass."""
+    return chunk_tasks(SUM_BYTES, tasks, rank * sum(shape), grid, -(-SUM_ROWS // rank))
+
+
 def chunks(
     arrays: Sequence[np.ndarray], size: int, grid: Mesh
 ) -> Iterator[tuple[int, tuple[jax.Array, ...]]]:
@@ -118,8 +123,7 @@ def first_pass(
     found: dict[str, Basis] = {}
     grams: list[tuple[int, Grams]] = []
     present: list[np.ndarray] = []
-    least = -(-SUM_ROWS // group.rank)
-    size = chunk_tasks(SUM_BYTES, tasks, group.rank * sum(group.shape), grid, least)
+    size = sum_tasks(tasks, group.rank, group.shape, grid)
     for _, block in passes():
         present.append(block.ranks[rows])
         if direct:
@@ -148,7 +152,7 @@ def blank(sizes: tuple[int, ...], *, mesh: Mesh) -> tuple[closed.Sum, ...]:
     zeros = lambda *shape: jax.lax.with_sharding_constraint(  # noqa: E731
         jnp.zeros(lead + shape), jax.sharding.NamedSharding(mesh, BOTH)
     )
-    return tuple(closed.Sum(zeros(n // 2, n), zeros(n - n // 2, n - n // 2)) for n in sizes)
+    return tuple(tuple(zeros(end - at, n - at) for at, end in closed.rows_of_strips(n)) for n in sizes)
 
 
 @jax.jit
