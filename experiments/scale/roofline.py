@@ -30,22 +30,19 @@ def main() -> None:
     a = rng.standard_normal((1, TASKS, RANK, SIZE), np.float32).astype(bfloat16)
     b = rng.standard_normal((1, TASKS, SIZE, RANK), np.float32).astype(bfloat16)
     block = groups.Block(a, b, np.ones((1, TASKS), np.float32), np.full((1, TASKS), RANK))
-    both, ones = (block.a, block.b, block.scale), np.ones((1, WIDTH), np.float32)
-    each = 2 * RANK * SIZE
-    lengths = {
-        "gram": streaming.sum_tasks(TASKS, RANK, (SIZE, SIZE), grid),
-        "projection": streaming.chunk_tasks(streaming.HEAD_BYTES, TASKS, each + 2 * WIDTH * SIZE, grid),
+    both = closed.bits(block.a), closed.bits(block.b), block.scale
+    pieces = {
+        "gram": streaming.sum_tasks(RANK, (SIZE, SIZE), grid),
+        "projection": streaming.head_tasks(RANK, (SIZE, SIZE), WIDTH, grid),
     }
-    parts = {"gram": [x for _, x in streaming.chunks(both, lengths["gram"], grid)]}
+    ((_, factors),) = streaming.chunks(both, TASKS, grid)
     # the first pass leaves the factors' own Gram matrices to the second one
     wide = [x.astype(np.float32) for x in (a, b.swapaxes(2, 3))]
     grams = [x @ x.swapaxes(2, 3) for x in wide]
-    parts["projection"] = [
-        (*x[:3], closed.Grams(*x[3:]))
-        for _, x in streaming.chunks((*both, *grams), lengths["projection"], grid)
-    ]
+    every = (block.a, block.b, block.scale, *grams)
+    parts = [x for _, x in streaming.chunks(every, pieces["projection"], grid)]
     q = np.linalg.qr(rng.standard_normal((SIZE, WIDTH)))[0][None].astype(np.float32)
-    shared = tuple(mesh.put(grid, x, closed.LOCAL) for x in (q, q, ones))
+    shared = closed.Range(*(mesh.put(grid, x, closed.LOCAL) for x in closed.range_of(q)))
     large = jnp.asarray(rng.standard_normal((4096, 4096), np.float32))
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
 
@@ -54,13 +51,15 @@ def main() -> None:
 
     def gram() -> None:
         sums = streaming.blank((SIZE, SIZE), mesh=grid)
-        for x in parts["gram"]:
-            sums, _ = closed.accumulate(sums, *x, mesh=grid, sides=("in", "out"))
+        sums, _ = closed.accumulate(
+            sums, *factors, mesh=grid, sides=("in", "out"), dtype="bfloat16", size=pieces["gram"]
+        )
         jax.block_until_ready(sums)
 
     def projection() -> None:
-        for x in parts["projection"]:
-            out = closed.project(*shared, *x, mesh=grid, side="in", dtype="bfloat16")
+        for x in parts:
+            grams = closed.Grams(*x[3:])
+            out = closed.project(shared, *x[:3], grams, mesh=grid, side="in", dtype="bfloat16")
         jax.block_until_ready(out)
 
     rows = TASKS * RANK
@@ -69,8 +68,9 @@ def main() -> None:
         "matmul 4096": 2 * 4096**3,
         # two sums; Gram matrices of both factors; each factor times the other one's
         "gram": 2 * rows * (2 * strips + 4 * RANK * SIZE),
-        # the factor times basis and rounding, heads, heads' rounding against the other factor, and small ones
-        "projection": 2 * rows * (SIZE * (2 * WIDTH + WIDTH + WIDTH) + WIDTH * (RANK + 4 * WIDTH)),
+        # the factor times the basis, heads, the Gram matrix of the heads' rounding, and small ones
+        "projection": 2 * rows * (SIZE * 2 * WIDTH + WIDTH * (RANK + 2 * WIDTH))
+        + 2 * TASKS * WIDTH**2 * SIZE,
     }
     steps = {"matmul 4096": matmul, "gram": gram, "projection": projection}
     seconds: dict[str, list[float]] = {k: [] for k in steps}
@@ -82,7 +82,7 @@ def main() -> None:
     rates = {k: flops[k] / min(v) for k, v in seconds.items()}
     out = {
         "load": os.getloadavg()[0],
-        "tasks in a chunk": lengths,
+        "tasks in a piece": pieces,
         "flops": flops,
         "seconds": {k: [round(x, 4) for x in v] for k, v in seconds.items()},
         "rate of the best": {k: float(f"{v:.4g}") for k, v in rates.items()},

@@ -111,40 +111,71 @@ def join(strips: Sum) -> Array:
     return whole
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "sides"), donate_argnums=0)
+def bits(factor: np.ndarray) -> np.ndarray:
+    """Halves as integers: to slice halves, XLA on a CPU turns the whole array into float32."""
+    return factor.view(np.uint16) if factor.dtype.itemsize == 2 else factor
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "sides", "dtype", "size"), donate_argnums=0)
 def accumulate(
-    sums: tuple[Sum, ...], a: Array, b: Array, scale: Array, *, mesh: Mesh, sides: tuple[str, ...]
+    sums: tuple[Sum, ...],
+    a: Array,
+    b: Array,
+    scale: Array,
+    *,
+    mesh: Mesh,
+    sides: tuple[str, ...],
+    dtype: str,
+    size: int,
 ) -> tuple[tuple[Sum, ...], Grams]:
-    """Add a chunk of tasks to the sums.
+    """Add tasks to the sums, piece by piece: intermediate results of all pieces share one place in memory.
 
     Args:
       sums: one a side, each device adding up its own tasks.
-      a, b, scale: a chunk as the files have it, `[M, T, R, I]`, `[M, T, O, R]`, `[M, T]`.
+      a, b, scale: as the files have them, `[M, T, R, I]`, `[M, T, O, R]`, `[M, T]`; `bits` of a and b.
       mesh: where they lie.
       sides: "in", "out" or both.
+      dtype: of a and b.
+      size: the most tasks of a piece on a device.
 
     Returns:
-      The sums, and the chunk's Gram matrices.
+      The sums, and the tasks' Gram matrices.
     """
 
     def local(sums: tuple[Sum, ...], a: Array, b: Array, scale: Array) -> tuple[tuple[Sum, ...], Grams]:
-        a, b = load(a, b, scale)
-        grams = Grams(matmul(a, a.mT), matmul(b, b.mT))
-        weights = algebra.task_weights(grams.energy)[..., None, None]
-        out = []
-        for side, total in zip(sides, sums, strict=True):
-            x = a if side == "in" else b
-            heavy = flat(matmul(grams.of(side)[1] * weights, x))
-            rows, spans = flat(x).mT, rows_of_strips(x.shape[-1])
-            out.append(
-                tuple(
-                    strip + matmul(rows[:, at:end], heavy[:, :, at:])[:, None]
-                    for strip, (at, end) in zip(total, spans, strict=True)
-                )
-            )
-        return tuple(out), grams
+        tasks, rank = a.shape[1:3]
+        # as few pieces as can be, and all about alike; the last one reaches back to be as long as the others
+        pieces = -(-tasks // size)
+        length = -(-tasks // pieces)
 
-    run = jax.shard_map(local, mesh=mesh, in_specs=(BOTH, BOTH, BOTH, BOTH), out_specs=(BOTH, BOTH))
+        def step(k: Array, state: tuple[tuple[Sum, ...], Grams]) -> tuple[tuple[Sum, ...], Grams]:
+            sums, grams = state
+            at = jnp.minimum(k * length, tasks - length)
+            one, two, factor = (jax.lax.dynamic_slice_in_dim(x, at, length, 1) for x in (a, b, scale))
+            one, two = (jax.lax.bitcast_convert_type(x, jnp.dtype(dtype)) for x in (one, two))
+            low, high = load(one, two, factor)
+            own = Grams(matmul(low, low.mT), matmul(high, high.mT))
+            new = at + jnp.arange(length) >= k * length
+            weights = jnp.where(new, algebra.task_weights(own.energy), 0)[..., None, None]
+            out = []
+            for side, total in zip(sides, sums, strict=True):
+                x = low if side == "in" else high
+                heavy = flat(matmul(own.of(side)[1] * weights, x))
+                rows, spans = flat(x).mT, rows_of_strips(x.shape[-1])
+                out.append(
+                    tuple(
+                        strip + matmul(rows[:, begin:end], heavy[:, :, begin:])[:, None]
+                        for strip, (begin, end) in zip(total, spans, strict=True)
+                    )
+                )
+            put = lambda every, x: jax.lax.dynamic_update_slice_in_dim(every, x, at, 1)  # noqa: E731
+            return tuple(out), jax.tree.map(put, grams, own)
+
+        blank = jnp.zeros((*scale.shape, rank, rank))
+        return jax.lax.fori_loop(0, pieces, step, (sums, Grams(blank, blank)))
+
+    specs = (BOTH, BOTH, BOTH, BOTH)
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(BOTH, BOTH), check_vma=False)
     return run(sums, a, b, scale)
 
 
@@ -243,92 +274,91 @@ class Heads(NamedTuple):
     error: Array
 
 
+class Range(NamedTuple):
+    """What a stored shared factor s spans: `s = q r` with orthonormal q.
+
+    Attributes:
+      q: `[M, n, S]`; columns of zeros where s has less than S directions.
+      inverse: `[M, S, S]`, pseudoinverse of `r.T`.
+      squares: `[M, S]` of the columns of s.
+    """
+
+    q: Array
+    inverse: Array
+    squares: Array
+
+
+def range_of(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`Range` of shared factors `[M, n, S]`, on the host.
+
+    With unit columns w and `c = w.T w`, `q = w c^(-1/2)`: of all orthonormal bases the one next to w.
+
+    >>> q, inverse, _ = range_of(np.array([[[2.0, 0.0], [0.0, 0.0], [0.0, 3.0]]], np.float32))
+    >>> q[0].tolist(), inverse[0].diagonal().round(3).tolist()
+    ([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], [0.5, 0.333])
+    """
+    wide = stored.astype(np.float64)
+    squares = (wide**2).sum(-2)
+    scales = np.where(squares > 0, np.where(squares > 0, squares, 1) ** -0.5, 0)[..., None, :]
+    unit = wide * scales
+    values, vectors = np.linalg.eigh(unit.mT @ unit)
+    roots = np.where(values > 1e-6, np.maximum(values, 1e-6) ** -0.5, 0)[..., None, :]
+    root = (vectors * roots) @ vectors.mT
+    return (unit @ root).astype(np.float32), (root * scales).astype(np.float32), squares.astype(np.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("mesh", "side", "dtype"))
 def project(
-    basis: Array,
-    stored: Array,
-    gain: Array,
-    a: Array,
-    b: Array,
-    scale: Array,
-    grams: Grams,
-    *,
-    mesh: Mesh,
-    side: str,
-    dtype: str,
+    shared: Range, a: Array, b: Array, scale: Array, grams: Grams, *, mesh: Mesh, side: str, dtype: str
 ) -> Heads:
-    """Heads of a chunk of tasks, rounded, and the errors of what is stored.
+    """Heads by least squares on the stored factor s, rounded, and the errors of what is stored.
 
-    With x the shared side's factor, y the other one, `h = x u / gain` and the stored factor `u gain + off`,
-    the heads are `h.T y = kept + lost` and
+    With x the shared side's factor, y the other one, `delta = x.T y`, and `s = q r` (`Range`) the heads are
+    `s^+ delta = (x q r^-T).T y = kept + lost`, and as nothing that s spans is left of delta,
 
-        delta - (u gain + off) kept = rest.T y + (u gain) lost - off kept,    rest = x - x u u.T,
+        |delta - s kept|^2 = |delta - q q.T delta|^2 + |s lost|^2.
 
-    whose norm needs of the large factors `x [u, off]`, the heads and `y lost.T` only; all else are sums over
-    R x S and S x S matrices. `|rest.T y|^2` is the energy less what u captures where that is no small
-    difference; else rest is formed, so that nothing large is subtracted from anything large. Products of
-    different rows of `lost` with each other are left out: less than `2 |off / gain|` of the error, in the
-    worst case 2^-7 of it with bfloat16 and 2^-10 with float16, and as they are rounding errors some 1e-5.
+    The first term is the energy less what q captures where that is no small difference; else what q leaves
+    of x is formed, so that nothing large is subtracted from anything large. Of the second one the products of
+    different rows of `lost` are left out: as the columns of s are orthogonal to rounding, at most 2^-7 of it
+    with bfloat16 and 2^-10 with float16, and as they are rounding errors some 1e-5.
 
     Args:
-      basis: `[M, n, S]` orthonormal u.
-      stored: `[M, n, S]` the shared factor as it will be read, float32: about `u * gain`.
-      gain: `[M, S]`.
+      shared: of the stored factors.
       a, b, scale: a chunk as the files have it.
       grams: the chunk's, as `accumulate` gives them.
+      mesh: where they lie.
       side: the shared one.
       dtype: of the stored heads.
     """
 
-    def local(u: Array, stored: Array, gain: Array, a: Array, b: Array, scale: Array, grams: Grams) -> Heads:
-        files = a, b, scale
-        low, high = load(*files)
-        # of y both layouts: the product with `lost` takes what would else be the transpose of `lost`
-        if side == "in":
-            x, y, columns = low, high, b.astype(jnp.float32) * scale[..., None, None]
-        else:
-            x, y, columns = high, low, low.mT
+    def local(shared: Range, a: Array, b: Array, scale: Array, grams: Grams) -> Heads:
+        x, y = load(a, b, scale) if side == "in" else load(a, b, scale)[::-1]
         yy, energy = grams.of(side)[1], grams.energy
-        width = u.shape[-1]
-        tall = (*x.shape[:3], width)
-        off = stored - u * gain[:, None, :]
-        both = matmul(flat(x), jnp.concatenate([u, off], -1))
-        inner, cross = both[..., :width], both[..., width:]
-        level = inner / gain[:, None, :]
-
-        heads = matmul(level.reshape(tall).mT, y)
+        q, inverse, squares = shared
+        tall = (*x.shape[:3], q.shape[-1])
+        inner = matmul(flat(x), q)
+        heads = matmul(matmul(inner, inverse).reshape(tall).mT, y)
         kept = heads.astype(dtype)
         lost = heads - kept.astype(jnp.float32)
-        noise = jnp.sum(lost**2, -1)
-        y_lost = matmul(lost, columns).mT
-        y_inner = matmul(yy, inner.reshape(tall))
-        y_heads = y_inner / gain[:, None, None, :]
-
-        def total(*pair: Array) -> Array:
-            return jnp.sum(pair[0].reshape(tall) * pair[1], (-2, -1))
-
-        # u is orthonormal to rounding only: |x - x u u.T|^2 counts that in
-        square = energy - total(matmul(inner, 2 * jnp.eye(width) - matmul(u.mT, u)), y_inner)
+        # q is orthonormal to rounding only
+        metric = 2 * jnp.eye(q.shape[-1]) - matmul(q.mT, q)
+        captured = matmul(inner, metric).reshape(tall) * matmul(yy, inner.reshape(tall))
+        left = energy - jnp.sum(captured, (-2, -1))
 
         def formed() -> Array:
             # from the files again: else x would be kept for it, whether it is asked for or not
-            rest = load(*files)[side == "out"] - matmul(inner, u.mT).reshape(x.shape)
+            rest = load(a, b, scale)[side == "out"] - matmul(inner, q.mT).reshape(x.shape)
             return jnp.sum(matmul(rest, rest.mT) * yy, (-2, -1))
 
-        near = jnp.any((energy > 0) & (square < NEAR * energy))
-        error = jax.lax.cond(near, formed, lambda: square)
-        tilt, outer = matmul(u.mT, off), matmul(off.mT, off)
-        error += jnp.sum((gain**2 + jnp.diagonal(outer, 0, -2, -1))[:, None] * noise, -1)
-        error += total(matmul(level, outer), y_heads - 2 * y_lost)
-        error -= 2 * total(cross - matmul(inner, tilt), y_heads - y_lost)
-        tilt = gain[:, :, None] * tilt
-        error -= 2 * total(matmul(level, tilt.mT), y_lost)
-        error += 2 * jnp.sum(jnp.diagonal(tilt, 0, -2, -1)[:, None] * noise, -1)
-        return Heads(kept if side == "in" else kept.mT, jnp.maximum(error, 0.0))
+        near = jnp.any((energy > 0) & (left < NEAR * energy))
+        left = jax.lax.cond(near, formed, lambda: left)
+        rounding = jnp.sum(jnp.sum(lost**2, -1) * squares[:, None], -1)
+        return Heads(kept if side == "in" else kept.mT, jnp.maximum(left + rounding, 0.0))
 
-    specs = (LOCAL, LOCAL, LOCAL, BOTH, BOTH, BOTH, BOTH)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BOTH)(
-        basis, stored, gain, a, b, scale, grams
+    specs = (LOCAL, BOTH, BOTH, BOTH, BOTH)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BOTH, check_vma=False)(
+        shared, a, b, scale, grams
     )
 
 

@@ -28,26 +28,25 @@ from hydraopt_jax.scale.mesh import MODULES, TASKS, padded, put
 
 # float32 bytes of a chunk of tasks on one device: what its caches hold on a CPU, what keeps others busy
 SUM_BYTES = {"cpu": 1 << 23}
-HEAD_BYTES = {"cpu": 1 << 23}
+HEAD_BYTES = {"cpu": 1 << 24}
 ELSEWHERE = 1 << 28
 # rows that a chunk adds to a sum at least: the whole sum is read and written for them
 SUM_ROWS = 512
 
 
-def chunk_tasks(limit: dict[str, int], tasks: int, width: int, grid: Mesh, least: int = 1) -> int:
-    """Tasks of a chunk of about so many bytes a device, but `least` or more; a multiple of the devices that
-    share the tasks."""
-    room = limit.get(grid.devices.flat[0].platform, ELSEWHERE)
-    lanes = grid.shape[TASKS]
-    most = max(room // (4 * width), least)
-    # as few chunks as that, and all about alike
-    count = -(-tasks // (most * lanes))
-    return padded(-(-tasks // count), lanes)
+def piece_tasks(limit: dict[str, int], width: int, grid: Mesh, least: int = 1) -> int:
+    """Tasks of `width` numbers that a device takes at once: about so many bytes, but `least` or more."""
+    return max(limit.get(grid.devices.flat[0].platform, ELSEWHERE) // (4 * width), least)
 
 
-def sum_tasks(tasks: int, rank: int, shape: tuple[int, int], grid: Mesh) -> int:
-    """Tasks of a chunk of the first pass."""
-    return chunk_tasks(SUM_BYTES, tasks, rank * sum(shape), grid, -(-SUM_ROWS // rank))
+def sum_tasks(rank: int, shape: tuple[int, int], grid: Mesh) -> int:
+    """Tasks that a device adds to a sum at once."""
+    return piece_tasks(SUM_BYTES, rank * sum(shape), grid, -(-SUM_ROWS // rank))
+
+
+def head_tasks(rank: int, shape: tuple[int, int], width: int, grid: Mesh) -> int:
+    """Tasks that a device projects at once onto a factor of rank `width`."""
+    return piece_tasks(HEAD_BYTES, rank * sum(shape) + 2 * width * max(shape), grid)
 
 
 def chunks(
@@ -123,12 +122,17 @@ def first_pass(
     found: dict[str, Basis] = {}
     grams: list[tuple[int, Grams]] = []
     present: list[np.ndarray] = []
-    size = sum_tasks(tasks, group.rank, group.shape, grid)
+    size = sum_tasks(group.rank, group.shape, grid)
+    length, lanes = max(b - a for a, b in group.spans), grid.shape[TASKS]
     for _, block in passes():
         present.append(block.ranks[rows])
         if direct:
-            for count, arrays in chunks(rows_of(block, rows), size, grid):
-                sums, part = closed.accumulate(sums, *arrays, mesh=grid, sides=direct)
+            a, b, scale = rows_of(block, rows)
+            wide = closed.bits(a), closed.bits(b), scale
+            for count, arrays in chunks(wide, padded(length, lanes), grid):
+                sums, part = closed.accumulate(
+                    sums, *arrays, mesh=grid, sides=direct, dtype=a.dtype.name, size=size
+                )
                 grams.append((count, part))
         if len(direct) < len(ranks):
             # the only span: `applied` sides need every task at once, and are small for it
@@ -215,15 +219,11 @@ class Chosen(NamedTuple):
     """A side's factor for a step's modules.
 
     Attributes:
-      vectors: `[M, n, S]` orthonormal.
       stored: `[M, n, S]` as it is stored.
-      gain: `[M, S]` what it was scaled by.
       loss: `[M]` the form's bound, summed over the tasks.
     """
 
-    vectors: np.ndarray
     stored: np.ndarray
-    gain: np.ndarray
     loss: np.ndarray
 
 
@@ -248,7 +248,7 @@ def second_pass(
         with np.errstate(over="ignore"):
             stored = (vectors * gain[:, None, :]).astype(dtype)
         loss = np.maximum(present - values.sum(-1, dtype=np.float64), 0.0)
-        sides[side] = Chosen(vectors, stored, gain, loss)
+        sides[side] = Chosen(stored, loss)
     order = list(sides)
     chosen = [order[k] for k in np.stack([x.loss for x in sides.values()]).argmin(0)]
     shared_at = []
@@ -294,17 +294,17 @@ def projected(
     dtype: str,
 ) -> Iterator[tuple[int, int, str, closed.Heads]]:
     """Second pass: first task, count of tasks, side and heads of every chunk."""
-    step = grid.shape[MODULES]
+    lack, lanes = grid.shape[MODULES] - (rows.stop - rows.start), grid.shape[TASKS]
     on_mesh = {}
     for side, x in sides.items():
-        # the rows that a last step lacks are divided by their gain, too
-        lack = step - len(x.gain)
-        wide = [np.pad(y, [(0, lack), (0, 0), (0, 0)]) for y in (x.vectors, x.stored.astype(np.float32))]
-        gain = np.pad(x.gain, [(0, lack), (0, 0)], constant_values=1.0)
-        on_mesh[side] = tuple(put(grid, y, LOCAL) for y in (*wide, gain))
-    widest = max(x.gain.shape[-1] for x in sides.values())
-    width = group.rank * sum(group.shape) + 2 * widest * max(group.shape)
-    size = chunk_tasks(HEAD_BYTES, grams[0].shape[1], width, grid)
+        found = closed.range_of(x.stored.astype(np.float32))
+        wide = (np.pad(y, [(0, lack), *[(0, 0)] * (y.ndim - 1)]) for y in found)
+        on_mesh[side] = closed.Range(*(put(grid, y, LOCAL) for y in wide))
+    widest = max(x.stored.shape[-1] for x in sides.values())
+    most = head_tasks(group.rank, group.shape, widest, grid) * lanes
+    longest = max(b - a for a, b in group.spans)
+    # as few chunks as that, and all about alike
+    size = padded(-(-longest // -(-longest // most)), lanes)
     for start, block in passes():
         at = start
         length = block.a.shape[1]
@@ -312,7 +312,7 @@ def projected(
         for count, arrays in chunks((*rows_of(block, rows), *small), size, grid):
             for side, basis in on_mesh.items():
                 out = closed.project(
-                    *basis, *arrays[:3], Grams(*arrays[3:]), mesh=grid, side=side, dtype=dtype
+                    basis, *arrays[:3], Grams(*arrays[3:]), mesh=grid, side=side, dtype=dtype
                 )
                 yield at, count, side, out
             at += count
