@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hydraopt_jax import synthetic
-from hydraopt_jax.scale.reading import Card, Collection, Entry, Pair
+from hydraopt_jax.scale.reading import Card, Collection, Pair
+from hydraopt_jax.scale.weights import Entry
 
 MODELS = {
     "0.5b": synthetic.transformer_modules(24, 896, 128),

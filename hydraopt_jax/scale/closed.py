@@ -98,17 +98,16 @@ def rows_of_strips(size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(size * k // count for k in range(count + 1)))
 
 
-def join(strips: Sum) -> Array:
-    """The whole matrix of strips `[..., h, n - at]`, `[..., n, n]`."""
-    size = strips[0].shape[-1]
-    whole = jnp.zeros((*strips[0].shape[:-2], size, size), strips[0].dtype)
-    at = 0
-    for strip in strips:
-        end = at + strip.shape[-2]
-        whole = whole.at[..., at:end, at:].set(strip)
-        whole = whole.at[..., end:, at:end].set(strip[..., end - at :].mT)
-        at = end
-    return whole
+def multiply(strips: Sum, q: Array) -> Array:
+    """Product of a sum, whose strips lack the leading axes here, with `[n, P]`; the whole is never formed."""
+    spans = rows_of_strips(len(q))
+    out = [matmul(strip, q[at:]) for strip, (at, _) in zip(strips, spans, strict=True)]
+    # what is below a strip's diagonal block is what is to the right of it
+    right = jnp.zeros((q.shape[1], len(q)), jnp.float32)
+    for strip, (at, end) in zip(strips[:-1], spans[:-1], strict=True):
+        # of the whole strip: a slice of it would be a copy
+        right = right.at[:, end:].add(matmul(q[at:end].T, strip)[:, end - at :])
+    return jnp.concatenate(out) + right.T
 
 
 def bits(factor: np.ndarray) -> np.ndarray:
@@ -225,8 +224,11 @@ def of_sum(total: Sum, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> 
     """Leading directions of an accumulated sum; `trace` is `[M]`."""
 
     def local(total: Sum, trace: Array) -> Basis:
-        whole = join(tuple(jax.lax.psum(x[:, 0], TASKS) for x in total))
-        solve = lambda g, t: leading(lambda q: matmul(g, q), g.shape[0], columns, rank, t)  # noqa: E731
+        own = tuple(x[:, 0] for x in total)
+        # a sum over one device is a copy all the same
+        whole = own if mesh.shape[TASKS] == 1 else jax.lax.psum(own, TASKS)
+        size = whole[0].shape[-1]
+        solve = lambda g, t: leading(lambda q: multiply(g, q), size, columns, rank, t)  # noqa: E731
         return jax.vmap(solve)(whole, trace)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(BOTH, LOCAL), out_specs=LOCAL, check_vma=False)(
