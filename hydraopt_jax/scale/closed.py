@@ -281,7 +281,7 @@ class Range(NamedTuple):
 
     Attributes:
       q: `[M, n, S]`; columns of zeros where s has less than S directions.
-      inverse: `[M, S, S]`, pseudoinverse of `r.T`.
+      inverse: `[M, S, S]`, inverse of `r.T`, a generalised one where columns depend on each other.
       squares: `[M, S]` of the columns of s.
     """
 
@@ -343,9 +343,7 @@ def project(
         heads = matmul(matmul(inner, inverse).reshape(tall).mT, y)
         kept = heads.astype(dtype)
         lost = heads - kept.astype(jnp.float32)
-        # q is orthonormal to rounding only
-        metric = 2 * jnp.eye(q.shape[-1]) - matmul(q.mT, q)
-        captured = matmul(inner, metric).reshape(tall) * matmul(yy, inner.reshape(tall))
+        captured = inner.reshape(tall) * matmul(yy, inner.reshape(tall))
         left = energy - jnp.sum(captured, (-2, -1))
 
         def formed() -> Array:
