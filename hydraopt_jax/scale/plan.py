@@ -9,7 +9,7 @@ import numpy as np
 
 from hydraopt_jax import compression, navigate
 from hydraopt_jax.compression import Options
-from hydraopt_jax.scale import segments, streaming, target
+from hydraopt_jax.scale import closed, mesh, segments, streaming, target
 from hydraopt_jax.scale.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
 from hydraopt_jax.scale.reading import Collection
 
@@ -18,6 +18,8 @@ READ_RATE = 3e8
 EFFICIENCY = 0.4
 # of subspace iteration
 ROUNDS = 20
+# compiled code, its compiler, and the store's writer
+FIXED = 300_000_000
 # of coded segments: passes over the collection as a rule, half-precision bytes that a core codes in a second,
 # and memory over the bytes of a segment
 PASSES = 2
@@ -72,23 +74,26 @@ def group_flops(group: Group, tasks: int, ranks: dict[str, int]) -> int:
             block = ranks[side] + max(ranks[side], 8)
             n = min(wide, size)
             total += 2 * wide * size * n + 4 * n**2 * block * ROUNDS
-    width = max(ranks.values())
-    total += 2 * wide * width * 4 * sum(group.shape) + 4 * tasks * width**2 * max(group.shape)
+    total += 2 * wide * max(ranks.values()) * sum(group.shape)
     return total * len(group.modules)
 
 
 def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int) -> int:
-    """Bytes of a group at work: its block and the next one, sums, chunks and what is made of them."""
+    """Bytes of a group at work: its block and the next one, sums, pieces and what is made of them."""
     length = max(b - a for a, b in group.spans)
     block = itemsize * group.room * length * group.rank * sum(group.shape)
-    sums = chunk = 0
+    grid = mesh.make(group.room)
+    each = 4 * grid.shape[mesh.MODULES] * group.rank * sum(group.shape)
+    sums, taken = 0, streaming.sum_tasks(group.rank, group.shape, grid) * grid.shape[mesh.TASKS]
     for side, size in zip(("in", "out"), group.shape, strict=True):
         if side in ranks:
             if applied(tasks, group.rank, size):
-                chunk = max(chunk, 4 * 3 * group.room * tasks * group.rank * sum(group.shape))
+                taken = tasks
             else:
-                sums += 4 * 3 * group.room * size**2
-    return 2 * block + sums + max(chunk, 6 * max(streaming.SUM_BYTES.values()))
+                # with what is added to it, and copies in the order that products like
+                strips = sum((end - at) * (size - at) for at, end in closed.rows_of_strips(size))
+                sums += 4 * 4 * grid.size * strips
+    return FIXED + 2 * block + sums + 3 * each * min(taken, tasks)
 
 
 def estimate(found: Collection, options: Options | navigate.Options, group_bytes: int = GROUP_BYTES) -> Plan:
