@@ -160,13 +160,15 @@ def accumulate(
             for side, total in zip(sides, sums, strict=True):
                 x = low if side == "in" else high
                 heavy = flat(matmul(own.of(side)[1] * weights, x))
-                rows, spans = flat(x).mT, rows_of_strips(x.shape[-1])
-                out.append(
-                    tuple(
-                        strip + matmul(rows[:, begin:end], heavy[:, :, begin:])[:, None]
-                        for strip, (begin, end) in zip(total, spans, strict=True)
-                    )
-                )
+                rows, strips = flat(x).mT, []
+                # nothing, but known only when the strip before is done: else the products of all strips are
+                # held at once
+                nothing = jnp.zeros((1, 1, 1))
+                for strip, (begin, end) in zip(total, rows_of_strips(x.shape[-1]), strict=True):
+                    product = matmul(rows[:, begin:end] + nothing, heavy[:, :, begin:])
+                    strips.append(strip + product[:, None])
+                    nothing = 0 * strips[-1][:, 0, :1, :1]
+                out.append(tuple(strips))
             put = lambda every, x: jax.lax.dynamic_update_slice_in_dim(every, x, at, 1)  # noqa: E731
             return tuple(out), jax.tree.map(put, grams, own)
 
