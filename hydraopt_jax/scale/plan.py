@@ -90,9 +90,9 @@ def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int)
             if applied(tasks, group.rank, size):
                 taken = tasks
             else:
-                # with what is added to it, and copies in the order that products like
+                # with copies in the order that products like
                 strips = sum((end - at) * (size - at) for at, end in closed.rows_of_strips(size))
-                sums += 4 * 4 * grid.size * strips
+                sums += 3 * 4 * grid.size * strips
     return FIXED + 2 * block + sums + 3 * each * min(taken, tasks)
 
 
