@@ -63,14 +63,12 @@ def main() -> None:
         jax.block_until_ready(out)
 
     rows = TASKS * RANK
-    strips = sum((end - at) * (SIZE - at) for at, end in closed.rows_of_strips(SIZE))
     flops = {
         "matmul 4096": 2 * 4096**3,
         # two sums; Gram matrices of both factors; each factor times the other one's
-        "gram": 2 * rows * (2 * strips + 4 * RANK * SIZE),
-        # the factor times the basis, heads, the Gram matrix of the heads' rounding, and small ones
-        "projection": 2 * rows * (SIZE * 2 * WIDTH + WIDTH * (RANK + 2 * WIDTH))
-        + 2 * TASKS * WIDTH**2 * SIZE,
+        "gram": 2 * rows * (2 * closed.entries_of_strips(SIZE) + 4 * RANK * SIZE),
+        # the factor times the basis, heads, and small ones
+        "projection": 2 * rows * WIDTH * (2 * SIZE + RANK + WIDTH),
     }
     steps = {"matmul 4096": matmul, "gram": gram, "projection": projection}
     seconds: dict[str, list[float]] = {k: [] for k in steps}
