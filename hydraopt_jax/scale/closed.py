@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from hydraopt_jax import algebra
 from hydraopt_jax.algebra import matmul
-from hydraopt_jax.scale.mesh import MODULES, TASKS
+from hydraopt_jax.scale.mesh import MODULES, TASKS, even
 
 # up to this size an eigenproblem is solved outright
 DIRECT = 256
@@ -98,6 +98,15 @@ def rows_of_strips(size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(size * k // count for k in range(count + 1)))
 
 
+def entries_of_strips(size: int) -> int:
+    """Numbers that the strips of a sum hold.
+
+    >>> entries_of_strips(896) / 896**2
+    0.75
+    """
+    return sum((end - at) * (size - at) for at, end in rows_of_strips(size))
+
+
 def multiply(strips: Sum, q: Array) -> Array:
     """Product of a sum, whose strips lack the leading axes here, with `[n, P]`; the whole is never formed."""
     spans = rows_of_strips(len(q))
@@ -143,12 +152,11 @@ def accumulate(
 
     def local(sums: tuple[Sum, ...], a: Array, b: Array, scale: Array) -> tuple[tuple[Sum, ...], Grams]:
         tasks, rank = a.shape[1:3]
-        # as few pieces as can be, and all about alike; the last one reaches back to be as long as the others
-        pieces = -(-tasks // size)
-        length = -(-tasks // pieces)
+        length = even(tasks, size)
 
         def step(k: Array, state: tuple[tuple[Sum, ...], Grams]) -> tuple[tuple[Sum, ...], Grams]:
             sums, grams = state
+            # the last piece reaches back to be as long as the others
             at = jnp.minimum(k * length, tasks - length)
             one, two, factor = (jax.lax.dynamic_slice_in_dim(x, at, length, 1) for x in (a, b, scale))
             one, two = (jax.lax.bitcast_convert_type(x, jnp.dtype(dtype)) for x in (one, two))
@@ -173,7 +181,7 @@ def accumulate(
             return tuple(out), jax.tree.map(put, grams, own)
 
         blank = jnp.zeros((*scale.shape, rank, rank))
-        return jax.lax.fori_loop(0, pieces, step, (sums, Grams(blank, blank)))
+        return jax.lax.fori_loop(0, -(-tasks // length), step, (sums, Grams(blank, blank)))
 
     specs = (BOTH, BOTH, BOTH, BOTH)
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(BOTH, BOTH), check_vma=False)

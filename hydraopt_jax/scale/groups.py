@@ -10,6 +10,7 @@ import numpy as np
 
 from hydraopt_jax import compression
 from hydraopt_jax.compression import Options
+from hydraopt_jax.scale.mesh import even
 from hydraopt_jax.scale.reading import Collection
 
 # factors, as their files have them, of the modules that are solved together; the next ones are read meanwhile
@@ -33,6 +34,11 @@ class Group(NamedTuple):
     shape: tuple[int, int]
     rank: int
     spans: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Tasks of the longest span."""
+        return max(b - a for a, b in self.spans)
 
 
 class Block(NamedTuple):
@@ -73,7 +79,7 @@ def groups_of(found: Collection, options: Options, limit: int = GROUP_BYTES) -> 
         rank = max(max(found.rank(m, t) for t in range(tasks)) for m in names)
         module = size * tasks * rank * sum(shape)
         room = min(max(limit // module, 1), compression.CHUNK, len(names))
-        room = -(-len(names) // -(-len(names) // room))
+        room = even(len(names), room)
         whole = not streams(options, tasks) or any(applied(tasks, rank, n) for n in shape)
         length = tasks if whole else min(tasks, max(limit * tasks // module, 1))
         spans = tuple((t, min(t + length, tasks)) for t in range(0, tasks, length))

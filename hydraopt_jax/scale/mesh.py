@@ -32,3 +32,12 @@ def put(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
 def padded(count: int, parts: int) -> int:
     """The least multiple of `parts` that holds `count`."""
     return -(-count // parts) * parts
+
+
+def even(count: int, most: int) -> int:
+    """Length of parts of at most `most`: as few as that, and all about alike.
+
+    >>> even(10, 4), even(3, 4)
+    (4, 3)
+    """
+    return -(-count // -(-count // most))

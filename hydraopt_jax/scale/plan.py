@@ -73,15 +73,16 @@ def group_flops(group: Group, tasks: int, ranks: dict[str, int]) -> int:
         if side in ranks:
             block = ranks[side] + max(ranks[side], 8)
             n = min(wide, size)
-            total += 2 * wide * size * n + 4 * n**2 * block * ROUNDS
+            own = applied(tasks, group.rank, size)
+            total += 2 * wide * (size * wide if own else closed.entries_of_strips(size))
+            total += 4 * n**2 * block * ROUNDS
     total += 2 * wide * max(ranks.values()) * sum(group.shape)
     return total * len(group.modules)
 
 
 def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int) -> int:
     """Bytes of a group at work: its block and the next one, sums, pieces and what is made of them."""
-    length = max(b - a for a, b in group.spans)
-    block = itemsize * group.room * length * group.rank * sum(group.shape)
+    block = itemsize * group.room * group.length * group.rank * sum(group.shape)
     grid = mesh.make(group.room)
     each = 4 * grid.shape[mesh.MODULES] * group.rank * sum(group.shape)
     sums, taken = 0, streaming.sum_tasks(group.rank, group.shape, grid) * grid.shape[mesh.TASKS]
@@ -91,8 +92,7 @@ def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int)
                 taken = tasks
             else:
                 # with copies in the order that products like
-                strips = sum((end - at) * (size - at) for at, end in closed.rows_of_strips(size))
-                sums += 3 * 4 * grid.size * strips
+                sums += 3 * 4 * grid.size * closed.entries_of_strips(size)
     return FIXED + 2 * block + sums + 3 * each * min(taken, tasks)
 
 

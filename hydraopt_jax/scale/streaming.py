@@ -24,7 +24,7 @@ from hydraopt_jax.scale import closed
 from hydraopt_jax.scale.assembly import Kept
 from hydraopt_jax.scale.closed import BOTH, LOCAL, Basis, Grams
 from hydraopt_jax.scale.groups import Block, Group, applied
-from hydraopt_jax.scale.mesh import MODULES, TASKS, padded, put
+from hydraopt_jax.scale.mesh import MODULES, TASKS, even, padded, put
 
 # float32 bytes of a chunk of tasks on one device: what its caches hold on a CPU, what keeps others busy
 SUM_BYTES = {"cpu": 1 << 23}
@@ -123,13 +123,13 @@ def first_pass(
     grams: list[tuple[int, Grams]] = []
     present: list[np.ndarray] = []
     size = sum_tasks(group.rank, group.shape, grid)
-    length, lanes = max(b - a for a, b in group.spans), grid.shape[TASKS]
+    length = padded(group.length, grid.shape[TASKS])
     for _, block in passes():
         present.append(block.ranks[rows])
         if direct:
             a, b, scale = rows_of(block, rows)
             wide = closed.bits(a), closed.bits(b), scale
-            for count, arrays in chunks(wide, padded(length, lanes), grid):
+            for count, arrays in chunks(wide, length, grid):
                 sums, part = closed.accumulate(
                     sums, *arrays, mesh=grid, sides=direct, dtype=a.dtype.name, size=size
                 )
@@ -302,9 +302,7 @@ def projected(
         on_mesh[side] = closed.Range(*(put(grid, y, LOCAL) for y in wide))
     widest = max(x.stored.shape[-1] for x in sides.values())
     most = head_tasks(group.rank, group.shape, widest, grid) * lanes
-    longest = max(b - a for a, b in group.spans)
-    # as few chunks as that, and all about alike
-    size = padded(-(-longest // -(-longest // most)), lanes)
+    size = padded(even(group.length, most), lanes)
     for start, block in passes():
         at = start
         length = block.a.shape[1]
