@@ -311,10 +311,11 @@ def range_of(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     wide = stored.astype(np.float64)
     squares = (wide**2).sum(-2)
-    scales = np.where(squares > 0, np.where(squares > 0, squares, 1) ** -0.5, 0)[..., None, :]
+    # directions that are not there take no part: one over infinity
+    scales = (np.where(squares > 0, squares, np.inf) ** -0.5)[..., None, :]
     unit = wide * scales
     values, vectors = np.linalg.eigh(unit.mT @ unit)
-    roots = np.where(values > 1e-6, np.maximum(values, 1e-6) ** -0.5, 0)[..., None, :]
+    roots = (np.where(values > 1e-6, values, np.inf) ** -0.5)[..., None, :]
     root = (vectors * roots) @ vectors.mT
     return (unit @ root).astype(np.float32), (root * scales).astype(np.float32), squares.astype(np.float32)
 
