@@ -9,19 +9,22 @@ divide them, and a killed job goes on with those that are not done and ends with
 import json
 import os
 import shutil
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hydraopt_jax import checkpoint, container_writer, navigate, packing
+from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.layout import pieces
 from hydraopt_jax.navigate import Options
-from hydraopt_jax.scale import assembly, jobs, segments, target
+from hydraopt_jax.scale import assembly, jobs, mesh, segments, target
 from hydraopt_jax.scale.jobs import Processes, Progress
 from hydraopt_jax.scale.reading import Collection
 from hydraopt_jax.scale.segments import SEGMENT_BYTES, Coded, Part
@@ -150,14 +153,15 @@ def one_pass(
     progress: Progress,
     processes: Processes,
 ) -> None:
-    """Code this process's segments that are not done."""
+    """Code this process's segments that are not done, as many at once as it has devices."""
     weights = navigate.task_weights(found.tasks, options)
     mine = range(processes.rank, len(parts), processes.size)
     todo = [n for n in mine if not row(folder, number, n).exists()]
     total = sum(len(parts[n].modules) for n in mine)
     progress.start(total, total - sum(len(parts[n].modules) for n in todo))
-    coming = segments.ahead(found, [parts[n] for n in todo], progress.read)
-    for n, collection in zip(todo, coming, strict=True):
+
+    def one(item: tuple[int, list[Adapter]]) -> None:
+        n, collection = item
         own = weights[list(parts[n].tasks)]
         problem = segments.prepare(collection, own, options.share, bool(known.deep))
         before = segments.kept(row(folder, 0, n)) if number else None
@@ -168,7 +172,16 @@ def one_pass(
         names = [x.task for x in collection]
         coded = segments.code(problem, names, step, known.frequencies, codes(folder, number, n))
         segments.keep(row(folder, number, n), coded)
-        progress.step(len(parts[n].modules))
+        with told:
+            progress.step(len(parts[n].modules))
+
+    def count(size: int) -> None:
+        with told:
+            progress.read(size)
+
+    told = threading.Lock()
+    coming = segments.ahead(found, [parts[n] for n in todo], count, len(jax.local_devices()))
+    mesh.spread(one, zip(todo, coming, strict=True))
 
 
 def row(folder: Path, number: int, n: int) -> Path:

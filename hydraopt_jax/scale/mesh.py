@@ -1,6 +1,9 @@
-"""Devices of this process as a named mesh: modules on one axis, tasks on the other."""
+"""Devices of this process: as a named mesh, modules on one axis and tasks on the other, or each by itself."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -8,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MODULES, TASKS = "modules", "tasks"
+
+Item = TypeVar("Item")
 
 
 def make(modules: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -27,6 +32,49 @@ def make(modules: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
 def put(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
     """A host array on the mesh."""
     return jax.device_put(array, NamedSharding(mesh, spec))
+
+
+def spread(
+    work: Callable[[Item], None], items: Iterator[Item], devices: Sequence[jax.Device] | None = None
+) -> None:
+    """Do `work` for every item: a thread a device takes the next one whenever it is done.
+
+    Args:
+      work: what an item needs, on JAX's default device.
+      items: asked for by one thread at a time.
+      devices: this process's devices where None.
+
+    Raises:
+      Exception: whatever `work` or `items` raise, when what was begun on other devices is done; nothing more
+        is begun.
+    """
+    found = list(jax.local_devices() if devices is None else devices)
+    turn, stop = threading.Lock(), threading.Event()
+
+    def serve(device: jax.Device) -> None:
+        try:
+            while not stop.is_set():
+                with turn:
+                    item = next(items, None)
+                if item is None:
+                    return
+                with jax.default_device(device):
+                    work(item)
+        except BaseException:
+            stop.set()
+            raise
+
+    if len(found) == 1:
+        # what was compiled before would be compiled again for a device that is named
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(len(found)) as pool:
+        try:
+            for served in [pool.submit(serve, device) for device in found]:
+                served.result()
+        finally:
+            stop.set()
 
 
 def padded(count: int, parts: int) -> int:

@@ -21,10 +21,10 @@ ROUNDS = 20
 # compiled code, its compiler, and the store's writer
 FIXED = 300_000_000
 # of coded segments: passes over the collection as a rule, half-precision bytes that a core codes in a second,
-# and memory over the bytes of a segment
+# and memory over the bytes of a segment, with the code that each device has of its own
 PASSES = 2
 CODING_RATE = 8e6
-CODING_MEMORY = 40
+CODING_MEMORY = 60
 CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
 
 
@@ -134,9 +134,10 @@ def estimate_coded(found: Collection, options: navigate.Options) -> Plan:
     read = (1 + PASSES) * itemsize * entries
     # QRs of both factors and small SVDs, and the gains
     flops = PASSES * 8 * rank * entries
-    memory = CODING_MEMORY * min(segments.SEGMENT_BYTES, 2 * entries)
+    parts = len(segments.parts_of(found))
+    memory = CODING_MEMORY * min(segments.SEGMENT_BYTES, 2 * entries) * min(parts, jax.local_device_count())
     seconds = PASSES * 2 * entries / CODING_RATE + (read + store) / READ_RATE
-    return Plan(len(segments.parts_of(found)), memory, flops, read, store, seconds)
+    return Plan(parts, memory, flops, read, store, seconds)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

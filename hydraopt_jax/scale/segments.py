@@ -5,10 +5,12 @@ were nothing else (`coding.trial`), at the quantiser step that all segments have
 go where they are worth most in the whole collection, whoever codes it.
 """
 
+import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,14 +126,16 @@ def read(found: Collection, wanted: Part, count: Callable[[int], None] = lambda 
     return out
 
 
-def ahead(found: Collection, wanted: Sequence[Part], count: Callable[[int], None]) -> Iterator[list[Adapter]]:
-    """The factors of part after part, the next one being read meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        pending: list[Future[list[Adapter]]] = [pool.submit(read, found, x, count) for x in wanted[:1]]
-        for following in [*wanted[1:], None][: len(wanted)]:
-            now = pending.pop().result()
-            if following is not None:
-                pending.append(pool.submit(read, found, following, count))
+def ahead(
+    found: Collection, wanted: Sequence[Part], count: Callable[[int], None], depth: int = 1
+) -> Iterator[list[Adapter]]:
+    """The factors of part after part, `depth` following ones being read meanwhile."""
+    with ThreadPoolExecutor(depth) as pool:
+        coming = iter(wanted)
+        pending = deque(pool.submit(read, found, x, count) for x in itertools.islice(coming, depth))
+        while pending:
+            now = pending.popleft().result()
+            pending.extend(pool.submit(read, found, x, count) for x in itertools.islice(coming, 1))
             yield now
 
 

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -43,20 +45,77 @@ for side, sided in (("in", deltas), ("out", deltas.swapaxes(2, 3))):
 """
 
 
-def test_eight_devices_give_the_singular_vectors(tmp_path):
+CODED = """
+import sys, threading
+from pathlib import Path
+import jax
+from hydraopt_jax import checkpoint, formats, navigate, synthetic
+from hydraopt_jax.scale import coded, mesh, reading, segments
+folder = Path(sys.argv[1])
+segments.DIRECTIONS = 12
+modules = {f"layers.{n}.{p}": (48, 64) for n in range(2) for p in "qv"}
+for x in synthetic.collection(tasks=7, modules=modules, rank=4):
+    formats.write_adapter(folder / x.task, x, dtype="float16")
+names = sorted(str(x) for x in folder.iterdir())
+found = reading.collection([reading.open_adapter(n, None, {}) for n in names])
+before, used, together = segments.code, set(), threading.Barrier(3)
+def code(*arguments):
+    # three devices at the least are at work at once
+    if len(used) < 3:
+        used.add(jax.config.jax_default_device)
+        together.wait(60)
+    return before(*arguments)
+def contents(path):
+    return {x.relative_to(path): x.read_bytes() for x in path.rglob("*") if x.is_file()}
+every = jax.local_devices()
+assert len(every) == 8
+segments.code = code
+coded.run(folder / "eight", found, navigate.Options(budget=0.5), segment_bytes=1 << 12)
+assert len(used) == 3, used
+segments.code, jax.local_devices = before, lambda: every[:1]
+coded.run(folder / "one", found, navigate.Options(budget=0.5), segment_bytes=1 << 12)
+assert contents(folder / "eight") == contents(folder / "one")
+print(len(checkpoint.restore(folder / "one").payload.segments))
+"""
+
+
+def on_eight_devices(script, *arguments):
+    """What a script prints."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [x.split()[0] for x in done.stdout.splitlines()] == ["in", "out"]
+    return done.stdout
+
+
+def test_eight_devices_give_the_singular_vectors(tmp_path):
+    assert [x.split()[0] for x in on_eight_devices(SCRIPT, tmp_path).splitlines()] == ["in", "out"]
+
+
+def test_segments_coded_on_eight_devices_are_those_of_one(tmp_path):
+    assert int(on_eight_devices(CODED, tmp_path)) > 8
+
+
+def test_a_failure_on_one_device_is_told_and_begins_nothing_more():
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        if item == 2:
+            raise ValueError("item 2")
+        time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="item 2"):
+        mesh.spread(work, iter(range(100)), jax.devices()[:1] * 3)
+    assert len(begun) < 100
 
 
 @pytest.mark.parametrize(
