@@ -4,6 +4,7 @@
 the index and the chunks of the leaves whose set of tasks it belongs to, and nothing else.
 """
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 
 from hydraopt_jax import atomic, container, container_writer, description, packing
 from hydraopt_jax.container import SCHEMA
+from hydraopt_jax.deferred import bytes_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.store import Store, task_index
 
@@ -46,7 +48,8 @@ class TooLarge(HydraOptError):
 def write(folder: Path, store: Store, compress: bool = True) -> None:
     """Write a store into a new folder, in place."""
     leaves, index = packing.pack(store)
-    container_writer.write(folder, index, leaves.values(), compress)
+    parts = itertools.chain(*leaves.values())
+    container_writer.write(folder, index, map(bytes_of, parts), compress)
 
 
 def save(

@@ -89,7 +89,8 @@ def transpose(factors: Factors) -> Factors:
 
 def count(factors: Factors) -> int:
     """How many numbers the factors hold: the form's rate in entries."""
-    return sum(int(np.size(x)) for x in (factors.a, factors.b, factors.core) if x is not None)
+    stacks = (x for x in (factors.a, factors.b, factors.core) if x is not None)
+    return sum(sum(map(np.size, x)) if isinstance(x, list) else int(np.size(x)) for x in stacks)
 
 
 def errors(deltas: Svd, factors: Factors) -> Array:

@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
 
+from hydraopt_jax import structure
 from hydraopt_jax.coding import addition, codec
+from hydraopt_jax.deferred import Deferred, size_of
+from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.layout import KINDS, TermShape, leaf_names, pieces
-from hydraopt_jax.store import Addition, Payload, Segment, Source, Store, count
+from hydraopt_jax.layout import TermShape, leaf_names, pieces
+from hydraopt_jax.store import Addition, Payload, Segment, Store, count
 
 
 class Part(NamedTuple):
@@ -35,131 +37,62 @@ def parts(store_modules: Mapping[str, tuple[Factors, ...]]) -> Iterator[Part]:
                 yield Part(term.core[t], frozenset([int(t)]))  # type: ignore[index]
 
 
-def number(patterns: list[Any], use: Any) -> int:
-    """Position of a pattern of use, which is written down where it is new."""
-    if use not in patterns:
-        patterns.append(use)
-    return patterns.index(use)
+def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """The store as leaves, and the index, JSON-able.
 
-
-def coded_skeleton(shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, Any]:
-    """As `skeleton`, of coded terms; the dtype says so, and whether factors are predicted from the first."""
-    patterns: list[Any] = []
-    rows = []
-    for name, terms in shapes.items():
-        row = []
-        for x in terms:
-            use = [list(x.a_of), list(x.b_of), "diagonal"]
-            row.append([number(patterns, use), x.inputs, x.rank, x.outputs, KINDS[x.predicted]])
-        rows.append([name, row])
-    return {"patterns": patterns, "modules": rows, "coded": True}
-
-
-def coded_shapes(index: Mapping[str, Any]) -> dict[str, tuple[TermShape, ...]]:
-    """The inverse of `coded_skeleton`."""
-    out = {}
-    for name, row in index["modules"]:
-        terms = []
-        for pattern, inputs, rank, outputs, kind in row:
-            a_of, b_of, _ = index["patterns"][pattern]
-            terms.append(TermShape(tuple(a_of), tuple(b_of), inputs, rank, outputs, KINDS.index(kind)))
-        out[name] = tuple(terms)
-    return out
-
-
-def skeleton(modules: Mapping[str, tuple[Factors, ...]]) -> dict[str, Any]:
-    """Shapes and indices of the terms, JSON-able; equal patterns of use are written once."""
-    patterns: list[Any] = []
-    rows = []
-    for name, terms in modules.items():
-        row = []
-        for term in terms:
-            core = None if term.core is None else ("diagonal" if np.ndim(term.core[0]) == 1 else "full")
-            use = [np.asarray(term.a_of).tolist(), np.asarray(term.b_of).tolist(), core]
-            a, b = term.a[0], term.b[0]
-            row.append([number(patterns, use), a.shape[0], a.shape[1], b.shape[1], np.asarray(a).dtype.name])
-        rows.append([name, row])
-    return {"patterns": patterns, "modules": rows}
-
-
-def pack(store: Store) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The store as leaves of bytes, none empty, and the index, JSON-able."""
-    leaves: dict[str, list[bytes]] = {"errors": [np.sqrt(store.errors).astype(np.float16).tobytes()]}
+    Returns:
+      Name -> parts of the leaf: arrays, which may be deferred, or bytes. None is empty.
+      The index.
+    """
+    leaves: dict[str, list[Any]] = {"errors": [np.sqrt(store.errors).astype(np.float16)]}
     if store.payload is not None:
         leaves |= {k: [v] for k, v in store.payload.leaves.items()}
         groups = pieces(store.payload.shapes)[1]
-        description = coded_skeleton(store.payload.shapes)
+        description = structure.coded_skeleton(store.payload.shapes)
         if store.payload.slots is not None:
             description |= {"slots": list(store.payload.slots), "additions": {}}
         for slot, x in store.payload.additions.items():
-            description["additions"][str(slot)] = coded_skeleton(x.shapes) | {"references": x.references}
+            said = structure.coded_skeleton(x.shapes) | {"references": x.references}
+            description["additions"][str(slot)] = said
             leaves |= {f"added_{slot}_{k}": [v] for k, v in x.leaves.items()}
             leaves[f"added_{slot}_coefficients"] = [x.coefficients]
         if store.payload.segments:
-            description["segments"] = segment_table(store.payload.segments)
+            description["segments"] = structure.segment_table(store.payload.segments)
         for n, segment in enumerate(store.payload.segments):
             leaves |= {f"segment_{n}_{k}": [v] for k, v in segment.leaves.items()}
     else:
-        members, blobs = [], []
-        for part in parts(store.modules):
-            blobs.append(np.ascontiguousarray(part.value).tobytes())
-            members.append(part.users)
-        names, groups = leaf_names(members, [len(x) for x in blobs], len(store.tasks))
-        for name, blob in zip(names, blobs, strict=True):
-            leaves.setdefault(name, []).append(blob)
-        description = skeleton(store.modules)
-    extras = [pack_extras(x.extras) for x in store.sources]
-    for t, (_, blob) in enumerate(extras):
-        leaves[f"extras_{t}"] = [blob]
-    packed = {k: b"".join(v) for k, v in leaves.items() if any(v)}
-    sizes = {k: len(v) for k, v in packed.items()}
-    return packed, index_of(store, groups, description, [table for table, _ in extras], sizes)
-
-
-def index_of(
-    store: Store,
-    groups: list,
-    description: Mapping[str, Any],
-    tables: Sequence[Any],
-    sizes: Mapping[str, int],
-) -> dict[str, Any]:
-    """The index of a store, for which its numbers need not be there.
-
-    Args:
-      store: what it is the index of.
-      groups: task sets of the `head_*` leaves.
-      description: `skeleton` or `coded_skeleton` of the modules.
-      tables: of each task's full tensors, as `pack_extras` makes them.
-      sizes: bytes of each leaf, none empty, in the order in which they are written.
-    """
-    return {
+        every = list(parts(store.modules))
+        sizes = [x.value.nbytes for x in every]
+        names, groups = leaf_names([x.users for x in every], sizes, len(store.tasks))
+        for name, part in zip(names, every, strict=True):
+            leaves.setdefault(name, []).append(part.value)
+        description = structure.skeleton(store.modules)
+    for t, source in enumerate(store.sources):
+        leaves[f"extras_{t}"] = list(source.extras.values())
+    # a leaf of no bytes is none
+    leaves = {k: v for k, v in leaves.items() if any(map(size_of, v))}
+    index = {
         "tasks": list(store.tasks),
         "groups": groups,
         **description,
-        "sources": merge_sources(store.sources),
-        "extras": list(tables),
+        "sources": structure.merge_sources(store.sources),
+        "extras": [[[k, v.dtype.name, list(v.shape)] for k, v in x.extras.items()] for x in store.sources],
         # a store made by hand may say nothing of itself
         "report": {"form": "", "options": {}, "entries": count(store), "bound": {}} | dict(store.report),
-        "leaves": dict(sizes),
+        "leaves": {k: sum(map(size_of, v)) for k, v in leaves.items()},
     }
-
-
-def segment_table(segments: Iterable[Segment]) -> list[dict[str, Any]]:
-    """Segments without their leaves, JSON-able."""
-    return [
-        coded_skeleton(x.shapes) | {"tasks": list(x.tasks), "groups": pieces(x.shapes)[1]} for x in segments
-    ]
+    return leaves, index
 
 
 def segments_of(index: Mapping[str, Any], leaves: Mapping[str, bytes]) -> tuple[Segment, ...]:
     """The segments of an index, with those of their leaves that are given."""
-    mine: list[dict[str, bytes]] = [{} for _ in index.get("segments", ())]
+    mine: list[dict[str, Any]] = [{} for _ in index.get("segments", ())]
     for name, value in leaves.items():
         if name.startswith("segment_"):
             _, n, own = name.split("_", 2)
             mine[int(n)][own] = value
     rows = zip(mine, index.get("segments", ()), strict=True)
-    return tuple(Segment(found, coded_shapes(x), tuple(x["tasks"])) for found, x in rows)
+    return tuple(Segment(found, structure.coded_shapes(x), tuple(x["tasks"])) for found, x in rows)
 
 
 def segment_places(tasks: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -200,21 +133,48 @@ def additions_of(index: Mapping[str, Any], leaves: Mapping[str, bytes]) -> dict[
             k.removeprefix(f"added_{key}_"): v for k, v in leaves.items() if k.startswith(f"added_{key}_")
         }
         coefficients = mine.pop("coefficients", b"")
-        out[int(key)] = Addition(mine, coded_shapes(x), tuple(x["references"]), coefficients)
+        out[int(key)] = Addition(mine, structure.coded_shapes(x), tuple(x["references"]), coefficients)
     return out
 
 
 def segmented_terms(segments: Iterable[Segment], wanted: Sequence[int]) -> dict[str, tuple[Factors, ...]]:
-    """The terms of every module for some tasks of a store, one segment decoded at a time."""
+    """The terms of every module for some tasks of a store, one segment decoded at a time; outlines of those
+    whose leaves are deferred."""
     out: dict[str, list[Factors]] = {}
     for x in segments:
         places = segment_places(x.tasks, wanted)
         here = [k for k in places if k >= 0]
-        found = codec.deserialise(x.leaves, x.shapes, here) if here else {}
+        if any(isinstance(v, Deferred) for v in x.leaves.values()):
+            found = {name: tuple(outline(term, places) for term in terms) for name, terms in x.shapes.items()}
+        else:
+            decoded = codec.deserialise(x.leaves, x.shapes, here) if here else {}
+            found = {name: tuple(select(term, places) for term in v) for name, v in decoded.items()}
         for name in x.shapes:
-            terms = (select(term, places) for term in found.get(name, ()))
-            out.setdefault(name, []).extend(term for term in terms if len(term.a))
+            out.setdefault(name, []).extend(term for term in found.get(name, ()) if len(term.a))
     return {name: tuple(terms) for name, terms in out.items()}
+
+
+def outline(term: TermShape, places: Sequence[int]) -> Factors:
+    """A coded term of the right shapes whose factors cannot be read.
+
+    Args:
+      term: its structure.
+      places: of each task of the store among the term's, -1 for none.
+    """
+
+    def refuse() -> Any:
+        raise HydraOptError("factors of an outline: restore the tasks that are wanted")
+
+    at = np.array(places)
+    index: list[Any] = []
+    stacks: list[Any] = []
+    for of, shape in ((term.a_of, (term.inputs, term.rank)), (term.b_of, (term.rank, term.outputs))):
+        mine = np.where(at >= 0, np.array(of)[at], -1)
+        kept = np.unique(mine[mine >= 0])
+        index.append(np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32))
+        stacks.append([Deferred(shape, "float32", refuse)] * len(kept))
+    core = np.broadcast_to(np.zeros((), np.float32), (len(places), term.rank))
+    return Factors(stacks[0], stacks[1], index[0], index[1], core)  # type: ignore[arg-type]
 
 
 def module_order(shapes: Mapping[str, Any], additions: Mapping[int, Addition]) -> list[str]:
@@ -249,7 +209,7 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], chosen: S
     names, order = index["tasks"], [n for n, _ in index["modules"]]
     payload = None
     if index.get("coded"):
-        shapes = coded_shapes(index)
+        shapes = structure.coded_shapes(index)
         blobs = {k: v.tobytes() for k, v in leaves.items() if k != "errors" and not k.startswith("extras_")}
         additions = additions_of(index, blobs)
         segments = segments_of(index, blobs)
@@ -264,7 +224,7 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], chosen: S
         modules = unpack_terms(index, leaves, len(names), chosen)
     errors = leaves["errors"].view(np.float16).reshape(len(order), len(names))
     extras = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
-    sources = split_sources(index["sources"], extras)
+    sources = structure.split_sources(index["sources"], extras)
     return Store(
         tuple(names[t] for t in chosen),
         modules,
@@ -273,35 +233,6 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], chosen: S
         errors[:, list(chosen)].astype(np.float32) ** 2,
         payload,
     )
-
-
-def merge_sources(sources: Sequence[Source]) -> dict[str, Any]:
-    """Sources as one common part and what each task differs in, so that 40 alike configs cost one."""
-    rows: list[dict[str, Any]] = [
-        {"dtype": x.dtype, "origin": x.origin, "digest": x.digest, "layout": dict(x.layout)}
-        | {f"config.{k}": v for k, v in x.config.items()}
-        for x in sources
-    ]
-    common = {k: v for k, v in rows[0].items() if all(k in r and r[k] == v for r in rows)}
-    return {"common": common, "own": [{k: v for k, v in r.items() if k not in common} for r in rows]}
-
-
-def split_sources(
-    merged: Mapping[str, Any], extras: Sequence[Mapping[str, np.ndarray]]
-) -> tuple[Source, ...]:
-    """The inverse of `merge_sources`."""
-    out = []
-    for own, extra in zip(merged["own"], extras, strict=True):
-        row = {**merged["common"], **own}
-        config = {k[7:]: v for k, v in row.items() if k.startswith("config.")}
-        out.append(Source(row["dtype"], config, row["layout"], row["origin"], row["digest"], extra))
-    return tuple(out)
-
-
-def pack_extras(extras: Mapping[str, np.ndarray]) -> tuple[list[Any], bytes]:
-    """A table of (name, dtype, shape) and the bytes of a task's full tensors."""
-    table = [[k, v.dtype.name, list(v.shape)] for k, v in extras.items()]
-    return table, b"".join(np.ascontiguousarray(v).tobytes() for v in extras.values())
 
 
 def extras_size(table: Sequence[Any]) -> int:
@@ -325,11 +256,15 @@ def select(term: Factors, chosen: Sequence[int]) -> Factors:
     for stack, of in ((term.a, term.a_of), (term.b, term.b_of)):
         mine = np.array([np.asarray(of)[t] if t >= 0 else -1 for t in chosen], np.int32)
         kept = np.unique(mine[mine >= 0])
-        out.append(
-            (np.asarray(stack)[kept], np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32))
-        )
+        new = np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32)
+        out.append((take(stack, kept), new))
     (a, a_of), (b, b_of) = out
-    return Factors(a, b, a_of, b_of, None if term.core is None else np.asarray(term.core)[list(chosen)])  # type: ignore[arg-type]
+    return Factors(a, b, a_of, b_of, None if term.core is None else take(term.core, chosen))
+
+
+def take(stack: Any, chosen: Sequence[int] | np.ndarray) -> Any:
+    """Some entries of a stack; of a list, whose entries may be deferred, none is read."""
+    return [stack[k] for k in chosen] if isinstance(stack, list) else np.asarray(stack)[list(chosen)]
 
 
 def unpack_terms(

@@ -13,7 +13,6 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,14 +21,13 @@ from hydraopt_jax import checkpoint, container_writer, navigate, packing
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.layout import pieces
 from hydraopt_jax.navigate import Options
 from hydraopt_jax.scale import assembly, jobs, mesh, segments, target
 from hydraopt_jax.scale.jobs import Processes, Progress
 from hydraopt_jax.scale.reading import Collection
 from hydraopt_jax.scale.segments import SEGMENT_BYTES, Coded, Part
 from hydraopt_jax.scale.target import Pass, Pilot, Target
-from hydraopt_jax.store import Payload, Segment, Source, Store
+from hydraopt_jax.store import Payload, Segment, Store
 
 # bytes of a store's description: a chunk's line, and what any store has
 LINE, FIXED = 40, 1200
@@ -91,13 +89,8 @@ def run(
         if processes.rank:
             return None
         rows = segments_of(folder, number, len(parts))
-        content = summary(found, options, parts, rows, step, left_out or {})
-        jobs.put(
-            out,
-            lambda new: write(new, folder, number, found, content, rows, compress),
-            overwrite,
-            int(goal.limit) if goal.sign < 0 else limit,
-        )
+        content = put_together(folder, number, found, options, parts, rows, step, left_out or {})
+        jobs.put(out, content, overwrite, compress, int(goal.limit) if goal.sign < 0 else limit)
     shutil.rmtree(folder, ignore_errors=True)
     return content
 
@@ -132,7 +125,7 @@ def passes(
         one_pass(folder, number, found, options, parts, step, known, progress, processes)
         processes.wait(f"pass {number}")
         rows = segments_of(folder, number, len(parts))
-        done.append(Pass(step, miss_of(found, options, parts, rows, step, goal)))
+        done.append(Pass(step, miss_of(folder, number, found, options, parts, rows, step, goal)))
         if done[-1].miss > 0:
             # it will not be taken: its description stays, its bytes make room
             for n in range(processes.rank, len(parts), processes.size):
@@ -210,6 +203,8 @@ def segments_of(folder: Path, number: int, count: int) -> list[Coded]:
 
 
 def miss_of(
+    folder: Path,
+    number: int,
     found: Collection,
     options: Options,
     parts: Sequence[Part],
@@ -223,24 +218,23 @@ def miss_of(
         lost = sum(float(np.nansum(x)) for x in tables)
         mean = lost / sum(np.count_nonzero(~np.isnan(x)) for x in tables)
         return float(np.log(max(mean, 1e-30) / goal.limit))
-    total = size(found, summary(found, options, parts, rows, step, {}), rows)
-    return float(np.log(total / goal.limit))
+    return float(
+        np.log(size(put_together(folder, number, found, options, parts, rows, step, {})) / goal.limit)
+    )
 
 
-def size(found: Collection, content: Store, rows: Sequence[Coded]) -> int:
-    """Bytes of the store on disk, a few hundred more than less."""
-    description, groups, leaves = outline(content, rows)
-    tables = [x.extras for x in found.cards]
-    lengths = {name: size for name, (_, _, size) in leaves.items()}
-    index = packing.index_of(content, groups, description, tables, lengths)
+def size(content: Store) -> int:
+    """Bytes of a store on disk, a few hundred more than less."""
+    index = packing.pack(content)[1]
     head = len(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9))
-    extras = sum(map(packing.extras_size, tables))
-    body = head + extras + 2 * content.errors.size + sum(lengths.values())
+    body = head + sum(index["leaves"].values())
     # a line of the description for each chunk, and what any store has
     return body + LINE * (body // container_writer.division(body)[0] + 1) + FIXED
 
 
-def summary(
+def put_together(
+    folder: Path,
+    number: int,
     found: Collection,
     options: Options,
     parts: Sequence[Part],
@@ -248,18 +242,19 @@ def summary(
     step: float,
     left_out: Mapping[str, str],
 ) -> Store:
-    """The store without its bytes: what can be said of it."""
-    order = list(dict.fromkeys(name for x in rows for name in x.shapes))
-    position = {name: m for m, name in enumerate(order)}
-    errors = np.full((len(order), len(found.cards)), np.nan)
+    """The store of a pass, its leaves in the segments' files."""
+    made = []
+    for n, (part, x) in enumerate(zip(parts, rows, strict=True)):
+        file = str(codes(folder, number, n))
+        leaves = {k: assembly.in_file(file, at, (size,), np.uint8) for k, (at, size) in x.leaves.items()}
+        made.append(Segment(leaves, x.shapes, part.tasks))  # type: ignore[arg-type]
+    modules = packing.segmented_terms(made, range(len(found.cards)))
+    position = {name: m for m, name in enumerate(modules)}
+    errors = np.full((len(modules), len(found.cards)), np.nan)
     forms: dict[str, int] = {}
-    modules: dict[str, Any] = dict.fromkeys(order, ())
     for part, x in zip(parts, rows, strict=True):
-        for k, (name, terms) in enumerate(x.shapes.items()):
-            errors[position[name], list(part.tasks)] = x.table[k]
-            modules[name] += tuple(
-                assembly.outline_coded(term, part.tasks, len(found.cards)) for term in terms
-            )
+        for row, name in zip(x.table, x.shapes, strict=True):
+            errors[position[name], list(part.tasks)] = row
         for label, count in x.forms.items():
             forms[label] = forms.get(label, 0) + count
     numbers = [np.count_nonzero(~np.isnan(x.table)) for x in rows]
@@ -272,42 +267,8 @@ def summary(
     }
     if left_out:
         report["left_out"] = dict(left_out)
-    sources = tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, {}) for x in found.cards)
-    empty = tuple(Segment({}, x.shapes, part.tasks) for part, x in zip(parts, rows, strict=True))
-    return Store(found.tasks, modules, sources, report, errors, Payload({}, {}, segments=empty))
-
-
-def outline(
-    content: Store, rows: Sequence[Coded]
-) -> tuple[dict[str, Any], list, dict[str, tuple[int, int, int]]]:
-    """Description and groups of the index; and leaf -> its segment, where it begins there, how long it is."""
-    assert content.payload is not None
-    given = content.payload.segments
-    # a collection of one segment is an ordinary coded store
-    alone = len(rows) == 1 and len(given[0].tasks) == len(content.tasks)
-    leaves = {
-        name if alone else f"segment_{n}_{name}": (n, at, size)
-        for n, x in enumerate(rows)
-        for name, (at, size) in x.leaves.items()
-        if size
-    }
-    if alone:
-        return dict(rows[0].skeleton), pieces(rows[0].shapes)[1], leaves
-    return packing.coded_skeleton({}) | {"segments": packing.segment_table(given)}, [], leaves
-
-
-def write(
-    new: Path,
-    folder: Path,
-    number: int,
-    found: Collection,
-    content: Store,
-    rows: Sequence[Coded],
-    compress: bool,
-) -> None:
-    """Write the store's folder, its leaves read one at a time from the segments' files."""
-    description, groups, leaves = outline(content, rows)
-    files = [str(codes(folder, number, n)) for n in range(len(rows))]
-    places = {name: [assembly.Place(files[n], at, size)] for name, (n, at, size) in leaves.items()}
-    tables = [x.extras for x in found.cards]
-    assembly.write_leaves(new, content, description, groups, places, tables, found.read_extras, compress)
+    payload = Payload({}, {}, segments=tuple(made))
+    if len(made) == 1 and len(made[0].tasks) == len(found.cards):
+        # a collection of one segment is an ordinary coded store
+        payload = Payload(made[0].leaves, made[0].shapes)
+    return Store(found.tasks, modules, assembly.sources_of(found), report, errors, payload)

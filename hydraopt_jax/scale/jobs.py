@@ -24,7 +24,7 @@ from hydraopt_jax.scale import assembly, mesh, streaming
 from hydraopt_jax.scale.assembly import Kept
 from hydraopt_jax.scale.groups import GROUP_BYTES, Block, Group, blocks, groups_of, streams
 from hydraopt_jax.scale.reading import Collection
-from hydraopt_jax.store import Source, Store
+from hydraopt_jax.store import Store
 
 SCHEMA = 1
 
@@ -201,14 +201,8 @@ def run(
         missing = [n for n in range(len(groups)) if n not in done]
         if missing:
             raise absent(folder, f"group {missing[0]}")
-        content, kept = put_together(found, done, options, dtype, left_out or {})
-        tables = [x.extras for x in found.cards]
-        put(
-            out,
-            lambda new: assembly.write(new, content, kept, tables, found.read_extras, compress),
-            overwrite,
-            limit,
-        )
+        content = put_together(found, done, options, dtype, left_out or {})
+        put(out, content, overwrite, compress, limit)
     shutil.rmtree(folder, ignore_errors=True)
     return content
 
@@ -230,15 +224,14 @@ def keeping(folder: Path, *hopeless: type[HydraOptError]) -> Iterator[None]:
         raise assembly.disk_error(folder, error) from error
 
 
-def put(out: str | os.PathLike, write: Callable[[Path], None], overwrite: bool, limit: int | None) -> None:
-    """Put the store that `write` makes of a new folder where it belongs."""
+def put(out: str | os.PathLike, content: Store, overwrite: bool, compress: bool, limit: int | None) -> None:
+    """Write the store and put it where it belongs, as `checkpoint.save`."""
     path = Path(out).resolve()
     with atomic.writing(path) as place:
         checkpoint.check_target(path, overwrite)
         # a full disk here is told as one anywhere else in the job, not as one of an ordinary writer
         with keeping(folder_of(out)):
-            write(place / "new")
-            checkpoint.settle(place / "new", path, limit)
+            checkpoint.put(place, path, content, compress, limit)
 
 
 def absent(folder: Path, what: str) -> HydraOptError:
@@ -281,8 +274,8 @@ def put_together(
     options: Options,
     dtype: str,
     left_out: Mapping[str, str],
-) -> tuple[Store, dict[str, Kept]]:
-    """The store without its numbers, and where they lie."""
+) -> Store:
+    """The store, its numbers where the groups kept them."""
     every = {name: x for group in done.values() for name, x in group.items()}
     kept = {name: every[name] for name in found.shapes}
     report = {
@@ -298,5 +291,6 @@ def put_together(
     }
     if left_out:
         report["left_out"] = dict(left_out)
-    sources = [Source(x.dtype, x.config, x.layout, x.source, x.digest, {}) for x in found.cards]
-    return assembly.summary(found.tasks, kept, sources, report), kept
+    errors = np.array([[np.nan if e is None else e for e in x.errors] for x in kept.values()], np.float32)
+    modules = {name: (assembly.stored(x),) for name, x in kept.items()}
+    return Store(found.tasks, modules, assembly.sources_of(found), report, errors)

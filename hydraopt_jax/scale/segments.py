@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, navigate, packing
+from hydraopt_jax import adapters, navigate, structure
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding import codec, trial
 from hydraopt_jax.layout import TermShape
@@ -44,7 +44,7 @@ class Coded(NamedTuple):
 
     Attributes:
       leaves: name -> where its bytes begin in the segment's file, and how many they are.
-      skeleton: structure of its terms, see `packing.coded_skeleton`.
+      skeleton: structure of its terms, see `structure.coded_skeleton`.
       errors: `[M, T]` relative squared errors of the segment's modules and tasks, None where absent.
       barred: modules that take no joint basis.
       forms: form in words -> count of modules.
@@ -61,7 +61,7 @@ class Coded(NamedTuple):
     @property
     def shapes(self) -> dict[str, tuple[TermShape, ...]]:
         """Module -> structure of its terms."""
-        return packing.coded_shapes(self.skeleton)
+        return structure.coded_shapes(self.skeleton)
 
     @property
     def table(self) -> np.ndarray:
@@ -166,7 +166,7 @@ def code(
         forms[label] = forms.get(label, 0) + 1
     return Coded(
         leaves,
-        packing.coded_skeleton(found.coded.shapes),
+        structure.coded_skeleton(found.coded.shapes),
         [[None if np.isnan(e) else float(e) for e in row] for row in found.errors],
         sorted(problem.barred),
         forms,

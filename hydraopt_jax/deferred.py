@@ -1,0 +1,72 @@
+"""Arrays that are read when they are asked for: what a store is can be known without holding it.
+
+Shapes and dtypes are in memory, numbers are not. `np.asarray` reads them, every time.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
+import numpy as np
+
+
+class Deferred:
+    """An array somewhere else.
+
+    Args:
+      shape, dtype: as of any array.
+      read: gives its bytes, in C order.
+
+    >>> x = Deferred((2,), "float32", lambda: np.arange(2, dtype=np.float32).tobytes())
+    >>> x.nbytes, np.asarray(x).tolist()
+    (8, [0.0, 1.0])
+    """
+
+    __slots__ = ("dtype", "read", "shape")
+
+    def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[], Any]) -> None:
+        self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        out = np.frombuffer(self.read(), np.uint8).view(self.dtype).reshape(self.shape)
+        return out if dtype is None else out.astype(dtype)
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.read())
+
+
+def size_of(part: Any) -> int:
+    """Bytes of an array, deferred or not, or of bytes."""
+    return len(part) if isinstance(part, bytes) else part.nbytes
+
+
+def bytes_of(part: Any) -> Any:
+    """The bytes of an array, deferred or not, or bytes; no copy of an array that is contiguous.
+
+    >>> bytes(bytes_of(np.array([[1], [2]], np.uint8))), bytes_of(b"ab")
+    (b'\\x01\\x02', b'ab')
+    """
+    if isinstance(part, bytes):
+        return part
+    if isinstance(part, Deferred):
+        return part.read()
+    return np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
