@@ -118,7 +118,7 @@ def add_plain(store: Store, new: Adapter) -> Store:
     """See `joining`."""
     tasks = len(store.tasks) - 1
     lossless = store.report["form"] == "lossless"
-    dtypes = [np.asarray(x.a[0]).dtype.name for v in store.modules.values() for x in v]
+    dtypes = [x.a[0].dtype.name for v in store.modules.values() for x in v]
     share = sum(forms.count(x) for v in store.modules.values() for x in v) / tasks
     ways = {
         n: [joining.own_way(a, new.b[n])] if lossless else joining.ways(store.modules.get(n, ()), a, new.b[n])

@@ -4,6 +4,7 @@
 the index and the chunks of the leaves whose set of tasks it belongs to, and nothing else.
 """
 
+import dataclasses
 import itertools
 import os
 import tempfile
@@ -16,15 +17,17 @@ import numpy as np
 
 from hydraopt_jax import atomic, container, container_writer, description, packing
 from hydraopt_jax.container import SCHEMA
-from hydraopt_jax.deferred import bytes_of
+from hydraopt_jax.deferred import Deferred, bytes_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.store import Store, task_index
 
 __all__ = [
     "SCHEMA",
     "TooLarge",
+    "batches",
     "check_target",
     "measure_size",
+    "outline",
     "read_index",
     "restore",
     "save",
@@ -37,6 +40,8 @@ __all__ = [
 ]
 
 Read = TypeVar("Read")
+# float32 bytes of factors that are read at once where tasks can be read one after the other
+BATCH = 1 << 28
 # how often a reader begins anew when writers replace the store under it
 RETRIES = 20
 
@@ -96,7 +101,10 @@ def settle(new: Path, path: Path, limit: int | None) -> None:
 
 
 def update(path: str | os.PathLike, change: Callable[[Store], Store]) -> Store:
-    """Read a store, change it and put it back, with nobody writing between; returns what was put there.
+    """Change the `outline` of a store and put it in its place, with nobody writing between.
+
+    Returns:
+      Store as it was written; its deferred numbers are gone with the old one.
 
     Raises:
       HydraOptError: as `save` and `restore`, and whatever `change` raises: the store is then as it was.
@@ -104,7 +112,7 @@ def update(path: str | os.PathLike, change: Callable[[Store], Store]) -> Store:
     path = Path(path).resolve()
     read_whole(path, container.read_description)
     with atomic.writing(path) as place:
-        changed = change(restore(path))
+        changed = change(outline(path))
         put(place, path, changed, compress=container.is_compressed(path))
     return changed
 
@@ -126,7 +134,7 @@ def schema_of(path: str | os.PathLike) -> int:
 
 def read_index(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Task names and the index of a store, whose "leaves" are name -> bytes."""
-    index = read_whole(Path(path).absolute(), lambda at: open_store(at)[0])
+    index = read_whole(Path(path).absolute(), lambda at: open_store(at).index)
     return tuple(index["tasks"]), index
 
 
@@ -142,8 +150,29 @@ def believing(path: Path) -> Iterator[None]:
         raise container.damaged(path, f"its index does not fit its data ({what})") from None
 
 
-def open_store(path: Path) -> tuple[dict[str, Any], Callable[[Sequence[str]], dict[str, np.ndarray]]]:
-    """The index of a store of any schema, and a function that reads leaves by name."""
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A store whose leaves have not been read.
+
+    Attributes:
+      index: checked.
+      read: `(leaf, start, stop)` -> those of its bytes.
+    """
+
+    index: dict[str, Any]
+    read: Callable[[str, int, int], np.ndarray]
+
+    def leaf(self, name: str) -> np.ndarray:
+        """A leaf's bytes."""
+        return self.read(name, 0, self.index["leaves"][name])
+
+    def deferred(self, name: str) -> Deferred:
+        """A leaf that is read when it is asked for."""
+        return Deferred((self.index["leaves"][name],), np.uint8, lambda *span: self.read(name, *span))
+
+
+def open_store(path: Path) -> Opened:
+    """Open a store of any schema."""
     meta, item = container.read_description(path)
     if meta["schema"] == 1:
         return open_first_schema(path, meta, item)
@@ -156,17 +185,13 @@ def open_store(path: Path) -> tuple[dict[str, Any], Callable[[Sequence[str]], di
     for name, size in index["leaves"].items():
         starts[name], at = at, at + size
 
-    def read(names: Sequence[str]) -> dict[str, np.ndarray]:
-        return {
-            n: container.read_span(opened, starts[n], starts[n] + index["leaves"][n], chunks) for n in names
-        }
+    def read(name: str, start: int, stop: int) -> np.ndarray:
+        return container.read_span(opened, starts[name] + start, starts[name] + stop, chunks)
 
-    return index, read
+    return Opened(index, read)
 
 
-def open_first_schema(
-    path: Path, meta: dict[str, Any], item: str
-) -> tuple[dict[str, Any], Callable[[Sequence[str]], dict[str, np.ndarray]]]:
+def open_first_schema(path: Path, meta: dict[str, Any], item: str) -> Opened:
     """As `open_store`, of a store with an array a leaf."""
     with believing(path):
         text = container.read_first_schema(path, item, "index", meta["index"]).tobytes()
@@ -175,10 +200,10 @@ def open_first_schema(
         index = {**index, "tasks": meta["tasks"], "leaves": {k: v[0] for k, v in sizes.items()}}
         description.check_index(index)
 
-    def read(names: Sequence[str]) -> dict[str, np.ndarray]:
-        return {n: container.read_first_schema(path, item, n, sizes[n]) for n in names}
+    def read(name: str, start: int, stop: int) -> np.ndarray:
+        return container.read_first_schema(path, item, name, sizes[name])[start:stop]
 
-    return index, read
+    return Opened(index, read)
 
 
 def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Store:
@@ -196,11 +221,57 @@ def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Stor
     """
 
     def read(at: Path) -> Store:
-        index, leaves = open_store(at)
-        names = index["tasks"]
-        chosen = list(range(len(names))) if tasks is None else [task_index(names, t) for t in tasks]
+        opened = open_store(at)
+        names = opened.index["tasks"]
+        return load(at, opened, range(len(names)) if tasks is None else [task_index(names, t) for t in tasks])
+
+    return read_whole(Path(path).absolute(), read)
+
+
+def load(path: Path, opened: Opened, chosen: Sequence[int]) -> Store:
+    """Some tasks of an opened store."""
+    with believing(path):
+        leaves = {n: opened.leaf(n) for n in packing.leaves_of(opened.index, chosen)}
+        return packing.unpack(opened.index, leaves, chosen)
+
+
+def batches(path: str | os.PathLike) -> Iterator[Store]:
+    """`restore` all tasks, some after the other: as many at once as take about `BATCH` bytes.
+
+    Raises:
+      HydraOptError: as `restore`, and where the store is replaced meanwhile.
+    """
+    path = Path(path).absolute()
+    at, opened, before = read_whole(path, lambda at: (at, open_store(at), container.stamp(at)))
+    for few in packing.runs(opened.index, BATCH):
+        try:
+            yield load(at, opened, few)
+        except (HydraOptError, OSError):
+            if (atomic.current(path), container.stamp(at)) == (at, before):
+                raise
+            raise HydraOptError(f"{path}: was replaced while it was read: run it again") from None
+
+
+def outline(path: str | os.PathLike) -> Store:
+    """A store of which little is in memory, as long as nobody writes over it.
+
+    Factors of a plain store, and leaves of one that was coded in segments, are read each time they are asked
+    for (`deferred`); the factors of segments cannot be read. A store that was coded in one piece is as
+    `restore` reads it.
+
+    Raises:
+      HydraOptError: as `restore`; of numbers, when they are read.
+    """
+
+    def read(at: Path) -> Store:
+        opened = open_store(at)
+        whole = opened.index.get("coded") and not opened.index.get("segments")
         with believing(at):
-            return packing.unpack(index, leaves(packing.leaves_of(index, chosen)), chosen)
+            leaves: dict[str, Any] = {
+                n: opened.leaf(n) if whole or n == "errors" else opened.deferred(n)
+                for n in opened.index["leaves"]
+            }
+            return packing.unpack(opened.index, leaves, range(len(opened.index["tasks"])))
 
     return read_whole(Path(path).absolute(), read)
 
@@ -226,9 +297,9 @@ def verify(path: str | os.PathLike) -> int:
     """
 
     def read(at: Path) -> int:
-        index, leaves = open_store(at)
-        with believing(at):
-            packing.unpack(index, leaves(list(index["leaves"])), range(len(index["tasks"])))
+        opened = open_store(at)
+        for few in packing.runs(opened.index, BATCH):
+            load(at, opened, few)
         return container.verify(at)
 
     return read_whole(Path(path).absolute(), read)

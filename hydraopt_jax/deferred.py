@@ -16,16 +16,17 @@ class Deferred:
 
     Args:
       shape, dtype: as of any array.
-      read: gives its bytes, in C order.
+      read: `(start, stop)` -> those of its bytes, in C order.
 
-    >>> x = Deferred((2,), "float32", lambda: np.arange(2, dtype=np.float32).tobytes())
-    >>> x.nbytes, np.asarray(x).tolist()
-    (8, [0.0, 1.0])
+    >>> numbers = np.arange(3, dtype=np.float32).tobytes()
+    >>> x = Deferred((3,), "float32", lambda start, stop: numbers[start:stop])
+    >>> x.nbytes, np.asarray(x).tolist(), np.asarray(x.part(4, (2,), "float32")).tolist()
+    (12, [0.0, 1.0, 2.0], [1.0, 2.0])
     """
 
     __slots__ = ("dtype", "read", "shape")
 
-    def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[], Any]) -> None:
+    def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[int, int], Any]) -> None:
         self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
 
     @property
@@ -47,11 +48,15 @@ class Deferred:
         return self.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        out = np.frombuffer(self.read(), np.uint8).view(self.dtype).reshape(self.shape)
+        out = np.frombuffer(bytes_of(self), np.uint8).view(self.dtype).reshape(self.shape)
         return out if dtype is None else out.astype(dtype)
 
     def __bytes__(self) -> bytes:
-        return bytes(self.read())
+        return bytes(bytes_of(self))
+
+    def part(self, start: int, shape: Sequence[int], dtype: Any) -> "Deferred":
+        """What lies in it from a byte on, as an array of its own."""
+        return Deferred(shape, dtype, lambda low, high: self.read(start + low, start + high))
 
 
 def size_of(part: Any) -> int:
@@ -68,5 +73,13 @@ def bytes_of(part: Any) -> Any:
     if isinstance(part, bytes):
         return part
     if isinstance(part, Deferred):
-        return part.read()
+        return part.read(0, part.nbytes)
     return np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+
+
+def part_of(leaf: Any, start: int, shape: Sequence[int], dtype: Any) -> Any:
+    """What lies in a leaf, an array of bytes or a deferred one, from a byte on."""
+    if isinstance(leaf, Deferred):
+        return leaf.part(start, shape, dtype)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.asarray(leaf)[start : start + size].view(dtype).reshape(shape)

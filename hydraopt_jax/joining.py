@@ -88,9 +88,9 @@ def slope(one: Way, two: Way) -> float:
 
 def joins(k: int, term: Factors, a: np.ndarray, b: np.ndarray) -> list[Way]:
     """A new head, projected onto the term's shared factor, and the head that suits best."""
-    first_a, first_b = (np.asarray(x[0]).astype(np.float64) for x in (term.a, term.b))
     if min(len(term.a), len(term.b)) > 1:
         return []
+    first_a, first_b = (np.asarray(x[0]).astype(np.float64) for x in (term.a, term.b))
     ones = None if term.core is None else np.ones(first_a.shape[1])
     if term.core is not None and np.ndim(term.core[0]) == 2:
         ones = np.diag(np.asarray(ones))
@@ -100,13 +100,23 @@ def joins(k: int, term: Factors, a: np.ndarray, b: np.ndarray) -> list[Way]:
         out.append(Way(first_b.size + extra, 0.0, k, 0, np.linalg.pinv(first_a) @ a @ b, ones))
     if len(term.b) == 1:
         out.append(Way(first_a.size + extra, 0.0, k, a @ (b @ np.linalg.pinv(first_b)), 0, ones))
-    heads = []
+    best, least = None, np.inf
     for i in range(len(term.a)):
+        left = first_a if i == 0 else np.asarray(term.a[i]).astype(np.float64)
         for j in range(len(term.b)):
-            left, right = (np.asarray(x).astype(np.float64) for x in (term.a[i], term.b[j]))
-            heads.append(Way(extra, 0.0, k, i, j, core(term, left, right, a, b)))
-    lost = [float((svd(*minus([term], x._replace(term=0), a, b))[1] ** 2).sum()) for x in heads]
-    return [*out, heads[int(np.argmin(lost))]]
+            right = first_b if j == 0 else np.asarray(term.b[j]).astype(np.float64)
+            own = core(term, left, right, a, b)
+            if (found := change(left, own, right, a, b)) < least:
+                best, least = Way(extra, 0.0, k, i, j, own), found
+    assert best is not None
+    return [*out, best]
+
+
+def change(left: np.ndarray, own: Any, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """By how much `x = left @ own @ right` changes the squared error of `a @ b`: `|x|^2 - 2 <x, a b>`."""
+    scaled = right if own is None else own[:, None] * right if own.ndim == 1 else own @ right
+    square = ((left.T @ left) * (scaled @ scaled.T)).sum()
+    return float(square - 2 * ((left.T @ a) * (scaled @ b.T)).sum())
 
 
 def core(term: Factors, left: np.ndarray, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
@@ -158,9 +168,9 @@ def join(name: str, terms: Sequence[Factors], way: Way, tasks: int, dtype: str) 
         b, b_of = grow(name, term.b, term.b_of, None if here is None else here.b, dtype)
         cores = None
         if term.core is not None:
-            stack = np.stack([np.asarray(x) for x in term.core])
-            own = np.zeros_like(stack[0]) if here is None else rounded(name, here.core, stack.dtype.name)
-            cores = np.concatenate([stack, own[None]])
+            first = term.core[0]
+            none: np.ndarray = np.zeros(first.shape, first.dtype)
+            cores = [*term.core, none if here is None else rounded(name, here.core, first.dtype.name)]
         out.append(Factors(a, b, a_of, b_of, cores))  # type: ignore[arg-type]
     if way.own is not None:
         of = np.array([*[-1] * tasks, 0], np.int32)
@@ -169,12 +179,12 @@ def join(name: str, terms: Sequence[Factors], way: Way, tasks: int, dtype: str) 
     return tuple(out)
 
 
-def grow(name: str, stack: Any, of: Any, what: Any, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def grow(name: str, stack: Any, of: Any, what: Any, dtype: str) -> tuple[list[Any], np.ndarray]:
     """A stack of factors and its index for one task more: with none, one that is there, or one of its own."""
-    every = np.stack([np.asarray(x) for x in stack])
+    every = list(stack)
     index = -1 if what is None else what if isinstance(what, int) else len(every)
     if index == len(every):
-        every = np.concatenate([every, rounded(name, what, dtype)[None]])
+        every.append(rounded(name, what, dtype))
     return every, np.append(np.asarray(of), index).astype(np.int32)
 
 

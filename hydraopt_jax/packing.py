@@ -12,7 +12,7 @@ import numpy as np
 
 from hydraopt_jax import structure
 from hydraopt_jax.coding import addition, codec
-from hydraopt_jax.deferred import Deferred, size_of
+from hydraopt_jax.deferred import Deferred, part_of, size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, leaf_names, pieces
@@ -118,6 +118,13 @@ def leaves_of(index: Mapping[str, Any], tasks: Iterable[int]) -> list[str]:
     return [k for k in index["leaves"] if k in names or k.startswith(added)]
 
 
+def runs(index: Mapping[str, Any], limit: int) -> list[range]:
+    """Consecutive tasks whose factors took about `limit` bytes as they came, in float32."""
+    tasks = len(index["tasks"])
+    length = min(max(limit * tasks // max(4 * index["report"]["entries"], 1), 1), tasks)
+    return [range(at, min(at + length, tasks)) for at in range(0, tasks, length)]
+
+
 def payload_leaves(groups: Sequence[Sequence[int]], slots: Iterable[int]) -> set[str]:
     """Names of the leaves that some tasks read of those that were compressed together."""
     wanted = set(slots)
@@ -162,7 +169,7 @@ def outline(term: TermShape, places: Sequence[int]) -> Factors:
       places: of each task of the store among the term's, -1 for none.
     """
 
-    def refuse() -> Any:
+    def refuse(*_: int) -> Any:
         raise HydraOptError("factors of an outline: restore the tasks that are wanted")
 
     at = np.array(places)
@@ -204,13 +211,20 @@ def coded_terms(payload: Payload, slots: Sequence[int]) -> dict[str, tuple[Facto
     return out
 
 
-def unpack(index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], chosen: Sequence[int]) -> Store:
-    """The inverse of `pack`, for the chosen tasks, from the leaves that they need (uint8 arrays)."""
+def unpack(index: Mapping[str, Any], leaves: Mapping[str, Any], chosen: Sequence[int]) -> Store:
+    """The inverse of `pack`, for the chosen tasks, from the leaves that they need.
+
+    Leaves are arrays of bytes, which may be deferred: what is made of them then is deferred, too.
+    """
     names, order = index["tasks"], [n for n, _ in index["modules"]]
     payload = None
     if index.get("coded"):
         shapes = structure.coded_shapes(index)
-        blobs = {k: v.tobytes() for k, v in leaves.items() if k != "errors" and not k.startswith("extras_")}
+        blobs: dict[str, Any] = {
+            k: v if isinstance(v, Deferred) else v.tobytes()
+            for k, v in leaves.items()
+            if k != "errors" and not k.startswith("extras_")
+        }
         additions = additions_of(index, blobs)
         segments = segments_of(index, blobs)
         blobs = {k: v for k, v in blobs.items() if not k.startswith(("added_", "segment_"))}
@@ -222,7 +236,7 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], chosen: S
             payload = None
     else:
         modules = unpack_terms(index, leaves, len(names), chosen)
-    errors = leaves["errors"].view(np.float16).reshape(len(order), len(names))
+    errors = part_of(leaves["errors"], 0, (len(order), len(names)), np.float16)
     extras = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
     sources = structure.split_sources(index["sources"], extras)
     return Store(
@@ -230,7 +244,7 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], chosen: S
         modules,
         tuple(sources[t] for t in chosen),
         index["report"],
-        errors[:, list(chosen)].astype(np.float32) ** 2,
+        np.asarray(errors)[:, list(chosen)].astype(np.float32) ** 2,
         payload,
     )
 
@@ -240,13 +254,12 @@ def extras_size(table: Sequence[Any]) -> int:
     return sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in table)
 
 
-def unpack_extras(table: Sequence[Any], blob: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The inverse of `pack_extras`; empty when the blob was not read."""
+def unpack_extras(table: Sequence[Any], blob: Any) -> dict[str, Any]:
+    """A task's full tensors from the bytes of its leaf; none when it was not read."""
     out, start = {}, 0
     for name, dtype, shape in table if blob is not None else ():
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        out[name] = np.asarray(blob)[start : start + size].view(dtype).reshape(shape)
-        start += size
+        out[name] = part_of(blob, start, shape, dtype)
+        start += out[name].nbytes
     return out
 
 
@@ -268,7 +281,7 @@ def take(stack: Any, chosen: Sequence[int] | np.ndarray) -> Any:
 
 
 def unpack_terms(
-    index: Mapping[str, Any], leaves: Mapping[str, np.ndarray], tasks: int, chosen: Sequence[int]
+    index: Mapping[str, Any], leaves: Mapping[str, Any], tasks: int, chosen: Sequence[int]
 ) -> dict[str, tuple[Factors, ...]]:
     """Terms of every module from the leaves, for the chosen tasks."""
     uses: list[tuple[int, int]] = []
@@ -299,7 +312,7 @@ def unpack_terms(
         if name not in leaves:
             values.append(None)
             continue
-        values.append(leaves[name][start : start + size].view(kind).reshape(shape))
+        values.append(part_of(leaves[name], start, shape, kind))
     spans = iter(uses)
     out = {}
     for module, row in index["modules"]:
@@ -323,8 +336,9 @@ def restrict(pattern: Sequence[Any], values: Sequence[Any], chosen: Sequence[int
     cores: Any = None
     if core is not None:
         by_task = dict(zip(present, values[na + nb :], strict=True))
-        like = next(np.asarray(by_task[t]) for t in chosen if t in by_task)
-        cores = [by_task.get(t, np.zeros_like(like)) for t in chosen]
+        like = next(by_task[t] for t in chosen if t in by_task)
+        none = np.zeros(like.shape, like.dtype)
+        cores = [by_task.get(t, none) for t in chosen]
     return Factors(
         [values[k] for k in pick_a],  # type: ignore[arg-type]
         [values[na + k] for k in pick_b],  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Verbs that change a store in place: add, remove."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hydraopt_jax import changes, checkpoint, report
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.cli.common import as_json_option, clean, read_all, say, with_adapters
+from hydraopt_jax.cli.common import LARGE, as_json_option, clean, read_all, say, with_adapters
 from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
@@ -32,15 +32,34 @@ def originals_of(content: Store, given: Sequence[Adapter]) -> dict[str, Adapter]
     return out
 
 
-def refitted(content: Store, given: Mapping[str, Adapter]) -> Store:
+def is_large(content: Store) -> bool:
+    """Whether a collection is not to be fitted anew in memory: it was coded in parts, or would have been."""
+    segments = content.payload is not None and bool(content.payload.segments)
+    return segments or 2 * content.report["entries"] > LARGE
+
+
+def refitted(content: Store, given: Sequence[Adapter]) -> Store:
     """The store fitted anew; the originals of all its tasks must be at hand."""
-    collection, absent = changes.originals(content, given)
+    if is_large(content):
+        raise HydraOptError(
+            "--refit holds the collection in memory, and this one is large: compress it again"
+        )
+    collection, absent = changes.originals(content, originals_of(content, given))
     if absent:
         raise HydraOptError(
             f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
             f"give --original {absent[0]}=FOLDER"
         )
     return changes.refit(collection, content)
+
+
+def estimated(
+    content: Store, given: Sequence[Adapter], quick: bool, task: str | None
+) -> changes.Refit | None:
+    """What a refit would give; None where nobody asks, or the collection is large."""
+    if quick or is_large(content):
+        return None
+    return changes.estimate(content, originals_of(content, given), task)
 
 
 def options(command: Any) -> Any:
@@ -57,8 +76,11 @@ def options(command: Any) -> Any:
     return command
 
 
-def account(path: str, before: int, content: Store, found: changes.Refit | None, task: str | None) -> Any:
+def account(
+    path: str, before: int, content: Store, estimates: Sequence[changes.Refit | None], task: str | None
+) -> Any:
     """The JSON object and the table of a change."""
+    found = next(iter(estimates), None)
     own = task_errors(content.errors)
     payload: dict[str, Any] = {
         "store": str(path),
@@ -86,6 +108,8 @@ def account(path: str, before: int, content: Store, found: changes.Refit | None,
         )
     if found is not None and found.due:
         notes.append("a refit is due: --refit would lower the mean error by more than a tenth")
+    if is_large(content):
+        notes.append("what a refit would give is not estimated: the collection is large")
     return payload, (table, *notes)
 
 
@@ -108,21 +132,19 @@ def add(
     checkpoint.read_index(path)
     new, *given = read_all([adapter, *known], any_base, base_suffix, as_json)
     before = checkpoint.size_on_disk(path)
-    found = []
+    found: list[changes.Refit | None] = []
 
     def change(content: Store) -> Store:
         bases = [x._replace(config=s.config) for x, s in ((new, content.sources[0]),) if s.config]
         check_same_base([*bases, new], any_base=any_base, base_suffixes=tuple(base_suffix))
         grown = changes.add(content, new)
-        at_hand = originals_of(content, given) | {new.task: new}
         if refit:
-            return refitted(grown, at_hand)
-        if not quick:
-            found.append(changes.estimate(grown, at_hand, new.task))
+            return refitted(grown, [*given, new])
+        found.append(estimated(grown, [*given, new], quick, new.task))
         return grown
 
     content = checkpoint.update(path, change)
-    payload, shown = account(path, before, content, found[0] if found else None, new.task)
+    payload, shown = account(path, before, content, found, new.task)
     say(as_json, payload | {"added": new.task}, *shown)
 
 
@@ -135,17 +157,15 @@ def remove(path: str, task: str, refit: bool, known: Sequence[str], quick: bool,
     checkpoint.read_index(path)
     given = read_all(known, True, (), as_json) if known else []
     before = checkpoint.size_on_disk(path)
-    found = []
+    found: list[changes.Refit | None] = []
 
     def change(content: Store) -> Store:
         left = changes.remove(content, task)
-        at_hand = originals_of(left, given) if refit or not quick else {}
         if refit:
-            return refitted(left, at_hand)
-        if not quick:
-            found.append(changes.estimate(left, at_hand))
+            return refitted(left, given)
+        found.append(estimated(left, given, quick, None))
         return left
 
     content = checkpoint.update(path, change)
-    payload, shown = account(path, before, content, found[0] if found else None, None)
+    payload, shown = account(path, before, content, found, None)
     say(as_json, payload | {"removed": task}, *shown)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
 
 Command = Callable[..., Any]
+
+# bytes of adapters from which on they are not held in memory all at once
+LARGE = 1 << 28
 
 
 class CheckFailed(click.ClickException):
@@ -45,6 +48,30 @@ def read_all(
     check_same_base(out, any_base=any_base, base_suffixes=tuple(base_suffix))
     check(out)
     return out
+
+
+def size_of(name: str) -> int:
+    """Bytes of the folder of an adapter given as PATH or NAME=PATH; 0 where there is none."""
+    folder = Path(split_name(name)[0])
+    return sum(x.stat().st_size for x in folder.iterdir() if x.is_file()) if folder.is_dir() else 0
+
+
+def read_in_batches(
+    names: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
+) -> Iterator[list[Adapter]]:
+    """As `read_all`, as many at a time as take about `LARGE` bytes; names are compared within a batch."""
+    first: list[Adapter] = []
+    some: list[str] = []
+    size = 0
+    for name in [*names, None]:
+        if some and (name is None or size + size_of(name) > LARGE):
+            few = read_all(some, any_base, base_suffix, as_json)
+            check_same_base([*first, *few], any_base=any_base, base_suffixes=tuple(base_suffix))
+            yield few
+            first, some, size = first or few[:1], [], 0
+        if name is not None:
+            some.append(name)
+            size += size_of(name)
 
 
 def say(as_json: bool, payload: dict[str, Any], *tables: Any) -> None:

@@ -13,12 +13,10 @@ from rich.table import Table
 
 from hydraopt_jax import compression, navigate, report, store
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.cli.common import Command, clean, say, split_name
+from hydraopt_jax.cli.common import LARGE, Command, clean, say, size_of, split_name
 from hydraopt_jax.formats import check_same_base
 from hydraopt_jax.scale import assembly, coded, hosts, jobs, looking, plan, progress
 
-# bytes of adapters from which on a budget or an error target is met segment by segment
-LARGE = 1 << 28
 # files of a job that say that something is done
 KEPT = ("group-*.json", "pass-*.json")
 
@@ -65,9 +63,7 @@ def scale_options(command: Command) -> Command:
 
 def is_large(adapters: Sequence[str]) -> bool:
     """Whether adapters, given as PATH or NAME=PATH, are too many to be held in memory a few times over."""
-    folders = (Path(split_name(x)[0]) for x in adapters)
-    files = (x for f in folders if f.is_dir() for x in f.iterdir() if x.is_file())
-    return sum(x.stat().st_size for x in files) > LARGE
+    return sum(map(size_of, adapters)) > LARGE
 
 
 def run(

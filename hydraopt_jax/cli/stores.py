@@ -15,7 +15,7 @@ from hydraopt_jax.cli.common import (
     clean,
     describe,
     error_table,
-    read_all,
+    read_in_batches,
     say,
     with_adapters,
 )
@@ -29,9 +29,8 @@ from hydraopt_jax.formats import peft, write_adapter
 @as_json_option
 def inspect(path: str, as_json: bool) -> None:
     """What is in a store: tasks, modules, form, bytes a leaf, error a task."""
-    content = checkpoint.restore(path)
-    _, index = checkpoint.read_index(path)
-    leaves = index["leaves"]
+    content = checkpoint.outline(path)
+    leaves = checkpoint.read_index(path)[1]["leaves"]
     payload = describe(path, content) | {"leaves": leaves, "bytes": checkpoint.size_on_disk(path)}
     table = Table("leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk")
     for name, size in leaves.items():
@@ -67,17 +66,20 @@ def export(
         raise HydraOptError("export: give either --task NAME or --all")
     if dtype is not None and dtype not in compression.DTYPES:
         raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(compression.DTYPES)}")
-    content = checkpoint.restore(path, None if everything else list(tasks))
-    single = len(tasks) == 1
-    folders = [Path(out) if single else Path(out) / peft.folder_name(t) for t in content.tasks]
-    taken = [f for f in folders if f.exists() and not overwrite]
-    if taken or len(set(folders)) < len(folders):
-        raise HydraOptError(f"{(taken or folders)[0]}: exists; choose another --out or give --overwrite")
+    stores = checkpoint.batches(path) if everything else [checkpoint.restore(path, list(tasks))]
+    names = checkpoint.read_index(path)[0] if everything else tasks
+    folders = {t: Path(out) if len(tasks) == 1 else Path(out) / peft.folder_name(t) for t in names}
+    taken = [f for f in folders.values() if f.exists() and not overwrite]
+    if taken or len(set(folders.values())) < len(names):
+        where = (taken or list(folders.values()))[0]
+        raise HydraOptError(f"{where}: exists; choose another --out or give --overwrite")
     with report.progress("exporting", len(folders), not as_json) as advance:
-        for task, folder in zip(content.tasks, folders, strict=True):
-            write_adapter(folder, store.adapter(content, task), dtype=dtype, overwrite=overwrite)
-            advance()
-    written = {task: str(f) for task, f in zip(content.tasks, folders, strict=True)}
+        for content in stores:
+            for task in content.tasks:
+                found = store.adapter(content, task)
+                write_adapter(folders[task], found, dtype=dtype, overwrite=overwrite)
+                advance()
+    written = {task: str(f) for task, f in folders.items()}
     table = Table("task", "folder")
     for task, folder_text in written.items():
         table.add_row(Text(task), Text(folder_text))
@@ -94,11 +96,13 @@ def verify(
 ) -> None:
     """Check a store's checksums; with ADAPTERS, measure the true errors against them."""
     files = checkpoint.verify(path)
-    content = checkpoint.restore(path)
+    content = checkpoint.outline(path)
     payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "files": files}
     payload["tasks"] = list(content.tasks)
     if adapters:
-        measured = compression.measure(content, read_all(adapters, any_base, base_suffix, as_json))
+        measured: dict[str, float] = {}
+        for few in read_in_batches(adapters, any_base, base_suffix, as_json):
+            measured |= compression.measure(checkpoint.restore(path, [x.task for x in few]), few)
         claimed = dict(zip(content.tasks, task_errors(content.errors).tolist(), strict=True))
         payload["error"] = {
             t: {"measured": clean(x), "claimed": clean(claimed[t])} for t, x in measured.items()

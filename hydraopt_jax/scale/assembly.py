@@ -46,16 +46,15 @@ class Kept(NamedTuple):
 def in_file(path: str, offset: int, shape: Sequence[int], dtype: Any) -> Deferred:
     """An array that lies in a file; one that has become shorter cannot be read."""
 
-    def read() -> bytes:
+    def read(start: int, stop: int) -> bytes:
         with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(out.nbytes)
-        if len(data) != out.nbytes:
+            file.seek(offset + start)
+            data = file.read(stop - start)
+        if len(data) != stop - start:
             raise HydraOptError(f"{path}: is not whole: delete {Path(path).parent} and start again")
         return data
 
-    out = Deferred(shape, dtype, read)
-    return out
+    return Deferred(shape, dtype, read)
 
 
 def stored(kept: Kept) -> Factors:
@@ -86,13 +85,13 @@ def tensor(found: Collection, task: int, row: Sequence[Any]) -> Deferred:
     """A full tensor `[name, dtype, shape]` of an adapter; one that is not that any more cannot be read."""
     name, dtype, shape = row
 
-    def read() -> Any:
+    def read(start: int, stop: int) -> Any:
         x = found.read_extras(task).get(name)
         if x is None or [x.dtype.name, list(x.shape)] != [dtype, list(shape)]:
             raise HydraOptError(
                 f"the full tensors of adapter {task + 1} have changed meanwhile: run it again"
             )
-        return bytes_of(x)
+        return bytes_of(x)[start:stop]
 
     return Deferred(shape, dtype, read)
 
