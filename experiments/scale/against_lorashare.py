@@ -12,11 +12,9 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
 import generated
 import numpy as np
 from measure import folder_bytes, relative_error
-
-
-def run(command: list[str], environment: dict[str, str], limit: float) -> dict[str, Any]:
-    """Seconds, processor seconds and peak bytes of a command; only what it did where it did not succeed."""
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
-        signal.signal(signal.SIGALRM, lambda *_: process.kill())
-        signal.alarm(int(limit))
-        _, status, used = os.wait4(process.pid, 0)
-        signal.alarm(0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        tail = log.read().decode(errors="replace")[-300:]
-    row = {
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
-        "peak_memory_bytes": 1024 * used.ru_maxrss,
-    }
-    if process.returncode:
-        row |= {"failed": "not done in time" if seconds >= limit else f"{process.returncode}: {tail}"}
-    return row
+from processes import run
 
 
 def error(tool: list[str], folders: list[Path], work: Path) -> float | None:

@@ -1,0 +1,86 @@
+"""Time and peak memory of every verb on a store that memory need not hold.
+
+    python experiments/scale/living.py --json experiments/scale/living.json
+    python experiments/scale/living.py --budget 0.125 --json experiments/scale/living-budget.json
+
+Generates adapters, compresses all but the last, and runs each verb as a process: `inspect`, `verify`,
+`verify` against some adapters, `export` of one task and of all, `add` of the last adapter, `remove` of one.
+Peaks are the whole process's; `nothing` is one that only starts.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
+
+import generated
+from measure import folder_bytes
+from processes import run
+
+START = "import jax, jax.numpy as jnp, hydraopt_jax.cli; jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=generated.MODELS, default="8b")
+    parser.add_argument("--layers", type=int, default=1, help="only the first layers")
+    parser.add_argument("--tasks", type=int, default=1000)
+    parser.add_argument("--budget", help="of the bytes that come in, in place of rank 16")
+    parser.add_argument("--samples", type=int, default=3, help="adapters that are verified against")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds that each verb has")
+    parser.add_argument(
+        "--inputs", metavar="FOLDER", help="keep the adapters there, take those that are there"
+    )
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args()
+    modules = generated.model(arguments.model, arguments.layers)
+    found = generated.collection(arguments.tasks, modules)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        folders = [Path(arguments.inputs or work / "in") / x for x in found.tasks]
+        for n, folder in enumerate(folders):
+            if not folder.exists():
+                generated.write(found, n, folder)
+        names = [str(x) for x in folders]
+        store, out = str(work / "store"), str(work / "out")
+        form = ["--budget", arguments.budget] if arguments.budget else ["--rank", "16", "--side", "in"]
+        verbs = {
+            "nothing": ["-c", START],
+            "compress": ["compress", *names[:-1], "--out", store, *form, "--json"],
+            "inspect": ["inspect", store, "--json"],
+            "verify": ["verify", store, "--json"],
+            f"verify {arguments.samples}": ["verify", store, *names[: arguments.samples], "--json"],
+            "export one": ["export", store, "--task", found.tasks[1], "--out", out, "--json"],
+            "export all": ["export", store, "--all", "--out", out, "--json"],
+            "add": ["add", store, names[-1], "--json"],
+            "remove": ["remove", store, found.tasks[0], "--json"],
+            "verify changed": ["verify", store, names[1], names[-1], "--json"],
+        }
+        rows = {}
+        for name, verb in verbs.items():
+            command = verb if name == "nothing" else ["-m", "hydraopt_jax.cli", *verb]
+            before = folder_bytes(Path(store)) if Path(store).exists() else 0
+            rows[name] = run([sys.executable, *command], {}, arguments.limit)
+            after = folder_bytes(Path(store)) if Path(store).exists() else 0
+            rows[name] |= {"store_bytes": after} if after != before else {}
+            print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+            shutil.rmtree(out, ignore_errors=True)
+        result = {
+            "model": arguments.model,
+            "layers": arguments.layers,
+            "tasks": arguments.tasks - 1,
+            "budget": arguments.budget,
+            "input_bytes": sum(folder_bytes(x) for x in folders[:-1]),
+            "verbs": rows,
+        }
+    print(json.dumps(result, indent=1))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
