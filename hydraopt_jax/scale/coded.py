@@ -84,15 +84,28 @@ def run(
         if processes.rank == 0:
             jobs.enter(folder, jobs.fingerprint(found, options, "coded"), parts, segment_bytes)
         processes.wait("entered")
-        number, step = passes(folder, found, options, goal, parts, progress, processes, segment_bytes)
+        known = pilot_of(folder, found, options, goal, processes, segment_bytes)
+        content = passes(folder, found, options, goal, parts, known, left_out or {}, progress, processes)
         processes.leave()
         if processes.rank:
             return None
-        rows = segments_of(folder, number, len(parts))
-        content = put_together(folder, number, found, options, parts, rows, step, left_out or {})
         jobs.put(out, content, overwrite, compress, int(goal.limit) if goal.sign < 0 else limit)
     shutil.rmtree(folder, ignore_errors=True)
     return content
+
+
+def pilot_of(
+    folder: Path, found: Collection, options: Options, goal: Target, processes: Processes, limit: int
+) -> Pilot:
+    """What a part of the collection tells, which the first process finds out."""
+    file = folder / "pilot.npz"
+    if processes.rank == 0 and not file.exists():
+        with (folder / "pilot.new").open("wb") as sink:
+            np.savez(sink, **target.pilot(found, options, goal, limit)._asdict())
+        os.replace(folder / "pilot.new", file)
+    processes.wait("pilot")
+    with np.load(file, allow_pickle=False) as saved:
+        return Pilot(**saved)
 
 
 def passes(
@@ -101,38 +114,31 @@ def passes(
     options: Options,
     goal: Target,
     parts: Sequence[Part],
+    known: Pilot,
+    left_out: Mapping[str, str],
     progress: Progress,
     processes: Processes,
-    limit: int,
-) -> tuple[int, float]:
-    """Code all segments until the whole meets the target: number and step of the pass that does."""
-    file = folder / "pilot.npz"
-    if processes.rank == 0 and not file.exists():
-        with (folder / "pilot.new").open("wb") as sink:
-            np.savez(sink, **target.pilot(found, options, goal, limit)._asdict())
-        os.replace(folder / "pilot.new", file)
-    processes.wait("pilot")
-    with np.load(file, allow_pickle=False) as saved:
-        known = Pilot(**saved)
-    step = float(known.step)
+) -> Store:
+    """Code all segments until the whole meets the target: the store of the pass that does."""
     done: list[Pass] = []
     while (chosen := target.met(done)) is None:
         if len(done) == target.PASSES:
             raise target.unmet(done, goal)
         number = len(done)
-        if number:
-            step = target.next_step(done, float(known.slope), goal)
+        step = target.next_step(done, float(known.slope), goal) if number else float(known.step)
         one_pass(folder, number, found, options, parts, step, known, progress, processes)
         processes.wait(f"pass {number}")
-        rows = segments_of(folder, number, len(parts))
-        done.append(Pass(step, miss_of(folder, number, found, options, parts, rows, step, goal)))
+        content = put_together(folder, number, found, options, parts, step, left_out)
+        done.append(Pass(step, miss_of(content, goal)))
         if done[-1].miss > 0:
             # it will not be taken: its description stays, its bytes make room
             for n in range(processes.rank, len(parts), processes.size):
                 codes(folder, number, n).unlink(missing_ok=True)
         if done[-1].miss > 0 and step >= navigate.STEPS[1] / 1.0001 and goal.sign < 0:
             raise target.unmet(done, goal)
-    return chosen, done[chosen].step
+    if chosen == number:
+        return content
+    return put_together(folder, chosen, found, options, parts, done[chosen].step, left_out)
 
 
 def one_pass(
@@ -202,25 +208,10 @@ def segments_of(folder: Path, number: int, count: int) -> list[Coded]:
     return out
 
 
-def miss_of(
-    folder: Path,
-    number: int,
-    found: Collection,
-    options: Options,
-    parts: Sequence[Part],
-    rows: Sequence[Coded],
-    step: float,
-    goal: Target,
-) -> float:
-    """Log of a pass's bytes or error over the target."""
-    if goal.sign > 0:
-        tables = [x.table for x in rows]
-        lost = sum(float(np.nansum(x)) for x in tables)
-        mean = lost / sum(np.count_nonzero(~np.isnan(x)) for x in tables)
-        return float(np.log(max(mean, 1e-30) / goal.limit))
-    return float(
-        np.log(size(put_together(folder, number, found, options, parts, rows, step, {})) / goal.limit)
-    )
+def miss_of(content: Store, goal: Target) -> float:
+    """Log of a store's bytes or mean error over the target."""
+    value = float(np.nanmean(content.errors)) if goal.sign > 0 else size(content)
+    return float(np.log(max(value, 1e-30) / goal.limit))
 
 
 def size(content: Store) -> int:
@@ -238,11 +229,11 @@ def put_together(
     found: Collection,
     options: Options,
     parts: Sequence[Part],
-    rows: Sequence[Coded],
     step: float,
     left_out: Mapping[str, str],
 ) -> Store:
     """The store of a pass, its leaves in the segments' files."""
+    rows = segments_of(folder, number, len(parts))
     made = []
     for n, (part, x) in enumerate(zip(parts, rows, strict=True)):
         file = str(codes(folder, number, n))
