@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -98,6 +99,18 @@ def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sou
         (other,) = two.modules[name]
         delta, again = (np.asarray(x.a)[0] @ np.asarray(x.b) for x in (term, other))
         np.testing.assert_allclose(again, delta, atol=1e-4 * np.abs(delta).max())
+
+
+def test_the_death_of_the_first_process_ends_the_other_with_a_message(sources, tmp_path):
+    begun = time.monotonic()
+    dead, alive = company(sources, tmp_path / "store", "group-0.json")
+    assert time.monotonic() - begun < 60
+    assert dead[0] == -signal.SIGKILL
+    assert alive[0] not in (0, -signal.SIGKILL)
+    # who says it depends on who notices first: JAX's client, which ends the process, or the barrier
+    assert "died" in alive[2] or "another process of this job has stopped" in alive[2]
+    assert not (tmp_path / "store").exists()
+    assert jobs.folder_of(tmp_path / "store").is_dir()
 
 
 def test_two_processes_code_the_segments_of_one(sources, tmp_path):
