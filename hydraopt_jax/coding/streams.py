@@ -18,7 +18,7 @@ from hydraopt_jax.coding import classes, entropy, trellis
 LANE = 4096
 # lanes that are quantised side by side: what the trellis keeps of every symbol until it has decided is some
 # thirty times what it is given, so a CPU takes a few lanes at a time
-BLOCK = {"cpu": 256}
+BLOCK = {"cpu": 128}
 ELSEWHERE = 1 << 14
 
 

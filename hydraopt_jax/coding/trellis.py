@@ -38,6 +38,35 @@ def costs(frequencies: np.ndarray) -> np.ndarray:
     return bits.astype(np.float32)
 
 
+def nearest(value: Array, quantiser: Array | int, parity: Array | int) -> Array:
+    """The magnitude of a parity whose reconstruction is next to a value of `[n, L]`."""
+    near = jnp.round(((value + quantiser) * 0.5 - parity) * 0.5).astype(jnp.int32) * 2 + parity
+    return jnp.maximum(near, parity)
+
+
+def branches(value: Array, index: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
+    """What each branch costs a symbol, whatever the state: all symbols at once, before the sequence begins.
+
+    Returns:
+      Least costs `[n, 4, L]` by quantiser and parity, and whether the magnitude below the nearest one has it.
+    """
+    low, table = jnp.asarray(classes.SHIFT, jnp.int32)[index], bits.reshape(-1)
+    paid, below = [], []
+    for q in range(2):
+        row = (2 * index + q) * classes.HIGH
+        for parity in range(2):
+            near = nearest(value, q, parity)
+            tried = []
+            for k in (near, jnp.maximum(near - 2, parity)):
+                high = k >> low
+                rate = table[row + jnp.minimum(high, classes.HIGH - 1)] + (k > 0)
+                rate = jnp.where(high >= classes.HIGH, FORBIDDEN, rate)
+                tried.append((value - (2 * k - q * (k > 0))) ** 2 + multiplier * rate)
+            paid.append(jnp.minimum(*tried))
+            below.append(tried[1] < tried[0])
+    return jnp.stack(paid, 1), jnp.stack(below, 1)
+
+
 @jax.jit
 def quantise(y: Array, index: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
     """Codes of least `sum (y - x)^2 + multiplier * bits` by the Viterbi algorithm, every lane on its own.
@@ -51,49 +80,30 @@ def quantise(y: Array, index: Array, bits: Array, multiplier: Array | float) -> 
     Returns:
       Magnitudes `[n, L]` int32 and the quantiser of each `[n, L]` int32; the sign is that of `y`.
     """
-    shift = jnp.asarray(classes.SHIFT, jnp.int32)
+    value = jnp.abs(y)
+    paid, below = branches(value, index, bits, multiplier)
 
-    def branches(value: Array, cls: Array) -> tuple[Array, Array]:
-        """Best magnitude and its cost for each quantiser and parity, `[4, L]`."""
-        low = shift[cls]
-        best, paid = [], []
-        for q in range(2):
-            for parity in range(2):
-                near = jnp.round(((value + q) * 0.5 - parity) * 0.5).astype(jnp.int32) * 2 + parity
-                near = jnp.maximum(near, parity)
-                under = jnp.maximum(near - 2, parity)
-                tried = []
-                for k in (near, under):
-                    high = k >> low
-                    rate = bits[cls, q, jnp.minimum(high, classes.HIGH - 1)] + (k > 0)
-                    rate = jnp.where(high >= classes.HIGH, FORBIDDEN, rate)
-                    tried.append((value - (2 * k - q * (k > 0))) ** 2 + multiplier * rate)
-                take = tried[1] < tried[0]
-                best.append(jnp.where(take, under, near))
-                paid.append(jnp.where(take, tried[1], tried[0]))
-        return jnp.stack(best), jnp.stack(paid)
-
-    def forward(total: Array, now: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        best, paid = branches(*now)
+    def forward(total: Array, paid: Array) -> tuple[Array, Array]:
         first = total[FROM[:, 0]] + paid[BRANCH[:, 0]]
         second = total[FROM[:, 1]] + paid[BRANCH[:, 1]]
         total = jnp.minimum(first, second)
-        return total - total.min(0), ((second < first).astype(jnp.int8), best)
+        return total - total.min(0), second < first
 
     lanes = y.shape[1]
     start = jnp.full((STATES, lanes), 1e9, jnp.float32).at[0].set(0.0)
-    total, (choice, best) = jax.lax.scan(forward, start, (jnp.abs(y), index))
+    total, choice = jax.lax.scan(forward, start, paid)
     lane = jnp.arange(lanes)
 
-    def backward(state: Array, now: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        choice, best = now
+    def backward(state: Array, choice: Array) -> tuple[Array, Array]:
         way = choice[state, lane].astype(jnp.int32)
-        branch = jnp.asarray(BRANCH)[state, way]
-        return jnp.asarray(FROM)[state, way], (best[branch, lane], branch >> 1)
+        return jnp.asarray(FROM)[state, way], jnp.asarray(BRANCH)[state, way].astype(jnp.int8)
 
     end = jnp.argmin(total, 0).astype(FROM.dtype)
-    _, (magnitude, quantiser) = jax.lax.scan(backward, end, (choice, best), reverse=True)
-    return magnitude, quantiser.astype(jnp.int32)
+    branch = jax.lax.scan(backward, end, choice, reverse=True)[1].astype(jnp.int32)
+    quantiser, parity = branch >> 1, branch & 1
+    near = nearest(value, quantiser, parity)
+    less = jnp.take_along_axis(below, branch[:, None], 1)[:, 0]
+    return jnp.where(less, jnp.maximum(near - 2, parity), near), quantiser
 
 
 def reconstruct(magnitude: np.ndarray, quantiser: np.ndarray, negative: np.ndarray) -> np.ndarray:
