@@ -21,9 +21,11 @@ ROUNDS = 20
 # compiled code, its compiler, and the store's writer
 FIXED = 300_000_000
 # of coded segments: passes over the collection as a rule, half-precision bytes that a core codes in a second,
-# and memory over the bytes of a segment, with the code that each device has of its own
+# seconds before the first one, and memory over the bytes of a segment, with the code that each device has of
+# its own
 PASSES = 2
-CODING_RATE = 8e6
+CODING_RATE = 2e7
+PILOT = 15.0
 CODING_MEMORY = 60
 CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
 
@@ -136,7 +138,7 @@ def estimate_coded(found: Collection, options: navigate.Options) -> Plan:
     flops = PASSES * 8 * rank * entries
     parts = len(segments.parts_of(found))
     memory = CODING_MEMORY * min(segments.SEGMENT_BYTES, 2 * entries) * min(parts, jax.local_device_count())
-    seconds = PASSES * 2 * entries / CODING_RATE + (read + store) / READ_RATE
+    seconds = PILOT + PASSES * 2 * entries / CODING_RATE + (read + store) / READ_RATE
     return Plan(parts, memory, flops, read, store, seconds)
 
 
