@@ -5,6 +5,7 @@ the index and the chunks of the leaves whose set of tasks it belongs to, and not
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import tempfile
@@ -200,10 +201,11 @@ def open_first_schema(path: Path, meta: dict[str, Any], item: str) -> Opened:
         index = {**index, "tasks": meta["tasks"], "leaves": {k: v[0] for k, v in sizes.items()}}
         description.check_index(index)
 
-    def read(name: str, start: int, stop: int) -> np.ndarray:
-        return container.read_first_schema(path, item, name, sizes[name])[start:stop]
+    @functools.lru_cache(1)
+    def leaf(name: str) -> np.ndarray:
+        return container.read_first_schema(path, item, name, sizes[name])
 
-    return Opened(index, read)
+    return Opened(index, lambda name, start, stop: leaf(name)[start:stop])
 
 
 def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Store:

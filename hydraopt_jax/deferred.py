@@ -55,8 +55,15 @@ class Deferred:
         return bytes(bytes_of(self))
 
     def part(self, start: int, shape: Sequence[int], dtype: Any) -> "Deferred":
-        """What lies in it from a byte on, as an array of its own."""
-        return Deferred(shape, dtype, lambda low, high: self.read(start + low, start + high))
+        """What lies in it from a byte on, as an array of its own.
+
+        Raises:
+          ValueError: it does not lie in it.
+        """
+        out = Deferred(shape, dtype, lambda low, high: self.read(start + low, start + high))
+        if start + out.nbytes > self.nbytes:
+            raise ValueError(f"{out.nbytes} bytes from byte {start} on of {self.nbytes}")
+        return out
 
 
 def size_of(part: Any) -> int:

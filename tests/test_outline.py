@@ -232,3 +232,10 @@ def test_verbs_go_through_a_large_store_in_batches(run, path, adapters, tmp_path
     assert "this one is large: compress it again" in err
     assert run("remove", tmp_path / "s", whole.tasks[0])[0] == 0
     assert checkpoint.outline(tmp_path / "s").tasks == (*whole.tasks[1:], adapters[4].task)
+
+
+def test_a_part_beyond_its_leaf_is_refused():
+    leaf = Deferred((8,), np.uint8, lambda start, stop: bytes(stop - start))
+    assert leaf.part(4, (2,), np.float16).nbytes == 4
+    with pytest.raises(ValueError, match="4 bytes from byte 5 on of 8"):
+        leaf.part(5, (2,), np.float16)

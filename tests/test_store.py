@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden import make as golden
 
-from hydraopt_jax import checkpoint, compression, container, container_writer, store, synthetic
+from hydraopt_jax import changes, checkpoint, compression, container, container_writer, store, synthetic
 from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 
@@ -215,6 +215,10 @@ def test_a_store_of_the_first_schema_opens(tmp_path, form):
     again = compression.measure(checkpoint.restore(tmp_path / "new"), collection)
     assert again == measured
     assert checkpoint.size_on_disk(tmp_path / "new") < 0.8 * checkpoint.size_on_disk(tmp_path / form)
+    checkpoint.update(tmp_path / form, lambda x: changes.remove(x, kept.tasks[0]))
+    fewer = checkpoint.restore(tmp_path / form)
+    assert checkpoint.schema_of(tmp_path / form) > 1
+    assert compression.measure(fewer, collection[1:]) == {t: measured[t] for t in kept.tasks[1:]}
 
 
 def test_equal_stores_are_equal_bytes(small, tmp_path):
