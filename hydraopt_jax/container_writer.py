@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from hydraopt_jax import container
+from hydraopt_jax import container, memory
 from hydraopt_jax.errors import HydraOptError
 
 # bytes of a chunk, and the most chunks of an array: what a task's restore may read in excess, against a file
@@ -63,6 +63,7 @@ def write(folder: Path, index: Mapping[str, Any], leaves: Iterable[Any], compres
             counts = []
             for array in arrays:
                 ocp.partial.save(folder, {container.array_name(len(counts)): array})
+                memory.give_back()
                 counts.append(len(array) // chunk)
             ocp.partial.finalize(folder)
     marker = folder / "commit_success.txt"

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from hydraopt_jax import checkpoint, container_writer, navigate, packing
+from hydraopt_jax import checkpoint, container_writer, memory, navigate, packing
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
@@ -171,6 +171,7 @@ def one_pass(
         names = [x.task for x in collection]
         coded = segments.code(problem, names, step, known.frequencies, codes(folder, number, n))
         segments.keep(row(folder, number, n), coded)
+        memory.give_back()
         with told:
             progress.step(len(parts[n].modules))
 

@@ -26,7 +26,7 @@ FIXED = 300_000_000
 PASSES = 2
 CODING_RATE = 2e7
 PILOT = 15.0
-CODING_MEMORY = 60
+CODING_MEMORY = 72
 CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
 
 
