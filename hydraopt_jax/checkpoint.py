@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hydraopt_jax import atomic, container, container_writer, description, packing
+from hydraopt_jax import atomic, container, container_writer, description, memory, packing
 from hydraopt_jax.container import SCHEMA
 from hydraopt_jax.deferred import Deferred, bytes_of
 from hydraopt_jax.errors import HydraOptError
@@ -246,6 +246,7 @@ def batches(path: str | os.PathLike) -> Iterator[Store]:
     path = Path(path).absolute()
     at, opened, before = read_whole(path, lambda at: (at, open_store(at), container.stamp(at)))
     for few in packing.runs(opened.index, BATCH):
+        memory.give_back()
         try:
             yield load(at, opened, few)
         except (HydraOptError, OSError):
@@ -302,6 +303,7 @@ def verify(path: str | os.PathLike) -> int:
         opened = open_store(at)
         for few in packing.runs(opened.index, BATCH):
             load(at, opened, few)
+            memory.give_back()
         return container.verify(at)
 
     return read_whole(Path(path).absolute(), read)

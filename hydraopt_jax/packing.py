@@ -119,9 +119,14 @@ def leaves_of(index: Mapping[str, Any], tasks: Iterable[int]) -> list[str]:
 
 
 def runs(index: Mapping[str, Any], limit: int) -> list[range]:
-    """Consecutive tasks whose factors took about `limit` bytes as they came, in float32."""
+    """Consecutive tasks whose factors took about `limit` bytes as they came, in float32.
+
+    Of a store in segments whole ones, where they fit: each is decoded once, and all in one shape.
+    """
     tasks = len(index["tasks"])
     length = min(max(limit * tasks // max(4 * index["report"]["entries"], 1), 1), tasks)
+    span = max((len(x["tasks"]) for x in index.get("segments", ())), default=1)
+    length -= length % span if length > span else 0
     return [range(at, min(at + length, tasks)) for at in range(0, tasks, length)]
 
 

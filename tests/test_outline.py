@@ -191,6 +191,9 @@ def test_batches_are_the_store_some_tasks_at_a_time(path, monkeypatch):
             for name, (a, b) in store.task_factors(content, task).items():
                 np.testing.assert_array_equal(a @ b, other[name][0] @ other[name][1])
     assert checkpoint.verify(path) == len(contents(path))
+    monkeypatch.setattr(checkpoint, "BATCH", whole.report["entries"] * 3)
+    # of segments of two tasks one, not one and a half
+    assert [len(x.tasks) for x in checkpoint.batches(path)] == ([3, 1] if readable(whole) else [2, 2])
 
 
 def test_a_store_that_is_replaced_between_batches_says_so(path, adapters, tmp_path, monkeypatch):
