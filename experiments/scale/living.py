@@ -1,7 +1,7 @@
 """Time and peak memory of every verb on a store that memory need not hold.
 
     python experiments/scale/living.py --json experiments/scale/living.json
-    python experiments/scale/living.py --budget 0.125 --json experiments/scale/living-budget.json
+    python experiments/scale/living.py --budget 0.125 --tasks 300 --json experiments/scale/living-budget.json
 
 Generates adapters, compresses all but the last, and runs each verb as a process: `inspect`, `verify`,
 `verify` against some adapters, `export` of one task and of all, `add` of the last adapter, `remove` of one.
