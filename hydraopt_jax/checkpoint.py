@@ -237,22 +237,27 @@ def load(path: Path, opened: Opened, chosen: Sequence[int]) -> Store:
         return packing.unpack(opened.index, leaves, chosen)
 
 
-def batches(path: str | os.PathLike) -> Iterator[Store]:
-    """`restore` all tasks, some after the other: as many at once as take about `BATCH` bytes.
+def load_in_batches(path: Path, opened: Opened, chosen: Sequence[int]) -> Iterator[Store]:
+    """As `load`, as many tasks at once as take about `BATCH` bytes."""
+    for few in packing.runs(opened.index, chosen, BATCH):
+        yield load(path, opened, few)
+        memory.give_back()
+
+
+def batches(path: str | os.PathLike, tasks: Sequence[str]) -> Iterator[Store]:
+    """`restore` tasks, some after the other: as many at once as take about `BATCH` bytes.
 
     Raises:
       HydraOptError: as `restore`, and where the store is replaced meanwhile.
     """
     path = Path(path).absolute()
     at, opened, before = read_whole(path, lambda at: (at, open_store(at), container.stamp(at)))
-    for few in packing.runs(opened.index, BATCH):
-        memory.give_back()
-        try:
-            yield load(at, opened, few)
-        except (HydraOptError, OSError):
-            if (atomic.current(path), container.stamp(at)) == (at, before):
-                raise
-            raise HydraOptError(f"{path}: was replaced while it was read: run it again") from None
+    try:
+        yield from load_in_batches(at, opened, [task_index(opened.index["tasks"], t) for t in tasks])
+    except (HydraOptError, OSError):
+        if (atomic.current(path), container.stamp(at)) == (at, before):
+            raise
+        raise HydraOptError(f"{path}: was replaced while it was read: run it again") from None
 
 
 def outline(path: str | os.PathLike) -> Store:
@@ -301,9 +306,8 @@ def verify(path: str | os.PathLike) -> int:
 
     def read(at: Path) -> int:
         opened = open_store(at)
-        for few in packing.runs(opened.index, BATCH):
-            load(at, opened, few)
-            memory.give_back()
+        for _ in load_in_batches(at, opened, range(len(opened.index["tasks"]))):
+            pass
         return container.verify(at)
 
     return read_whole(Path(path).absolute(), read)

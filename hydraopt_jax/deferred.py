@@ -51,9 +51,6 @@ class Deferred:
         out = np.frombuffer(bytes_of(self), np.uint8).view(self.dtype).reshape(self.shape)
         return out if dtype is None else out.astype(dtype)
 
-    def __bytes__(self) -> bytes:
-        return bytes(bytes_of(self))
-
     def part(self, start: int, shape: Sequence[int], dtype: Any) -> "Deferred":
         """What lies in it from a byte on, as an array of its own.
 

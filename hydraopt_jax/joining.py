@@ -14,6 +14,7 @@ import numpy as np
 
 from hydraopt_jax import compression
 from hydraopt_jax.forms import Factors
+from hydraopt_jax.store import times
 
 
 class Way(NamedTuple):
@@ -114,7 +115,7 @@ def joins(k: int, term: Factors, a: np.ndarray, b: np.ndarray) -> list[Way]:
 
 def change(left: np.ndarray, own: Any, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     """By how much `x = left @ own @ right` changes the squared error of `a @ b`: `|x|^2 - 2 <x, a b>`."""
-    scaled = right if own is None else own[:, None] * right if own.ndim == 1 else own @ right
+    scaled = right if own is None else times(own, right)
     square = ((left.T @ left) * (scaled @ scaled.T)).sum()
     return float(square - 2 * ((left.T @ a) * (scaled @ b.T)).sum())
 
@@ -137,7 +138,7 @@ def minus(terms: Sequence[Factors], way: Way, a: np.ndarray, b: np.ndarray) -> t
     left = np.asarray(term.a[way.a]) if isinstance(way.a, int) else way.a
     right = np.asarray(term.b[way.b]) if isinstance(way.b, int) else way.b
     if way.core is not None:
-        right = way.core[:, None] * right if way.core.ndim == 1 else way.core @ right
+        right = times(way.core, right)
     return np.concatenate([a, -left], 1), np.concatenate([b, right], 0)
 
 

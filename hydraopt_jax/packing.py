@@ -118,16 +118,15 @@ def leaves_of(index: Mapping[str, Any], tasks: Iterable[int]) -> list[str]:
     return [k for k in index["leaves"] if k in names or k.startswith(added)]
 
 
-def runs(index: Mapping[str, Any], limit: int) -> list[range]:
-    """Consecutive tasks whose factors took about `limit` bytes as they came, in float32.
+def runs(index: Mapping[str, Any], chosen: Sequence[int], limit: int) -> list[Sequence[int]]:
+    """Tasks in runs whose factors took about `limit` bytes as they came, in float32.
 
     Of a store in segments whole ones, where they fit: each is decoded once, and all in one shape.
     """
-    tasks = len(index["tasks"])
-    length = min(max(limit * tasks // max(4 * index["report"]["entries"], 1), 1), tasks)
+    length = max(limit * len(index["tasks"]) // max(4 * index["report"]["entries"], 1), 1)
     span = max((len(x["tasks"]) for x in index.get("segments", ())), default=1)
     length -= length % span if length > span else 0
-    return [range(at, min(at + length, tasks)) for at in range(0, tasks, length)]
+    return [chosen[at : at + length] for at in range(0, len(chosen), length)]
 
 
 def payload_leaves(groups: Sequence[Sequence[int]], slots: Iterable[int]) -> set[str]:
@@ -177,13 +176,11 @@ def outline(term: TermShape, places: Sequence[int]) -> Factors:
     def refuse(*_: int) -> Any:
         raise HydraOptError("factors of an outline: restore the tasks that are wanted")
 
-    at = np.array(places)
     index: list[Any] = []
     stacks: list[Any] = []
     for of, shape in ((term.a_of, (term.inputs, term.rank)), (term.b_of, (term.rank, term.outputs))):
-        mine = np.where(at >= 0, np.array(of)[at], -1)
-        kept = np.unique(mine[mine >= 0])
-        index.append(np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32))
+        kept, mine = renumber(of, places)
+        index.append(mine)
         stacks.append([Deferred(shape, "float32", refuse)] * len(kept))
     core = np.broadcast_to(np.zeros((), np.float32), (len(places), term.rank))
     return Factors(stacks[0], stacks[1], index[0], index[1], core)  # type: ignore[arg-type]
@@ -268,16 +265,27 @@ def unpack_extras(table: Sequence[Any], blob: Any) -> dict[str, Any]:
     return out
 
 
+def renumber(of: Any, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which factors of a stack the chosen tasks read, and the place of each task's own among them.
+
+    Args:
+      of: `[T]` which factor a task reads, -1 for none.
+      chosen: tasks; -1 for one that is not there.
+
+    >>> [x.tolist() for x in renumber([5, 0, -1, 5], [3, 2, -1, 1])]
+    [[0, 5], [1, -1, -1, 0]]
+    """
+    at = np.array(chosen, np.int64)
+    mine = np.where(at >= 0, np.asarray(of)[at], -1)
+    kept = np.unique(mine[mine >= 0])
+    return kept, np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32)
+
+
 def select(term: Factors, chosen: Sequence[int]) -> Factors:
     """A term for the chosen tasks: their factors alone, renumbered; -1 for a task that it has not."""
-    out: list[Any] = []
-    for stack, of in ((term.a, term.a_of), (term.b, term.b_of)):
-        mine = np.array([np.asarray(of)[t] if t >= 0 else -1 for t in chosen], np.int32)
-        kept = np.unique(mine[mine >= 0])
-        new = np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32)
-        out.append((take(stack, kept), new))
-    (a, a_of), (b, b_of) = out
-    return Factors(a, b, a_of, b_of, None if term.core is None else take(term.core, chosen))
+    (a, a_of), (b, b_of) = (renumber(of, chosen) for of in (term.a_of, term.b_of))
+    core = None if term.core is None else take(term.core, chosen)
+    return Factors(take(term.a, a), take(term.b, b), a_of, b_of, core)  # type: ignore[arg-type]
 
 
 def take(stack: Any, chosen: Sequence[int] | np.ndarray) -> Any:
@@ -331,12 +339,10 @@ def unpack_terms(
     return out
 
 
-def restrict(pattern: Sequence[Any], values: Sequence[Any], chosen: Sequence[int]) -> Factors:
+def restrict(pattern: Sequence[Any], values: list[Any], chosen: Sequence[int]) -> Factors:
     """One term for the chosen tasks: their factors alone, renumbered."""
     a_of, b_of, core = pattern
     na, nb = max(a_of) + 1, max(b_of) + 1
-    pick_a = sorted({a_of[t] for t in chosen} - {-1})
-    pick_b = sorted({b_of[t] for t in chosen} - {-1})
     present = [t for t, x in enumerate(a_of) if x >= 0]
     cores: Any = None
     if core is not None:
@@ -344,10 +350,5 @@ def restrict(pattern: Sequence[Any], values: Sequence[Any], chosen: Sequence[int
         like = next(by_task[t] for t in chosen if t in by_task)
         none = np.zeros(like.shape, like.dtype)
         cores = [by_task.get(t, none) for t in chosen]
-    return Factors(
-        [values[k] for k in pick_a],  # type: ignore[arg-type]
-        [values[na + k] for k in pick_b],  # type: ignore[arg-type]
-        np.array([pick_a.index(a_of[t]) if a_of[t] >= 0 else -1 for t in chosen], np.int32),  # type: ignore[arg-type]
-        np.array([pick_b.index(b_of[t]) if b_of[t] >= 0 else -1 for t in chosen], np.int32),  # type: ignore[arg-type]
-        cores,
-    )
+    (a, mine_a), (b, mine_b) = (renumber(of, chosen) for of in (a_of, b_of))
+    return Factors(take(values[:na], a), take(values[na : na + nb], b), mine_a, mine_b, cores)  # type: ignore[arg-type]

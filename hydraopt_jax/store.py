@@ -118,8 +118,7 @@ def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndar
             a = np.asarray(term.a[int(term.a_of[t])]).astype(np.float32)
             b = np.asarray(term.b[int(term.b_of[t])]).astype(np.float32)
             if term.core is not None:
-                core = np.asarray(term.core[t]).astype(np.float32)
-                b = core[:, None] * b if core.ndim == 1 else core @ b
+                b = times(np.asarray(term.core[t]).astype(np.float32), b)
             left.append(a)
             right.append(b)
         if left:
@@ -128,6 +127,15 @@ def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndar
             used[0] |= not used.any()
             out[name] = (a[:, used], b[used])
     return out
+
+
+def times(core: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A core, diagonal `[S]` or full `[S, S]`, times `b: [S, O]`.
+
+    >>> times(np.array([2.0, 3.0]), np.ones((2, 1))).tolist(), times(np.eye(2), np.ones((2, 1))).tolist()
+    ([[2.0], [3.0]], [[1.0], [1.0]])
+    """
+    return core[:, None] * b if core.ndim == 1 else core @ b
 
 
 def task_index(tasks: Sequence[str], task: str) -> int:

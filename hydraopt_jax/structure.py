@@ -10,24 +10,30 @@ from hydraopt_jax.layout import KINDS, TermShape, pieces
 from hydraopt_jax.store import Segment, Source
 
 
-def number(patterns: list[Any], use: Any) -> int:
-    """Position of a pattern of use, which is written down where it is new."""
-    if use not in patterns:
-        patterns.append(use)
-    return patterns.index(use)
+def table(modules: Mapping[str, Sequence[tuple[Any, list[Any]]]]) -> dict[str, Any]:
+    """Terms as patterns of use, equal ones written once, and rows that name their pattern.
+
+    Args:
+      modules: name -> pattern of use and other columns of each term.
+    """
+    patterns: list[Any] = []
+
+    def number(use: Any) -> int:
+        if use not in patterns:
+            patterns.append(use)
+        return patterns.index(use)
+
+    rows = [[name, [[number(use), *columns] for use, columns in terms]] for name, terms in modules.items()]
+    return {"patterns": patterns, "modules": rows}
 
 
 def coded_skeleton(shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, Any]:
     """As `skeleton`, of coded terms; the dtype says so, and whether factors are predicted from the first."""
-    patterns: list[Any] = []
-    rows = []
-    for name, terms in shapes.items():
-        row = []
-        for x in terms:
-            use = [list(x.a_of), list(x.b_of), "diagonal"]
-            row.append([number(patterns, use), x.inputs, x.rank, x.outputs, KINDS[x.predicted]])
-        rows.append([name, row])
-    return {"patterns": patterns, "modules": rows, "coded": True}
+
+    def term(x: TermShape) -> tuple[Any, list[Any]]:
+        return [list(x.a_of), list(x.b_of), "diagonal"], [x.inputs, x.rank, x.outputs, KINDS[x.predicted]]
+
+    return table({name: [term(x) for x in terms] for name, terms in shapes.items()}) | {"coded": True}
 
 
 def coded_shapes(index: Mapping[str, Any]) -> dict[str, tuple[TermShape, ...]]:
@@ -43,18 +49,15 @@ def coded_shapes(index: Mapping[str, Any]) -> dict[str, tuple[TermShape, ...]]:
 
 
 def skeleton(modules: Mapping[str, tuple[Factors, ...]]) -> dict[str, Any]:
-    """Shapes and indices of the terms, JSON-able; equal patterns of use are written once."""
-    patterns: list[Any] = []
-    rows = []
-    for name, terms in modules.items():
-        row = []
-        for term in terms:
-            core = None if term.core is None else ("diagonal" if np.ndim(term.core[0]) == 1 else "full")
-            use = [np.asarray(term.a_of).tolist(), np.asarray(term.b_of).tolist(), core]
-            a, b = term.a[0], term.b[0]
-            row.append([number(patterns, use), a.shape[0], a.shape[1], b.shape[1], a.dtype.name])
-        rows.append([name, row])
-    return {"patterns": patterns, "modules": rows}
+    """Shapes and indices of the terms, JSON-able."""
+
+    def term(x: Factors) -> tuple[Any, list[Any]]:
+        core = None if x.core is None else ("diagonal" if np.ndim(x.core[0]) == 1 else "full")
+        a, b = x.a[0], x.b[0]
+        use = [np.asarray(x.a_of).tolist(), np.asarray(x.b_of).tolist(), core]
+        return use, [a.shape[0], a.shape[1], b.shape[1], a.dtype.name]
+
+    return table({name: [term(x) for x in terms] for name, terms in modules.items()})
 
 
 def segment_table(segments: Iterable[Segment]) -> list[dict[str, Any]]:

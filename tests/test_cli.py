@@ -7,15 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from commands import run
 
-from hydraopt_jax import cli, demo, formats
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(x) for x in arguments])
-    out = capsys.readouterr()
-    return stop.value.code, out.out, out.err
+from hydraopt_jax import demo, formats
 
 
 def ok(capsys, *arguments):

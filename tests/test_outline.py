@@ -4,11 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
+from commands import run
 
 from hydraopt_jax import (
     changes,
     checkpoint,
-    cli,
     compression,
     container_writer,
     formats,
@@ -69,20 +69,6 @@ def contents(folder):
 def readable(content):
     """Whether the factors of an outline can be read."""
     return content.payload is None or not content.payload.segments
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command: (exit status, standard output, standard error)."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(x) for x in arguments])
-        said = capsys.readouterr()
-        return stop.value.code, said.out, said.err
-
-    return call
 
 
 @pytest.fixture
@@ -182,7 +168,7 @@ def test_a_damaged_leaf_leaves_the_store_as_it_was(path, adapters, tmp_path):
 def test_batches_are_the_store_some_tasks_at_a_time(path, monkeypatch):
     whole = checkpoint.restore(path)
     monkeypatch.setattr(checkpoint, "BATCH", whole.report["entries"] * 2)
-    several = list(checkpoint.batches(path))
+    several = list(checkpoint.batches(path, whole.tasks))
     assert [len(x.tasks) for x in several] == [2, 2]
     assert tuple(t for x in several for t in x.tasks) == whole.tasks
     for content in several:
@@ -193,7 +179,9 @@ def test_batches_are_the_store_some_tasks_at_a_time(path, monkeypatch):
     assert checkpoint.verify(path) == len(contents(path))
     monkeypatch.setattr(checkpoint, "BATCH", whole.report["entries"] * 3)
     # of segments of two tasks one, not one and a half
-    assert [len(x.tasks) for x in checkpoint.batches(path)] == ([3, 1] if readable(whole) else [2, 2])
+    assert [len(x.tasks) for x in checkpoint.batches(path, whole.tasks)] == (
+        [3, 1] if readable(whole) else [2, 2]
+    )
 
 
 def test_a_store_that_is_replaced_between_batches_says_so(path, adapters, tmp_path, monkeypatch):
@@ -201,14 +189,14 @@ def test_a_store_that_is_replaced_between_batches_says_so(path, adapters, tmp_pa
     monkeypatch.setattr(container_writer, "CHUNK", 256)
     checkpoint.save(tmp_path / "s", checkpoint.restore(path))
     monkeypatch.setattr(checkpoint, "BATCH", 1)
-    stores = checkpoint.batches(tmp_path / "s")
+    stores = checkpoint.batches(tmp_path / "s", checkpoint.read_index(tmp_path / "s")[0])
     next(stores)
     checkpoint.update(tmp_path / "s", lambda x: changes.remove(x, x.tasks[0]))
     with pytest.raises(HydraOptError, match="was replaced while it was read: run it again"):
         list(stores)
 
 
-def test_verbs_go_through_a_large_store_in_batches(run, path, adapters, tmp_path, monkeypatch):
+def test_verbs_go_through_a_large_store_in_batches(capsys, path, adapters, tmp_path, monkeypatch):
     shutil.copytree(path, tmp_path / "s")
     for x in adapters:
         formats.write_adapter(tmp_path / "in" / x.task, x)
@@ -216,7 +204,7 @@ def test_verbs_go_through_a_large_store_in_batches(run, path, adapters, tmp_path
     monkeypatch.setattr(common, "LARGE", 1)
     monkeypatch.setattr(verbs, "LARGE", 1)
     monkeypatch.setattr(checkpoint, "BATCH", 1)
-    assert run("export", tmp_path / "s", "--all", "--out", tmp_path / "out")[0] == 0
+    assert run(capsys, "export", tmp_path / "s", "--all", "--out", tmp_path / "out")[0] == 0
     whole = checkpoint.restore(path)
     for task in whole.tasks:
         back = formats.read_adapter(tmp_path / "out" / task)
@@ -225,15 +213,19 @@ def test_verbs_go_through_a_large_store_in_batches(run, path, adapters, tmp_path
             np.testing.assert_allclose(
                 back.a[name] @ back.b[name], expected.a[name] @ expected.b[name], rtol=1e-3, atol=1e-5
             )
-    assert run("verify", tmp_path / "s", *folders[:4], "--json")[0] == 0
-    code, out, _ = run("add", tmp_path / "s", folders[4])
+    assert run(capsys, "verify", tmp_path / "s", *folders[:4], "--json")[0] == 0
+    again = f"{adapters[0].task}={folders[1]}"
+    code, _, err = run(capsys, "verify", tmp_path / "s", folders[0], again)
+    assert code == 2
+    assert "is used by both" in err
+    code, out, _ = run(capsys, "add", tmp_path / "s", folders[4])
     assert code == 0
     assert "not estimated: the collection is large" in " ".join(out.split())
-    assert run("verify", tmp_path / "s", folders[4], folders[0])[0] == 0
-    code, _, err = run("remove", tmp_path / "s", whole.tasks[0], "--refit")
+    assert run(capsys, "verify", tmp_path / "s", folders[4], folders[0])[0] == 0
+    code, _, err = run(capsys, "remove", tmp_path / "s", whole.tasks[0], "--refit")
     assert code == 2
     assert "this one is large: compress it again" in err
-    assert run("remove", tmp_path / "s", whole.tasks[0])[0] == 0
+    assert run(capsys, "remove", tmp_path / "s", whole.tasks[0])[0] == 0
     assert checkpoint.outline(tmp_path / "s").tasks == (*whole.tasks[1:], adapters[4].task)
 
 

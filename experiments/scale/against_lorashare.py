@@ -44,25 +44,14 @@ def error(tool: list[str], folders: list[Path], work: Path) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lorashare", metavar="PYTHON", required=True)
-    parser.add_argument("--model", choices=generated.MODELS, default="0.5b")
-    parser.add_argument("--layers", type=int, help="only the first layers")
-    parser.add_argument("--tasks", type=int, default=64)
+    generated.options(parser, "0.5b", None, 64)
     parser.add_argument("--limit", type=float, default=600, help="seconds that each of the two has")
     parser.add_argument("--samples", type=int, default=3, help="adapters whose errors are measured")
     parser.add_argument("--only", choices=("hydraopt", "lorashare"), help="run one of the two")
-    parser.add_argument(
-        "--inputs", metavar="FOLDER", help="keep the adapters there, take those that are there"
-    )
-    parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    modules = generated.model(arguments.model, arguments.layers)
-    found = generated.collection(arguments.tasks, modules)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        folders = [Path(arguments.inputs or work / "in") / x for x in found.tasks]
-        for n, folder in enumerate(folders):
-            if not folder.exists():
-                generated.write(found, n, folder)
+        folders = generated.on_disk(arguments, work / "in")
         names = [str(x) for x in folders]
         hydraopt = [sys.executable, "-m", "hydraopt_jax.cli"]
         lorashare = [str(Path(arguments.lorashare).parent / "lorashare")]
@@ -96,7 +85,7 @@ def main() -> None:
         size = sum(folder_bytes(x) for x in folders)
     out = {
         "model": arguments.model,
-        "modules": len(modules),
+        "modules": len(generated.model(arguments.model, arguments.layers)),
         "tasks": arguments.tasks,
         "input_bytes": size,
         "load": load,

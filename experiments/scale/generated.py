@@ -2,6 +2,7 @@
 `write` makes them.
 """
 
+import argparse
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,27 @@ def collection(
     )
     size = sum(2 * tasks * rank * (i + o) for i, o in modules.values())
     return Collection(cards, dict(modules), read, lambda task: {}, size)
+
+
+def options(parser: argparse.ArgumentParser, model: str, layers: int | None, tasks: int) -> None:
+    """What scripts ask that put a generated collection on disk, with their defaults."""
+    parser.add_argument("--model", choices=MODELS, default=model)
+    parser.add_argument("--layers", type=int, default=layers, help="only the first layers")
+    parser.add_argument("--tasks", type=int, default=tasks)
+    parser.add_argument(
+        "--inputs", metavar="FOLDER", help="keep the adapters there, take those that are there"
+    )
+    parser.add_argument("--json", metavar="FILE")
+
+
+def on_disk(arguments: argparse.Namespace, spare: Path) -> list[Path]:
+    """The adapters that the `options` ask for, in the folder that they name or else in another one."""
+    found = collection(arguments.tasks, model(arguments.model, arguments.layers))
+    folders = [Path(arguments.inputs or spare) / x for x in found.tasks]
+    for n, folder in enumerate(folders):
+        if not folder.exists():
+            write(found, n, folder)
+    return folders
 
 
 def write(found: Collection, task: int, folder: Path) -> None:

@@ -26,25 +26,14 @@ START = "import jax, jax.numpy as jnp, hydraopt_jax.cli; jax.block_until_ready(j
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=generated.MODELS, default="8b")
-    parser.add_argument("--layers", type=int, default=1, help="only the first layers")
-    parser.add_argument("--tasks", type=int, default=1000)
+    generated.options(parser, "8b", 1, 1000)
     parser.add_argument("--budget", help="of the bytes that come in, in place of rank 16")
     parser.add_argument("--samples", type=int, default=3, help="adapters that are verified against")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that each verb has")
-    parser.add_argument(
-        "--inputs", metavar="FOLDER", help="keep the adapters there, take those that are there"
-    )
-    parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    modules = generated.model(arguments.model, arguments.layers)
-    found = generated.collection(arguments.tasks, modules)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        folders = [Path(arguments.inputs or work / "in") / x for x in found.tasks]
-        for n, folder in enumerate(folders):
-            if not folder.exists():
-                generated.write(found, n, folder)
+        folders = generated.on_disk(arguments, work / "in")
         names = [str(x) for x in folders]
         store, out = str(work / "store"), str(work / "out")
         form = ["--budget", arguments.budget] if arguments.budget else ["--rank", "16", "--side", "in"]
@@ -54,10 +43,10 @@ def main() -> None:
             "inspect": ["inspect", store, "--json"],
             "verify": ["verify", store, "--json"],
             f"verify {arguments.samples}": ["verify", store, *names[: arguments.samples], "--json"],
-            "export one": ["export", store, "--task", found.tasks[1], "--out", out, "--json"],
+            "export one": ["export", store, "--task", folders[1].name, "--out", out, "--json"],
             "export all": ["export", store, "--all", "--out", out, "--json"],
             "add": ["add", store, names[-1], "--json"],
-            "remove": ["remove", store, found.tasks[0], "--json"],
+            "remove": ["remove", store, folders[0].name, "--json"],
             "verify changed": ["verify", store, names[1], names[-1], "--json"],
         }
         rows = {}

@@ -76,11 +76,8 @@ def options(command: Any) -> Any:
     return command
 
 
-def account(
-    path: str, before: int, content: Store, estimates: Sequence[changes.Refit | None], task: str | None
-) -> Any:
+def account(path: str, before: int, content: Store, found: changes.Refit | None, task: str | None) -> Any:
     """The JSON object and the table of a change."""
-    found = next(iter(estimates), None)
     own = task_errors(content.errors)
     payload: dict[str, Any] = {
         "store": str(path),
@@ -144,7 +141,7 @@ def add(
         return grown
 
     content = checkpoint.update(path, change)
-    payload, shown = account(path, before, content, found, new.task)
+    payload, shown = account(path, before, content, found[0] if found else None, new.task)
     say(as_json, payload | {"added": new.task}, *shown)
 
 
@@ -167,5 +164,5 @@ def remove(path: str, task: str, refit: bool, known: Sequence[str], quick: bool,
         return left
 
     content = checkpoint.update(path, change)
-    payload, shown = account(path, before, content, found, None)
+    payload, shown = account(path, before, content, found[0] if found else None, None)
     say(as_json, payload | {"removed": task}, *shown)

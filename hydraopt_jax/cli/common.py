@@ -1,5 +1,6 @@
 """What the verbs share: reading collections, printing, common options."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -40,13 +41,20 @@ def read_all(
     names: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
 ) -> list[Adapter]:
     """Read adapters given as PATH or NAME=PATH and check that they adapt one base model."""
+    return read_beside([], names, any_base, base_suffix, as_json)
+
+
+def read_beside(
+    before: Sequence[Adapter], names: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
+) -> list[Adapter]:
+    """As `read_all`, of adapters that follow others."""
     out = []
     with report.progress("reading", len(names), not as_json) as advance:
         for path, task in map(split_name, names):
             out.append(read_adapter(path, task=task))
             advance()
-    check_same_base(out, any_base=any_base, base_suffixes=tuple(base_suffix))
-    check(out)
+    check_same_base([*before, *out], any_base=any_base, base_suffixes=tuple(base_suffix))
+    check([*before, *out])
     return out
 
 
@@ -59,19 +67,22 @@ def size_of(name: str) -> int:
 def read_in_batches(
     names: Sequence[str], any_base: bool, base_suffix: Sequence[str], as_json: bool
 ) -> Iterator[list[Adapter]]:
-    """As `read_all`, as many at a time as take about `LARGE` bytes; names are compared within a batch."""
-    first: list[Adapter] = []
-    some: list[str] = []
-    size = 0
-    for name in [*names, None]:
-        if some and (name is None or size + size_of(name) > LARGE):
-            few = read_all(some, any_base, base_suffix, as_json)
-            check_same_base([*first, *few], any_base=any_base, base_suffixes=tuple(base_suffix))
-            yield few
-            first, some, size = first or few[:1], [], 0
-        if name is not None:
-            some.append(name)
-            size += size_of(name)
+    """As `read_all`, about `LARGE` bytes at a time; each adapter is compared with those before."""
+    before: list[Adapter] = []
+    ends = zip(itertools.accumulate(map(size_of, names)), names, strict=True)
+    for _, group in itertools.groupby(ends, key=lambda x: x[0] // LARGE):
+        few = read_beside(before, [name for _, name in group], any_base, base_suffix, as_json)
+        yield few
+        before += map(shell, few)
+
+
+def shell(x: Adapter) -> Adapter:
+    """An adapter without its numbers, to compare others with."""
+    return x._replace(
+        a={n: v[:, :0].copy() for n, v in x.a.items()},
+        b={n: v[:0].copy() for n, v in x.b.items()},
+        extras={},
+    )
 
 
 def say(as_json: bool, payload: dict[str, Any], *tables: Any) -> None:

@@ -66,15 +66,15 @@ def export(
         raise HydraOptError("export: give either --task NAME or --all")
     if dtype is not None and dtype not in compression.DTYPES:
         raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(compression.DTYPES)}")
-    stores = checkpoint.batches(path) if everything else [checkpoint.restore(path, list(tasks))]
-    names = checkpoint.read_index(path)[0] if everything else tasks
+    known = checkpoint.read_index(path)[0]
+    names = known if everything else [known[store.task_index(known, t)] for t in tasks]
     folders = {t: Path(out) if len(tasks) == 1 else Path(out) / peft.folder_name(t) for t in names}
     taken = [f for f in folders.values() if f.exists() and not overwrite]
     if taken or len(set(folders.values())) < len(names):
         where = (taken or list(folders.values()))[0]
         raise HydraOptError(f"{where}: exists; choose another --out or give --overwrite")
     with report.progress("exporting", len(folders), not as_json) as advance:
-        for content in stores:
+        for content in checkpoint.batches(path, list(folders)):
             for task in content.tasks:
                 found = store.adapter(content, task)
                 write_adapter(folders[task], found, dtype=dtype, overwrite=overwrite)

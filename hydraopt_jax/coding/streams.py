@@ -16,8 +16,8 @@ import numpy as np
 from hydraopt_jax.coding import classes, entropy, trellis
 
 LANE = 4096
-# lanes that are quantised side by side: what the trellis keeps of every symbol until it has decided is some
-# thirty times what it is given, so a CPU takes a few lanes at a time
+# lanes that are quantised side by side: the trellis keeps some thirty bytes of every symbol until it has
+# decided, so a CPU takes a few lanes at a time
 BLOCK = {"cpu": 128}
 ELSEWHERE = 1 << 14
 

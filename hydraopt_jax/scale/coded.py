@@ -158,6 +158,7 @@ def one_pass(
     todo = [n for n in mine if not row(folder, number, n).exists()]
     total = sum(len(parts[n].modules) for n in mine)
     progress.start(total, total - sum(len(parts[n].modules) for n in todo))
+    told = threading.Lock()
 
     def one(item: tuple[int, list[Adapter]]) -> None:
         n, collection = item
@@ -179,7 +180,6 @@ def one_pass(
         with told:
             progress.read(size)
 
-    told = threading.Lock()
     coming = segments.ahead(found, [parts[n] for n in todo], count, len(jax.local_devices()))
     mesh.spread(one, zip(todo, coming, strict=True))
 

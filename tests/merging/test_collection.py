@@ -4,16 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from commands import run
 
-from hydraopt_jax import HydraOptError, calibration, cli, formats, merging, synthetic
+from hydraopt_jax import HydraOptError, calibration, formats, merging, synthetic
 from hydraopt_jax.adapters import Adapter
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(x) for x in arguments])
-    out = capsys.readouterr()
-    return stop.value.code, out.out, out.err
 
 
 def mean(collection, module):

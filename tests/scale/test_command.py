@@ -5,17 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from safetensors.numpy import load_file, save_file
 
-from hydraopt_jax import checkpoint, cli
+from hydraopt_jax import checkpoint
 from hydraopt_jax.scale import progress
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(x) for x in arguments])
-    out = capsys.readouterr()
-    return stop.value.code, out.out, out.err
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+from commands import run
 
-from hydraopt_jax import checkpoint, cli, container_writer, formats, synthetic
+from hydraopt_jax import checkpoint, container_writer, formats, synthetic
 from hydraopt_jax.scale import jobs
 
 
@@ -35,15 +36,13 @@ def job(tmp_path, monkeypatch, capsys):
         formats.write_adapter(tmp_path / adapter.task, adapter)
         sources.append(tmp_path / adapter.task)
 
-    def run(out, *more):
-        arguments = ["compress", *sources, "--out", out, "--rank", "3", "--side", "in", "--force", *more]
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(x) for x in arguments])
-        said = capsys.readouterr()
-        return stop.value.code, said.out, said.err
+    form = "--rank", "3", "--side", "in", "--force"
 
-    return run
+    def call(out, *more):
+        capsys.readouterr()
+        return run(capsys, "compress", *sources, "--out", out, *form, *more)
+
+    return call
 
 
 @contextmanager
