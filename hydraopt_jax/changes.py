@@ -12,7 +12,8 @@ import numpy as np
 
 from hydraopt_jax import adapters, checkpoint, compression, forms, joining, navigate, packing
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.coding import addition, codec, trial
+from hydraopt_jax.codec import encode
+from hydraopt_jax.coding import addition, trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import pieces
@@ -106,7 +107,7 @@ def add_segment(store: Store, payload: Payload, new: Adapter) -> Store:
     """A task in a segment of its own, compared with nobody and predicted from nobody."""
     problem = trial.prepare(adapters.stack([new]), tuple(new.a), np.ones(1), None, False)
     found = code(problem, store.report["step"])
-    leaves = codec.serialise(found.coded, found.gains)
+    leaves = encode.serialize(found.coded, found.gains)
     one = Segment(leaves, found.coded.shapes, (len(store.tasks) - 1,))
     payload = payload._replace(segments=(*payload.segments, one))
     modules = packing.coded_terms(payload, range(len(store.tasks)))

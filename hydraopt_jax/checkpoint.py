@@ -5,7 +5,6 @@ the index and the chunks of the leaves whose set of tasks it belongs to, and not
 """
 
 import dataclasses
-import functools
 import itertools
 import os
 import tempfile
@@ -32,7 +31,6 @@ __all__ = [
     "read_index",
     "restore",
     "save",
-    "schema_of",
     "settle",
     "size_on_disk",
     "update",
@@ -128,11 +126,6 @@ def check_target(path: str | os.PathLike, overwrite: bool) -> None:
     read_whole(path, container.read_description)
 
 
-def schema_of(path: str | os.PathLike) -> int:
-    """Which schema a store is written in."""
-    return read_whole(Path(path).absolute(), container.read_description)[0]["schema"]
-
-
 def read_index(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Task names and the index of a store, whose "leaves" are name -> bytes."""
     index = read_whole(Path(path).absolute(), lambda at: open_store(at).index)
@@ -173,10 +166,8 @@ class Opened:
 
 
 def open_store(path: Path) -> Opened:
-    """Open a store of any schema."""
+    """Open a store."""
     meta, item = container.read_description(path)
-    if meta["schema"] == 1:
-        return open_first_schema(path, meta, item)
     chunks: dict[str, bytes] = {}
     with believing(path):
         opened = container.open_container(path, meta, item)
@@ -190,22 +181,6 @@ def open_store(path: Path) -> Opened:
         return container.read_span(opened, starts[name] + start, starts[name] + stop, chunks)
 
     return Opened(index, read)
-
-
-def open_first_schema(path: Path, meta: dict[str, Any], item: str) -> Opened:
-    """As `open_store`, of a store with an array a leaf."""
-    with believing(path):
-        text = container.read_first_schema(path, item, "index", meta["index"]).tobytes()
-        index = container.parse(path, text)
-        sizes = index["leaves"]
-        index = {**index, "tasks": meta["tasks"], "leaves": {k: v[0] for k, v in sizes.items()}}
-        description.check_index(index)
-
-    @functools.lru_cache(1)
-    def leaf(name: str) -> np.ndarray:
-        return container.read_first_schema(path, item, name, sizes[name])
-
-    return Opened(index, lambda name, start, stop: leaf(name)[start:stop])
 
 
 def restore(path: str | os.PathLike, tasks: Sequence[str] | None = None) -> Store:

@@ -5,8 +5,8 @@ costs a few hundred bytes beside its content, an array a leaf as much for each l
 carries the description: sizes and checksums of all other files, and a seal over itself. Chunks are decoded
 from the very bytes whose checksum was compared: a store replaced meanwhile is never read half and half.
 
-A long run is cut into arrays `data`, `data_1`, `data_2`, ...: schema 3, else schema 2. The first schema keeps
-one array a leaf and is only read. Here containers are read; `container_writer` writes them.
+A long run is cut into arrays `data`, `data_1`, `data_2`, ... Here containers are read; `container_writer`
+writes them. Schemas before the present one are those of versions never released, and are refused by name.
 """
 
 import bisect
@@ -24,12 +24,11 @@ import tensorstore
 
 from hydraopt_jax.errors import HydraOptError
 
-# of one array, and of several, the newest
-ONE_ARRAY, SCHEMA = 2, 3
+SCHEMA = 4
 DESCRIPTION = "_CHECKPOINT_METADATA"
 ARRAY = "data"
 # what an array may claim to hold: so many bytes, and so many for each on disk (zstd of zeros)
-ROOM, EXPANSION = 1 << 26, 1000
+ROOM, EXPANSION = 1 << 22, 1000
 # deflate cannot expand further
 DEFLATE = 1040
 SEAL = "0" * 16
@@ -120,15 +119,19 @@ def read_description(path: Path) -> tuple[dict[str, Any], str]:
             f"{path}: schema {schema} is newer than this version reads ({SCHEMA}): upgrade hydraopt_jax "
             f"(or {DESCRIPTION} is damaged)"
         )
-    if schema > 1:
-        seal = str(meta.get("seal")).encode()
-        if digest(text.replace(b'"seal":"' + seal, b'"seal":"' + SEAL.encode())) != seal.decode():
-            raise damaged(path, f"{DESCRIPTION} does not match its checksum")
+    seal = str(meta.get("seal")).encode()
+    if digest(text.replace(b'"seal":"' + seal, b'"seal":"' + SEAL.encode())) != seal.decode():
+        raise damaged(path, f"{DESCRIPTION} does not match its checksum")
+    if schema < SCHEMA:
+        raise HydraOptError(
+            f"{path}: schema {schema} is that of a version before the first release: compress the adapters "
+            "again"
+        )
     return meta, item
 
 
 def open_container(path: Path, meta: Mapping[str, Any], item: str) -> Container:
-    """Open a store of a later schema than the first: all files have their sizes, small ones are as written.
+    """Open a store: all files have their sizes, small ones are as written.
 
     Raises:
       HydraOptError: a file that is missing, of another size, or not as written.
@@ -137,7 +140,7 @@ def open_container(path: Path, meta: Mapping[str, Any], item: str) -> Container:
     for name, checksum in meta["files"].items():
         if digest(small[name]) != checksum:
             raise damaged(path, f"{name} does not match its checksum")
-    groups = [meta["chunks"]] if meta["schema"] == ONE_ARRAY else meta["chunks"]
+    groups = meta["chunks"]
     folders = [f"{item}/{array_name(n)}" for n in range(len(groups))]
     stored = 0
     for folder, chunks in zip(folders, groups, strict=True):
@@ -227,10 +230,8 @@ def decode(path: Path, array: str, files: Mapping[str, bytes], start: int, stop:
 
 
 def verify(path: Path) -> int:
-    """Compare every file with its checksum, which the first schema has not; returns how many there are."""
+    """Compare every file with its checksum; returns how many there are."""
     meta, item = read_description(path)
-    if meta["schema"] == 1:
-        return sum(x.is_file() for x in path.rglob("*"))
     opened = open_container(path, meta, item)
     for array in opened.arrays:
         for k in range(len(array.chunks)):
@@ -250,8 +251,8 @@ def stamp(path: Path) -> tuple[int, int, bytes]:
 
 def is_compressed(path: Path) -> bool:
     """Whether a store's chunks are compressed by Orbax."""
-    meta, item = read_description(path)
-    header = read_file(path, f"{item}/{'index' if meta['schema'] == 1 else ARRAY}/.zarray")
+    _, item = read_description(path)
+    header = read_file(path, f"{item}/{ARRAY}/.zarray")
     return json.loads(header).get("compressor") is not None
 
 
@@ -280,14 +281,3 @@ def parse(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise damaged(path, "its index is no JSON") from None
     return index
-
-
-def read_first_schema(path: Path, item: str, name: str, size: Any) -> np.ndarray:
-    """A leaf of a store of the first schema, compared with the size and the checksum that it should have."""
-    array = f"{item}/{name}"
-    header, data = read_file(path, f"{array}/.zarray"), read_file(path, f"{array}/0")
-    total, _ = array_shape(path, array, header, len(data))
-    leaf = decode(path, array, {".zarray": header, "0": data}, 0, total)
-    if [len(leaf), digest(leaf)] != list(size):
-        raise damaged(path, f"leaf {name!r} does not match its checksum")
-    return leaf

@@ -90,9 +90,9 @@ def describe(folder: Path, counts: Sequence[int], chunk: int, index: Sequence[in
     others = sorted(x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file())
     meta = {
         "format": "hydraopt",
-        "schema": container.ONE_ARRAY if len(counts) == 1 else container.SCHEMA,
+        "schema": container.SCHEMA,
         "index": index,
-        "chunks": chunks[0] if len(counts) == 1 else chunks,
+        "chunks": chunks,
         "files": {x: container.digest((folder / x).read_bytes()) for x in others if x not in apart},
         "seal": container.SEAL,
     }

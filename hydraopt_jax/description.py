@@ -7,11 +7,12 @@ the bytes that are there; what remains is caught when the leaves are read.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydraopt_jax import layout
 from hydraopt_jax.formats.tensor_files import FLOATS
 
 # numbers that a coded store may decode to: so many, and so many for each byte that it holds
-ROOM, EXPANSION = 1 << 24, 4096
-KINDS = {"coded", "predicted", "projected", *(x.name for x in FLOATS)}
+ROOM, EXPANSION = 1 << 22, 4096
+KINDS = {*layout.KINDS, *(x.name for x in FLOATS)}
 
 
 class Unbelievable(ValueError):

@@ -43,10 +43,9 @@ def leaf_names(members: Sequence[frozenset[int]], sizes: Sequence[int], tasks: i
     return names, [sorted(users) for users in groups]
 
 
-# how factors 1, 2, ... of a term are predicted from factor 0: not at all; coefficients in bytes and a scale a
-# vector, as early stores have them; coefficients along the unit vectors of factor 0, in whole steps
-KINDS = ("coded", "predicted", "projected")
-SCALED, PROJECTED = 1, 2
+# prediction mode of factors 1, 2, ... of a term: none, or integer coefficients along the vectors of factor 0
+KINDS = ("coded", "projected")
+PROJECTED = 1
 
 
 class TermShape(NamedTuple):
@@ -75,7 +74,6 @@ class Piece(NamedTuple):
       length: entries of each vector, I or O.
       rank: how many vectors, S.
       base: position of the piece it may be predicted from, or -1.
-      kind: how, a position in `KINDS`.
       leaf: name of the leaf that holds it.
     """
 
@@ -86,13 +84,12 @@ class Piece(NamedTuple):
     length: int
     rank: int
     base: int
-    kind: int
     leaf: str
 
 
 def pieces(modules: Mapping[str, Sequence[TermShape]]) -> tuple[list[Piece], list]:
     """Every coded factor in the canonical order, with its leaf; and the task sets of the `head_*` leaves."""
-    rows: list[tuple[str, int, int, int, int, int, int, int]] = []
+    rows: list[tuple[str, int, int, int, int, int, int]] = []
     members, sizes = [], []
     tasks = 0
     for name, terms in modules.items():
@@ -104,7 +101,7 @@ def pieces(modules: Mapping[str, Sequence[TermShape]]) -> tuple[list[Piece], lis
                     base = first if term.predicted and factor else -1
                     everyone = term.predicted and not factor
                     users = range(tasks) if everyone else np.flatnonzero(np.array(of) == factor).tolist()
-                    rows.append((name, k, side, factor, length, term.rank, base, term.predicted))
+                    rows.append((name, k, side, factor, length, term.rank, base))
                     members.append(frozenset(users))
                     sizes.append(length * term.rank)
     names, groups = leaf_names(members, sizes, tasks)

@@ -12,7 +12,9 @@ import numpy as np
 
 from hydraopt_jax import adapters, bounds, checkpoint, compression
 from hydraopt_jax.adapters import Adapter, Adapters
-from hydraopt_jax.coding import codec, plan
+from hydraopt_jax.codec import encode, syntax
+from hydraopt_jax.coding import plan
+from hydraopt_jax.coding.terms import deserialize
 from hydraopt_jax.coding.trial import Problem, Trial, attempt, bar, prepare, task_errors, train
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
@@ -150,9 +152,9 @@ def to_store(
     collection: Sequence[Adapter], problem: Problem, trial: Trial, options: Options, entries: int
 ) -> Store:
     """The trial in bytes, as a store; its factors are what those bytes decode to."""
-    leaves = codec.serialise(trial.coded, trial.gains)
+    leaves = encode.serialize(trial.coded, trial.gains)
     shapes = trial.coded.shapes
-    modules = codec.deserialise(leaves, shapes, range(len(collection)))
+    modules = deserialize(leaves, shapes, range(len(collection)))
     report = describe(collection, problem, trial, options, entries)
     if not problem.metrics:
         found = limits(problem, np.array([sum(map(len, leaves.values()))]))
@@ -181,7 +183,7 @@ def eigen_tail(problem: Problem, trial: Trial) -> float:
     coded, tails = trial.coded, []
     for t in range(problem.weights.shape[1]):
         kept: dict[str, int] = {}
-        for (name, _), live in codec.live_directions(coded.shapes, coded.pieces, coded.classes, t).items():
+        for (name, _), live in syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t).items():
             kept[name] = kept.get(name, 0) + int(live.sum())
         for x in problem.spectra:
             for m in np.flatnonzero(x.norms[:, t] > 0):

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax import structure
-from hydraopt_jax.coding import addition, codec
+from hydraopt_jax.coding import addition
+from hydraopt_jax.coding.terms import deserialize
 from hydraopt_jax.deferred import Deferred, part_of, size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
@@ -158,7 +159,7 @@ def segmented_terms(segments: Iterable[Segment], wanted: Sequence[int]) -> dict[
         if any(isinstance(v, Deferred) for v in x.leaves.values()):
             found = {name: tuple(outline(term, places) for term in terms) for name, terms in x.shapes.items()}
         else:
-            decoded = codec.deserialise(x.leaves, x.shapes, here) if here else {}
+            decoded = deserialize(x.leaves, x.shapes, here) if here else {}
             found = {name: tuple(select(term, places) for term in v) for name, v in decoded.items()}
         for name in x.shapes:
             out.setdefault(name, []).extend(term for term in found.get(name, ()) if len(term.a))

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.coding import classes, codec
-from hydraopt_jax.coding.codec import Coded
+from hydraopt_jax.codec import contexts, encode, syntax
+from hydraopt_jax.codec.encode import Coded
+from hydraopt_jax.coding.terms import coded_factors, deserialize
 from hydraopt_jax.coding.trial import Metrics, unweigh
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape
@@ -46,11 +47,11 @@ class Tables(NamedTuple):
     multiplier: np.ndarray
 
 
-def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, list[codec.Target]]:
+def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, list[encode.Target]]:
     """Factors in steps as the codec takes them."""
     return {
         n: [
-            codec.Target(
+            encode.Target(
                 shape,
                 np.asarray(x.a, np.float32),
                 np.ascontiguousarray(np.asarray(x.b, np.float32).swapaxes(1, 2)),
@@ -61,31 +62,31 @@ def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> di
     }
 
 
-def encode(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]], tables: Tables) -> Coded:
+def quantized(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]], tables: Tables) -> Coded:
     """Quantise factors in steps."""
-    return codec.quantise(targets(modules, shapes), tables.frequencies, float(tables.multiplier[0]))
+    return encode.quantize(targets(modules, shapes), tables.frequencies, float(tables.multiplier[0]))
 
 
 def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
     """What the quantised factors come back as, with the cores of `modules`."""
     return {
         n: tuple(x._replace(core=like.core) for x, like in zip(terms, modules[n], strict=True))
-        for n, terms in codec.factors(coded).items()
+        for n, terms in coded_factors(coded).items()
     }
 
 
 def recount(coded: Coded, multiplier: float | np.ndarray) -> Tables:
     """Tables of what was just quantised."""
-    prior = classes.gaussian()
+    prior = contexts.gaussian()
     return Tables(coded.counts + 8 * prior / prior.sum(-1, keepdims=True), np.reshape(multiplier, 1))
 
 
 def start_tables(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> Tables:
     """Tables of factors in steps: quantisation and counting alternate."""
-    prior = classes.gaussian()
-    tables = Tables(prior / prior.sum(-1, keepdims=True), np.array([codec.MULTIPLIER]))
+    prior = contexts.gaussian()
+    tables = Tables(prior / prior.sum(-1, keepdims=True), np.array([encode.MULTIPLIER]))
     for _ in range(TABLE_ROUNDS):
-        tables = recount(encode(modules, shapes, tables), tables.multiplier)
+        tables = recount(quantized(modules, shapes, tables), tables.multiplier)
     return tables
 
 
@@ -93,8 +94,8 @@ def gains_of(coded: Coded, modules: Modules, tasks: int) -> dict[int, list[np.nd
     """The cores of `modules` in the codec's order, as they will be read."""
     gains = {}
     for t in range(tasks):
-        live = codec.live_directions(coded.shapes, coded.pieces, coded.classes, t)
-        gains[t] = codec.round_gains([np.asarray(modules[n][k].core)[t][x] for (n, k), x in live.items()])
+        live = syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t)
+        gains[t] = syntax.round_gains([np.asarray(modules[n][k].core)[t][x] for (n, k), x in live.items()])
     return gains
 
 
@@ -149,31 +150,31 @@ def coding(store: Store) -> Rounding:
     tables = start_tables(store.modules, shapes)
 
     def estimate(coded: Coded, modules: Modules) -> float:
-        return codec.sizes(coded, gains_of(coded, modules, tasks))
+        return encode.sizes(coded, gains_of(coded, modules, tasks))
 
     def serialise(coded: Coded, modules: Modules) -> tuple[dict[str, bytes], int]:
-        leaves = codec.serialise(coded, gains_of(coded, modules, tasks))
+        leaves = encode.serialize(coded, gains_of(coded, modules, tasks))
         return leaves, sum(map(len, leaves.values()))
 
     # the estimate of a size is off by more than a little where there is little
-    first = encode(store.modules, shapes, tables)
+    first = quantized(store.modules, shapes, tables)
     bias = serialise(first, store.modules)[1] / estimate(first, store.modules)
 
     def round_all(modules: Modules, tables: Any, settled: bool) -> tuple[Modules, Any]:
-        coded = encode(modules, shapes, tables)
+        coded = quantized(modules, shapes, tables)
         over = bias * estimate(coded, modules) / (limit - MARGIN * limit)
         if settled and over <= 1:
             return decoded(coded, modules), tables
         # bytes follow the price slowly
-        price = tables.multiplier * np.clip(over**4, 0.95, 1.05) / codec.MULTIPLIER
-        return decoded(coded, modules), recount(coded, codec.MULTIPLIER * np.clip(price, *PRICES))
+        price = tables.multiplier * np.clip(over**4, 0.95, 1.05) / encode.MULTIPLIER
+        return decoded(coded, modules), recount(coded, encode.MULTIPLIER * np.clip(price, *PRICES))
 
     def finish(modules: Modules, tables: Any) -> tuple[Modules, Payload | None]:
         for _ in range(ROUNDS):
-            coded = encode(modules, shapes, tables)
+            coded = quantized(modules, shapes, tables)
             leaves, size = serialise(coded, modules)
             if size <= limit:
-                return codec.deserialise(leaves, shapes, range(tasks)), Payload(leaves, shapes)
+                return deserialize(leaves, shapes, range(tasks)), Payload(leaves, shapes)
             tables = recount(coded, tables.multiplier * (1.003 * size / limit) ** 4)
         return {}, None
 

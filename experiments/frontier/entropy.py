@@ -3,8 +3,8 @@
     python experiments/frontier/entropy.py ADAPTER... --json experiments/frontier/entropy.json
 
 The same codes, three ways: the package's rANS streams; int8 (int16 where a code needs it) one after another
-under zstd; the same with vectors sorted by scale class first, each class an array of its own. Against the
-entropy of codes given class and quantiser, signs and raw low bits included.
+under zstd; the same with vectors sorted by context first, each context an array of its own. Against the
+entropy of symbols given context and quantizer, signs and middle bits included.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import numpy as np
 import tensorstore as ts
 
 from hydraopt_jax import formats, navigate
-from hydraopt_jax.coding import classes, codec, streams
+from hydraopt_jax.codec import encode, streams, tables
+from hydraopt_jax.codec.contexts import RAW_BITS, WIDE
 from hydraopt_jax.coding.trial import attempt, train
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03)
@@ -44,20 +45,20 @@ def zstd(codes: np.ndarray) -> int:
     )
 
 
-def measure(coded: codec.Coded) -> dict[str, float]:
+def measure(coded: encode.Coded) -> dict[str, float]:
     """Bytes of one coded collection's codes, by coder, over their entropy."""
-    entropy = codec.entropy_bytes(coded.counts)
-    own = plain = by_class = raw = 0.0
-    table = streams.tables(coded.counts)
+    own = sum(map(len, streams.encode(coded.symbols, tables.from_counts(coded.counts))))
+    share = coded.counts / np.maximum(coded.counts.sum(-1, keepdims=True), 1)
+    bits = -coded.counts * np.log2(np.where(share > 0, share, 1))
+    # wide contexts count the symbols of both quantizers twice
+    whole = (bits.sum() - bits[WIDE].sum() / 2) / 8
+    plain = by_context = 0.0
     for x in coded.symbols:
-        raw += float(classes.SHIFT[x.cls].sum() + np.count_nonzero(x.magnitude)) / 8
-        own += sum(map(len, streams.encode(x, table)))
-        codes = np.where(x.negative, -x.magnitude, x.magnitude).T[x.cls.T > 0]
-        cls = x.cls.T[x.cls.T > 0]
+        whole += float(RAW_BITS[x.context].sum() + np.count_nonzero(encode.signs(x))) / 8
+        codes = np.where(x.negative, -x.magnitude, x.magnitude)
         plain += zstd(codes)
-        by_class += sum(zstd(codes[cls == c]) for c in np.unique(cls))
-    whole = entropy + raw
-    ratios = {"own coder": own, "zstd": plain, "zstd, by class": by_class}
+        by_context += sum(zstd(codes[x.context == c]) for c in np.unique(x.context))
+    ratios = {"own coder": own, "zstd": plain, "zstd, by context": by_context}
     return {"entropy": round(whole)} | {k: round(v / whole, 4) for k, v in ratios.items()}
 
 

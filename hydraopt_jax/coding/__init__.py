@@ -1,5 +1,5 @@
-"""Transform coding of adapter collections: which form a module takes, and how its factors become bytes.
+"""Rate control: which form a module takes, and what is coded of it.
 
-`plan` chooses forms in one currency, `trellis` quantises, `classes` is the statistical model, `entropy`
-the coder, `streams` lays symbols out in lanes, `codec` puts them together.
+`spectrum` has what the choice depends on, `plan` chooses in one currency, `targets` are the factors in steps,
+`trial` codes a collection at one step, `addition` codes one task more; `terms` are decoded factors.
 """

@@ -5,7 +5,6 @@ once. Each of the task's vectors is predicted by least squares from the vectors 
 of the leaf that all tasks read; the codec codes what is left.
 """
 
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,11 @@ import numpy as np
 
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.coding import classes, codec, prediction, streams, trial
-from hydraopt_jax.coding.prediction import Prediction
+from hydraopt_jax.codec import contexts, encode, prediction, tables
+from hydraopt_jax.codec.bitstream import Reader
+from hydraopt_jax.codec.prediction import Prediction
+from hydraopt_jax.coding import trial
+from hydraopt_jax.coding.terms import deserialize
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, pieces
 from hydraopt_jax.store import Addition, Payload
@@ -42,12 +44,10 @@ def pack(found: Sequence[Prediction]) -> bytes:
 
 def unpack(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
     """The inverse of `pack`, for predictions of widths and ranks `(D, S)`."""
-    used, at = [], 0
-    for _, rank in sizes:
-        used.append(np.unpackbits(np.frombuffer(data, np.uint8, -(-rank // 8), at))[:rank].astype(bool))
-        at += -(-rank // 8)
+    reader = Reader(data)
+    used = [np.unpackbits(reader.array("u1", -(-rank // 8)))[:rank].astype(bool) for _, rank in sizes]
     counts = [width * int(mask.sum()) for (width, _), mask in zip(sizes, used, strict=True)]
-    flat = np.split(prediction.unpack(data[at:], sum(counts)), np.cumsum(counts)[:-1]) if counts else []
+    flat = np.split(prediction.unpack(reader, sum(counts)), np.cumsum(counts)[:-1]) if counts else []
     out = []
     for mask, part, (width, rank) in zip(used, flat, sizes, strict=True):
         coefficients: np.ndarray = np.zeros((width, rank), np.int64)
@@ -56,33 +56,14 @@ def unpack(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
     return out
 
 
-def tables(payload: Payload) -> np.ndarray:
+def frequencies(payload: Payload) -> np.ndarray:
     """Integer frequencies for additions: the collection's own, and a little of every other symbol.
 
-    A table of its own would cost an addition some hundred bytes and say much the same. All counts are
-    integers before they are scaled, so that every machine has the same table.
+    Tables of its own would cost an addition some hundred bytes and say much the same. All counts are
+    integers before they are scaled, so that every machine has the same tables.
     """
-    (size,) = struct.unpack_from("<I", payload.leaves["shared"])
-    known = streams.unpack_tables(payload.leaves["shared"][4 : 4 + size])
-    prior = classes.gaussian()
-    prior = np.rint(PRIOR * prior / prior.sum(-1, keepdims=True)) + 1
-    return streams.tables(known * KNOWN + prior)
-
-
-def with_table(leaves: Mapping[str, bytes], coded: codec.Coded, table: np.ndarray) -> dict[str, bytes]:
-    """Leaves of the codec, coded again by a table that is known and so left out."""
-    (size,) = struct.unpack_from("<I", leaves["shared"])
-    out = {**leaves, "shared": leaves["shared"][4 + size :]}
-    for leaf, body in zip(coded.leaves[1:], streams.encode(coded.symbols[1], table), strict=True):
-        (side,) = struct.unpack_from("<I", leaves[leaf])
-        out[leaf] = leaves[leaf][: 4 + side] + body
-    return out
-
-
-def without_table(leaves: Mapping[str, bytes], table: np.ndarray) -> dict[str, bytes]:
-    """The inverse: leaves that the codec reads."""
-    packed = streams.pack_tables(table)
-    return {**leaves, "shared": struct.pack("<I", len(packed)) + packed + leaves["shared"]}
+    known = tables.unpack(Reader(payload.leaves["shared"]))
+    return tables.from_counts(known * KNOWN + np.rint(PRIOR * contexts.gaussian()) + 1)
 
 
 def sides(term: Factors, task: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,13 +114,13 @@ def decode(payload: Payload, slots: Sequence[int]) -> tuple[dict[int, dict[str, 
     """
     needed = closure(payload.additions, slots)
     together = [s for s in needed if s >= 0 and s not in payload.additions]
-    modules = codec.deserialise(payload.leaves, payload.shapes, together)
+    modules = deserialize(payload.leaves, payload.shapes, together)
     known: dict[int, Vectors] = {}
     added: dict[int, dict[str, tuple[Factors, ...]]] = {}
     for slot in needed:
         if slot in payload.additions:
             x = payload.additions[slot]
-            terms = codec.deserialise(without_table(x.leaves, tables(payload)), x.shapes, [0])
+            terms = deserialize(x.leaves, x.shapes, [0], frequencies(payload))
             added[slot] = restore(x, terms, known)
             known[slot] = vectors(added[slot], 0)
         else:
@@ -183,11 +164,11 @@ def restore(
     return out
 
 
-def choose(goals: Mapping[str, Sequence[codec.Target]], known: Mapping[int, Vectors]) -> tuple[int, ...]:
+def choose(goals: Mapping[str, Sequence[encode.Target]], known: Mapping[int, Vectors]) -> tuple[int, ...]:
     """The references that save the most bits, greedily."""
     targets = {(n, side): (v[0].b if side else v[0].a)[0] for n, v in goals.items() if v for side in (0, 1)}
     total = sum(
-        float((len(x) / 2 * np.log2(np.maximum((x**2).mean(0) / codec.DISTORTION, 1))).sum())
+        float((len(x) / 2 * np.log2(np.maximum((x**2).mean(0) / encode.DISTORTION, 1))).sum())
         for x in targets.values()
     )
     chosen: tuple[int, ...] = ()
@@ -218,7 +199,7 @@ def add(adapter: Adapter, step: float, payload: Payload) -> tuple[Addition, np.n
     """
     inputs = adapters.stack([adapter])
     problem = trial.prepare(inputs, tuple(adapter.a), np.ones(1), None, False)
-    table = tables(payload)
+    table = frequencies(payload)
     goals, _ = trial.aims(problem, step)
     slots = payload.slots or tuple(range(tasks_of(payload.shapes)))
     added, modules = decode(payload, (SHARED, *slots))
@@ -226,7 +207,7 @@ def add(adapter: Adapter, step: float, payload: Payload) -> tuple[Addition, np.n
     for slot in slots:
         known[slot] = vectors(added[slot], 0) if slot in added else vectors(modules, slot)
     references = choose(goals, known)
-    rest: dict[str, tuple[codec.Target, ...]] = {}
+    rest: dict[str, tuple[encode.Target, ...]] = {}
     found: list[Prediction] = []
     guesses: dict[tuple[str, int], np.ndarray] = {}
     for name, terms in goals.items():
@@ -243,12 +224,12 @@ def add(adapter: Adapter, step: float, payload: Payload) -> tuple[Addition, np.n
             remains[0] += TRACE * (target.any(0) & ~remains.any(0))
             left.append(np.where(target.any(0), remains, 0).astype(np.float32))
         rest[name] = (terms[0]._replace(a=left[0][None], b=left[1][None]), *terms[1:]) if terms else ()
-    coded = codec.quantise(rest, table.astype(np.float64))
+    coded = encode.quantize(rest, table.astype(np.float64))
     whole = []
     for x, value in zip(coded.pieces, coded.values, strict=True):
         whole.append(value + guesses.get((x.module, x.side), np.float32(0)) if x.term == 0 else value)
     gains, errors = trial.measure(problem, coded._replace(values=whole))
-    leaves = with_table(codec.serialise(coded, gains), coded, table)
+    leaves = encode.serialize(coded, gains, table)
     return Addition(leaves, coded.shapes, references, pack(found)), errors[:, 0], list(problem.order)
 
 

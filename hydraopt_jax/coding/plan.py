@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.coding.codec import DISTORTION, MULTIPLIER
-from hydraopt_jax.coding.prediction import coefficient_bits
+from hydraopt_jax.codec.encode import DISTORTION, MULTIPLIER
+from hydraopt_jax.codec.prediction import coefficient_bits
 from hydraopt_jax.coding.spectrum import Joint, Shared, Spectrum
 
 # class and gain of a direction

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax.algebra import Svd
-from hydraopt_jax.coding.codec import MULTIPLIER, Target
+from hydraopt_jax.codec.encode import MULTIPLIER, Target
 from hydraopt_jax.coding.plan import DIRECTION_BITS, Choice, Plan, cost
 from hydraopt_jax.coding.spectrum import SHARED_WIDTH, Joint, Spectrum, shared_factors
 from hydraopt_jax.layout import PROJECTED, TermShape

@@ -17,9 +17,11 @@ import numpy as np
 from hydraopt_jax import algebra
 from hydraopt_jax.adapters import Adapters
 from hydraopt_jax.calibration import OUTPUT
-from hydraopt_jax.coding import classes, codec, plan, targets
-from hydraopt_jax.coding.codec import Coded
+from hydraopt_jax.codec import contexts, encode, syntax
+from hydraopt_jax.codec.encode import Coded
+from hydraopt_jax.coding import plan, targets
 from hydraopt_jax.coding.spectrum import Spectrum, spectrum
+from hydraopt_jax.coding.terms import coded_factors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 
@@ -67,7 +69,7 @@ def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
     parts = metric.vectors.T @ a
     plain = parts / np.sqrt(metric.values)[:, None]
     variance = np.maximum((plain**2).mean(-2, keepdims=True), 1e-9)
-    ridge = codec.MULTIPLIER / (2 * np.log(2) * variance)
+    ridge = encode.MULTIPLIER / (2 * np.log(2) * variance)
     values = metric.values[:, None]
     return (metric.vectors @ (plain * values / (values + ridge))).astype(np.float32)
 
@@ -259,9 +261,11 @@ def solve_gains(
     return np.linalg.solve(system, cross[..., None])[..., 0] * live, gram, cross, energy
 
 
-def aims(problem: Problem, step: float) -> tuple[dict[str, tuple[codec.Target, ...]], dict[str, plan.Choice]]:
+def aims(
+    problem: Problem, step: float
+) -> tuple[dict[str, tuple[encode.Target, ...]], dict[str, plan.Choice]]:
     """What is to be coded at a step, module by module, and the form chosen for it."""
-    goals: dict[str, tuple[codec.Target, ...]] = {}
+    goals: dict[str, tuple[encode.Target, ...]] = {}
     choices: dict[str, plan.Choice] = {}
     for x in problem.spectra:
         chosen = plan.plan(x, step, problem.barred)
@@ -285,19 +289,19 @@ def train(problem: Problem, step: float) -> np.ndarray:
     """Frequencies to decide with near a step: quantisation and counting alternate on some of the modules."""
     goals, _ = aims(problem, step)
     few = list(goals)[:: max(len(goals) // TRAINING_MODULES, 1)]
-    prior = classes.gaussian()
+    prior = contexts.gaussian()
     frequencies = prior = prior / prior.sum(-1, keepdims=True)
     for _ in range(TRAINING_ROUNDS):
-        frequencies = codec.quantise({n: goals[n] for n in few}, frequencies).counts + 8 * prior
+        frequencies = encode.quantize({n: goals[n] for n in few}, frequencies).counts + 8 * prior
     return frequencies
 
 
 def attempt(problem: Problem, step: float, frequencies: np.ndarray) -> Trial:
     """Code the collection at one step and measure it."""
     goals, choices = aims(problem, step)
-    coded = codec.quantise(goals, frequencies)
+    coded = encode.quantize(goals, frequencies)
     gains, errors = measure(problem, coded)
-    size = codec.sizes(coded, gains)
+    size = encode.sizes(coded, gains)
     return Trial(step, coded, gains, errors, size, choices)
 
 
@@ -314,8 +318,8 @@ def bar(problem: Problem, step: float, frequencies: np.ndarray | None = None) ->
     for tried in (open_problem, problem._replace(barred=frozenset(problem.order))):
         trial = attempt(tried, step, train(tried, step) if frequencies is None else frequencies)
         lost = np.nansum(trial.errors * problem.weights, 1) / step**2
-        costs.append(lost + codec.MULTIPLIER * codec.module_bits(trial.coded))
-        whole.append(lost.sum() + codec.MULTIPLIER * 8 * trial.bytes)
+        costs.append(lost + encode.MULTIPLIER * encode.module_bits(trial.coded))
+        whole.append(lost.sum() + encode.MULTIPLIER * 8 * trial.bytes)
     dearer = (costs[0] > costs[1]) | (whole[0] > whole[1])
     return problem._replace(barred=frozenset(n for n, x in zip(problem.order, dearer, strict=True) if x))
 
@@ -323,8 +327,8 @@ def bar(problem: Problem, step: float, frequencies: np.ndarray | None = None) ->
 def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
     """Gains as they will be read, and the errors that they leave, `[M, T]`."""
     tasks = problem.weights.shape[1]
-    decoded = codec.factors(coded)
-    live = [codec.live_directions(coded.shapes, coded.pieces, coded.classes, t) for t in range(tasks)]
+    decoded = coded_factors(coded)
+    live = [syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t) for t in range(tasks)]
     place = {n: (x, m) for x in problem.spectra for m, n in enumerate(x.modules)}
     solved: dict[str, tuple[np.ndarray, ...]] = {}
     for name in problem.order:
@@ -350,7 +354,7 @@ def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]]
             start = sum(y.rank for y in coded.shapes[name][:k])
             mine = solved[name][0][t, start : start + coded.shapes[name][k].rank]
             rows.append(mine[live[t][name, k]] * x.scales[m, t])
-        gains[t] = codec.round_gains(rows)
+        gains[t] = syntax.round_gains(rows)
     errors = np.full((len(problem.order), tasks), np.nan)
     readers = {t: iter(gains[t]) for t in range(tasks)}
     for row, name in enumerate(problem.order):

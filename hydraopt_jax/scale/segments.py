@@ -18,7 +18,8 @@ import numpy as np
 
 from hydraopt_jax import adapters, navigate, structure
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.coding import codec, trial
+from hydraopt_jax.codec import encode
+from hydraopt_jax.coding import trial
 from hydraopt_jax.layout import TermShape
 from hydraopt_jax.scale.jobs import write_json
 from hydraopt_jax.scale.reading import Collection
@@ -154,7 +155,7 @@ def code(
     found = trial.attempt(problem, step, frequencies)
     leaves = {}
     with file.open("wb") as sink:
-        for name, data in codec.serialise(found.coded, found.gains).items():
+        for name, data in encode.serialize(found.coded, found.gains).items():
             leaves[name] = (sink.tell(), len(data))
             sink.write(data)
         sink.flush()

@@ -20,7 +20,8 @@ def child(name: str, arguments: list[str]) -> None:
     import jax  # noqa: F401  (not instrumented)
     import orbax.checkpoint  # noqa: F401
 
-    with atheris.instrument_imports(include=["hydraopt_jax.formats", "hydraopt_jax.description"]):
+    mine = ("formats", "description", "container", "packing", "structure", "layout", "codec", "coding")
+    with atheris.instrument_imports(include=[f"hydraopt_jax.{x}" for x in mine]):
         sys.path.insert(0, str(HERE))
         import targets
     # what takes seconds once is not to count as fuzzing

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hydraopt_jax import (
+    changes,
     checkpoint,
     compression,
     container,
@@ -110,9 +111,9 @@ def restore(index: bytes, tail: bytes | None = None):
     (path / "state" / "data" / "0").write_bytes(array)
     meta = {
         "format": "hydraopt",
-        "schema": 2,
+        "schema": container.SCHEMA,
         "index": [len(head), len(index)],
-        "chunks": [[len(array), container.digest(array)]],
+        "chunks": [[[len(array), container.digest(array)]]],
         "files": {"state/data/.zarray": container.digest(json.dumps(zarr).encode())},
     }
     return describe(path, meta)
@@ -166,6 +167,23 @@ def index(data: bytes, tail: bytes | None = None) -> None:
     guarded(run)
 
 
+@functools.cache
+def coded_store() -> tuple[dict, bytes]:
+    """The same of a coded store of three tasks, the last one added; factors are predicted in it."""
+    made = synthetic.collection(
+        tasks=["one", "two", "new"], modules={"q": (24, 16)}, rank=2, likeness=0.95, dtype="float32"
+    )
+    kept = navigate.compress(made[:2], navigate.Options(max_error=0.01))
+    return opened(changes.add(kept, made[2]), "coded")
+
+
+def leaves(data: bytes) -> None:
+    """Leaves of a coded store (of a segmented one where the first byte is odd), sealed again."""
+    index, tail = segmented_store() if data[:1] and data[0] % 2 else coded_store()
+    changed = (data[1:] + tail[len(data[1:]) :])[: len(tail)]
+    guarded(lambda: restore(json.dumps(index).encode(), changed))
+
+
 def description(data: bytes) -> None:
     """A store's description, as it lies."""
     path = place() / "described"
@@ -187,7 +205,7 @@ def guarded(run) -> None:
         run()
 
 
-TARGETS = {x.__name__: x for x in (config, safetensors, index, description, options)}
+TARGETS = {x.__name__: x for x in (config, safetensors, index, leaves, description, options)}
 
 
 def seeds() -> dict[str, bytes]:
@@ -196,8 +214,9 @@ def seeds() -> dict[str, bytes]:
         "config": json.dumps({**CONFIG, "rank_pattern": {"q": 2}, "alpha_pattern": {".*q": 3}}).encode(),
         "safetensors": weights(),
         "index": json.dumps(small_store()[0]).encode(),
+        "leaves": b"\0" + coded_store()[1],
         "description": json.dumps(
-            {"item_handlers": {"state": ""}, "custom_metadata": {"schema": 2}}
+            {"item_handlers": {"state": ""}, "custom_metadata": {"schema": container.SCHEMA}}
         ).encode(),
         "options": b"12.5%",
     }

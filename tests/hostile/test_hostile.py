@@ -5,6 +5,7 @@ import json
 import pickle
 import resource
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -128,6 +129,31 @@ def test_headers_that_claim_a_terabyte(tmp_path):
         container.array_shape(tmp_path, "data", b'{"shape":[%d],"chunks":[1],"dtype":"|u1"}' % (1 << 40), 100)
     assert container.inflate(zlib.compress(bytes(1 << 24)), 100) == bytes(100)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
+
+
+@pytest.mark.parametrize("store", ["coded_store", "segmented_store"])
+def test_leaves_with_bytes_changed_are_found_or_decode(store):
+    """Sealed again, so that no checksum shields the decoder; memory stays what an untouched store takes."""
+    index, tail = getattr(targets, store)()
+    text = json.dumps(index).encode()
+    kept = targets.restore(text, tail)
+    assert kept.payload.segments or kept.payload.additions
+    rng = np.random.default_rng(0)
+    told = 0
+    tracemalloc.start()
+    for _ in range(300):
+        data = bytearray(tail)
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        try:
+            targets.restore(text, bytes(data))
+        except HydraOptError as error:
+            told += 1
+            assert "damaged store" in str(error)  # noqa: PT017
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert told > 200
+    assert peak < 8_000_000
 
 
 def test_a_pattern_that_never_ends_is_refused():

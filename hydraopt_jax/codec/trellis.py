@@ -1,9 +1,11 @@
-"""Dependent quantisation: an 8-state trellis over two interleaved scalar quantisers.
+"""Dependent quantization: an 8-state trellis over two interleaved scalar quantizers.
 
-Quantiser Q0 reconstructs `2 k`, Q1 `sign(k) (2 |k| - 1)` (0 for k = 0), in steps; the parity of k drives
-the state, and the state says which quantiser is next. The union is a denser packing than either: about 1 dB
-less error than a scalar quantiser at the same rate. The Viterbi algorithm picks the codes of least
+Quantizer Q0 reconstructs `2 k`, Q1 `sign(k) (2 |k| - 1)` (0 for k = 0), in steps; the parity of k drives the
+state, and the state says which quantizer is next. The union is a denser packing than either: about 1 dB less
+error than a scalar quantizer at the same rate. The Viterbi algorithm picks the codes of least
 `error + multiplier * bits`.
+
+The state is a shift register of the last three quantizers: `q[i + 1] = q[i - 1] xor q[i - 2] xor parity[i]`.
 
 Reference: Marcellin and Fischer, Trellis coded quantization, IEEE Trans. Communications 38(1), 1990; Schwarz
 et al., Quantization and entropy coding in the versatile video coding standard, 2021.
@@ -14,74 +16,74 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax.coding import classes
+from hydraopt_jax.codec.contexts import ESCAPE, ESCAPE_BITS, RAW_BITS, SYMBOLS, WIDE
 
-# state x parity of the code -> next state; even states quantise with Q0, odd ones with Q1
+# state x parity of the code -> next state; even states quantize with Q0, odd ones with Q1
 NEXT = np.array([[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]], np.int32)
 STATES = len(NEXT)
-QUANTISER = np.arange(STATES, dtype=np.int32) % 2
-# the two ways into each state: where from, and the branch (2 * quantiser + parity)
+# the two ways into each state: where from, and the branch (2 * quantizer + parity)
 FROM = np.array(
     [[s for s in range(STATES) for p in range(2) if NEXT[s, p] == d] for d in range(STATES)], np.int32
 )
 BRANCH = np.array(
     [[2 * (s % 2) + p for s in range(STATES) for p in range(2) if NEXT[s, p] == d] for d in range(STATES)]
 )
-# bits charged to a code beyond its class's alphabet
-FORBIDDEN = 1e4
 
 
 def costs(frequencies: np.ndarray) -> np.ndarray:
-    """Bits of each high part, `[COUNT, 2, HIGH]`, low bits included, from (possibly zero) frequencies."""
-    share = frequencies + 1e-3 * (frequencies.sum(-1, keepdims=True) + 1) / classes.HIGH
-    bits = -np.log2(share / share.sum(-1, keepdims=True)) + classes.SHIFT[:, None, None]
+    """Bits of each symbol, `[COUNT, 2, SYMBOLS]` float32, from (possibly zero) frequencies.
+
+    Middle bits, escapes and signs are counted in; the zero of a narrow context has no sign.
+    """
+    share = frequencies + 1e-3 * (frequencies.sum(-1, keepdims=True) + 1) / SYMBOLS
+    bits = -np.log2(share / share.sum(-1, keepdims=True)) + RAW_BITS[:, None, None] + 1
+    bits[..., ESCAPE:] += ESCAPE_BITS - RAW_BITS[:, None, None]
+    bits[~WIDE, :, 0] -= 1
     return bits.astype(np.float32)
 
 
-def nearest(value: Array, quantiser: Array | int, parity: Array | int) -> Array:
+def nearest(value: Array, quantizer: Array | int, parity: Array | int) -> Array:
     """The magnitude of a parity whose reconstruction is next to a value of `[n, L]`."""
-    near = jnp.round(((value + quantiser) * 0.5 - parity) * 0.5).astype(jnp.int32) * 2 + parity
+    near = jnp.round(((value + quantizer) * 0.5 - parity) * 0.5).astype(jnp.int32) * 2 + parity
     return jnp.maximum(near, parity)
 
 
-def branches(value: Array, index: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
+def branches(value: Array, context: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
     """What each branch costs a symbol, whatever the state: all symbols at once, before the sequence begins.
 
     Returns:
-      Least costs `[n, 4, L]` by quantiser and parity, and whether the magnitude below the nearest one has it.
+      Least costs `[n, 4, L]` by quantizer and parity, and whether the magnitude below the nearest one has it.
     """
-    low, table = jnp.asarray(classes.SHIFT, jnp.int32)[index], bits.reshape(-1)
+    low, table = jnp.asarray(RAW_BITS, jnp.int32)[context], bits.reshape(-1)
     paid, below = [], []
     for q in range(2):
-        row = (2 * index + q) * classes.HIGH
+        row = (2 * context + q) * SYMBOLS
         for parity in range(2):
             near = nearest(value, q, parity)
             tried = []
             for k in (near, jnp.maximum(near - 2, parity)):
-                high = k >> low
-                rate = table[row + jnp.minimum(high, classes.HIGH - 1)] + (k > 0)
-                rate = jnp.where(high >= classes.HIGH, FORBIDDEN, rate)
-                tried.append((value - (2 * k - q * (k > 0))) ** 2 + multiplier * rate)
+                symbol = jnp.minimum((k >> (low + 1)) * 2, ESCAPE) + parity
+                tried.append((value - (2 * k - q * (k > 0))) ** 2 + multiplier * table[row + symbol])
             paid.append(jnp.minimum(*tried))
             below.append(tried[1] < tried[0])
     return jnp.stack(paid, 1), jnp.stack(below, 1)
 
 
 @jax.jit
-def quantise(y: Array, index: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
+def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
     """Codes of least `sum (y - x)^2 + multiplier * bits` by the Viterbi algorithm, every lane on its own.
 
     Args:
       y: `[n, L]` values in steps; n symbols in sequence, L lanes side by side.
-      index: `[n, L]` class of each value.
-      bits: `[COUNT, 2, HIGH]` cost of the high part in each class and quantiser, see `costs`.
-      multiplier: squared steps a bit.
+      context: `[n, L]` context of each value.
+      bits: `[COUNT, 2, SYMBOLS]` cost of each symbol, see `costs`.
+      multiplier: squared steps per bit.
 
     Returns:
-      Magnitudes `[n, L]` int32 and the quantiser of each `[n, L]` int32; the sign is that of `y`.
+      Magnitudes `[n, L]` int32 and the quantizer of each `[n, L]` int32; the sign is that of `y`.
     """
     value = jnp.abs(y)
-    paid, below = branches(value, index, bits, multiplier)
+    paid, below = branches(value, context, bits, multiplier)
 
     def forward(total: Array, paid: Array) -> tuple[Array, Array]:
         first = total[FROM[:, 0]] + paid[BRANCH[:, 0]]
@@ -100,17 +102,17 @@ def quantise(y: Array, index: Array, bits: Array, multiplier: Array | float) -> 
 
     end = jnp.argmin(total, 0).astype(FROM.dtype)
     branch = jax.lax.scan(backward, end, choice, reverse=True)[1].astype(jnp.int32)
-    quantiser, parity = branch >> 1, branch & 1
-    near = nearest(value, quantiser, parity)
+    quantizer, parity = branch >> 1, branch & 1
+    near = nearest(value, quantizer, parity)
     less = jnp.take_along_axis(below, branch[:, None], 1)[:, 0]
-    return jnp.where(less, jnp.maximum(near - 2, parity), near), quantiser
+    return jnp.where(less, jnp.maximum(near - 2, parity), near), quantizer
 
 
-def reconstruct(magnitude: np.ndarray, quantiser: np.ndarray, negative: np.ndarray) -> np.ndarray:
+def reconstruct(magnitude: np.ndarray, quantizer: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """Values in steps, int32.
 
     >>> reconstruct(np.array([0, 1, 1]), np.array([1, 0, 1]), np.array([False, True, False])).tolist()
     [0, -2, 1]
     """
-    value = 2 * magnitude - quantiser * (magnitude > 0)
+    value = 2 * magnitude - quantizer * (magnitude > 0)
     return np.where(negative, -value, value).astype(np.int32)

@@ -1,0 +1,11 @@
+"""The codec: factors in quantizer steps become bytes, and bytes become factors. Arrays and bytes, no files.
+
+- `contexts`: the statistical model: the context of a vector, and the symbols of its codes.
+- `tables`: integer frequencies of the symbols in each context, and their bytes.
+- `trellis`: the dependent quantizer (JAX).
+- `rans`: the entropy coder, many lanes side by side (NumPy, integers only).
+- `streams`: the codes of a leaf as lanes and as bytes.
+- `prediction`: vectors predicted from vectors decoded before, exact on every machine.
+- `syntax`: which factor lies in which leaf, and the side information of a leaf.
+- `encode` quantizes and writes, `decode` reads. Nothing that `decode` imports needs JAX.
+"""

@@ -1,0 +1,134 @@
+"""Reading and writing bytes: every read is checked against what is there, every inflation is bounded."""
+
+import zlib
+
+import numpy as np
+
+
+class Damaged(ValueError):
+    """Bytes that no encoder of this format writes."""
+
+
+def deflate(data: bytes) -> bytes:
+    """Raw deflate at the highest level."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    return packer.compress(data) + packer.flush()
+
+
+def deflate_symbols(data: bytes) -> bytes:
+    """Raw deflate by Huffman codes alone, for bytes in which nothing repeats."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return packer.compress(data) + packer.flush()
+
+
+def inflate(data: bytes, size: int) -> bytes:
+    """Inflate raw deflated data to exactly `size` bytes; never allocates for more.
+
+    Raises:
+      Damaged: not deflated data, or of another size.
+
+    >>> inflate(deflate(b"ab" * 40), 80) == b"ab" * 40
+    True
+    """
+    if not size and not data:
+        return b""
+    reader = zlib.decompressobj(-15)
+    try:
+        out = reader.decompress(data, size + 1)
+    except zlib.error as error:
+        raise Damaged(f"deflated data: {error}") from None
+    if len(out) != size or not reader.eof or reader.unused_data:
+        raise Damaged(f"deflated data of {len(out)} bytes or more in place of {size}")
+    return out
+
+
+class Reader:
+    """Bytes read from the front.
+
+    >>> r = Reader(bytes([3, 0, 7]))
+    >>> r.array("<u2", 1).tolist(), r.rest()
+    ([3], b'\\x07')
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = memoryview(data), 0
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes.
+
+        Raises:
+          Damaged: there are fewer.
+        """
+        if size < 0 or size > len(self.data) - self.at:
+            raise Damaged(f"{len(self.data) - self.at} bytes left where {size} are needed")
+        self.at += size
+        return bytes(self.data[self.at - size : self.at])
+
+    def array(self, dtype: str, count: int) -> np.ndarray:
+        """The next `count` numbers."""
+        return np.frombuffer(self.take(np.dtype(dtype).itemsize * count), dtype)
+
+    def number(self) -> int:
+        """An integer in base 128, low digits first; the top bit of a byte says that more follow."""
+        value, shift = 0, 0
+        while shift < 63:
+            (byte,) = self.take(1)
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+        raise Damaged("a number of more than 63 bits")
+
+    def rest(self) -> bytes:
+        """All that is left."""
+        return self.take(len(self.data) - self.at)
+
+
+def number(value: int) -> bytes:
+    """The bytes that `Reader.number` reads.
+
+    >>> Reader(number(300)).number()
+    300
+    """
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def zigzag(values: np.ndarray) -> np.ndarray:
+    """Signed integers as unsigned ones, small ones first: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
+    values = np.asarray(values, np.int64)
+    return np.where(values < 0, -2 * values - 1, 2 * values)
+
+
+def unzigzag(codes: np.ndarray) -> np.ndarray:
+    """The inverse of `zigzag`."""
+    codes = np.asarray(codes, np.int64)
+    return np.where(codes & 1, -(codes + 1) // 2, codes // 2)
+
+
+def pack_planes(values: np.ndarray) -> bytes:
+    """Unsigned integers below 2^32, byte plane by byte plane, each deflated by Huffman codes."""
+    codes = np.asarray(values).astype("<u4")
+    planes = codes.view(np.uint8).reshape(-1, 4).T
+    used = planes[: 1 + int(np.max(np.flatnonzero(planes.any(1)), initial=-1))]
+    parts = [deflate_symbols(x.tobytes()) for x in used]
+    return number(len(parts)) + b"".join(number(len(x)) + x for x in parts)
+
+
+def unpack_planes(reader: Reader, count: int) -> np.ndarray:
+    """The inverse of `pack_planes`: `count` integers, int64.
+
+    >>> unpack_planes(Reader(pack_planes(np.array([3, 70000]))), 2).tolist()
+    [3, 70000]
+    """
+    planes = reader.number()
+    if planes > 4:
+        raise Damaged(f"{planes} byte planes")
+    out: np.ndarray = np.zeros(count, np.int64)
+    for k in range(planes):
+        data = inflate(reader.take(reader.number()), count)
+        out |= np.frombuffer(data, np.uint8).astype(np.int64) << 8 * k
+    return out

@@ -1,0 +1,79 @@
+"""Contexts: the statistical model that encoder and decoder share.
+
+The context of a vector says the rms of its codes, three contexts per octave; each side of a module has its
+own. Context 0 is the zero vector, which has no codes.
+
+A code is a magnitude `k >= 0` and a sign. The magnitude is split as
+
+    k = high * 2^(raw + 1) + middle * 2 + parity,        0 <= middle < 2^raw
+
+where the context gives `raw`. The symbol `2 * high + parity` is entropy-coded together with the sign, and the
+`raw` middle bits, close to uniform, are stored as they are. The parity stays in the symbol because it drives
+the trellis. Where `raw` is 0 the symbol is the magnitude itself. The last two symbols are escapes, one of
+each parity: `k >> 1` follows in 32 bits.
+"""
+
+import math
+
+import numpy as np
+
+# entropy-coded symbols of a context; the last two are escapes
+SYMBOLS = 128
+ESCAPE = SYMBOLS - 2
+ESCAPE_BITS = 32
+# magnitudes that an escape can hold, with room for `2 k` in 32 bits
+MAX_MAGNITUDE = (1 << 29) - 1
+PER_OCTAVE = 3
+# contexts per side: context 0, then rms 2^-3 to 2^21.67 codes
+PER_SIDE = 76
+COUNT = 2 * PER_SIDE
+
+
+def rms(context: np.ndarray) -> np.ndarray:
+    """The rms of the codes that a context stands for."""
+    return 2.0 ** ((context % PER_SIDE - 1) / PER_OCTAVE - 3)
+
+
+# middle bits of each context
+RAW_BITS = np.maximum(np.floor(np.log2(rms(np.arange(COUNT)))).astype(np.int32) - 3, 0)
+WIDE = RAW_BITS > 0
+
+
+def classify(spread: np.ndarray, side: int) -> np.ndarray:
+    """Context of each vector from its rms in quantizer steps; a code is about two steps.
+
+    Args:
+      spread: `[S]` rms of the entries in steps; 0 for a vector that is not coded.
+      side: 0 for the input side, 1 for the output side.
+
+    >>> classify(np.array([0.0, 2.0]), 0).tolist()
+    [0, 10]
+    """
+    context = np.rint(PER_OCTAVE * (np.log2(np.maximum(spread, 1e-9) / 2) + 3)).astype(np.int64) + 1
+    return np.where(spread > 0, np.clip(context, 1, PER_SIDE - 1) + side * PER_SIDE, 0)
+
+
+def symbol(magnitude: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    """The entropy-coded symbol of each magnitude, escapes included.
+
+    >>> symbol(np.array([5, 125, 126, 201, 1001]), np.array([0, 0, 0, 1, 1])).tolist()
+    [5, 125, 126, 101, 127]
+    """
+    parity = magnitude & 1
+    found = ((magnitude >> (raw + 1)) << 1) | parity
+    return np.where(found >= ESCAPE, ESCAPE + parity, found)
+
+
+def gaussian() -> np.ndarray:
+    """First guess of the probabilities of the symbols, `[COUNT, 2, SYMBOLS]`: discretized Gaussians."""
+    width = (2 << RAW_BITS)[:, None]
+    high = np.arange(SYMBOLS // 2 + 1)
+    deviation = rms(np.arange(COUNT))[:, None] + 0.15
+    erf = np.vectorize(math.erf)
+    table = np.repeat(np.diff(erf((high * width - 0.5).clip(0) / deviation / 2**0.5), axis=1) / 2, 2, 1)
+    # where the symbol is the magnitude, each has its own share
+    exact = erf((np.arange(SYMBOLS + 1) - 0.5).clip(0) / deviation / 2**0.5)
+    table = np.where(WIDE[:, None], table, np.diff(exact, axis=1))
+    table[:, ESCAPE:] = 0
+    table += 1e-6
+    return np.repeat((table / table.sum(-1, keepdims=True))[:, None], 2, 1)

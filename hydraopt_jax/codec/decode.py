@@ -1,0 +1,103 @@
+"""Decoding: leaves of bytes become factors in steps and gains, the same on every machine. NumPy only."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.codec import prediction, streams, syntax, tables
+from hydraopt_jax.codec.bitstream import Damaged, Reader
+from hydraopt_jax.codec.syntax import SHARED, Side
+from hydraopt_jax.layout import Piece, TermShape, pieces
+
+
+class Decoded(NamedTuple):
+    """Factors in quantizer steps.
+
+    Attributes:
+      pieces: every factor in canonical order.
+      contexts: of each piece `[S]`; zeros where its leaf was not read.
+      values: of each piece `[length, S]` float32 in steps; None where its leaf was not read.
+      gains: task -> its gains, one array `[live directions]` per (module, term) that it has, in order.
+    """
+
+    pieces: list[Piece]
+    contexts: list[np.ndarray]
+    values: list[np.ndarray | None]
+    gains: dict[int, list[np.ndarray]]
+
+
+def decode(
+    leaves: Mapping[str, bytes],
+    shapes: Mapping[str, tuple[TermShape, ...]],
+    tasks: Sequence[int],
+    frequencies: np.ndarray | None = None,
+) -> Decoded:
+    """Factors and gains of some tasks.
+
+    Args:
+      leaves: name -> bytes, at least the shared leaf and those that the tasks read.
+      shapes: module -> structure of its terms.
+      tasks: positions of the tasks whose gains are wanted.
+      frequencies: tables, where the shared leaf has none of its own.
+
+    Raises:
+      Damaged: leaves that no encoder writes.
+    """
+    rows, _ = pieces(shapes)
+    missing = {SHARED, *(f"task_{t}" for t in tasks)} - set(leaves)
+    if missing:
+        raise Damaged(f"no leaf {min(missing)}")
+    order = (SHARED, *sorted(set(leaves) - {SHARED}))
+    readers = {name: Reader(leaves[name]) for name in order}
+    table = tables.unpack(readers[SHARED]) if frequencies is None else frequencies
+    members = {name: [i for i, x in enumerate(rows) if x.leaf == name] for name in order}
+    contexts: dict[int, np.ndarray] = {}
+    sides: dict[str, Side] = {}
+    for name in order:
+        mine = [rows[i] for i in members[name]]
+        sides[name] = syntax.unpack_side(readers[name], mine, contexts, members[name])
+        contexts |= dict(zip(members[name], sides[name].contexts, strict=True))
+    codes = streams.decode(
+        [sides[n].stream for n in order],
+        [syntax.code_contexts([rows[i] for i in members[n]], sides[n].contexts) for n in order],
+        table,
+    )
+    values: list[np.ndarray | None] = [None] * len(rows)
+    for name, flat in zip(order, codes, strict=True):
+        at = 0
+        for i, used, weights in zip(members[name], sides[name].used, sides[name].weights, strict=True):
+            value, at = syntax.take_codes(flat, at, rows[i], contexts[i])
+            if used is not None and weights is not None and used.any():
+                value[:, used] += predicted(values[rows[i].base], contexts[rows[i].base], weights)
+                value[:, contexts[i] == 0] = 0
+            values[i] = value
+    every = [contexts.get(i, np.zeros(x.rank, np.int64)) for i, x in enumerate(rows)]
+    gains = {t: split_gains(sides[f"task_{t}"].gains, shapes, rows, every, t) for t in tasks}
+    return Decoded(rows, every, values, gains)
+
+
+def predicted(base: np.ndarray | None, context: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Vectors predicted from the coded ones of a base."""
+    if base is None:
+        raise Damaged("a prediction from a factor that comes later")
+    return prediction.weigh(base[:, context > 0], weights)
+
+
+def split_gains(
+    flat: np.ndarray | None,
+    shapes: Mapping[str, tuple[TermShape, ...]],
+    rows: Sequence[Piece],
+    contexts: Sequence[np.ndarray],
+    task: int,
+) -> list[np.ndarray]:
+    """A task's gains, term by term.
+
+    Raises:
+      Damaged: more or fewer than the task has directions.
+    """
+    counts = [int(x.sum()) for x in syntax.live_directions(shapes, rows, contexts, task).values()]
+    found = np.zeros(0, np.float32) if flat is None else flat
+    if len(found) != sum(counts):
+        raise Damaged(f"{len(found)} gains for {sum(counts)} directions")
+    return np.split(found, np.cumsum(counts)[:-1]) if counts else []

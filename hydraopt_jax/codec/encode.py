@@ -1,0 +1,318 @@
+"""Encoding: factors in quantizer steps become codes, and codes become leaves of bytes.
+
+A factor's vectors are predicted from another factor where that pays, quantized on the trellis and
+entropy-coded. The shared leaf is quantized first, because others may be predicted from what it decodes to. A
+diagonal core per task, the gains, scales the steps back.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydraopt_jax.codec import contexts, prediction, streams, syntax, tables, trellis
+from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
+from hydraopt_jax.codec.decode import decode
+from hydraopt_jax.codec.prediction import Prediction
+from hydraopt_jax.codec.rans import PERIOD
+from hydraopt_jax.codec.streams import Symbols
+from hydraopt_jax.codec.syntax import SHARED, join
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.layout import Piece, TermShape, pieces
+
+# squared steps per bit, and the squared error of a well-coded coefficient in squared steps
+MULTIPLIER = 0.38
+DISTORTION = 0.26
+# lanes that are quantized side by side: the trellis keeps some thirty bytes of every symbol until it has
+# decided, so a CPU takes a few lanes at a time
+BLOCK = {"cpu": 128}
+ELSEWHERE = 1 << 14
+# least steps of a trellis, so that few shapes are compiled
+LEAST_STEPS = 256
+
+
+class Target(NamedTuple):
+    """A term to be coded.
+
+    Attributes:
+      shape: its structure.
+      a: `[A, I, S]` input-side vectors in steps; a zero vector is not coded.
+      b: `[B, O, S]` output-side vectors in steps, likewise.
+    """
+
+    shape: TermShape
+    a: np.ndarray
+    b: np.ndarray
+
+
+class Coded(NamedTuple):
+    """A quantized collection, not yet in bytes.
+
+    Attributes:
+      shapes: module name -> its terms' structure.
+      pieces: every factor in canonical order.
+      contexts: of each vector of each piece, `[S]`.
+      predictions: of each piece, or None.
+      values: what each piece decodes to, `[length, S]` float32 in steps.
+      leaves: names of the leaves, the shared one first.
+      symbols: codes of each leaf.
+      counts: `[COUNT, 2, SYMBOLS]` histogram of all symbols.
+    """
+
+    shapes: Mapping[str, tuple[TermShape, ...]]
+    pieces: list[Piece]
+    contexts: list[np.ndarray]
+    predictions: list[Prediction | None]
+    values: list[np.ndarray]
+    leaves: tuple[str, ...]
+    symbols: list[Symbols]
+    counts: np.ndarray
+
+
+def context_bits(frequencies: np.ndarray) -> np.ndarray:
+    """Mean bits of a code in each context, `[COUNT]`: symbols at their entropy, signs, middle bits."""
+    counts = frequencies.sum(1)
+    total = counts.sum(-1)
+    share = counts / np.where(total > 0, total, 1)[:, None]
+    bits = -(share * np.log2(np.where(share > 0, share, 1))).sum(-1) + RAW_BITS
+    return np.where(total > 0, bits + np.where(WIDE, 1, 1 - share[:, 0]), 0)
+
+
+def quantize(
+    modules: Mapping[str, Sequence[Target]], frequencies: np.ndarray, multiplier: float = MULTIPLIER
+) -> Coded:
+    """Quantize every factor of a collection.
+
+    Args:
+      modules: name -> terms.
+      frequencies: `[COUNT, 2, SYMBOLS]`, what the coder is expected to charge.
+      multiplier: squared steps per bit.
+
+    Raises:
+      HydraOptError: an entry of more steps than a code can hold.
+    """
+    shapes = {name: tuple(x.shape for x in terms) for name, terms in modules.items()}
+    rows, _ = pieces(shapes)
+    leaves = (SHARED, *sorted({x.leaf for x in rows} - {SHARED}))
+    context: list[Any] = [None] * len(rows)
+    predictions: list[Prediction | None] = [None] * len(rows)
+    values: list[Any] = [None] * len(rows)
+    symbols: list[Symbols] = []
+    for now in (leaves[:1], leaves[1:]):
+        flat, flat_context, guesses = [], [], {}
+        for leaf in now:
+            members = [i for i, x in enumerate(rows) if x.leaf == leaf]
+            rests = {}
+            for i in members:
+                piece = rows[i]
+                term = modules[piece.module][piece.term]
+                target = (term.b if piece.side else term.a)[piece.factor]
+                check(target, piece.module)
+                guesses[i] = np.zeros_like(target)
+                if piece.base >= 0:
+                    coded = values[piece.base][:, context[piece.base] > 0]
+                    predictions[i], guesses[i], _ = prediction.predict(target, coded)
+                rests[i] = np.where(target.any(0), target - guesses[i], 0.0)
+                # a vector wholly predicted still needs a context: the least one
+                spread = np.sqrt((rests[i] ** 2).mean(0))
+                context[i] = contexts.classify(
+                    np.where(target.any(0), np.maximum(spread, 1e-6), 0.0), piece.side
+                )
+            flat.append(join([rests[i][:, context[i] > 0].T.ravel() for i in members], np.float32))
+            flat_context.append(
+                syntax.code_contexts([rows[i] for i in members], [context[i] for i in members])
+            )
+        found = quantize_streams(flat, flat_context, frequencies, multiplier)
+        symbols += found
+        for leaf, x in zip(now, found, strict=True):
+            codes, at = streams.values(x), 0
+            for i in (i for i, row in enumerate(rows) if row.leaf == leaf):
+                value, at = syntax.take_codes(codes, at, rows[i], context[i])
+                values[i] = np.where(context[i] > 0, value + guesses[i], 0).astype(np.float32)
+    return Coded(shapes, rows, context, predictions, values, leaves, symbols, streams.histogram(symbols))
+
+
+def check(target: np.ndarray, module: str) -> None:
+    """Refuse entries that no code can hold."""
+    if not (np.abs(target) < MAX_MAGNITUDE).all():
+        raise HydraOptError(
+            f"module {module}: entries of {np.abs(target).max():.3g} quantizer steps; the finest step codes "
+            f"{MAX_MAGNITUDE:.3g}: ask for a larger error, or keep the adapters as they are with --budget 1"
+        )
+
+
+def quantize_streams(
+    values: Sequence[np.ndarray], context: Sequence[np.ndarray], frequencies: np.ndarray, multiplier: float
+) -> list[Symbols]:
+    """Quantize streams, given as 1-D values in steps and the context of every value."""
+    bits = trellis.costs(frequencies)
+    # what fills up a lane has context 0 and costs nothing
+    bits[0] = 1e4
+    bits[0, :, 0] = 0.0
+    per_code = context_bits(frequencies)
+    lanes = [streams.lane_count(len(c), float(per_code[c].sum())) for c in context]
+    chunks = [
+        (k, first, min(PERIOD, steps - first))
+        for k, count in enumerate(lanes)
+        if count
+        for steps in [-(-len(values[k]) // count)]
+        for first in range(0, steps, PERIOD)
+    ]
+    y = [
+        streams.as_lanes(v, n) if n else np.zeros((0, 0), np.float32)
+        for v, n in zip(values, lanes, strict=True)
+    ]
+    cls = [
+        streams.as_lanes(c, n) if n else np.zeros((0, 0), np.uint8)
+        for c, n in zip(context, lanes, strict=True)
+    ]
+    magnitude = [np.zeros(x.shape, np.int32) for x in y]
+    quantizer = [np.zeros(x.shape, np.uint8) for x in y]
+    block = BLOCK.get(jax.default_backend(), ELSEWHERE)
+    for steps in sorted({height(rows) for _, _, rows in chunks}):
+        # columns of one height, filled up to whole blocks
+        mine = [(k, first, rows) for k, first, rows in chunks if height(rows) == steps]
+        columns = [(k, first, rows, lane) for k, first, rows in mine for lane in range(0, lanes[k], block)]
+        for group in packed(columns, lanes, block):
+            part_y = np.zeros((steps, block), np.float32)
+            part_c = np.zeros((steps, block), np.int32)
+            at = 0
+            for k, first, rows, lane in group:
+                width = min(block, lanes[k] - lane)
+                part_y[:rows, at : at + width] = y[k][first : first + rows, lane : lane + width]
+                part_c[:rows, at : at + width] = cls[k][first : first + rows, lane : lane + width]
+                at += width
+            found = trellis.quantize(jnp.asarray(part_y), jnp.asarray(part_c), jnp.asarray(bits), multiplier)
+            m, q = (np.asarray(x) for x in found)
+            at = 0
+            for k, first, rows, lane in group:
+                width = min(block, lanes[k] - lane)
+                magnitude[k][first : first + rows, lane : lane + width] = m[:rows, at : at + width]
+                quantizer[k][first : first + rows, lane : lane + width] = q[:rows, at : at + width]
+                at += width
+    return [
+        Symbols(streams.from_lanes(m, len(v)), streams.from_lanes(q, len(v)), c.astype(np.uint8), v < 0, n)
+        for m, q, c, v, n in zip(magnitude, quantizer, context, values, lanes, strict=True)
+    ]
+
+
+def height(rows: int) -> int:
+    """Steps of the trellis that takes `rows` steps: a power of two, for few compilations."""
+    return max(1 << (rows - 1).bit_length(), LEAST_STEPS)
+
+
+def packed(columns: Sequence[tuple[int, int, int, int]], lanes: Sequence[int], block: int) -> list[list]:
+    """Runs of lanes put into blocks of `block` lanes, in order."""
+    out: list[list] = []
+    room = 0
+    for x in columns:
+        width = min(block, lanes[x[0]] - x[3])
+        if width > room:
+            out.append([])
+            room = block
+        out[-1].append(x)
+        room -= width
+    return out
+
+
+def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
+    """Bytes that `serialize` will make, good to a few in a thousand: no coding is done."""
+    side = sum(len(x) for x in sides(coded, gains).values())
+    lanes = sum(x.lanes for x in coded.symbols)
+    raw = sum(float(RAW_BITS[x.context].sum() + np.count_nonzero(signs(x))) for x in coded.symbols) / 8
+    return (
+        side
+        + raw
+        + 5.2 * lanes
+        + 8 * len(coded.leaves)
+        + entropy_bytes(coded.counts)
+        + len(tables.pack(tables.from_counts(coded.counts)))
+    )
+
+
+def signs(x: Symbols) -> np.ndarray:
+    """Which codes have a sign."""
+    return (x.magnitude > 0) | WIDE[x.context]
+
+
+def entropy_bytes(counts: np.ndarray) -> float:
+    """Bytes of the symbols under the tables that are made of their counts."""
+    frequency = tables.from_counts(counts)
+    used = counts > 0
+    bits = -counts[used] * np.log2(frequency[used] / tables.SLOTS)
+    wide = np.broadcast_to(WIDE[:, None, None], counts.shape)[used]
+    return float((bits * np.where(wide, 0.5, 1)).sum()) / 8
+
+
+def module_bits(coded: Coded) -> np.ndarray:
+    """About what each module takes, `[M]`: the mean bits of a code of each context, and the coefficients."""
+    each = context_bits(coded.counts)
+    position = {n: m for m, n in enumerate(coded.shapes)}
+    out = np.zeros(len(position))
+    for row, context, found in zip(coded.pieces, coded.contexts, coded.predictions, strict=True):
+        out[position[row.module]] += row.length * each[context].sum() + 4 * np.count_nonzero(context)
+        if found is not None:
+            energy = (found.coefficients[:, found.used].astype(np.float64) ** 2).sum(0)
+            bits = prediction.coefficient_bits(energy, np.array(len(found.coefficients)))
+            out[position[row.module]] += bits.sum()
+    return out
+
+
+def sides(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> dict[str, bytes]:
+    """The side information of each leaf."""
+    out = {}
+    for leaf in (*coded.leaves, *(f"task_{t}" for t in gains if f"task_{t}" not in coded.leaves)):
+        members = [i for i, x in enumerate(coded.pieces) if x.leaf == leaf]
+        task = syntax.task_of(leaf)
+        out[leaf] = syntax.pack_side(
+            [coded.pieces[i] for i in members],
+            [coded.contexts[i] for i in members],
+            [coded.predictions[i] for i in members],
+            b"" if task is None or task not in gains else syntax.pack_gains(gains[task]),
+        )
+    return out
+
+
+def serialize(
+    coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
+) -> dict[str, bytes]:
+    """Leaves of bytes.
+
+    Args:
+      coded: the quantized collection.
+      gains: task -> its gains, one `[live directions]` array for each (module, term) it has, in order.
+      frequencies: tables that the reader knows; None for tables of their own, held by the shared leaf.
+
+    Returns:
+      Leaf name -> bytes, decoded once: they hold `coded.values` and the gains, to the bit.
+    """
+    table = tables.from_counts(coded.counts) if frequencies is None else frequencies
+    bodies = dict(zip(coded.leaves, streams.encode(coded.symbols, table), strict=True))
+    out = {leaf: side + bodies.get(leaf, b"\x00") for leaf, side in sides(coded, gains).items()}
+    if frequencies is None:
+        out[SHARED] = tables.pack(table) + out[SHARED]
+    check_decoded(out, coded, gains, frequencies)
+    return out
+
+
+def check_decoded(
+    leaves: Mapping[str, bytes],
+    coded: Coded,
+    gains: Mapping[int, Sequence[np.ndarray]],
+    frequencies: np.ndarray | None,
+) -> None:
+    """Decode leaves and compare: errors are measured on `coded.values`, so these must be what a reader gets.
+
+    Raises:
+      RuntimeError: they are not, a fault of this package.
+    """
+    found = decode(leaves, coded.shapes, sorted(gains), frequencies)
+    same = all(np.array_equal(x, y) for x, y in zip(found.values, coded.values, strict=True) if x is not None)
+    for task, mine in gains.items():
+        same &= np.array_equal(
+            join(found.gains[task], np.float32), join(syntax.round_gains(mine), np.float32)
+        )
+    if not same or any(x is None for x in found.values):
+        raise RuntimeError("coded factors decode to others: please report this collection as a bug")

@@ -1,0 +1,143 @@
+"""Range asymmetric numeral systems (rANS): the entropy coder. NumPy and integers only.
+
+A lane is a sequence of symbols with a state of its own, 32 bits that move 16 at a time. Decoding a symbol of
+frequency f whose slots begin at c, in a table of 2^12 slots:
+
+    slot = x mod 2^12;   x <- f * floor(x / 2^12) + slot - c;   if x < 2^16: x <- 2^16 x + next word
+
+Lanes are decoded side by side, one symbol of each per step, each from a word pointer of its own, so that
+lanes of any number of streams share one loop. The table of a symbol is that of its context and quantizer; the
+quantizer follows from the parities p before it (`trellis`), and begins anew every `PERIOD` steps:
+
+    q[i + 1] = q[i - 1] xor q[i - 2] xor p[i]
+
+Reference: J. Duda, Asymmetric numeral systems, arXiv 1311.2540; F. Giesen, Interleaved entropy coders,
+arXiv 1402.3392.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from hydraopt_jax.codec.bitstream import Damaged
+from hydraopt_jax.codec.tables import SLOT_BITS, SLOTS, Lookup
+
+LOW = 1 << 16
+# steps after which the trellis begins anew
+PERIOD = 4096
+# steps whose table rows are looked up at once
+ROWS = 64
+
+
+def decode(
+    state: np.ndarray,
+    words: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
+    lengths: np.ndarray,
+    context: np.ndarray,
+    lookup: Lookup,
+) -> np.ndarray:
+    """Values `[n, L]` int16 of L lanes as `lookup.value` has them; entries beyond a lane's length are 0.
+
+    Args:
+      state: `[L]` uint32, where decoding starts.
+      words: `[W]` uint16, the words of all lanes.
+      first, last: `[L]` int64, where each lane's words begin and end.
+      lengths: `[L]` symbols of each lane, in descending order.
+      context: `[n, L]` uint8.
+      lookup: tables of the contexts that occur.
+
+    Raises:
+      Damaged: a lane does not end where its words end, in the state where encoding begins.
+    """
+    out = np.zeros(context.shape, np.int16)
+    x, at = state.astype(np.uint32), first.copy()
+    if ((x < LOW) & (lengths > 0)).any():
+        raise Damaged("a lane's state")
+    padded = np.append(words, np.uint16(0)).astype(np.uint32)
+    # rows of the tables that a damaged context would index lie inside them
+    row = np.maximum(lookup.row, 0).astype(np.uint32)
+    slot, entry, part = (np.empty(len(x), np.uint32) for _ in range(3))
+    short = np.empty(len(x), bool)
+    previous = [np.zeros(len(x), np.uint32) for _ in range(3)]
+    for step, lanes, rows in active(lengths, context, row):
+        if step % PERIOD == 0:
+            for q in previous:
+                q[:] = 0
+        # the quantizers of this step and of the two before it, as a table's offset
+        q0, q1, q2 = (q[:lanes] for q in previous)
+        s, e, p, y = slot[:lanes], entry[:lanes], part[:lanes], x[:lanes]
+        np.bitwise_and(y, SLOTS - 1, out=s)
+        np.bitwise_or(s, q0, out=s)
+        np.add(s, rows, out=s)
+        np.take(lookup.entry, s, out=e, mode="clip")
+        np.take(lookup.value, s, out=out[step, :lanes], mode="clip")
+        np.right_shift(y, SLOT_BITS, out=y)
+        np.right_shift(e, SLOT_BITS + 1, out=p)
+        np.multiply(y, p, out=y)
+        np.bitwise_and(e, SLOTS - 1, out=p)
+        np.add(y, p, out=y)
+        np.bitwise_and(e, SLOTS, out=p)
+        np.bitwise_xor(q1, q2, out=q2)
+        np.bitwise_xor(q2, p, out=q2)
+        previous = [previous[2], previous[0], previous[1]]
+        np.less(y, LOW, out=short[:lanes])
+        (refill,) = short[:lanes].nonzero()
+        where = at[refill]
+        y[refill] = y[refill] << np.uint32(16) | np.take(padded, where, mode="clip")
+        at[refill] = where + 1
+    if not (np.array_equal(at, last) and (x == LOW)[lengths > 0].all()):
+        raise Damaged("a lane that does not end where its words do")
+    return out
+
+
+def active(
+    lengths: np.ndarray, context: np.ndarray, row: np.ndarray
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Steps in order: the step, how many lanes have a symbol there, and what `row` says of their contexts."""
+    steps = int(lengths.max(initial=0))
+    lanes = np.searchsorted(-lengths, -np.arange(steps), side="left")
+    for first in range(0, steps, ROWS):
+        block = row[context[first : first + ROWS, : lanes[first]]]
+        for step in range(first, min(first + ROWS, steps)):
+            yield step, int(lanes[step]), block[step - first, : lanes[step]]
+
+
+def encode(
+    pair: np.ndarray, table: np.ndarray, lengths: np.ndarray, frequency: np.ndarray, start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode lanes from their last symbol to the first, so that decoding runs forward.
+
+    Args:
+      pair: `[n, L]` signed symbols, `2 * symbol + sign`.
+      table: `[n, L]` row of `frequency` that each is coded with.
+      lengths: `[L]` symbols of each lane, in descending order.
+      frequency: `[rows, pairs]` slots of each signed symbol; positive where one occurs.
+      start: `[rows, pairs]` first slot of each.
+
+    Returns:
+      States `[L]` uint32; words of all lanes, one lane after another, in the order of decoding; how many each
+      lane has, `[L]`.
+    """
+    flat_f, flat_c = frequency.astype(np.uint32).ravel(), start.astype(np.uint32).ravel()
+    width = frequency.shape[1]
+    x = np.full(len(lengths), LOW, np.uint32)
+    count = np.zeros(len(lengths), np.int64)
+    words = np.zeros(pair.shape, np.uint16)
+    steps = int(lengths.max(initial=0))
+    lanes = np.searchsorted(-lengths, -np.arange(steps), side="left")
+    for step in range(steps - 1, -1, -1):
+        k = int(lanes[step])
+        at = table[step, :k] * width + pair[step, :k]
+        f, y = flat_f[at], x[:k]
+        (full,) = ((y >> np.uint32(32 - SLOT_BITS)) >= f).nonzero()
+        words[count[full], full] = y[full] & np.uint32(0xFFFF)
+        count[full] += 1
+        y[full] >>= np.uint32(16)
+        quotient = y // f
+        x[:k] = (quotient << np.uint32(SLOT_BITS)) + (y - quotient * f) + flat_c[at]
+    most = int(count.max(initial=0))
+    # what was written last is read first
+    backward = words[:most].T[:, ::-1]
+    return x, backward[np.arange(most)[::-1] < count[:, None]], count

@@ -1,0 +1,327 @@
+"""Streams: the codes of a leaf as lanes, and as bytes. NumPy only.
+
+The N codes of a leaf's vectors follow one another and are cut into L lanes of n = ceil(N / L) codes, the last
+ones shorter. Lanes hold codes in a row because neighbors share a context: a trellis driven by a strong
+vector's codes between a weak vector's zeros costs some per cent at low rates. A stream is
+
+    lanes, escapes             numbers (`bitstream.number`); lanes is 0 where there are no codes
+    words of each lane         less the least count, which comes first as a number; byte planes
+    states                     uint32 for each lane
+    words                      uint16, lane after lane
+    middle bits                most significant first, codes with one of them, then codes with two, ...
+    escapes                    uint32 each, `magnitude >> 1`
+
+all little-endian.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.codec import rans, tables
+from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_planes, unpack_planes
+from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE, symbol
+
+# coded bytes that are worth a lane of their own, and the most lanes of a stream
+LANE_BYTES = 1600
+MAX_LANES = 4096
+
+
+class Symbols(NamedTuple):
+    """The codes of one stream, in order.
+
+    Attributes:
+      magnitude: `[N]` int32.
+      quantizer: `[N]` uint8, which of the two quantizers each code belongs to.
+      context: `[N]` uint8.
+      negative: `[N]` bool.
+      lanes: L.
+    """
+
+    magnitude: np.ndarray
+    quantizer: np.ndarray
+    context: np.ndarray
+    negative: np.ndarray
+    lanes: int
+
+
+def lane_count(count: int, bits: float) -> int:
+    """Lanes for `count` codes that are expected to take `bits` bits; none for no codes."""
+    return int(np.clip(round(bits / 8 / LANE_BYTES), min(count, 1), min(count, MAX_LANES)))
+
+
+def as_lanes(flat: np.ndarray, lanes: int) -> np.ndarray:
+    """A stream's entries `[N]` as lanes `[n, L]`, filled up with zeros.
+
+    >>> as_lanes(np.array([1, 2, 3]), 2).tolist()
+    [[1, 3], [2, 0]]
+    """
+    steps = -(-len(flat) // max(lanes, 1))
+    if len(flat) < steps * lanes:
+        flat = np.append(flat, np.zeros(steps * lanes - len(flat), flat.dtype))
+    return np.ascontiguousarray(flat.reshape(lanes, steps).T)
+
+
+def from_lanes(matrix: np.ndarray, count: int) -> np.ndarray:
+    """The inverse of `as_lanes`: the first `count` entries of lanes `[n, L]`."""
+    return np.ascontiguousarray(matrix.T).ravel()[:count]
+
+
+def lane_lengths(count: int, lanes: int) -> np.ndarray:
+    """Codes of each lane, `[L]`.
+
+    >>> lane_lengths(5, 4).tolist()
+    [2, 2, 1, 0]
+    """
+    steps = -(-count // max(lanes, 1))
+    return np.clip(count - steps * np.arange(lanes), 0, steps)
+
+
+def histogram(streams: Sequence[Symbols]) -> np.ndarray:
+    """Counts of symbols, `[COUNT, 2, SYMBOLS]` float64; wide contexts have those of both quantizers twice."""
+    out = np.zeros(COUNT * 2 * SYMBOLS)
+    for x in streams:
+        row = x.context.astype(np.int64) * 2 + x.quantizer
+        coded = symbol(x.magnitude, RAW_BITS[x.context])
+        out += np.bincount(row * SYMBOLS + coded, minlength=len(out))
+    table = out.reshape(COUNT, 2, SYMBOLS)
+    table[WIDE] = table[WIDE].sum(1, keepdims=True)
+    return table
+
+
+class Places(NamedTuple):
+    """Where the lanes of several streams lie when all are sorted by length, the longest first.
+
+    Attributes:
+      lengths: `[L]` of all lanes, sorted.
+      columns: of each stream the sorted positions of its lanes.
+    """
+
+    lengths: np.ndarray
+    columns: list[np.ndarray]
+
+
+def sort_lanes(sizes: Sequence[tuple[int, int]]) -> Places:
+    """Sort the lanes of streams of `(codes, lanes)`."""
+    lengths = np.concatenate([np.zeros(0, np.int64), *(lane_lengths(*x) for x in sizes)])
+    order = np.argsort(-lengths, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return Places(lengths[order], np.split(place, np.cumsum([k for _, k in sizes])[:-1]))
+
+
+def gather(flats: Sequence[np.ndarray], lanes: Sequence[int], places: Places) -> np.ndarray:
+    """Streams side by side in sorted lanes, `[n, L]`; zeros beyond a lane's end."""
+    if len(flats) == 1 and lanes[0]:
+        return as_lanes(flats[0], lanes[0])
+    out = np.zeros((int(places.lengths.max(initial=0)), len(places.lengths)), flats[0].dtype)
+    for flat, count, columns in zip(flats, lanes, places.columns, strict=True):
+        if count:
+            matrix = as_lanes(flat, count)
+            out[: len(matrix), columns] = matrix
+    return out
+
+
+def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
+    """The bytes of each stream."""
+    sizes = [(len(x.magnitude), x.lanes) for x in streams]
+    places = sort_lanes(sizes)
+    pairs, rows = [], []
+    for x in streams:
+        coded = symbol(x.magnitude, RAW_BITS[x.context])
+        signed = x.negative & ((coded > 0) | WIDE[x.context])
+        pairs.append((2 * coded + signed).astype(np.int32))
+        rows.append(x.context.astype(np.int32) * 2 + x.quantizer)
+    slots = np.stack(
+        [
+            tables.halves(row, bool(wide))
+            for table, wide in zip(frequencies, WIDE, strict=True)
+            for row in table
+        ]
+    )
+    lanes = [x.lanes for x in streams]
+    state, words, count = rans.encode(
+        gather(pairs, lanes, places),
+        gather(rows, lanes, places),
+        places.lengths,
+        slots,
+        np.cumsum(slots, -1) - slots,
+    )
+    ends = np.cumsum(count)
+    out = []
+    for x, columns in zip(streams, places.columns, strict=True):
+        if not x.lanes:
+            out.append(number(0))
+            continue
+        mine = count[columns]
+        escaped = x.magnitude[symbol(x.magnitude, RAW_BITS[x.context]) >= ESCAPE]
+        head = (
+            number(x.lanes) + number(len(escaped)) + number(int(mine.min())) + pack_planes(mine - mine.min())
+        )
+        body = [words[ends[c] - count[c] : ends[c]] for c in columns]
+        middle = pack_middle(x.magnitude, RAW_BITS[x.context])
+        out.append(
+            head
+            + state[columns].astype("<u4").tobytes()
+            + np.concatenate(body).astype("<u2").tobytes()
+            + middle
+            + (escaped >> 1).astype("<u4").tobytes()
+        )
+    return out
+
+
+def pack_middle(magnitude: np.ndarray, raw: np.ndarray) -> bytes:
+    """Middle bits of all codes."""
+    parts = []
+    for bits in range(1, int(raw.max(initial=0)) + 1):
+        middle = magnitude[raw == bits] >> 1
+        parts.append(((middle[:, None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8).ravel())
+    return np.packbits(np.concatenate(parts)).tobytes() if parts else b""
+
+
+def unpack_middle(data: bytes, raw: np.ndarray) -> np.ndarray:
+    """The inverse of `pack_middle`: `[N]` int32."""
+    out = np.zeros(raw.shape, np.int32)
+    bits, at = np.unpackbits(np.frombuffer(data, np.uint8)), 0
+    for width in range(1, int(raw.max(initial=0)) + 1):
+        chosen = raw == width
+        count = int(np.count_nonzero(chosen)) * width
+        planes = bits[at : at + count].reshape(-1, width).astype(np.int32)
+        out[chosen] = planes @ (1 << np.arange(width - 1, -1, -1, dtype=np.int32))
+        at += count
+    return out
+
+
+class Parsed(NamedTuple):
+    """A stream whose lanes have not been decoded.
+
+    Attributes:
+      lanes: L.
+      state: `[L]` uint32.
+      taken: `[L]` words of each lane.
+      words: uint16 of all lanes.
+      middle: middle bits of each code, `[N]` int32; None where no code has any.
+      escaped: `magnitude >> 1` of the escapes.
+    """
+
+    lanes: int
+    state: np.ndarray
+    taken: np.ndarray
+    words: np.ndarray
+    middle: np.ndarray | None
+    escaped: np.ndarray
+
+
+def parse(data: bytes, context: np.ndarray) -> Parsed:
+    """Take a stream's bytes apart.
+
+    Args:
+      data: of the stream.
+      context: `[N]` of its codes.
+
+    Raises:
+      Damaged: bytes that `encode` does not write.
+    """
+    reader = Reader(data)
+    lanes = reader.number()
+    if lanes > min(len(context), MAX_LANES) or (lanes == 0) != (len(context) == 0):
+        raise Damaged(f"{lanes} lanes for {len(context)} codes")
+    if not lanes:
+        if reader.rest():
+            raise Damaged("bytes after an empty stream")
+        return Parsed(0, *(np.zeros(0, t) for t in ("u4", "i8", "u2")), None, np.zeros(0, "u4"))  # type: ignore[call-arg]
+    escapes, least = reader.number(), reader.number()
+    steps = -(-len(context) // lanes)
+    count = unpack_planes(reader, lanes) + least
+    if escapes > len(context) or count.max() > steps:
+        raise Damaged("more words or escapes than codes")
+    state = reader.array("<u4", lanes)
+    words = reader.array("<u2", int(count.sum()))
+    middle = None
+    if (wide := np.bincount(context, minlength=COUNT)[:COUNT] @ RAW_BITS) > 0:
+        middle = unpack_middle(reader.take(-(-int(wide) // 8)), RAW_BITS[context])
+    escaped = reader.array("<u4", escapes)
+    if reader.rest():
+        raise Damaged("bytes after the end of a stream")
+    return Parsed(lanes, state, count, words, middle, escaped)
+
+
+def decode(
+    data: Sequence[bytes], contexts: Sequence[np.ndarray], frequencies: np.ndarray
+) -> list[np.ndarray]:
+    """Values in steps of each stream, `[N]` int32.
+
+    Args:
+      data: bytes of each stream.
+      contexts: of its codes, `[N]` uint8.
+      frequencies: `[COUNT, 2, SYMBOLS]`.
+
+    Raises:
+      Damaged: bytes that `encode` does not write.
+    """
+    present = np.zeros(COUNT, bool)
+    for context in contexts:
+        present |= np.bincount(context, minlength=COUNT)[:COUNT] > 0
+        if len(context) and context.max() >= COUNT:
+            raise Damaged(f"context {context.max()}")
+    lookup = tables.lookup(frequencies, present)
+    parsed = [parse(blob, context) for blob, context in zip(data, contexts, strict=True)]
+    lanes = [x.lanes for x in parsed]
+    places = sort_lanes([(len(c), k) for c, k in zip(contexts, lanes, strict=True)])
+    if not len(places.lengths):
+        return [np.zeros(0, np.int32) for _ in parsed]
+    place = np.concatenate(places.columns)
+    # words stay stream by stream; lanes say where theirs begin
+    count, begin = np.concatenate([x.taken for x in parsed]), np.zeros(len(place), np.int64)
+    begin[1:] = np.cumsum(count)[:-1]
+    state, first, last = (np.empty_like(x) for x in (np.concatenate([x.state for x in parsed]), begin, begin))
+    state[place] = np.concatenate([x.state for x in parsed])
+    first[place], last[place] = begin, begin + count
+    values = rans.decode(
+        state,
+        np.concatenate([x.words for x in parsed]),
+        first,
+        last,
+        places.lengths,
+        gather([np.asarray(c, np.uint8) for c in contexts], lanes, places),
+        lookup,
+    )
+    out = []
+    for x, context, columns in zip(parsed, contexts, places.columns, strict=True):
+        steps = -(-len(context) // max(x.lanes, 1))
+        mine = values if len(parsed) == 1 else values[:steps, columns]
+        out.append(finish(from_lanes(mine, len(context)).astype(np.int32), context, x))
+    return out
+
+
+def finish(value: np.ndarray, context: np.ndarray, x: Parsed) -> np.ndarray:
+    """Values of a stream from what the tables say of its symbols: wide contexts and escapes put together."""
+    special = value >= tables.ESCAPED
+    if int(np.count_nonzero(special)) != len(x.escaped):
+        raise Damaged("another number of escapes")
+    if x.middle is not None:
+        wide = WIDE[context] & ~special
+        found = value[wide]
+        coded = found >> 2
+        high = (coded >> 1) << (RAW_BITS[context[wide]] + 1)
+        magnitude = high | x.middle[wide] << 1 | coded & 1
+        value[wide] = signed(magnitude, (found >> 1) & 1, found & 1)
+    if len(x.escaped):
+        if x.escaped.max() > MAX_MAGNITUDE >> 1:
+            raise Damaged("an escape beyond the largest magnitude")
+        found = value[special]
+        magnitude = x.escaped.astype(np.int32) << 1 | found & 1
+        value[special] = signed(magnitude, (found >> 2) & 1, (found >> 1) & 1)
+    return value
+
+
+def signed(magnitude: np.ndarray, quantizer: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Values in steps of magnitudes, int32; the trellis' `reconstruct` for integers of 0 and 1."""
+    value = 2 * magnitude - quantizer * (magnitude > 0)
+    return np.where(negative > 0, -value, value)
+
+
+def values(x: Symbols) -> np.ndarray:
+    """What the codes of a stream stand for, `[N]` int32 in steps."""
+    return signed(x.magnitude, x.quantizer.astype(np.int32), x.negative.astype(np.int32)).astype(np.int32)
