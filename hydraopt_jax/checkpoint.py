@@ -18,7 +18,7 @@ import numpy as np
 from hydraopt_jax import atomic, container, container_writer, description, memory, packing
 from hydraopt_jax.container import SCHEMA
 from hydraopt_jax.deferred import Deferred, bytes_of
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, TooLarge
 from hydraopt_jax.store import Store, task_index
 
 __all__ = [
@@ -43,10 +43,6 @@ Read = TypeVar("Read")
 BATCH = 1 << 28
 # how often a reader begins anew when writers replace the store under it
 RETRIES = 20
-
-
-class TooLarge(HydraOptError):
-    """A store that would exceed the bytes it may take."""
 
 
 def write(folder: Path, store: Store, compress: bool = True) -> None:

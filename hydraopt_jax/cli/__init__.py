@@ -13,32 +13,15 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import click
-import jax
 
-from hydraopt_jax import checkpoint
-from hydraopt_jax.cli import changes, collections, merging, stores
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.cli.verbs import Verbs
+from hydraopt_jax.errors import HydraOptError, TooLarge
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hydraopt-jax")
 def cli() -> None:
     """Keep many LoRA adapters in little storage. ADAPTER is a PEFT folder, NAME=FOLDER, or hf:ORG/NAME."""
-
-
-for verb in (
-    collections.similarity_command,
-    collections.compress_command,
-    collections.frontier_command,
-    merging.merge,
-    collections.demo,
-    stores.inspect,
-    stores.export,
-    stores.verify,
-    changes.add,
-    changes.remove,
-):
-    cli.add_command(verb)
 
 
 def keep_compilations() -> None:
@@ -51,8 +34,9 @@ def keep_compilations() -> None:
     except OSError:
         return
     if os.access(folder, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        # read when JAX is imported, which a verb may never do
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_compilations()
     try:
         sys.exit(cli.main(args=arguments, prog_name="hydraopt", standalone_mode=False) or 0)
-    except checkpoint.TooLarge as error:
+    except TooLarge as error:
         fail(f"{error}; --force keeps it", 1)
     except HydraOptError as error:
         fail(str(error), 2)

@@ -1,0 +1,43 @@
+"""The verbs, loaded when they are called: what only lists them imports neither JAX nor any mathematics."""
+
+import importlib
+
+import click
+
+# verb -> module and name of its command, and its line in the help
+VERBS = {
+    "similarity": (
+        "collections",
+        "similarity_command",
+        "How alike adapters are: factors, deltas, subspaces.",
+    ),
+    "compress": ("collections", "compress_command", "Compress ADAPTERS into one store."),
+    "frontier": ("collections", "frontier_command", "The whole trade-off: bytes against error."),
+    "merge": ("merging", "merge", "Merge ADAPTERS into one by a published method."),
+    "inspect": ("stores", "inspect", "What is in a store."),
+    "export": ("stores", "export", "Write tasks of a store as PEFT folders."),
+    "verify": ("stores", "verify", "Check a store, against its ADAPTERS if given."),
+    "add": ("changes", "add", "Add ADAPTER to a store."),
+    "remove": ("changes", "remove", "Remove TASK from a store."),
+    "demo": ("collections", "demo", "Forty trained adapters at three budgets."),
+}
+
+
+class Verbs(click.Group):
+    """A group whose commands are imported one by one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs, in the order of use."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a verb."""
+        if cmd_name not in VERBS:
+            return None
+        module, name, _ = VERBS[cmd_name]
+        return getattr(importlib.import_module(f"hydraopt_jax.cli.{module}"), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The verbs with a line each."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, _, line) in VERBS.items()])
