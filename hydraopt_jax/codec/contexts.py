@@ -34,8 +34,8 @@ def rms(context: np.ndarray) -> np.ndarray:
     return 2.0 ** ((context % PER_SIDE - 1) / PER_OCTAVE - 3)
 
 
-# middle bits of each context
-RAW_BITS = np.maximum(np.floor(np.log2(rms(np.arange(COUNT)))).astype(np.int32) - 3, 0)
+# middle bits of each context: two octaves and more below its rms
+RAW_BITS = np.maximum((np.arange(COUNT, dtype=np.int32) % PER_SIDE - 1) // PER_OCTAVE - 6, 0)
 WIDE = RAW_BITS > 0
 
 

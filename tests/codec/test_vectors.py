@@ -1,0 +1,196 @@
+"""The vectors of docs/format.md: the reference decoder, and one written from the page alone, lane by lane."""
+
+import base64
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hydraopt_jax.codec.decode import decode
+from hydraopt_jax.layout import KINDS, TermShape
+
+VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.json"))
+
+
+@pytest.fixture(params=VECTORS, ids=lambda x: x.stem)
+def vector(request):
+    return json.loads(request.param.read_text())
+
+
+def test_the_reference_decoder(vector):
+    shapes = {
+        name: tuple(TermShape(*(tuple(v) if isinstance(v, list) else v for v in x.values())) for x in terms)
+        for name, terms in vector["modules"].items()
+    }
+    shapes = {n: tuple(x._replace(predicted=KINDS.index(x.predicted)) for x in v) for n, v in shapes.items()}
+    leaves = {k: base64.b64decode(v) for k, v in vector["leaves"].items()}
+    found = decode(leaves, shapes, [int(t) for t in vector["gains"]])
+    for piece, value, want in zip(found.pieces, found.values, vector["pieces"], strict=True):
+        assert [piece.module, piece.term, piece.side, piece.factor, piece.leaf] == list(want.values())[:5]
+        np.testing.assert_array_equal(value.T * 16, want["values_times_16"])
+    for t, rows in vector["gains"].items():
+        for mine, want in zip(found.gains[int(t)], rows, strict=True):
+            np.testing.assert_array_equal(mine, np.array(want, np.float32))
+
+
+class Bytes:
+    """Bytes read as the page says."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def take(self, size):
+        out, self.data = self.data[:size], self.data[size:]
+        assert len(out) == size
+        return out
+
+    def number(self):
+        byte = self.take(1)[0]
+        return byte if byte < 128 else byte - 128 + 128 * self.number()
+
+    def inflated(self, size):
+        return zlib.decompress(self.take(size), -15)
+
+    def planes(self, count):
+        out = [0] * count
+        for k in range(self.number()):
+            for i, byte in enumerate(self.inflated(self.number())):
+                out[i] += byte << 8 * k
+        return out
+
+
+def raw_of(context):
+    return max((context % 76 - 1) // 3 - 6, 0)
+
+
+def tables_of(data):
+    size = data.number()
+    body = Bytes(data.inflated(data.number()))
+    assert len(body.data) == size
+    rows = [(c, q) for c in range(1, 152) for q in range(1 if raw_of(c) else 2)]
+    counts = [body.take(1)[0] for _ in rows]
+    low = [body.take(n) for n in counts]
+    out = {}
+    for row, low_bytes, n in zip(rows, low, counts, strict=True):
+        high_bytes = body.take(n)
+        out[row] = [2 * (a + 256 * b) for a, b in zip(low_bytes, high_bytes, strict=True)]
+        if raw_of(row[0]):
+            out[row[0], 1] = out[row]
+    return out
+
+
+def runs(frequencies, wide):
+    """(symbol, sign, first slot, slots) in order."""
+    at = 0
+    for symbol, f in enumerate(frequencies):
+        whole = symbol == 0 and not wide
+        for sign in (0,) if whole else (0, 1):
+            slots = f if whole else f // 2
+            if slots:
+                yield symbol, sign, at, slots
+            at += slots
+
+
+def codes_of(data, contexts, tables):
+    """Values in steps of a stream's codes."""
+    lanes = data.number()
+    if not lanes:
+        return []
+    escapes, least = data.number(), data.number()
+    words_of = [least + x for x in data.planes(lanes)]
+    states = struct.unpack(f"<{lanes}I", data.take(4 * lanes))
+    lookup = {}
+    for context in set(contexts):
+        for q in range(2):
+            lookup[context, q] = [None] * 4096
+            for symbol, sign, first, slots in runs(tables[context, q], raw_of(context) > 0):
+                lookup[context, q][first : first + slots] = [(symbol, sign, first, slots)] * slots
+    found, n = [], -(-len(contexts) // lanes)
+    for lane in range(lanes):
+        words = list(struct.unpack(f"<{words_of[lane]}H", data.take(2 * words_of[lane])))
+        x, q0, q1, q2 = states[lane], 0, 0, 0
+        for i, context in enumerate(contexts[lane * n : (lane + 1) * n]):
+            if i % 4096 == 0:
+                q0 = q1 = q2 = 0
+            symbol, sign, first, slots = lookup[context, q0][x % 4096]
+            x = slots * (x // 4096) + x % 4096 - first
+            if x < 65536:
+                x = 65536 * x + words.pop(0)
+            found.append((symbol, sign, q0))
+            q0, q1, q2 = q1 ^ q2 ^ symbol % 2, q0, q1
+        assert (x, words) == (65536, [])
+    total = sum(raw_of(c) for c in contexts)
+    bits = "".join(f"{x:08b}" for x in data.take(-(-total // 8)))
+    middle = [0] * len(contexts)
+    for raw in sorted({raw_of(c) for c in contexts} - {0}):
+        for i in (i for i, c in enumerate(contexts) if raw_of(c) == raw):
+            middle[i], bits = int(bits[:raw], 2), bits[raw:]
+    rest = list(struct.unpack(f"<{escapes}I", data.take(4 * escapes)))
+    out = []
+    for (symbol, sign, q), context, bits_between in zip(found, contexts, middle, strict=True):
+        k = symbol // 2 * 2 ** (raw_of(context) + 1) + 2 * bits_between + symbol % 2
+        if symbol >= 126:
+            k = 2 * rest.pop(0) + symbol % 2
+        out.append((2 * k - q if k else 0) * (-1 if sign else 1))
+    assert not rest
+    return out
+
+
+def test_a_decoder_written_from_the_page(vector):
+    leaves = {k: Bytes(base64.b64decode(v)) for k, v in vector["leaves"].items()}
+    tables = tables_of(leaves["shared"])
+    contexts, values, flags = {}, {}, {}
+    for name in sorted(leaves, key=lambda x: (x != "shared", x)):
+        mine = [i for i, x in enumerate(vector["pieces"]) if x["leaf"] == name]
+        term = {
+            i: vector["modules"][vector["pieces"][i]["module"]][vector["pieces"][i]["term"]] for i in mine
+        }
+        side = Bytes(leaves[name].inflated(leaves[name].number()))
+        for i in mine:
+            contexts[i] = list(side.take(term[i]["rank"]))
+        for i in mine:
+            if term[i]["predicted"] == "projected" and vector["pieces"][i]["factor"]:
+                bits = "".join(f"{x:08b}" for x in side.take(-(-term[i]["rank"] // 8)))
+                flags[i] = [x == "1" for x in bits[: term[i]["rank"]]]
+        assert not side.data
+        base = {i: i - vector["pieces"][i]["factor"] for i in mine if i in flags}
+        counts = {i: sum(flags[i]) * sum(c > 0 for c in contexts[base[i]]) for i in base}
+        flat = leaves[name].planes(sum(counts.values())) if sum(counts.values()) else []
+        flat = [-(x + 1) // 2 if x % 2 else x // 2 for x in flat]
+        gains = leaves[name].take(leaves[name].number())
+        want = [x for row in vector["gains"].get(name.removeprefix("task_"), []) for x in row]
+        unit = struct.unpack("<f", gains[:4])[0] if gains else 0
+        mine_gains = np.frombuffer(gains[4:], "<f2").astype(np.float32) * np.float32(unit)
+        np.testing.assert_array_equal(mine_gains, np.array(want, np.float32))
+        length = {i: term[i]["outputs" if vector["pieces"][i]["side"] else "inputs"] for i in mine}
+        every = [c for i in mine for c in contexts[i] if c for _ in range(length[i])]
+        codes = codes_of(leaves[name], every, tables)
+        assert not leaves[name].data
+        for i in mine:
+            values[i] = [[0.0] * length[i] for _ in contexts[i]]
+            for s, c in enumerate(contexts[i]):
+                if c:
+                    values[i][s], codes = [float(x) for x in codes[: length[i]]], codes[length[i] :]
+            known = []
+            if i in base:
+                known = [v for v, c in zip(values[base[i]], contexts[base[i]], strict=True) if c]
+            exponents = []
+            for v in known:
+                size = int(sum(abs(16 * x) for x in v))
+                exponents.append((3 * size**2 // (2 * len(v))).bit_length() // 2 - 4)
+            for s, used in enumerate(flags.get(i, [])):
+                if used:
+                    weights, flat = flat[: len(known)], flat[len(known) :]
+                    for n in range(length[i]):
+                        total = sum(
+                            c * 2.0**-e * v[n] for c, e, v in zip(weights, exponents, known, strict=True)
+                        )
+                        values[i][s][n] += round(16 * total) / 16
+                if not contexts[i][s]:
+                    values[i][s] = [0.0] * length[i]
+        assert not flat
+    for i, piece in enumerate(vector["pieces"]):
+        np.testing.assert_array_equal(np.array(values[i]) * 16, piece["values_times_16"])
