@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, checkpoint, compression, forms, joining, navigate, packing
+from hydraopt_jax import adapters, checkpoint, compression, extras, forms, joining, navigate, packing
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding import addition, codec, trial
 from hydraopt_jax.errors import HydraOptError
@@ -61,7 +61,8 @@ def add(store: Store, new: Adapter) -> Store:
                 )
     if store.report["options"].get("calibrated"):
         raise HydraOptError("the store was made with --calibration, which it does not hold: compress again")
-    source = Source(new.dtype, new.config, new.layout, new.source, new.digest, new.extras)
+    carried = extras.coded(new.extras, store.report["options"].get("extras_dtype"))
+    source = Source(new.dtype, new.config, new.layout, new.source, new.digest, carried)
     grown = store._replace(
         tasks=(*store.tasks, new.task),
         sources=(*store.sources, source),
@@ -209,6 +210,7 @@ def refit(collection: Sequence[Adapter], store: Store) -> Store:
     if store.payload is None:
         return navigate.compress(collection, navigate.Options(budget=1e6))
     options, problem, entries = prepared(collection, store)
+    collection = extras.carried(collection, options.extras_dtype)
     return navigate.to_store(collection, problem, code(problem, store.report["step"]), options, entries)
 
 

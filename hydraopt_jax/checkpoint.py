@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,7 +24,9 @@ from hydraopt_jax.store import Store, task_index
 
 __all__ = [
     "SCHEMA",
+    "Account",
     "TooLarge",
+    "account",
     "batches",
     "check_target",
     "measure_size",
@@ -318,6 +320,35 @@ def measure_size(store: Store) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "store", store)
         return size_on_disk(Path(folder) / "store")
+
+
+class Account(NamedTuple):
+    """What takes the bytes of a store on disk; the three add up to all of it.
+
+    Attributes:
+      factors: of the factors, after all compression.
+      heads: of the full tensors beside them, which a fraction as a budget does not count.
+      metadata: of all else: the index, errors, checksums, and what an empty store takes.
+    """
+
+    factors: int
+    heads: int
+    metadata: int
+
+
+def account(path: str | os.PathLike) -> Account:
+    """What takes the bytes of a store."""
+    at = Path(path).absolute()
+    (meta, _), index = read_whole(at, lambda x: (container.read_description(x), open_store(x).index))
+    heads = sum(size for name, size in index["leaves"].items() if name.startswith("extras_"))
+    claims = sum(size for name, size in index["leaves"].items() if name.endswith("errors"))
+    if meta["schema"] == 1:
+        factors = sum(index["leaves"].values()) - heads - claims
+        return Account(factors, heads, size_on_disk(at) - factors - heads)
+    groups = [meta["chunks"]] if meta["schema"] == container.ONE_ARRAY else meta["chunks"]
+    # full tensors, the index and the errors are as small as they get before zstd sees them
+    factors = sum(size for chunks in groups for size, _ in chunks) - heads - claims - meta["index"][0]
+    return Account(max(factors, 0), heads, size_on_disk(at) - max(factors, 0) - heads)
 
 
 def size_on_disk(path: str | os.PathLike) -> int:

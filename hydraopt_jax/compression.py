@@ -15,12 +15,12 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import optax
 
-from hydraopt_jax import adapters, algebra, forms, objective, optimize
+from hydraopt_jax import adapters, algebra, extras, forms, objective, optimize
 from hydraopt_jax.adapters import Adapter, Bucket
 from hydraopt_jax.algebra import Svd
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors, Info
-from hydraopt_jax.store import Source, Store, task_factors
+from hydraopt_jax.store import Store, sources_of, task_factors
 
 # modules solved in one call: bounds memory, keeps the progress bar moving
 CHUNK = 24
@@ -30,7 +30,7 @@ WORKERS = 2
 EXPANSION_FLOOR = 1e-3
 SIDES = ("in", "out", "auto")
 SOLVERS = ("closed", "optax")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = extras.DTYPES
 
 
 class Options(NamedTuple):
@@ -46,6 +46,7 @@ class Options(NamedTuple):
       steps: upper limit of Optax steps.
       optimizer: an `optax.GradientTransformation`; None for `optimize.default_optimizer`.
       dtype: "float32", "float16", "bfloat16"; None for the widest dtype that came in.
+      extras_dtype: full tensors beside the factors that are wider are rounded to it; None keeps them.
     """
 
     heads: int | None = None
@@ -57,6 +58,7 @@ class Options(NamedTuple):
     steps: int = 1000
     optimizer: optax.GradientTransformation | None = None
     dtype: str | None = None
+    extras_dtype: str | None = None
 
 
 def check_options(options: Options, tasks: int) -> None:
@@ -67,6 +69,7 @@ def check_options(options: Options, tasks: int) -> None:
             raise HydraOptError(f"{name} = {value!r}: must be one of {', '.join(known)}")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise HydraOptError(f"dtype = {options.dtype!r}: must be one of {', '.join(DTYPES)}")
+    extras.check_dtype(options.extras_dtype)
     if options.heads is not None and not 1 <= options.heads <= tasks:
         raise HydraOptError(f"heads = {options.heads}: must lie between 1 and the {tasks} tasks")
     if options.rank is not None and options.rank < 1:
@@ -246,7 +249,7 @@ def compress(
         "entries": inputs.size,
         "bound": {name: float(f"{done[name][2]:.6g}") for name in order},
     }
-    sources = tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
+    sources = sources_of(extras.carried(collection, options.extras_dtype))
     return Store(inputs.tasks, {name: (done[name][0],) for name in order}, sources, report, errors)
 
 

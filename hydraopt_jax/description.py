@@ -7,6 +7,8 @@ the bytes that are there; what remains is caught when the leaves are read.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydraopt_jax.container import DEFLATE
+from hydraopt_jax.extras import raw_size
 from hydraopt_jax.formats.tensor_files import FLOATS
 
 # numbers that a coded store may decode to: so many, and so many for each byte that it holds
@@ -55,9 +57,11 @@ def check_index(index: Any) -> None:
     check_sources(index["sources"], len(tasks))
     need(len(index["extras"]) == len(tasks), "extras")
     for table in index["extras"]:
-        for name, dtype, shape in table:
+        for name, dtype, shape, *size in table:
             need(isinstance(name, str) and isinstance(dtype, str), "extras")
             need("O" not in dtype and all(whole(n, 0, 1 << 40) for n in shape), "extras")
+            need(not size or (len(size) == 1 and whole(size[0], 1, 1 << 50)), "extras")
+            need(not size or raw_size([name, dtype, shape]) <= DEFLATE * size[0], "extras")
     report = index["report"]
     need(isinstance(report["form"], str) and isinstance(report["options"], dict), "report")
     need(whole(report["entries"], 0, 1 << 60) and isinstance(report["bound"], dict), "report")

@@ -4,13 +4,12 @@ Every part, one factor or one core, plain or entropy-coded, lies in the leaf of 
 (`layout`). The index has the structure of the terms, the sources and the report.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import structure
+from hydraopt_jax import extras, structure
 from hydraopt_jax.coding import addition, codec
 from hydraopt_jax.deferred import Deferred, part_of, size_of
 from hydraopt_jax.errors import HydraOptError
@@ -67,8 +66,8 @@ def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         for name, part in zip(names, every, strict=True):
             leaves.setdefault(name, []).append(part.value)
         description = structure.skeleton(store.modules)
-    for t, source in enumerate(store.sources):
-        leaves[f"extras_{t}"] = list(source.extras.values())
+    heads = [extras.coded(x.extras) for x in store.sources]
+    leaves |= {f"extras_{t}": [x.blob] for t, x in enumerate(heads)}
     # a leaf of no bytes is none
     leaves = {k: v for k, v in leaves.items() if any(map(size_of, v))}
     index = {
@@ -76,7 +75,7 @@ def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         "groups": groups,
         **description,
         "sources": structure.merge_sources(store.sources),
-        "extras": [[[k, v.dtype.name, list(v.shape)] for k, v in x.extras.items()] for x in store.sources],
+        "extras": [x.table for x in heads],
         # a store made by hand may say nothing of itself
         "report": {"form": "", "options": {}, "entries": count(store), "bound": {}} | dict(store.report),
         "leaves": {k: sum(map(size_of, v)) for k, v in leaves.items()},
@@ -239,8 +238,8 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, Any], chosen: Sequence
     else:
         modules = unpack_terms(index, leaves, len(names), chosen)
     errors = part_of(leaves["errors"], 0, (len(order), len(names)), np.float16)
-    extras = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
-    sources = structure.split_sources(index["sources"], extras)
+    heads = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
+    sources = structure.split_sources(index["sources"], heads)
     return Store(
         tuple(names[t] for t in chosen),
         modules,
@@ -251,18 +250,12 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, Any], chosen: Sequence
     )
 
 
-def extras_size(table: Sequence[Any]) -> int:
-    """Bytes of the full tensors of a table."""
-    return sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in table)
-
-
-def unpack_extras(table: Sequence[Any], blob: Any) -> dict[str, Any]:
+def unpack_extras(table: Sequence[Any], blob: Any) -> extras.Extras:
     """A task's full tensors from the bytes of its leaf; none when it was not read."""
-    out, start = {}, 0
-    for name, dtype, shape in table if blob is not None else ():
-        out[name] = part_of(blob, start, shape, dtype)
-        start += out[name].nbytes
-    return out
+    if blob is None:
+        # tensors of no bytes need no leaf
+        table = [row for row in table if not extras.stored_size(row)]
+    return extras.Extras(table, b"" if blob is None else blob)
 
 
 def renumber(of: Any, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ class Source(NamedTuple):
       layout: module -> how the format names and shapes the factors.
       origin: path or id.
       digest: SHA-256 of its weights.
-      extras: full tensors of the task, verbatim.
+      extras: full tensors of the task, as a rule coded (`extras.Extras`).
     """
 
     dtype: str
@@ -100,6 +100,11 @@ class Store(NamedTuple):
     report: Mapping[str, Any]
     errors: np.ndarray
     payload: Payload | None = None
+
+
+def sources_of(collection: Sequence[Adapter]) -> tuple[Source, ...]:
+    """What each task brought along."""
+    return tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
 
 
 def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

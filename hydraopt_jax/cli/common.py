@@ -146,6 +146,17 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
     }
 
 
+def bytes_table(parts: dict[str, int], content: store.Store) -> Table:
+    """What takes the bytes of a store, see `checkpoint.account`."""
+    table = Table("what", "bytes", "of the factors' fp16 bytes", title="bytes on disk")
+    whole = 2 * max(content.report["entries"], 1)
+    names = {"factors": "factors", "heads": "full tensors (heads)", "metadata": "description and checksums"}
+    for key, name in names.items():
+        share = "" if key == "heads" else f"{parts[key] / whole:.4f}"
+        table.add_row(name, report.format_bytes(parts[key]), share)
+    return table
+
+
 def error_table(content: store.Store) -> Table:
     """Relative squared error a task, mean, worst and the form's bound."""
     table = Table("task", "relative squared error", title="error of delta")

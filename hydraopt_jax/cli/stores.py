@@ -12,6 +12,7 @@ from hydraopt_jax import checkpoint, compression, report, store
 from hydraopt_jax.cli.common import (
     CheckFailed,
     as_json_option,
+    bytes_table,
     clean,
     describe,
     error_table,
@@ -32,6 +33,7 @@ def inspect(path: str, as_json: bool) -> None:
     content = checkpoint.outline(path)
     leaves = checkpoint.read_index(path)[1]["leaves"]
     payload = describe(path, content) | {"leaves": leaves, "bytes": checkpoint.size_on_disk(path)}
+    parts = payload["bytes_of"] = checkpoint.account(path)._asdict()
     table = Table("leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk")
     for name, size in leaves.items():
         table.add_row(name, f"{size:,}")
@@ -41,7 +43,7 @@ def inspect(path: str, as_json: bool) -> None:
             a, b = term.a[0], term.b[0]
             row = f"{a.shape[0]} x {b.shape[1]}", str(a.shape[1]), str(len(term.a)), str(len(term.b))
             shape.add_row(Text(name), *row)
-    say(as_json, payload, table, shape, error_table(content))
+    say(as_json, payload, bytes_table(parts, content), table, shape, error_table(content))
 
 
 @click.command()
