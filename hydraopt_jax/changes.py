@@ -59,8 +59,7 @@ def add(store: Store, new: Adapter) -> Store:
                     f"{name}: {new.task!r} has [in, out] = {list(shapes[name])}, the store has {list(have)}: "
                     "adapters of one store must adapt one base model"
                 )
-    if store.report["options"].get("calibrated"):
-        raise HydraOptError("the store was made with --calibration, which it does not hold: compress again")
+    need_no_calibration(store)
     carried = extras.coded(new.extras, store.report["options"].get("extras_dtype"))
     source = Source(new.dtype, new.config, new.layout, new.source, new.digest, carried)
     grown = store._replace(
@@ -69,6 +68,17 @@ def add(store: Store, new: Adapter) -> Store:
         report=changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values()))),
     )
     return add_coded(grown, new) if store.payload is not None else add_plain(grown, new)
+
+
+def is_calibrated(store: Store) -> bool:
+    """Whether errors of outputs were made small, by second moments that the store does not hold."""
+    return bool(store.report["options"].get("calibrated"))
+
+
+def need_no_calibration(store: Store) -> None:
+    """Refuse to code anything by weights for a store that was made for outputs."""
+    if is_calibrated(store):
+        raise HydraOptError("the store was made with --calibration, which it does not hold: compress again")
 
 
 def changed(report: Mapping[str, Any], entries: int) -> dict[str, Any]:
@@ -168,6 +178,10 @@ def remove(store: Store, task: str) -> Store:
         )
         modules = packing.coded_terms(payload, kept)
     rows = dict(zip(store.modules, store.errors, strict=True))
+    outputs = store.output_errors
+    if outputs is not None:
+        by_name = dict(zip(store.modules, outputs, strict=True))
+        outputs = np.stack([by_name[n][rest] for n in modules])
     return store._replace(
         tasks=tuple(store.tasks[t] for t in rest),
         modules=modules,
@@ -176,6 +190,7 @@ def remove(store: Store, task: str) -> Store:
         report=changed(store.report, -round(store.report["entries"] / len(store.tasks))),
         errors=np.stack([rows[n][rest] for n in modules]),
         payload=payload,
+        output_errors=outputs,
     )
 
 
@@ -199,7 +214,12 @@ def held(store: Store) -> int:
 
 
 def refit(collection: Sequence[Adapter], store: Store) -> Store:
-    """All tasks fitted at once by the rule that made the store: its quantiser step, or its explicit form."""
+    """All tasks fitted at once by the rule that made the store: its quantiser step, or its explicit form.
+
+    Raises:
+      HydraOptError: the store was made with calibration.
+    """
+    need_no_calibration(store)
     if store.payload is None and store.report["form"] != "lossless":
         asked = store.report["options"]
         heads = min(asked["heads"], len(collection))

@@ -278,7 +278,7 @@ def outline(path: str | os.PathLike) -> Store:
         whole = opened.index.get("coded") and not opened.index.get("segments")
         with believing(at):
             leaves: dict[str, Any] = {
-                n: opened.leaf(n) if whole or n == "errors" else opened.deferred(n)
+                n: opened.leaf(n) if whole or n in packing.TABLES else opened.deferred(n)
                 for n in opened.index["leaves"]
             }
             return packing.unpack(opened.index, leaves, range(len(opened.index["tasks"])))
@@ -341,7 +341,7 @@ def account(path: str | os.PathLike) -> Account:
     at = Path(path).absolute()
     (meta, _), index = read_whole(at, lambda x: (container.read_description(x), open_store(x).index))
     heads = sum(size for name, size in index["leaves"].items() if name.startswith("extras_"))
-    claims = sum(size for name, size in index["leaves"].items() if name.endswith("errors"))
+    claims = sum(size for name, size in index["leaves"].items() if name in packing.TABLES)
     if meta["schema"] == 1:
         factors = sum(index["leaves"].values()) - heads - claims
         return Account(factors, heads, size_on_disk(at) - factors - heads)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, bounds, checkpoint, compression, extras
+from hydraopt_jax import adapters, bounds, calibration, checkpoint, compression, extras
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.coding import codec, plan
 from hydraopt_jax.coding.trial import Problem, Trial, attempt, bar, prepare, task_errors, train
@@ -162,7 +162,10 @@ def to_store(
         report["limit"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
     payload = Payload(leaves, shapes)
     tasks = tuple(x.task for x in collection)
-    return Store(tasks, modules, sources_of(collection), report, trial.errors, payload)
+    kept = Store(tasks, modules, sources_of(collection), report, trial.errors, payload)
+    if not problem.metrics:
+        return kept
+    return kept._replace(errors=compression.error_table(kept, collection), output_errors=trial.errors)
 
 
 def describe(
@@ -202,7 +205,8 @@ def account(options: Options, entries: int) -> dict[str, Any]:
     """What was asked for, JSON-able."""
     asked = {k: v for k, v in options._asdict().items() if k not in ("weights", "calibration")}
     asked |= {"weights": dict(options.weights), "calibrated": options.calibration is not None}
-    return {"options": asked, "entries": entries, "bound": {}}
+    known = {} if options.calibration is None else {"calibration": calibration.digest(options.calibration)}
+    return {"options": asked, "entries": entries, "bound": {}, **known}
 
 
 def label(choice: plan.Choice, tasks: Sequence[str]) -> str:
@@ -320,7 +324,8 @@ def overhead(
     payload = Payload(leaves, trial.coded.shapes)
     report = describe(collection, problem, trial, options, entries)
     tasks = tuple(x.task for x in collection)
-    empty = Store(tasks, {}, sources_of(collection), report, trial.errors, payload)
+    outputs = trial.errors if problem.metrics else None
+    empty = Store(tasks, {}, sources_of(collection), report, trial.errors, payload, outputs)
     return checkpoint.measure_size(empty) - len(leaves)
 
 

@@ -17,6 +17,9 @@ from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, leaf_names, pieces
 from hydraopt_jax.store import Addition, Payload, Segment, Store, count
 
+# leaves of the errors: of weights, and of outputs where there was a calibration
+TABLES = ("errors", "output_errors")
+
 
 class Part(NamedTuple):
     """One stored array and the tasks that read it."""
@@ -44,6 +47,8 @@ def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
       The index.
     """
     leaves: dict[str, list[Any]] = {"errors": [np.sqrt(store.errors).astype(np.float16)]}
+    if store.output_errors is not None:
+        leaves["output_errors"] = [np.sqrt(store.output_errors).astype(np.float16)]
     if store.payload is not None:
         leaves |= {k: [v] for k, v in store.payload.leaves.items()}
         groups = pieces(store.payload.shapes)[1]
@@ -103,7 +108,7 @@ def segment_places(tasks: Sequence[int], wanted: Sequence[int]) -> list[int]:
 def leaves_of(index: Mapping[str, Any], tasks: Iterable[int]) -> list[str]:
     """Names of the leaves that some tasks need, also those of the tasks that predict them."""
     tasks = list(tasks)
-    names = {"shared", "errors"} | {f"extras_{t}" for t in tasks}
+    names = {"shared", *TABLES} | {f"extras_{t}" for t in tasks}
     for n, x in enumerate(index.get("segments", ())):
         here = [k for k in segment_places(x["tasks"], tasks) if k >= 0]
         if here:
@@ -224,7 +229,7 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, Any], chosen: Sequence
         blobs: dict[str, Any] = {
             k: v if isinstance(v, Deferred) else v.tobytes()
             for k, v in leaves.items()
-            if k != "errors" and not k.startswith("extras_")
+            if k not in TABLES and not k.startswith("extras_")
         }
         additions = additions_of(index, blobs)
         segments = segments_of(index, blobs)
@@ -237,7 +242,12 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, Any], chosen: Sequence
             payload = None
     else:
         modules = unpack_terms(index, leaves, len(names), chosen)
-    errors = part_of(leaves["errors"], 0, (len(order), len(names)), np.float16)
+    tables = [
+        np.asarray(part_of(leaves[k], 0, (len(order), len(names)), np.float16))[:, list(chosen)]
+        if k in leaves
+        else None
+        for k in TABLES
+    ]
     heads = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
     sources = structure.split_sources(index["sources"], heads)
     return Store(
@@ -245,9 +255,15 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, Any], chosen: Sequence
         modules,
         tuple(sources[t] for t in chosen),
         index["report"],
-        np.asarray(errors)[:, list(chosen)].astype(np.float32) ** 2,
+        squared(tables[0]),  # type: ignore[arg-type]
         payload,
+        squared(tables[1]),
     )
+
+
+def squared(table: np.ndarray | None) -> np.ndarray | None:
+    """A table of errors from the roots that are stored, which half precision has room for."""
+    return None if table is None else table.astype(np.float32) ** 2
 
 
 def unpack_extras(table: Sequence[Any], blob: Any) -> extras.Extras:

@@ -90,8 +90,11 @@ class Store(NamedTuple):
       modules: module name -> its terms; a delta is the sum of the terms' `a @ core @ b`.
       sources: one `Source` a task.
       report: JSON-able account: the form asked for, bytes before, bounds, shapes.
-      errors: `[M, T]` relative squared error of each module's delta for each task; NaN where absent.
+      errors: `[M, T]` relative squared error of each module's delta for each task, of the weights; NaN where
+        absent.
       payload: the entropy-coded factors; None where they are stored as they are.
+      output_errors: `[M, T]` the same of each module's outputs, in the coordinates of the calibration that
+        the store was made with; None without.
     """
 
     tasks: tuple[str, ...]
@@ -100,6 +103,7 @@ class Store(NamedTuple):
     report: Mapping[str, Any]
     errors: np.ndarray
     payload: Payload | None = None
+    output_errors: np.ndarray | None = None
 
 
 def sources_of(collection: Sequence[Adapter]) -> tuple[Source, ...]:

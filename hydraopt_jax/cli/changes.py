@@ -57,7 +57,7 @@ def estimated(
     content: Store, given: Sequence[Adapter], quick: bool, task: str | None
 ) -> changes.Refit | None:
     """What a refit would give; None where nobody asks, or the collection is large."""
-    if quick or is_large(content):
+    if quick or is_large(content) or changes.is_calibrated(content):
         return None
     return changes.estimate(content, originals_of(content, given), task)
 
@@ -88,10 +88,17 @@ def account(path: str, before: int, content: Store, found: changes.Refit | None,
         "error": {"mean": clean(float(own.mean()))},
     }
     table = Table("", "now", "a refit at these bytes", title=str(path))
-    rows = [("mean error", float(own.mean()), None if found is None else found.mean)]
+    rows = [("mean error of weights", float(own.mean()), None if found is None else found.mean)]
     if task is not None:
         payload["error"]["task"] = clean(float(own[task_index(content.tasks, task)]))
-        rows.insert(0, (f"error of {task}", payload["error"]["task"], None if found is None else found.task))
+        rows.insert(
+            0,
+            (
+                f"error of the weights of {task}",
+                payload["error"]["task"],
+                None if found is None else found.task,
+            ),
+        )
     if found is not None:
         payload["refit"] = clean(found._asdict())
     for name, now, then in rows:
@@ -105,6 +112,8 @@ def account(path: str, before: int, content: Store, found: changes.Refit | None,
         )
     if found is not None and found.due:
         notes.append("a refit is due: --refit would lower the mean error by more than a tenth")
+    if changes.is_calibrated(content):
+        notes.append("what a refit would give is not estimated: the store does not hold its calibration")
     if is_large(content):
         notes.append("what a refit would give is not estimated: the collection is large")
     return payload, (table, *notes)
