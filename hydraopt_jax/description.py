@@ -40,6 +40,9 @@ def check_index(index: Any) -> None:
     slots, additions = index.get("slots"), index.get("additions", {})
     together = len(tasks) if slots is None else 1 << 20
     entries = check_structure(index, together)
+    for part in (index, *index.get("segments", ())):
+        for key, name in part.get("removed", {}).items():
+            need(key.isdecimal() and isinstance(name, str), "removed tasks")
     for key, x in additions.items():
         need(key.isdecimal() and slots is not None, "an addition's slot")
         need(all(whole(r, -1, int(key) - 1) for r in x["references"]), "an addition's references")

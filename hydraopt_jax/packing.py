@@ -55,6 +55,7 @@ def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         description = structure.coded_skeleton(store.payload.shapes)
         if store.payload.slots is not None:
             description |= {"slots": list(store.payload.slots), "additions": {}}
+            description |= structure.removed_names(store.payload.removed)
         for slot, x in store.payload.additions.items():
             said = structure.coded_skeleton(x.shapes) | {"references": x.references}
             description["additions"][str(slot)] = said
@@ -96,7 +97,10 @@ def segments_of(index: Mapping[str, Any], leaves: Mapping[str, bytes]) -> tuple[
             _, n, own = name.split("_", 2)
             mine[int(n)][own] = value
     rows = zip(mine, index.get("segments", ()), strict=True)
-    return tuple(Segment(found, structure.coded_shapes(x), tuple(x["tasks"])) for found, x in rows)
+    return tuple(
+        Segment(found, structure.coded_shapes(x), tuple(x["tasks"]), structure.removed_of(x))
+        for found, x in rows
+    )
 
 
 def segment_places(tasks: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -235,7 +239,8 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, Any], chosen: Sequence
         segments = segments_of(index, blobs)
         blobs = {k: v for k, v in blobs.items() if not k.startswith(("added_", "segment_"))}
         slots = index.get("slots")
-        payload = Payload(blobs, shapes, None if slots is None else tuple(slots), additions, segments)
+        slots = None if slots is None else tuple(slots)
+        payload = Payload(blobs, shapes, slots, additions, segments, structure.removed_of(index))
         modules = coded_terms(payload, [t if slots is None else slots[t] for t in chosen])
         order = list(modules)
         if list(chosen) != list(range(len(names))):

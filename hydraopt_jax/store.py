@@ -56,11 +56,13 @@ class Segment(NamedTuple):
       leaves: name -> bytes, see `coding.codec`; those of removed tasks are gone.
       shapes: module -> structure of its terms.
       tasks: of each of its tasks the position in the store, -1 for a removed one.
+      removed: place of each removed task -> its name, see `purging`.
     """
 
     leaves: Mapping[str, bytes]
     shapes: Mapping[str, tuple[TermShape, ...]]
     tasks: tuple[int, ...]
+    removed: Mapping[int, str] = {}
 
 
 class Payload(NamedTuple):
@@ -73,6 +75,7 @@ class Payload(NamedTuple):
         was added or removed.
       additions: tasks that came later.
       segments: in place of all these, a collection that was coded in parts because it is large.
+      removed: slot of each removed task that others were coded with -> its name, see `purging`.
     """
 
     leaves: Mapping[str, bytes]
@@ -80,6 +83,7 @@ class Payload(NamedTuple):
     slots: tuple[int, ...] | None = None
     additions: Mapping[int, Addition] = {}
     segments: tuple[Segment, ...] = ()
+    removed: Mapping[int, str] = {}
 
 
 class Store(NamedTuple):

@@ -103,7 +103,7 @@ def test_another_calibration_or_none_is_said(given, made, capsys, tmp_path):
     assert run(capsys, "compress", *names, "--budget", "0.5", "--out", plain)[0] == 0
     for path, given_one, more, words in (
         (made[0], other, names, "not the calibration that"),
-        (plain, cal, names, "without --calibration"),
+        (plain, cal, names, "claims no output errors"),
         (made[0], cal, [], "name them"),
     ):
         code, out, err = run(capsys, "verify", path, *more, "--calibration", given_one)

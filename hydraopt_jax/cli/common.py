@@ -15,9 +15,12 @@ from rich.text import Text
 
 from hydraopt_jax import checkpoint, report, store
 from hydraopt_jax.adapters import Adapter, check
+from hydraopt_jax.calibration import digest
+from hydraopt_jax.calibration import load as load_calibration
 from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
+from hydraopt_jax.purging import Held
 
 Command = Callable[..., Any]
 
@@ -141,9 +144,41 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
         "form": content.report["form"],
         "options": content.report["options"],
         **claims,
+        "bounded": list(content.report.get("bounded", ())),
         "entries": {"before": content.report["entries"], "after": store.count(content)},
         **clean(chosen),
     }
+
+
+def load_moments(path: str, calibration: str) -> dict[str, np.ndarray]:
+    """The second moments that a store was made with.
+
+    Raises:
+      HydraOptError: it was made without any, or with others.
+    """
+    known = checkpoint.read_index(path)[1]["report"].get("calibration")
+    if known is None:
+        raise HydraOptError(
+            f"{path}: claims no output errors (no --calibration when it was made): leave it out"
+        )
+    moments = load_calibration(calibration)
+    if digest(moments) != known:
+        raise HydraOptError(f"{calibration}: is not the calibration that {path} was made with: give that one")
+    return moments
+
+
+def held_notes(held: Sequence[Held]) -> list[str]:
+    """What a store still holds of removed tasks, a line each."""
+    out = []
+    for x in held:
+        why = []
+        if x.bytes:
+            names = ", ".join(x.needed_by)
+            why.append(f"{report.format_bytes(x.bytes)} are kept, because {names} are predicted from them")
+        if x.fitted:
+            why.append("vectors that the others share were fitted to it, too")
+        out.append(f"of {x.task}, which was removed, {'; and '.join(why)}")
+    return out
 
 
 def errors_of(content: store.Store, errors: np.ndarray) -> dict[str, Any]:
@@ -173,8 +208,9 @@ def error_table(content: store.Store) -> Table:
     heads = ["of weights (delta)", "of outputs (calibrated)"][: len(claims)]
     table = Table("task", *heads, title="relative squared error")
     per_task = [task_errors(x) for x in claims]
+    bounds = content.report.get("bounded", ())
     for task, *values in zip(content.tasks, *per_task, strict=True):
-        table.add_row(Text(task), *(f"{x:.3e}" for x in values))
+        table.add_row(Text(task), *(f"{'at most ' * (task in bounds)}{x:.3e}" for x in values))
     table.add_section()
     table.add_row("mean", *(f"{np.nanmean(x):.3e}" for x in claims))
     table.add_row("worst", *(f"{x.max():.3e}" for x in per_task))
