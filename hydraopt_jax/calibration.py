@@ -13,6 +13,8 @@ Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factore
 arXiv 1503.05671.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -73,6 +75,20 @@ def mean(moment: Moment) -> Array:
 def save(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) -> None:
     """Write second moments, module name -> `[I, I]` or `[I]`."""
     save_file({k: np.ascontiguousarray(v, np.float32) for k, v in moments.items()}, path)
+
+
+def digest(moments: Mapping[str, np.ndarray]) -> str:
+    """What tells one calibration from another: 16 hexadecimal digits, of float32 numbers as a file has them.
+
+    >>> digest({"q": np.eye(2)}) == digest({"q": np.eye(2, dtype=np.float32)})
+    True
+    """
+    out = hashlib.sha256()
+    for name in sorted(moments):
+        x = np.ascontiguousarray(moments[name], np.float32)
+        out.update(json.dumps([name, x.shape]).encode())
+        out.update(x.data)
+    return out.hexdigest()[:16]
 
 
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, checkpoint, compression, forms, joining, navigate, packing
+from hydraopt_jax import adapters, checkpoint, compression, extras, forms, joining, navigate, packing
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import encode
 from hydraopt_jax.coding import addition, trial
@@ -60,15 +60,26 @@ def add(store: Store, new: Adapter) -> Store:
                     f"{name}: {new.task!r} has [in, out] = {list(shapes[name])}, the store has {list(have)}: "
                     "adapters of one store must adapt one base model"
                 )
-    if store.report["options"].get("calibrated"):
-        raise HydraOptError("the store was made with --calibration, which it does not hold: compress again")
-    source = Source(new.dtype, new.config, new.layout, new.source, new.digest, new.extras)
+    need_no_calibration(store)
+    carried = extras.coded(new.extras, store.report["options"].get("extras_dtype"))
+    source = Source(new.dtype, new.config, new.layout, new.source, new.digest, carried)
     grown = store._replace(
         tasks=(*store.tasks, new.task),
         sources=(*store.sources, source),
         report=changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values()))),
     )
     return add_coded(grown, new) if store.payload is not None else add_plain(grown, new)
+
+
+def is_calibrated(store: Store) -> bool:
+    """Whether errors of outputs were made small, by second moments that the store does not hold."""
+    return bool(store.report["options"].get("calibrated"))
+
+
+def need_no_calibration(store: Store) -> None:
+    """Refuse to code anything by weights for a store that was made for outputs."""
+    if is_calibrated(store):
+        raise HydraOptError("the store was made with --calibration, which it does not hold: compress again")
 
 
 def changed(report: Mapping[str, Any], entries: int) -> dict[str, Any]:
@@ -139,7 +150,8 @@ def add_plain(store: Store, new: Adapter) -> Store:
 def remove(store: Store, task: str) -> Store:
     """A store with one task less; what it holds of the others is not touched.
 
-    Of a coded store, leaves that others are predicted from stay until a refit.
+    What others are predicted from, or share with the task, stays: `purging.held` says what, `purging.purge`
+    is rid of it.
 
     Raises:
       HydraOptError: no such task, or it is the only one.
@@ -149,12 +161,16 @@ def remove(store: Store, task: str) -> Store:
         raise HydraOptError(f"{task!r} is the store's only task: delete the store instead")
     rest = [t for t in range(len(store.tasks)) if t != gone]
     payload, modules = store.payload, {}
+    report = changed(store.report, -round(store.report["entries"] / len(store.tasks)))
+    report |= unnamed(report, task)
     if payload is None:
+        if shares(store.modules, gone):
+            report["removed"] = [*report.get("removed", ()), task]
         for name, terms in store.modules.items():
             left = (packing.select(x, rest) for x in terms if (np.asarray(x.a_of)[rest] >= 0).any())
             modules[name] = tuple(left)
     elif payload.segments:
-        payload = payload._replace(segments=tuple(without(x, gone) for x in payload.segments))
+        payload = payload._replace(segments=tuple(without(x, gone, task) for x in payload.segments))
         modules = packing.coded_terms(payload, range(len(rest)))
     else:
         slots = payload.slots if payload.slots is not None else range(len(store.tasks))
@@ -166,40 +182,76 @@ def remove(store: Store, task: str) -> Store:
             slots=kept,
             additions={k: v for k, v in payload.additions.items() if k in needed},
         )
+        named = {**payload.removed, slots[gone]: task}
+        # of a task that came later nothing is left when none is predicted from it
+        together = addition.tasks_of(payload.shapes)
+        payload = payload._replace(removed={k: v for k, v in named.items() if k in needed or k < together})
         modules = packing.coded_terms(payload, kept)
     rows = dict(zip(store.modules, store.errors, strict=True))
+    outputs = store.output_errors
+    if outputs is not None:
+        by_name = dict(zip(store.modules, outputs, strict=True))
+        outputs = np.stack([by_name[n][rest] for n in modules])
     return store._replace(
         tasks=tuple(store.tasks[t] for t in rest),
         modules=modules,
         sources=tuple(store.sources[t] for t in rest),
         # what a task came with is not recorded task by task
-        report=changed(store.report, -round(store.report["entries"] / len(store.tasks))),
+        report=report,
         errors=np.stack([rows[n][rest] for n in modules]),
         payload=payload,
+        output_errors=outputs,
     )
 
 
-def without(segment: Segment, gone: int) -> Segment:
+def without(segment: Segment, gone: int, task: str) -> Segment:
     """A segment of a store that has lost a task: the others move up."""
     tasks = tuple(-1 if t == gone else t - (t > gone) for t in segment.tasks)
     kept = [k for k, t in enumerate(tasks) if t >= 0]
     names = packing.payload_leaves(pieces(segment.shapes)[1], kept) if kept else set()
-    return segment._replace(leaves={k: v for k, v in segment.leaves.items() if k in names}, tasks=tasks)
+    here = {segment.tasks.index(gone): task} if gone in segment.tasks else {}
+    return segment._replace(
+        leaves={k: v for k, v in segment.leaves.items() if k in names},
+        tasks=tasks,
+        removed={**segment.removed, **here} if kept else {},
+    )
 
 
-def held(store: Store) -> int:
-    """Bytes of removed tasks that a coded store keeps, because others are predicted from them."""
-    payload = store.payload
-    if payload is None or payload.slots is None:
-        return 0
-    live = set(payload.slots)
-    own = (len(v) for k, v in payload.leaves.items() if k.startswith("task_") and int(k[5:]) not in live)
-    added = (x for slot, x in payload.additions.items() if slot not in live)
-    return sum(own) + sum(len(x.coefficients) + sum(map(len, x.leaves.values())) for x in added)
+def shares(modules: Mapping[str, Sequence[Any]], task: int) -> bool:
+    """Whether a task of a plain store reads a factor that another one reads, too."""
+    return any(
+        of[task] >= 0 and int((np.asarray(of) == of[task]).sum()) > 1
+        for terms in modules.values()
+        for x in terms
+        for of in (x.a_of, x.b_of)
+    )
+
+
+def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Those parts of a report that name tasks, without a removed one."""
+    out: dict[str, Any] = {}
+    if "weights" in report["options"]:
+        weights = {k: v for k, v in report["options"]["weights"].items() if k != task}
+        out["options"] = {**report["options"], "weights": weights}
+    if "forms" in report:
+        forms: dict[str, int] = {}
+        for label, count in report["forms"].items():
+            mine = label == f"separate, predicted from {task}"
+            label = "separate, predicted from a removed task" if mine else label
+            forms[label] = forms.get(label, 0) + count
+        out["forms"] = forms
+    if "bounded" in report:
+        out["bounded"] = [t for t in report["bounded"] if t != task]
+    return out
 
 
 def refit(collection: Sequence[Adapter], store: Store) -> Store:
-    """All tasks fitted at once by the rule that made the store: its quantiser step, or its explicit form."""
+    """All tasks fitted at once by the rule that made the store: its quantiser step, or its explicit form.
+
+    Raises:
+      HydraOptError: the store was made with calibration.
+    """
+    need_no_calibration(store)
     if store.payload is None and store.report["form"] != "lossless":
         asked = store.report["options"]
         heads = min(asked["heads"], len(collection))
@@ -210,13 +262,20 @@ def refit(collection: Sequence[Adapter], store: Store) -> Store:
     if store.payload is None:
         return navigate.compress(collection, navigate.Options(budget=1e6))
     options, problem, entries = prepared(collection, store)
+    collection = extras.carried(collection, options.extras_dtype)
     return navigate.to_store(collection, problem, code(problem, store.report["step"]), options, entries)
+
+
+def options_of(store: Store) -> navigate.Options:
+    """What a coded store was asked for; its calibration is not in it."""
+    asked = {k: v for k, v in store.report["options"].items() if k != "calibrated"}
+    weights = {k: v for k, v in asked.get("weights", {}).items() if k in store.tasks}
+    return navigate.Options(**{**asked, "weights": weights})
 
 
 def prepared(collection: Sequence[Adapter], store: Store) -> tuple[navigate.Options, trial.Problem, int]:
     """A collection made ready to be coded as a store was."""
-    asked = {k: v for k, v in store.report["options"].items() if k not in ("weights", "calibrated")}
-    options = navigate.Options(**asked)
+    options = options_of(store)
     return options, navigate.setup(collection, options), adapters.stack(collection).size
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from hydraopt_jax.store import Store, task_index
 
 __all__ = [
     "SCHEMA",
+    "Account",
     "TooLarge",
+    "account",
     "batches",
     "check_target",
     "measure_size",
@@ -247,7 +249,7 @@ def outline(path: str | os.PathLike) -> Store:
         whole = opened.index.get("coded") and not opened.index.get("segments")
         with believing(at):
             leaves: dict[str, Any] = {
-                n: opened.leaf(n) if whole or n == "errors" else opened.deferred(n)
+                n: opened.leaf(n) if whole or n in packing.TABLES else opened.deferred(n)
                 for n in opened.index["leaves"]
             }
             return packing.unpack(opened.index, leaves, range(len(opened.index["tasks"])))
@@ -289,6 +291,31 @@ def measure_size(store: Store) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "store", store)
         return size_on_disk(Path(folder) / "store")
+
+
+class Account(NamedTuple):
+    """What takes the bytes of a store on disk; the three add up to all of it.
+
+    Attributes:
+      factors: of the factors, after all compression.
+      heads: of the full tensors beside them, which a fraction as a budget does not count.
+      metadata: of all else: the index, errors, checksums, and what an empty store takes.
+    """
+
+    factors: int
+    heads: int
+    metadata: int
+
+
+def account(path: str | os.PathLike) -> Account:
+    """What takes the bytes of a store."""
+    at = Path(path).absolute()
+    (meta, _), index = read_whole(at, lambda x: (container.read_description(x), open_store(x).index))
+    heads = sum(size for name, size in index["leaves"].items() if name.startswith("extras_"))
+    claims = sum(size for name, size in index["leaves"].items() if name in packing.TABLES)
+    # full tensors, the index and the errors are as small as they get before zstd sees them
+    factors = sum(size for chunks in meta["chunks"] for size, _ in chunks) - heads - claims - meta["index"][0]
+    return Account(max(factors, 0), heads, size_on_disk(at) - max(factors, 0) - heads)
 
 
 def size_on_disk(path: str | os.PathLike) -> int:

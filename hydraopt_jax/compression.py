@@ -5,7 +5,7 @@ errors of what was rounded. The mathematics is in `forms` and `optimize`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -15,12 +15,13 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import optax
 
-from hydraopt_jax import adapters, algebra, forms, objective, optimize
+from hydraopt_jax import adapters, algebra, extras, forms, objective, optimize
 from hydraopt_jax.adapters import Adapter, Bucket
 from hydraopt_jax.algebra import Svd
+from hydraopt_jax.coding.trial import Metrics
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors, Info
-from hydraopt_jax.store import Source, Store, task_factors
+from hydraopt_jax.store import Store, sources_of, task_factors
 
 # modules solved in one call: bounds memory, keeps the progress bar moving
 CHUNK = 24
@@ -30,7 +31,7 @@ WORKERS = 2
 EXPANSION_FLOOR = 1e-3
 SIDES = ("in", "out", "auto")
 SOLVERS = ("closed", "optax")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = extras.DTYPES
 
 
 class Options(NamedTuple):
@@ -46,6 +47,7 @@ class Options(NamedTuple):
       steps: upper limit of Optax steps.
       optimizer: an `optax.GradientTransformation`; None for `optimize.default_optimizer`.
       dtype: "float32", "float16", "bfloat16"; None for the widest dtype that came in.
+      extras_dtype: full tensors beside the factors that are wider are rounded to it; None keeps them.
     """
 
     heads: int | None = None
@@ -57,6 +59,7 @@ class Options(NamedTuple):
     steps: int = 1000
     optimizer: optax.GradientTransformation | None = None
     dtype: str | None = None
+    extras_dtype: str | None = None
 
 
 def check_options(options: Options, tasks: int) -> None:
@@ -67,6 +70,7 @@ def check_options(options: Options, tasks: int) -> None:
             raise HydraOptError(f"{name} = {value!r}: must be one of {', '.join(known)}")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise HydraOptError(f"dtype = {options.dtype!r}: must be one of {', '.join(DTYPES)}")
+    extras.check_dtype(options.extras_dtype)
     if options.heads is not None and not 1 <= options.heads <= tasks:
         raise HydraOptError(f"heads = {options.heads}: must lie between 1 and the {tasks} tasks")
     if options.rank is not None and options.rank < 1:
@@ -246,7 +250,7 @@ def compress(
         "entries": inputs.size,
         "bound": {name: float(f"{done[name][2]:.6g}") for name in order},
     }
-    sources = tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
+    sources = sources_of(extras.carried(collection, options.extras_dtype))
     return Store(inputs.tasks, {name: (done[name][0],) for name in order}, sources, report, errors)
 
 
@@ -277,16 +281,30 @@ def compress_chunk(
     return out
 
 
-def measure(content: Store, collection: Sequence[Adapter]) -> dict[str, float]:
+def measure(
+    content: Store, collection: Sequence[Adapter], metrics: Mapping[str, Metrics] | None = None
+) -> dict[str, float]:
     """True mean relative squared error of stored tasks against adapters of the same names.
+
+    Of weights; with the metrics of a calibration (`coding.trial.metrics_of`) of the modules' outputs.
 
     Raises:
       HydraOptError: an adapter whose task the store does not have, or that differs in its modules.
     """
-    return {x.task: float(np.mean(list(module_errors(content, x).values()))) for x in collection}
+    return {x.task: float(np.mean(list(module_errors(content, x, metrics).values()))) for x in collection}
 
 
-def module_errors(content: Store, adapter: Adapter) -> dict[str, float]:
+def error_table(
+    content: Store, collection: Sequence[Adapter], metrics: Mapping[str, Metrics] | None = None
+) -> np.ndarray:
+    """True relative squared errors `[M, T]` of a store's tasks, given in its order; see `measure`."""
+    rows = [module_errors(content, x, metrics) for x in collection]
+    return np.stack([[x.get(n, np.nan) for x in rows] for n in content.modules])
+
+
+def module_errors(
+    content: Store, adapter: Adapter, metrics: Mapping[str, Metrics] | None = None
+) -> dict[str, float]:
     """True relative squared error of each of an adapter's modules; see `measure`."""
     kept = task_factors(content, adapter.task)
     unknown = set(adapter.a) - set(content.modules)
@@ -298,6 +316,11 @@ def module_errors(content: Store, adapter: Adapter) -> dict[str, float]:
         a_hat, b_hat = kept.get(name, (np.zeros_like(a), np.zeros_like(b)))
         if (a_hat.shape[0], b_hat.shape[1]) != (a.shape[0], b.shape[1]):
             raise HydraOptError(f"{adapter.task!r}: {name} has another shape in the store")
+        left, right = (metrics or {}).get(name, (None, None))
+        if left is not None:
+            a, a_hat = left.root @ a, left.root @ a_hat
+        if right is not None:
+            b, b_hat = b @ right.root, b_hat @ right.root
         out[name] = relative_error(a, b, a_hat, b_hat)
     return out
 

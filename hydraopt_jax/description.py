@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydraopt_jax import layout
+from hydraopt_jax.container import DEFLATE
+from hydraopt_jax.extras import raw_size
 from hydraopt_jax.formats.tensor_files import FLOATS
 
 # numbers that a coded store may decode to: so many, and so many for each byte that it holds
@@ -39,6 +41,9 @@ def check_index(index: Any) -> None:
     slots, additions = index.get("slots"), index.get("additions", {})
     together = len(tasks) if slots is None else 1 << 20
     entries = check_structure(index, together)
+    for part in (index, *index.get("segments", ())):
+        for key, name in part.get("removed", {}).items():
+            need(key.isdecimal() and isinstance(name, str), "removed tasks")
     for key, x in additions.items():
         need(key.isdecimal() and slots is not None, "an addition's slot")
         need(all(whole(r, -1, int(key) - 1) for r in x["references"]), "an addition's references")
@@ -56,9 +61,11 @@ def check_index(index: Any) -> None:
     check_sources(index["sources"], len(tasks))
     need(len(index["extras"]) == len(tasks), "extras")
     for table in index["extras"]:
-        for name, dtype, shape in table:
+        for name, dtype, shape, *size in table:
             need(isinstance(name, str) and isinstance(dtype, str), "extras")
             need("O" not in dtype and all(whole(n, 0, 1 << 40) for n in shape), "extras")
+            need(not size or (len(size) == 1 and whole(size[0], 1, 1 << 50)), "extras")
+            need(not size or raw_size([name, dtype, shape]) <= DEFLATE * size[0], "extras")
     report = index["report"]
     need(isinstance(report["form"], str) and isinstance(report["options"], dict), "report")
     need(whole(report["entries"], 0, 1 << 60) and isinstance(report["bound"], dict), "report")

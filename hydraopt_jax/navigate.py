@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, bounds, checkpoint, compression
+from hydraopt_jax import adapters, bounds, calibration, checkpoint, compression, extras
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.coding import plan
@@ -18,7 +18,7 @@ from hydraopt_jax.coding.terms import deserialize
 from hydraopt_jax.coding.trial import Problem, Trial, attempt, bar, prepare, task_errors, train
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.store import Payload, Source, Store
+from hydraopt_jax.store import Payload, Store, sources_of
 
 # share of a byte budget that may stay unused before the search stops
 SLACK = 0.003
@@ -36,8 +36,8 @@ class Options(NamedTuple):
     """What to reach; exactly one of budget, max_error and max_task_error.
 
     Attributes:
-      budget: bytes on disk if an int, a fraction of the factors' fp16 bytes if a float (full tensors that
-        tasks carry beside their factors are kept verbatim and come on top of a fraction).
+      budget: bytes of everything on disk if an int; if a float a fraction of the factors' fp16 bytes, which
+        factors and description may take, the coded full tensors beside the factors come on top (`extras`).
       max_error: largest mean relative squared error over modules and tasks.
       max_task_error: largest relative squared error of any task, the mean over its modules.
       weights: task name -> weight of its relative error, 1 where not named.
@@ -45,6 +45,7 @@ class Options(NamedTuple):
         are then those of the modules' outputs. With `NAME:output` -> second moment of the gradients at its
         outputs as well, what is made small is the divergence of the model's outputs (see `calibration`).
       share: whether tasks may share factors or be predicted from one another.
+      extras_dtype: full tensors that are wider are rounded to it, one of `extras.DTYPES`; None keeps them.
     """
 
     budget: int | float | None = None
@@ -53,6 +54,7 @@ class Options(NamedTuple):
     weights: Mapping[str, float] = {}
     calibration: Mapping[str, np.ndarray] | None = None
     share: bool = True
+    extras_dtype: str | None = None
 
 
 def check_options(options: Options) -> None:
@@ -71,6 +73,7 @@ def check_options(options: Options) -> None:
             else "an error of 0 is had with --budget 1 (lossless)"
         )
         raise HydraOptError(f"{named[0]} = {value}: must be positive; {way}")
+    extras.check_dtype(options.extras_dtype)
     for task, weight in options.weights.items():
         if not np.isfinite(weight) or weight <= 0:
             raise HydraOptError(f"weight of {task!r} = {weight}: must be positive")
@@ -161,7 +164,10 @@ def to_store(
         report["limit"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
     payload = Payload(leaves, shapes)
     tasks = tuple(x.task for x in collection)
-    return Store(tasks, modules, sources_of(collection), report, trial.errors, payload)
+    kept = Store(tasks, modules, sources_of(collection), report, trial.errors, payload)
+    if not problem.metrics:
+        return kept
+    return kept._replace(errors=compression.error_table(kept, collection), output_errors=trial.errors)
 
 
 def describe(
@@ -201,12 +207,8 @@ def account(options: Options, entries: int) -> dict[str, Any]:
     """What was asked for, JSON-able."""
     asked = {k: v for k, v in options._asdict().items() if k not in ("weights", "calibration")}
     asked |= {"weights": dict(options.weights), "calibrated": options.calibration is not None}
-    return {"options": asked, "entries": entries, "bound": {}}
-
-
-def sources_of(collection: Sequence[Adapter]) -> tuple[Source, ...]:
-    """What each task brought along."""
-    return tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
+    known = {} if options.calibration is None else {"calibration": calibration.digest(options.calibration)}
+    return {"options": asked, "entries": entries, "bound": {}, **known}
 
 
 def label(choice: plan.Choice, tasks: Sequence[str]) -> str:
@@ -218,11 +220,16 @@ def label(choice: plan.Choice, tasks: Sequence[str]) -> str:
     return f"hydra, {choice.side} shared, {choice.heads} heads"
 
 
-def budget_bytes(options: Options, entries: int, extras: int) -> int:
-    """The budget in bytes on disk."""
+def budget_bytes(options: Options, entries: int, heads: int) -> int:
+    """The budget in bytes on disk, of everything; `heads` is what the coded full tensors take."""
     budget = options.budget
     assert budget is not None
-    return int(budget) if isinstance(budget, int) else int(budget * 2 * entries) + extras
+    return int(budget) if isinstance(budget, int) else int(budget * 2 * entries) + heads
+
+
+def heads_of(collection: Sequence[Adapter]) -> int:
+    """Bytes of the full tensors beside the factors, coded."""
+    return sum(extras.coded(x.extras).nbytes for x in collection)
 
 
 def setup(collection: Sequence[Adapter], options: Options) -> Problem:
@@ -255,12 +262,12 @@ def compress(
       HydraOptError: bad adapters or options, or a target that cannot be met (it says what can).
     """
     check_options(options)
+    collection = extras.carried(collection, options.extras_dtype, options.budget)
     inputs = adapters.stack(collection)
     if options.budget is None:
         problem = problem or setup(collection, options)
         return to_error(collection, inputs, problem, options, progress)
-    extras = sum(int(v.nbytes) for x in collection for v in x.extras.values())
-    limit = budget_bytes(options, inputs.size, extras)
+    limit = budget_bytes(options, inputs.size, heads_of(collection))
     kept = lossless(collection, options, limit)
     if kept is not None:
         return kept
@@ -277,13 +284,15 @@ def to_budget(
     progress: Callable[[int], None],
 ) -> Store:
     """The best store of at most `limit` bytes on disk."""
-    start = first_step(problem, max(limit - LEAST_OVERHEAD, limit // 2))
+    heads = heads_of(collection)
+    room = limit - heads
+    start = first_step(problem, max(room - LEAST_OVERHEAD, room // 2))
     problem = bar(problem, start)
     # the estimate of the coded bytes is good to a few in ten thousand
-    spare = 16 + limit // 4096
+    spare = 16 + room // 4096
     for _ in range(6):
         goal = lambda x, spare=spare: float(  # noqa: E731
-            np.log((x.bytes + overhead(collection, problem, x, options, entries)) / max(limit - spare, 1))
+            np.log((x.bytes + overhead(collection, problem, x, options, entries)) / max(room - spare, 1))
         )
         best, _ = search(problem, goal, -1.0, start, progress)
         if best is None:
@@ -292,14 +301,16 @@ def to_budget(
         size = checkpoint.measure_size(kept)
         if size <= limit:
             return kept
-        spare, start = spare + 2 * (size - limit) + limit // 2048, best.step
+        spare, start = spare + 2 * (size - limit) + room // 2048, best.step
     step = STEPS[1]
     least = to_store(collection, problem, attempt(problem, step, train(problem, step)), options, entries)
     size = checkpoint.measure_size(least)
     if size > limit:
+        beside = f" and {heads:,} bytes of full tensors" if heads else ""
         raise HydraOptError(
             f"budget of {limit:,} bytes: below the smallest store of this collection, {size:,} bytes "
-            f"({size / (2 * entries):.4f} of the fp16 bytes), of mean error {np.nanmean(least.errors):.3f}"
+            f"({(size - heads) / (2 * entries):.4f} of the factors' fp16 bytes{beside}), of mean error "
+            f"{np.nanmean(least.errors):.3f}"
         )
     return least
 
@@ -307,14 +318,16 @@ def to_budget(
 def overhead(
     collection: Sequence[Adapter], problem: Problem, trial: Trial, options: Options, entries: int
 ) -> int:
-    """Bytes on disk beside the coded factors: what a store of empty leaves takes."""
+    """Bytes on disk beside coded factors and full tensors: what a store of zeros in their place takes."""
+    collection = [x._replace(extras=extras.blank(extras.coded(x.extras))) for x in collection]
     leaves = dict.fromkeys({*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}, b"\x00")
     # zeros in place of the codes, which cost next to nothing: large stores have more files
     leaves["shared"] = bytes(int(trial.bytes))
     payload = Payload(leaves, trial.coded.shapes)
     report = describe(collection, problem, trial, options, entries)
     tasks = tuple(x.task for x in collection)
-    empty = Store(tasks, {}, sources_of(collection), report, trial.errors, payload)
+    outputs = trial.errors if problem.metrics else None
+    empty = Store(tasks, {}, sources_of(collection), report, trial.errors, payload, outputs)
     return checkpoint.measure_size(empty) - len(leaves)
 
 

@@ -4,13 +4,12 @@ Every part, one factor or one core, plain or entropy-coded, lies in the leaf of 
 (`layout`). The index has the structure of the terms, the sources and the report.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import structure
+from hydraopt_jax import extras, structure
 from hydraopt_jax.coding import addition
 from hydraopt_jax.coding.terms import deserialize
 from hydraopt_jax.deferred import Deferred, part_of, size_of
@@ -18,6 +17,9 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.layout import TermShape, leaf_names, pieces
 from hydraopt_jax.store import Addition, Payload, Segment, Store, count
+
+# leaves of the errors: of weights, and of outputs where there was a calibration
+TABLES = ("errors", "output_errors")
 
 
 class Part(NamedTuple):
@@ -46,12 +48,15 @@ def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
       The index.
     """
     leaves: dict[str, list[Any]] = {"errors": [np.sqrt(store.errors).astype(np.float16)]}
+    if store.output_errors is not None:
+        leaves["output_errors"] = [np.sqrt(store.output_errors).astype(np.float16)]
     if store.payload is not None:
         leaves |= {k: [v] for k, v in store.payload.leaves.items()}
         groups = pieces(store.payload.shapes)[1]
         description = structure.coded_skeleton(store.payload.shapes)
         if store.payload.slots is not None:
             description |= {"slots": list(store.payload.slots), "additions": {}}
+            description |= structure.removed_names(store.payload.removed)
         for slot, x in store.payload.additions.items():
             said = structure.coded_skeleton(x.shapes) | {"references": x.references}
             description["additions"][str(slot)] = said
@@ -68,8 +73,8 @@ def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         for name, part in zip(names, every, strict=True):
             leaves.setdefault(name, []).append(part.value)
         description = structure.skeleton(store.modules)
-    for t, source in enumerate(store.sources):
-        leaves[f"extras_{t}"] = list(source.extras.values())
+    heads = [extras.coded(x.extras) for x in store.sources]
+    leaves |= {f"extras_{t}": [x.blob] for t, x in enumerate(heads)}
     # a leaf of no bytes is none
     leaves = {k: v for k, v in leaves.items() if any(map(size_of, v))}
     index = {
@@ -77,7 +82,7 @@ def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         "groups": groups,
         **description,
         "sources": structure.merge_sources(store.sources),
-        "extras": [[[k, v.dtype.name, list(v.shape)] for k, v in x.extras.items()] for x in store.sources],
+        "extras": [x.table for x in heads],
         # a store made by hand may say nothing of itself
         "report": {"form": "", "options": {}, "entries": count(store), "bound": {}} | dict(store.report),
         "leaves": {k: sum(map(size_of, v)) for k, v in leaves.items()},
@@ -93,7 +98,10 @@ def segments_of(index: Mapping[str, Any], leaves: Mapping[str, bytes]) -> tuple[
             _, n, own = name.split("_", 2)
             mine[int(n)][own] = value
     rows = zip(mine, index.get("segments", ()), strict=True)
-    return tuple(Segment(found, structure.coded_shapes(x), tuple(x["tasks"])) for found, x in rows)
+    return tuple(
+        Segment(found, structure.coded_shapes(x), tuple(x["tasks"]), structure.removed_of(x))
+        for found, x in rows
+    )
 
 
 def segment_places(tasks: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -105,7 +113,7 @@ def segment_places(tasks: Sequence[int], wanted: Sequence[int]) -> list[int]:
 def leaves_of(index: Mapping[str, Any], tasks: Iterable[int]) -> list[str]:
     """Names of the leaves that some tasks need, also those of the tasks that predict them."""
     tasks = list(tasks)
-    names = {"shared", "errors"} | {f"extras_{t}" for t in tasks}
+    names = {"shared", *TABLES} | {f"extras_{t}" for t in tasks}
     for n, x in enumerate(index.get("segments", ())):
         here = [k for k in segment_places(x["tasks"], tasks) if k >= 0]
         if here:
@@ -226,44 +234,50 @@ def unpack(index: Mapping[str, Any], leaves: Mapping[str, Any], chosen: Sequence
         blobs: dict[str, Any] = {
             k: v if isinstance(v, Deferred) else v.tobytes()
             for k, v in leaves.items()
-            if k != "errors" and not k.startswith("extras_")
+            if k not in TABLES and not k.startswith("extras_")
         }
         additions = additions_of(index, blobs)
         segments = segments_of(index, blobs)
         blobs = {k: v for k, v in blobs.items() if not k.startswith(("added_", "segment_"))}
         slots = index.get("slots")
-        payload = Payload(blobs, shapes, None if slots is None else tuple(slots), additions, segments)
+        slots = None if slots is None else tuple(slots)
+        payload = Payload(blobs, shapes, slots, additions, segments, structure.removed_of(index))
         modules = coded_terms(payload, [t if slots is None else slots[t] for t in chosen])
         order = list(modules)
         if list(chosen) != list(range(len(names))):
             payload = None
     else:
         modules = unpack_terms(index, leaves, len(names), chosen)
-    errors = part_of(leaves["errors"], 0, (len(order), len(names)), np.float16)
-    extras = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
-    sources = structure.split_sources(index["sources"], extras)
+    tables = [
+        np.asarray(part_of(leaves[k], 0, (len(order), len(names)), np.float16))[:, list(chosen)]
+        if k in leaves
+        else None
+        for k in TABLES
+    ]
+    heads = [unpack_extras(index["extras"][t], leaves.get(f"extras_{t}")) for t in range(len(names))]
+    sources = structure.split_sources(index["sources"], heads)
     return Store(
         tuple(names[t] for t in chosen),
         modules,
         tuple(sources[t] for t in chosen),
         index["report"],
-        np.asarray(errors)[:, list(chosen)].astype(np.float32) ** 2,
+        squared(tables[0]),  # type: ignore[arg-type]
         payload,
+        squared(tables[1]),
     )
 
 
-def extras_size(table: Sequence[Any]) -> int:
-    """Bytes of the full tensors of a table."""
-    return sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in table)
+def squared(table: np.ndarray | None) -> np.ndarray | None:
+    """A table of errors from the roots that are stored, which half precision has room for."""
+    return None if table is None else table.astype(np.float32) ** 2
 
 
-def unpack_extras(table: Sequence[Any], blob: Any) -> dict[str, Any]:
+def unpack_extras(table: Sequence[Any], blob: Any) -> extras.Extras:
     """A task's full tensors from the bytes of its leaf; none when it was not read."""
-    out, start = {}, 0
-    for name, dtype, shape in table if blob is not None else ():
-        out[name] = part_of(blob, start, shape, dtype)
-        start += out[name].nbytes
-    return out
+    if blob is None:
+        # tensors of no bytes need no leaf
+        table = [row for row in table if not extras.stored_size(row)]
+    return extras.Extras(table, b"" if blob is None else blob)
 
 
 def renumber(of: Any, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -279,7 +279,10 @@ def refine(
     }
     report = {**store.report, "refinement": account}
     found = store._replace(modules=modules, payload=payload, report=report)
-    return found._replace(errors=errors_of(found, ordered)), Refined(before, after, np.array(trace))
+    # of outputs only where they can be measured: what was claimed before holds no more
+    outputs = compression.error_table(found, ordered, metrics) if metrics else None
+    found = found._replace(errors=compression.error_table(found, ordered), output_errors=outputs)
+    return found, Refined(before, after, np.array(trace))
 
 
 def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:
@@ -310,12 +313,6 @@ def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:
     if missing:
         raise HydraOptError(f"refine: no adapter for the task {missing[0]!r} of the store")
     return [known[t] for t in store.tasks]
-
-
-def errors_of(store: Store, collection: Sequence[Adapter]) -> np.ndarray:
-    """True relative squared errors `[M, T]`, NaN where a task lacks a module."""
-    rows = [compression.module_errors(store, x) for x in collection]
-    return np.stack([[x.get(n, np.nan) for x in rows] for n in store.modules])
 
 
 def keep(state: State, done: int, trace: Sequence[float], folder: Path) -> None:

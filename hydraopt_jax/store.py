@@ -22,7 +22,7 @@ class Source(NamedTuple):
       layout: module -> how the format names and shapes the factors.
       origin: path or id.
       digest: SHA-256 of its weights.
-      extras: full tensors of the task, verbatim.
+      extras: full tensors of the task, as a rule coded (`extras.Extras`).
     """
 
     dtype: str
@@ -56,11 +56,13 @@ class Segment(NamedTuple):
       leaves: name -> bytes, see `coding.codec`; those of removed tasks are gone.
       shapes: module -> structure of its terms.
       tasks: of each of its tasks the position in the store, -1 for a removed one.
+      removed: place of each removed task -> its name, see `purging`.
     """
 
     leaves: Mapping[str, bytes]
     shapes: Mapping[str, tuple[TermShape, ...]]
     tasks: tuple[int, ...]
+    removed: Mapping[int, str] = {}
 
 
 class Payload(NamedTuple):
@@ -73,6 +75,7 @@ class Payload(NamedTuple):
         was added or removed.
       additions: tasks that came later.
       segments: in place of all these, a collection that was coded in parts because it is large.
+      removed: slot of each removed task that others were coded with -> its name, see `purging`.
     """
 
     leaves: Mapping[str, bytes]
@@ -80,6 +83,7 @@ class Payload(NamedTuple):
     slots: tuple[int, ...] | None = None
     additions: Mapping[int, Addition] = {}
     segments: tuple[Segment, ...] = ()
+    removed: Mapping[int, str] = {}
 
 
 class Store(NamedTuple):
@@ -90,8 +94,11 @@ class Store(NamedTuple):
       modules: module name -> its terms; a delta is the sum of the terms' `a @ core @ b`.
       sources: one `Source` a task.
       report: JSON-able account: the form asked for, bytes before, bounds, shapes.
-      errors: `[M, T]` relative squared error of each module's delta for each task; NaN where absent.
+      errors: `[M, T]` relative squared error of each module's delta for each task, of the weights; NaN where
+        absent.
       payload: the entropy-coded factors; None where they are stored as they are.
+      output_errors: `[M, T]` the same of each module's outputs, in the coordinates of the calibration that
+        the store was made with; None without.
     """
 
     tasks: tuple[str, ...]
@@ -100,6 +107,12 @@ class Store(NamedTuple):
     report: Mapping[str, Any]
     errors: np.ndarray
     payload: Payload | None = None
+    output_errors: np.ndarray | None = None
+
+
+def sources_of(collection: Sequence[Adapter]) -> tuple[Source, ...]:
+    """What each task brought along."""
+    return tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
 
 
 def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -63,8 +63,21 @@ def skeleton(modules: Mapping[str, tuple[Factors, ...]]) -> dict[str, Any]:
 def segment_table(segments: Iterable[Segment]) -> list[dict[str, Any]]:
     """Segments without their leaves, JSON-able."""
     return [
-        coded_skeleton(x.shapes) | {"tasks": list(x.tasks), "groups": pieces(x.shapes)[1]} for x in segments
+        coded_skeleton(x.shapes)
+        | {"tasks": list(x.tasks), "groups": pieces(x.shapes)[1]}
+        | removed_names(x.removed)
+        for x in segments
     ]
+
+
+def removed_names(removed: Mapping[int, str]) -> dict[str, Any]:
+    """Names of removed tasks by place, JSON-able; nothing where there is none."""
+    return {"removed": {str(k): v for k, v in removed.items()}} if removed else {}
+
+
+def removed_of(index: Mapping[str, Any]) -> dict[int, str]:
+    """The inverse of `removed_names`."""
+    return {int(k): v for k, v in index.get("removed", {}).items()}
 
 
 def merge_sources(sources: Sequence[Source]) -> dict[str, Any]:

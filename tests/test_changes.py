@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hydraopt_jax import changes, checkpoint, compression, navigate, store, synthetic
+from hydraopt_jax import changes, checkpoint, compression, navigate, purging, store, synthetic
 from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 
@@ -71,7 +71,8 @@ def test_remove_frees_bytes_and_leaves_the_others(made, tmp_path):
     back = saved(changes.remove(changes.remove(rest, "t3"), "t2"), tmp_path, "back")
     assert same(made, back, "t0")
     sizes = [checkpoint.measure_size(x) for x in (grown, rest, back)]
-    assert sizes == sorted(sizes, reverse=True)
+    # what predicts others stays, and its task's name with it
+    assert sizes[1] < sizes[0] + 40
     assert sizes[0] - sizes[2] > 300
     np.testing.assert_allclose(task_errors(back.errors), task_errors(made.errors)[:1], rtol=2e-3, atol=1e-9)
     with pytest.raises(HydraOptError, match="only task"):
@@ -133,9 +134,10 @@ def test_what_a_removed_task_still_takes_is_said():
     first, second, third = collection(likeness=0.9)[:3]
     grown = changes.add(FORMS["coded"]([first, second]), third)
     (added,) = grown.payload.additions.values()
-    assert changes.held(grown) == 0
+    assert purging.held(grown) == ()
     for task, slot in (("t0", 0), ("t1", 1), ("t2", 2)):
         left = changes.remove(grown, task)
         kept = slot in added.references
-        assert (changes.held(left) > 0) == kept
+        own = [x for x in purging.held(left) if "t2" in x.needed_by]
+        assert [x.task for x in own] == [task] * kept
     assert any(slot >= 0 for slot in added.references)

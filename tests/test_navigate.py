@@ -206,7 +206,7 @@ def test_calibration_lowers_the_output_error(alike):
     plain = navigate.compress(alike, navigate.Options(budget=0.4))
     fitted = navigate.compress(alike, navigate.Options(budget=0.4, calibration=calibration))
     assert output_error(fitted) < 0.8 * output_error(plain)
-    np.testing.assert_allclose(output_error(fitted), np.nanmean(fitted.errors), rtol=0.1)
+    np.testing.assert_allclose(output_error(fitted), np.nanmean(fitted.output_errors), rtol=0.1)
 
 
 def test_lossless_above_the_input(alike):

@@ -174,4 +174,4 @@ def store_of(collection: Sequence[Adapter], modules: Mapping[str, Factors]) -> S
     made = Store(
         tuple(x.task for x in collection), cast, sources, report, np.zeros((len(cast), len(sources)))
     )
-    return made._replace(errors=refinement.errors_of(made, collection))
+    return made._replace(errors=compression.error_table(made, collection))

@@ -25,6 +25,7 @@ from hydraopt_jax.calibration import load as load_calibration
 from hydraopt_jax.cli import scaling
 from hydraopt_jax.cli.common import (
     as_json_option,
+    bytes_table,
     clean,
     describe,
     error_table,
@@ -76,7 +77,7 @@ def similarity_command(
 @click.argument("adapters", nargs=-1, required=True)
 @with_adapters
 @click.option("--out", required=True, type=click.Path(), help="the store to write, a new folder")
-@click.option("--budget", help="a fraction of the factors' fp16 bytes (0.125, 12.5%) or bytes on disk (3MB)")
+@click.option("--budget", help="a fraction of the factors' fp16 bytes (0.125, 12.5%) or bytes of all (3MB)")
 @click.option("--max-error", type=float, help="largest mean relative squared error")
 @click.option("--max-task-error", type=float, help="largest relative squared error of any task")
 @click.option("--weight", "weights", multiple=True, help="NAME=NUMBER, weight of a task's error")
@@ -90,6 +91,10 @@ def similarity_command(
 @click.option("--start", default="closed", help="start of the optax solver: closed or mean")
 @click.option("--steps", type=int, default=1000, help="upper limit of Optax steps")
 @click.option("--dtype", help="stored dtype: float32, float16 or bfloat16; as it came where not given")
+@click.option(
+    "--extras-dtype",
+    help="dtype of full tensors (heads): float32, float16 or bfloat16; as they came where not given",
+)
 @click.option(
     "--refine", type=click.IntRange(min=1), help="Optax steps with the rounding in the loop, after all"
 )
@@ -113,6 +118,7 @@ def compress_command(
     weights: Sequence[str],
     calibration: str | None,
     alone: bool,
+    extras_dtype: str | None,
     refine: int | None,
     skip_bad: bool,
     dry_run: bool,
@@ -175,6 +181,7 @@ def compress_command(
             parse_weights(weights),
             moments,
             not alone,
+            extras_dtype,
         )
         navigate.check_options(targets)
         if asked or (not whole and scaling.is_large(adapters)):
@@ -188,7 +195,7 @@ def compress_command(
             raise HydraOptError(
                 "--weight, --calibration and --alone need --budget, --max-error or --max-task-error"
             )
-        options = compression.Options(**form)
+        options = compression.Options(**form, extras_dtype=extras_dtype)
         compression.check_options(options, len(adapters))
         if not refine:
             stream(options)
@@ -224,12 +231,13 @@ def show_store(
     after = checkpoint.size_on_disk(out)
     payload = describe(out, result) | {"bytes_before": before, "bytes_after": after} | dict(gained or {})
     payload["ratio"] = clean(after / before)
+    parts = payload["bytes_of"] = checkpoint.account(out)._asdict()
     table = Table("on disk", "before", "after", "ratio", title=str(out))
     table.add_row(
         "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
     )
     left = [f"left out: {x}: {why}" for x, why in result.report.get("left_out", {}).items()]
-    say(as_json, payload, table, *chosen, *left, error_table(result))
+    say(as_json, payload, table, bytes_table(parts, result), *chosen, *left, error_table(result))
 
 
 @click.command("frontier")

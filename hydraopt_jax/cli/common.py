@@ -15,9 +15,12 @@ from rich.text import Text
 
 from hydraopt_jax import checkpoint, report, store
 from hydraopt_jax.adapters import Adapter, check
+from hydraopt_jax.calibration import digest
+from hydraopt_jax.calibration import load as load_calibration
 from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
+from hydraopt_jax.purging import Held
 
 Command = Callable[..., Any]
 
@@ -125,8 +128,13 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="one JSON 
 
 def describe(path: str, content: store.Store) -> dict[str, Any]:
     """What a store is, JSON-able."""
-    per_task = task_errors(content.errors)
     bound = list(content.report["bound"].values())
+    claims: dict[str, Any] = {"error": errors_of(content, content.errors) | {"of": "weights"}}
+    if content.output_errors is not None:
+        claims["output_error"] = errors_of(content, content.output_errors) | {"of": "outputs"}
+    # a form's bound is of what was made small
+    for key, x in claims.items():
+        x["bound"] = clean(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
     chosen = {k: content.report[k] for k in ("forms", "limit", "step", "left_out") if k in content.report}
     return {
         "store": str(path),
@@ -135,29 +143,81 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
         "modules": len(content.modules),
         "form": content.report["form"],
         "options": content.report["options"],
-        "error": {
-            "per_task": clean(dict(zip(content.tasks, per_task.tolist(), strict=True))),
-            "mean": clean(float(np.nanmean(content.errors))),
-            "worst": clean(float(np.max(per_task))),
-            "bound": clean(float(np.mean(bound))) if bound else None,
-        },
+        **claims,
+        "bounded": list(content.report.get("bounded", ())),
         "entries": {"before": content.report["entries"], "after": store.count(content)},
         **clean(chosen),
     }
 
 
+def load_moments(path: str, calibration: str) -> dict[str, np.ndarray]:
+    """The second moments that a store was made with.
+
+    Raises:
+      HydraOptError: it was made without any, or with others.
+    """
+    known = checkpoint.read_index(path)[1]["report"].get("calibration")
+    if known is None:
+        raise HydraOptError(
+            f"{path}: claims no output errors (no --calibration when it was made): leave it out"
+        )
+    moments = load_calibration(calibration)
+    if digest(moments) != known:
+        raise HydraOptError(f"{calibration}: is not the calibration that {path} was made with: give that one")
+    return moments
+
+
+def held_notes(held: Sequence[Held]) -> list[str]:
+    """What a store still holds of removed tasks, a line each."""
+    out = []
+    for x in held:
+        why = []
+        if x.bytes:
+            names = ", ".join(x.needed_by)
+            why.append(f"{report.format_bytes(x.bytes)} are kept, because {names} are predicted from them")
+        if x.fitted:
+            why.append("vectors that the others share were fitted to it, too")
+        out.append(f"of {x.task}, which was removed, {'; and '.join(why)}")
+    return out
+
+
+def errors_of(content: store.Store, errors: np.ndarray) -> dict[str, Any]:
+    """A table of errors `[M, T]` task by task, mean and worst, JSON-able."""
+    per_task = task_errors(errors)
+    return {
+        "per_task": clean(dict(zip(content.tasks, per_task.tolist(), strict=True))),
+        "mean": clean(float(np.nanmean(errors))),
+        "worst": clean(float(np.max(per_task))),
+    }
+
+
+def bytes_table(parts: dict[str, int], content: store.Store) -> Table:
+    """What takes the bytes of a store, see `checkpoint.account`."""
+    table = Table("what", "bytes", "of the factors' fp16 bytes", title="bytes on disk")
+    whole = 2 * max(content.report["entries"], 1)
+    names = {"factors": "factors", "heads": "full tensors (heads)", "metadata": "description and checksums"}
+    for key, name in names.items():
+        share = "" if key == "heads" else f"{parts[key] / whole:.4f}"
+        table.add_row(name, report.format_bytes(parts[key]), share)
+    return table
+
+
 def error_table(content: store.Store) -> Table:
-    """Relative squared error a task, mean, worst and the form's bound."""
-    table = Table("task", "relative squared error", title="error of delta")
-    per_task = task_errors(content.errors)
-    for task, value in zip(content.tasks, per_task, strict=True):
-        table.add_row(Text(task), f"{value:.3e}")
+    """Relative squared errors of each task, of weights and of calibrated outputs; mean, worst, bound."""
+    claims = [x for x in (content.errors, content.output_errors) if x is not None]
+    heads = ["of weights (delta)", "of outputs (calibrated)"][: len(claims)]
+    table = Table("task", *heads, title="relative squared error")
+    per_task = [task_errors(x) for x in claims]
+    bounds = content.report.get("bounded", ())
+    for task, *values in zip(content.tasks, *per_task, strict=True):
+        table.add_row(Text(task), *(f"{'at most ' * (task in bounds)}{x:.3e}" for x in values))
     table.add_section()
-    table.add_row("mean", f"{np.nanmean(content.errors):.3e}")
-    table.add_row("worst", f"{per_task.max():.3e}")
+    table.add_row("mean", *(f"{np.nanmean(x):.3e}" for x in claims))
+    table.add_row("worst", *(f"{x.max():.3e}" for x in per_task))
     bound = list(content.report["bound"].values())
     if bound:
-        table.add_row("bound of the form (mean)", f"{np.mean(bound):.3e}")
+        # of what was made small
+        table.add_row("bound of the form (mean)", *[""] * (len(claims) - 1), f"{np.mean(bound):.3e}")
     for name, value in content.report.get("limit", {}).items():
         table.add_row(f"rate-distortion limit, {name}", f"{value:.3e}")
     return table

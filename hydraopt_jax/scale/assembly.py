@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.deferred import Deferred, bytes_of
+from hydraopt_jax.deferred import Deferred
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.extras import Extras
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.scale.reading import Collection
 from hydraopt_jax.store import Source
@@ -72,28 +73,10 @@ def stored(kept: Kept) -> Factors:
     return Factors(a, b, np.array(kept.a_of, np.int32), np.array(kept.b_of, np.int32), cores)  # type: ignore[arg-type]
 
 
-def sources_of(found: Collection) -> tuple[Source, ...]:
+def sources_of(found: Collection, heads: Sequence[Extras]) -> tuple[Source, ...]:
     """What the adapters brought along, their full tensors where they lie."""
-    out = []
-    for t, x in enumerate(found.cards):
-        extras: dict[str, Any] = {row[0]: tensor(found, t, row) for row in x.extras}
-        out.append(Source(x.dtype, x.config, x.layout, x.source, x.digest, extras))
-    return tuple(out)
-
-
-def tensor(found: Collection, task: int, row: Sequence[Any]) -> Deferred:
-    """A full tensor `[name, dtype, shape]` of an adapter; one that is not that any more cannot be read."""
-    name, dtype, shape = row
-
-    def read(start: int, stop: int) -> Any:
-        x = found.read_extras(task).get(name)
-        if x is None or [x.dtype.name, list(x.shape)] != [dtype, list(shape)]:
-            raise HydraOptError(
-                f"the full tensors of adapter {task + 1} have changed meanwhile: run it again"
-            )
-        return bytes_of(x)[start:stop]
-
-    return Deferred(shape, dtype, read)
+    rows = zip(found.cards, heads, strict=True)
+    return tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, own) for x, own in rows)
 
 
 def disk_error(path: Path, error: OSError) -> HydraOptError:

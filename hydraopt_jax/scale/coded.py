@@ -6,18 +6,19 @@ A segment depends on nothing but its own factors, the step and the tables of the
 divide them, and a killed job goes on with those that are not done and ends with the same store.
 """
 
+import functools
 import json
 import os
 import shutil
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from hydraopt_jax import checkpoint, container_writer, memory, navigate, packing
+from hydraopt_jax import checkpoint, container_writer, extras, memory, navigate, packing
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
@@ -77,19 +78,23 @@ def run(
     progress, processes = progress or Progress(), processes or Processes()
     check(options)
     checkpoint.check_target(out, overwrite)
-    goal = target.target_of(found, options)
     parts = segments.parts_of(found, segment_bytes)
     folder = jobs.folder_of(out)
     with jobs.keeping(folder, checkpoint.TooLarge, target.Unmet):
         if processes.rank == 0:
             jobs.enter(folder, jobs.fingerprint(found, options, "coded"), parts, segment_bytes)
         processes.wait("entered")
+        heads = jobs.coded_heads(folder, found, options.extras_dtype, processes)
+        with jobs.keeping(folder, HydraOptError):
+            extras.check_room(options.budget, heads, options.extras_dtype)
+            goal = target.target_of(found, options, sum(x.nbytes for x in heads))
         known = pilot_of(folder, found, options, goal, processes, segment_bytes)
-        content = passes(folder, found, options, goal, parts, known, left_out or {}, progress, processes)
+        make = functools.partial(put_together, folder, found, options, parts, heads, left_out or {})
+        content = passes(folder, found, options, goal, parts, known, make, progress, processes)
         processes.leave()
         if processes.rank:
             return None
-        jobs.put(out, content, overwrite, compress, int(goal.limit) if goal.sign < 0 else limit)
+        jobs.put(out, content, overwrite, compress, int(goal.limit) + goal.heads if goal.sign < 0 else limit)
     shutil.rmtree(folder, ignore_errors=True)
     return content
 
@@ -115,11 +120,11 @@ def passes(
     goal: Target,
     parts: Sequence[Part],
     known: Pilot,
-    left_out: Mapping[str, str],
+    make: Callable[[int, float], Store],
     progress: Progress,
     processes: Processes,
 ) -> Store:
-    """Code all segments until the whole meets the target: the store of the pass that does."""
+    """Code all segments until the whole meets the target: the store that `make` makes of that pass."""
     done: list[Pass] = []
     while (chosen := target.met(done)) is None:
         if len(done) == target.PASSES:
@@ -128,7 +133,7 @@ def passes(
         step = target.next_step(done, float(known.slope), goal) if number else float(known.step)
         one_pass(folder, number, found, options, parts, step, known, progress, processes)
         processes.wait(f"pass {number}")
-        content = put_together(folder, number, found, options, parts, step, left_out)
+        content = make(number, step)
         done.append(Pass(step, miss_of(content, goal)))
         if done[-1].miss > 0:
             # it will not be taken: its description stays, its bytes make room
@@ -138,7 +143,7 @@ def passes(
             raise target.unmet(done, goal)
     if chosen == number:
         return content
-    return put_together(folder, chosen, found, options, parts, done[chosen].step, left_out)
+    return make(chosen, done[chosen].step)
 
 
 def one_pass(
@@ -211,7 +216,7 @@ def segments_of(folder: Path, number: int, count: int) -> list[Coded]:
 
 def miss_of(content: Store, goal: Target) -> float:
     """Log of a store's bytes or mean error over the target."""
-    value = float(np.nanmean(content.errors)) if goal.sign > 0 else size(content)
+    value = float(np.nanmean(content.errors)) if goal.sign > 0 else size(content) - goal.heads
     return float(np.log(max(value, 1e-30) / goal.limit))
 
 
@@ -226,12 +231,13 @@ def size(content: Store) -> int:
 
 def put_together(
     folder: Path,
-    number: int,
     found: Collection,
     options: Options,
     parts: Sequence[Part],
-    step: float,
+    heads: Sequence[extras.Extras],
     left_out: Mapping[str, str],
+    number: int,
+    step: float,
 ) -> Store:
     """The store of a pass, its leaves in the segments' files."""
     rows = segments_of(folder, number, len(parts))
@@ -263,4 +269,4 @@ def put_together(
     if len(made) == 1 and len(made[0].tasks) == len(found.cards):
         # a collection of one segment is an ordinary coded store
         payload = Payload(made[0].leaves, made[0].shapes)
-    return Store(found.tasks, modules, assembly.sources_of(found), report, errors, payload)
+    return Store(found.tasks, modules, assembly.sources_of(found, heads), report, errors, payload)

@@ -20,7 +20,8 @@ from hydraopt_jax import atomic, checkpoint, compression, navigate, packing
 from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.compression import Options
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import assembly, mesh, streaming
+from hydraopt_jax.extras import Extras
+from hydraopt_jax.scale import assembly, heads, mesh, streaming
 from hydraopt_jax.scale.assembly import Kept
 from hydraopt_jax.scale.groups import GROUP_BYTES, Block, Group, blocks, groups_of, streams
 from hydraopt_jax.scale.reading import Collection
@@ -97,6 +98,18 @@ def write_json(path: Path, content: Any) -> None:
         sink.flush()
         os.fsync(sink.fileno())
     os.replace(new, path)
+
+
+def coded_heads(
+    folder: Path, found: Collection, dtype: str | None, processes: Processes
+) -> tuple[Extras, ...]:
+    """The full tensors of every task, coded into the job's folder by all processes together."""
+    heads.code(folder, found, dtype, processes.rank, processes.size)
+    processes.wait("full tensors")
+    try:
+        return heads.kept(folder, found)
+    except FileNotFoundError as error:
+        raise absent(folder, Path(error.filename).name) from None
 
 
 def fingerprint(found: Collection, options: Options | navigate.Options, dtype: str) -> str:
@@ -187,6 +200,7 @@ def run(
         if processes.rank == 0:
             enter(folder, fingerprint(found, options, dtype), groups, group_bytes)
         processes.wait("entered")
+        carried = coded_heads(folder, found, options.extras_dtype, processes)
         done = kept_groups(folder, groups)
         mine = [n for n in range(processes.rank, len(groups), processes.size) if n not in done]
         todo = {n: groups[n] for n in mine}
@@ -201,7 +215,7 @@ def run(
         missing = [n for n in range(len(groups)) if n not in done]
         if missing:
             raise absent(folder, f"group {missing[0]}")
-        content = put_together(found, done, options, dtype, left_out or {})
+        content = put_together(found, done, carried, options, dtype, left_out or {})
         put(out, content, overwrite, compress, limit)
     shutil.rmtree(folder, ignore_errors=True)
     return content
@@ -271,6 +285,7 @@ def work(
 def put_together(
     found: Collection,
     done: Mapping[int, Mapping[str, Kept]],
+    carried: Sequence[Extras],
     options: Options,
     dtype: str,
     left_out: Mapping[str, str],
@@ -293,4 +308,4 @@ def put_together(
         report["left_out"] = dict(left_out)
     errors = np.array([[np.nan if e is None else e for e in x.errors] for x in kept.values()], np.float32)
     modules = {name: (assembly.stored(x),) for name, x in kept.items()}
-    return Store(found.tasks, modules, assembly.sources_of(found), report, errors)
+    return Store(found.tasks, modules, assembly.sources_of(found, carried), report, errors)

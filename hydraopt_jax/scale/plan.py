@@ -9,7 +9,7 @@ import numpy as np
 
 from hydraopt_jax import compression, navigate
 from hydraopt_jax.compression import Options
-from hydraopt_jax.scale import closed, mesh, segments, streaming, target
+from hydraopt_jax.scale import closed, heads, mesh, segments, streaming, target
 from hydraopt_jax.scale.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
 from hydraopt_jax.scale.reading import Collection
 
@@ -128,11 +128,11 @@ def estimate(found: Collection, options: Options | navigate.Options, group_bytes
 def estimate_coded(found: Collection, options: navigate.Options) -> Plan:
     """Estimate a job to a budget or an error target; the store that an error asks for is not known before,
     and counted as what comes in."""
-    goal = target.target_of(found, options)
+    goal = target.target_of(found, options, heads.raw_bytes(found, options.extras_dtype))
     entries = found.entries()
     rank = max(e.rank for x in found.cards for e in x.modules.values())
     itemsize = np.dtype(host_dtype(found)).itemsize
-    store = int(goal.limit) if goal.sign < 0 else itemsize * entries
+    store = goal.heads + (int(goal.limit) if goal.sign < 0 else itemsize * entries)
     read = (1 + PASSES) * itemsize * entries
     # QRs of both factors and small SVDs, and the gains
     flops = PASSES * 8 * rank * entries

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import navigate, packing
+from hydraopt_jax import navigate
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.navigate import Options
@@ -28,11 +28,13 @@ class Target(NamedTuple):
 
     Attributes:
       sign: -1 for bytes, which fall with the step; +1 for the mean error, which rises.
-      limit: bytes on disk, or mean relative squared error.
+      limit: bytes on disk of all but the full tensors, or mean relative squared error.
+      heads: bytes of the full tensors, which come on top.
     """
 
     sign: float
     limit: float
+    heads: int = 0
 
 
 class Pass(NamedTuple):
@@ -42,22 +44,21 @@ class Pass(NamedTuple):
     miss: float
 
 
-def target_of(found: Collection, options: Options) -> Target:
-    """The target in bytes or in error.
+def target_of(found: Collection, options: Options, heads: int) -> Target:
+    """The target in bytes or in error; `heads` is what the full tensors take.
 
     Raises:
       HydraOptError: a budget that the adapters as they are would fit into.
     """
     if options.max_error is not None:
-        return Target(1.0, options.max_error)
-    extras = sum(packing.extras_size(x.extras) for x in found.cards)
-    limit = navigate.budget_bytes(options, found.entries(), extras)
-    if limit >= found.entries() * np.dtype(found.dtype).itemsize + extras:
+        return Target(1.0, options.max_error, heads)
+    limit = navigate.budget_bytes(options, found.entries(), heads)
+    if limit - heads >= found.entries() * np.dtype(found.dtype).itemsize:
         raise HydraOptError(
             f"budget of {limit:,} bytes: the adapters' factors take no more as they are: keep them, or give "
             "a smaller budget"
         )
-    return Target(-1.0, limit)
+    return Target(-1.0, limit - heads, heads)
 
 
 class Pilot(NamedTuple):
@@ -132,6 +133,7 @@ def unmet(done: Sequence[Pass], goal: Target) -> Unmet:
     value = goal.limit * float(np.exp(best))
     if goal.sign < 0:
         return Unmet(
-            f"budget of {int(goal.limit):,} bytes: the smallest store that was found takes {int(value):,}"
+            f"budget of {int(goal.limit) + goal.heads:,} bytes: the smallest store that was found takes "
+            f"{int(value) + goal.heads:,}" + (f", {goal.heads:,} of them full tensors" if goal.heads else "")
         )
     return Unmet(f"error target {goal.limit:g} cannot be met: the least error that was found is {value:.3g}")

@@ -103,26 +103,28 @@ def test_a_store_of_several_arrays_is_changed_and_checked_as_any_other(streamed,
         np.testing.assert_array_equal(pair[1], before[name][1])
 
 
-def cut(file, *_):
-    os.truncate(file, 10)
-
-
-def other_head(_, source, adapter):
-    changed = adapter._replace(extras={"score.weight": np.zeros((3, 2), np.float16)})
-    formats.write_adapter(source, changed, overwrite=True)
+def test_full_tensors_that_changed_are_refused(small, tmp_path):
+    head = np.arange(6, dtype=np.float16).reshape(2, 3)
+    adapters = [some(x, MODULES)._replace(extras={"score.weight": head}) for x in small]
+    found, _ = written(adapters, tmp_path)
+    changed = adapters[1]._replace(extras={"score.weight": np.zeros((3, 2), np.float16)})
+    formats.write_adapter(found.cards[1].source, changed, overwrite=True)
+    with pytest.raises(HydraOptError, match="adapter 2 have changed"):
+        jobs.run(tmp_path / "s", found, CORES)
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
-    ("break_it", "said"), [(cut, "group-0.bin: is not whole"), (other_head, "adapter 2 have changed")]
+    ("name", "said"), [("group-0", "group-0.bin: is not whole"), ("extras-1", "extras-1.bin: is not whole")]
 )
-def test_parts_that_change_before_they_are_written_are_refused(small, tmp_path, monkeypatch, break_it, said):
+def test_parts_that_change_before_they_are_written_are_refused(small, tmp_path, monkeypatch, name, said):
     head = np.arange(6, dtype=np.float16).reshape(2, 3)
     adapters = [some(x, MODULES)._replace(extras={"score.weight": head}) for x in small]
     found, _ = written(adapters, tmp_path)
     put = jobs.put
 
     def late(*arguments):
-        break_it(jobs.folder_of(tmp_path / "s") / "group-0.bin", found.cards[1].source, adapters[1])
+        os.truncate(jobs.folder_of(tmp_path / "s") / f"{name}.bin", 10)
         put(*arguments)
 
     monkeypatch.setattr(jobs, "put", late)

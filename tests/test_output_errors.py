@@ -1,0 +1,131 @@
+"""Stores made with calibration claim both errors, each under its name, and are checked like with like."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import run
+
+from hydraopt_jax import adapters, calibration, changes, checkpoint, compression, formats, navigate, synthetic
+from hydraopt_jax.coding.trial import metrics_of, task_errors
+from hydraopt_jax.errors import HydraOptError
+
+MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
+
+
+def moments(both=False):
+    """Inputs that live in few dimensions, so that errors of outputs are not those of weights."""
+    rng = np.random.default_rng(0)
+    out = {}
+    for name, sizes in MODULES.items():
+        for suffix, size in (("", sizes[0]), *([(":output", sizes[1])] if both else [])):
+            root = rng.normal(size=(size, 12))
+            out[name + suffix] = (root @ root.T).astype(np.float32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def many():
+    return synthetic.collection(0, tasks=["a", "b"], modules=MODULES, rank=4, likeness=0.5, dtype="float32")
+
+
+@pytest.fixture
+def given(many, tmp_path):
+    for x in many:
+        formats.write_adapter(tmp_path / x.task, x)
+    calibration.save(tmp_path / "cal.safetensors", moments())
+    return [tmp_path / x.task for x in many], tmp_path / "cal.safetensors"
+
+
+@pytest.fixture
+def made(given, tmp_path, capsys):
+    names, cal = given
+    out = tmp_path / "store"
+    code, text, err = run(
+        capsys, "compress", *names, "--budget", "0.5", "--calibration", cal, "--out", out, "--json"
+    )
+    assert (code, err) == (0, "")
+    return out, json.loads(text)
+
+
+def test_a_calibrated_store_verifies(given, made, capsys):
+    """Without the calibration by weights, with it by outputs, too."""
+    names, cal = given
+    for more in ([], ["--calibration", cal]):
+        code, text, err = run(capsys, "verify", made[0], *names, *more, "--json")
+        assert (code, err) == (0, "")
+        said = json.loads(text)
+        assert said["ok"]
+        assert ("output_error" in said) == bool(more)
+    for key in ("error", "output_error"):
+        for task, pair in said[key].items():
+            assert pair["claimed"] == pytest.approx(made[1][key]["per_task"][task], rel=2e-3)
+            assert pair["measured"] == pytest.approx(pair["claimed"], rel=0.01)
+    assert said["output_error"]["a"]["measured"] < 0.5 * said["error"]["a"]["measured"]
+    _, text, _ = run(capsys, "verify", made[0], *names, "--calibration", cal)
+    assert "error of weights" in text
+    assert "error of outputs" in text
+
+
+def test_a_wrong_store_still_fails(many, given, made, capsys, tmp_path):
+    names, cal = given
+    content = checkpoint.restore(made[0])
+    checkpoint.save(tmp_path / "w", content._replace(errors=content.errors * 0.9))
+    checkpoint.save(tmp_path / "o", content._replace(output_errors=content.output_errors * 0.9))
+    for path, more, expected in (
+        ("w", [], 1),
+        ("w", ["--calibration", cal], 1),
+        ("o", [], 0),
+        ("o", ["--calibration", cal], 1),
+    ):
+        assert run(capsys, "verify", tmp_path / path, *names, *more)[0] == expected
+    formats.write_adapter(tmp_path / "x", many[0]._replace(b={k: 3 * v for k, v in many[0].b.items()}))
+    assert run(capsys, "verify", made[0], f"a={tmp_path / 'x'}")[0] == 1
+
+
+def test_each_error_is_labeled_where_it_is_shown(made, capsys):
+    _, said = made
+    assert (said["error"]["of"], said["output_error"]["of"]) == ("weights", "outputs")
+    assert said["error"]["bound"] is None
+    assert said["output_error"]["bound"] <= said["output_error"]["mean"] < said["error"]["mean"]
+    _, text, _ = run(capsys, "inspect", made[0])
+    assert "of weights (delta)" in text
+    assert "of outputs (calibrated)" in text
+    seen = json.loads(run(capsys, "inspect", made[0], "--json")[1])
+    assert seen["output_error"]["mean"] == pytest.approx(said["output_error"]["mean"], rel=2e-3)
+
+
+def test_another_calibration_or_none_is_said(given, made, capsys, tmp_path):
+    names, cal = given
+    other = tmp_path / "other.safetensors"
+    calibration.save(other, {k: 2 * v for k, v in moments().items()})
+    plain = tmp_path / "plain"
+    assert run(capsys, "compress", *names, "--budget", "0.5", "--out", plain)[0] == 0
+    for path, given_one, more, words in (
+        (made[0], other, names, "not the calibration that"),
+        (plain, cal, names, "claims no output errors"),
+        (made[0], cal, [], "name them"),
+    ):
+        code, out, err = run(capsys, "verify", path, *more, "--calibration", given_one)
+        assert (code, out) == (2, "")
+        assert words in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_both_tables_are_what_is_measured(many, both, tmp_path):
+    """Also of gradients at the outputs, after a restore, and of the tasks that are left after a removal."""
+    known = moments(both)
+    content = navigate.compress(many, navigate.Options(budget=0.5, calibration=known))
+    checkpoint.save(tmp_path / "s", content)
+    back = checkpoint.restore(tmp_path / "s")
+    metrics = metrics_of(adapters.stack(many), list(MODULES), known)
+    weights = compression.measure(back, many)
+    outputs = compression.measure(back, many, metrics)
+    np.testing.assert_allclose(list(weights.values()), task_errors(back.errors), rtol=5e-3)
+    np.testing.assert_allclose(list(outputs.values()), task_errors(back.output_errors), rtol=5e-3)
+    left = changes.remove(back, "a")
+    np.testing.assert_array_equal(left.output_errors, back.output_errors[:, 1:])
+    with pytest.raises(HydraOptError, match="--calibration"):
+        changes.refit(many[1:], left)
+    assert navigate.compress(many, navigate.Options(budget=0.5)).output_errors is None

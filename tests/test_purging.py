@@ -1,0 +1,274 @@
+"""A removed task is gone, or the store says what is left of it; a purge leaves nothing of it."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import run
+
+from hydraopt_jax import (
+    adapters,
+    calibration,
+    changes,
+    checkpoint,
+    compression,
+    formats,
+    navigate,
+    packing,
+    purging,
+    store,
+    synthetic,
+)
+from hydraopt_jax.coding import addition
+from hydraopt_jax.coding.trial import metrics_of, task_errors
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.scale import coded, reading, segments
+
+MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
+NAMES = ["legal", "medical", "sports", "news", "poems"]
+TARGET = navigate.Options(max_error=0.01, weights={"legal": 1.5, "medical": 1.5})
+
+
+@pytest.fixture(scope="module")
+def many():
+    return synthetic.collection(2, tasks=NAMES, modules=MODULES, rank=3, likeness=0.8, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def grown(many):
+    """Three tasks coded together, of which one predicts the others, and two that came later."""
+    return changes.add(changes.add(navigate.compress(many[:3], TARGET), many[3]), many[4])
+
+
+def at_hand(many):
+    return {x.task: x for x in many}.get
+
+
+def same(one, two, task):
+    x, y = (store.task_factors(s, task) for s in (one, two))
+    return all(np.array_equal(a, b) for n in x for a, b in zip(x[n], y[n], strict=True))
+
+
+def reference(content):
+    """The task that others of the first three are predicted from."""
+    label = next(x for x in content.report["forms"] if "predicted from" in x)
+    return label.removeprefix("separate, predicted from ")
+
+
+def blobs(content):
+    """Every leaf of a store that holds codes."""
+    leaves = packing.pack(content)[0]
+    return {k: b"".join(map(bytes, v)) for k, v in leaves.items() if k not in packing.TABLES}
+
+
+def text(content):
+    return json.dumps(packing.pack(content)[1])
+
+
+def test_what_others_are_predicted_from_is_held_by_name(grown, tmp_path):
+    task = reference(grown)
+    left = changes.remove(grown, task)
+    (found,) = purging.held(left)
+    assert found.task == task
+    assert found.bytes > 100
+    assert set(NAMES[:3]) - {task} <= set(found.needed_by)
+    checkpoint.save(tmp_path / "s", left)
+    for back in (checkpoint.restore(tmp_path / "s"), checkpoint.outline(tmp_path / "s")):
+        assert purging.held(back) == (found,)
+    assert "predicted from a removed task" in str(left.report["forms"])
+    assert task not in str(left.report)
+
+
+def test_a_purge_is_the_store_of_those_that_are_left(many, grown):
+    """Byte for byte what a fit of the others alone at this step gives: nothing of the task can be in it."""
+    task = reference(grown)
+    rest = [x for x in many if x.task != task]
+    purged, again = purging.purge(changes.remove(grown, task), at_hand(many))
+    assert again == purged.tasks == tuple(x.task for x in rest)
+    weights = {k: v for k, v in TARGET.weights.items() if k != task}
+    options = TARGET._replace(weights=weights)
+    problem = navigate.setup(rest, options)
+    alone = changes.code(problem, grown.report["step"])
+    expected = navigate.to_store(rest, problem, alone, options, adapters.stack(rest).size)
+    assert blobs(purged) == blobs(expected)
+    np.testing.assert_array_equal(purged.errors, expected.errors)
+    assert purging.held(purged) == ()
+    assert f'"{task}"' not in text(purged)
+    assert "bounded" not in purged.report
+
+
+@pytest.mark.parametrize("originals", [True, False])
+@pytest.mark.parametrize("task", NAMES)
+def test_a_purge_decodes_within_the_errors_that_it_states(many, grown, tmp_path, task, originals):
+    left = changes.remove(grown, task)
+    known = {task for x in purging.held(left) for task in x.needed_by}
+    purged, again = purging.purge(left, at_hand(many) if originals else lambda task: None)
+    assert known <= set(again)
+    assert purging.held(purged) == ()
+    checkpoint.save(tmp_path / "s", purged)
+    back = checkpoint.restore(tmp_path / "s")
+    assert f'"{task}"' not in text(back)
+    measured = compression.measure(back, [x for x in many if x.task != task])
+    claimed = dict(zip(back.tasks, task_errors(back.errors), strict=True))
+    bounds = set(back.report.get("bounded", ()))
+    assert bounds == (set() if originals else set(again))
+    for name, error in measured.items():
+        assert error <= 1.01 * claimed[name]
+        assert error < (0.05 if name in bounds else 0.02)
+    for name in set(back.tasks) - bounds:
+        assert measured[name] == pytest.approx(claimed[name], rel=0.01)
+    for name in set(back.tasks) - set(again):
+        assert same(grown, back, name)
+    # no leaf that the task's own numbers lie in is there any more
+    old, new = blobs(left), blobs(back)
+    payload = left.payload
+    gone = {s for s, name in payload.removed.items() if name == task}
+    theirs = [v for k, v in old.items() for s in gone if k == f"task_{s}" or k.startswith(f"added_{s}_")]
+    assert not set(theirs) & set(new.values())
+    slots = back.payload.slots or tuple(range(len(back.tasks)))
+    assert set(addition.closure(back.payload.additions, slots)) <= {*slots, -1}
+
+
+def test_a_chain_of_later_tasks_is_coded_again(many):
+    """Who is predicted from one that is coded again is coded again, too; a second removal frees the first."""
+    content = navigate.compress(many[:1], navigate.Options(max_error=0.01))
+    for x in many[1:4]:
+        content = changes.add(content, x)
+    left = changes.remove(content, "medical")
+    held = purging.held(left)
+    assert [x.task for x in held] == ["medical"] * bool(held)
+    purged, again = purging.purge(left, at_hand(many))
+    assert purged.tasks == ("legal", "sports", "news")
+    assert purging.held(purged) == ()
+    np.testing.assert_allclose(
+        list(compression.measure(purged, [many[0], many[2], many[3]]).values()),
+        task_errors(purged.errors),
+        rtol=0.01,
+    )
+    needed = {t for x in held for t in x.needed_by}
+    assert needed == set(again)
+    for task in again:
+        left = changes.remove(left, task)
+    assert purging.held(left) == ()
+
+
+def test_segments_are_coded_again_by_themselves(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(segments, "DIRECTIONS", 9)
+    for x in many:
+        formats.write_adapter(tmp_path / x.task, x)
+    names = [str(tmp_path / x.task) for x in many]
+    found = reading.collection([reading.open_adapter(n, None, {}) for n in names])
+    coded.run(tmp_path / "s", found, navigate.Options(max_error=0.01), segment_bytes=1 << 12)
+    before = checkpoint.restore(tmp_path / "s")
+    assert len(before.payload.segments) > 2
+    task = before.tasks[0] if purging.held(changes.remove(before, before.tasks[0])) else before.tasks[1]
+    again = []
+
+    def act(content):
+        left = changes.remove(content, task)
+        assert [x.task for x in purging.held(left)] == [task]
+        purged, done = purging.purge(left)
+        again.extend(done)
+        return purged
+
+    checkpoint.update(tmp_path / "s", act)
+    back = checkpoint.restore(tmp_path / "s")
+    assert purging.held(back) == ()
+    assert f'"{task}"' not in text(back)
+    assert 0 < len(again) < len(back.tasks)
+    assert list(back.report["bounded"]) == again
+    assert all(same(before, back, t) for t in back.tasks if t not in again)
+    measured = compression.measure(back, [formats.read_adapter(n) for n in names if not n.endswith(task)])
+    claimed = dict(zip(back.tasks, task_errors(back.errors), strict=True))
+    assert all(error <= 1.01 * claimed[t] for t, error in measured.items())
+    for x in back.payload.segments:
+        live = [k for k, t in enumerate(x.tasks) if t >= 0]
+        left = [purging.trace(x.shapes, x.leaves, k, live) for k, t in enumerate(x.tasks) if t < 0]
+        assert not any(y.own or y.among or y.fitted for y in left)
+
+
+@pytest.mark.parametrize("form", ["heads", "lossless"])
+def test_plain_stores_say_what_was_fitted_to_a_removed_task(many, form):
+    kept = {
+        "heads": lambda: compression.compress(many[:3], compression.Options(rank=3)),
+        "lossless": lambda: navigate.compress(many[:3], navigate.Options(budget=9.0)),
+    }[form]()
+    left = changes.remove(kept, "medical")
+    assert purging.held(left) == tuple([purging.Held("medical", 0, (), True)] * (form == "heads"))
+    purged, again = purging.purge(left, at_hand(many))
+    assert again == ((("legal", "sports")) if form == "heads" else ())
+    assert purging.held(purged) == ()
+    assert "medical" not in text(purged)
+    rest = [many[0], many[2]]
+    np.testing.assert_allclose(
+        list(compression.measure(purged, rest).values()), task_errors(purged.errors), rtol=0.01, atol=1e-9
+    )
+
+
+def test_calibrated_stores_need_their_calibration(many):
+    rng = np.random.default_rng(0)
+    known = {n: (lambda r: r @ r.T)(rng.normal(size=(s[0], 12))) for n, s in MODULES.items()}
+    content = navigate.compress(many[:3], navigate.Options(max_error=0.01, calibration=known))
+    left = changes.remove(content, next(t for t in content.tasks if purging.held(changes.remove(content, t))))
+    with pytest.raises(HydraOptError, match="--calibration"):
+        purging.purge(left)
+    purged, again = purging.purge(left, calibration=known)
+    assert again == purged.tasks
+    rest = [x for x in many[:3] if x.task in again]
+    metrics = metrics_of(adapters.stack(rest), list(MODULES), known)
+    for claims, more in ((purged.errors, None), (purged.output_errors, metrics)):
+        measured = compression.measure(purged, rest, more)
+        assert (np.array(list(measured.values())) <= 1.01 * task_errors(claims)).all()
+
+
+def test_commands_say_what_is_left_and_are_rid_of_it(many, tmp_path, capsys):
+    for x in many[:3]:
+        formats.write_adapter(tmp_path / "in" / x.task, x)
+    folders = [tmp_path / "in" / x.task for x in many[:3]]
+    out = tmp_path / "store"
+    assert run(capsys, "compress", *folders, "--out", out, "--max-error", "0.01")[0] == 0
+    task = reference(checkpoint.restore(out))
+    others = [x for x in NAMES[:3] if x != task]
+    code, said, err = run(capsys, "remove", out, task, "--quick", "--json")
+    assert (code, err) == (0, "")
+    (held,) = json.loads(said)["held"]
+    assert (held["task"], sorted(held["needed_by"])) == (task, sorted(others))
+    assert json.loads(said)["bytes_held"] == held["bytes"] > 0
+    words = " ".join(run(capsys, "inspect", out)[1].split())
+    assert f"of {task}, which was removed" in words
+    assert all(x in words for x in others)
+    assert json.loads(run(capsys, "inspect", out, "--json")[1])["held"] == [held]
+    # one original has moved
+    moved = folders[NAMES.index(others[0])].rename(tmp_path / "moved")
+    code, said, err = run(capsys, "remove", out, "--purge", "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(said)
+    assert (said["held"], said["bytes_held"], said["removed"]) == ([], 0, None)
+    assert sorted(said["coded_again"]) == sorted(others)
+    assert said["bounded"] == [others[0]]
+    originals = [f"{others[0]}={moved}", folders[NAMES.index(others[1])]]
+    code, text, _ = run(capsys, "verify", out, *originals)
+    assert code == 0
+    assert "claimed at most" in " ".join(text.split())
+    assert "at most" in run(capsys, "inspect", out)[1]
+    wrong = many[NAMES.index(others[0])]
+    formats.write_adapter(tmp_path / "wrong", wrong._replace(b={k: 2 * v for k, v in wrong.b.items()}))
+    assert run(capsys, "verify", out, f"{others[0]}={tmp_path / 'wrong'}")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name the TASK"),
+        (["legal", "--purge", "--refit"], "--refit"),
+        (["legal", "--calibration", "c"], "only --purge"),
+        (["legal", "--purge", "--calibration", "c"], "claims no output errors"),
+    ],
+)
+def test_options_of_remove_that_do_nothing_are_refused(many, tmp_path, capsys, arguments, words):
+    checkpoint.save(tmp_path / "s", navigate.compress(many[:2], navigate.Options(max_error=0.1)))
+    calibration.save(tmp_path / "c", {})
+    code, out, err = run(capsys, "remove", tmp_path / "s", *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert checkpoint.read_index(tmp_path / "s")[0] == ("legal", "medical")
