@@ -19,6 +19,8 @@ from hydraopt_jax import checkpoint
 from hydraopt_jax.cli import changes, collections, merging, stores
 from hydraopt_jax.errors import HydraOptError
 
+LESS = "give fewer adapters or tasks at once, or a machine with more"
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hydraopt-jax")
@@ -66,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(str(error), 2)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
+    except MemoryError as error:
+        fail(f"out of memory{f': {error}' if str(error) else ''}; {LESS}", 2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(f"out of memory on a device: {str(error)[:200]}; {LESS}", 2)
+    except ModuleNotFoundError as error:
+        fail(f"the package {error.name} is not installed: install it, or the extra that needs it", 2)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except BrokenPipeError:

@@ -1,6 +1,5 @@
 """PEFT's adapter_config.json: what it may hold, the scale it implies, the base model it names."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -8,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydraopt_jax import strict_json
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import patterns
@@ -154,14 +154,14 @@ def read_config(path: Path) -> dict[str, Any]:
       HydraOptError: no file, no JSON, or see `check_config`.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = strict_json.loads(path.read_bytes())
     except FileNotFoundError:
         raise HydraOptError(
             f"{path}: no such file: pass a folder that PEFT's save_pretrained wrote"
         ) from None
     except OSError as error:
         raise HydraOptError(f"{path}: cannot be read: {one_line(error.strerror)}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise HydraOptError(f"{path}: is not JSON: {one_line(error)}") from None
     check_config(config, str(path))
     return config

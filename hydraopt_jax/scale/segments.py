@@ -6,7 +6,6 @@ go where they are worth most in the whole collection, whoever codes it.
 """
 
 import itertools
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from hydraopt_jax import adapters, navigate, structure
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding import codec, trial
 from hydraopt_jax.layout import TermShape
-from hydraopt_jax.scale.jobs import write_json
+from hydraopt_jax.scale.jobs import read_json, write_json
 from hydraopt_jax.scale.reading import Collection
 
 # half-precision bytes of a segment's factors; coding takes some thirty times as much
@@ -183,5 +182,5 @@ def kept(path: Path) -> Coded | None:
     """A segment that was done before."""
     if not path.exists():
         return None
-    rows = json.loads(path.read_text())
+    rows = read_json(path)
     return Coded(**{**rows, "leaves": {k: (at, size) for k, (at, size) in rows["leaves"].items()}})

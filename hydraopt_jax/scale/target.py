@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import navigate, packing
+from hydraopt_jax import budget, navigate, packing
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.navigate import Options
@@ -52,10 +52,12 @@ def target_of(found: Collection, options: Options) -> Target:
         return Target(1.0, options.max_error)
     extras = sum(packing.extras_size(x.extras) for x in found.cards)
     limit = navigate.budget_bytes(options, found.entries(), extras)
+    if budget.keeps_all(options.budget):  # type: ignore[arg-type]
+        return Target(-1.0, found.entries() * np.dtype(found.dtype).itemsize + extras)
     if limit >= found.entries() * np.dtype(found.dtype).itemsize + extras:
         raise HydraOptError(
-            f"budget of {limit:,} bytes: the adapters' factors take no more as they are: keep them, or give "
-            "a smaller budget"
+            f"budget of {limit:,} bytes: the adapters' factors take no more as they are: give a budget of 1, "
+            "which keeps them so, or fewer bytes"
         )
     return Target(-1.0, limit)
 
