@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hydraopt_jax import strict_json
 from hydraopt_jax.errors import HydraOptError
 
 # norms that factors and deltas may have, or zero
@@ -29,6 +30,8 @@ class Adapter(NamedTuple):
       layout: module name -> how its format names and shapes the factors (empty for a linear layer).
       source: path or id it came from.
       digest: SHA-256 of the source's weights, hexadecimal; "" when it has no file.
+      raw: module name -> `(a, b, scale)` as the format had them, where a store kept the adapter as it came:
+        its writer then writes them as they were.
     """
 
     task: str
@@ -40,6 +43,7 @@ class Adapter(NamedTuple):
     layout: Mapping[str, Any] = {}
     source: str = ""
     digest: str = ""
+    raw: Mapping[str, Any] = {}
 
 
 class Bucket(NamedTuple):
@@ -87,6 +91,7 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     shapes: dict[str, tuple[int, int]] = {}
     owner: dict[str, str] = {}
     for adapter in collection:
+        check_texts(adapter.task, adapter.source, adapter.config)
         if adapter.task in seen:
             raise HydraOptError(
                 f"task name {adapter.task!r} is used by both {seen[adapter.task]} and {adapter.source}: "
@@ -110,6 +115,15 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
                     )
             check_size(adapter, name)
     return shapes
+
+
+def check_texts(task: str, source: str, config: Mapping[str, Any]) -> None:
+    """Refuse a task's name and a configuration that a store cannot hold as JSON."""
+    if strict_json.fault(task):
+        raise HydraOptError(f"task name {task!a} is no text in UTF-8: rename it with NAME=ADAPTER")
+    found = strict_json.fault(dict(config))
+    if found:
+        raise HydraOptError(f"{source or task!s}: its configuration is no JSON: {found}")
 
 
 def check_size(adapter: Adapter, name: str) -> None:

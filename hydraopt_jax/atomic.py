@@ -12,15 +12,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hydraopt_jax.errors import HydraOptError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - a system without POSIX locks
-    fcntl = None  # type: ignore[assignment]
+from hydraopt_jax.errors import HydraOptError
 
 # files that wait for the disk together
 SYNCING = 16
@@ -30,7 +27,7 @@ EXCHANGE = {"linux": ("renameat2", 2), "darwin": ("renameatx_np", 2)}
 
 
 def beside(path: Path, role: str) -> Path:
-    """A hidden name beside a store: `.NAME.lock`, `.NAME.writing` or `.NAME.previous`."""
+    """A hidden name beside a store: `.NAME.lock`, `.NAME.job`, `.NAME.writing` or `.NAME.previous`."""
     return path.with_name(f".{path.name}.{role}")
 
 
@@ -117,40 +114,28 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold `.NAME.lock`, and remove it after."""
-    lock = beside(path, "lock")
-    handle = take(lock)
-    while handle is not None and not same_file(handle, lock):
-        os.close(handle)
-        handle = take(lock)
-    if handle is None:
-        raise HydraOptError(f"{path}: another process is writing it: try again when it is done")
+def locked(path: Path, role: str = "lock", again: bool = False) -> Iterator[None]:
+    """Hold the lock of what is written at a path, `.NAME.lock`, and remove its file after.
+
+    Args:
+      path: what is written.
+      role: what the lock is called, see `beside`.
+      again: whether this thread may hold it already.
+
+    Raises:
+      HydraOptError: another process, or another writer in this one, holds it.
+    """
+    file = beside(path, role)
+    lock = FileLock(file, timeout=0, is_singleton=again)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise HydraOptError(f"{path}: another process is writing it: try again when it is done") from None
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def take(lock: Path) -> int | None:
-    """The locked file's handle, or None where another process has it."""
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
-
-
-def same_file(handle: int, path: Path) -> bool:
-    """Whether the open file is the one at `path`: the one before may have removed it meanwhile."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
+        if lock.lock_counter == 1:
+            # whoever opened it meanwhile sees that it is gone, and opens another
+            with suppress(OSError):
+                file.unlink()
+        lock.release()

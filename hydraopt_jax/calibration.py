@@ -17,16 +17,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from hydraopt_jax.algebra import matmul
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.tensor_files import write_tensors
 
 # what follows a module's name where the moment is that of the gradients at its outputs
 OUTPUT = ":output"
@@ -74,7 +76,7 @@ def mean(moment: Moment) -> Array:
 
 def save(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) -> None:
     """Write second moments, module name -> `[I, I]` or `[I]`."""
-    save_file({k: np.ascontiguousarray(v, np.float32) for k, v in moments.items()}, path)
+    write_tensors(Path(path), {k: np.ascontiguousarray(v, np.float32) for k, v in moments.items()})
 
 
 def digest(moments: Mapping[str, np.ndarray]) -> str:

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, checkpoint, compression, extras, forms, joining, navigate, packing
+from hydraopt_jax import (
+    adapters,
+    checkpoint,
+    compression,
+    extras,
+    forms,
+    joining,
+    lossless,
+    navigate,
+    packing,
+)
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import encode
 from hydraopt_jax.coding import addition, trial
@@ -129,13 +139,11 @@ def add_segment(store: Store, payload: Payload, new: Adapter) -> Store:
 def add_plain(store: Store, new: Adapter) -> Store:
     """See `joining`."""
     tasks = len(store.tasks) - 1
-    lossless = store.report["form"] == "lossless"
+    if store.report["form"] == lossless.FORM:
+        return add_lossless(store, new)
     dtypes = [x.a[0].dtype.name for v in store.modules.values() for x in v]
     share = sum(forms.count(x) for v in store.modules.values() for x in v) / tasks
-    ways = {
-        n: [joining.own_way(a, new.b[n])] if lossless else joining.ways(store.modules.get(n, ()), a, new.b[n])
-        for n, a in new.a.items()
-    }
+    ways = {n: joining.ways(store.modules.get(n, ()), a, new.b[n]) for n, a in new.a.items()}
     taken = joining.spend(ways, share)
     modules: dict[str, tuple[Factors, ...]] = {}
     errors = {}
@@ -145,6 +153,22 @@ def add_plain(store: Store, new: Adapter) -> Store:
     grown = store._replace(modules=modules)
     errors = compression.module_errors(grown, new)
     return grown._replace(errors=with_errors(store, modules, errors))
+
+
+def add_lossless(store: Store, new: Adapter) -> Store:
+    """A task as it came, in terms of its own."""
+    last = len(store.tasks) - 1
+    modules: dict[str, tuple[Factors, ...]] = {}
+    for name in dict.fromkeys((*store.modules, *new.a)):
+        before = []
+        for term in store.modules.get(name, ()):
+            of = [np.append(np.asarray(x), -1).astype(np.int32) for x in (term.a_of, term.b_of)]
+            core = None if term.core is None else [*term.core, np.zeros_like(term.core[0])]
+            before.append(Factors(term.a, term.b, of[0], of[1], core))  # type: ignore[arg-type]
+        own = lossless.terms([*[None] * last, lossless.raw_of(new, name)]) if name in new.a else ()
+        modules[name] = (*before, *own)
+    errors = with_errors(store, modules, dict.fromkeys(new.a, 0.0))
+    return store._replace(modules=modules, errors=errors)
 
 
 def remove(store: Store, task: str) -> Store:
@@ -257,7 +281,8 @@ def refit(collection: Sequence[Adapter], store: Store) -> Store:
         heads = min(asked["heads"], len(collection))
         # one head a task stays one head a task
         every = all(len(np.unique(x.b_of)) == len(x.b_of) for v in store.modules.values() for x in v[:1])
-        form = compression.Options(**{**asked, "heads": None if every else heads})
+        cores = asked["cores"] and not every and heads < len(collection)
+        form = compression.Options(**{**asked, "heads": None if every else heads, "cores": cores})
         return compression.compress(collection, form)
     if store.payload is None:
         return navigate.compress(collection, navigate.Options(budget=1e6))

@@ -7,7 +7,9 @@ the index and the chunks of the leaves whose set of tasks it belongs to, and not
 import dataclasses
 import itertools
 import os
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,14 +134,24 @@ def read_index(path: str | os.PathLike) -> tuple[tuple[str, ...], dict[str, Any]
 
 @contextmanager
 def believing(path: Path) -> Iterator[None]:
-    """Whatever a description that does not fit its data leads to is a damaged store."""
+    """Call a store damaged where an index is no index or does not fit its data, and nothing else so.
+
+    Memory that is short, on the host or a device, a package that is missing, an interruption: all pass.
+    """
     try:
         yield
-    except (HydraOptError, OSError):
+    except HydraOptError:
         raise
-    except Exception as error:
+    except (ValueError, zlib.error, struct.error) as error:
         what = " ".join(str(error).split())[:120] or type(error).__name__
         raise container.damaged(path, f"its index does not fit its data ({what})") from None
+    except (LookupError, TypeError, OverflowError) as error:
+        # checksums hold, and the index was believed: a forgery, or a fault of ours
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise HydraOptError(
+            f"{path}: cannot be read ({what}), though its checksums hold: report this as a fault of "
+            "hydraopt_jax if it was written by this version"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,8 +41,8 @@ class Options(NamedTuple):
       heads: K, heads a module; None for T, one a task.
       rank: S, width of the shared factor; None for the adapters' largest rank.
       side: "in", "out" or "auto": per module the better side at the bytes of the cheaper one.
-      cores: give each task an S x S core.
-      solver: "closed" or "optax".
+      cores: give each task an S x S core, with fewer heads than tasks.
+      solver: "closed" or "optax"; start, steps and optimizer are the latter's and refused with the former.
       start: start of the optax solver, "closed" or "mean" (the published method).
       steps: upper limit of Optax steps.
       optimizer: an `optax.GradientTransformation`; None for `optimize.default_optimizer`.
@@ -77,6 +77,23 @@ def check_options(options: Options, tasks: int) -> None:
         raise HydraOptError(f"rank = {options.rank}: must be at least 1")
     if options.steps < 1:
         raise HydraOptError(f"steps = {options.steps}: must be at least 1")
+    check_idle(options, tasks)
+
+
+def check_idle(options: Options, tasks: int) -> None:
+    """Refuse an option that would do nothing beside the others, naming both."""
+    defaults = Options()
+    for name in ("start", "steps", "optimizer") if options.solver == "closed" else ():
+        value = getattr(options, name)
+        if value != getattr(defaults, name):
+            said = f" = {value!r}" if name != "optimizer" else ""
+            raise HydraOptError(
+                f"{name}{said}: does nothing with solver = 'closed': give solver = 'optax', or leave it out"
+            )
+    if options.cores and (options.heads or tasks) == tasks:
+        raise HydraOptError(
+            f"cores: do nothing with a head for each of the {tasks} tasks: give fewer heads, or no cores"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "rank", "side", "cores"))

@@ -12,7 +12,6 @@ writes them. Schemas before the present one are those of versions never released
 import bisect
 import hashlib
 import itertools
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore
 
+from hydraopt_jax import strict_json
 from hydraopt_jax.errors import HydraOptError
 
 SCHEMA = 4
@@ -32,6 +32,8 @@ ROOM, EXPANSION = 1 << 22, 1000
 # deflate cannot expand further
 DEFLATE = 1040
 SEAL = "0" * 16
+# errors of a file that is not there as a file
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class Chunked(NamedTuple):
@@ -89,8 +91,11 @@ def read_file(path: Path, name: str) -> bytes:
     """A file of a store."""
     try:
         return (path / name).read_bytes()
-    except OSError as error:
+    except MISSING as error:
         raise damaged(path, f"{name} is missing or cannot be read ({error.strerror})") from None
+    except OSError as error:
+        # no permission, no memory, a disk that is gone: nothing is wrong with the store
+        raise HydraOptError(f"{path}: {name} cannot be read: {error.strerror or error}") from None
 
 
 def read_description(path: Path) -> tuple[dict[str, Any], str]:
@@ -105,10 +110,10 @@ def read_description(path: Path) -> tuple[dict[str, Any], str]:
         raise HydraOptError(f"{path}: not a store (it has no {DESCRIPTION})")
     text = read_file(path, DESCRIPTION)
     try:
-        content = json.loads(text)
+        content = strict_json.loads(text)
         meta, item = content["custom_metadata"], next(iter(content["item_handlers"]))
         schema = meta["schema"] if meta["format"] == "hydraopt" else None
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise HydraOptError(f"{path}: not a store, or its {DESCRIPTION} is damaged") from None
     if schema is None:
         raise HydraOptError(f"{path}: not a store ({DESCRIPTION} describes something else)")
@@ -167,10 +172,10 @@ def open_container(path: Path, meta: Mapping[str, Any], item: str) -> Container:
 def array_shape(path: Path, array: str, header: bytes, stored: int, before: int = 0) -> tuple[int, int]:
     """Bytes of an array, after `before` others, and of a chunk, if its header can be believed."""
     try:
-        fields = json.loads(header)
+        fields = strict_json.loads(header)
         (total,), (chunk,), kind = fields["shape"], fields["chunks"], fields["dtype"]
         sane = kind == "|u1" and 0 < chunk <= total <= ROOM + EXPANSION * stored - before
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         sane = False
     if not sane:
         raise damaged(path, f"{array}/.zarray claims what its files cannot hold")
@@ -225,7 +230,8 @@ def decode(path: Path, array: str, files: Mapping[str, bytes], start: int, stop:
         spec = {"driver": "zarr", "kvstore": {"driver": "memory"}}
         opened = tensorstore.open(spec, context=context, open=True).result()
         return np.asarray(opened[start:stop].read().result())
-    except Exception as error:
+    except ValueError as error:
+        # what TensorStore raises for data and headers that do not fit; all else is not the store's fault
         raise damaged(path, f"{array} cannot be decoded ({' '.join(str(error).split())[:120]})") from None
 
 
@@ -253,7 +259,7 @@ def is_compressed(path: Path) -> bool:
     """Whether a store's chunks are compressed by Orbax."""
     _, item = read_description(path)
     header = read_file(path, f"{item}/{ARRAY}/.zarray")
-    return json.loads(header).get("compressor") is not None
+    return strict_json.loads(header).get("compressor") is not None
 
 
 def read_index(container: Container, cache: dict[str, bytes]) -> dict[str, Any]:
@@ -277,7 +283,7 @@ def inflate(data: bytes, limit: int) -> bytes:
 def parse(path: Path, text: bytes) -> dict[str, Any]:
     """The index from its text."""
     try:
-        index = json.loads(text)
-    except (ValueError, RecursionError):
+        index = strict_json.loads(text)
+    except ValueError:
         raise damaged(path, "its index is no JSON") from None
     return index

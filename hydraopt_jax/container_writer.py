@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from hydraopt_jax import container, memory
+from hydraopt_jax import container, memory, strict_json
 from hydraopt_jax.errors import HydraOptError
 
 # bytes of a chunk, and the most chunks of an array: what a task's restore may read in excess, against a file
@@ -41,7 +41,11 @@ def write(folder: Path, index: Mapping[str, Any], leaves: Iterable[Any], compres
       ValueError: the leaves have more or fewer bytes than the index says.
       HydraOptError: zstd makes less of the leaves than a reader believes.
     """
-    text = json.dumps(index, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    try:
+        text = json.dumps(index, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        what = strict_json.fault(index) or str(error)
+        raise HydraOptError(f"{folder.name}: what the store says of itself is no JSON: {what}") from None
     head = zlib.compress(text, 9)
     total = len(head) + sum(index["leaves"].values())
     chunk, count = division(total)

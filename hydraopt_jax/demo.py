@@ -66,10 +66,12 @@ def run(
     except OSError as error:
         raise HydraOptError(f"{out}: cannot be written: {error.strerror or error}") from error
     try:
-        result = build(work, advance, tasks, budgets, items)
+        new = work / "new"
+        new.mkdir()  # with the usual permissions, which the temporary folder has not
+        result = build(new, advance, tasks, budgets, items)
         result["plot"] = str(out / "tradeoff.png")
-        (work / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(work, out)
+        (new / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(new, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return result

@@ -33,7 +33,20 @@ def whole(x: Any, low: int, high: int) -> bool:
 
 
 def check_index(index: Any) -> None:
-    """Check an index; raises `Unbelievable`, or whatever else a wrong type leads to."""
+    """Check an index.
+
+    Raises:
+      Unbelievable: it is none.
+    """
+    try:
+        check_parts(index)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        # a part of another type than the checks ask about
+        raise Unbelievable(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def check_parts(index: Any) -> None:
+    """As `check_index`; raises whatever a wrong type leads to."""
     tasks, leaves = index["tasks"], index["leaves"]
     need(isinstance(tasks, list) and bool(tasks) and all(isinstance(t, str) for t in tasks), "task names")
     need(len(set(tasks)) == len(tasks), "task names")
@@ -75,14 +88,14 @@ def check_structure(x: Mapping[str, Any], tasks: int) -> int:
     """Check patterns and modules; returns how many numbers the factors have."""
     counts = []
     for a_of, b_of, core in x["patterns"]:
-        need(len(a_of) == len(b_of) <= tasks and core in (None, "diagonal", "full"), "patterns")
+        need(len(a_of) == len(b_of) <= tasks and core in (None, "diagonal", "scale", "full"), "patterns")
         need(all(whole(k, -1, 2 * len(a_of)) for k in (*a_of, *b_of)), "patterns")
         counts.append((max(a_of, default=-1) + 1, max(b_of, default=-1) + 1, len(a_of)))
     entries = 0
     for name, row in x["modules"]:
         need(isinstance(name, str), "module names")
         for pattern, inputs, rank, outputs, kind in row:
-            need(whole(pattern, 0, len(counts) - 1) and kind in KINDS, "terms")
+            need(whole(pattern, 0, len(counts) - 1) and set(kind.split(" ")) <= KINDS, "terms")
             need(all(whole(n, 1, 1 << 40) for n in (inputs, rank, outputs)), "shapes")
             a, b, users = counts[pattern]
             entries += rank * (a * inputs + b * outputs + users)

@@ -38,11 +38,6 @@ class Way(NamedTuple):
     own: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def own_way(a: np.ndarray, b: np.ndarray) -> Way:
-    """The task's own factors, as they are."""
-    return Way(a.size + b.size, 0.0, own=(a, b))
-
-
 def svd(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Thin decomposition of `a @ b` by way of the factors' QR: `u: [I, R]`, `s: [R]`, `v: [R, O]`."""
     (qa, ra), (qb, rb) = np.linalg.qr(a.astype(np.float64)), np.linalg.qr(b.T.astype(np.float64))

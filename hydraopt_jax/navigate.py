@@ -5,19 +5,19 @@ cheapest in squared steps (`coding.plan`), the codec quantises and counts (`codi
 search moves the step until the real store meets the budget, or its measured error the target.
 """
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, bounds, calibration, checkpoint, compression, extras
+from hydraopt_jax import adapters, bounds, budget, calibration, checkpoint, compression, extras, lossless
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.coding import plan
 from hydraopt_jax.coding.terms import deserialize
 from hydraopt_jax.coding.trial import Problem, Trial, attempt, bar, prepare, task_errors, train
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors
 from hydraopt_jax.store import Payload, Store, sources_of
 
 # share of a byte budget that may stay unused before the search stops
@@ -36,8 +36,10 @@ class Options(NamedTuple):
     """What to reach; exactly one of budget, max_error and max_task_error.
 
     Attributes:
-      budget: bytes of everything on disk if an int; if a float a fraction of the factors' fp16 bytes, which
-        factors and description may take, the coded full tensors beside the factors come on top (`extras`).
+      budget: bytes of everything on disk if an integer above 10 or text such as "3MB"; else a fraction of the
+        factors' fp16 bytes, which factors and description may take: the coded full tensors beside the factors
+        come on top (`extras`). A fraction of 1 or more keeps the adapters as they are, bit for bit in the
+        dtype that they came in. See `budget` for the whole rule.
       max_error: largest mean relative squared error over modules and tasks.
       max_task_error: largest relative squared error of any task, the mean over its modules.
       weights: task name -> weight of its relative error, 1 where not named.
@@ -48,7 +50,7 @@ class Options(NamedTuple):
       extras_dtype: full tensors that are wider are rounded to it, one of `extras.DTYPES`; None keeps them.
     """
 
-    budget: int | float | None = None
+    budget: int | float | str | None = None
     max_error: float | None = None
     max_task_error: float | None = None
     weights: Mapping[str, float] = {}
@@ -57,15 +59,24 @@ class Options(NamedTuple):
     extras_dtype: str | None = None
 
 
-def check_options(options: Options) -> None:
-    """Refuse targets that contradict each other or that nothing can meet."""
+def check_options(options: Options) -> Options:
+    """The options with the budget read.
+
+    Raises:
+      HydraOptError: targets that contradict each other, that nothing can meet, or an option that would do
+        nothing.
+    """
+    options = options._replace(budget=budget.read_budget(options.budget))
     given = {k: getattr(options, k) for k in ("budget", "max_error", "max_task_error")}
     named = [k for k, v in given.items() if v is not None]
     if len(named) != 1:
         raise HydraOptError(
             f"give exactly one of budget, max_error and max_task_error, not {', '.join(named) or 'none'}"
         )
-    value = given[named[0]]
+    value: Any = given[named[0]]
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    if not number:
+        raise HydraOptError(f"{named[0]} = {value!r}: give a number")
     if not np.isfinite(value) or value <= 0:
         way = (
             "give a positive number"
@@ -77,6 +88,18 @@ def check_options(options: Options) -> None:
     for task, weight in options.weights.items():
         if not np.isfinite(weight) or weight <= 0:
             raise HydraOptError(f"weight of {task!r} = {weight}: must be positive")
+    if budget.keeps_all(value) and named == ["budget"]:
+        idle = {
+            "weights": options.weights,
+            "calibration": options.calibration is not None,
+            "alone": not options.share,
+        }
+        for name in (k for k, v in idle.items() if v):
+            raise HydraOptError(
+                f"{name}: does nothing under a budget of {value:g}, which keeps the adapters as they are: "
+                "leave one of them out"
+            )
+    return options
 
 
 def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
@@ -222,9 +245,9 @@ def label(choice: plan.Choice, tasks: Sequence[str]) -> str:
 
 def budget_bytes(options: Options, entries: int, heads: int) -> int:
     """The budget in bytes on disk, of everything; `heads` is what the coded full tensors take."""
-    budget = options.budget
-    assert budget is not None
-    return int(budget) if isinstance(budget, int) else int(budget * 2 * entries) + heads
+    given = budget.read_budget(options.budget)
+    assert given is not None
+    return given if isinstance(given, int) else int(given * 2 * entries) + heads
 
 
 def heads_of(collection: Sequence[Adapter]) -> int:
@@ -261,16 +284,19 @@ def compress(
     Raises:
       HydraOptError: bad adapters or options, or a target that cannot be met (it says what can).
     """
-    check_options(options)
-    collection = extras.carried(collection, options.extras_dtype, options.budget)
+    options = check_options(options)
+    collection = extras.carried(collection, options.extras_dtype, options.budget)  # type: ignore[arg-type]
+    if budget.keeps_all(options.budget):  # type: ignore[arg-type]
+        return as_they_are(collection, options)
     inputs = adapters.stack(collection)
     if options.budget is None:
         problem = problem or setup(collection, options)
         return to_error(collection, inputs, problem, options, progress)
     limit = budget_bytes(options, inputs.size, heads_of(collection))
-    kept = lossless(collection, options, limit)
-    if kept is not None:
-        return kept
+    if least_lossless(collection) <= limit:
+        kept = as_they_are(collection, options)
+        if checkpoint.measure_size(kept) <= limit:
+            return kept
     problem = problem or setup(collection, options)
     return to_budget(collection, problem, options, inputs.size, limit, progress)
 
@@ -331,39 +357,21 @@ def overhead(
     return checkpoint.measure_size(empty) - len(leaves)
 
 
-def lossless(collection: Sequence[Adapter], options: Options, limit: int) -> Store | None:
-    """The adapters as they came, if that fits: every task's own factors in the dtype they had."""
-    dtype = compression.stored_dtype(collection)
-    inputs = adapters.stack(collection)
-    if np.dtype(dtype).itemsize * inputs.size > limit:
-        return None
-    modules, errors = {}, {}
-    for bucket in inputs.buckets:
-        for m, name in enumerate(bucket.modules):
-            terms, error = [], np.where(bucket.ranks[m] > 0, 0.0, np.nan)
-            for rank in np.unique(bucket.ranks[m][bucket.ranks[m] > 0]).tolist():
-                tasks = np.flatnonzero(bucket.ranks[m] == rank)
-                of = np.full(len(bucket.ranks[m]), -1, np.int32)
-                of[tasks] = np.arange(len(tasks))
-                a, b = bucket.a[m][tasks, :, :rank], bucket.b[m][tasks, :rank]
-                kept_a, kept_b = a.astype(dtype), b.astype(dtype)
-                terms.append(Factors(kept_a, kept_b, of, of))  # type: ignore[arg-type]
-                # a scale folded into b can make it inexact in half precision
-                for t in tasks if not np.array_equal(kept_b.astype(np.float32), b) else ():
-                    error[t] = compression.relative_error(
-                        *(x[of[t]].astype(np.float32) for x in (a, b, kept_a, kept_b))
-                    )
-            modules[name], errors[name] = tuple(terms), error
-    order = list(adapters.check(collection))
-    report = account(options, inputs.size) | {"form": "lossless", "forms": {"lossless": len(order)}}
-    kept = Store(
-        inputs.tasks,
-        {n: modules[n] for n in order},
-        sources_of(collection),
-        report,
-        np.stack([errors[n] for n in order]),
-    )
-    return kept if checkpoint.measure_size(kept) <= limit else None
+def as_they_are(collection: Sequence[Adapter], options: Options) -> Store:
+    """The adapters as they came, see `lossless`."""
+    modules, errors, said = lossless.keep(collection)
+    report = account(options, entries_of(collection)) | said
+    return Store(tuple(x.task for x in collection), modules, sources_of(collection), report, errors)
+
+
+def entries_of(collection: Sequence[Adapter]) -> int:
+    """How many numbers the factors hold."""
+    return sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
+
+
+def least_lossless(collection: Sequence[Adapter]) -> int:
+    """Bytes that the factors have in the dtype of their adapters, at least."""
+    return sum(np.dtype(x.dtype).itemsize * (x.a[n].size + x.b[n].size) for x in collection for n in x.a)
 
 
 def to_error(

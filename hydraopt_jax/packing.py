@@ -318,19 +318,20 @@ def unpack_terms(
     for _, row in index["modules"]:
         for pattern, inputs, rank, outputs, kind in row:
             a_of, b_of, core = index["patterns"][pattern]
-            shapes: list[tuple[int, ...]] = [(inputs, rank)] * (max(a_of) + 1) + [(rank, outputs)] * (
-                max(b_of) + 1
-            )
+            left, right = (kind.split(" ") * 2)[:2]
+            shapes: list[tuple[tuple[int, ...], str]] = [((inputs, rank), left)] * (max(a_of) + 1)
+            shapes += [((rank, outputs), right)] * (max(b_of) + 1)
             users = [frozenset(t for t, x in enumerate(a_of) if x == k) for k in range(max(a_of) + 1)]
             users += [frozenset(t for t, x in enumerate(b_of) if x == k) for k in range(max(b_of) + 1)]
             if core is not None:
                 present = [t for t in range(tasks) if a_of[t] >= 0]
                 users += [frozenset([t]) for t in present]
-                shapes += [(rank,) if core == "diagonal" else (rank, rank)] * len(present)
+                own = (rank, rank) if core == "full" else (rank,)
+                shapes += [(own, "float32" if core == "scale" else right)] * len(present)
             uses.append((len(members), len(users)))
             members += users
-            for shape in shapes:
-                sizes.append((int(np.prod(shape)) * np.dtype(kind).itemsize, shape, kind))
+            for shape, dtype in shapes:
+                sizes.append((int(np.prod(shape)) * np.dtype(dtype).itemsize, shape, dtype))
     names, _ = leaf_names(members, [s for s, _, _ in sizes], tasks)
     offsets: dict[str, int] = {}
     values: list[Any] = []

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import forms
+from hydraopt_jax import forms, lossless
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
@@ -160,8 +160,25 @@ def task_index(tasks: Sequence[str], task: str) -> int:
 
 
 def adapter(store: Store, task: str) -> Adapter:
-    """One task back as an `Adapter`, ready for any writer in `formats`; its factors are balanced."""
-    source = store.sources[task_index(store.tasks, task)]
+    """One task back as an `Adapter`, ready for any writer in `formats`.
+
+    Its factors are balanced, but for those of a lossless store, which are as they came.
+    """
+    t = task_index(store.tasks, task)
+    source = store.sources[t]
+    raw = lossless.raw_factors(store.modules, t) if store.report.get("form") == lossless.FORM else None
+    if raw is not None:
+        return Adapter(
+            task,
+            *lossless.folded(raw),
+            source.dtype,
+            source.extras,
+            source.config,
+            source.layout,
+            source.origin,
+            source.digest,
+            raw,
+        )
     a, b = {}, {}
     for name, (left, right) in task_factors(store, task).items():
         na, nb = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)

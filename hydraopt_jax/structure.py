@@ -49,13 +49,17 @@ def coded_shapes(index: Mapping[str, Any]) -> dict[str, tuple[TermShape, ...]]:
 
 
 def skeleton(modules: Mapping[str, tuple[Factors, ...]]) -> dict[str, Any]:
-    """Shapes and indices of the terms, JSON-able."""
+    """Shapes and indices of the terms, JSON-able; a core that is a "scale" is a diagonal one in float32."""
 
     def term(x: Factors) -> tuple[Any, list[Any]]:
-        core = None if x.core is None else ("diagonal" if np.ndim(x.core[0]) == 1 else "full")
         a, b = x.a[0], x.b[0]
+        core = None if x.core is None else ("diagonal" if np.ndim(x.core[0]) == 1 else "full")
+        if core == "diagonal" and x.core[0].dtype != b.dtype:  # type: ignore[index]
+            core = "scale"
         use = [np.asarray(x.a_of).tolist(), np.asarray(x.b_of).tolist(), core]
-        return use, [a.shape[0], a.shape[1], b.shape[1], a.dtype.name]
+        # one dtype as a rule; adapters kept as they came may have two
+        kinds = " ".join(dict.fromkeys([a.dtype.name, b.dtype.name]))
+        return use, [a.shape[0], a.shape[1], b.shape[1], kinds]
 
     return table({name: [term(x) for x in terms] for name, terms in modules.items()})
 
@@ -80,10 +84,15 @@ def removed_of(index: Mapping[str, Any]) -> dict[int, str]:
     return {int(k): v for k, v in index.get("removed", {}).items()}
 
 
+def readable(path: str) -> str:
+    """A path as text: bytes of a file's name that are no UTF-8 are spelled out."""
+    return path.encode(errors="backslashreplace").decode()
+
+
 def merge_sources(sources: Sequence[Source]) -> dict[str, Any]:
     """Sources as one common part and what each task differs in, so that 40 alike configs cost one."""
     rows: list[dict[str, Any]] = [
-        {"dtype": x.dtype, "origin": x.origin, "digest": x.digest, "layout": dict(x.layout)}
+        {"dtype": x.dtype, "origin": readable(x.origin), "digest": x.digest, "layout": dict(x.layout)}
         | {f"config.{k}": v for k, v in x.config.items()}
         for x in sources
     ]

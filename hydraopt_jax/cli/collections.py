@@ -21,6 +21,7 @@ from hydraopt_jax import (
 )
 from hydraopt_jax import demo as demonstration
 from hydraopt_jax.adapters import check, stack
+from hydraopt_jax.budget import keeps_all, parse_budget
 from hydraopt_jax.calibration import load as load_calibration
 from hydraopt_jax.cli import scaling
 from hydraopt_jax.cli.common import (
@@ -30,13 +31,13 @@ from hydraopt_jax.cli.common import (
     describe,
     error_table,
     forms_table,
-    parse_budget,
     parse_weights,
     read_all,
     say,
     with_adapters,
 )
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.scale import jobs
 
 # what the options of an explicit form are where they were not given
 DEFAULTS = {
@@ -77,7 +78,10 @@ def similarity_command(
 @click.argument("adapters", nargs=-1, required=True)
 @with_adapters
 @click.option("--out", required=True, type=click.Path(), help="the store to write, a new folder")
-@click.option("--budget", help="a fraction of the factors' fp16 bytes (0.125, 12.5%) or bytes of all (3MB)")
+@click.option(
+    "--budget",
+    help="a fraction of the factors' fp16 bytes (0.125, 12.5%), bytes of all (3MB), or 1: lossless",
+)
 @click.option("--max-error", type=float, help="largest mean relative squared error")
 @click.option("--max-task-error", type=float, help="largest relative squared error of any task")
 @click.option("--weight", "weights", multiple=True, help="NAME=NUMBER, weight of a task's error")
@@ -128,6 +132,7 @@ def compress_command(
     **form: Any,
 ) -> None:
     """Compress ADAPTERS into one store: to a budget, to an error, or in a form that you choose."""
+    context = click.get_current_context()
     checkpoint.check_target(out, overwrite)
     navigated = budget is not None or max_error is not None or max_task_error is not None
     moments = None
@@ -183,10 +188,17 @@ def compress_command(
             not alone,
             extras_dtype,
         )
-        navigate.check_options(targets)
-        if asked or (not whole and scaling.is_large(adapters)):
+        targets = navigate.check_options(targets)
+        kept = keeps_all(targets.budget)  # type: ignore[arg-type]
+        if kept and refine:
+            raise HydraOptError(
+                "--refine: a budget of 1 or more keeps the adapters as they are: leave one out"
+            )
+        # of files, not of what is read from them: these are kept bit for bit
+        if asked or kept or (not whole and scaling.is_large(adapters)):
             stream(targets)
             return
+        context.with_resource(jobs.alone(out))
         collection = read_all(adapters, any_base, base_suffix, as_json)
         with report.progress("navigating", navigate.ROUNDS, not as_json) as advance:
             result = navigate.compress(collection, targets, progress=advance)
@@ -200,6 +212,7 @@ def compress_command(
         if not refine:
             stream(options)
             return
+        context.with_resource(jobs.alone(out))
         collection = read_all(adapters, any_base, base_suffix, as_json)
         with report.progress("compressing", len(check(collection)), not as_json) as advance:
             result = compression.compress(collection, options, progress=advance)
@@ -237,6 +250,10 @@ def show_store(
         "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
     )
     left = [f"left out: {x}: {why}" for x, why in result.report.get("left_out", {}).items()]
+    if "factor_bytes" in payload:
+        size = payload["factor_bytes"]
+        share = size / (2 * result.report["entries"])
+        left.insert(0, f"as they came: {size:,} bytes of factors, {share:.3f} of their fp16 bytes")
     say(as_json, payload, table, bytes_table(parts, result), *chosen, *left, error_table(result))
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,11 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
     # a form's bound is of what was made small
     for key, x in claims.items():
         x["bound"] = clean(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
-    chosen = {k: content.report[k] for k in ("forms", "limit", "step", "left_out") if k in content.report}
+    chosen = {
+        k: content.report[k]
+        for k in ("forms", "limit", "step", "left_out", "factor_bytes")
+        if k in content.report
+    }
     return {
         "store": str(path),
         "schema": checkpoint.SCHEMA,
@@ -229,32 +232,6 @@ def forms_table(content: store.Store) -> Table:
     for name, count in sorted(content.report["forms"].items(), key=lambda x: -x[1]):
         table.add_row(Text(name), str(count))
     return table
-
-
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_budget(text: str) -> int | float:
-    """A budget: a fraction of the fp16 bytes such as `0.125` or `12.5%`, or bytes such as `3MB`.
-
-    >>> parse_budget("0.125"), parse_budget("12.5%"), parse_budget("3MB"), parse_budget("1.5 KiB")
-    (0.125, 0.125, 3000000, 1536)
-    """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
-    unit = match[2].upper() if match else "?"
-    try:
-        number = float(match[1]) if match else float("nan")
-    except ValueError:
-        unit = "?"
-    if unit == "" and number <= 10:
-        return number
-    if unit == "%":
-        return number / 100
-    if unit not in UNITS or not np.isfinite(number):
-        raise HydraOptError(
-            f"budget {text!r}: give a fraction of the fp16 bytes (0.125, 12.5%) or bytes with a unit (3MB)"
-        )
-    return int(number * UNITS[unit])
 
 
 def parse_weights(rows: Sequence[str]) -> dict[str, float]:

@@ -86,8 +86,11 @@ def run(
     """Compress, or plan; the store's outline and the bytes that came in, None where none was made here."""
     folder = jobs.folder_of(out)
     sources = [split_name(x) for x in adapters]
-    with stoppable(folder):
+    with stoppable(folder), contextlib.ExitStack() as held:
         who = hosts.join(coordinator, processes, process_id)
+        # before anything is put into its folder, or taken out of it
+        held.enter_context(jobs.alone(out, who.rank))
+        who.wait("alone")
         try:
             with report.progress("checking", len(sources), not as_json and who.rank == 0) as advance:
                 found, bad = looking.look(sources, folder, skip_bad=skip_bad, processes=who, advance=advance)

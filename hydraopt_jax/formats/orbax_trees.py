@@ -13,6 +13,10 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.tensor_files import one_line
 from hydraopt_jax.formats.trees import Scale, flatten, is_factor, leaves, place, read_tree
 
+# what Orbax and its back ends raise for files that are not a checkpoint's, or not whole; not among them are
+# memory that is short, a missing package and faults of a device
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+
 
 def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, Any]:
     """The LoRA leaves of a checkpoint as nested dicts of NumPy arrays; the base model's stay on disk.
@@ -27,7 +31,7 @@ def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, An
     folder = Path(path).absolute()
     try:
         described = ocp.metadata(folder).metadata
-    except Exception as error:  # Orbax raises whatever its back ends do
+    except UNREADABLE as error:
         raise HydraOptError(
             f"{path}: no readable Orbax checkpoint of a tree ({one_line(error)[:120]}): pass the folder that "
             "was saved, such as RUN/STEP of a checkpoint manager"
@@ -47,7 +51,7 @@ def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, An
     try:
         with context:
             return ocp.load(folder, want)
-    except Exception as error:
+    except UNREADABLE as error:
         raise HydraOptError(f"{path}: damaged checkpoint: {one_line(error)[:200]}") from None
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
+from hydraopt_jax import atomic
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.peft_config import (
@@ -31,7 +31,14 @@ from hydraopt_jax.formats.peft_config import (
     read_config,
     unit_scale_config,
 )
-from hydraopt_jax.formats.tensor_files import FLOATS, cast, disk_dtype, one_line, read_tensors
+from hydraopt_jax.formats.tensor_files import (
+    FLOATS,
+    cast,
+    disk_dtype,
+    one_line,
+    read_tensors,
+    write_tensors,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -158,6 +165,8 @@ def _fetch(name: str) -> Path:
             fetch(WEIGHTS_FILE)
         except huggingface_hub.errors.EntryNotFoundError:
             fetch(PICKLE_FILE)
+    except MemoryError:
+        raise
     except Exception as error:  # the hub's client lets its transport's many errors through
         raise HydraOptError(f"hf:{name}: cannot be downloaded: {one_line(error)[:200]}") from None
     return folder
@@ -234,8 +243,19 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
     )
 
 
-def _tensors(adapter: Adapter, dtype: np.dtype) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """PEFT's tensors by key, and each module's rank."""
+def _as_came(adapter: Adapter) -> Adapter | None:
+    """The adapter with the factors of its file, where its configuration gives them their ranks and scales."""
+    config, raw = adapter.config, adapter.raw
+    if not raw or config.get("peft_type") != "LORA" or set(raw) != set(adapter.a):
+        return None
+    for name, (a, _, scale) in raw.items():
+        if module_rank(config, name) != a.shape[1] or np.float32(module_scale(config, name)) != scale:
+            return None
+    return adapter._replace(a={n: x[0] for n, x in raw.items()}, b={n: x[1] for n, x in raw.items()})
+
+
+def _tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """PEFT's tensors by key, in a dtype or in their own, and each module's rank."""
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     for module, a in adapter.a.items():
@@ -255,7 +275,7 @@ def _tensors(adapter: Adapter, dtype: np.dtype) -> tuple[dict[str, np.ndarray], 
             high = high.reshape(*high.shape, *(1 for _ in kernel))
         for side, values in (("A", low), ("B", high)):
             key = f"{_PREFIX}{module}.{part}{side}{end}"
-            tensors[key] = cast(key, values, dtype)
+            tensors[key] = cast(key, values, dtype or values.dtype)
     clash = next((key for key in adapter.extras if key in tensors), None)
     if clash is not None:
         raise HydraOptError(f"{clash}: is both a LoRA factor and a tensor of its own")
@@ -334,7 +354,7 @@ def _write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None
         new = work / "new"
         new.mkdir()  # with the user's usual permissions, unlike mkdtemp's own folder
         (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(new / WEIGHTS_FILE, tensors, {"format": "pt"})
         if path.exists():
             _swap(new, path)
         else:
@@ -349,7 +369,9 @@ def write_adapter(
     """Write a folder that PEFT loads, in one step: it is there whole or not at all.
 
     The configuration gives every module its own rank and the scale 1, since `b` holds the scale; other
-    fields are kept. Factors are written as they come: balance them first if they must fit float16.
+    fields are kept. Factors are written as they come: balance them first if they must fit float16. An
+    adapter out of a lossless store is written bit for bit as it was read, with its own configuration, unless
+    a dtype is asked for.
 
     Args:
       path: the folder to write; missing parents are made.
@@ -365,9 +387,15 @@ def write_adapter(
         raise HydraOptError(f"{target}: task {adapter.task!r} holds no LoRA factor: nothing to write")
     try:
         _check_target(target, overwrite)
-        tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
-        text = json.dumps(unit_scale_config(adapter.config, ranks), indent=2, sort_keys=True)
-        with _parents(target):
+        came = _as_came(adapter) if dtype is None else None
+        if came is not None:
+            tensors, config = _tensors(came, None)[0], came.config
+        else:
+            tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
+            config = unit_scale_config(adapter.config, ranks)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        with _parents(target), atomic.locked(target):
+            _check_target(target, overwrite)
             _write_folder(target, text, tensors)
     except HydraOptError:
         raise

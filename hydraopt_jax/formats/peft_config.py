@@ -1,6 +1,5 @@
 """PEFT's adapter_config.json: what it may hold, the scale it implies, the base model it names."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -8,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydraopt_jax import strict_json
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import patterns
 from hydraopt_jax.formats.tensor_files import one_line
 
 CONFIG_FILE = "adapter_config.json"
@@ -21,11 +22,8 @@ _DEFAULT_ALPHA = 8
 # A scale beyond float32 is none.
 LARGEST = 1e38
 
-# What can take a regular expression exponential time, or a high power of a name's length.
-_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
-_REPEAT = re.compile(r"(?<!\\)[*+{]")
-MAX_REPEATS = 3
-MAX_NAME = 400
+# Fields that narrow down which modules are adapted, beside target_modules.
+_TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 # Fields that make the adapter something else than base + scale * B @ A, with the reason.
 _REFUSED_FIELDS = {
@@ -91,15 +89,10 @@ def _check_pattern(config: Mapping[str, Any], field: str, source: str) -> None:
     check_value = _check_rank if field == "rank_pattern" else _check_alpha
     for key, value in pattern.items():
         check_value(value, f"{source}: {field}[{key!r}]")
-        try:
-            re.compile(key)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise HydraOptError(f"{source}: {field} key {key!r} is no regular expression: {error}") from None
-        if _REPEATED_GROUP.search(key) or len(_REPEAT.findall(key)) > MAX_REPEATS:
-            raise HydraOptError(
-                f"{source}: {field} key {key!r} repeats a group or repeats too often, and may take for ever "
-                "to match: name the modules"
-            )
+    try:
+        patterns.compile_keys(tuple(pattern))
+    except HydraOptError as error:
+        raise HydraOptError(f"{source}: {field} {error}") from None
 
 
 def check_config(config: Any, source: str) -> None:
@@ -161,32 +154,29 @@ def read_config(path: Path) -> dict[str, Any]:
       HydraOptError: no file, no JSON, or see `check_config`.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = strict_json.loads(path.read_bytes())
     except FileNotFoundError:
         raise HydraOptError(
             f"{path}: no such file: pass a folder that PEFT's save_pretrained wrote"
         ) from None
     except OSError as error:
         raise HydraOptError(f"{path}: cannot be read: {one_line(error.strerror)}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise HydraOptError(f"{path}: is not JSON: {one_line(error)}") from None
     check_config(config, str(path))
     return config
 
 
-def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    if pattern and len(module) > MAX_NAME:
-        raise HydraOptError(f"module {module[:60]}...: its name is too long to be matched against patterns")
+def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
     # PEFT takes the first key in file order that matches the end of the name on a dot's boundary.
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    pattern = config.get(field) or {}
+    found = patterns.first_match(tuple(pattern), module)
+    return default if found is None else list(pattern.values())[found]
 
 
 def module_rank(config: Mapping[str, Any], module: str) -> int:
     """Rank that a configuration gives a module: rank_pattern's first matching key, else `r`."""
-    return _by_pattern(config.get("rank_pattern"), module, config.get("r", _DEFAULT_RANK))
+    return _by_pattern(config, "rank_pattern", module, config.get("r", _DEFAULT_RANK))
 
 
 def module_scale(config: Mapping[str, Any], module: str) -> float:
@@ -205,8 +195,18 @@ def module_scale(config: Mapping[str, Any], module: str) -> float:
     3.0
     """
     rank = module_rank(config, module)
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", _DEFAULT_ALPHA))
+    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", _DEFAULT_ALPHA))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _is_pattern(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration names its modules by regular expressions and not by names."""
+    targets, layers = config.get("target_modules"), config.get("layers_pattern") or ()
+    if isinstance(config.get("exclude_modules"), str):
+        return True
+    if isinstance(targets, str) and targets != "all-linear":
+        return True
+    return not all(str(x).isidentifier() for x in ([layers] if isinstance(layers, str) else layers))
 
 
 def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -233,6 +233,9 @@ def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> di
         "task_type": None,
     }
     result = {**defaults, **config}
+    if _is_pattern(config):
+        # what they match is known, and PEFT would match them by an engine that may take for ever
+        result |= dict.fromkeys(_TARGETS) | {"target_modules": sorted(ranks)}
     # How the factors were first drawn says nothing about these, and could forbid their rank.
     unused = {field: None for field in ("eva_config", "corda_config", "lora_ga_config") if field in config}
     return (

@@ -1,11 +1,13 @@
 """Named tensors out of weight files written by PyTorch programs: safetensors, and pickles given torch."""
 
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import safetensors
+from safetensors.numpy import save_file
 
 from hydraopt_jax.errors import HydraOptError
 
@@ -64,7 +66,11 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         ) from None
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
+        if "allocate memory" in str(error):
+            raise MemoryError(f"{path}: {one_line(error)[:120]}") from None
         raise HydraOptError(
             f"{path}: refused, not a pickle of plain tensors ({one_line(error)[:120]}): ask for safetensors"
         ) from None
@@ -82,6 +88,25 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         except (TypeError, RuntimeError) as error:
             raise HydraOptError(f"{path}: {key} cannot be read by NumPy ({one_line(error)})") from None
         yield key, array
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the permissions that any new file gets, or that the old one has.
+
+    safetensors itself writes through a temporary file that only its owner may read.
+    """
+    there = path.exists()
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except BaseException:
+        if not there:
+            path.unlink(missing_ok=True)
+        raise
+    path.chmod(mode)
 
 
 def disk_dtype(name: str) -> np.dtype:

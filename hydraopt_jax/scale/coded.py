@@ -18,12 +18,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from hydraopt_jax import checkpoint, container_writer, extras, memory, navigate, packing
+from hydraopt_jax import budget, checkpoint, container_writer, extras, memory, navigate, packing
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.navigate import Options
-from hydraopt_jax.scale import assembly, jobs, mesh, segments, target
+from hydraopt_jax.scale import assembly, jobs, mesh, segments, target, verbatim
 from hydraopt_jax.scale.jobs import Processes, Progress
 from hydraopt_jax.scale.reading import Collection
 from hydraopt_jax.scale.segments import SEGMENT_BYTES, Coded, Part
@@ -34,12 +34,13 @@ from hydraopt_jax.store import Payload, Segment, Store
 LINE, FIXED = 40, 1200
 
 
-def check(options: Options) -> None:
-    """Refuse what needs the whole collection at once."""
-    navigate.check_options(options)
+def check(options: Options) -> Options:
+    """`navigate.check_options`; also refuses what needs the whole collection at once."""
+    options = navigate.check_options(options)
     if options.max_task_error is not None or options.calibration is not None:
         name = "--calibration" if options.max_task_error is None else "--max-task-error"
         raise HydraOptError(f"{name} holds the whole collection in memory: compress fewer adapters with it")
+    return options
 
 
 def run(
@@ -76,11 +77,13 @@ def run(
       TooLarge: as `checkpoint.save`.
     """
     progress, processes = progress or Progress(), processes or Processes()
-    check(options)
+    options = check(options)
     checkpoint.check_target(out, overwrite)
+    if budget.keeps_all(options.budget):  # type: ignore[arg-type]
+        return verbatim.run(out, found, options, compress, left_out or {}, progress, processes, overwrite)
     parts = segments.parts_of(found, segment_bytes)
     folder = jobs.folder_of(out)
-    with jobs.keeping(folder, checkpoint.TooLarge, target.Unmet):
+    with jobs.alone(out, processes.rank), jobs.keeping(folder, checkpoint.TooLarge, target.Unmet):
         if processes.rank == 0:
             jobs.enter(folder, jobs.fingerprint(found, options, "coded"), parts, segment_bytes)
         processes.wait("entered")

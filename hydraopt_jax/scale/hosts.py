@@ -55,7 +55,7 @@ def wait(name: str) -> None:
     try:
         # by the coordination service, no collective
         multihost.get_barrier_sync_fn()(key=f"hydraopt-{name}", timeout_ms=1000 * PATIENCE)
-    except Exception as error:  # the transport raises whatever it met
+    except jax.errors.JaxRuntimeError as error:  # of the coordination service
         raise HydraOptError(
             f"another process of this job has stopped ({str(error)[:80]}): what is done is kept; start "
             "all processes again to go on"

@@ -112,6 +112,19 @@ def coded_heads(
         raise absent(folder, Path(error.filename).name) from None
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+      HydraOptError: the file is not whole.
+    """
+    try:
+        # a path in it may have bytes that are no text
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise HydraOptError(f"{path}: is not whole ({error}): delete {path.parent} and start again") from None
+
+
 def fingerprint(found: Collection, options: Options | navigate.Options, dtype: str) -> str:
     """What a job's folder must agree in with the job that goes on with it."""
     rows = [[x.task, x.source, x.digest, x.stamp[0], x.config] for x in found.cards]
@@ -125,6 +138,22 @@ def folder_of(out: str | os.PathLike) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+@contextlib.contextmanager
+def alone(out: str | os.PathLike, rank: int = 0) -> Iterator[None]:
+    """Hold the lock of all work on a store, from the first look at its adapters on; the first process does.
+
+    Raises:
+      HydraOptError: another job works on it, or there is no place to say so.
+    """
+    path = Path(out).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.locked(path, "job", again=True) if rank == 0 else contextlib.nullcontext():
+            yield
+    except OSError as error:
+        raise assembly.disk_error(path, error) from error
+
+
 def enter(folder: Path, mark: str, groups: Sequence[Any], limit: int) -> None:
     """Open a job's folder, new or of the same job.
 
@@ -135,7 +164,7 @@ def enter(folder: Path, mark: str, groups: Sequence[Any], limit: int) -> None:
     # the same groups, whatever this process's devices: else what was kept would not fit
     said = {"fingerprint": mark, "groups": len(groups), "limit": limit}
     if file.exists():
-        if json.loads(file.read_text()) != said:
+        if read_json(file) != said:
             raise HydraOptError(
                 f"{folder}: is an unfinished job with other adapters or options: delete it, or choose "
                 "another --out"
@@ -151,7 +180,7 @@ def kept_groups(folder: Path, groups: Sequence[Group]) -> dict[int, dict[str, Ke
     for n in range(len(groups)):
         file = folder / f"group-{n}.json"
         if file.exists():
-            rows = json.loads(file.read_text())
+            rows = read_json(file)
             out[n] = {k: Kept(*v)._replace(file=str(folder / f"group-{n}.bin")) for k, v in rows.items()}
     return out
 
@@ -196,7 +225,7 @@ def run(
     dtype = options.dtype or found.dtype
     groups = groups_of(found, options, group_bytes)
     folder = folder_of(out)
-    with keeping(folder, checkpoint.TooLarge):
+    with alone(out, processes.rank), keeping(folder, checkpoint.TooLarge):
         if processes.rank == 0:
             enter(folder, fingerprint(found, options, dtype), groups, group_bytes)
         processes.wait("entered")

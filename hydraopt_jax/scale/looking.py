@@ -1,6 +1,5 @@
 """The first look at a collection: every value of every adapter checked once, by one of the processes."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from typing import Any
 
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.scale.groups import READERS
-from hydraopt_jax.scale.jobs import Processes, write_json
+from hydraopt_jax.scale.jobs import Processes, read_json, write_json
 from hydraopt_jax.scale.reading import Card, Collection, collection, open_adapter
 
 Source = tuple[str, str | None]
@@ -41,7 +40,7 @@ def look(
     processes = processes or Processes()
     known: dict[str, Any] = {}
     for file in folder.glob("checked-*.json"):
-        known |= json.loads(file.read_text())["known"]
+        known |= read_json(file)["known"]
     bad: dict[str, str] = {}
     mine: dict[str, Any] = {}
     cards: dict[int, Card] = {}
@@ -72,7 +71,7 @@ def look(
     write_json(folder / f"checked-{processes.rank}.json", {"known": mine, "bad": bad})
     processes.wait("checked")
     for rank in range(processes.size):
-        said = json.loads((folder / f"checked-{rank}.json").read_text())
+        said = read_json(folder / f"checked-{rank}.json")
         known |= said["known"]
         bad |= said["bad"]
     for n, (source, task) in enumerate(sources):

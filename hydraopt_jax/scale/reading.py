@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.adapters import Adapter, check_texts
 from hydraopt_jax.compression import stored_dtype
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft
@@ -149,6 +149,7 @@ def check_shapes(cards: Sequence[Card]) -> dict[str, tuple[int, int]]:
     owner: dict[str, str] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for card in cards:
+        check_texts(card.task, card.source, {})
         if card.task in seen:
             raise HydraOptError(
                 f"task name {card.task!r} is used by both {seen[card.task]} and {card.source}: "

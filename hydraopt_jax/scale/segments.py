@@ -6,7 +6,6 @@ go where they are worth most in the whole collection, whoever codes it.
 """
 
 import itertools
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import encode
 from hydraopt_jax.coding import trial
 from hydraopt_jax.layout import TermShape
-from hydraopt_jax.scale.jobs import write_json
+from hydraopt_jax.scale.jobs import read_json, write_json
 from hydraopt_jax.scale.reading import Collection
 
 # half-precision bytes of a segment's factors; coding takes some thirty times as much
@@ -184,5 +183,5 @@ def kept(path: Path) -> Coded | None:
     """A segment that was done before."""
     if not path.exists():
         return None
-    rows = json.loads(path.read_text())
+    rows = read_json(path)
     return Coded(**{**rows, "leaves": {k: (at, size) for k, (at, size) in rows["leaves"].items()}})

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import navigate
+from hydraopt_jax import budget, navigate
 from hydraopt_jax.coding import trial
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.navigate import Options
@@ -53,10 +53,12 @@ def target_of(found: Collection, options: Options, heads: int) -> Target:
     if options.max_error is not None:
         return Target(1.0, options.max_error, heads)
     limit = navigate.budget_bytes(options, found.entries(), heads)
+    if budget.keeps_all(options.budget):  # type: ignore[arg-type]
+        return Target(-1.0, found.entries() * np.dtype(found.dtype).itemsize, heads)
     if limit - heads >= found.entries() * np.dtype(found.dtype).itemsize:
         raise HydraOptError(
-            f"budget of {limit:,} bytes: the adapters' factors take no more as they are: keep them, or give "
-            "a smaller budget"
+            f"budget of {limit:,} bytes: the adapters' factors take no more as they are: give a budget of 1, "
+            "which keeps them so, or fewer bytes"
         )
     return Target(-1.0, limit - heads, heads)
 

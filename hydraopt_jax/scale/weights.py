@@ -6,7 +6,6 @@ the collection.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from hydraopt_jax import strict_json
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft
 from hydraopt_jax.formats.peft_config import module_scale
@@ -135,7 +135,10 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
     kind = dtypes.pop().name if len(dtypes) == 1 else "float32"
     places = {}
     if header:
-        rows = json.loads(header[8:])
+        try:
+            rows = strict_json.loads(header[8:])
+        except ValueError as error:
+            raise HydraOptError(f"{file}: its header is no JSON ({one_line(error)}): save it again") from None
         for key in (k for e in modules.values() for k in e[:2]):
             begin, end = (len(header) + x for x in rows[key]["data_offsets"])
             dtype = np.dtype(DTYPES[rows[key]["dtype"]])

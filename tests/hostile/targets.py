@@ -22,7 +22,8 @@ from hydraopt_jax import (
     packing,
     synthetic,
 )
-from hydraopt_jax.cli.common import parse_budget, parse_weights
+from hydraopt_jax.budget import parse_budget
+from hydraopt_jax.cli.common import parse_weights
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.store import Payload, Segment
 

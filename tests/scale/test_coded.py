@@ -180,7 +180,7 @@ def test_tasks_come_and_go_and_the_others_stay_bit_for_bit(given, kept, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (navigate.Options(budget=1.0), "the adapters' factors take no more as they are"),
+        (navigate.Options(budget=10**9), "the adapters' factors take no more as they are"),
         (navigate.Options(budget=0.01), "the smallest store that was found takes"),
         (navigate.Options(max_error=1e-14), "cannot be met: the least error that was found"),
         (navigate.Options(max_task_error=0.01), "--max-task-error holds the whole collection in memory"),

@@ -1,0 +1,129 @@
+"""Adapters kept as they came: every tensor bit for bit in its dtype, its scale beside it.
+
+A delta is `scale * a @ b`. A scale folded into a half-precision `b` would be rounded, so it is kept apart, as
+a diagonal core in float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+
+from hydraopt_jax import adapters
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.formats.peft_config import module_scale
+from hydraopt_jax.forms import Factors
+
+FORM = "lossless"
+
+
+class Raw(NamedTuple):
+    """One module of one task as its file has it: `a: [I, R]`, `b: [R, O]`, and the scale of `a @ b`.
+
+    The arrays may be deferred.
+    """
+
+    a: Any
+    b: Any
+    scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.a.nbytes + self.b.nbytes
+
+
+def raw_of(adapter: Adapter, module: str) -> Raw:
+    """A module's factors in the narrowest form that gives `adapter.a` and `adapter.b` back bit for bit.
+
+    `b` is `fl(B * scale)` in float32 where a reader folded the scale into it. Of a half-precision B, which
+    has half of float32's digits, rounding `b / scale` gives B itself; whatever came, it is checked.
+    """
+    a, b = np.asarray(adapter.a[module]), np.asarray(adapter.b[module])
+    kept = narrow(a, adapter.dtype)
+    # an adapter of another format has its scale nowhere else than in b
+    said = [module_scale(adapter.config, module)] if adapter.config.get("peft_type") == "LORA" else []
+    for scale in (*said, 1.0):
+        factor = np.float32(scale)
+        with np.errstate(all="ignore"):
+            own = (b / factor).astype(adapter.dtype)
+            again = own.astype(np.float32) * factor
+        if factor and same_bits(again, b.astype(np.float32)):
+            return Raw(kept, own, float(factor))
+    return Raw(kept, b, 1.0)
+
+
+def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
+    """`x` in a narrower dtype where that loses nothing, else as it is."""
+    if np.dtype(dtype).itemsize >= x.dtype.itemsize:
+        return x
+    with np.errstate(all="ignore"):
+        small = x.astype(dtype)
+    return small if same_bits(small.astype(x.dtype), x) else x
+
+
+def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether arrays of one dtype are equal bit for bit: also the signs of zeros."""
+    return x.dtype == y.dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()
+
+
+def terms(rows: Sequence[Raw | None]) -> tuple[Factors, ...]:
+    """The terms of a module, one for each rank and dtypes; None for a task that lacks it."""
+    alike: dict[Any, list[int]] = {}
+    for t, x in enumerate(rows):
+        if x is not None:
+            alike.setdefault((x.a.shape[1], str(x.a.dtype), str(x.b.dtype)), []).append(t)
+    out = []
+    for (rank, *_), tasks in alike.items():
+        of = np.full(len(rows), -1, np.int32)
+        of[tasks] = np.arange(len(tasks))
+        members = [x for t in tasks if (x := rows[t]) is not None]
+        scales = np.ones(len(rows), np.float32)
+        scales[tasks] = [x.scale for x in members]
+        core = None if (scales == 1).all() else np.repeat(scales[:, None], rank, 1)
+        out.append(Factors(stack([x.a for x in members]), stack([x.b for x in members]), of, of, core))  # type: ignore[arg-type]
+    return tuple(out)
+
+
+def stack(arrays: Sequence[Any]) -> Any:
+    """Arrays in one; a list of those that may be deferred."""
+    return np.stack(arrays) if all(isinstance(x, np.ndarray) for x in arrays) else list(arrays)
+
+
+def modules_of(
+    rows: Mapping[str, Sequence[Raw | None]],
+) -> tuple[dict[str, tuple[Factors, ...]], np.ndarray, dict[str, Any]]:
+    """Terms and errors `[M, T]` of all modules, and what the report says of them."""
+    made = {name: terms(x) for name, x in rows.items()}
+    errors = np.array([[np.nan if x is None else 0.0 for x in row] for row in rows.values()])
+    size = sum(x.nbytes for row in rows.values() for x in row if x is not None)
+    return made, errors, {"form": FORM, "forms": {FORM: len(made)}, "factor_bytes": size}
+
+
+def keep(collection: Sequence[Adapter]) -> tuple[dict[str, tuple[Factors, ...]], np.ndarray, dict[str, Any]]:
+    """`modules_of` adapters in memory."""
+    names = adapters.check(collection)
+    return modules_of({n: [raw_of(x, n) if n in x.a else None for x in collection] for n in names})
+
+
+def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str, Raw] | None:
+    """A task's factors as `terms` keeps them, module -> `Raw`; None where there are others."""
+    out = {}
+    for name, every in modules.items():
+        mine = [x for x in every if x.a_of[task] >= 0]
+        if len(mine) > 1:
+            return None
+        for x in mine:
+            core = np.ones(1, np.float32) if x.core is None else np.asarray(x.core[task])
+            if core.ndim != 1 or not (core == core[0]).all():
+                return None
+            a, b = np.asarray(x.a[int(x.a_of[task])]), np.asarray(x.b[int(x.b_of[task])])
+            out[name] = Raw(a, b, float(core[0]))
+    return out
+
+
+def folded(raw: Mapping[str, Raw]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """`a` as it came and `b` in float32 with the scale folded in, as a reader of adapters gives them."""
+    a = {n: x.a for n, x in raw.items()}
+    return a, {n: np.asarray(x.b, np.float32) * np.float32(x.scale) for n, x in raw.items()}

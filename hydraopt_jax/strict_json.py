@@ -1,0 +1,70 @@
+"""JSON as its standard has it: Python's reader also takes NaN, infinities and halves of characters."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# half of a pair, escaped; whole pairs are found too and are fine
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def loads(data: bytes | str) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+      ValueError: it is none, or nested too deeply; the message says what is wrong.
+
+    >>> loads('{"a": [1, 2.5]}')
+    {'a': [1, 2.5]}
+    >>> loads('{"a": [1, NaN]}')
+    Traceback (most recent call last):
+    ValueError: NaN is no JSON: write a finite number
+    """
+    text = data if isinstance(data, str) else data.decode()
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    # bytes that UTF-8 does not have were refused above
+    if isinstance(data, str) or _SURROGATE.search(text):
+        found = fault(value)
+        if found:
+            raise ValueError(found)
+    return value
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON: write a finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond every float: write a finite number")
+    return value
+
+
+def fault(value: Any) -> str:
+    """Which number or text of a value JSON cannot hold, and where it is; "" for none.
+
+    >>> fault({"config": {"dropout": float("nan")}})
+    'config.dropout is nan: no finite number'
+    """
+    return next(_faults(value, ""), "")
+
+
+def _faults(value: Any, where: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _faults(key, f"the key {key!a}" if not where else f"a key of {where}")
+            yield from _faults(inner, f"{where}.{key!s}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for n, inner in enumerate(value):
+            yield from _faults(inner, f"{where}[{n}]")
+    elif isinstance(value, str):
+        if not value.isascii() and value.encode(errors="replace").decode() != value:
+            yield f"{where or 'it'} is {value[:60]!a}: half of a surrogate pair, which is no text"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{where or 'it'} is {value}: no finite number"

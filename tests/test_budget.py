@@ -1,0 +1,115 @@
+"""What a budget means, whatever number or text gives it; options that would do nothing are refused."""
+
+import decimal
+import fractions
+
+import numpy as np
+import optax
+import pytest
+
+from hydraopt_jax import compression, navigate, synthetic
+from hydraopt_jax.budget import keeps_all, read_budget
+from hydraopt_jax.errors import HydraOptError
+
+
+@pytest.fixture(scope="module")
+def few():
+    return synthetic.collection(tasks=["one", "two"], modules={"q": (48, 32)}, rank=4, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        (0.125, 0.125),
+        (1.0, 1.0),
+        (2.5, 2.5),
+        (np.float32(0.5), 0.5),
+        (np.float16(1), 1.0),
+        (fractions.Fraction(1, 8), 0.125),
+        (1, 1.0),
+        (10, 10.0),
+        (np.int64(1), 1.0),
+        (11, 11),
+        (5000, 5000),
+        (np.int64(5000), 5000),
+        (np.uint8(200), 200),
+        ("0.125", 0.125),
+        ("1", 1.0),
+        ("100%", 1.0),
+        ("12.5%", 0.125),
+        ("3MB", 3_000_000),
+        ("11B", 11),
+        (None, None),
+    ],
+)
+def test_one_meaning_each(given, means):
+    assert read_budget(given) == means
+    assert type(read_budget(given)) is type(means)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [True, False, np.True_, "3000", "many", "", "1 parsec", 1 + 1j, [0.5], np.array([0.5]), b"1", object()],
+)
+def test_anything_else_is_refused(few, given):
+    with pytest.raises(HydraOptError, match=r"budget.*give a fraction of the fp16 bytes") as caught:
+        navigate.compress(few, navigate.Options(budget=given))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [0, 0.0, -1, -0.5, np.nan, np.inf, "0", "0B", decimal.Decimal("NaN")])
+def test_what_is_not_positive_is_refused(few, given):
+    with pytest.raises(HydraOptError, match="budget"):
+        navigate.compress(few, navigate.Options(budget=given))
+
+
+@pytest.mark.parametrize("given", [1, 1.0, np.int64(1), np.float32(1), "1", "100%", 2.0])
+def test_one_keeps_the_adapters_as_they_are(few, given):
+    kept = navigate.compress(few, navigate.Options(budget=given))
+    assert kept.report["form"] == "lossless"
+    assert not kept.errors.any()
+    assert keeps_all(kept.report["options"]["budget"])
+
+
+def test_bytes_are_a_limit_whatever_integer_gives_them(few):
+    sizes = {
+        type(x): navigate.compress(few, navigate.Options(budget=x)) for x in (2600, np.int64(2600), "2600B")
+    }
+    assert {x.report["options"]["budget"] for x in sizes.values()} == {2600}
+    assert {x.report["form"] for x in sizes.values()} == {"coded"}
+
+
+@pytest.mark.parametrize("name", ["max_error", "max_task_error"])
+@pytest.mark.parametrize("value", [True, "0.1", [0.1], np.nan])
+def test_errors_are_numbers(few, name, value):
+    with pytest.raises(HydraOptError, match=name):
+        navigate.compress(few, navigate.Options(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"start": "mean"}, "start = 'mean': does nothing with solver = 'closed'"),
+        ({"start": "mean", "steps": 3}, "start = 'mean'"),
+        ({"steps": 3}, "steps = 3: does nothing with solver = 'closed'"),
+        ({"optimizer": optax.sgd(1e-3)}, "optimizer: does nothing with solver = 'closed'"),
+        ({"cores": True}, "cores: do nothing with a head for each of the 2 tasks"),
+        ({"cores": True, "heads": 2}, "cores: do nothing with a head for each of the 2 tasks"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(few, options, words):
+    with pytest.raises(HydraOptError, match=words):
+        compression.compress(few, compression.Options(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": {"one": 2.0}}, "weights: does nothing under a budget of 1"),
+        ({"calibration": {"q": np.ones(48)}}, "calibration: does nothing under a budget of 1"),
+        ({"share": False}, "alone: does nothing under a budget of 1"),
+    ],
+)
+def test_options_that_do_nothing_beside_a_budget_of_one_are_refused(few, options, words):
+    with pytest.raises(HydraOptError, match=words):
+        navigate.compress(few, navigate.Options(budget=1, **options))
