@@ -127,7 +127,7 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
     """What a store is, JSON-able."""
     per_task = task_errors(content.errors)
     bound = list(content.report["bound"].values())
-    chosen = {k: content.report[k] for k in ("forms", "limit", "step", "left_out") if k in content.report}
+    chosen = {k: content.report[k] for k in ("forms", "estimate", "step", "left_out") if k in content.report}
     return {
         "store": str(path),
         "schema": checkpoint.schema_of(path),
@@ -146,8 +146,17 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
     }
 
 
+BOUND = "bound: no factors of this form and rank, at any precision, have a lower mean"
+"""Heading of the eigen-tail."""
+ESTIMATES = {
+    "separate": "Gaussian estimate at this size, nothing shared (no bound)",
+    "joint": "Gaussian estimate at this size, sides shared (no bound)",
+}
+"""Model of `estimates` -> its heading."""
+
+
 def error_table(content: store.Store) -> Table:
-    """Relative squared error a task, mean, worst and the form's bound."""
+    """Relative squared error per task, mean, worst, the form's bound and what Gaussian models expect."""
     table = Table("task", "relative squared error", title="error of delta")
     per_task = task_errors(content.errors)
     for task, value in zip(content.tasks, per_task, strict=True):
@@ -157,9 +166,9 @@ def error_table(content: store.Store) -> Table:
     table.add_row("worst", f"{per_task.max():.3e}")
     bound = list(content.report["bound"].values())
     if bound:
-        table.add_row("bound of the form (mean)", f"{np.mean(bound):.3e}")
-    for name, value in content.report.get("limit", {}).items():
-        table.add_row(f"rate-distortion limit, {name}", f"{value:.3e}")
+        table.add_row(BOUND, f"{np.mean(bound):.3e}")
+    for name, value in content.report.get("estimate", {}).items():
+        table.add_row(ESTIMATES.get(name, name), f"{value:.3e}")
     return table
 
 
