@@ -1,17 +1,42 @@
 """Linear algebra on low-rank factors. No function here forms a delta.
 
 Everything takes factors `a: [..., I, R]`, `b: [..., R, O]` of `delta = a @ b` and works in float32 at the
-highest matmul precision. Factorisations go through `qr`, `eigh`, `eigvalsh` and `thin_svd` below,
-which on a CPU loop over a batch: two batched LAPACK calls that run at once each wait for the thread pool
-the other one holds, and the computation hangs for ever (seen with jax 0.10.2 on two cores).
+highest matmul precision. Factorisations go through `factorizations`, whose derivatives are defined for every
+input and which on a CPU loop over a batch.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from hydraopt_jax.factorizations import eigh, eigvalsh, qr, safe_inverse, safe_sqrt, svd_tangents, thin_svd
+
+__all__ = [
+    "Svd",
+    "balance",
+    "batched_svd",
+    "eigen_tail",
+    "eigh",
+    "eigvalsh",
+    "gram",
+    "inner",
+    "leading",
+    "matmul",
+    "orthonormal",
+    "qr",
+    "reduce",
+    "residual_energy",
+    "safe_inverse",
+    "safe_sqrt",
+    "subspace_cosines",
+    "svd",
+    "task_weights",
+    "thin_svd",
+    "top_eigenvectors",
+    "wide",
+]
 
 
 def matmul(*factors: Array) -> Array:
@@ -20,25 +45,6 @@ def matmul(*factors: Array) -> Array:
     for factor in factors[1:]:
         out = jnp.matmul(out, factor.astype(jnp.float32), precision="highest")
     return out
-
-
-def _looped_on_cpu(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """`function` of one matrix, batched by a loop on a CPU and by its own batching rule elsewhere."""
-    looped = jax.custom_batching.sequential_vmap(function)
-
-    def apply(x: Array) -> Any:
-        call = lambda x: jax.lax.platform_dependent(x, cpu=looped, default=function)  # noqa: E731
-        for _ in range(x.ndim - 2):
-            call = jax.vmap(call)
-        return call(x)
-
-    return apply
-
-
-qr = _looped_on_cpu(lambda x: tuple(jnp.linalg.qr(x)))
-eigh = _looped_on_cpu(lambda x: tuple(jnp.linalg.eigh(x)))
-eigvalsh = _looped_on_cpu(lambda x: jnp.linalg.eigvalsh(x))
-thin_svd = _looped_on_cpu(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)))
 
 
 class Svd(NamedTuple):
@@ -65,6 +71,7 @@ class Svd(NamedTuple):
         return Svd(self.v.mT, self.s, self.u.mT)
 
 
+@jax.custom_jvp
 def svd(a: Array, b: Array) -> Svd:
     """Singular value decomposition of `a @ b` at the cost of two thin QRs and one R x R SVD.
 
@@ -75,7 +82,8 @@ def svd(a: Array, b: Array) -> Svd:
       b: `[..., R, O]`.
 
     Returns:
-      Svd of rank `min(I, R, O)`. It depends on the product alone, not on how it is split (gauge-invariant).
+      Svd of rank `min(I, R, O)`. It depends on the product alone, not on how it is split (gauge-invariant),
+      and so do its derivatives, which are finite at equal and at zero singular values, see `factorizations`.
 
     >>> import jax.numpy as jnp
     >>> print(svd(jnp.array([[3.0], [4.0]]), jnp.array([[2.0, 0.0]])).s)
@@ -85,6 +93,16 @@ def svd(a: Array, b: Array) -> Svd:
     qb, rb = qr(matmul(ra, b).mT)
     u, s, vt = thin_svd(rb.mT)
     return Svd(matmul(qa, u), s, matmul(vt, qb.mT))
+
+
+@svd.defjvp
+def _svd_jvp(primals: Any, tangents: Any) -> tuple[Svd, Svd]:
+    (a, b), (da, db) = primals, tangents
+    found = svd(a, b)
+    u, s, v = found
+    across = matmul(da, matmul(b, v.mT)) + matmul(a, matmul(db, v.mT))
+    along = matmul(b.mT, matmul(da.mT, u)) + matmul(db.mT, matmul(a.mT, u))
+    return found, Svd(*svd_tangents(u, s, v, across, along))
 
 
 def inner(a: Array, b: Array, a_other: Array, b_other: Array) -> Array:
@@ -113,6 +131,7 @@ def residual_energy(a: Array, b: Array, a_hat: Array, b_hat: Array) -> Array:
     """`||a @ b - a_hat @ b_hat||^2` without the cancellation of the expanded square.
 
     The residual is `[a, -a_hat] @ [b; b_hat]`; with `[a, -a_hat] = Q R` its norm is that of `R @ [b; b_hat]`.
+    All derivatives are those of the polynomial that it is, whatever the factors' ranks.
 
     Args:
       a, b: `[..., I, R]`, `[..., R, O]`.
@@ -123,8 +142,39 @@ def residual_energy(a: Array, b: Array, a_hat: Array, b_hat: Array) -> Array:
     """
     left = jnp.concatenate([a.astype(jnp.float32), -a_hat.astype(jnp.float32)], -1)
     right = jnp.concatenate([b.astype(jnp.float32), b_hat.astype(jnp.float32)], -2)
+    return _product_energy(left, right)
+
+
+@jax.custom_jvp
+def _product_energy(left: Array, right: Array) -> Array:
+    """`||left @ right||^2`."""
     _, r = qr(left)
     return jnp.sum(matmul(r, right) ** 2, (-2, -1))
+
+
+@_product_energy.defjvp
+def _product_energy_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (left, right), (dleft, dright) = primals, tangents
+    by_left, by_right = _half_gradients(left, right)
+    slope = jnp.sum(by_left * dleft, (-2, -1)) + jnp.sum(by_right * dright, (-2, -1))
+    return _product_energy(left, right), 2 * slope
+
+
+@jax.custom_jvp
+def _half_gradients(left: Array, right: Array) -> tuple[Array, Array]:
+    """`left right right.T` and `left.T left right`, free of cancellation where `left @ right` is small."""
+    q, r = qr(left)
+    rest = matmul(r, right)
+    return matmul(q, matmul(rest, right.mT)), matmul(r.mT, rest)
+
+
+@_half_gradients.defjvp
+def _half_gradients_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (left, right), (dleft, dright) = primals, tangents
+    gram_l, gram_r = matmul(left.mT, left), matmul(right, right.mT)
+    by_left = matmul(dleft, gram_r) + matmul(left, matmul(dright, right.mT) + matmul(right, dright.mT))
+    by_right = matmul(gram_l, dright) + matmul(matmul(dleft.mT, left) + matmul(left.mT, dleft), right)
+    return _half_gradients(left, right), (by_left, by_right)
 
 
 def eigen_tail(eigenvalues: Array, rank: int) -> Array:
@@ -178,8 +228,8 @@ def balance(a: Array, b: Array) -> tuple[Array, Array]:
       a: `[..., I, S]`.
       b: `[..., S, O]`.
     """
-    na, nb = jnp.linalg.norm(a, axis=-2), jnp.linalg.norm(b, axis=-1)
-    scale = jnp.where((na > 0) & (nb > 0), jnp.sqrt(nb / jnp.where(na > 0, na, 1.0)), 1.0)
+    na, nb = safe_sqrt(jnp.sum(a**2, -2)), safe_sqrt(jnp.sum(b**2, -1))
+    scale = jnp.where(na > 0, safe_sqrt(nb / jnp.where(na > 0, na, 1.0)), 1.0)
     scale = jnp.where(scale > 0, scale, 1.0)
     return a * scale[..., None, :], b / scale[..., :, None]
 

@@ -95,7 +95,7 @@ def need_no_calibration(store: Store) -> None:
 def changed(report: Mapping[str, Any], entries: int) -> dict[str, Any]:
     """The report after a change: what is said of the collection as it was compressed goes."""
     return {
-        **{k: v for k, v in report.items() if k not in ("limit", "refinement")},
+        **{k: v for k, v in report.items() if k not in ("estimate", "refinement")},
         "entries": report["entries"] + entries,
         "bound": {},
     }

@@ -121,7 +121,7 @@ def polyadic(deltas: Svd, rank: int, weights: Array, steps: int) -> tuple[Factor
     """Diagonal cores by alternating least squares from the leading directions of the weighted sum."""
     tasks = deltas.s.shape[0]
     left, right = deltas.u * deltas.s[:, None, :], deltas.v
-    root = jnp.sqrt(weights)[:, None, None]
+    root = algebra.safe_sqrt(weights)[:, None, None]
     start = algebra.svd(algebra.wide(left * root), right.reshape(-1, right.shape[-1]))
     rank = min(rank, start.s.shape[-1])
 
@@ -139,12 +139,12 @@ def polyadic(deltas: Svd, rank: int, weights: Array, steps: int) -> tuple[Factor
         weighted = jnp.einsum("t,ts,tr->sr", weights, c, c)
         toward = jnp.einsum("t,tir,trs,ts->is", weights, left, matmul(right, b.T), c)
         a = solve(weighted * matmul(b, b.T), toward.T).T
-        a = a / jnp.maximum(jnp.linalg.norm(a, axis=0), 1e-30)
+        a = a / jnp.maximum(algebra.safe_sqrt(jnp.sum(a**2, 0)), 1e-30)
         c = cores(a, b)
         weighted = jnp.einsum("t,ts,tr->sr", weights, c, c)
         toward = jnp.einsum("t,ts,tsr,tro->so", weights, c, matmul(a.T, left), right)
         b = solve(weighted * matmul(a.T, a), toward)
-        b = b / jnp.maximum(jnp.linalg.norm(b, axis=1, keepdims=True), 1e-30)
+        b = b / jnp.maximum(algebra.safe_sqrt(jnp.sum(b**2, 1, keepdims=True)), 1e-30)
         c = cores(a, b)
         lost = algebra.residual_energy(left, right, jnp.broadcast_to(a, (tasks, *a.shape)), c[..., None] * b)
         return (a, b, c), jnp.sum(weights * lost)

@@ -55,7 +55,7 @@ class Info(NamedTuple):
       error: `[T]` squared error `||delta_t - fit_t||^2`.
       energy: `[T]` squared norm of each delta.
       weights: `[T]` the task weights of the loss.
-      bound: lower bound on `sum_t w_t error_t` for any factors of this form's ranks.
+      bound: lower bound on `sum_t w_t error_t` of any factors of this form and rank, at any precision.
       trace: loss after each step.
       converged: whether the result is proven or the loss has stopped falling.
     """
@@ -116,7 +116,7 @@ def separate(deltas: Svd, *, rank: int) -> tuple[Factors, Info]:
       sum of the squared singular values left out.
     """
     s = min(rank, deltas.s.shape[-1])
-    root = jnp.sqrt(deltas.s[:, :s])
+    root = algebra.safe_sqrt(deltas.s[:, :s])
     tasks = present(deltas, jnp.arange(deltas.s.shape[0]))
     out = Factors(deltas.u[..., :s] * root[:, None, :], deltas.v[:, :s] * root[..., None], tasks, tasks)
     weights = algebra.task_weights(deltas.energy)
@@ -194,7 +194,7 @@ def hydra(
     if heads < tasks:
         every = cluster.between(reduced, deltas.v, jnp.arange(tasks), weights, tasks)
         values = algebra.eigvalsh(every)
-    bound = algebra.eigen_tail(values, rank)
+    bound = sure_tail(values, rank)
     factors = Factors(
         matmul(q, basis)[None],
         b,
@@ -210,6 +210,18 @@ def hydra(
     if trivial and not (cores and heads < tasks):
         trace = jnp.sum(weights * error)[None]
     return factors, Info(error, deltas.energy, weights, bound, trace, converged)
+
+
+def sure_tail(eigenvalues: Array, rank: int) -> Array:
+    """`algebra.eigen_tail` less what float32 eigenvalues may be off by, so that it stays a lower bound.
+
+    N eigenvalues of a matrix that is known to eps times its largest one are off by N eps of that in sum.
+
+    >>> print(sure_tail(jnp.array([1.0, 1e-8, 0.0]), 1), sure_tail(jnp.array([1.0, 0.5, 0.0]), 1).round(5))
+    0.0 0.5
+    """
+    noise = eigenvalues.shape[-1] * jnp.finfo(jnp.float32).eps * jnp.max(eigenvalues, -1, initial=0.0)
+    return jnp.maximum(algebra.eigen_tail(eigenvalues, rank) - noise, 0.0)
 
 
 def partition(
@@ -238,6 +250,7 @@ def add_cores(deltas: Svd, factors: Factors, weights: Array, steps: int) -> tupl
     member = (factors.b_of[None, :] == jnp.arange(heads)[:, None]) * weights
     of = jnp.maximum(factors.b_of, 0)
     total = jnp.sum(weights * deltas.energy)
+    root = algebra.safe_sqrt(weights)[:, None, None]
 
     def rows_and_cores(a: Array) -> tuple[Array, Array]:
         outer = matmul(matmul(a.T, left), right)
@@ -247,7 +260,7 @@ def add_cores(deltas: Svd, factors: Factors, weights: Array, steps: int) -> tupl
 
     def step(state: tuple[Array, Array, Array], _: Any) -> tuple[tuple[Array, Array, Array], Array]:
         _, rows, _ = state
-        side = algebra.wide(matmul(left, matmul(right, rows[of].mT)) * jnp.sqrt(weights)[:, None, None])
+        side = algebra.wide(matmul(left, matmul(right, rows[of].mT)) * root)
         a = algebra.leading(side, rank)
         rows, core = rows_and_cores(a)
         return (a, rows, core), total - jnp.sum(weights * jnp.sum(core**2, (1, 2)))

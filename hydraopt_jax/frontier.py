@@ -1,4 +1,4 @@
-"""The whole trade-off of a collection: every method's bytes against its errors, and the limit.
+"""The whole trade-off of a collection: every method's bytes against its errors, and what to expect.
 
 Plain methods are measured without writing anything: their bytes are those of the factors and scales alone,
 which flatters them; the navigated curve counts every byte on disk.
@@ -54,14 +54,15 @@ class Frontier(NamedTuple):
     Attributes:
       reference: the fp16 bytes of the factors.
       curves: methods, the navigated one first.
-      limits: curves of the rate-distortion models.
-      delta_rate: Bjontegaard-delta rate of the navigated curve against others, per cent.
+      estimates: curves that Gaussian models expect (`estimates`); no bounds.
+      delta_rate: Bjontegaard-delta rate of the navigated curve against every other one, per cent; None where
+        no error is reached by both.
     """
 
     reference: int
     curves: tuple[Curve, ...]
-    limits: tuple[Curve, ...]
-    delta_rate: dict[str, float]
+    estimates: tuple[Curve, ...]
+    delta_rate: dict[str, float | None]
 
 
 def summary(setting: str, size: float, errors: np.ndarray) -> Point:
@@ -81,12 +82,17 @@ def rounded_directions(deltas: Svd, bits: int) -> tuple[Array, Array]:
 
 @jax.jit
 def prefix_errors(deltas: Svd, x: Array, y: Array) -> Array:
-    """Squared error of the first 1, 2, ..., R rounded directions, `[..., R]`."""
-    gram = matmul(x.mT, x) * matmul(y, y.mT)
-    cross = jnp.sum(matmul(x.mT, deltas.u * deltas.s[..., None, :]) * matmul(y, deltas.v.mT), -1)
-    inside = jnp.cumsum(jnp.cumsum(gram, -1), -2)
-    diagonal = jnp.diagonal(inside, axis1=-2, axis2=-1)
-    return jnp.maximum(deltas.energy[..., None] - 2 * jnp.cumsum(cross, -1) + diagonal, 0.0)
+    """Squared error of the first 1, 2, ..., R rounded directions, `[..., R]`, free of cancellation.
+
+    With `p = u sqrt(s)`, `q = sqrt(s) v` a kept direction misses `(p - x) q + x (q - y)`, one left out `p q`.
+    """
+    root = algebra.safe_sqrt(deltas.s)
+    p, q = deltas.u * root[..., None, :], deltas.v * root[..., None]
+    left, right = jnp.concatenate([p - x, x, p], -1), jnp.concatenate([q, q - y, q], -2)
+    products = matmul(left.mT, left) * matmul(right, right.mT)
+    kept = jnp.tril(jnp.ones((x.shape[-1],) * 2))
+    chosen = jnp.concatenate([kept, kept, 1 - kept], -1)
+    return jnp.maximum(jnp.einsum("ki,...ij,kj->...k", chosen, products, chosen, precision="highest"), 0.0)
 
 
 def separate(collection: Adapters, bits: int) -> Curve:
@@ -164,12 +170,13 @@ def navigated(
     return Curve("hydraopt_jax" if share else "hydraopt_jax, nothing shared", tuple(points))
 
 
-def bjontegaard(curve: Curve, other: Curve) -> float:
+def bjontegaard(curve: Curve, other: Curve) -> float | None:
     """Bjontegaard-delta rate: mean difference of log bytes over the errors that both reach, in per cent.
 
     Both curves are interpolated as log bytes over log error, monotone piecewise cubics, and integrated over
-    the common range; -50 means half the bytes at the same error. NaN where they have less than two points
-    each or no error in common.
+    the common range; -50 means half the bytes at the same error. A point of error 0 is lossless: with its
+    bytes a curve reaches every error below its least positive one. Curves that meet at error 0 only are
+    compared there; None where they have no error in common.
 
     Reference: G. Bjontegaard, Calculation of average PSNR differences between RD-curves, VCEG-M33, 2001.
 
@@ -178,27 +185,37 @@ def bjontegaard(curve: Curve, other: Curve) -> float:
     >>> round(bjontegaard(half, line), 6)
     -50.0
     """
+    sides = [lower_envelope(x.points) for x in (curve, other)]
+    exact = [rows[0].bytes if rows and rows[0].mean == 0 else None for rows in sides]
+    lossy = [[p for p in rows if p.mean > 0] for rows in sides]
+    least = [float(np.log(rows[0].mean)) if rows else np.inf for rows in lossy]
+    high = min(float(np.log(rows[-1].mean)) if rows else -np.inf for rows in lossy)
+    low = max((x for x, lossless in zip(least, exact, strict=True) if lossless is None), default=min(least))
+    if low < high:
+        mine, theirs = (
+            log_bytes(rows, lossless, low, high) for rows, lossless in zip(lossy, exact, strict=True)
+        )
+        return float(100 * (np.exp((mine - theirs) / (high - low)) - 1))
+    if exact[0] is not None and exact[1] is not None:
+        return float(100 * (exact[0] / exact[1] - 1))
+    return None
+
+
+def log_bytes(points: Sequence[Point], lossless: float | None, low: float, high: float) -> float:
+    """Integral of log bytes over log error from `low` to `high`; `lossless` bytes below the first point."""
     from scipy.interpolate import PchipInterpolator
 
-    sides = []
-    for x in (curve, other):
-        rows = lower_envelope(x.points)
-        if len(rows) < 2:
-            return float("nan")
-        sides.append((np.log([p.mean for p in rows]), np.log([p.bytes for p in rows])))
-    low = max(s[0][0] for s in sides)
-    high = min(s[0][-1] for s in sides)
-    if high <= low:
-        return float("nan")
-    mine, theirs = (PchipInterpolator(*s).integrate(low, high) for s in sides)
-    return float(100 * (np.exp((mine - theirs) / (high - low)) - 1))
+    x, y = np.log([p.mean for p in points]), np.log([p.bytes for p in points])
+    first = min(max(low, float(x[0])), high)
+    total = 0.0 if lossless is None else (first - low) * float(np.log(lossless))
+    return total + (float(PchipInterpolator(x, y).integrate(first, high)) if first < high else 0.0)
 
 
 def lower_envelope(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both bytes and mean error, by rising error."""
+    """The points that no other beats in both bytes and mean error, by rising error; a lossless one first."""
     kept: list[Point] = []
     for p in sorted(points, key=lambda p: (p.mean, p.bytes)):
-        if p.mean > 0 and (not kept or (p.bytes < kept[-1].bytes and p.mean > kept[-1].mean)):
+        if not kept or (p.bytes < kept[-1].bytes and p.mean > kept[-1].mean):
             kept.append(p)
     return kept
 
@@ -236,10 +253,10 @@ def measure(
     curves += [merged(stacked), *baselines]
     reference = 2 * stacked.size
     problem = navigate.setup(collection, navigate.Options(budget=1.0, share=False))
-    found = navigate.limits(problem, np.asarray(fractions) * reference)
-    limits = [
+    found = navigate.expected(problem, np.asarray(fractions) * reference)
+    expected = [
         Curve(
-            f"Gaussian limit, {name}",
+            f"Gaussian estimate, {name}",
             tuple(
                 Point(f"{f:g}", f * reference, float(v), float("nan"))
                 for f, v in zip(fractions, values, strict=True)
@@ -248,21 +265,22 @@ def measure(
         for name, values in found.items()
     ]
     rates = {x.label: bjontegaard(mine, x) for x in curves[1:]}
-    known = {k: v for k, v in rates.items() if np.isfinite(v)}
-    return Frontier(reference, tuple(curves), tuple(limits), known)
+    return Frontier(reference, tuple(curves), tuple(expected), rates)
 
 
 def as_dict(x: Frontier) -> dict[str, Any]:
-    """JSON-able."""
+    """JSON-able; the worst task is null where only the mean is known."""
+
+    def row(p: Point) -> dict[str, Any]:
+        worst = p.worst if np.isfinite(p.worst) else None
+        return p._asdict() | {"worst": worst, "fraction": p.bytes / x.reference}
 
     def rows(curves: Sequence[Curve]) -> dict[str, Any]:
-        return {
-            c.label: [p._asdict() | {"fraction": p.bytes / x.reference} for p in c.points] for c in curves
-        }
+        return {c.label: [row(p) for p in c.points] for c in curves}
 
     return {
         "fp16_bytes": x.reference,
         "curves": rows(x.curves),
-        "limits": rows(x.limits),
+        "estimates": rows(x.estimates),
         "bjontegaard_delta_rate_percent": x.delta_rate,
     }

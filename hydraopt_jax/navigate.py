@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters, bounds, budget, calibration, checkpoint, compression, extras, lossless
+from hydraopt_jax import adapters, budget, calibration, checkpoint, compression, estimates, extras, lossless
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.coding import plan
@@ -183,8 +183,8 @@ def to_store(
     modules = deserialize(leaves, shapes, range(len(collection)))
     report = describe(collection, problem, trial, options, entries)
     if not problem.metrics:
-        found = limits(problem, np.array([sum(map(len, leaves.values()))]))
-        report["limit"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
+        found = expected(problem, np.array([sum(map(len, leaves.values()))]))
+        report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
     payload = Payload(leaves, shapes)
     tasks = tuple(x.task for x in collection)
     kept = Store(tasks, modules, sources_of(collection), report, trial.errors, payload)
@@ -221,9 +221,9 @@ def eigen_tail(problem: Problem, trial: Trial) -> float:
     return float(np.mean(tails)) if tails else 0.0
 
 
-def limits(problem: Problem, sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """`bounds.limits` of the collection at numbers of bytes `[P]`: mean relative squared errors."""
-    return bounds.limits([x.deltas for x in problem.spectra], sizes)
+def expected(problem: Problem, sizes: np.ndarray) -> dict[str, np.ndarray]:
+    """`estimates.estimates` of the collection at numbers of bytes `[P]`: mean relative squared errors."""
+    return estimates.estimates([x.deltas for x in problem.spectra], sizes)
 
 
 def account(options: Options, entries: int) -> dict[str, Any]:

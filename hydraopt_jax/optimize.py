@@ -5,13 +5,15 @@ from the mean of the adapters' factors stands for the published method; a run fr
 only improve on it, because the best iterate is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from hydraopt_jax import algebra, cluster, forms, objective
 from hydraopt_jax.algebra import Svd, matmul
@@ -55,7 +57,9 @@ def minimise(
     """Minimise `loss(params)` with Optax in one `while_loop`; return the best parameters met.
 
     It stops after `steps`, or when the best loss has fallen by less than `tolerance` of itself in
-    `patience` steps. The first iterate counts: the result is never worse than `params`.
+    `patience` steps. The first iterate counts: the result is never worse than `params`. Derivatives are those
+    of the iterates, for the start and for what `loss` and `optimizer` close over; in reverse mode the states
+    of all steps are kept.
 
     Args:
       loss: pytree -> scalar; traced once.
@@ -102,16 +106,57 @@ def minimise(
         jnp.array(0),
         jnp.full(steps, jnp.nan),
     )
-    end = jax.lax.while_loop(lambda s: (s.step < steps) & (s.stale < patience), body, start)
+    # what the loss closes over becomes an argument: custom derivatives see their arguments alone
+    closed, shape = jax.make_jaxpr(body, return_shape=True)(start)
+    end = _descend(
+        partial(_evaluate, closed.jaxpr, jax.tree.structure(shape)), steps, patience, start, closed.consts
+    )
     last = loss(end.params)
     better = last < end.best_loss
     best = jax.tree.map(lambda x, y: jnp.where(better, x, y), end.params, end.best)
     return best, Trace(jnp.minimum(last, end.best_loss), end.trace, end.step, end.stale >= patience)
 
 
+def _evaluate(jaxpr: Jaxpr, structure: Any, state: State, *captured: Array) -> State:
+    """The state after `jaxpr`, whose constants are `captured`."""
+    leaves = jaxpr_as_fun(ClosedJaxpr(jaxpr, captured))(*jax.tree.leaves(state))
+    return jax.tree.unflatten(structure, leaves)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _descend(
+    body: Callable[..., State], steps: int, patience: int, start: State, captured: Sequence[Array]
+) -> State:
+    """`state = body(state, *captured)` until `steps` or `patience` run out."""
+    return jax.lax.while_loop(lambda s: _running(s, steps, patience), lambda s: body(s, *captured), start)
+
+
+@_descend.defjvp
+def _descend_jvp(
+    body: Callable[..., State], steps: int, patience: int, primals: Any, tangents: Any
+) -> tuple[State, State]:
+    """A while loop has no transpose: tangents come from a scan that stands still after the stop."""
+
+    def scanned(start: State, captured: Sequence[Array]) -> State:
+        def step(state: State, _: None) -> tuple[State, None]:
+            go = _running(state, steps, patience)
+            return jax.tree.map(lambda x, y: jnp.where(go, x, y), body(state, *captured), state), None
+
+        return jax.lax.scan(step, start, length=steps)[0]
+
+    return _descend(body, steps, patience, *primals), jax.jvp(scanned, primals, tangents)[1]
+
+
+def _running(state: State, steps: int, patience: int) -> Array:
+    return (state.step < steps) & (state.stale < patience)
+
+
 def default_optimizer(steps: int, rate: float = 2e-2) -> optax.GradientTransformation:
-    """Adam with a cosine decay to zero over `steps`; the rate suits deltas scaled to unit energy."""
-    return optax.adam(optax.cosine_decay_schedule(rate, steps))
+    """Adam with a cosine decay to zero over `steps`; the rate suits deltas scaled to unit energy.
+
+    `eps_root` keeps derivatives of the iterates finite where a gradient is exactly zero.
+    """
+    return optax.adam(optax.cosine_decay_schedule(rate, steps), eps_root=1e-16)
 
 
 def mean_start(a: Array, b: Array, labels: Array, heads: int, rank: int) -> tuple[Array, Array]:
@@ -193,7 +238,7 @@ def hydra(
     weights = closed_info.weights
     qa, ca = algebra.reduce(deltas.u * deltas.s[:, None, :])
     qb, cb = algebra.reduce(deltas.v.mT)
-    scale = jnp.sqrt(jnp.mean(deltas.energy)) + jnp.finfo(jnp.float32).tiny
+    scale = algebra.safe_sqrt(jnp.mean(deltas.energy)) + jnp.finfo(jnp.float32).tiny
     ca, cb = ca / scale, cb.mT
     labels = jnp.maximum(closed.b_of, 0)
     a_start, b_start, core = closed.a[0], closed.b, closed.core

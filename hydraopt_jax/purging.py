@@ -240,7 +240,7 @@ def purge_whole(
     report = {**bounded(store, store.tasks, standing, True), **fresh.report}
     if standing:
         report |= {"entries": store.report["entries"], "bound": {}}
-        report.pop("limit", None)
+        report.pop("estimate", None)
     names = list(fresh.modules)
     errors = stated(store, names, store.tasks, fresh.errors, standing)
     outputs = fresh.output_errors

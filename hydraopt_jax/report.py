@@ -47,6 +47,15 @@ def format_bytes(count: float) -> str:
     return f"{size:.{digits}f} {units[0]}"
 
 
+def format_error(value: float) -> str:
+    """An error for people: empty where it is not known.
+
+    >>> format_error(0.0), format_error(0.00123456), format_error(float("nan"))
+    ('lossless', '1.235e-03', '')
+    """
+    return "" if not np.isfinite(value) else "lossless" if value == 0 else f"{value:.3e}"
+
+
 def off_diagonal(matrix: np.ndarray) -> float:
     """Mean over pairs of different tasks of a `[T, T]` matrix; its only entry where T = 1.
 
@@ -199,7 +208,7 @@ def plot_tradeoff(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     *,
     dashed: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-    limits: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    grey: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     title: str = "",
     bytes_label: str = "bytes stored / fp16 bytes of the adapters",
     error_label: str = "relative squared error of delta",
@@ -212,7 +221,7 @@ def plot_tradeoff(
       curves: name -> (fraction of the bytes, error) pairs, in any order. Errors of 0 have no place on a
         logarithmic axis: they are drawn as open markers on its lower edge.
       dashed: name of a curve -> a second line of its colour, dashed and without markers.
-      limits: name -> a grey line, such as a bound.
+      grey: name -> a grey line, such as an estimate; its errors of 0 are left out.
       title: above the axes; none where empty.
       bytes_label: of the horizontal axis.
       error_label: of the vertical axis.
@@ -247,8 +256,10 @@ def plot_tradeoff(
         if second:
             axis.plot(*zip(*second, strict=True), color=colour, linestyle="--", linewidth=1.0)
         axis.plot(exact, [floor] * len(exact), linestyle="none", markerfacecolor="white", **style)
-    for dashes, (name, line) in zip((":", "-.", "--"), (limits or {}).items(), strict=False):
-        axis.plot(*zip(*sorted(line), strict=True), color="0.5", linestyle=dashes, label=_plain(name, 60))
+    for dashes, (name, line) in zip((":", "-.", "--"), (grey or {}).items(), strict=False):
+        shown = [(x, y) for x, y in sorted(line) if y > 0]
+        if shown:
+            axis.plot(*zip(*shown, strict=True), color="0.5", linestyle=dashes, label=_plain(name, 60))
     axis.set_xscale("log")
     if logarithmic:
         axis.set_yscale("log")
@@ -272,25 +283,25 @@ def plot_tradeoff(
 
 
 def plot_frontier(path: str | Path, found: Frontier) -> None:
-    """The frontier of a collection: mean error solid, worst task dashed, rate-distortion limits grey."""
+    """The frontier of a collection: mean error solid, worst task dashed, Gaussian estimates grey."""
     mean = lambda c: [(p.bytes / found.reference, p.mean) for p in c.points]  # noqa: E731
     worst = {c.label: [(p.bytes / found.reference, p.worst) for p in c.points] for c in found.curves[:1]}
     plot_tradeoff(
         path,
         {c.label: mean(c) for c in found.curves if c.points},
         dashed=worst,
-        limits={c.label: mean(c) for c in found.limits},
+        grey={c.label: mean(c) for c in found.estimates},
     )
 
 
 def frontier_table(found: Frontier) -> Table:
     """Every point of every curve: bytes, share of the fp16 bytes, mean and worst-task error."""
     table = Table("method", "setting", "bytes", "of fp16", "mean error", "worst task")
-    for curve in (*found.curves, *found.limits):
+    for curve in (*found.curves, *found.estimates):
         for p in curve.points:
-            worst = f"{p.worst:.3e}" if np.isfinite(p.worst) else ""
             share = f"{p.bytes / found.reference:.4f}"
-            table.add_row(Text(curve.label), p.setting, format_bytes(p.bytes), share, f"{p.mean:.3e}", worst)
+            errors = (format_error(x) for x in (p.mean, p.worst))
+            table.add_row(Text(curve.label), p.setting, format_bytes(p.bytes), share, *errors)
         table.add_section()
     return table
 
@@ -299,7 +310,7 @@ def rates_table(found: Frontier) -> Table:
     """Bjontegaard-delta rates of the navigated curve."""
     table = Table("against", "bytes at the same error", title="Bjontegaard-delta rate")
     for name, value in found.delta_rate.items():
-        table.add_row(Text(name), f"{value:+.1f} %")
+        table.add_row(Text(name), "no error in common" if value is None else f"{value:+.1f} %")
     return table
 
 

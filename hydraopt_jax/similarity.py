@@ -80,8 +80,7 @@ def cosine(gram: Array) -> Array:
     [[1.  0.5]
      [0.5 1. ]]
     """
-    norm = jnp.sqrt(jnp.maximum(jnp.diagonal(gram, axis1=-2, axis2=-1), 0.0))
-    inverse = jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)
+    inverse = algebra.safe_inverse(algebra.safe_sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1)))
     # One norm at a time: the product of two norms of tiny adapters would underflow.
     return jnp.clip(gram * inverse[..., :, None] * inverse[..., None, :], -1.0, 1.0)
 
@@ -187,8 +186,11 @@ def mean_squared_cosine(cosines: Array, rank: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
-    """Scale each task's factor to a largest entry of 1, so that no square overflows or underflows."""
-    size = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), keepdims=True)
+    """Scale each task's factor to a largest entry of 1, so that no square overflows or underflows.
+
+    What follows does not depend on the scale: for derivatives it is a constant.
+    """
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), keepdims=True))
     return x / jnp.where(size > 0, size, 1.0)
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from hydraopt_jax import algebra
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(9, 7, 3), (3, 8, 5), (8, 2, 4), (5, 5, 1)]
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from hydraopt_jax import HydraOptError, algebra, compound, forms
 
+pytestmark = pytest.mark.numeric
+
 T, I, R, O = 4, 24, 3, 18
 
 

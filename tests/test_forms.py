@@ -10,6 +10,8 @@ import pytest
 from hydraopt_jax import algebra, cluster, forms
 from hydraopt_jax.errors import HydraOptError
 
+pytestmark = pytest.mark.numeric
+
 T, I, R, O = 5, 14, 3, 11
 
 
@@ -172,6 +174,19 @@ def test_ward_separates_groups_and_is_nested():
     assert three.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     two = np.asarray(cluster.ward(gram, jnp.ones(12), 2))
     assert len({(x, y) for x, y in zip(three.tolist(), two.tolist(), strict=True)}) == 3
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize(("rank", "heads"), [(1, 2), (3, T), (T * R - 1, T), (T * R, T), (T * R, 3)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_no_fit_lies_below_its_bound(side, rank, heads, scale):
+    """In float64, at any energy and up to full rank, where eigenvalues of float32 are all rounding."""
+    a, b = factors(int(scale) + rank)
+    a = a * np.float32(scale)
+    got, info = solve(a, b, heads=heads, rank=rank, side=side)
+    x, y = (np.asarray(z, np.float64) for z in forms.pair(got))
+    exact = ((x @ y - a.astype(np.float64) @ b) ** 2).sum((1, 2))
+    assert float(info.bound) <= (np.asarray(info.weights, np.float64) * exact).sum() * (1 + 1e-5)
 
 
 def test_real_adapters_reach_the_bound(gpt2):

@@ -1,10 +1,17 @@
 """The frontier: plain curves against direct computation, rates against known answers."""
 
+import io
+import json
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
-from hydraopt_jax import HydraOptError, adapters, frontier, report, synthetic
+from hydraopt_jax import HydraOptError, adapters, algebra, frontier, report, synthetic
 from hydraopt_jax.frontier import Curve, Point
+
+pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,44 @@ def test_delta_rate_of_a_scaled_curve_is_its_factor(factor):
 
 def test_delta_rate_needs_errors_in_common():
     far = Curve("", tuple(p._replace(mean=p.mean * 1e6) for p in line(1.0).points))
-    assert np.isnan(frontier.bjontegaard(far, line(1.0)))
+    assert frontier.bjontegaard(far, line(1.0)) is None
+
+
+LOSSLESS = (Point("", 100.0, 0.0, 0.0), Point("", 50.0, 0.1, 0.2), Point("", 25.0, 0.4, 0.5))
+
+
+def test_a_lossless_point_reaches_every_error():
+    """Between 1e-6 and 1e-2 the other curve takes 40 to 20 bytes, this one its lossless 100."""
+    other = Curve("", (Point("", 40.0, 1e-6, 0.0), Point("", 20.0, 1e-2, 0.0)))
+    rate = frontier.bjontegaard(other, Curve("", LOSSLESS))
+    assert rate == pytest.approx(100 * (np.sqrt(800) / 100 - 1))
+    back = frontier.bjontegaard(Curve("", LOSSLESS), other)
+    assert (1 + rate / 100) * (1 + back / 100) == pytest.approx(1)
+
+
+def test_lossless_curves_are_compared_where_they_are_lossless():
+    half = Curve("", (Point("", 50.0, 0.0, 0.0),))
+    assert frontier.bjontegaard(half, Curve("", LOSSLESS)) == pytest.approx(-50)
+    assert frontier.bjontegaard(half, line(1.0)) is None
+
+
+@pytest.mark.parametrize("bytes_at_zero", [60.0, 20.0])
+def test_a_rate_is_a_number_with_lossless_points_on_either_side(bytes_at_zero):
+    one = Curve("", (Point("", bytes_at_zero, 0.0, 0.0), Point("", 15.0, 1e-3, 0.0)))
+    for pair in ((one, Curve("", LOSSLESS)), (Curve("", LOSSLESS), one), (one, one)):
+        assert np.isfinite(frontier.bjontegaard(*pair))
+
+
+def test_rounded_directions_are_measured_without_cancellation(many):
+    """Half-precision rounding of full-rank factors, in float64: of the order of 1e-8, never 0."""
+    bucket = adapters.stack(many).buckets[0]
+    deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+    x, y = frontier.rounded_directions(deltas, 16)
+    found = frontier.prefix_errors(deltas, x, y)
+    u, s, v, x, y = (np.asarray(z, np.float64) for z in (*deltas, x, y))
+    for rank in (1, 4):
+        lost = (u * s[..., None, :]) @ v - x[..., :rank] @ y[..., :rank, :]
+        np.testing.assert_allclose(found[..., rank - 1], (lost**2).sum((-2, -1)), rtol=1e-2)
 
 
 def test_dominated_points_are_no_part_of_a_curve():
@@ -70,6 +114,8 @@ def test_navigated_curve_beats_the_paper_s_form(found):
     for point in paper.points:
         cheaper = [p.mean for p in found.curves[0].points if p.bytes <= point.bytes]
         assert min(cheaper, default=0.0) < point.mean
+    assert set(found.delta_rate) == {c.label for c in found.curves[1:]}
+    assert all(x is None or np.isfinite(x) for x in found.delta_rate.values())
     for fraction, point in zip((0.9, 0.5), found.curves[0].points, strict=True):
         assert point.bytes <= fraction * found.reference
 
@@ -78,9 +124,21 @@ def test_frontier_as_plot_and_tables(found, tmp_path):
     report.plot_frontier(tmp_path / "f.svg", found)
     text = (tmp_path / "f.svg").read_text()
     assert text.count("<path") > 20
-    rows = sum(len(c.points) for c in (*found.curves, *found.limits))
+    rows = sum(len(c.points) for c in (*found.curves, *found.estimates))
     assert report.frontier_table(found).row_count == rows
-    assert frontier.as_dict(found)["curves"]["HydraOpt, fp16"][0]["setting"] == "K = 1"
+    said = json.loads(json.dumps(frontier.as_dict(found), allow_nan=False))
+    assert said["curves"]["HydraOpt, fp16"][0]["setting"] == "K = 1"
+    assert set(said["estimates"]) == {"Gaussian estimate, separate", "Gaussian estimate, joint"}
+
+
+def test_lossless_points_in_plot_and_table(tmp_path):
+    exact = frontier.Frontier(100, (Curve("a", LOSSLESS),), (Curve("e", LOSSLESS),), {"b": None, "c": -5.0})
+    report.plot_frontier(tmp_path / "f.svg", exact)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.frontier_table(exact), report.rates_table(exact))
+    text = console.export_text()
+    assert text.count("lossless") == 4
+    assert "no error in common" in text
 
 
 def test_budgets_must_be_positive(many):

@@ -7,6 +7,8 @@ import pytest
 
 from hydraopt_jax import HydraOptError, quantize
 
+pytestmark = pytest.mark.numeric
+
 # error of the optimal uniform quantiser of a unit Gaussian with 2^bits levels (Max 1960, table II)
 MAX_1960 = {2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003495, 6: 0.001041}
 

@@ -7,6 +7,8 @@ from rich.text import Text
 from hydraopt_jax import adapters, report, similarity, synthetic
 from hydraopt_jax.errors import HydraOptError
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(9, 7, 3), (12, 3, 3), (4, 11, 2), (6, 6, 1)]
 INVARIANT = ["delta", "input_subspace", "output_subspace"]
 

@@ -273,7 +273,7 @@ def frontier_command(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """The whole trade-off: bytes against error, with HydraOpt, merging, plain SVDs and the limit."""
+    """The whole trade-off: bytes against error, with HydraOpt, merging, plain SVDs and Gaussian estimates."""
     fractions = [parse_budget(x) for x in budgets] or list(frontier.FRACTIONS)
     if any(isinstance(x, int) for x in fractions):
         raise HydraOptError("frontier: --budget takes fractions of the fp16 bytes, such as 0.125")

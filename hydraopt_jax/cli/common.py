@@ -136,7 +136,7 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
         x["bound"] = clean(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
     chosen = {
         k: content.report[k]
-        for k in ("forms", "limit", "step", "left_out", "factor_bytes")
+        for k in ("forms", "estimate", "step", "left_out", "factor_bytes")
         if k in content.report
     }
     return {
@@ -151,6 +151,15 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
         "entries": {"before": content.report["entries"], "after": store.count(content)},
         **clean(chosen),
     }
+
+
+BOUND = "bound: no factors of this form and rank, at any precision, have a lower mean"
+"""Heading of the eigen-tail."""
+ESTIMATES = {
+    "separate": "Gaussian estimate at this size, nothing shared (no bound)",
+    "joint": "Gaussian estimate at this size, sides shared (no bound)",
+}
+"""Model of `estimates` -> its heading."""
 
 
 def load_moments(path: str, calibration: str) -> dict[str, np.ndarray]:
@@ -220,9 +229,9 @@ def error_table(content: store.Store) -> Table:
     bound = list(content.report["bound"].values())
     if bound:
         # of what was made small
-        table.add_row("bound of the form (mean)", *[""] * (len(claims) - 1), f"{np.mean(bound):.3e}")
-    for name, value in content.report.get("limit", {}).items():
-        table.add_row(f"rate-distortion limit, {name}", f"{value:.3e}")
+        table.add_row(BOUND, *[""] * (len(claims) - 1), f"{np.mean(bound):.3e}")
+    for name, value in content.report.get("estimate", {}).items():
+        table.add_row(ESTIMATES.get(name, name), f"{value:.3e}")
     return table
 
 

@@ -165,7 +165,7 @@ def share(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
     arXiv 2602.06043.
     """
     deltas = algebra.svd(a, b)
-    root = jnp.sqrt(deltas.s * weights[:, None])
+    root = algebra.safe_sqrt(deltas.s * weights[:, None])
     left = algebra.wide(deltas.u * root[:, None, :])
     right = algebra.wide(deltas.v.mT * root[:, None, :])
     x, y = (algebra.leading(side, min(rank, *side.shape)) for side in (left, right))

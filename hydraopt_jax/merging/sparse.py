@@ -88,7 +88,7 @@ def combine(
 def nth_largest(x: Array, n: Array | int) -> Array:
     """The n-th largest magnitude in `x`, found bit by bit: 31 counts instead of a sort.
 
-    Magnitudes of floats are ordered as their bit patterns are.
+    Magnitudes of floats are ordered as their bit patterns are. For derivatives it is a constant.
 
     >>> print(nth_largest(jnp.array([0.5, -3.0, 2.0]), 2))
     2.0

@@ -149,7 +149,7 @@ def core_space(
     arXiv 2509.17786.
     """
     each = algebra.svd(a, b)
-    root = jnp.sqrt(each.s)
+    root = algebra.safe_sqrt(each.s)
     left = rows_svd(algebra.wide(each.u * root[:, None, :]).T)
     right = rows_svd((each.v * root[..., None]).reshape(-1, b.shape[-1]))
     counts = significant(left.s), significant(right.s)

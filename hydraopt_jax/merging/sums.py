@@ -69,5 +69,5 @@ def linear_factors(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
     Returns:
       `(a: [I, R], b: [R, O])`.
     """
-    root = jnp.sqrt(jnp.abs(weights))
+    root = algebra.safe_sqrt(jnp.abs(weights))
     return jnp.einsum("t,tir->ir", root * jnp.sign(weights), a), jnp.einsum("t,tro->ro", root, b)

@@ -20,7 +20,7 @@ SPARE = 8
 
 def split(found: algebra.Svd, rank: int) -> tuple[Array, Array]:
     """The first `rank` directions as `(a: [I, S], b: [S, O])`, singular values split evenly."""
-    root = jnp.sqrt(found.s[:rank])
+    root = algebra.safe_sqrt(found.s[:rank])
     return found.u[:, :rank] * root, root[:, None] * found.v[:rank]
 
 
@@ -41,7 +41,7 @@ def from_rows(image: Array, x: Array, rank: int) -> tuple[Array, Array]:
     """The leading directions of `image @ x.T`, with `image: [I, N]` and `x: [O, N]` orthonormal."""
     q, r = algebra.qr(image)
     u, s, vt = algebra.thin_svd(r)
-    root = jnp.sqrt(s[:rank])
+    root = algebra.safe_sqrt(s[:rank])
     return matmul(q, u[:, :rank] * root), onto(x, vt[:rank].T * root).T
 
 

@@ -1,4 +1,4 @@
-"""How far from the limit: reverse water-filling for collections of adapters.
+"""What errors to expect at a size: reverse water-filling under Gaussian models of a collection.
 
 For independent Gaussian components, n_i samples of variance v_i each, the least distortion at a rate is that
 of one water level `w`: `D = sum n_i min(v_i, w)`, `R = sum n_i / 2 log2(max(v_i / w, 1))` bits.
@@ -12,7 +12,9 @@ Two models:
   eigenvalues of the T R x T R Gram matrix, what any linear sharing or prediction between tasks could reach
   if the transform itself cost nothing.
 
-Both are models, not theorems about a given collection: vectors that are not Gaussian can be coded in less.
+Both are estimates, not bounds. A bound of rate-distortion theory holds for the mean over a source; here is
+one collection, whose vectors need not be Gaussian, and a coder may fall below either estimate. `joint` treats
+the two sides of a delta apart and can lie above `separate`. For bounds see `forms.Info`.
 
 Reference: Cover and Thomas, Elements of Information Theory, 2nd edition, section 10.3.
 """
@@ -67,7 +69,9 @@ def separate_curve(x: Directions, level: Array) -> tuple[Array, Array]:
     Stationary points of `e (1 - p) (1 - q) - 2 level R` with `R` in nats: `p = I level / (e (1 - q))` and
     alike for q; a direction without one, or worth less than its bits, is left out.
     """
-    unit = level / jnp.maximum(x.energy, 1e-30)
+    # of a direction below the level nothing is kept, and a larger ratio would overflow in derivatives
+    above = x.energy > level
+    unit = jnp.where(above, level / jnp.where(above, x.energy, 1.0), 1.0)
 
     def settle(_: int, pair: tuple[Array, Array]) -> tuple[Array, Array]:
         p, q = pair
@@ -96,7 +100,7 @@ def joint_curve(x: Sides, level: Array) -> tuple[Array, Array]:
         missing = jnp.where(live, 0.0, values).sum(-1)
         noise = count * level * live.sum(-1)
         most = jnp.maximum(most, missing)
-        clean = clean * (1 - noise / jnp.maximum(energy - missing, 1e-30))
+        clean = clean * (1 - noise * algebra.safe_inverse(jnp.maximum(energy - missing, 0.0), 1e-30))
         bits = bits + 0.5 * count * jnp.log2(jnp.maximum(values / count / level, 1.0)).sum()
     return jnp.sum(energy - (energy - most) * clean), bits
 
@@ -104,30 +108,42 @@ def joint_curve(x: Sides, level: Array) -> tuple[Array, Array]:
 def water_fill(curve: Callable[[Array], tuple[Array, Array]], bits: Array) -> Array:
     """Distortion at a rate: bisection of the water level of a `(distortion, bits)` curve.
 
+    Derivatives are the implicit function's: of the level at which the bits stay what they are. They are 0 for
+    the level where the bits do not depend on it (a rate of 0, or beyond what the levels searched can spend).
+
     >>> one = lambda w: (jnp.minimum(4.0, w), 0.5 * jnp.log2(jnp.maximum(4.0 / w, 1.0)))
     >>> print(water_fill(one, jnp.array(1.0)).round(4))
     1.0
     """
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = (low + high) / 2
-        over = curve(jnp.exp(middle))[1] > bits
-        return jnp.where(over, middle, low), jnp.where(over, high, middle)
+    def excess(level: Array) -> Array:
+        return curve(jnp.exp(level))[1] - bits
 
-    _, level = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.float32(-60.0), jnp.float32(5.0)))
+    def bisect(excess: Callable[[Array], Array], start: Array) -> Array:
+        def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = (low + high) / 2
+            over = excess(middle) > 0
+            return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+        return jax.lax.fori_loop(0, BISECTIONS, halve, (start, jnp.float32(5.0)))[1]
+
+    def divide(slope: Callable[[Array], Array], change: Array) -> Array:
+        return change * algebra.safe_inverse(slope(jnp.ones_like(change)))
+
+    level = jax.lax.custom_root(excess, jnp.float32(-60.0), bisect, divide)
     return curve(jnp.exp(level))[0]
 
 
 @jax.jit
-def separate_limit(x: Directions, bits: Array) -> Array:
-    """Least distortion `[P]` at numbers of bits `[P]`, nothing shared."""
+def separate_estimate(x: Directions, bits: Array) -> Array:
+    """Distortion `[P]` at numbers of bits `[P]`, nothing shared."""
     return jax.lax.map(lambda b: water_fill(lambda w: separate_curve(x, w), b), bits)
 
 
 @jax.jit
-def joint_limit(x: Sequence[Sides], bits: Array) -> Array:
-    """Least distortion `[P]` at numbers of bits `[P]`, anything shared."""
+def joint_estimate(x: Sequence[Sides], bits: Array) -> Array:
+    """Distortion `[P]` at numbers of bits `[P]`, anything shared."""
 
     def total(level: Array) -> tuple[Array, Array]:
         parts = [joint_curve(y, level) for y in x]
@@ -151,8 +167,8 @@ def _sides(deltas: Svd) -> tuple[Array, Array]:
     return jnp.maximum(left, 0.0), jnp.maximum(right, 0.0)
 
 
-def limits(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """Least mean relative squared error of each model at numbers of bytes.
+def estimates(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean relative squared error that each model expects at numbers of bytes: estimates, not bounds.
 
     Args:
       deltas: for the modules of each shape, decompositions `[M, T, ...]` of relative deltas (norm 1, times
@@ -173,6 +189,6 @@ def limits(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
     bits = jnp.asarray(8.0 * np.asarray(sizes), jnp.float32)
     directions = Directions(*(jnp.asarray(np.concatenate(x)) for x in zip(*alone, strict=True)))
     return {
-        "separate": np.asarray(separate_limit(directions, bits)) / pairs,
-        "joint": np.asarray(joint_limit(tuple(sides), bits)) / pairs,
+        "separate": np.asarray(separate_estimate(directions, bits)) / pairs,
+        "joint": np.asarray(joint_estimate(tuple(sides), bits)) / pairs,
     }

@@ -1,0 +1,399 @@
+"""The public pure functions and what each is differentiated for: functions of float arrays alone.
+
+Where an output is arbitrary up to signs or a rotation (singular vectors, factors of a product), the case
+returns what does not depend on that choice.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hydraopt_jax import (
+    algebra,
+    cluster,
+    compound,
+    estimates,
+    factorizations,
+    forms,
+    objective,
+    optimize,
+    similarity,
+)
+from hydraopt_jax.algebra import Svd, matmul
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.merging import activations, compressors, sparse, spectral, sums, truncation
+from hydraopt_jax.serving import apply, grouped
+
+MODULES = {
+    "algebra": algebra,
+    "estimates": estimates,
+    "cluster": cluster,
+    "compound": compound,
+    "factorizations": factorizations,
+    "forms": forms,
+    "objective": objective,
+    "optimize": optimize,
+    "similarity": similarity,
+    "serving.apply": __import__("sys").modules["hydraopt_jax.serving.apply"],
+    "serving.grouped": grouped,
+    "merging.activations": activations,
+    "merging.compressors": compressors,
+    "merging.sparse": sparse,
+    "merging.spectral": spectral,
+    "merging.sums": sums,
+    "merging.truncation": truncation,
+}
+
+EXEMPT = {
+    "estimates.estimates": "host code around separate_estimate and joint_estimate",
+    "cluster.fill_empty": "labels",
+    "cluster.hierarchy": "labels",
+    "cluster.partitions": "labels",
+    "cluster.ward": "labels",
+    "forms.count": "a count",
+    "forms.present": "indices",
+    "merging.compressors.assign": "labels",
+    "merging.compressors.entries": "a count",
+    "merging.sparse.column_ranks": "ranks",
+    "merging.sparse.drop_at_random": "makes a function, which is a case of its own through dare",
+    "merging.sparse.nth_largest": "a threshold to compare with, constant in derivatives",
+    "merging.spectral.significant": "zeros and ones",
+    "optimize.default_optimizer": "makes an optimizer",
+    "serving.apply.load": "reads a store",
+    "serving.apply.shape": "sizes",
+    "serving.grouped.arrange": "places",
+    "serving.grouped.check_method": "checks a name",
+    "serving.grouped.choose": "chooses a name",
+    "serving.grouped.ragged": "jax.lax.ragged_dot has no vmap; see test_ragged_products_have_gradients",
+    "similarity.average": "host code",
+    "similarity.layer_kind": "a name",
+    "similarity.numerical_rank": "a count",
+    "similarity.summarise": "host code",
+}
+
+T, I, O, R = 3, 9, 8, 2
+LABELS = jnp.array([0, 1, 0])
+TASKS = jnp.array([2, 0, 1, 1, -1])
+
+
+class Case(NamedTuple):
+    """A function of arrays and where it is differentiated; `plain` where `jnp.linalg` has the derivative."""
+
+    function: Callable[..., Any]
+    args: tuple[np.ndarray, ...]
+    step: float = 1e-2
+    tolerance: float = 1e-2
+    plain: bool = True
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+A, B = normal(1, T, I, R), normal(2, T, R, O)
+WEIGHTS = np.array([0.9, 1.4, 0.6], np.float32)
+X = normal(3, 5, I)
+TALL, SQUARE = normal(4, 2, 7, 4), normal(5, 2, 5, 5)
+VALUES = np.array([[3.0, 1.2, 0.4, 0.1], [2.0, 1.0, 0.3, 0.2]], np.float32)
+
+
+def symmetric(x: jax.Array) -> jax.Array:
+    return (x + x.mT) / 2
+
+
+def turned(u: jax.Array, keep: int = 1) -> jax.Array:
+    """The projector on the first columns: what does not depend on their signs."""
+    return matmul(u[..., :keep], u[..., :keep].mT)
+
+
+def seen(found: Svd) -> Any:
+    """What a decomposition determines: values, the product of leading parts, projectors."""
+    lead = matmul(found.u[..., :1] * found.s[..., None, :1], found.v[..., :1, :])
+    return found.s, lead, turned(found.u), turned(found.v.mT)
+
+
+def dense(factors: Factors) -> jax.Array:
+    return matmul(*forms.pair(factors))
+
+
+def fit(found: tuple[Factors, forms.Info]) -> Any:
+    """Deltas of the fit, and the numbers of its Info."""
+    factors, info = found
+    return dense(factors), info.error, info.energy, info.bound, info.trace
+
+
+def on_deltas(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda a, b, w: fit(function(algebra.svd(a, b), weights=w, **options))
+
+
+def merged(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda a, b, w: matmul(*function(a, b, w, **options))
+
+
+def reduced(a: jax.Array, b: jax.Array) -> tuple[Any, ...]:
+    """What `cluster` works on: reduced coordinates, output sides and the Gram matrix of deltas."""
+    x = algebra.svd(a, b)
+    return algebra.reduce(x.u * x.s[:, None, :])[1], x.v, algebra.gram(a, b)
+
+
+def exhaustive(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+    found = cluster.exhaustive(*reduced(a, b), w, 2, 2, 512)
+    return found.loss, found.trace
+
+
+def kmeans(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+    found = cluster.reduced_kmeans(*reduced(a, b), w, 2, 2, LABELS, 3)
+    return found.loss, found.trace
+
+
+def partition(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+    return forms.partition(reduced(a, b)[0], algebra.svd(a, b), w, 2, 2, 3).loss
+
+
+def cores(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+    deltas = algebra.svd(a, b)
+    factors, trace = forms.add_cores(deltas, forms.hydra(deltas, heads=1, rank=2)[0], w, 3)
+    return dense(factors), trace
+
+
+def full_cores(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+    deltas = algebra.svd(a, b)
+    common = forms.hydra(deltas, heads=T, rank=2, weights=w)[0].a
+    return fit(compound.full_cores(deltas, common, w, 3))
+
+
+def polyadic(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+    factors, trace = compound.polyadic(algebra.svd(a, b), 2, w, 3)
+    return dense(factors), trace
+
+
+def residual(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+    (shared, own), info = compound.residual(algebra.svd(a, b), heads=2, rank=1, residual_rank=1, weights=w)
+    return dense(shared) + dense(own), info.error
+
+
+def descent(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+    # Adam's first steps are signs of gradients: no smooth function
+    optimizer = optax.sgd(0.02, momentum=0.5)
+    deltas = algebra.svd(a, b)
+    return fit(optimize.hydra(a, b, deltas, heads=2, rank=2, weights=w, steps=6, optimizer=optimizer))
+
+
+def least(center: jax.Array, weight: jax.Array) -> Any:
+    optimizer = optax.sgd(0.1, momentum=0.5)
+    return optimize.minimise(lambda x: jnp.sum(weight * (x - center) ** 2), center * 0, optimizer, steps=9)[0]
+
+
+def level_curve(values: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.minimum(values, level).sum(), 0.5 * jnp.log2(jnp.maximum(values / level, 1.0)).sum()
+
+
+def sides(left: jax.Array, right: jax.Array) -> estimates.Sides:
+    return estimates.Sides(left, right, jnp.float32(40.0), jnp.float32(30.0))
+
+
+def directions(energy: jax.Array) -> estimates.Directions:
+    return estimates.Directions(energy, jnp.full(energy.shape, 40.0), jnp.full(energy.shape, 30.0))
+
+
+def served(x: jax.Array, a: jax.Array, b: jax.Array, core: jax.Array) -> Any:
+    term = Factors(a[:2], b, LABELS, jnp.arange(T), core)
+    ways = [apply(x, (term,), TASKS, method=m) for m in ("mask", "blocks")]
+    return ways, apply(x, (term,), jnp.int32(1))
+
+
+def modules_of(x: jax.Array, a: jax.Array, b: jax.Array) -> Any:
+    from hydraopt_jax.serving import branches, dequantise
+
+    term = (Factors(a, b, jnp.arange(T), jnp.arange(T)),)
+    return branches({"m": dequantise(term)}, TASKS)["m"](x)
+
+
+def by_blocks(x: jax.Array, w: jax.Array) -> Any:
+    return grouped.by_blocks(x, TASKS % T, T, lambda rows, owner: rows @ w[owner])
+
+
+KEY = jax.random.key(0)
+FACTORS = (A, B, WEIGHTS)
+GROUPED = (X, normal(6, T, I, 4))
+
+CASES = {
+    "algebra.balance": Case(algebra.balance, (A, B)),
+    "algebra.batched_svd": Case(lambda a, b: seen(algebra.batched_svd(a[None], b[None])), (A, B)),
+    "algebra.eigen_tail": Case(lambda x: algebra.eigen_tail(x, 2), (VALUES,)),
+    "algebra.gram": Case(algebra.gram, (A, B)),
+    "algebra.inner": Case(algebra.inner, (A, B, normal(7, T, I, R), normal(8, T, R, O))),
+    "algebra.leading": Case(lambda x: turned(algebra.leading(x, 2), 2), (TALL[0],)),
+    "algebra.matmul": Case(algebra.matmul, (A, B, normal(9, T, O, 4))),
+    "algebra.orthonormal": Case(lambda x: turned(algebra.orthonormal(x), 2), (TALL,)),
+    "algebra.reduce": Case(lambda a: matmul(algebra.reduce(a)[0], algebra.reduce(a)[1] ** 3), (A,)),
+    "algebra.residual_energy": Case(algebra.residual_energy, (A, B, A + 0.2 * normal(7, T, I, R), B)),
+    "algebra.subspace_cosines": Case(
+        lambda x, y: algebra.subspace_cosines(x, algebra.orthonormal(y)), (0.3 * TALL[0], TALL[1])
+    ),
+    "algebra.svd": Case(lambda a, b: seen(algebra.svd(a, b)), (A, B)),
+    "algebra.task_weights": Case(algebra.task_weights, (WEIGHTS,)),
+    "algebra.top_eigenvectors": Case(
+        lambda x: (turned(algebra.top_eigenvectors(symmetric(x), 2)[0], 2), algebra.eigvalsh(x)), (SQUARE,)
+    ),
+    "algebra.wide": Case(algebra.wide, (A,)),
+    "estimates.separate_curve": Case(lambda e: estimates.separate_curve(directions(e), 2e-3), (VALUES[0],)),
+    "estimates.joint_curve": Case(
+        lambda l, r: estimates.joint_curve(sides(l, r), jnp.float32(2e-4)), (VALUES, VALUES[:, ::-1] + 0.5)
+    ),
+    "estimates.water_fill": Case(
+        lambda v, bits: estimates.water_fill(functools.partial(level_curve, v), bits),
+        (VALUES[0], np.float32(2.6)),
+    ),
+    "estimates.separate_estimate": Case(
+        lambda e, bits: estimates.separate_estimate(directions(e), bits),
+        (VALUES[0], np.array([300.0, 500.0], np.float32)),
+    ),
+    "estimates.joint_estimate": Case(
+        lambda l, r, bits: estimates.joint_estimate((sides(l, r),), bits),
+        (VALUES, VALUES[:, ::-1] + 0.5, np.array([300.0, 900.0], np.float32)),
+    ),
+    "cluster.between": Case(
+        lambda a, b, w: cluster.between(*reduced(a, b)[:2], LABELS, w, 2) ** 2 @ jnp.ones(T * R), FACTORS
+    ),
+    "cluster.exhaustive": Case(exhaustive, FACTORS),
+    "cluster.membership": Case(lambda w: cluster.membership(LABELS, w, 2), (WEIGHTS,)),
+    "cluster.reduced_kmeans": Case(kmeans, FACTORS),
+    "cluster.scatter": Case(lambda a, b, w: cluster.scatter(reduced(a, b)[2], LABELS, w, 2), FACTORS),
+    "compound.full_cores": Case(full_cores, FACTORS),
+    "compound.joint_diagonal": Case(on_deltas(compound.joint_diagonal, rank=2, steps=3), FACTORS),
+    "compound.polyadic": Case(polyadic, FACTORS),
+    "compound.residual": Case(residual, FACTORS),
+    "factorizations.eigh": Case(
+        lambda x: (factorizations.eigh(symmetric(x))[0], turned(factorizations.eigh(x)[1], 2)), (SQUARE,)
+    ),
+    "factorizations.eigvalsh": Case(lambda x: factorizations.eigvalsh(symmetric(x)), (SQUARE,)),
+    "factorizations.pseudo_inverse": Case(factorizations.pseudo_inverse, (TALL,)),
+    "factorizations.qr": Case(factorizations.qr, (TALL,)),
+    "factorizations.qr of a wide matrix": Case(lambda x: factorizations.qr(x.mT), (TALL,), plain=False),
+    "factorizations.safe_inverse": Case(factorizations.safe_inverse, (WEIGHTS,)),
+    "factorizations.safe_sqrt": Case(factorizations.safe_sqrt, (WEIGHTS,)),
+    "factorizations.svd_tangents": Case(
+        lambda s, p, q: factorizations.svd_tangents(
+            jnp.eye(5, 4), s, jnp.eye(4, 6), p, jnp.pad(p[:, :4].mT, ((0, 0), (0, 2), (0, 0))) + q
+        ),
+        (VALUES, normal(11, 2, 5, 4), normal(12, 2, 6, 4)),
+    ),
+    "factorizations.thin_svd": Case(lambda x: seen(Svd(*factorizations.thin_svd(x))), (TALL,)),
+    "factorizations.thin_svd of a wide matrix": Case(
+        lambda x: seen(Svd(*factorizations.thin_svd(x.mT))), (TALL,)
+    ),
+    "forms.add_cores": Case(cores, FACTORS, 1e-3, 3e-2),
+    "forms.errors": Case(
+        lambda a, b, x, y: forms.errors(algebra.svd(a, b), Factors(x, y, jnp.zeros(T, int), jnp.arange(T))),
+        (A, B, normal(7, 1, I, R), normal(8, T, R, O)),
+    ),
+    "forms.hydra": Case(on_deltas(forms.hydra, heads=T, rank=2), FACTORS),
+    "forms.hydra with one head": Case(on_deltas(forms.hydra, heads=1, rank=2), FACTORS),
+    "forms.hydra with two heads, outputs shared": Case(
+        on_deltas(forms.hydra, heads=2, rank=2, side="out"), FACTORS
+    ),
+    "forms.hydra with cores": Case(on_deltas(forms.hydra, heads=2, rank=2, cores=True, steps=3), FACTORS),
+    "forms.hydra of many tasks": Case(
+        on_deltas(forms.hydra, heads=3, rank=2, steps=4),
+        (normal(13, 9, I, 1), normal(14, 9, 1, O), np.linspace(0.5, 1.5, 9, dtype=np.float32)),
+    ),
+    "forms.pair": Case(
+        lambda a, b, c, d: [
+            forms.pair(Factors(a[:1], b, jnp.zeros(T, int), jnp.array([0, 2, -1]), core)) for core in (c, d)
+        ],
+        (A, B, normal(7, T, R, R), normal(8, T, R)),
+    ),
+    "forms.partition": Case(partition, FACTORS),
+    "forms.separate": Case(lambda a, b: fit(forms.separate(algebra.svd(a, b), rank=1)), (A, B)),
+    "forms.sure_tail": Case(lambda x: forms.sure_tail(x, 2), (VALUES,)),
+    "forms.transpose": Case(
+        lambda a, b, c: forms.transpose(Factors(a, b, LABELS, LABELS, c))[:2], (A, B, normal(7, T, R, R))
+    ),
+    "merging.activations.regmean": Case(
+        lambda a, b, w, m: matmul(
+            *activations.regmean(a, b, w, rank=2, moments=[x @ x.T + jnp.eye(I) for x in m])
+        ),
+        (*FACTORS, normal(15, T, I, I)),
+    ),
+    "merging.compressors.joint": Case(
+        lambda a, b, w: dense(compressors.joint(a, b, w, rank=2, clusters=2)), FACTORS, tolerance=3e-2
+    ),
+    "merging.compressors.k_merge": Case(lambda a, b, w: dense(compressors.k_merge(a, b, w, rank=2)), FACTORS),
+    "merging.compressors.separate": Case(
+        lambda a, b, w: dense(compressors.separate(a, b, w, rank=1)), FACTORS
+    ),
+    "merging.compressors.share": Case(lambda a, b, w: dense(compressors.share(a, b, w, rank=2)), FACTORS),
+    "merging.sparse.breadcrumbs": Case(
+        merged(sparse.breadcrumbs, rank=2, density=0.6, outliers=0.1), FACTORS, 2e-4, 5e-2
+    ),
+    "merging.sparse.combine": Case(
+        lambda x, w: [sparse.combine(x, w, lambda y: y, lambda y, t: y, e) for e in (None, "total")],
+        (normal(16, T, 4, 5), WEIGHTS),
+        2e-4,
+        5e-2,
+    ),
+    "merging.sparse.dare": Case(merged(sparse.dare, rank=2, key=KEY), FACTORS),
+    "merging.sparse.dare_ties": Case(merged(sparse.dare_ties, rank=2, key=KEY), FACTORS, 2e-4, 5e-2),
+    "merging.sparse.della": Case(merged(sparse.della, rank=2, key=KEY), FACTORS, 2e-4, 5e-2),
+    "merging.sparse.magnitude": Case(merged(sparse.magnitude, rank=2, density=0.5), FACTORS, 2e-4, 5e-2),
+    "merging.sparse.ties": Case(merged(sparse.ties, rank=2, density=0.5), FACTORS, 2e-4, 5e-2),
+    "merging.sparse.trim": Case(lambda x: sparse.trim(x, 0.5), (TALL,), 2e-4, 5e-2),
+    "merging.spectral.core_space": Case(
+        merged(spectral.core_space, rank=2, density=1.0), FACTORS, 1e-3, 3e-2
+    ),
+    "merging.spectral.iso_c": Case(merged(spectral.iso_c, rank=3), FACTORS),
+    "merging.spectral.knots": Case(merged(spectral.knots, rank=2, density=1.0), FACTORS, 1e-3, 3e-2),
+    "merging.spectral.polar": Case(spectral.polar, (TALL[0],)),
+    "merging.spectral.rows_svd": Case(lambda x: seen(spectral.rows_svd(x.T)), (TALL[0],)),
+    "merging.spectral.tsv_m": Case(merged(spectral.tsv_m, rank=2), FACTORS),
+    "merging.sums.concatenation": Case(merged(sums.concatenation), FACTORS),
+    "merging.sums.linear": Case(merged(sums.linear, rank=2), FACTORS),
+    "merging.sums.linear_factors": Case(merged(sums.linear_factors), FACTORS),
+    "merging.sums.side_by_side": Case(sums.side_by_side, FACTORS),
+    "merging.truncation.from_rows": Case(
+        lambda x, y: matmul(*truncation.from_rows(x, algebra.orthonormal(y), 2)), (TALL[0], TALL[1])
+    ),
+    "merging.truncation.onto": Case(truncation.onto, (A, normal(17, R, 1))),
+    "merging.truncation.self_product": Case(truncation.self_product, (TALL[0],)),
+    "merging.truncation.split": Case(
+        lambda a, b: matmul(*truncation.split(algebra.svd(a, b), 1)), (A[0], B[0])
+    ),
+    "merging.truncation.truncate": Case(lambda a, b: matmul(*truncation.truncate(a, b, 1)), (A[0], B[0])),
+    "merging.truncation.truncate_dense": Case(lambda x: matmul(*truncation.truncate_dense(x, 2)), (TALL[0],)),
+    "objective.squared_errors": Case(
+        objective.squared_errors, (A, B, normal(7, T, I, R), normal(8, T, R, O))
+    ),
+    "objective.weighted_error": Case(
+        objective.weighted_error, (A, B, normal(7, T, I, R), normal(8, T, R, O), WEIGHTS)
+    ),
+    "optimize.hydra": Case(descent, FACTORS, tolerance=3e-2),
+    "optimize.mean_start": Case(lambda a, b: optimize.mean_start(a, b, LABELS, 2, 1), (A, B)),
+    "optimize.minimise": Case(least, (normal(18, 4), np.linspace(0.5, 2, 4, dtype=np.float32))),
+    "serving.apply.apply": Case(served, (X, A, B, normal(7, T, R, R))),
+    "serving.apply.branches": Case(modules_of, (X, A, B)),
+    "serving.apply.dequantise": Case(modules_of, (X, A, B)),
+    "serving.grouped.blocked": Case(lambda x, w: grouped.blocked(x, w, TASKS % T, "highest"), GROUPED),
+    "serving.grouped.by_blocks": Case(by_blocks, GROUPED),
+    "serving.grouped.dot": Case(lambda x, w: grouped.dot(x, w[0], "highest"), GROUPED),
+    "serving.grouped.masked": Case(lambda x, w: grouped.masked(x, w, TASKS % T, "highest"), GROUPED),
+    "serving.grouped.product": Case(lambda x, w: grouped.product(x, w, TASKS % T), GROUPED),
+    "similarity.cosine": Case(lambda x: similarity.cosine(x @ x.mT), (0.5 * SQUARE,)),
+    "similarity.delta_cosine": Case(similarity.delta_cosine, (A, B)),
+    "similarity.factor_cosine": Case(similarity.factor_cosine, (A,)),
+    "similarity.mean_squared_cosine": Case(
+        lambda c: similarity.mean_squared_cosine(c, jnp.array([1, 2])), (np.full((2, 2, 2), 0.4, np.float32),)
+    ),
+    "similarity.principal_angles": Case(
+        lambda a, b: similarity.principal_angles(a[None], b[None])[:2], (A, B)
+    ),
+    "similarity.principal_cosines": Case(
+        lambda x: similarity.principal_cosines(algebra.orthonormal(x), jnp.array([2, 3])), (TALL,)
+    ),
+    "similarity.similarity": Case(lambda a, b: similarity.similarity(a[None], b[None]), (A, B)),
+}
