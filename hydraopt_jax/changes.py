@@ -165,7 +165,11 @@ def add_lossless(store: Store, new: Adapter) -> Store:
             of = [np.append(np.asarray(x), -1).astype(np.int32) for x in (term.a_of, term.b_of)]
             core = None if term.core is None else [*term.core, np.zeros_like(term.core[0])]
             before.append(Factors(term.a, term.b, of[0], of[1], core))  # type: ignore[arg-type]
-        own = lossless.terms([*[None] * last, lossless.raw_of(new, name)]) if name in new.a else ()
+        own = (
+            lossless.terms([*[None] * last, lossless.raw_of(new, name)])
+            if np.size(new.a.get(name, ()))
+            else ()
+        )
         modules[name] = (*before, *own)
     errors = with_errors(store, modules, dict.fromkeys(new.a, 0.0))
     return store._replace(modules=modules, errors=errors)

@@ -104,7 +104,9 @@ def modules_of(
 def keep(collection: Sequence[Adapter]) -> tuple[dict[str, tuple[Factors, ...]], np.ndarray, dict[str, Any]]:
     """`modules_of` adapters in memory."""
     names = adapters.check(collection)
-    return modules_of({n: [raw_of(x, n) if n in x.a else None for x in collection] for n in names})
+    # a delta of rank 0 has no factors to keep
+    has = lambda x, n: n in x.a and x.a[n].shape[1] > 0  # noqa: E731
+    return modules_of({n: [raw_of(x, n) if has(x, n) else None for x in collection] for n in names})
 
 
 def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str, Raw] | None:
