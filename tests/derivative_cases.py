@@ -242,7 +242,7 @@ CASES = {
         lambda x: (turned(algebra.top_eigenvectors(symmetric(x), 2)[0], 2), algebra.eigvalsh(x)), (SQUARE,)
     ),
     "algebra.wide": Case(algebra.wide, (A,)),
-    "estimates.separate_curve": Case(lambda e: estimates.separate_curve(directions(e), 2e-3), (VALUES[0],)),
+    "estimates.separate_curve": Case(lambda e: estimates.separate_curve(directions(e), 2e-4), (VALUES[0],)),
     "estimates.joint_curve": Case(
         lambda l, r: estimates.joint_curve(sides(l, r), jnp.float32(2e-4)), (VALUES, VALUES[:, ::-1] + 0.5)
     ),
@@ -252,7 +252,7 @@ CASES = {
     ),
     "estimates.separate_estimate": Case(
         lambda e, bits: estimates.separate_estimate(directions(e), bits),
-        (VALUES[0], np.array([300.0, 500.0], np.float32)),
+        (VALUES[0], np.array([900.0, 1500.0], np.float32)),
     ),
     "estimates.joint_estimate": Case(
         lambda l, r, bits: estimates.joint_estimate((sides(l, r),), bits),
