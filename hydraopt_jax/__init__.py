@@ -7,16 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hydraopt_jax import formats, navigate, serving
+    from hydraopt_jax import formats, serving
     from hydraopt_jax.adapters import Adapter, Adapters, Bucket, stack
-    from hydraopt_jax.checkpoint import restore, save
     from hydraopt_jax.compression import Options, compress, measure
     from hydraopt_jax.errors import HydraOptError
     from hydraopt_jax.forms import Factors, Info, hydra, pair, separate
-    from hydraopt_jax.optimize import minimise
+    from hydraopt_jax.forms.gradient import minimise
+    from hydraopt_jax.forms.similarity import summarise
+    from hydraopt_jax.rate_control import navigate
     from hydraopt_jax.refinement import refine
-    from hydraopt_jax.similarity import summarise
     from hydraopt_jax.store import Store, adapter
+    from hydraopt_jax.store.checkpoint import restore, save
 
 __all__ = [
     "Adapter",
@@ -44,26 +45,27 @@ __all__ = [
     "summarise",
 ]
 
-# where each name lives; the others of `__all__` are modules
+# where each name lives
 _HOMES = {
     "adapters": ("Adapter", "Adapters", "Bucket", "stack"),
-    "checkpoint": ("restore", "save"),
+    "store.checkpoint": ("restore", "save"),
     "compression": ("Options", "compress", "measure"),
     "errors": ("HydraOptError",),
     "forms": ("Factors", "Info", "hydra", "pair", "separate"),
-    "optimize": ("minimise",),
+    "forms.gradient": ("minimise",),
     "refinement": ("refine",),
-    "similarity": ("summarise",),
+    "forms.similarity": ("summarise",),
     "store": ("Store", "adapter"),
 }
+_MODULES = {"formats": "formats", "navigate": "rate_control.navigate", "serving": "serving"}
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"hydraopt_jax.{module}"), name)
-    if name in __all__:
-        return importlib.import_module(f"hydraopt_jax.{name}")
+    if name in _MODULES:
+        return importlib.import_module(f"hydraopt_jax.{_MODULES[name]}")
     raise AttributeError(f"module 'hydraopt_jax' has no attribute {name!r}")
 
 

@@ -26,9 +26,9 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hydraopt_jax.algebra import matmul
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.tensor_files import write_tensors
+from hydraopt_jax.linalg.decompose import matmul
 
 # what follows a module's name where the moment is that of the gradients at its outputs
 OUTPUT = ":output"

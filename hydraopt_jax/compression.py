@@ -15,13 +15,14 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import optax
 
-from hydraopt_jax import adapters, algebra, extras, forms, objective, optimize
+from hydraopt_jax import adapters, forms
 from hydraopt_jax.adapters import Adapter, Bucket
-from hydraopt_jax.algebra import Svd
-from hydraopt_jax.coding.trial import Metrics
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors, Info
-from hydraopt_jax.store import Store, sources_of, task_factors
+from hydraopt_jax.forms import Factors, Info, gradient, losses
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.linalg.decompose import Svd
+from hydraopt_jax.rate_control.encode_at_step import Metrics
+from hydraopt_jax.store import Store, extras, sources_of, task_factors
 
 # modules solved in one call: bounds memory, keeps the progress bar moving
 CHUNK = 24
@@ -45,7 +46,7 @@ class Options(NamedTuple):
       solver: "closed" or "optax"; start, steps and optimizer are the latter's and refused with the former.
       start: start of the optax solver, "closed" or "mean" (the published method).
       steps: upper limit of Optax steps.
-      optimizer: an `optax.GradientTransformation`; None for `optimize.default_optimizer`.
+      optimizer: an `optax.GradientTransformation`; None for `gradient.default_optimizer`.
       dtype: "float32", "float16", "bfloat16"; None for the widest dtype that came in.
       extras_dtype: full tensors beside the factors that are wider are rounded to it; None keeps them.
     """
@@ -104,10 +105,10 @@ def fit_closed(deltas: Svd, *, heads: int, rank: int, side: str, cores: bool) ->
 
 
 def fit_optax(a: jax.Array, b: jax.Array, deltas: Svd, options: Options, **form: Any) -> tuple[Factors, Info]:
-    """`optimize.hydra` for modules of one shape, vmapped and jitted."""
+    """`gradient.hydra` for modules of one shape, vmapped and jitted."""
 
     def solve(a: jax.Array, b: jax.Array, deltas: Svd) -> tuple[Factors, Info]:
-        return optimize.hydra(
+        return gradient.hydra(
             a,
             b,
             deltas,
@@ -134,7 +135,7 @@ def rank_at(cost: int, tasks: int, heads: int, shape: tuple[int, int], side: str
 def fit(a: jax.Array, b: jax.Array, options: Options, heads: int, rank: int) -> list[tuple[Factors, Info]]:
     """Solve modules of one shape; with side "auto" both sides compete module by module at equal entries."""
     shape, tasks = (a.shape[2], b.shape[3]), a.shape[1]
-    deltas = algebra.batched_svd(a, b)
+    deltas = decompose.batched_svd(a, b)
     solutions = []
     costs = {side: entries(tasks, heads, rank, shape, side) for side in ("in", "out")}
     for side in ("in", "out") if options.side == "auto" else (options.side,):
@@ -185,8 +186,8 @@ def cast(factors: Factors, dtype: str, module: str) -> Factors:
     return Factors(out[0], out[1], factors.a_of, factors.b_of, out[2])  # type: ignore[arg-type]
 
 
-expanded = jax.jit(jax.vmap(objective.squared_errors))
-exact = jax.jit(algebra.residual_energy)
+expanded = jax.jit(jax.vmap(losses.squared_errors))
+exact = jax.jit(decompose.residual_energy)
 
 
 def squared_errors(

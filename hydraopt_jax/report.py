@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.frontier import Frontier
-from hydraopt_jax.similarity import Similarity, Summary
+from hydraopt_jax.forms.similarity import Similarity, Summary
+from hydraopt_jax.rate_control.frontier import Frontier
 
 MEASURES = {
     "input_factor": "input factor",

@@ -13,31 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hydraopt_jax import (
-    algebra,
-    cluster,
-    compound,
-    estimates,
-    factorizations,
-    forms,
-    objective,
-    optimize,
-    similarity,
-)
-from hydraopt_jax.algebra import Svd, matmul
-from hydraopt_jax.forms import Factors
+from hydraopt_jax import forms
+from hydraopt_jax.forms import Factors, compound, estimates, gradient, losses, similarity
+from hydraopt_jax.linalg import clustering, decompose, factorizations
+from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.merging import activations, compressors, sparse, spectral, sums, truncation
 from hydraopt_jax.serving import apply, grouped
 
 MODULES = {
-    "algebra": algebra,
+    "decompose": decompose,
     "estimates": estimates,
-    "cluster": cluster,
+    "clustering": clustering,
     "compound": compound,
     "factorizations": factorizations,
     "forms": forms,
-    "objective": objective,
-    "optimize": optimize,
+    "losses": losses,
+    "gradient": gradient,
     "similarity": similarity,
     "serving.apply": __import__("sys").modules["hydraopt_jax.serving.apply"],
     "serving.grouped": grouped,
@@ -51,10 +42,10 @@ MODULES = {
 
 EXEMPT = {
     "estimates.estimates": "host code around separate_estimate and joint_estimate",
-    "cluster.fill_empty": "labels",
-    "cluster.hierarchy": "labels",
-    "cluster.partitions": "labels",
-    "cluster.ward": "labels",
+    "clustering.fill_empty": "labels",
+    "clustering.hierarchy": "labels",
+    "clustering.partitions": "labels",
+    "clustering.ward": "labels",
     "forms.count": "a count",
     "forms.present": "indices",
     "merging.compressors.assign": "labels",
@@ -63,7 +54,7 @@ EXEMPT = {
     "merging.sparse.drop_at_random": "makes a function, which is a case of its own through dare",
     "merging.sparse.nth_largest": "a threshold to compare with, constant in derivatives",
     "merging.spectral.significant": "zeros and ones",
-    "optimize.default_optimizer": "makes an optimizer",
+    "gradient.default_optimizer": "makes an optimizer",
     "serving.apply.load": "reads a store",
     "serving.apply.shape": "sizes",
     "serving.grouped.arrange": "places",
@@ -128,7 +119,7 @@ def fit(found: tuple[Factors, forms.Info]) -> Any:
 
 
 def on_deltas(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return lambda a, b, w: fit(function(algebra.svd(a, b), weights=w, **options))
+    return lambda a, b, w: fit(function(decompose.svd(a, b), weights=w, **options))
 
 
 def merged(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -137,56 +128,56 @@ def merged(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 def reduced(a: jax.Array, b: jax.Array) -> tuple[Any, ...]:
     """What `cluster` works on: reduced coordinates, output sides and the Gram matrix of deltas."""
-    x = algebra.svd(a, b)
-    return algebra.reduce(x.u * x.s[:, None, :])[1], x.v, algebra.gram(a, b)
+    x = decompose.svd(a, b)
+    return decompose.reduce(x.u * x.s[:, None, :])[1], x.v, decompose.gram(a, b)
 
 
 def exhaustive(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    found = cluster.exhaustive(*reduced(a, b), w, 2, 2, 512)
+    found = clustering.exhaustive(*reduced(a, b), w, 2, 2, 512)
     return found.loss, found.trace
 
 
 def kmeans(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    found = cluster.reduced_kmeans(*reduced(a, b), w, 2, 2, LABELS, 3)
+    found = clustering.reduced_kmeans(*reduced(a, b), w, 2, 2, LABELS, 3)
     return found.loss, found.trace
 
 
 def partition(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    return forms.partition(reduced(a, b)[0], algebra.svd(a, b), w, 2, 2, 3).loss
+    return forms.partition(reduced(a, b)[0], decompose.svd(a, b), w, 2, 2, 3).loss
 
 
 def cores(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    deltas = algebra.svd(a, b)
+    deltas = decompose.svd(a, b)
     factors, trace = forms.add_cores(deltas, forms.hydra(deltas, heads=1, rank=2)[0], w, 3)
     return dense(factors), trace
 
 
 def full_cores(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    deltas = algebra.svd(a, b)
+    deltas = decompose.svd(a, b)
     common = forms.hydra(deltas, heads=T, rank=2, weights=w)[0].a
     return fit(compound.full_cores(deltas, common, w, 3))
 
 
 def polyadic(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    factors, trace = compound.polyadic(algebra.svd(a, b), 2, w, 3)
+    factors, trace = compound.polyadic(decompose.svd(a, b), 2, w, 3)
     return dense(factors), trace
 
 
 def residual(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    (shared, own), info = compound.residual(algebra.svd(a, b), heads=2, rank=1, residual_rank=1, weights=w)
+    (shared, own), info = compound.residual(decompose.svd(a, b), heads=2, rank=1, residual_rank=1, weights=w)
     return dense(shared) + dense(own), info.error
 
 
 def descent(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
     # Adam's first steps are signs of gradients: no smooth function
     optimizer = optax.sgd(0.02, momentum=0.5)
-    deltas = algebra.svd(a, b)
-    return fit(optimize.hydra(a, b, deltas, heads=2, rank=2, weights=w, steps=6, optimizer=optimizer))
+    deltas = decompose.svd(a, b)
+    return fit(gradient.hydra(a, b, deltas, heads=2, rank=2, weights=w, steps=6, optimizer=optimizer))
 
 
 def least(center: jax.Array, weight: jax.Array) -> Any:
     optimizer = optax.sgd(0.1, momentum=0.5)
-    return optimize.minimise(lambda x: jnp.sum(weight * (x - center) ** 2), center * 0, optimizer, steps=9)[0]
+    return gradient.minimise(lambda x: jnp.sum(weight * (x - center) ** 2), center * 0, optimizer, steps=9)[0]
 
 
 def level_curve(values: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -223,25 +214,26 @@ FACTORS = (A, B, WEIGHTS)
 GROUPED = (X, normal(6, T, I, 4))
 
 CASES = {
-    "algebra.balance": Case(algebra.balance, (A, B)),
-    "algebra.batched_svd": Case(lambda a, b: seen(algebra.batched_svd(a[None], b[None])), (A, B)),
-    "algebra.eigen_tail": Case(lambda x: algebra.eigen_tail(x, 2), (VALUES,)),
-    "algebra.gram": Case(algebra.gram, (A, B)),
-    "algebra.inner": Case(algebra.inner, (A, B, normal(7, T, I, R), normal(8, T, R, O))),
-    "algebra.leading": Case(lambda x: turned(algebra.leading(x, 2), 2), (TALL[0],)),
-    "algebra.matmul": Case(algebra.matmul, (A, B, normal(9, T, O, 4))),
-    "algebra.orthonormal": Case(lambda x: turned(algebra.orthonormal(x), 2), (TALL,)),
-    "algebra.reduce": Case(lambda a: matmul(algebra.reduce(a)[0], algebra.reduce(a)[1] ** 3), (A,)),
-    "algebra.residual_energy": Case(algebra.residual_energy, (A, B, A + 0.2 * normal(7, T, I, R), B)),
-    "algebra.subspace_cosines": Case(
-        lambda x, y: algebra.subspace_cosines(x, algebra.orthonormal(y)), (0.3 * TALL[0], TALL[1])
+    "decompose.balance": Case(decompose.balance, (A, B)),
+    "decompose.batched_svd": Case(lambda a, b: seen(decompose.batched_svd(a[None], b[None])), (A, B)),
+    "decompose.eigen_tail": Case(lambda x: decompose.eigen_tail(x, 2), (VALUES,)),
+    "decompose.gram": Case(decompose.gram, (A, B)),
+    "decompose.inner": Case(decompose.inner, (A, B, normal(7, T, I, R), normal(8, T, R, O))),
+    "decompose.leading": Case(lambda x: turned(decompose.leading(x, 2), 2), (TALL[0],)),
+    "decompose.matmul": Case(decompose.matmul, (A, B, normal(9, T, O, 4))),
+    "decompose.orthonormal": Case(lambda x: turned(decompose.orthonormal(x), 2), (TALL,)),
+    "decompose.reduce": Case(lambda a: matmul(decompose.reduce(a)[0], decompose.reduce(a)[1] ** 3), (A,)),
+    "decompose.residual_energy": Case(decompose.residual_energy, (A, B, A + 0.2 * normal(7, T, I, R), B)),
+    "decompose.subspace_cosines": Case(
+        lambda x, y: decompose.subspace_cosines(x, decompose.orthonormal(y)), (0.3 * TALL[0], TALL[1])
     ),
-    "algebra.svd": Case(lambda a, b: seen(algebra.svd(a, b)), (A, B)),
-    "algebra.task_weights": Case(algebra.task_weights, (WEIGHTS,)),
-    "algebra.top_eigenvectors": Case(
-        lambda x: (turned(algebra.top_eigenvectors(symmetric(x), 2)[0], 2), algebra.eigvalsh(x)), (SQUARE,)
+    "decompose.svd": Case(lambda a, b: seen(decompose.svd(a, b)), (A, B)),
+    "decompose.task_weights": Case(decompose.task_weights, (WEIGHTS,)),
+    "decompose.top_eigenvectors": Case(
+        lambda x: (turned(decompose.top_eigenvectors(symmetric(x), 2)[0], 2), decompose.eigvalsh(x)),
+        (SQUARE,),
     ),
-    "algebra.wide": Case(algebra.wide, (A,)),
+    "decompose.wide": Case(decompose.wide, (A,)),
     "estimates.separate_curve": Case(lambda e: estimates.separate_curve(directions(e), 2e-4), (VALUES[0],)),
     "estimates.joint_curve": Case(
         lambda l, r: estimates.joint_curve(sides(l, r), jnp.float32(2e-4)), (VALUES, VALUES[:, ::-1] + 0.5)
@@ -258,13 +250,13 @@ CASES = {
         lambda l, r, bits: estimates.joint_estimate((sides(l, r),), bits),
         (VALUES, VALUES[:, ::-1] + 0.5, np.array([300.0, 900.0], np.float32)),
     ),
-    "cluster.between": Case(
-        lambda a, b, w: cluster.between(*reduced(a, b)[:2], LABELS, w, 2) ** 2 @ jnp.ones(T * R), FACTORS
+    "clustering.between": Case(
+        lambda a, b, w: clustering.between(*reduced(a, b)[:2], LABELS, w, 2) ** 2 @ jnp.ones(T * R), FACTORS
     ),
-    "cluster.exhaustive": Case(exhaustive, FACTORS),
-    "cluster.membership": Case(lambda w: cluster.membership(LABELS, w, 2), (WEIGHTS,)),
-    "cluster.reduced_kmeans": Case(kmeans, FACTORS),
-    "cluster.scatter": Case(lambda a, b, w: cluster.scatter(reduced(a, b)[2], LABELS, w, 2), FACTORS),
+    "clustering.exhaustive": Case(exhaustive, FACTORS),
+    "clustering.membership": Case(lambda w: clustering.membership(LABELS, w, 2), (WEIGHTS,)),
+    "clustering.reduced_kmeans": Case(kmeans, FACTORS),
+    "clustering.scatter": Case(lambda a, b, w: clustering.scatter(reduced(a, b)[2], LABELS, w, 2), FACTORS),
     "compound.full_cores": Case(full_cores, FACTORS),
     "compound.joint_diagonal": Case(on_deltas(compound.joint_diagonal, rank=2, steps=3), FACTORS),
     "compound.polyadic": Case(polyadic, FACTORS),
@@ -290,7 +282,7 @@ CASES = {
     ),
     "forms.add_cores": Case(cores, FACTORS, 1e-3, 3e-2),
     "forms.errors": Case(
-        lambda a, b, x, y: forms.errors(algebra.svd(a, b), Factors(x, y, jnp.zeros(T, int), jnp.arange(T))),
+        lambda a, b, x, y: forms.errors(decompose.svd(a, b), Factors(x, y, jnp.zeros(T, int), jnp.arange(T))),
         (A, B, normal(7, 1, I, R), normal(8, T, R, O)),
     ),
     "forms.hydra": Case(on_deltas(forms.hydra, heads=T, rank=2), FACTORS),
@@ -310,7 +302,7 @@ CASES = {
         (A, B, normal(7, T, R, R), normal(8, T, R)),
     ),
     "forms.partition": Case(partition, FACTORS),
-    "forms.separate": Case(lambda a, b: fit(forms.separate(algebra.svd(a, b), rank=1)), (A, B)),
+    "forms.separate": Case(lambda a, b: fit(forms.separate(decompose.svd(a, b), rank=1)), (A, B)),
     "forms.sure_tail": Case(lambda x: forms.sure_tail(x, 2), (VALUES,)),
     "forms.transpose": Case(
         lambda a, b, c: forms.transpose(Factors(a, b, LABELS, LABELS, c))[:2], (A, B, normal(7, T, R, R))
@@ -357,24 +349,22 @@ CASES = {
     "merging.sums.linear_factors": Case(merged(sums.linear_factors), FACTORS),
     "merging.sums.side_by_side": Case(sums.side_by_side, FACTORS),
     "merging.truncation.from_rows": Case(
-        lambda x, y: matmul(*truncation.from_rows(x, algebra.orthonormal(y), 2)), (TALL[0], TALL[1])
+        lambda x, y: matmul(*truncation.from_rows(x, decompose.orthonormal(y), 2)), (TALL[0], TALL[1])
     ),
     "merging.truncation.onto": Case(truncation.onto, (A, normal(17, R, 1))),
     "merging.truncation.self_product": Case(truncation.self_product, (TALL[0],)),
     "merging.truncation.split": Case(
-        lambda a, b: matmul(*truncation.split(algebra.svd(a, b), 1)), (A[0], B[0])
+        lambda a, b: matmul(*truncation.split(decompose.svd(a, b), 1)), (A[0], B[0])
     ),
     "merging.truncation.truncate": Case(lambda a, b: matmul(*truncation.truncate(a, b, 1)), (A[0], B[0])),
     "merging.truncation.truncate_dense": Case(lambda x: matmul(*truncation.truncate_dense(x, 2)), (TALL[0],)),
-    "objective.squared_errors": Case(
-        objective.squared_errors, (A, B, normal(7, T, I, R), normal(8, T, R, O))
+    "losses.squared_errors": Case(losses.squared_errors, (A, B, normal(7, T, I, R), normal(8, T, R, O))),
+    "losses.weighted_error": Case(
+        losses.weighted_error, (A, B, normal(7, T, I, R), normal(8, T, R, O), WEIGHTS)
     ),
-    "objective.weighted_error": Case(
-        objective.weighted_error, (A, B, normal(7, T, I, R), normal(8, T, R, O), WEIGHTS)
-    ),
-    "optimize.hydra": Case(descent, FACTORS, tolerance=3e-2),
-    "optimize.mean_start": Case(lambda a, b: optimize.mean_start(a, b, LABELS, 2, 1), (A, B)),
-    "optimize.minimise": Case(least, (normal(18, 4), np.linspace(0.5, 2, 4, dtype=np.float32))),
+    "gradient.hydra": Case(descent, FACTORS, tolerance=3e-2),
+    "gradient.mean_start": Case(lambda a, b: gradient.mean_start(a, b, LABELS, 2, 1), (A, B)),
+    "gradient.minimise": Case(least, (normal(18, 4), np.linspace(0.5, 2, 4, dtype=np.float32))),
     "serving.apply.apply": Case(served, (X, A, B, normal(7, T, R, R))),
     "serving.apply.branches": Case(modules_of, (X, A, B)),
     "serving.apply.dequantise": Case(modules_of, (X, A, B)),
@@ -393,7 +383,7 @@ CASES = {
         lambda a, b: similarity.principal_angles(a[None], b[None])[:2], (A, B)
     ),
     "similarity.principal_cosines": Case(
-        lambda x: similarity.principal_cosines(algebra.orthonormal(x), jnp.array([2, 3])), (TALL,)
+        lambda x: similarity.principal_cosines(decompose.orthonormal(x), jnp.array([2, 3])), (TALL,)
     ),
     "similarity.similarity": Case(lambda a, b: similarity.similarity(a[None], b[None]), (A, B)),
 }

@@ -8,8 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from hydraopt_jax import atomic, checkpoint, compression, container, container_writer, store
+from hydraopt_jax import atomic, compression, store
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.store import checkpoint, container, container_writer
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from hydraopt_jax import compression, navigate, synthetic
-from hydraopt_jax.budget import keeps_all, read_budget
+from hydraopt_jax import compression, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.rate_control.budget import keeps_all, read_budget
 
 
 @pytest.fixture(scope="module")

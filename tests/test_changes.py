@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from hydraopt_jax import changes, checkpoint, compression, navigate, purging, store, synthetic
-from hydraopt_jax.coding.trial import task_errors
+from hydraopt_jax import compression, store, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.rate_control.encode_at_step import task_errors
+from hydraopt_jax.store import changes, checkpoint, purging
 
 MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
 

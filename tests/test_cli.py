@@ -9,7 +9,8 @@ import pytest
 import safetensors.numpy
 from commands import run
 
-from hydraopt_jax import demo, formats
+from hydraopt_jax import formats
+from hydraopt_jax.demo import main as demo
 
 
 def ok(capsys, *arguments):

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydraopt_jax import HydraOptError, algebra, compound, forms
+from hydraopt_jax import HydraOptError, forms
+from hydraopt_jax.forms import compound
+from hydraopt_jax.linalg import decompose
 
 pytestmark = pytest.mark.numeric
 
@@ -18,7 +20,7 @@ def deltas():
     common = jax.random.normal(keys[0], (I, R)), jax.random.normal(keys[1], (R, O))
     a = common[0] + 0.5 * jax.random.normal(keys[2], (T, I, R))
     b = common[1] + 0.5 * jax.random.normal(keys[3], (T, R, O))
-    return jax.vmap(algebra.svd)(a, b)
+    return jax.vmap(decompose.svd)(a, b)
 
 
 def loss(info):
@@ -66,7 +68,7 @@ def test_full_cores_do_not_start_from_the_mean_of_unlike_tasks_alone():
     """Seen on real adapters too: from the mean, full cores ended above the diagonal ones."""
     keys = jax.random.split(jax.random.key(4), 2)
     sides = jax.random.normal(keys[0], (T, I, R)), jax.random.normal(keys[1], (T, R, O))
-    unlike = jax.vmap(algebra.svd)(*sides)
+    unlike = jax.vmap(decompose.svd)(*sides)
     full, diagonal = (compound.joint_diagonal(unlike, rank=3, diagonal=d)[1] for d in (False, True))
     assert loss(full) < loss(diagonal)
 
@@ -77,7 +79,7 @@ def test_deltas_of_the_form_come_back(diagonal):
     keys = jax.random.split(jax.random.key(1), 3)
     a, b = jax.random.normal(keys[0], (I, R)), jax.random.normal(keys[1], (R, O))
     core = jax.vmap(jnp.diag)(1.0 + jax.random.uniform(keys[2], (T, R)))
-    made = jax.vmap(lambda c: algebra.svd(a @ c, b))(core)
+    made = jax.vmap(lambda c: decompose.svd(a @ c, b))(core)
     _, info = compound.joint_diagonal(made, rank=R, diagonal=diagonal, steps=200)
     assert loss(info) < 1e-4
 

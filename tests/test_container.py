@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from hydraopt_jax import checkpoint, compression, container, container_writer, navigate, store
+from hydraopt_jax import compression, store
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import checkpoint, container, container_writer
 
 CHUNK, ARRAY = 256, 1000
 

@@ -13,7 +13,9 @@ import optax
 import pytest
 from derivative_cases import CASES, EXEMPT, GROUPED, MODULES, A, B, Case, I, R, T
 
-from hydraopt_jax import algebra, factorizations, forms, optimize
+from hydraopt_jax import forms
+from hydraopt_jax.forms import gradient
+from hydraopt_jax.linalg import decompose, factorizations
 from hydraopt_jax.serving import grouped
 
 PLAIN = {
@@ -21,7 +23,7 @@ PLAIN = {
     "eigh": lambda x: tuple(jnp.linalg.eigh(x)),
     "eigvalsh": jnp.linalg.eigvalsh,
     "thin_svd": lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)),
-    "svd": lambda a, b: algebra.Svd(
+    "svd": lambda a, b: decompose.Svd(
         *(x[..., : a.shape[-1]] for x in jnp.linalg.svd(a @ b, full_matrices=False)[:2]),
         jnp.linalg.svd(a @ b, full_matrices=False)[2][..., : a.shape[-1], :],
     ),
@@ -110,7 +112,7 @@ def plain(monkeypatch):
 
     def swap():
         jax.clear_caches()
-        own = {getattr(algebra, name): other for name, other in PLAIN.items()}
+        own = {getattr(decompose, name): other for name, other in PLAIN.items()}
         for module in MODULES.values():
             for key, value in list(vars(module).items()):
                 if callable(value) and not inspect.isclass(value) and value in own:
@@ -121,7 +123,7 @@ def plain(monkeypatch):
     jax.clear_caches()
 
 
-UNFACTORED = ("estimates.", "objective.", "optimize.m", "serving.")
+UNFACTORED = ("estimates.", "losses.", "gradient.m", "serving.")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_derivatives_are_those_of_plain_linear_algebra(name, plain):
 
 
 def product_of_leading(a, b):
-    found = algebra.svd(a, b)
+    found = decompose.svd(a, b)
     lead = (found.u[..., :1] * found.s[..., None, :1]) @ found.v[..., :1, :]
     return jnp.sum(lead**3) + jnp.sum(found.s**1.5)
 
@@ -190,14 +192,14 @@ def test_second_derivatives_are_symmetric_and_right():
 def test_equal_singular_values_have_the_derivatives_of_what_does_not_tell_them_apart():
     """At the identity: the nuclear norm's is the identity, that of a projector on everything is zero."""
     eye = jnp.eye(4)
-    nuclear = jax.grad(lambda a: jnp.sum(algebra.svd(a, eye).s))(eye)
+    nuclear = jax.grad(lambda a: jnp.sum(decompose.svd(a, eye).s))(eye)
     np.testing.assert_allclose(nuclear, eye, atol=1e-6)
     values = jax.grad(lambda x: jnp.sum(factorizations.eigvalsh(x) ** 3))(eye)
     np.testing.assert_allclose(values, 3 * eye, atol=1e-5)
     turn = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
     turn = turn - turn.T
-    for decompose in (lambda a: algebra.svd(a, eye), lambda a: algebra.Svd(*factorizations.thin_svd(a))):
-        spread = lambda a, f=decompose: (f(a).u * f(a).s) @ f(a).v  # noqa: E731
+    for svd in (lambda a: decompose.svd(a, eye), lambda a: decompose.Svd(*factorizations.thin_svd(a))):
+        spread = lambda a, f=svd: (f(a).u * f(a).s) @ f(a).v  # noqa: E731
         np.testing.assert_allclose(jax.jvp(spread, (eye,), (turn,))[1], turn, atol=1e-5)
         assert all(jnp.isfinite(x).all() for x in jax.jacrev(decompose)(eye))
 
@@ -208,7 +210,7 @@ def test_padding_changes_no_derivative():
     wide = np.concatenate([A, np.zeros_like(A)], -1), np.concatenate([B, np.zeros_like(B)], -2)
 
     def loss(a, b):
-        deltas = algebra.svd(a, b)
+        deltas = decompose.svd(a, b)
         factors, info = forms.hydra(deltas, heads=2, rank=2)
         left, right = forms.pair(factors)
         return jnp.sum(info.error / info.energy) + jnp.sum(left[0] @ right[0])
@@ -222,7 +224,7 @@ def test_padding_changes_no_derivative():
 @pytest.mark.numeric
 def test_a_residual_of_zero_has_gradient_zero_and_a_full_second_derivative():
     a, b = jnp.asarray(A[0]), jnp.asarray(B[0])
-    loss = lambda x: algebra.residual_energy(a, b, x, b)  # noqa: E731
+    loss = lambda x: decompose.residual_energy(a, b, x, b)  # noqa: E731
     np.testing.assert_allclose(jax.grad(loss)(a), 0, atol=1e-5)
     d = jax.random.normal(jax.random.key(0), a.shape)
     curved = jax.jvp(jax.grad(loss), (a,), (d,))[1]
@@ -262,15 +264,15 @@ def test_transformations_compose_three_deep():
 def test_task_weights_are_learned_through_the_closed_form():
     """Weights that lower the worst task's error of HydraOpt's form, by Optax through `forms.hydra`."""
     scale = jnp.array([1.0, 1.0, 0.7])[:, None, None]
-    deltas = algebra.svd(A + scale * A[:1], jnp.asarray(B))
-    unit = algebra.task_weights(deltas.energy)
+    deltas = decompose.svd(A + scale * A[:1], jnp.asarray(B))
+    unit = decompose.task_weights(deltas.energy)
 
     def errors(logits):
         info = forms.hydra(deltas, heads=T, rank=3, weights=unit * jax.nn.softmax(logits))[1]
         return info.error / info.energy
 
     loss = lambda logits: jax.nn.logsumexp(50 * errors(logits)) / 50  # noqa: E731
-    fit = jax.jit(lambda start: optimize.minimise(loss, start, optax.adam(0.1), steps=60))
+    fit = jax.jit(lambda start: gradient.minimise(loss, start, optax.adam(0.1), steps=60))
     logits, _ = fit(jnp.zeros(T))
     before, after = errors(jnp.zeros(T)), errors(logits)
     assert after.max() < 0.9 * before.max()
@@ -285,10 +287,10 @@ def test_a_rotation_is_learned_through_the_closed_form():
 
     def loss(angles):
         rotation = jax.scipy.linalg.expm(angles - angles.T)
-        deltas = algebra.svd(a.at[1].set(rotation @ a[1]), jnp.asarray(B[:2]))
+        deltas = decompose.svd(a.at[1].set(rotation @ a[1]), jnp.asarray(B[:2]))
         info = forms.hydra(deltas, heads=2, rank=R)[1]
         return jnp.sum(info.weights * info.error)
 
-    learn = jax.jit(lambda x: optimize.minimise(loss, x, optax.adam(0.02), steps=150))
+    learn = jax.jit(lambda x: gradient.minimise(loss, x, optax.adam(0.02), steps=150))
     trace = learn(jnp.zeros((I, I)))[1]
     assert trace.loss < 0.02 * trace.trace[0]

@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydraopt_jax import adapters, algebra, estimates, navigate, synthetic
+from hydraopt_jax import adapters, synthetic
+from hydraopt_jax.forms import estimates
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.rate_control import navigate
 
 pytestmark = pytest.mark.numeric
 
@@ -48,8 +51,8 @@ def test_alike_tasks_have_a_lower_joint_estimate():
     for likeness in (0.0, 0.95):
         many = synthetic.collection(tasks=3, modules={"q": (96, 64)}, rank=4, likeness=likeness)
         bucket = adapters.stack(many).buckets[0]
-        deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
-        scale = jnp.sqrt(algebra.task_weights(deltas.energy))
+        deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+        scale = jnp.sqrt(decompose.task_weights(deltas.energy))
         found = estimates.estimates([deltas._replace(s=deltas.s * scale[..., None])], sizes)
         ratios.append(found["joint"] / found["separate"])
     assert ratios[1] < 0.6 * ratios[0]

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import changes, checkpoint, compression, extras, formats, navigate, store, synthetic
+from hydraopt_jax import compression, formats, store, synthetic
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import coded, jobs, reading
+from hydraopt_jax.jobs import coded, job, reading
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import changes, checkpoint, extras
 
 MODULES = {f"layer.{n}.q": (192, 192) for n in range(3)}
 
@@ -117,7 +119,7 @@ def test_heads_are_rounded_to_their_own_dtype(headed, tmp_path, dtype):
     """Explicit forms, in memory and in groups, and tasks that come later: only what is wider is rounded."""
     names = written(headed, tmp_path)
     options = compression.Options(rank=4, extras_dtype=dtype)
-    jobs.run(tmp_path / "parts", found_in(names), options)
+    job.run(tmp_path / "parts", found_in(names), options)
     content = compression.compress([formats.read_adapter(x) for x in names], options)
     checkpoint.save(tmp_path / "memory", content)
     head = headed[0].extras["pre_classifier.weight"].astype(dtype or "float32")

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydraopt_jax import algebra, cluster, forms
+from hydraopt_jax import forms
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.linalg import clustering, decompose
 
 pytestmark = pytest.mark.numeric
 
@@ -29,7 +30,7 @@ def dense(f):
 
 
 def solve(a, b, **form):
-    return forms.hydra(algebra.svd(jnp.asarray(a), jnp.asarray(b)), **form)
+    return forms.hydra(decompose.svd(jnp.asarray(a), jnp.asarray(b)), **form)
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
@@ -88,7 +89,7 @@ def test_cores_never_raise_the_error(heads, side):
 
 def test_reduced_kmeans_never_rises_and_beats_its_start():
     a, b = factors(5, tasks=12)
-    deltas = algebra.svd(jnp.asarray(a), jnp.asarray(b))
+    deltas = decompose.svd(jnp.asarray(a), jnp.asarray(b))
     _, info = forms.hydra(deltas, heads=4, rank=3)
     assert np.all(np.diff(info.trace) <= 1e-4)
     np.testing.assert_allclose(jnp.sum(info.weights * info.error), info.trace[-1], rtol=1e-3)
@@ -96,7 +97,7 @@ def test_reduced_kmeans_never_rises_and_beats_its_start():
 
 def test_separate_is_each_truncated_svd():
     a, b = factors()
-    got, info = forms.separate(algebra.svd(jnp.asarray(a), jnp.asarray(b)), rank=2)
+    got, info = forms.separate(decompose.svd(jnp.asarray(a), jnp.asarray(b)), rank=2)
     tail = np.linalg.svd(a @ b, compute_uv=False)[:, 2:] ** 2
     np.testing.assert_allclose(info.error, tail.sum(1), rtol=1e-3)
     np.testing.assert_allclose(((dense(got) - a @ b) ** 2).sum((1, 2)), tail.sum(1), rtol=1e-3)
@@ -160,7 +161,7 @@ def test_one_trace_per_shape():
 
 @pytest.mark.parametrize(("tasks", "heads", "count"), [(5, 2, 15), (8, 4, 1701), (4, 4, 1)])
 def test_partitions_are_stirling_many(tasks, heads, count):
-    rows = cluster.partitions(tasks, heads)
+    rows = clustering.partitions(tasks, heads)
     assert len({tuple(r) for r in rows.tolist()}) == count
     assert all(len(set(r)) == heads for r in rows.tolist())
 
@@ -170,9 +171,9 @@ def test_ward_separates_groups_and_is_nested():
     centres = rng.normal(size=(3, 20)) * 10
     points = np.repeat(centres, 4, 0) + rng.normal(size=(12, 20)) * 0.1
     gram = jnp.asarray(points @ points.T, jnp.float32)
-    three = np.asarray(cluster.ward(gram, jnp.ones(12), 3))
+    three = np.asarray(clustering.ward(gram, jnp.ones(12), 3))
     assert three.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    two = np.asarray(cluster.ward(gram, jnp.ones(12), 2))
+    two = np.asarray(clustering.ward(gram, jnp.ones(12), 2))
     assert len({(x, y) for x, y in zip(three.tolist(), two.tolist(), strict=True)}) == 3
 
 
@@ -194,5 +195,7 @@ def test_real_adapters_reach_the_bound(gpt2):
 
     kept = compression.compress(gpt2, compression.Options(side="in"))
     bound = np.array(list(kept.report["bound"].values()))
-    np.testing.assert_allclose(kept.errors.mean(1), bound, rtol=1e-4)
+    assert (bound <= kept.errors.mean(1)).all()
+    # what float32's eigenvalues may be off by
+    np.testing.assert_allclose(kept.errors.mean(1), bound, rtol=1e-4, atol=5e-6)
     np.testing.assert_allclose(kept.errors.mean(), 0.08259, rtol=1e-3)

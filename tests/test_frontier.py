@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hydraopt_jax import HydraOptError, adapters, algebra, frontier, report, synthetic
-from hydraopt_jax.frontier import Curve, Point
+from hydraopt_jax import HydraOptError, adapters, report, synthetic
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.rate_control import frontier
+from hydraopt_jax.rate_control.frontier import Curve, Point
 
 pytestmark = pytest.mark.numeric
 
@@ -68,7 +70,7 @@ def test_a_rate_is_a_number_with_lossless_points_on_either_side(bytes_at_zero):
 def test_rounded_directions_are_measured_without_cancellation(many):
     """Half-precision rounding of full-rank factors, in float64: of the order of 1e-8, never 0."""
     bucket = adapters.stack(many).buckets[0]
-    deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+    deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
     x, y = frontier.rounded_directions(deltas, 16)
     found = frontier.prefix_errors(deltas, x, y)
     u, s, v, x, y = (np.asarray(z, np.float64) for z in (*deltas, x, y))

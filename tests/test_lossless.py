@@ -8,8 +8,10 @@ import pytest
 from commands import run
 from safetensors.numpy import load_file, save_file
 
-from hydraopt_jax import checkpoint, formats, lossless, navigate, store, synthetic
-from hydraopt_jax.scale import coded, looking
+from hydraopt_jax import formats, store, synthetic
+from hydraopt_jax.jobs import coded, headers
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import checkpoint, lossless
 
 KEY = "base_model.model.{}.lora_{}.weight"
 HALF, BRAIN, SINGLE = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -134,7 +136,7 @@ def test_fp16_takes_little_more_than_its_bytes(capsys, tmp_path):
 
 def test_the_large_path_writes_the_same_store(tmp_path):
     paths = [made(tmp_path, k) for k in KINDS]
-    found, _ = looking.look([(str(p), None) for p in paths], tmp_path / "job")
+    found, _ = headers.look([(str(p), None) for p in paths], tmp_path / "job")
     content = coded.run(tmp_path / "large", found, navigate.Options(budget="100%"))
     assert content.report["form"] == "lossless"
     for path in paths:
@@ -145,7 +147,7 @@ def test_the_large_path_writes_the_same_store(tmp_path):
 
 def test_tasks_come_and_go_as_they_came(tmp_path):
     given = [formats.read_adapter(made(tmp_path, k)) for k in KINDS]
-    from hydraopt_jax import changes
+    from hydraopt_jax.store import changes
 
     grown = navigate.compress(given[:2], navigate.Options(budget=1))
     for x in given[2:]:

@@ -7,21 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hydraopt_jax import (
-    HydraOptError,
-    adapters,
-    algebra,
-    checkpoint,
-    compound,
-    compression,
-    forms,
-    frontier,
-    navigate,
-    quantize,
-    synthetic,
-)
-from hydraopt_jax.coding.trial import task_errors
-from hydraopt_jax.store import task_factors
+from hydraopt_jax import HydraOptError, adapters, compression, forms, synthetic
+from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.forms import compound
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.rate_control import frontier, navigate
+from hydraopt_jax.rate_control.encode_at_step import task_errors
+from hydraopt_jax.store import checkpoint, task_factors
 
 MODULES = {"layers.0.q": (192, 128), "layers.1.q": (192, 128)}
 
@@ -84,11 +76,13 @@ def test_sharing_beats_no_sharing_on_like_adapters(alike):
     assert np.nanmean(both[0].errors) < 0.7 * np.nanmean(both[1].errors)
 
 
-def fixed_rate(factors, bits):
+def at_fixed_rate(factors, bits):
     """Factors at a fixed rate and what they take: codes, a scale a vector, cores in half precision."""
-    kept = factors._replace(a=quantize.rounded(factors.a, bits, axis=-2), b=quantize.rounded(factors.b, bits))
-    size = quantize.size(factors.a.shape[0] * factors.a.shape[2], factors.a.shape[1], bits)
-    size += quantize.size(factors.b.shape[0] * factors.b.shape[1], factors.b.shape[2], bits)
+    kept = factors._replace(
+        a=fixed_rate.rounded(factors.a, bits, axis=-2), b=fixed_rate.rounded(factors.b, bits)
+    )
+    size = fixed_rate.size(factors.a.shape[0] * factors.a.shape[2], factors.a.shape[1], bits)
+    size += fixed_rate.size(factors.b.shape[0] * factors.b.shape[1], factors.b.shape[2], bits)
     return kept, size + (0 if factors.core is None else 2 * factors.core.size)
 
 
@@ -101,7 +95,7 @@ FITS = [jax.jit(lambda x, r=r: compound.residual(x, heads=1, rank=4, residual_ra
 def compound_rivals(many):
     """`(bytes, error)` of shared parts with remainders, and of joint diagonalisation, at fixed rates."""
     (bucket,) = adapters.stack(many).buckets
-    deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+    deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
     modules = [jax.tree.map(lambda x, m=m: x[m], deltas) for m in range(len(bucket.modules))]
     out = []
     for fit in FITS:
@@ -111,13 +105,13 @@ def compound_rivals(many):
             for x, terms in zip(modules, fitted, strict=True):
                 pairs = []
                 for term in terms:
-                    kept, taken = fixed_rate(term, bits)
+                    kept, taken = at_fixed_rate(term, bits)
                     size += taken
                     pairs.append(forms.pair(kept))
                 a, b = (
                     jnp.concatenate(y, k) for y, k in zip(zip(*pairs, strict=True), (-1, -2), strict=True)
                 )
-                errors.append(algebra.residual_energy(x.u * x.s[:, None, :], x.v, a, b) / x.energy)
+                errors.append(decompose.residual_energy(x.u * x.s[:, None, :], x.v, a, b) / x.energy)
             out.append((size, float(np.mean(errors))))
     return out
 

@@ -8,10 +8,11 @@ import pytest
 import tensorstore
 from commands import run
 
-from hydraopt_jax import checkpoint, cli, compression, container, description, formats, packing
+from hydraopt_jax import cli, compression, formats
 from hydraopt_jax.cli import stores
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import orbax_trees
+from hydraopt_jax.store import checkpoint, container, description, packing
 
 SHORT = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
 INNOCENT = [

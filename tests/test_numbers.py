@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from hydraopt_jax import HydraOptError, checkpoint, compression, formats, navigate, store
+from hydraopt_jax import HydraOptError, compression, formats, store
 from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import checkpoint
 
 CODED = navigate.Options(max_error=0.01)
 

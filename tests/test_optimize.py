@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from hydraopt_jax import algebra, compression, forms, optimize
+from hydraopt_jax import compression, forms
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import gradient
+from hydraopt_jax.linalg import decompose
 
 
 def module(seed=0, tasks=5, i=16, r=3, o=12):
@@ -17,7 +19,7 @@ def module(seed=0, tasks=5, i=16, r=3, o=12):
     a = rng.normal(size=(1, i, r)) + 0.4 * rng.normal(size=(tasks, i, r))
     b = rng.normal(size=(1, r, o)) + 0.7 * rng.normal(size=(tasks, r, o))
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    return a, b, algebra.svd(a, b)
+    return a, b, decompose.svd(a, b)
 
 
 def loss(info):
@@ -31,7 +33,7 @@ def test_from_the_closed_form_it_never_gets_worse(heads, side, cores):
     a, b, deltas = module()
     form = {"heads": heads, "rank": 2, "side": side, "cores": cores}
     _, closed = forms.hydra(deltas, **form)
-    factors, info = optimize.hydra(a, b, deltas, **form, steps=60)
+    factors, info = gradient.hydra(a, b, deltas, **form, steps=60)
     assert loss(info) <= loss(closed) * (1 + 1e-6)
     np.testing.assert_allclose(forms.errors(deltas, factors), info.error, rtol=1e-4)
 
@@ -39,14 +41,14 @@ def test_from_the_closed_form_it_never_gets_worse(heads, side, cores):
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_from_the_mean_it_comes_within_a_percent(side):
     a, b, deltas = module()
-    _, info = optimize.hydra(a, b, deltas, heads=5, rank=2, side=side, start="mean", steps=1000)
+    _, info = gradient.hydra(a, b, deltas, heads=5, rank=2, side=side, start="mean", steps=1000)
     assert loss(info) <= float(info.bound) * 1.01
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam(1e-2), optax.sgd(1e-2), optax.lion(1e-3)])
 def test_any_optimizer_descends_from_the_mean(optimizer):
     a, b, deltas = module()
-    _, info = optimize.hydra(a, b, deltas, heads=3, rank=2, start="mean", optimizer=optimizer, steps=100)
+    _, info = gradient.hydra(a, b, deltas, heads=3, rank=2, start="mean", optimizer=optimizer, steps=100)
     assert np.nanmin(info.trace) < info.trace[0]
 
 
@@ -54,17 +56,17 @@ def test_any_loss():
     a, b, deltas = module()
 
     def worst(a, b, a_hat, b_hat, weights):
-        from hydraopt_jax.objective import squared_errors
+        from hydraopt_jax.forms.losses import squared_errors
 
         return jax.nn.logsumexp(200 * weights * squared_errors(a, b, a_hat, b_hat)) / 200
 
     _, plain = forms.hydra(deltas, heads=5, rank=2)
-    _, info = optimize.hydra(a, b, deltas, heads=5, rank=2, start="mean", loss=worst, steps=1000)
+    _, info = gradient.hydra(a, b, deltas, heads=5, rank=2, start="mean", loss=worst, steps=1000)
     assert (info.weights * info.error).max() < (plain.weights * plain.error).max()
 
 
 def test_it_stops_early_and_says_so():
-    _, info = optimize.minimise(
+    _, info = gradient.minimise(
         lambda x: (x - 1.0) ** 2, jnp.array(1.0), optax.sgd(0.1), steps=500, patience=20
     )
     assert bool(info.converged)
@@ -72,7 +74,7 @@ def test_it_stops_early_and_says_so():
 
 
 def test_the_best_iterate_is_kept():
-    best, info = optimize.minimise(lambda x: x**2, jnp.array(1.0), optax.sgd(1.5), steps=5)
+    best, info = gradient.minimise(lambda x: x**2, jnp.array(1.0), optax.sgd(1.5), steps=5)
     assert float(best) == 1.0
     assert float(info.loss) == 1.0
 
@@ -80,8 +82,8 @@ def test_the_best_iterate_is_kept():
 def test_vmapped_over_modules_equals_one_by_one():
     parts = [module(seed) for seed in (0, 1)]
     a, b = (jnp.stack([p[k] for p in parts]) for k in (0, 1))
-    fit = functools.partial(optimize.hydra, heads=2, rank=2, start="mean", steps=50)
-    _, together = jax.vmap(fit)(a, b, algebra.svd(a, b))
+    fit = functools.partial(gradient.hydra, heads=2, rank=2, start="mean", steps=50)
+    _, together = jax.vmap(fit)(a, b, decompose.svd(a, b))
     for m, part in enumerate(parts):
         np.testing.assert_allclose(together.error[m], fit(*part)[1].error, rtol=2e-2)
 
@@ -91,7 +93,7 @@ def test_vmapped_over_modules_equals_one_by_one():
 )
 def test_bad_options_are_named(options, named):
     with pytest.raises(HydraOptError, match=named):
-        optimize.hydra(*module(), **({"heads": 2, "rank": 2} | options))
+        gradient.hydra(*module(), **({"heads": 2, "rank": 2} | options))
 
 
 def test_real_adapters_from_the_mean(gpt2):

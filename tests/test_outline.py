@@ -6,22 +6,14 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import (
-    changes,
-    checkpoint,
-    compression,
-    container_writer,
-    formats,
-    navigate,
-    packing,
-    store,
-    synthetic,
-)
+from hydraopt_jax import compression, formats, store, synthetic
 from hydraopt_jax.cli import changes as verbs
 from hydraopt_jax.cli import common
 from hydraopt_jax.deferred import Deferred
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import coded, reading, segments
+from hydraopt_jax.jobs import coded, reading, segments
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import changes, checkpoint, container_writer, packing
 
 MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
 FORMS = {

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import adapters, calibration, changes, checkpoint, compression, formats, navigate, synthetic
-from hydraopt_jax.coding.trial import metrics_of, task_errors
+from hydraopt_jax import adapters, calibration, compression, formats, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.rate_control.encode_at_step import metrics_of, task_errors
+from hydraopt_jax.store import changes, checkpoint
 
 MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
 

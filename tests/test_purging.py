@@ -6,23 +6,12 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import (
-    adapters,
-    calibration,
-    changes,
-    checkpoint,
-    compression,
-    formats,
-    navigate,
-    packing,
-    purging,
-    store,
-    synthetic,
-)
-from hydraopt_jax.coding import addition
-from hydraopt_jax.coding.trial import metrics_of, task_errors
+from hydraopt_jax import adapters, calibration, compression, formats, store, synthetic
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import coded, reading, segments
+from hydraopt_jax.jobs import coded, reading, segments
+from hydraopt_jax.rate_control import addition, navigate
+from hydraopt_jax.rate_control.encode_at_step import metrics_of, task_errors
+from hydraopt_jax.store import changes, checkpoint, packing, purging
 
 MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
 NAMES = ["legal", "medical", "sports", "news", "poems"]

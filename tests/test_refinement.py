@@ -5,7 +5,9 @@ import numpy as np
 import optax
 import pytest
 
-from hydraopt_jax import HydraOptError, checkpoint, compression, navigate, refinement, synthetic
+from hydraopt_jax import HydraOptError, compression, refinement, synthetic
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import checkpoint
 
 NAMES = ["one", "two", "three"]
 MODULES = ["k", "o", "q", "v"]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from rich.text import Text
 
-from hydraopt_jax import adapters, report, similarity, synthetic
+from hydraopt_jax import adapters, report, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import similarity
 
 pytestmark = pytest.mark.numeric
 

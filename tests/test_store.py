@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hydraopt_jax import checkpoint, compression, container, container_writer, store, synthetic
+from hydraopt_jax import compression, store, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.store import checkpoint, container, container_writer
 
 
 def compress(adapters, **options):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import checkpoint, compression, formats, strict_json, synthetic
+from hydraopt_jax import compression, formats, strict_json, synthetic
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import jobs
+from hydraopt_jax.jobs import job
+from hydraopt_jax.store import checkpoint
 
 BAD = {
     "NaN": b"NaN",
@@ -84,12 +85,12 @@ def test_the_report_of_a_store_made_by_hand(small, tmp_path):
 
 
 def test_files_of_a_job(tmp_path):
-    jobs.write_json(tmp_path / "job.json", {"a": 1})
-    assert jobs.read_json(tmp_path / "job.json") == {"a": 1}
+    job.write_json(tmp_path / "job.json", {"a": 1})
+    assert job.read_json(tmp_path / "job.json") == {"a": 1}
     for text in ('{"a": ', "", "\x00"):
         (tmp_path / "job.json").write_text(text)
         with pytest.raises(HydraOptError, match=r"is not whole .*delete"):
-            jobs.read_json(tmp_path / "job.json")
+            job.read_json(tmp_path / "job.json")
 
 
 def test_an_index(tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydraopt_jax import adapters, similarity, synthetic
+from hydraopt_jax import adapters, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import similarity
 
 MODULES = synthetic.transformer_modules(1, 96, 32)
 

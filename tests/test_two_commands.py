@@ -8,9 +8,10 @@ import time
 import pytest
 from commands import run
 
-from hydraopt_jax import atomic, checkpoint, formats
+from hydraopt_jax import atomic, formats
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import jobs
+from hydraopt_jax.jobs import job
+from hydraopt_jax.store import checkpoint
 
 # takes the lock as the command does, says so, and waits to be told to go on
 HOLD = """
@@ -92,8 +93,8 @@ def test_a_lock_of_a_dead_process_holds_nothing(capsys, folders, tmp_path, holdi
 
 
 def test_one_thread_may_hold_a_job_twice(tmp_path):
-    with jobs.alone(tmp_path / "s"):
-        with jobs.alone(tmp_path / "s"):
+    with job.alone(tmp_path / "s"):
+        with job.alone(tmp_path / "s"):
             assert (tmp_path / ".s.job").exists()
         assert (tmp_path / ".s.job").exists()
         with pytest.raises(HydraOptError, match="another process"), atomic.locked(tmp_path / "s", "job"):

@@ -10,8 +10,8 @@ repeats.
 import json
 import time
 
-from hydraopt_jax import navigate, synthetic
-from hydraopt_jax.coding import plan
+from hydraopt_jax import synthetic
+from hydraopt_jax.rate_control import mode_decision, navigate
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     problem = navigate.setup(many, navigate.Options(budget=0.1))
     analysed = time.perf_counter()
     for spectrum in problem.spectra:
-        plan.plan(spectrum, 0.05)
+        mode_decision.plan(spectrum, 0.05)
     done = time.perf_counter()
     seconds = {"analysis": round(analysed - begun, 2), "allocation": round(done - analysed, 2)}
     print(json.dumps({"adapters": len(many), "modules": len(modules), "seconds": seconds}))

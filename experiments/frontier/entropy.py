@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from hydraopt_jax import formats, navigate
+from hydraopt_jax import formats
 from hydraopt_jax.codec import encode, streams, tables
 from hydraopt_jax.codec.contexts import RAW_BITS, WIDE
-from hydraopt_jax.coding.trial import attempt, train
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.rate_control.encode_at_step import attempt, train
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03)
 LEVEL = 19

@@ -23,7 +23,7 @@ from jax import Array
 from experiments.morphology.config import Adapting, Data
 from experiments.morphology.dataset import Rows, load_items, training_rows
 from experiments.morphology.training import draw, run, schedule
-from hydraopt_jax.morphology.assets import (
+from hydraopt_jax.demo.assets import (
     load_adapters,
     load_base,
     load_vocabulary,
@@ -31,9 +31,9 @@ from hydraopt_jax.morphology.assets import (
     save_sample,
     stack_adapters,
 )
-from hydraopt_jax.morphology.evaluate import evaluate
-from hydraopt_jax.morphology.model import Base, Config, Lora, loss, modules
-from hydraopt_jax.morphology.vocabulary import encode_items
+from hydraopt_jax.demo.evaluate import evaluate
+from hydraopt_jax.demo.model import Base, Config, Lora, loss, modules
+from hydraopt_jax.demo.vocabulary import encode_items
 
 REGIMES = ("shared", "independent")
 

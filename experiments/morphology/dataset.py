@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.morphology.config import Data
-from hydraopt_jax.morphology.tasks import (
+from hydraopt_jax.demo.tasks import (
     LANGUAGES,
     TASKS,
     Item,
@@ -22,7 +22,7 @@ from hydraopt_jax.morphology.tasks import (
     prompt,
     task_name,
 )
-from hydraopt_jax.morphology.vocabulary import UNKNOWN_ID, Vocabulary, encode, pad
+from hydraopt_jax.demo.vocabulary import UNKNOWN_ID, Vocabulary, encode, pad
 
 PRONUNCIATIONS: dict[str, str] = {
     "en": "eng_latn_uk_broad_filtered",

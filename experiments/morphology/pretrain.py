@@ -18,9 +18,9 @@ from jax import Array
 from experiments.morphology.config import Data, Pretraining
 from experiments.morphology.dataset import Rows, Splits, load_items, training_rows
 from experiments.morphology.training import draw, run, schedule
-from hydraopt_jax.morphology.assets import save_base
-from hydraopt_jax.morphology.model import Base, Config, init_base, loss
-from hydraopt_jax.morphology.vocabulary import Vocabulary, build
+from hydraopt_jax.demo.assets import save_base
+from hydraopt_jax.demo.model import Base, Config, init_base, loss
+from hydraopt_jax.demo.vocabulary import Vocabulary, build
 
 
 def optimiser(settings: Pretraining) -> optax.GradientTransformation:

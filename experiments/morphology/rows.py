@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from experiments.morphology.config import Refining
-from hydraopt_jax import adapters, compression, merging, navigate, refinement, report
+from hydraopt_jax import adapters, compression, merging, refinement, report
 from hydraopt_jax.adapters import Adapter, Adapters
+from hydraopt_jax.demo import outputs
+from hydraopt_jax.demo.model import Base, forward
+from hydraopt_jax.demo.outputs import Sequences
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.merging import curves
-from hydraopt_jax.morphology import outputs
-from hydraopt_jax.morphology.model import Base, forward
-from hydraopt_jax.morphology.outputs import Sequences
+from hydraopt_jax.rate_control import navigate
 from hydraopt_jax.store import Source, Store
 
 BUDGETS = (0.5, 0.25, 0.125, 0.065, 0.03)

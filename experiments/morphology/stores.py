@@ -28,21 +28,15 @@ import numpy as np
 from experiments.morphology.config import Data, Refining
 from experiments.morphology.dataset import load_items
 from experiments.morphology.rows import Maker, Setting, plan
-from hydraopt_jax import checkpoint, formats, refinement, report, serving
+from hydraopt_jax import formats, refinement, report, serving
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.morphology import outputs
-from hydraopt_jax.morphology.assets import (
-    ADAPTERS_FILE,
-    BASE_FILE,
-    load_base,
-    load_vocabulary,
-    unpack_adapters,
-)
-from hydraopt_jax.morphology.evaluate import Adapted, evaluate
-from hydraopt_jax.morphology.model import Base
-from hydraopt_jax.morphology.tasks import Item
-from hydraopt_jax.morphology.vocabulary import Items, Vocabulary, encode_items
-from hydraopt_jax.store import Store
+from hydraopt_jax.demo import outputs
+from hydraopt_jax.demo.assets import ADAPTERS_FILE, BASE_FILE, load_base, load_vocabulary, unpack_adapters
+from hydraopt_jax.demo.evaluate import Adapted, evaluate
+from hydraopt_jax.demo.model import Base
+from hydraopt_jax.demo.tasks import Item
+from hydraopt_jax.demo.vocabulary import Items, Vocabulary, encode_items
+from hydraopt_jax.store import Store, checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 # dev items a task by which a merge's scale is chosen

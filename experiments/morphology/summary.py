@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hydraopt_jax import report
-from hydraopt_jax.morphology.tasks import LANGUAGES, TASKS
+from hydraopt_jax.demo.tasks import LANGUAGES, TASKS
 
 RESULTS = Path(__file__).parent / "results"
 CURVES = {

@@ -74,7 +74,8 @@ def start(arguments, kill="0 before"):
 
 def bits(path):
     """Everything in a store, decoded."""
-    from hydraopt_jax import checkpoint, store
+    from hydraopt_jax import store
+    from hydraopt_jax.store import checkpoint
 
     checkpoint.verify(path)
     content = checkpoint.restore(path)
@@ -149,7 +150,8 @@ def kills(root, folders):
 
 def flips(paths):
     """Flip a bit of every byte, cut and remove every file; returns tried and not found."""
-    from hydraopt_jax import HydraOptError, checkpoint
+    from hydraopt_jax import HydraOptError
+    from hydraopt_jax.store import checkpoint
 
     rng = np.random.default_rng(1)
     tried = {"bits": 0, "files cut or removed": 0}
@@ -219,7 +221,8 @@ def fuzz():
 
 def write(path, contents, times, queue):
     """Replace a store over and over; report how often it went through and how often the lock was taken."""
-    from hydraopt_jax import HydraOptError, checkpoint
+    from hydraopt_jax import HydraOptError
+    from hydraopt_jax.store import checkpoint
 
     kept = [checkpoint.restore(x) for x in contents]
     done = refused = 0
@@ -272,14 +275,9 @@ def concurrency(root, contents):
 
 
 def main(chosen):
-    from hydraopt_jax import (
-        checkpoint,
-        compression,
-        container_writer,
-        formats,
-        navigate,
-        synthetic,
-    )
+    from hydraopt_jax import compression, formats, synthetic
+    from hydraopt_jax.rate_control import navigate
+    from hydraopt_jax.store import checkpoint, container_writer
 
     made = synthetic.collection(
         3, tasks=[f"t{k}" for k in range(4)], modules=MODULES, rank=3, likeness=0.7, dtype="float32"

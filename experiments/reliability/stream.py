@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hydraopt_jax import adapters, changes, checkpoint, formats, merging, navigate
-from hydraopt_jax.morphology import assets
+from hydraopt_jax import adapters, formats, merging
+from hydraopt_jax.demo import assets
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import changes, checkpoint
 
 TASKS, FIRST, ERROR = 12, 4, 0.01
 ORDERS = 3

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hydraopt_jax import synthetic
-from hydraopt_jax.scale.reading import Card, Collection, Pair
-from hydraopt_jax.scale.weights import Entry
+from hydraopt_jax.jobs.reading import Card, Collection, Pair
+from hydraopt_jax.jobs.weights import Entry
 
 MODELS = {
     "0.5b": synthetic.transformer_modules(24, 896, 128),

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import checkpoint, compression, navigate
-from hydraopt_jax.scale import coded, groups, jobs, plan, segments
-from hydraopt_jax.scale.reading import Collection
+from hydraopt_jax import compression
+from hydraopt_jax.jobs import coded, estimate, groups, job, segments
+from hydraopt_jax.jobs.reading import Collection
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import checkpoint
 
 
 def peak() -> int:
@@ -50,7 +52,7 @@ def main() -> None:
     options: compression.Options | navigate.Options = compression.Options(rank=16)
     if arguments.budget:
         options = navigate.Options(budget=arguments.budget)
-    planned = plan.estimate(found, options)
+    planned = estimate.estimate(found, options)
     by_shape: dict[tuple[int, int], int] = {}
     for shape in modules.values():
         by_shape[shape] = by_shape.get(shape, 0) + 2 * arguments.tasks * 16 * sum(shape)
@@ -63,8 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "store"
         start = time.perf_counter()
-        run: Any = coded.run if arguments.budget else jobs.run
-        content = run(out, found, options, progress=jobs.Progress(step=step, read=read.append))
+        run: Any = coded.run if arguments.budget else job.run
+        content = run(out, found, options, progress=job.Progress(step=step, read=read.append))
         total = time.perf_counter() - start
         size = checkpoint.size_on_disk(out)
     assert content is not None

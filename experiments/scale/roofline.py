@@ -18,19 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax.scale import closed, groups, mesh, streaming
+from hydraopt_jax.jobs import devices, groups, streaming, streaming_gram
 
 SIZE, RANK, TASKS, WIDTH, ROUNDS = 2048, 16, 168, 16, 7
 
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    grid = mesh.make(1)
+    grid = devices.make(1)
     bfloat16 = jnp.bfloat16.dtype
     a = rng.standard_normal((1, TASKS, RANK, SIZE), np.float32).astype(bfloat16)
     b = rng.standard_normal((1, TASKS, SIZE, RANK), np.float32).astype(bfloat16)
     block = groups.Block(a, b, np.ones((1, TASKS), np.float32), np.full((1, TASKS), RANK))
-    both = closed.bits(block.a), closed.bits(block.b), block.scale
+    both = streaming_gram.bits(block.a), streaming_gram.bits(block.b), block.scale
     pieces = {
         "gram": streaming.sum_tasks(RANK, (SIZE, SIZE), grid),
         "projection": streaming.head_tasks(RANK, (SIZE, SIZE), WIDTH, grid),
@@ -42,7 +42,9 @@ def main() -> None:
     every = (block.a, block.b, block.scale, *grams)
     parts = [x for _, x in streaming.chunks(every, pieces["projection"], grid)]
     q = np.linalg.qr(rng.standard_normal((SIZE, WIDTH)))[0][None].astype(np.float32)
-    shared = closed.Range(*(mesh.put(grid, x, closed.LOCAL) for x in closed.range_of(q)))
+    shared = streaming_gram.Range(
+        *(devices.put(grid, x, streaming_gram.LOCAL) for x in streaming_gram.range_of(q))
+    )
     large = jnp.asarray(rng.standard_normal((4096, 4096), np.float32))
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
 
@@ -51,22 +53,22 @@ def main() -> None:
 
     def gram() -> None:
         sums = streaming.blank((SIZE, SIZE), mesh=grid)
-        sums, _ = closed.accumulate(
+        sums, _ = streaming_gram.accumulate(
             sums, *factors, mesh=grid, sides=("in", "out"), dtype="bfloat16", size=pieces["gram"]
         )
         jax.block_until_ready(sums)
 
     def projection() -> None:
         for x in parts:
-            grams = closed.Grams(*x[3:])
-            out = closed.project(shared, *x[:3], grams, mesh=grid, side="in", dtype="bfloat16")
+            grams = streaming_gram.Grams(*x[3:])
+            out = streaming_gram.project(shared, *x[:3], grams, mesh=grid, side="in", dtype="bfloat16")
         jax.block_until_ready(out)
 
     rows = TASKS * RANK
     flops = {
         "matmul 4096": 2 * 4096**3,
         # two sums; Gram matrices of both factors; each factor times the other one's
-        "gram": 2 * rows * (2 * closed.entries_of_strips(SIZE) + 4 * RANK * SIZE),
+        "gram": 2 * rows * (2 * streaming_gram.entries_of_strips(SIZE) + 4 * RANK * SIZE),
         # the factor times the basis, heads, and small ones
         "projection": 2 * rows * WIDTH * (2 * SIZE + RANK + WIDTH),
     }

@@ -32,7 +32,7 @@ def measured(work):
 
 def one(count, zstd):
     """A container of so many leaves: written, one leaf read, all read."""
-    from hydraopt_jax import container, container_writer
+    from hydraopt_jax.store import container, container_writer
 
     block = np.random.default_rng(0).integers(0, 256, LEAF, np.uint8)
     leaf = lambda k: block + np.uint8(k % 256)  # noqa: E731

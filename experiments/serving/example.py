@@ -18,11 +18,11 @@ from flax import nnx
 
 import hydraopt_jax as hydra
 from hydraopt_jax import formats, serving
-from hydraopt_jax.morphology import assets
-from hydraopt_jax.morphology.model import bind
-from hydraopt_jax.morphology.model import forward as predict
-from hydraopt_jax.morphology.tasks import Item, prompt
-from hydraopt_jax.morphology.vocabulary import encode
+from hydraopt_jax.demo import assets
+from hydraopt_jax.demo.model import bind
+from hydraopt_jax.demo.model import forward as predict
+from hydraopt_jax.demo.tasks import Item, prompt
+from hydraopt_jax.demo.vocabulary import encode
 
 TASKS = ("lemmatise-en", "pronounce-es", "inflect-de")
 

@@ -28,9 +28,9 @@ from safetensors.numpy import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "scale"))
 import generated
 
-from hydraopt_jax import checkpoint, layout
+from hydraopt_jax.codec import layout
 from hydraopt_jax.codec.decode import decode
-from hydraopt_jax.store import Store
+from hydraopt_jax.store import Store, checkpoint
 
 RUNS = 3
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import changes, checkpoint, purging, report
+from hydraopt_jax import report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli.common import (
     LARGE,
@@ -21,10 +21,10 @@ from hydraopt_jax.cli.common import (
     say,
     with_adapters,
 )
-from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
-from hydraopt_jax.store import Store, task_index
+from hydraopt_jax.rate_control.encode_at_step import task_errors
+from hydraopt_jax.store import Store, changes, checkpoint, purging, task_index
 
 
 def original_of(content: Store, given: Sequence[Adapter]) -> Callable[[str], Adapter | None]:

@@ -8,20 +8,8 @@ import click
 import numpy as np
 from rich.table import Table
 
-from hydraopt_jax import (
-    checkpoint,
-    compression,
-    frontier,
-    merging,
-    navigate,
-    refinement,
-    report,
-    similarity,
-    store,
-)
-from hydraopt_jax import demo as demonstration
+from hydraopt_jax import compression, merging, refinement, report, store
 from hydraopt_jax.adapters import check, stack
-from hydraopt_jax.budget import keeps_all, parse_budget
 from hydraopt_jax.calibration import load as load_calibration
 from hydraopt_jax.cli import scaling
 from hydraopt_jax.cli.common import (
@@ -36,8 +24,13 @@ from hydraopt_jax.cli.common import (
     say,
     with_adapters,
 )
+from hydraopt_jax.demo import main as demonstration
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import jobs
+from hydraopt_jax.forms import similarity
+from hydraopt_jax.jobs import job
+from hydraopt_jax.rate_control import frontier, navigate
+from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
+from hydraopt_jax.store import checkpoint
 
 # what the options of an explicit form are where they were not given
 DEFAULTS = {
@@ -198,7 +191,7 @@ def compress_command(
         if asked or kept or (not whole and scaling.is_large(adapters)):
             stream(targets)
             return
-        context.with_resource(jobs.alone(out))
+        context.with_resource(job.alone(out))
         collection = read_all(adapters, any_base, base_suffix, as_json)
         with report.progress("navigating", navigate.ROUNDS, not as_json) as advance:
             result = navigate.compress(collection, targets, progress=advance)
@@ -212,7 +205,7 @@ def compress_command(
         if not refine:
             stream(options)
             return
-        context.with_resource(jobs.alone(out))
+        context.with_resource(job.alone(out))
         collection = read_all(adapters, any_base, base_suffix, as_json)
         with report.progress("compressing", len(check(collection)), not as_json) as advance:
             result = compression.compress(collection, options, progress=advance)

@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import checkpoint, report, store
+from hydraopt_jax import report, store
 from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.calibration import digest
 from hydraopt_jax.calibration import load as load_calibration
-from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
-from hydraopt_jax.purging import Held
+from hydraopt_jax.rate_control.encode_at_step import task_errors
+from hydraopt_jax.store import checkpoint
+from hydraopt_jax.store.purging import Held
 
 Command = Callable[..., Any]
 

@@ -12,11 +12,11 @@ from rich.text import Text
 from hydraopt_jax import calibration, compression, merging, report
 from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.cli.common import as_json_option, clean, read_all, say, with_adapters
-from hydraopt_jax.coding.trial import task_errors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.merging import collection as merged_collection
 from hydraopt_jax.merging import registry
+from hydraopt_jax.rate_control.encode_at_step import task_errors
 
 
 def parse_weight_list(text: str) -> list[float]:

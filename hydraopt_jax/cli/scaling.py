@@ -11,11 +11,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from hydraopt_jax import compression, navigate, report, store
+from hydraopt_jax import compression, report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli.common import LARGE, Command, clean, say, size_of, split_name
 from hydraopt_jax.formats import check_same_base
-from hydraopt_jax.scale import assembly, coded, hosts, jobs, looking, plan, progress
+from hydraopt_jax.jobs import assembly, coded, estimate, headers, hosts, job, progress
+from hydraopt_jax.rate_control import navigate
 
 # files of a job that say that something is done
 KEPT = ("group-*.json", "pass-*.json")
@@ -84,20 +85,20 @@ def run(
     process_id: int | None,
 ) -> tuple[store.Store, int] | None:
     """Compress, or plan; the store's outline and the bytes that came in, None where none was made here."""
-    folder = jobs.folder_of(out)
+    folder = job.folder_of(out)
     sources = [split_name(x) for x in adapters]
     with stoppable(folder), contextlib.ExitStack() as held:
         who = hosts.join(coordinator, processes, process_id)
         # before anything is put into its folder, or taken out of it
-        held.enter_context(jobs.alone(out, who.rank))
+        held.enter_context(job.alone(out, who.rank))
         who.wait("alone")
         try:
             with report.progress("checking", len(sources), not as_json and who.rank == 0) as advance:
-                found, bad = looking.look(sources, folder, skip_bad=skip_bad, processes=who, advance=advance)
+                found, bad = headers.look(sources, folder, skip_bad=skip_bad, processes=who, advance=advance)
             named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
             check_same_base(named, any_base=any_base, base_suffixes=tuple(base_suffix))
             if dry_run:
-                show(out, found.size, plan.estimate(found, options), bad, as_json)
+                show(out, found.size, estimate.estimate(found, options), bad, as_json)
                 return None
             common: Any = {
                 "overwrite": overwrite,
@@ -110,7 +111,7 @@ def run(
             if isinstance(options, navigate.Options):
                 content = coded.run(out, found, options, **common)
             else:
-                content = jobs.run(out, found, options, **common)
+                content = job.run(out, found, options, **common)
         except OSError as error:
             raise assembly.disk_error(folder, error) from error
         finally:
@@ -120,7 +121,7 @@ def run(
         return None if content is None else (content, found.size)
 
 
-def show(out: str, size: int, found: plan.Plan, bad: dict[str, str], as_json: bool) -> None:
+def show(out: str, size: int, found: estimate.Plan, bad: dict[str, str], as_json: bool) -> None:
     """Print a plan."""
     table = Table("estimate", "", title=f"{out}: not written")
     for name, value in (
@@ -134,4 +135,4 @@ def show(out: str, size: int, found: plan.Plan, bad: dict[str, str], as_json: bo
         *(("left out", f"{x}: {why}") for x, why in bad.items()),
     ):
         table.add_row(name, value)
-    say(as_json, {"plan": clean(plan.as_dict(found)), "bytes_before": size, "left_out": bad}, table)
+    say(as_json, {"plan": clean(estimate.as_dict(found)), "bytes_before": size, "left_out": bad}, table)

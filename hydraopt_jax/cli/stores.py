@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import checkpoint, compression, purging, report, store
+from hydraopt_jax import compression, report, store
 from hydraopt_jax.adapters import Adapter, check, stack
 from hydraopt_jax.cli.common import (
     CheckFailed,
@@ -25,9 +25,10 @@ from hydraopt_jax.cli.common import (
     say,
     with_adapters,
 )
-from hydraopt_jax.coding.trial import Metrics, metrics_of, task_errors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft, write_adapter
+from hydraopt_jax.rate_control.encode_at_step import Metrics, metrics_of, task_errors
+from hydraopt_jax.store import checkpoint, purging
 
 
 @click.command()

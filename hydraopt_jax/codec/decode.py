@@ -7,8 +7,8 @@ import numpy as np
 
 from hydraopt_jax.codec import prediction, streams, syntax, tables
 from hydraopt_jax.codec.bitstream import Damaged, Reader
+from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.syntax import SHARED, Side
-from hydraopt_jax.layout import Piece, TermShape, pieces
 
 
 class Decoded(NamedTuple):

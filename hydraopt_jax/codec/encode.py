@@ -15,12 +15,12 @@ import numpy as np
 from hydraopt_jax.codec import contexts, prediction, streams, syntax, tables, trellis
 from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
 from hydraopt_jax.codec.decode import decode
+from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.rans import PERIOD
 from hydraopt_jax.codec.streams import Symbols
 from hydraopt_jax.codec.syntax import SHARED, join
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.layout import Piece, TermShape, pieces
 
 # squared steps per bit, and the squared error of a well-coded coefficient in squared steps
 MULTIPLIER = 0.38

@@ -18,8 +18,8 @@ import numpy as np
 from hydraopt_jax.codec import prediction
 from hydraopt_jax.codec.bitstream import Damaged, Reader, deflate, inflate, number
 from hydraopt_jax.codec.contexts import COUNT
+from hydraopt_jax.codec.layout import Piece, TermShape
 from hydraopt_jax.codec.prediction import Prediction
-from hydraopt_jax.layout import Piece, TermShape
 
 SHARED = "shared"
 

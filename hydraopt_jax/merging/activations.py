@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hydraopt_jax import algebra
-from hydraopt_jax.algebra import matmul
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.merging.truncation import truncate
 
 # of the mean eigenvalue, so that directions no input excites have a solution
@@ -63,6 +63,6 @@ def regmean(
         sides.append(weights[t] * matmul(scaled, a[t]))
     ridge = RIDGE * jnp.trace(total) / inputs + 1e-30
     left = jax.scipy.linalg.solve(
-        total + ridge * jnp.eye(inputs), algebra.wide(jnp.stack(sides)), assume_a="sym"
+        total + ridge * jnp.eye(inputs), decompose.wide(jnp.stack(sides)), assume_a="sym"
     )
     return truncate(left, b.reshape(-1, b.shape[-1]), rank)

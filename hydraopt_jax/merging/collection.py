@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import adapters, algebra, compression
+from hydraopt_jax import adapters, compression
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import registry
 from hydraopt_jax.merging.registry import Method
 
@@ -90,7 +91,7 @@ def stream(collection: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]])
 
 def whole_gram(stacked: Adapters) -> np.ndarray:
     """`[T, T]` inner products of whole adapters, summed over modules."""
-    each = jax.jit(algebra.gram)
+    each = jax.jit(decompose.gram)
     return np.sum([each(a, b) for _, a, b, _ in modules_of(stacked)], 0)
 
 
@@ -99,7 +100,7 @@ def squared_errors(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array
     """`||delta_t - left @ right||^2` and `||delta_t||^2`, `[T]` each, of one adapter for all tasks."""
     tasks = a.shape[0]
     left, right = (jnp.broadcast_to(x, (tasks, *x.shape)) for x in (left, right))
-    return algebra.residual_energy(a, b, left, right), algebra.inner(a, b, a, b)
+    return decompose.residual_energy(a, b, left, right), decompose.inner(a, b, a, b)
 
 
 def relative_errors(

@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hydraopt_jax import algebra, cluster, compound, forms
-from hydraopt_jax.algebra import matmul
+from hydraopt_jax import forms
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors
+from hydraopt_jax.forms import Factors, compound
+from hydraopt_jax.linalg import clustering, decompose
+from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.merging.sums import side_by_side
 from hydraopt_jax.merging.truncation import truncate
 
 
 def separate(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
     """Each adapter's own truncated SVD, see `forms.separate`; weights have no effect."""
-    return forms.separate(algebra.svd(a, b), rank=rank)[0]
+    return forms.separate(decompose.svd(a, b), rank=rank)[0]
 
 
 def assign(gram: Array, slots: int, threshold: float = 1.0) -> Array:
@@ -92,8 +93,8 @@ def k_merge(
     Reference: Shenaj et al., K-Merge: Online Continual Merging of Adapters for On-device Large Language
     Models, 2025, arXiv 2510.13537.
     """
-    labels = assign(algebra.gram(a, b) if gram is None else gram, slots, threshold)
-    average, _ = cluster.membership(labels, weights, min(slots, a.shape[0]))
+    labels = assign(decompose.gram(a, b) if gram is None else gram, slots, threshold)
+    average, _ = clustering.membership(labels, weights, min(slots, a.shape[0]))
     left, right = jax.lax.map(lambda w: truncate(*side_by_side(a, b, w), rank), average)
     here = jnp.any(b != 0, (1, 2)) & jnp.any(a != 0, (1, 2))
     of = jnp.where(here, labels, -1)
@@ -105,7 +106,7 @@ def joint(
 ) -> Factors:
     """Joint diagonalisation, `delta[t] ~= a[k] @ core[t] @ b[k]`, within each of `clusters` groups of tasks.
 
-    Groups are Ward's (`cluster.ward`); each is `compound.joint_diagonal` with the other tasks at weight 0.
+    Groups are Ward's (`clustering.ward`); each is `compound.joint_diagonal` with the other tasks at weight 0.
 
     Args:
       a: `[T, I, R]`.
@@ -127,11 +128,11 @@ def joint(
     tasks = a.shape[0]
     if not 1 <= clusters <= tasks:
         raise HydraOptError(f"clusters = {clusters}: must lie between 1 and the {tasks} tasks")
-    deltas = algebra.svd(a, b)
-    importance = weights * algebra.task_weights(deltas.energy)
+    deltas = decompose.svd(a, b)
+    importance = weights * decompose.task_weights(deltas.energy)
     if clusters == 1:
         return compound.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=importance)[0]
-    labels = cluster.ward(algebra.gram(a, b), importance, clusters)
+    labels = clustering.ward(decompose.gram(a, b), importance, clusters)
 
     def one(k: Array) -> Factors:
         inside = jnp.where(labels == k, importance, 0.0)
@@ -164,11 +165,11 @@ def share(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
     Reference: Kaushik et al., Shared LoRA Subspaces for almost Strict Continual Learning, 2026,
     arXiv 2602.06043.
     """
-    deltas = algebra.svd(a, b)
-    root = algebra.safe_sqrt(deltas.s * weights[:, None])
-    left = algebra.wide(deltas.u * root[:, None, :])
-    right = algebra.wide(deltas.v.mT * root[:, None, :])
-    x, y = (algebra.leading(side, min(rank, *side.shape)) for side in (left, right))
+    deltas = decompose.svd(a, b)
+    root = decompose.safe_sqrt(deltas.s * weights[:, None])
+    left = decompose.wide(deltas.u * root[:, None, :])
+    right = decompose.wide(deltas.v.mT * root[:, None, :])
+    x, y = (decompose.leading(side, min(rank, *side.shape)) for side in (left, right))
     core = matmul(matmul(x.T, deltas.u * deltas.s[:, None, :]), matmul(deltas.v, y))
     of = forms.present(deltas, jnp.zeros(a.shape[0], jnp.int32))
     return Factors(x[None], y.T[None], of, of, core)

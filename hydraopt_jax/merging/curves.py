@@ -7,14 +7,15 @@ import jax
 import numpy as np
 from jax import Array
 
-from hydraopt_jax import algebra, forms
+from hydraopt_jax import forms
 from hydraopt_jax.adapters import Adapters
-from hydraopt_jax.coding import spectrum
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.frontier import Curve, Point, summary
+from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, registry
 from hydraopt_jax.merging.collection import merge_stacked, modules_of, relative_errors, squared_errors
+from hydraopt_jax.rate_control import analysis
+from hydraopt_jax.rate_control.frontier import Curve, Point, summary
 
 # "separate" is on every frontier, at three bit widths; what needs data is not in a collection
 BASELINES = tuple(k for k, v in registry.METHODS.items() if k != "separate" and not v.needs)
@@ -41,16 +42,16 @@ def parse(text: str) -> tuple[str, ...]:
 @jax.jit
 def kept_errors(a: Array, b: Array, factors: Factors) -> tuple[Array, Array]:
     """Squared errors of factors that keep something of every task, and the energies, `[T]` each."""
-    return algebra.residual_energy(a, b, *forms.pair(factors)), algebra.inner(a, b, a, b)
+    return decompose.residual_energy(a, b, *forms.pair(factors)), decompose.inner(a, b, a, b)
 
 
 @jax.jit
 def products(a: Array, b: Array, left: Array, right: Array) -> tuple[Array, Array, Array]:
     """`<delta_t, merged>`, `||delta_t||^2`, both `[T]`, and `||merged||^2`."""
     return (
-        algebra.inner(a, b, left, right),
-        algebra.inner(a, b, a, b),
-        algebra.inner(left, right, left, right),
+        decompose.inner(a, b, left, right),
+        decompose.inner(a, b, a, b),
+        decompose.inner(left, right, left, right),
     )
 
 
@@ -96,7 +97,7 @@ def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:
     tasks = len(stacked.tasks)
     rank = max(int(x.ranks.max()) for x in stacked.buckets)
     if name == "k-merge":
-        return {f"K = {k}": {"slots": k} for k in spectrum.cuts(tasks)}
+        return {f"K = {k}": {"slots": k} for k in analysis.cuts(tasks)}
     widths = [rank * k for k in WIDTHS if k == 1 or rank * k < rank * tasks]
     if name == "share":
         return {f"rank {s}": {"rank": s} for s in widths}

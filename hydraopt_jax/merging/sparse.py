@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hydraopt_jax.algebra import matmul
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.merging.truncation import truncate_dense
 
 # (dense delta, number of the task) -> sparse delta

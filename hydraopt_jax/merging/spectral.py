@@ -7,8 +7,8 @@ not count: in exact arithmetic they are not there, and their singular vectors ar
 import jax.numpy as jnp
 from jax import Array
 
-from hydraopt_jax import algebra
-from hydraopt_jax.algebra import Svd, matmul
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.merging.sparse import combine, trim
 from hydraopt_jax.merging.sums import side_by_side
 from hydraopt_jax.merging.truncation import split, truncate
@@ -23,8 +23,8 @@ def significant(s: Array) -> Array:
 
 def rows_svd(x: Array) -> Svd:
     """Decomposition of a wide matrix `[N, O]` through a thin QR of its transpose."""
-    q, r = algebra.qr(x.T)
-    u, s, vt = algebra.thin_svd(r.T)
+    q, r = decompose.qr(x.T)
+    u, s, vt = decompose.thin_svd(r.T)
     return Svd(u, s, matmul(vt, q.T))
 
 
@@ -54,7 +54,7 @@ def knots(
 
     Reference: Stoica et al., Model merging with SVD to tie the KnOTS, 2024, arXiv 2410.19735.
     """
-    q, r = algebra.qr(a.astype(jnp.float32))
+    q, r = decompose.qr(a.astype(jnp.float32))
     rows = matmul(r, b)
     found = rows_svd(rows.reshape(-1, rows.shape[-1]))
     counts = significant(found.s)
@@ -66,8 +66,8 @@ def knots(
 
 def polar(x: Array) -> Array:
     """The nearest matrix with orthonormal columns, `P Q.T` of `x = P D Q.T`; null directions stay out."""
-    q, r = algebra.qr(x)
-    u, s, vt = algebra.thin_svd(r)
+    q, r = decompose.qr(x)
+    u, s, vt = decompose.thin_svd(r)
     return matmul(q, u * significant(s), vt)
 
 
@@ -91,10 +91,10 @@ def tsv_m(a: Array, b: Array, weights: Array, *, rank: int, keep: int | None = N
     arXiv 2412.00081.
     """
     tasks, inputs, outputs = a.shape[0], a.shape[1], b.shape[2]
-    each = algebra.svd(a, b)
+    each = decompose.svd(a, b)
     keep = min(each.s.shape[-1], max(min(inputs, outputs) // tasks, 1) if keep is None else keep)
     counts = significant(each.s)[:, :keep]
-    left = polar(algebra.wide(each.u[..., :keep] * counts[:, None, :]))
+    left = polar(decompose.wide(each.u[..., :keep] * counts[:, None, :]))
     right = polar((each.v[:, :keep] * counts[..., None]).reshape(tasks * keep, outputs).T).T
     return truncate(left * (each.s[:, :keep] * counts * weights[:, None]).reshape(-1), right, rank)
 
@@ -117,7 +117,7 @@ def iso_c(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Arra
     Reference: Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific
     Subspaces, 2025, arXiv 2502.04959.
     """
-    total = algebra.svd(*side_by_side(a, b, weights))
+    total = decompose.svd(*side_by_side(a, b, weights))
     counts = significant(total.s)
     mean = total.s.sum() / jnp.maximum(counts.sum(), 1.0)
     return split(total._replace(s=mean * counts), rank)
@@ -148,9 +148,9 @@ def core_space(
     Reference: Panariello et al., Accurate and Efficient Low-Rank Model Merging in Core Space, 2025,
     arXiv 2509.17786.
     """
-    each = algebra.svd(a, b)
-    root = algebra.safe_sqrt(each.s)
-    left = rows_svd(algebra.wide(each.u * root[:, None, :]).T)
+    each = decompose.svd(a, b)
+    root = decompose.safe_sqrt(each.s)
+    left = rows_svd(decompose.wide(each.u * root[:, None, :]).T)
     right = rows_svd((each.v * root[..., None]).reshape(-1, b.shape[-1]))
     counts = significant(left.s), significant(right.s)
     tasks, kept = each.s.shape

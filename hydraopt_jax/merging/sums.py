@@ -7,13 +7,13 @@ module, the LoRA scale folded into `b`, to `(a: [I, S], b: [S, O])`. An absent t
 import jax.numpy as jnp
 from jax import Array
 
-from hydraopt_jax import algebra
+from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging.truncation import truncate
 
 
 def side_by_side(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
     """`[I, T * R]` and `[T * R, O]` whose product is `sum_t w_t delta_t`."""
-    return algebra.wide(a), (b * weights[:, None, None]).reshape(-1, b.shape[-1])
+    return decompose.wide(a), (b * weights[:, None, None]).reshape(-1, b.shape[-1])
 
 
 def linear(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Array]:
@@ -50,7 +50,7 @@ def concatenation(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
     Returns:
       `(a: [I, T * R], b: [T * R, O])`.
     """
-    return algebra.balance(*side_by_side(a, b, weights))
+    return decompose.balance(*side_by_side(a, b, weights))
 
 
 def linear_factors(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
@@ -69,5 +69,5 @@ def linear_factors(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
     Returns:
       `(a: [I, R], b: [R, O])`.
     """
-    root = algebra.safe_sqrt(jnp.abs(weights))
+    root = decompose.safe_sqrt(jnp.abs(weights))
     return jnp.einsum("t,tir->ir", root * jnp.sign(weights), a), jnp.einsum("t,tro->ro", root, b)

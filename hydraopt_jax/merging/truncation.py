@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hydraopt_jax import algebra
-from hydraopt_jax.algebra import matmul
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.linalg.decompose import matmul
 
 # up to this many directions a full decomposition is as fast
 EXACT = 128
@@ -18,9 +18,9 @@ ROUNDS = 8
 SPARE = 8
 
 
-def split(found: algebra.Svd, rank: int) -> tuple[Array, Array]:
+def split(found: decompose.Svd, rank: int) -> tuple[Array, Array]:
     """The first `rank` directions as `(a: [I, S], b: [S, O])`, singular values split evenly."""
-    root = algebra.safe_sqrt(found.s[:rank])
+    root = decompose.safe_sqrt(found.s[:rank])
     return found.u[:, :rank] * root, root[:, None] * found.v[:rank]
 
 
@@ -39,9 +39,9 @@ def self_product(x: Array) -> Array:
 
 def from_rows(image: Array, x: Array, rank: int) -> tuple[Array, Array]:
     """The leading directions of `image @ x.T`, with `image: [I, N]` and `x: [O, N]` orthonormal."""
-    q, r = algebra.qr(image)
-    u, s, vt = algebra.thin_svd(r)
-    root = algebra.safe_sqrt(s[:rank])
+    q, r = decompose.qr(image)
+    u, s, vt = decompose.thin_svd(r)
+    root = decompose.safe_sqrt(s[:rank])
     return matmul(q, u[:, :rank] * root), onto(x, vt[:rank].T * root).T
 
 
@@ -65,15 +65,15 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     """
     width, least = 2 * rank + SPARE, min(*a.shape, b.shape[1])
     if least <= max(EXACT, width):
-        return split(algebra.svd(a, b), rank)
+        return split(decompose.svd(a, b), rank)
     # delta @ delta.T acts on a @ c as gram_b @ gram_a does on c, which is small
     gram_a, gram_b = self_product(a.T), self_product(b)
     c = jax.random.normal(jax.random.key(0), (a.shape[1], width))
     for _ in range(ROUNDS):
-        c = algebra.orthonormal(matmul(gram_b, matmul(gram_a, c)))
+        c = decompose.orthonormal(matmul(gram_b, matmul(gram_a, c)))
     # one round with the factors themselves: products of grams square the round-off of ill-conditioned ones
-    q = algebra.orthonormal(onto(a, c))
-    x = algebra.orthonormal(onto(b.T, onto(a.T, q)))
+    q = decompose.orthonormal(onto(a, c))
+    x = decompose.orthonormal(onto(b.T, onto(a.T, q)))
     return from_rows(onto(a, onto(b, x)), x, rank)
 
 
@@ -81,8 +81,8 @@ def truncate_dense(x: Array, rank: int) -> tuple[Array, Array]:
     """Factors of the best rank-S approximation of `x: [I, O]`, see `truncate`."""
     width, least = 2 * rank + SPARE, min(x.shape)
     if least <= max(EXACT, width):
-        return split(algebra.Svd(*algebra.thin_svd(x)), rank)
+        return split(decompose.Svd(*decompose.thin_svd(x)), rank)
     y = jax.random.normal(jax.random.key(0), (x.shape[1], width))
     for _ in range(ROUNDS):
-        y = algebra.orthonormal(onto(x.T, algebra.orthonormal(onto(x, y))))
+        y = decompose.orthonormal(onto(x.T, decompose.orthonormal(onto(x, y))))
     return from_rows(onto(x, y), y, rank)

@@ -16,14 +16,14 @@ import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
-from hydraopt_jax import quantize
+from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.codec.fixed_rate import Packed
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.quantize import Packed
 from hydraopt_jax.serving.grouped import by_blocks, check_method, choose, dot, product
 from hydraopt_jax.store import Store
 
-# one module on the device; factors are arrays, or `quantize.Packed` codes of vectors along the last axis
+# one module on the device; factors are arrays, or `fixed_rate.Packed` codes of vectors along the last axis
 Module = tuple[Factors, ...]
 
 
@@ -67,7 +67,7 @@ def _device(name: str, term: Factors, dtype: Any, bits: int | None) -> Factors:
     if bits is None:
         a, b = jnp.asarray(a), jnp.asarray(b)
     else:
-        a, b = (quantize.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
+        a, b = (fixed_rate.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
     a_of, b_of = (jnp.asarray(np.asarray(x), jnp.int32) for x in (term.a_of, term.b_of))
     core = term.core
     if core is not None:
@@ -86,7 +86,7 @@ def dequantise(module: Module, dtype: Any = jnp.float32) -> Module:
 def _dense(factor: Array | Packed, inputs: bool) -> Array:
     if not isinstance(factor, Packed):
         return factor
-    x = quantize.unpacked(factor)
+    x = fixed_rate.unpacked(factor)
     return x.mT if inputs else x
 
 
@@ -209,7 +209,7 @@ def branches(
 ) -> dict[str, Callable[[Array], Array]]:
     """`apply` of every module for one batch, module name -> function of its input.
 
-    For models that take what is added to each projection, such as `morphology.model.forward`.
+    For models that take what is added to each projection, such as `demo.model.forward`.
     """
     return {
         name: functools.partial(apply, module=module, task_ids=task_ids, method=method)

@@ -12,7 +12,7 @@ import numpy as np
 
 from hydraopt_jax.codec import contexts, encode, streams, syntax
 from hydraopt_jax.codec.decode import decode
-from hydraopt_jax.layout import KINDS, PROJECTED, TermShape
+from hydraopt_jax.codec.layout import KINDS, PROJECTED, TermShape
 
 FOLDER = Path(__file__).parent / "vectors"
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hydraopt_jax.codec import contexts, encode, prediction
 from hydraopt_jax.codec.bitstream import Damaged
 from hydraopt_jax.codec.decode import decode
+from hydraopt_jax.codec.layout import PROJECTED, TermShape, leaf_names, pieces
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.layout import PROJECTED, TermShape, leaf_names, pieces
 
 GAINS = {0: [np.array([0.5, 0.25, 2.0])], 1: [np.array([1.0, -1.0])]}
 

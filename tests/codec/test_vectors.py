@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hydraopt_jax.codec.decode import decode
-from hydraopt_jax.layout import KINDS, TermShape
+from hydraopt_jax.codec.layout import KINDS, TermShape
 
 VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.json"))
 

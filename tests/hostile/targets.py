@@ -10,22 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hydraopt_jax import (
-    changes,
-    checkpoint,
-    compression,
-    container,
-    container_writer,
-    formats,
-    merging,
-    navigate,
-    packing,
-    synthetic,
-)
-from hydraopt_jax.budget import parse_budget
+from hydraopt_jax import compression, formats, merging, synthetic
 from hydraopt_jax.cli.common import parse_weights
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.store import Payload, Segment
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.rate_control.budget import parse_budget
+from hydraopt_jax.store import Payload, Segment, changes, checkpoint, container, container_writer, packing
 
 CORPUS = Path(__file__).parent / "corpus"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}

@@ -14,8 +14,9 @@ import targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hydraopt_jax import checkpoint, compression, container, formats, synthetic
+from hydraopt_jax import compression, formats, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.store import checkpoint, container
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(2**63), 2**63, 1 << 40, 0, -1])

@@ -5,17 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydraopt_jax.demo.assets import load_adapters, load_base, load_sample, load_vocabulary, stack_adapters
+from hydraopt_jax.demo.evaluate import answer_all, evaluate, greedy, greedy_tasks, logits
+from hydraopt_jax.demo.model import Base, Config, Lora, forward, init_base, loss, modules
+from hydraopt_jax.demo.vocabulary import END_ID, Items, encode_items
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.morphology.assets import (
-    load_adapters,
-    load_base,
-    load_sample,
-    load_vocabulary,
-    stack_adapters,
-)
-from hydraopt_jax.morphology.evaluate import answer_all, evaluate, greedy, greedy_tasks, logits
-from hydraopt_jax.morphology.model import Base, Config, Lora, forward, init_base, loss, modules
-from hydraopt_jax.morphology.vocabulary import END_ID, Items, encode_items
 
 whole = jax.jit(forward)
 CONFIG = Config(30, layers=2, width=16, heads=2, hidden=24)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from hydraopt_jax import calibration
-from hydraopt_jax.morphology import outputs
-from hydraopt_jax.morphology.evaluate import answer_all
-from hydraopt_jax.morphology.model import Base, Config, forward, init_base, modules
-from hydraopt_jax.morphology.vocabulary import PAD_ID
+from hydraopt_jax.demo import outputs
+from hydraopt_jax.demo.evaluate import answer_all
+from hydraopt_jax.demo.model import Base, Config, forward, init_base, modules
+from hydraopt_jax.demo.vocabulary import PAD_ID
 
 CONFIG = Config(30, layers=1, width=16, heads=2, hidden=24)
 PROMPTS = np.array([[[5, 6, 2], [7, 2, PAD_ID]], [[8, 9, 2], [5, 2, PAD_ID]]])

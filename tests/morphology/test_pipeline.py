@@ -13,11 +13,11 @@ from experiments.morphology.adapters import init_adapters, scaled, train_adapter
 from experiments.morphology.config import Adapting, Data, Pretraining, Refining
 from experiments.morphology.pretrain import pretrain, vocabulary_of
 from hydraopt_jax import formats
-from hydraopt_jax.morphology.assets import save_adapters, unpack_adapters
-from hydraopt_jax.morphology.evaluate import evaluate
-from hydraopt_jax.morphology.model import Config
-from hydraopt_jax.morphology.tasks import LANGUAGES
-from hydraopt_jax.morphology.vocabulary import encode_items
+from hydraopt_jax.demo.assets import save_adapters, unpack_adapters
+from hydraopt_jax.demo.evaluate import evaluate
+from hydraopt_jax.demo.model import Config
+from hydraopt_jax.demo.tasks import LANGUAGES
+from hydraopt_jax.demo.vocabulary import encode_items
 
 DATA = Data(minimum=1, held_out=20)
 ADAPTING = Adapting(rank=4, steps=24, batch=16, peak=1e-2, warmup=2, chunk=6, save=12)

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from hydraopt_jax.morphology import assets
-from hydraopt_jax.morphology.model import Config, init_base, modules
-from hydraopt_jax.morphology.tasks import Item, answer, characters, features, phonemes, prompt, to_text
-from hydraopt_jax.morphology.vocabulary import (
+from hydraopt_jax.demo import assets
+from hydraopt_jax.demo.model import Config, init_base, modules
+from hydraopt_jax.demo.tasks import Item, answer, characters, features, phonemes, prompt, to_text
+from hydraopt_jax.demo.vocabulary import (
     PAD_ID,
     SEPARATOR_ID,
     UNKNOWN_ID,

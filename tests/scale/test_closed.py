@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hydraopt_jax.scale import closed, mesh, streaming
+from hydraopt_jax.jobs import devices, streaming, streaming_gram
 
-GRID = mesh.make(1, jax.devices()[:1])
+GRID = devices.make(1, jax.devices()[:1])
 KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -26,13 +26,13 @@ def deltas(a, b, scale):
 
 
 def on_mesh(arrays, spec):
-    return tuple(mesh.put(GRID, x, spec) for x in arrays)
+    return tuple(devices.put(GRID, x, spec) for x in arrays)
 
 
 def added(a, b, scale, sides, size):
     sums = streaming.blank(tuple({"in": a.shape[-1], "out": b.shape[-2]}[s] for s in sides), mesh=GRID)
-    arrays = on_mesh((closed.bits(a), closed.bits(b), scale), closed.BOTH)
-    return closed.accumulate(sums, *arrays, mesh=GRID, sides=sides, dtype=a.dtype.name, size=size)
+    arrays = on_mesh((streaming_gram.bits(a), streaming_gram.bits(b), scale), streaming_gram.BOTH)
+    return streaming_gram.accumulate(sums, *arrays, mesh=GRID, sides=sides, dtype=a.dtype.name, size=size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,12 +47,12 @@ def test_pieces_add_up_to_the_sum(kind, size):
         (inside, np.einsum("tio,tjo->ij", each, each)),
         (outside, np.einsum("tio,tip->op", each, each)),
     ):
-        spans = closed.rows_of_strips(len(whole))
+        spans = streaming_gram.rows_of_strips(len(whole))
         assert len(spans) == len(strips) == 2
         for strip, (at, end) in zip(strips, spans, strict=True):
             np.testing.assert_allclose(strip[0, 0], whole[at:end, at:], atol=2e-6)
         q = np.random.default_rng(1).standard_normal((len(whole), 3)).astype(np.float32)
-        product = closed.multiply(tuple(x[0, 0] for x in strips), jnp.asarray(q))
+        product = streaming_gram.multiply(tuple(x[0, 0] for x in strips), jnp.asarray(q))
         np.testing.assert_allclose(product, whole @ q, atol=1e-5)
     wide = a[0].astype(float)
     np.testing.assert_allclose(grams.a[0], wide @ wide.swapaxes(1, 2), rtol=1e-5, atol=1e-5)
@@ -60,16 +60,16 @@ def test_pieces_add_up_to_the_sum(kind, size):
 
 
 def test_strips_of_any_size_are_the_upper_triangle(monkeypatch):
-    monkeypatch.setattr(closed, "STRIP", 4)
+    monkeypatch.setattr(streaming_gram, "STRIP", 4)
     for size in (1, 2, 3, 7, 8, 9, 13, 16, 23):
-        spans = closed.rows_of_strips(size)
+        spans = streaming_gram.rows_of_strips(size)
         assert [at for at, _ in spans] == [0, *(end for _, end in spans[:-1])]
         assert spans[-1][1] == size
         x = np.random.default_rng(size).standard_normal((size, size)).astype(np.float32)
         x += x.T
         q = np.eye(size, 2, dtype=np.float32)
         strips = tuple(jnp.asarray(x[at:end, at:]) for at, end in spans)
-        np.testing.assert_allclose(closed.multiply(strips, jnp.asarray(q)), x @ q, atol=1e-6)
+        np.testing.assert_allclose(streaming_gram.multiply(strips, jnp.asarray(q)), x @ q, atol=1e-6)
 
 
 def projected(a, b, scale, side, rank, kind, gain):
@@ -78,10 +78,12 @@ def projected(a, b, scale, side, rank, kind, gain):
     wide = each if side == "in" else each.swapaxes(1, 2)
     u = np.linalg.svd(wide.transpose(1, 0, 2).reshape(wide.shape[1], -1), full_matrices=False)[0][:, :rank]
     stored = (u * gain)[None].astype(KINDS[kind])
-    shared = closed.Range(*on_mesh(closed.range_of(stored.astype(np.float32)), closed.LOCAL))
+    shared = streaming_gram.Range(
+        *on_mesh(streaming_gram.range_of(stored.astype(np.float32)), streaming_gram.LOCAL)
+    )
     _, grams = added(a, b, scale, (), 4)
-    arrays = on_mesh((a, b, scale), closed.BOTH)
-    out = closed.project(shared, *arrays, grams, mesh=GRID, side=side, dtype=kind)
+    arrays = on_mesh((a, b, scale), streaming_gram.BOTH)
+    out = streaming_gram.project(shared, *arrays, grams, mesh=GRID, side=side, dtype=kind)
     heads = np.asarray(out.values)[0].astype(float)
     factor = stored[0].astype(float)
     made = factor @ heads if side == "in" else heads @ factor.T
@@ -124,7 +126,7 @@ def test_heads_are_the_best_for_the_factor_as_stored(kind):
 def test_dependent_columns_span_what_they_span():
     c, d = np.random.default_rng(0).standard_normal((2, 30))
     stored = np.stack([c, d, 2 * c, 0 * c], 1).astype(np.float32)
-    q, inverse, squares = (x[0] for x in closed.range_of(stored[None]))
+    q, inverse, squares = (x[0] for x in streaming_gram.range_of(stored[None]))
     np.testing.assert_allclose(q @ (q.T @ stored), stored, atol=1e-5)
     np.testing.assert_allclose(stored @ (inverse.T @ q.T), stored @ np.linalg.pinv(stored), atol=1e-6)
     np.testing.assert_allclose(squares, (stored**2).sum(0), rtol=1e-6)

@@ -7,11 +7,12 @@ import threading
 import numpy as np
 import pytest
 
-from hydraopt_jax import changes, checkpoint, compression, formats, navigate, packing, refinement, synthetic
+from hydraopt_jax import compression, formats, refinement, synthetic
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import coded, jobs, reading, segments
-from hydraopt_jax.scale.jobs import Processes, Progress
-from hydraopt_jax.store import task_factors
+from hydraopt_jax.jobs import coded, job, reading, segments
+from hydraopt_jax.jobs.job import Processes, Progress
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import changes, checkpoint, packing, task_factors
 
 MODULES = {f"layers.{n}.{p}": (192, o) for n in range(2) for p, o in (("q", 192), ("up", 256))}
 HALF = navigate.Options(budget=0.5)
@@ -127,7 +128,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_store(given, kept, tmp_pat
     code(tmp_path / "s", found, progress=Progress(start=lambda total, done: before.append(done)))
     assert before[0] > 0
     assert contents(tmp_path / "s") == contents(kept[0])
-    assert not jobs.folder_of(tmp_path / "s").exists()
+    assert not job.folder_of(tmp_path / "s").exists()
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_done(given, kept, tmp_path, monkeypatch):
@@ -138,7 +139,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(given, kept, tmp_path, m
         patch.setattr(checkpoint, "settle", full)
         with pytest.raises(HydraOptError, match="run the same command again"):
             code(tmp_path / "s", given[1])
-    assert list(jobs.folder_of(tmp_path / "s").glob("pass-*.bin"))
+    assert list(job.folder_of(tmp_path / "s").glob("pass-*.bin"))
     code(tmp_path / "s", given[1])
     assert contents(tmp_path / "s") == contents(kept[0])
 

@@ -8,8 +8,8 @@ import pytest
 from commands import run
 from safetensors.numpy import load_file, save_file
 
-from hydraopt_jax import checkpoint
-from hydraopt_jax.scale import progress
+from hydraopt_jax.jobs import progress
+from hydraopt_jax.store import checkpoint
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from hydraopt_jax.scale import mesh
+from hydraopt_jax.jobs import devices
 
 SCRIPT = """
 import sys
 from pathlib import Path
 import jax, numpy as np
 from hydraopt_jax import compression
-from hydraopt_jax.scale import groups, mesh, streaming
+from hydraopt_jax.jobs import groups, mesh, streaming
 rng = np.random.default_rng(0)
 rows, tasks, rank, inputs, outputs = 3, 13, 4, 24, 80
 a = rng.standard_normal((rows, tasks, rank, inputs)).astype(np.float32)
@@ -27,7 +27,7 @@ b += 3 * rng.standard_normal((rows, 1, outputs, rank)).astype(np.float32)
 block = groups.Block(a, b, np.full((rows, tasks), 2.0, np.float32), np.full((rows, tasks), rank))
 group = groups.Group(("x", "y", "z"), rows, (inputs, outputs), rank, ((0, tasks),))
 streaming.SUM_BYTES["cpu"] = streaming.HEAD_BYTES["cpu"] = 1
-grid = mesh.make(rows)
+grid = devices.make(rows)
 assert dict(grid.shape) == {"modules": 2, "tasks": 4}, grid
 deltas = np.einsum("mtri,mtor->mtio", a.astype(float), b.astype(float))
 deltas /= np.linalg.norm(deltas, axis=(2, 3), keepdims=True)
@@ -50,7 +50,7 @@ import sys, threading
 from pathlib import Path
 import jax
 from hydraopt_jax import checkpoint, formats, navigate, synthetic
-from hydraopt_jax.scale import coded, mesh, reading, segments
+from hydraopt_jax.jobs import coded, mesh, reading, segments
 folder = Path(sys.argv[1])
 segments.DIRECTIONS = 12
 modules = {f"layers.{n}.{p}": (48, 64) for n in range(2) for p in "qv"}
@@ -114,7 +114,7 @@ def test_a_failure_on_one_device_is_told_and_begins_nothing_more():
         time.sleep(0.01)
 
     with pytest.raises(ValueError, match="item 2"):
-        mesh.spread(work, iter(range(100)), jax.devices()[:1] * 3)
+        devices.spread(work, iter(range(100)), jax.devices()[:1] * 3)
     assert len(begun) < 100
 
 
@@ -122,4 +122,4 @@ def test_a_failure_on_one_device_is_told_and_begins_nothing_more():
     ("modules", "devices", "shape"), [(1, 8, (1, 8)), (3, 8, (2, 4)), (24, 8, (8, 1)), (5, 6, (3, 2))]
 )
 def test_devices_left_over_share_the_tasks(modules, devices, shape):
-    assert mesh.make(modules, np.arange(devices)).devices.shape == shape
+    assert devices.make(modules, np.arange(devices)).devices.shape == shape

@@ -5,9 +5,10 @@ import os
 import numpy as np
 import pytest
 
-from hydraopt_jax import changes, checkpoint, compression, container_writer, formats, store
+from hydraopt_jax import compression, formats, store
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.scale import jobs, reading, weights
+from hydraopt_jax.jobs import job, reading, weights
+from hydraopt_jax.store import changes, checkpoint, container_writer
 
 CORES = compression.Options(heads=2, rank=3, side="in", cores=True)
 # [24, 12]: four adapters of rank 4 span less than the input side and more than the output side
@@ -39,7 +40,7 @@ def written(adapters, folder):
 )
 def test_store_is_that_of_the_collection_in_memory(small, tmp_path, options, group_bytes):
     found, read = written([some(x, MODULES) for x in small], tmp_path)
-    said = jobs.run(tmp_path / "s", found, options, group_bytes=group_bytes)
+    said = job.run(tmp_path / "s", found, options, group_bytes=group_bytes)
     kept = checkpoint.restore(tmp_path / "s")
     expected = compression.compress(read, options)
     np.testing.assert_allclose(kept.errors, expected.errors, rtol=5e-3, atol=1e-6)
@@ -49,7 +50,7 @@ def test_store_is_that_of_the_collection_in_memory(small, tmp_path, options, gro
     measured = compression.measure(kept, read)
     mean = dict(zip(kept.tasks, kept.errors.mean(0), strict=True))
     assert measured == pytest.approx(mean, rel=2e-3)
-    assert not jobs.folder_of(tmp_path / "s").exists()
+    assert not job.folder_of(tmp_path / "s").exists()
 
 
 @pytest.fixture
@@ -60,10 +61,10 @@ def streamed(small, tmp_path, monkeypatch):
     head = np.arange(6, dtype=np.float16).reshape(2, 3)
     adapters = [one, two._replace(extras={"score.weight": head}), some(three, MODULES[:1]), four]
     found, _ = written(adapters, tmp_path)
-    jobs.run(tmp_path / "small", found, CORES)
+    job.run(tmp_path / "small", found, CORES)
     checkpoint.save(tmp_path / "memory", checkpoint.restore(tmp_path / "small"))
     monkeypatch.setattr(container_writer, "ARRAY_BYTES", 1000)
-    jobs.run(tmp_path / "large", found, CORES)
+    job.run(tmp_path / "large", found, CORES)
     return tmp_path
 
 
@@ -110,7 +111,7 @@ def test_full_tensors_that_changed_are_refused(small, tmp_path):
     changed = adapters[1]._replace(extras={"score.weight": np.zeros((3, 2), np.float16)})
     formats.write_adapter(found.cards[1].source, changed, overwrite=True)
     with pytest.raises(HydraOptError, match="adapter 2 have changed"):
-        jobs.run(tmp_path / "s", found, CORES)
+        job.run(tmp_path / "s", found, CORES)
     assert not (tmp_path / "s").exists()
 
 
@@ -121,15 +122,15 @@ def test_parts_that_change_before_they_are_written_are_refused(small, tmp_path, 
     head = np.arange(6, dtype=np.float16).reshape(2, 3)
     adapters = [some(x, MODULES)._replace(extras={"score.weight": head}) for x in small]
     found, _ = written(adapters, tmp_path)
-    put = jobs.put
+    put = job.put
 
     def late(*arguments):
-        os.truncate(jobs.folder_of(tmp_path / "s") / f"{name}.bin", 10)
+        os.truncate(job.folder_of(tmp_path / "s") / f"{name}.bin", 10)
         put(*arguments)
 
-    monkeypatch.setattr(jobs, "put", late)
+    monkeypatch.setattr(job, "put", late)
     with pytest.raises(HydraOptError, match=said):
-        jobs.run(tmp_path / "s", found, CORES)
+        job.run(tmp_path / "s", found, CORES)
     assert not (tmp_path / "s").exists()
 
 
@@ -137,7 +138,7 @@ def test_a_file_that_changed_after_it_was_looked_at_is_refused(small, tmp_path):
     found, _ = written([some(x, MODULES) for x in small], tmp_path)
     formats.write_adapter(tmp_path / "in1", some(small[0], MODULES), overwrite=True)
     with pytest.raises(HydraOptError, match="has it changed"):
-        jobs.run(tmp_path / "s", found, compression.Options(rank=3))
+        job.run(tmp_path / "s", found, compression.Options(rank=3))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

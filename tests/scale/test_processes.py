@@ -11,23 +11,25 @@ import time
 import numpy as np
 import pytest
 
-from hydraopt_jax import checkpoint, compression, formats, navigate, synthetic
-from hydraopt_jax.scale import coded, jobs, reading
+from hydraopt_jax import compression, formats, synthetic
+from hydraopt_jax.jobs import coded, job, reading
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import checkpoint
 
 # the command, a module a group, killed as it keeps the file that the first argument names
 DRIVER = """
 import os, signal, sys
 from hydraopt_jax import cli
-from hydraopt_jax.scale import coded, hosts, jobs
+from hydraopt_jax.jobs import coded, hosts, jobs
 hosts.SILENCE = 10
-jobs.run.__kwdefaults__["group_bytes"] = 1
+job.run.__kwdefaults__["group_bytes"] = 1
 coded.run.__kwdefaults__["segment_bytes"] = 1
-write = jobs.write_json
+write = job.write_json
 def keep(path, content):
     if path.name == sys.argv[1]:
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
-jobs.write_json = keep
+job.write_json = keep
 cli.main(sys.argv[2:])
 """
 
@@ -83,7 +85,7 @@ def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sou
     assert alive[0] not in (0, -signal.SIGKILL)
     assert (alive[1], bool(alive[2])) == ("", True)
     assert not out.exists()
-    kept = jobs.folder_of(out)
+    kept = job.folder_of(out)
     assert sorted(x.name for x in kept.glob("group-*.json")) == ["group-0.json", "group-2.json"]
     first, second = company(sources, out)
     assert (first[0], second[:2]) == (0, (0, "")), (first, second)
@@ -91,7 +93,7 @@ def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sou
     assert json.loads(first[1])["tasks"] == [f"task-0{t}" for t in range(5)]
     assert not kept.exists()
     found = reading.collection([reading.open_adapter(x, None, {}) for x in sources])
-    jobs.run(tmp_path / "alone", found, compression.Options(rank=3, side="in"), group_bytes=1)
+    job.run(tmp_path / "alone", found, compression.Options(rank=3, side="in"), group_bytes=1)
     one, two = checkpoint.restore(tmp_path / "alone"), checkpoint.restore(out)
     np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
     assert list(two.modules) == list(one.modules)
@@ -110,7 +112,7 @@ def test_the_death_of_the_first_process_ends_the_other_with_a_message(sources, t
     # who says it depends on who notices first: JAX's client, which ends the process, or the barrier
     assert "died" in alive[2] or "another process of this job has stopped" in alive[2]
     assert not (tmp_path / "store").exists()
-    assert jobs.folder_of(tmp_path / "store").is_dir()
+    assert job.folder_of(tmp_path / "store").is_dir()
 
 
 def test_two_processes_code_the_segments_of_one(sources, tmp_path):

@@ -14,7 +14,8 @@ import pytest
 from jax.experimental import checkify
 
 import hydraopt_jax as hydra
-from hydraopt_jax import forms, quantize, serving, synthetic
+from hydraopt_jax import forms, serving, synthetic
+from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving import grouped
 from hydraopt_jax.store import Source
@@ -299,13 +300,13 @@ def test_codes_are_dequantised_on_the_fly_or_once():
     assert held == S * 8 + T * S * 5
 
 
-@pytest.mark.parametrize("bits", quantize.WIDTHS)
+@pytest.mark.parametrize("bits", fixed_rate.WIDTHS)
 def test_unpacking_in_jax_is_unpacking_in_numpy(bits):
     top = 2 ** (bits - 1) - 1
     codes = np.random.default_rng(bits).integers(-top, top + 1, (2, 3, 21)).astype(np.int8)
-    data = np.stack([[quantize.pack(row, bits) for row in rows] for rows in codes])
-    held = quantize.Packed(jnp.asarray(data), jnp.full((2, 3, 1), 0.5, jnp.float16), bits, 21)
-    np.testing.assert_array_equal(jax.jit(quantize.unpacked)(held), codes / 2)
+    data = np.stack([[fixed_rate.pack(row, bits) for row in rows] for rows in codes])
+    held = fixed_rate.Packed(jnp.asarray(data), jnp.full((2, 3, 1), 0.5, jnp.float16), bits, 21)
+    np.testing.assert_array_equal(jax.jit(fixed_rate.unpacked)(held), codes / 2)
 
 
 def test_load_refuses_what_it_cannot_hold():

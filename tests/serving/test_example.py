@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.serving import example
-from hydraopt_jax.morphology import assets
-from hydraopt_jax.morphology.model import forward
+from hydraopt_jax.demo import assets
+from hydraopt_jax.demo.model import forward
 
 
 def test_trees_in_orbax_become_a_jitted_mixed_batch(tmp_path, capsys):

@@ -8,11 +8,11 @@ from flax import nnx
 
 import hydraopt_jax as hydra
 from hydraopt_jax import serving
+from hydraopt_jax.demo import assets
+from hydraopt_jax.demo.evaluate import greedy
+from hydraopt_jax.demo.model import bind, forward
+from hydraopt_jax.demo.vocabulary import encode_items
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.morphology import assets
-from hydraopt_jax.morphology.evaluate import greedy
-from hydraopt_jax.morphology.model import bind, forward
-from hydraopt_jax.morphology.vocabulary import encode_items
 from hydraopt_jax.store import Source
 
 TASKS = ("legal", "medical", "sports")

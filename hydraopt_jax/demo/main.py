@@ -1,0 +1,166 @@
+"""The demonstration: forty trained adapters, three budgets, bytes and scores before and after.
+
+Five word-level tasks in eight languages on a small character transformer, all of which ship with the
+package (`demo/data`).
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hydraopt_jax import compression, refinement, report, store
+from hydraopt_jax.demo import assets
+from hydraopt_jax.demo.evaluate import evaluate
+from hydraopt_jax.demo.vocabulary import encode_items
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import read_adapter, write_adapter
+from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.store import Store, checkpoint, task_factors
+
+BUDGETS = (0.25, 0.125, 0.0625)
+# words of each task that are scored
+ITEMS = 24
+
+
+def stages(budgets: Sequence[float]) -> int:
+    """How often `run` calls `advance`."""
+    return len(budgets) + 3
+
+
+def run(
+    out: Path,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    tasks: Sequence[str] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    items: int = ITEMS,
+) -> dict[str, Any]:
+    """Write the adapters as PEFT folders, compress them at each budget, score, export, verify, plot.
+
+    Args:
+      out: a new folder; it appears whole or not at all.
+      advance: called after each of `stages(budgets)` stages.
+      tasks: names of the adapters to use; None for all forty.
+      budgets: fractions of the adapters' fp16 bytes.
+      items: held-out words of each task to score, at most 48.
+
+    Returns:
+      JSON-able: for each budget the bytes on disk, their share of the fp16 bytes, the error and the scores;
+      scores of the adapters themselves and of the model without any; the path of the plot. Also written
+      to `out/demo.json`.
+
+    Raises:
+      HydraOptError: `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise HydraOptError(f"{out}: exists; choose another --out")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    except OSError as error:
+        raise HydraOptError(f"{out}: cannot be written: {error.strerror or error}") from error
+    try:
+        new = work / "new"
+        new.mkdir()  # with the usual permissions, which the temporary folder has not
+        result = build(new, advance, tasks, budgets, items)
+        result["plot"] = str(out / "tradeoff.png")
+        (new / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(new, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def lora_of(content: Store, tasks: Sequence[str]) -> dict[str, Any]:
+    """A store's factors as the model takes them: module -> `(a [T, I, S], b [T, S, O])`, ranks padded."""
+    rows = [task_factors(content, t) for t in tasks]
+    out = {}
+    for name in content.modules:
+        like = next(x[name] for x in rows if name in x)
+        rank = max(x[name][0].shape[1] for x in rows if name in x)
+        a = np.zeros((len(rows), like[0].shape[0], rank), np.float32)
+        b = np.zeros((len(rows), rank, like[1].shape[1]), np.float32)
+        for t, x in enumerate(rows):
+            if name in x:
+                a[t, :, : x[name][0].shape[1]], b[t, : x[name][1].shape[0]] = x[name]
+        out[name] = jnp.asarray(a), jnp.asarray(b)
+    return out
+
+
+def build(
+    work: Path,
+    advance: Callable[[], None],
+    chosen: Sequence[str] | None,
+    budgets: Sequence[float],
+    count: int,
+) -> dict[str, Any]:
+    """The demonstration's files inside `work`."""
+    paths = assets.unpack_adapters(assets.ADAPTERS_FILE, work / "adapters")
+    for path in paths:
+        if chosen is not None and path.name not in chosen:
+            shutil.rmtree(path)
+    collection = [read_adapter(p) for p in paths if p.exists()]
+    tasks = [x.task for x in collection]
+    sample = assets.load_sample()
+    items = encode_items(assets.load_vocabulary(), {t: sample[t] for t in tasks}, limit=count)
+    base = assets.load_base()
+    reference = 2 * sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
+
+    def score(lora: dict[str, Any]) -> dict[str, float]:
+        return dict(zip(tasks, np.round(evaluate(base, lora, items).exact, 4).tolist(), strict=True))
+
+    none = score({})
+    advance()
+    before = score(refinement.originals(collection))
+    advance()
+    rows: list[dict[str, Any]] = []
+    problem = navigate.setup(collection, navigate.Options(budget=1.0))
+    for budget in budgets:
+        kept = navigate.compress(collection, navigate.Options(budget=budget), problem=problem)
+        path = work / f"store-{budget:g}"
+        checkpoint.save(path, kept)
+        after = score(lora_of(checkpoint.restore(path), tasks))
+        rows.append(
+            {
+                "budget": budget,
+                "bytes": checkpoint.size_on_disk(path),
+                "fraction": checkpoint.size_on_disk(path) / reference,
+                "error": float(np.nanmean(kept.errors)),
+                "score": float(np.mean(list(after.values()))),
+                "scores": after,
+            }
+        )
+        advance()
+    content = checkpoint.restore(path)
+    write_adapter(work / "exported" / tasks[0], store.adapter(content, tasks[0]))
+    back = read_adapter(work / "exported" / tasks[0])
+    measured = compression.measure(content, collection)
+    report.plot_tradeoff(
+        work / "tradeoff.png",
+        {
+            "stores": [(x["fraction"], x["score"]) for x in rows],
+            "own adapters, fp16": [(1.0, float(np.mean(list(before.values()))))],
+        },
+        bytes_label="bytes on disk / fp16 bytes of the adapters",
+        error_label="exact match, mean over tasks",
+        logarithmic=False,
+    )
+    advance()
+    mean = lambda x: float(np.mean(list(x.values())))  # noqa: E731
+    return {
+        "tasks": tasks,
+        "words": count,
+        "bytes_fp16": reference,
+        "without_adapters": {"score": mean(none), "scores": none},
+        "own_adapters": {"score": mean(before), "scores": before},
+        "stores": rows,
+        "verified": measured,
+        "exported": {"task": tasks[0], "modules": len(back.a)},
+    }

@@ -1,0 +1,134 @@
+"""Token strings to ids and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.demo.tasks import END, LANGUAGES, PAD, SEPARATOR, TASKS, UNKNOWN, Item, answer, prompt
+
+SPECIAL: tuple[str, ...] = (PAD, UNKNOWN, SEPARATOR, END)
+PAD_ID, UNKNOWN_ID, SEPARATOR_ID, END_ID = range(4)
+
+
+class Vocabulary(NamedTuple):
+    """All tokens, position = id, and the inverse."""
+
+    tokens: tuple[str, ...]
+    ids: dict[str, int]
+
+
+class Items(NamedTuple):
+    """Encoded held-out items of T tasks, N each.
+
+    Rows past a task's own number of items have `valid` False; targets end in `<end>` and are padded. A target
+    token outside the vocabulary is -1, which no model can write, so such an item counts as missed.
+    """
+
+    prompts: np.ndarray  # [T, N, P] int32
+    targets: np.ndarray  # [T, N, G] int32
+    valid: np.ndarray  # [T, N] bool
+
+
+def from_tokens(tokens: Iterable[str]) -> Vocabulary:
+    """A vocabulary from tokens in order of id.
+
+    >>> from_tokens(["<pad>", "a"]).ids["a"]
+    1
+    """
+    ordered = tuple(tokens)
+    ids = {token: i for i, token in enumerate(ordered)}
+    if len(ids) != len(ordered):
+        raise ValueError("a vocabulary lists each token once, but this one repeats some")
+    return Vocabulary(ordered, ids)
+
+
+def build(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
+    """Special, task and language tokens, then every token seen `minimum` times or more, sorted.
+
+    >>> build([Item(("b", "a"), ("a",))], minimum=2).tokens[-2:]
+    ('language:pl', 'a')
+    """
+    counts: Counter[str] = Counter()
+    for item in items:
+        counts.update(item.input)
+        counts.update(item.output)
+    fixed = (*SPECIAL, *(f"task:{task}" for task in TASKS), *(f"language:{code}" for code in LANGUAGES))
+    return from_tokens((*fixed, *sorted(token for token, n in counts.items() if n >= minimum)))
+
+
+def encode(vocabulary: Vocabulary, tokens: Iterable[str], *, unknown: int = UNKNOWN_ID) -> list[int]:
+    """Ids of tokens, `unknown` for those outside the vocabulary.
+
+    >>> v = build([Item(("a", "b"), ())], minimum=1)
+    >>> decode(v, encode(v, ("a", "b", "<end>", "a")))
+    ('a', 'b')
+    """
+    return [vocabulary.ids.get(token, unknown) for token in tokens]
+
+
+def decode(vocabulary: Vocabulary, ids: Iterable[int]) -> tuple[str, ...]:
+    """Tokens of ids, up to the first `<end>` or padding."""
+    found: list[str] = []
+    for i in ids:
+        if i in (END_ID, PAD_ID):
+            break
+        found.append(vocabulary.tokens[i])
+    return tuple(found)
+
+
+def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Rows of different lengths as one array.
+
+    >>> pad([[5], [6, 7]], 3).tolist()
+    [[5, 0, 0], [6, 7, 0]]
+    """
+    out = np.full((len(rows), width), PAD_ID, np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def encode_items(
+    vocabulary: Vocabulary,
+    items: dict[str, Sequence[Item]],
+    *,
+    limit: int | None = None,
+    widths: tuple[int, int] | None = None,
+) -> Items:
+    """Held-out items of several tasks as arrays for `evaluate`.
+
+    Args:
+        vocabulary: the model's tokens.
+        items: for each of T tasks, in the order of the result, its items.
+        limit: the first this many items of each task.
+        widths: P and G, the padded lengths of prompts and targets; the longest of each by default. Fix them
+            to reuse one compilation for several sets of items.
+
+    Returns:
+        `Items` with arrays [T, N, ...], N the largest number of items of a task.
+
+    >>> v = build([Item(("a",), ("b",))], minimum=1)
+    >>> encode_items(v, {"correct-en": [Item(("a",), ("b",))]}).prompts.shape
+    (1, 1, 4)
+    """
+    chosen = {name: list(rows)[:limit] for name, rows in items.items()}
+    prompts = [[encode(vocabulary, prompt(name, i)) for i in rows] for name, rows in chosen.items()]
+    targets = [[encode(vocabulary, answer(i), unknown=-1) for i in rows] for rows in chosen.values()]
+    longest = tuple(max((len(r) for rows in side for r in rows), default=1) for side in (prompts, targets))
+    p, g = widths or (longest[0], longest[1])
+    if longest[0] > p or longest[1] > g:
+        raise ValueError(f"items of {longest} prompt and target tokens do not fit the widths {(p, g)}")
+    n = max(len(rows) for rows in chosen.values())
+    shape = len(chosen), n
+    out = Items(np.zeros((*shape, p), np.int32), np.zeros((*shape, g), np.int32), np.zeros(shape, bool))
+    for t, (asked, wanted) in enumerate(zip(prompts, targets, strict=True)):
+        out.prompts[t, : len(asked)] = pad(asked, p)
+        out.targets[t, : len(wanted)] = pad(wanted, g)
+        out.valid[t, : len(asked)] = True
+        # Rows that only fill up still need one real token, or their softmax has nothing to look at.
+        out.prompts[t, len(asked) :, 0] = SEPARATOR_ID
+    return out

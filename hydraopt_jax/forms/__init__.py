@@ -1,0 +1,35 @@
+"""Forms: what may stand in for T deltas of one module, and how near it comes. Pure, differentiable.
+
+`closed_form` has HydraOpt's form and each task's own SVD, `compound` forms made of these, `gradient` the
+joint Optax loop for any `losses`; `similarity` and `estimates` say what can be expected.
+"""
+
+from hydraopt_jax.forms.closed_form import (
+    Factors,
+    Info,
+    add_cores,
+    count,
+    errors,
+    hydra,
+    pair,
+    partition,
+    present,
+    separate,
+    sure_tail,
+    transpose,
+)
+
+__all__ = [
+    "Factors",
+    "Info",
+    "add_cores",
+    "count",
+    "errors",
+    "hydra",
+    "pair",
+    "partition",
+    "present",
+    "separate",
+    "sure_tail",
+    "transpose",
+]

@@ -1,0 +1,315 @@
+"""How alike the adapters of a collection are: factors, deltas and the subspaces they span."""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hydraopt_jax.adapters import Adapters
+from hydraopt_jax.linalg import decompose
+
+
+class Similarity(NamedTuple):
+    """Task-by-task similarity of one module (`...` empty), or of many stacked ones.
+
+    Attributes:
+      input_factor: `[..., T, T]` cosine of the flattened `a`s, in [-1, 1]. Depends on the gauge.
+      output_factor: `[..., T, T]` cosine of the flattened `b`s, in [-1, 1]. Depends on the gauge.
+      delta: `[..., T, T]` cosine of the deltas, in [-1, 1].
+      input_subspace: `[..., T, T]` mean squared cosine of the principal angles of the input sides, in [0, 1].
+      output_subspace: `[..., T, T]` the same of the output sides.
+
+    All are 0 where a task lacks the module or its delta is zero, on the diagonal too.
+    """
+
+    input_factor: Array
+    output_factor: Array
+    delta: Array
+    input_subspace: Array
+    output_subspace: Array
+
+
+class Angles(NamedTuple):
+    """Cosines of the principal angles between tasks' subspaces, descending, 0 beyond the smaller rank.
+
+    Attributes:
+      input: `[..., T, T, R]` between the column spaces of the deltas.
+      output: `[..., T, T, R]` between their row spaces.
+      rank: `[..., T]` int, each delta's numerical rank.
+    """
+
+    input: Array
+    output: Array
+    rank: Array
+
+
+class Summary(NamedTuple):
+    """Similarities of a collection.
+
+    Attributes:
+      tasks: the T task names.
+      modules: module name -> Similarity of `[T, T]` arrays.
+      kinds: layer kind -> Similarity averaged over its modules.
+      mean: Similarity averaged over all modules.
+
+    Averages leave out the modules that one task of the pair lacks.
+    """
+
+    tasks: tuple[str, ...]
+    modules: Mapping[str, Similarity]
+    kinds: Mapping[str, Similarity]
+    mean: Similarity
+
+
+def cosine(gram: Array) -> Array:
+    """Cosines from inner products, `g[s, t] / sqrt(g[s, s] g[t, t])`; 0 where a norm is 0.
+
+    Args:
+      gram: `[..., T, T]`.
+
+    Returns:
+      `[..., T, T]` in [-1, 1].
+
+    >>> import jax.numpy as jnp
+    >>> print(cosine(jnp.array([[4.0, 1.0], [1.0, 1.0]])))
+    [[1.  0.5]
+     [0.5 1. ]]
+    """
+    inverse = decompose.safe_inverse(decompose.safe_sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1)))
+    # One norm at a time: the product of two norms of tiny adapters would underflow.
+    return jnp.clip(gram * inverse[..., :, None] * inverse[..., None, :], -1.0, 1.0)
+
+
+def factor_cosine(x: Array) -> Array:
+    """Cosine of flattened factors, `<x_s, x_t> / (||x_s|| ||x_t||)`: the paper's measure.
+
+    It depends on the gauge: `(a @ g, inv(g) @ b)` is the same adapter as `(a, b)` with other cosines. It
+    tells something where the tasks were trained from one initialisation; `Similarity.delta` always does.
+
+    Args:
+      x: `[T, ...]`, the `a`s or the `b`s of one module.
+
+    Returns:
+      `[T, T]` in [-1, 1].
+
+    Reference: Ceritli et al., HydraOpt, EMNLP 2025, arXiv 2507.17706.
+
+    >>> import jax.numpy as jnp
+    >>> print(factor_cosine(jnp.array([[[1.0], [0.0]], [[-2.0], [0.0]]])))
+    [[ 1. -1.]
+     [-1.  1.]]
+    """
+    flat = _unit(x.astype(jnp.float32)).reshape(x.shape[0], -1)
+    return cosine(decompose.matmul(flat, flat.T))
+
+
+def delta_cosine(a: Array, b: Array) -> Array:
+    """Cosine of deltas, `<delta_s, delta_t> / (||delta_s|| ||delta_t||)`, through `decompose.gram`.
+
+    Args:
+      a: `[T, I, R]`.
+      b: `[T, R, O]`.
+
+    Returns:
+      `[T, T]` in [-1, 1]; gauge-invariant.
+
+    >>> import jax.numpy as jnp
+    >>> a, b = jnp.array([[[1.0], [0.0]], [[2.0], [0.0]]]), jnp.array([[[1.0, 0.0]], [[1.0, 1.0]]])
+    >>> print(delta_cosine(a, b).round(3))
+    [[1.    0.707]
+     [0.707 1.   ]]
+    """
+    return cosine(decompose.gram(_unit(a.astype(jnp.float32)), _unit(b.astype(jnp.float32))))
+
+
+def numerical_rank(s: Array) -> Array:
+    """Count of singular values above float32 round-off of the largest.
+
+    Args:
+      s: `[..., R]`, descending.
+
+    Returns:
+      `[...]` int, 0 for a zero delta.
+
+    >>> import jax.numpy as jnp
+    >>> print(numerical_rank(jnp.array([[2.0, 1.0, 1e-9], [0.0, 0.0, 0.0]])))
+    [2 0]
+    """
+    # Factors of R columns and a few hundred rows lose up to some tens of units in the last place.
+    return jnp.sum(s > 1e-5 * s[..., :1], -1)
+
+
+def principal_cosines(u: Array, rank: Array) -> Array:
+    """Cosines of the principal angles between every two tasks' subspaces: singular values of `u_s.T @ u_t`.
+
+    Args:
+      u: `[T, I, R]`, whose first `rank[t]` columns are an orthonormal basis of task t's subspace.
+      rank: `[T]`.
+
+    Returns:
+      `[T, T, R]`, descending, in [0, 1]; 0 beyond the smaller of the two ranks.
+
+    Reference: Bjorck and Golub, Numerical methods for computing angles between linear subspaces, 1973.
+
+    >>> import jax.numpy as jnp
+    >>> print(principal_cosines(jnp.eye(3)[None, :, :2], jnp.array([1]))[0, 0])
+    [1. 0.]
+    """
+    # A direction of numerically zero energy is arbitrary: it is no part of the subspace.
+    kept = u * (jnp.arange(u.shape[-1]) < rank[:, None])[:, None, :]
+    return jax.vmap(lambda x: jax.vmap(partial(decompose.subspace_cosines, x))(kept))(kept)
+
+
+def mean_squared_cosine(cosines: Array, rank: Array) -> Array:
+    """One number for principal angles, `sum_j cos_j^2 / min(rank_s, rank_t)`; 0 where a rank is 0.
+
+    Args:
+      cosines: `[T, T, R]`.
+      rank: `[T]`.
+
+    Returns:
+      `[T, T]` in [0, 1]; 1 where the smaller subspace lies in the larger.
+
+    Reference: Hu et al., LoRA, ICLR 2022, section 7.2 (phi, with equal ranks).
+
+    >>> import jax.numpy as jnp
+    >>> print(mean_squared_cosine(jnp.array([[[1.0, 0.6]]]), jnp.array([2])))
+    [[0.68]]
+    """
+    smaller = jnp.minimum(rank[:, None], rank[None, :])
+    return jnp.clip(jnp.sum(cosines**2, -1) / jnp.maximum(smaller, 1), 0.0, 1.0)
+
+
+def _unit(x: Array) -> Array:
+    """Scale each task's factor to a largest entry of 1, so that no square overflows or underflows.
+
+    What follows does not depend on the scale: for derivatives it is a constant.
+    """
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), keepdims=True))
+    return x / jnp.where(size > 0, size, 1.0)
+
+
+def _angles(svd: decompose.Svd) -> Angles:
+    """Angles of one module from the decompositions of its T deltas."""
+    rank = numerical_rank(svd.s)
+    return Angles(principal_cosines(svd.u, rank), principal_cosines(svd.v.mT, rank), rank)
+
+
+def _measure(a: Array, b: Array, svd: decompose.Svd) -> Similarity:
+    """Similarity of one module from factors and the decompositions of its T deltas."""
+    angles = _angles(svd)
+    present = angles.rank > 0
+    pair = present[:, None] & present[None, :]
+    return Similarity(
+        jnp.where(pair, factor_cosine(a), 0.0),
+        jnp.where(pair, factor_cosine(b), 0.0),
+        jnp.where(pair, delta_cosine(a, b), 0.0),
+        mean_squared_cosine(angles.input, angles.rank),
+        mean_squared_cosine(angles.output, angles.rank),
+    )
+
+
+_batched_angles = jax.jit(jax.vmap(_angles))
+_batched_measure = jax.jit(jax.vmap(_measure))
+
+
+def _decompose(a: Array, b: Array) -> decompose.Svd:
+    """Decompositions of deltas of one scale: their ranks and directions do not depend on it."""
+    scale = jax.vmap(jax.vmap(lambda x: _unit(x[None])[0]))
+    return decompose.batched_svd(scale(jnp.asarray(a, jnp.float32)), scale(jnp.asarray(b, jnp.float32)))
+
+
+def principal_angles(a: Array, b: Array) -> Angles:
+    """Principal angles between the tasks' input and output subspaces.
+
+    Those of the deltas' column and row spaces, hence gauge-invariant; padding with zero columns or rows, or
+    a column of `a` that meets a zero row of `b`, adds no direction.
+
+    Args:
+      a: `[M, T, I, R]`.
+      b: `[M, T, R, O]`.
+
+    Returns:
+      Angles with `[M, T, T, N]` cosines, N = min(I, R, O).
+
+    >>> import jax.numpy as jnp
+    >>> a = jnp.array([[[1.0], [0.0]], [[0.6], [0.8]]])[None]
+    >>> print(principal_angles(a, jnp.ones((1, 2, 1, 2))).input[0, 0, 1].round(3))
+    [0.6]
+    """
+    return _batched_angles(_decompose(a, b))
+
+
+def similarity(a: Array, b: Array) -> Similarity:
+    """All measures for modules of one shape.
+
+    Args:
+      a: `[M, T, I, R]`.
+      b: `[M, T, R, O]`.
+
+    Returns:
+      Similarity of `[M, T, T]` arrays.
+
+    >>> import jax.numpy as jnp
+    >>> print(similarity(jnp.ones((1, 2, 3, 1)), jnp.ones((1, 2, 1, 3))).delta.shape)
+    (1, 2, 2)
+    """
+    return _batched_measure(jnp.asarray(a), jnp.asarray(b), _decompose(a, b))
+
+
+def layer_kind(module: str) -> str:
+    """A module's kind: the last component that is more than digits, digits removed.
+
+    >>> layer_kind("model.layers.3.self_attn.q_proj"), layer_kind("encoder.blocks.fc1"), layer_kind("heads.2")
+    ('q_proj', 'fc', 'heads')
+    """
+    parts = [re.sub(r"\d+", "", x) for x in module.split(".")]
+    return next((x for x in reversed(parts) if x), module)
+
+
+def average(parts: list[Similarity]) -> Similarity:
+    """Mean over modules, for each pair of tasks over the modules that both adapt (0 where there is none).
+
+    Args:
+      parts: Similarities of `[T, T]` arrays.
+
+    Returns:
+      Similarity of `[T, T]` NumPy arrays.
+    """
+    stacked = [np.stack([np.asarray(getattr(x, field)) for x in parts]) for field in Similarity._fields]
+    # A present task's subspace is all of itself, so the diagonal tells who is there.
+    present = np.diagonal(stacked[Similarity._fields.index("input_subspace")], axis1=1, axis2=2) > 0
+    count = np.maximum((present[:, :, None] & present[:, None, :]).sum(0), 1)
+    return Similarity(*(x.sum(0) / count for x in stacked))
+
+
+def summarise(adapters: Adapters) -> Summary:
+    """Similarity of every module of a collection, of every layer kind and of the whole.
+
+    Args:
+      adapters: the collection.
+
+    Returns:
+      Summary of float32 NumPy arrays.
+
+    >>> from hydraopt_jax import adapters, synthetic
+    >>> found = summarise(adapters.stack(synthetic.collection(tasks=2, likeness=1.0)))
+    >>> print(found.mean.delta.round(3), list(found.kinds))
+    [[1. 1.]
+     [1. 1.]] ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+    """
+    modules: dict[str, Similarity] = {}
+    for bucket in adapters.buckets:
+        found = [np.asarray(x) for x in similarity(jnp.asarray(bucket.a), jnp.asarray(bucket.b))]
+        modules |= {name: Similarity(*(x[m] for x in found)) for m, name in enumerate(bucket.modules)}
+    kinds: dict[str, list[Similarity]] = {}
+    for name, value in modules.items():
+        kinds.setdefault(layer_kind(name), []).append(value)
+    return Summary(
+        adapters.tasks, modules, {k: average(v) for k, v in kinds.items()}, average(list(modules.values()))
+    )

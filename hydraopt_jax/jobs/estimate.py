@@ -1,0 +1,148 @@
+"""What a job will take, before any of it is done."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydraopt_jax import compression
+from hydraopt_jax.compression import Options
+from hydraopt_jax.jobs import devices, heads, segments, streaming, streaming_gram, target
+from hydraopt_jax.jobs.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
+from hydraopt_jax.jobs.reading import Collection
+from hydraopt_jax.rate_control import navigate
+
+# what is counted on: bytes a second of reading, checking and writing, and the share of a matmul's rate
+READ_RATE = 3e8
+EFFICIENCY = 0.4
+# of subspace iteration
+ROUNDS = 20
+# compiled code, its compiler, and the store's writer
+FIXED = 300_000_000
+# of coded segments: passes over the collection as a rule, half-precision bytes that a core codes in a second,
+# seconds before the first one, and memory over the bytes of a segment, with the code that each device has of
+# its own
+PASSES = 2
+CODING_RATE = 2e7
+PILOT = 15.0
+CODING_MEMORY = 72
+CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
+
+
+class Plan(NamedTuple):
+    """Estimates.
+
+    Attributes:
+      groups: how many groups the modules are divided into.
+      memory: bytes beyond what Python and JAX take.
+      flops: of the products; a multiplication and an addition count as two.
+      read: bytes read from the adapters' files.
+      store: bytes of the store's leaves, uncompressed.
+      seconds: on one process of this machine.
+    """
+
+    groups: int
+    memory: int
+    flops: int
+    read: int
+    store: int
+    seconds: float
+
+    @property
+    def time_class(self) -> str:
+        """Seconds, minutes, hours or days."""
+        return next(name for limit, name in CLASSES if self.seconds < limit)
+
+
+def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
+    """FLOP/s of a float32 product of two square matrices, the best of a few."""
+    x = jnp.ones((size, size))
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def group_flops(group: Group, tasks: int, ranks: dict[str, int]) -> int:
+    """Products of a group: the sums (or their applications), the heads, the errors."""
+    total = 0
+    wide = tasks * group.rank
+    for side, size in zip(("in", "out"), group.shape, strict=True):
+        if side in ranks:
+            block = ranks[side] + max(ranks[side], 8)
+            n = min(wide, size)
+            own = applied(tasks, group.rank, size)
+            total += 2 * wide * (size * wide if own else streaming_gram.entries_of_strips(size))
+            total += 4 * n**2 * block * ROUNDS
+    total += 2 * wide * max(ranks.values()) * sum(group.shape)
+    return total * len(group.modules)
+
+
+def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int) -> int:
+    """Bytes of a group at work: its block and the next one, sums, pieces and what is made of them."""
+    block = itemsize * group.room * group.length * group.rank * sum(group.shape)
+    grid = devices.make(group.room)
+    each = 4 * grid.shape[devices.MODULES] * group.rank * sum(group.shape)
+    sums, taken = 0, streaming.sum_tasks(group.rank, group.shape, grid) * grid.shape[devices.TASKS]
+    for side, size in zip(("in", "out"), group.shape, strict=True):
+        if side in ranks:
+            if applied(tasks, group.rank, size):
+                taken = tasks
+            else:
+                # with copies in the order that products like
+                sums += 3 * 4 * grid.size * streaming_gram.entries_of_strips(size)
+    return FIXED + 2 * block + sums + 3 * each * min(taken, tasks)
+
+
+def estimate(found: Collection, options: Options | navigate.Options, group_bytes: int = GROUP_BYTES) -> Plan:
+    """Estimate a job. Forms other than a head a task are counted as if they were; they take longer."""
+    if isinstance(options, navigate.Options):
+        return estimate_coded(found, options)
+    tasks = len(found.cards)
+    compression.check_options(options, tasks)
+    dtype = np.dtype(options.dtype or found.dtype).itemsize
+    itemsize = np.dtype(host_dtype(found)).itemsize
+    groups = groups_of(found, options, group_bytes)
+    flops = memory = store = read = 0
+    for group in groups:
+        ranks = streaming.ranks_of(options, group.shape, group.rank, tasks)
+        flops += group_flops(group, tasks, ranks)
+        memory = max(memory, group_memory(group, tasks, ranks, itemsize))
+        cheapest = min(
+            compression.entries(tasks, options.heads or tasks, r, group.shape, side)
+            for side, r in ranks.items()
+        )
+        store += dtype * len(group.modules) * cheapest
+        passes = 2 if len(group.spans) > 1 and streams(options, tasks) else 1
+        per_module = sum(found.rank(m, t) for m in group.modules for t in range(tasks)) * sum(group.shape)
+        read += (passes + 2) * itemsize * per_module
+    store += 2 * len(found.shapes) * tasks
+    seconds = flops / (EFFICIENCY * matmul_rate()) + (read + store) / READ_RATE
+    return Plan(len(groups), memory, flops, read, store, seconds)
+
+
+def estimate_coded(found: Collection, options: navigate.Options) -> Plan:
+    """Estimate a job to a budget or an error target; the store that an error asks for is not known before,
+    and counted as what comes in."""
+    goal = target.target_of(found, options, heads.raw_bytes(found, options.extras_dtype))
+    entries = found.entries()
+    rank = max(e.rank for x in found.cards for e in x.modules.values())
+    itemsize = np.dtype(host_dtype(found)).itemsize
+    store = goal.heads + (int(goal.limit) if goal.sign < 0 else itemsize * entries)
+    read = (1 + PASSES) * itemsize * entries
+    # QRs of both factors and small SVDs, and the gains
+    flops = PASSES * 8 * rank * entries
+    parts = len(segments.parts_of(found))
+    memory = CODING_MEMORY * min(segments.SEGMENT_BYTES, 2 * entries) * min(parts, jax.local_device_count())
+    seconds = PILOT + PASSES * 2 * entries / CODING_RATE + (read + store) / READ_RATE
+    return Plan(parts, memory, flops, read, store, seconds)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """JSON-able."""
+    return plan._asdict() | {"seconds": float(f"{plan.seconds:.2g}"), "time_class": plan.time_class}

@@ -1,0 +1,103 @@
+"""The first look at a collection: every value of every adapter checked once, by one of the processes."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.jobs.groups import READERS
+from hydraopt_jax.jobs.job import Processes, read_json, write_json
+from hydraopt_jax.jobs.reading import Card, Collection, collection, open_adapter
+
+Source = tuple[str, str | None]
+
+
+def look(
+    sources: Sequence[Source],
+    folder: Path,
+    *,
+    skip_bad: bool = False,
+    processes: Processes | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Collection, dict[str, str]]:
+    """Open a collection.
+
+    Args:
+      sources: where each adapter is, and its task's name or None.
+      folder: of the job; what was checked before is in it.
+      skip_bad: leave out what cannot be read instead of refusing it.
+      processes: who takes part: each checks its share.
+      advance: called after each adapter.
+
+    Returns:
+      The collection, and the adapters left out with the reason.
+
+    Raises:
+      HydraOptError: a bad adapter, named.
+    """
+    processes = processes or Processes()
+    known: dict[str, Any] = {}
+    for file in folder.glob("checked-*.json"):
+        known |= read_json(file)["known"]
+    bad: dict[str, str] = {}
+    mine: dict[str, Any] = {}
+    cards: dict[int, Card] = {}
+    seen: dict[Any, Any] = {}
+
+    def open_one(n: int) -> Card | HydraOptError:
+        try:
+            return open_adapter(*sources[n], known, seen)
+        except HydraOptError as error:
+            return error
+
+    share = range(processes.rank, len(sources), processes.size)
+    # reading and hashing leave the interpreter to the others
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        for n, card in zip(share, pool.map(open_one, share), strict=True):
+            if isinstance(card, Card):
+                cards[n] = card
+                mine[card.file] = [card.stamp, card.digest]
+            elif skip_bad:
+                bad[sources[n][0]] = str(card)
+            else:
+                raise card
+            advance()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"checked-{processes.rank}.json", {"known": mine, "bad": bad})
+    processes.wait("checked")
+    for rank in range(processes.size):
+        said = read_json(folder / f"checked-{rank}.json")
+        known |= said["known"]
+        bad |= said["bad"]
+    for n, (source, task) in enumerate(sources):
+        if n not in cards and source not in bad:
+            cards[n] = open_adapter(source, task, known, seen)
+    chosen = [cards[n] for n in sorted(cards)]
+    if skip_bad:
+        bad |= odd_ones(chosen)
+        chosen = [x for x in chosen if x.source not in bad]
+        if not chosen:
+            raise HydraOptError(f"no adapter is left: {next(iter(bad.values()))}")
+    return collection(chosen), {s: bad[s] for s, _ in sources if s in bad}
+
+
+def odd_ones(cards: Sequence[Card]) -> Mapping[str, str]:
+    """Adapters with a module of another shape than most have it."""
+    votes: dict[str, Counter] = {}
+    for card in cards:
+        for name, entry in card.modules.items():
+            votes.setdefault(name, Counter())[entry.inputs, entry.outputs] += 1
+    usual = {name: count.most_common(1)[0][0] for name, count in votes.items()}
+    out = {}
+    for card in cards:
+        for name, entry in card.modules.items():
+            shape = (entry.inputs, entry.outputs)
+            if shape != usual[name]:
+                out[card.source] = f"{name} has [in, out] = {list(shape)}, most have {list(usual[name])}"
+                break
+    return out

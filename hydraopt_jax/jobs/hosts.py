@@ -1,0 +1,68 @@
+"""Processes of one job, joined by `jax.distributed`: modules are independent, so they share but a folder."""
+
+import jax
+import jax.extend.backend
+from orbax.checkpoint import multihost
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.jobs.job import Processes
+
+# after so many seconds without a sign of life a process counts as dead, and the others stop
+SILENCE = 20
+# how long the first waits for the last, in seconds
+PATIENCE = 7 * 86400
+
+
+def join(coordinator: str | None, size: int | None, rank: int | None) -> Processes:
+    """Take part in a job of several processes.
+
+    Args:
+      coordinator: ADDRESS:PORT of process 0; "auto" where JAX knows the cluster (TPU pods, SLURM, Open MPI,
+        Kubernetes); None for a job of this process alone.
+      size: how many processes; None under "auto".
+      rank: which of them this is; None under "auto".
+
+    Raises:
+      HydraOptError: the others cannot be reached, or options that do not fit each other.
+    """
+    if coordinator is None:
+        if size is not None or rank is not None:
+            raise HydraOptError("--processes and --process-id need --coordinator ADDRESS:PORT")
+        return Processes()
+    auto = coordinator == "auto"
+    if not auto and (size is None or rank is None or not 0 <= rank < size):
+        raise HydraOptError(
+            "--coordinator ADDRESS:PORT needs --processes N and --process-id 0..N-1; auto finds them "
+            "itself on TPU pods and SLURM"
+        )
+    # sums never leave a process, and the transport between processes would speak on standard output
+    jax.config.update("jax_cpu_collectives_implementation", None)
+    try:
+        jax.distributed.initialize(
+            None if auto else coordinator, size, rank, heartbeat_timeout_seconds=SILENCE
+        )
+    except (RuntimeError, ValueError) as error:
+        raise HydraOptError(f"--coordinator {coordinator}: cannot join the job: {error}") from error
+    return Processes(jax.process_index(), jax.process_count(), wait, leave)
+
+
+def wait(name: str) -> None:
+    """Wait until every process has come here.
+
+    Raises:
+      HydraOptError: one of them is gone.
+    """
+    try:
+        # by the coordination service, no collective
+        multihost.get_barrier_sync_fn()(key=f"hydraopt-{name}", timeout_ms=1000 * PATIENCE)
+    except jax.errors.JaxRuntimeError as error:  # of the coordination service
+        raise HydraOptError(
+            f"another process of this job has stopped ({str(error)[:80]}): what is done is kept; start "
+            "all processes again to go on"
+        ) from error
+
+
+def leave() -> None:
+    """End what the processes have in common: from here on each is alone, also for Orbax."""
+    jax.distributed.shutdown()
+    jax.extend.backend.clear_backends()

@@ -1,0 +1,200 @@
+"""What to share and what to keep: the cheapest form of every module at one quantiser step.
+
+All modules, tasks, directions and forms are weighed in one currency, squared steps: a direction that is
+coded costs its distortion and `multiplier * bits` by the Gaussian rate-distortion function, one that is left
+out costs its energy. With one step for the whole collection this is the Lagrangian optimum of reverse
+water-filling, so choosing per module is choosing for the collection. The step alone moves along the curve.
+
+Reference: Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, 1988; Cover and
+Thomas, Elements of Information Theory, section 10.3 (reverse water-filling).
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.codec.encode import DISTORTION, MULTIPLIER
+from hydraopt_jax.codec.prediction import coefficient_bits
+from hydraopt_jax.rate_control.analysis import Joint, Shared, Spectrum
+
+# class and gain of a direction
+DIRECTION_BITS = 24
+# bits that a module pays for any form but the plainest: structure in the index
+FORM_BITS = 64
+
+
+class Choice(NamedTuple):
+    """The form of a module.
+
+    Attributes:
+      form: `separate`: each task's own directions; `joint`: those, predicted from a basis that all tasks
+        share on either side; `hydra`.
+      reference: `separate`: the task that others are predicted from, or none (-1).
+      side, heads: of `hydra`.
+      widths: `joint`: vectors of the basis on the input side and on the output side, 0 for none.
+    """
+
+    form: str
+    reference: int = -1
+    side: str = ""
+    heads: int = 0
+    widths: tuple[int, int] = (0, 0)
+
+
+def cost(count: int, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cost in squared steps, and bits, of `count` Gaussian coefficients of a variance in squared steps."""
+    bits = 0.5 * count * np.log2(np.maximum(variance / DISTORTION, 1))
+    return count * np.minimum(variance, DISTORTION) + MULTIPLIER * bits, bits
+
+
+class Plan(NamedTuple):
+    """The form of every module of one shape at one step.
+
+    Attributes:
+      choices: M forms.
+      live: `[M, T, R]` directions coded, where the form is separate.
+      cost: `[M]` in squared steps.
+      bytes: `[M]` estimate.
+    """
+
+    choices: tuple[Choice, ...]
+    live: np.ndarray
+    cost: np.ndarray
+    bytes: np.ndarray
+
+
+def plan(x: Spectrum, step: float, barred: Collection[str] = ()) -> Plan:
+    """Choose the cheapest form of each module at a quantiser step; `barred` modules take no joint basis."""
+    inputs, outputs = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
+    energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
+    options: list[Any] = []
+    left, right = cost(inputs, energy / inputs), cost(outputs, energy / outputs)
+    alone = left[0] + right[0] + MULTIPLIER * DIRECTION_BITS
+    bits = left[1] + right[1] + DIRECTION_BITS
+    keep: np.ndarray = np.asarray(alone < energy)
+    total = np.where(keep, alone, energy).sum((1, 2))
+    modules = range(len(x.modules))
+    options.append((total, (bits * keep).sum((1, 2)), [Choice("separate")] * len(modules), keep))
+    for c, task in enumerate(x.references):
+        options.append(predicted(x, c, task, energy, keep, (inputs, outputs)))
+    if x.joint:
+        options.append(joint(x.joint, energy, keep, (inputs, outputs)))
+        options[-1][0][[n in barred for n in x.modules]] = np.inf
+    for side, found in zip(("in", "out"), x.shared or (), strict=False):
+        sizes = (inputs, outputs) if side == "in" else (outputs, inputs)
+        for k, heads in enumerate(x.cuts):
+            paid, rate = hydra_cost(found, k, sizes, step)
+            options.append((paid, rate, [Choice("hydra", side=side, heads=heads)] * len(modules), keep))
+    table = np.stack([option[0] for option in options])
+    table[1:] += MULTIPLIER * FORM_BITS
+    best = table.argmin(0)
+    return Plan(
+        tuple(options[k][2][m] for m, k in enumerate(best)),
+        np.stack([options[k][3][m] for m, k in enumerate(best)]),
+        table.min(0),
+        np.stack([options[k][1][m] for m, k in enumerate(best)]) / 8,
+    )
+
+
+def predicted(
+    x: Spectrum,
+    c: int,
+    task: int,
+    energy: np.ndarray,
+    keep: np.ndarray,
+    sizes: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]:
+    """Cost of `separate` with every other task predicted from candidate reference c."""
+    base: np.ndarray = keep[:, task]
+    rate = np.full(energy.shape, float(DIRECTION_BITS))
+    paid = MULTIPLIER * rate
+    others = np.arange(energy.shape[1]) != task
+    vectors = base.sum(-1)[:, None, None]
+    for count, cosines in zip(sizes, x.cosines, strict=True):
+        variance = energy / count
+        explained = np.minimum(np.einsum("mtrs,ms->mtr", cosines[..., c, :], base), 1.0)
+        extra = coefficient_bits(explained * energy, vectors)
+        # the reference is itself known only up to its distortion
+        rest = variance * (1 - explained) + explained * np.minimum(variance, DISTORTION)
+        before, after = cost(count, variance), cost(count, rest)
+        known = np.asarray(base.any(-1))[:, None, None]
+        use = (after[0] + MULTIPLIER * extra < before[0]) & others[:, None] & known
+        paid = paid + np.where(use, after[0] + MULTIPLIER * extra, before[0])
+        rate = rate + np.where(use, after[1] + extra, before[1])
+    live = paid < energy
+    live[:, task] = base
+    total = np.where(live, paid, energy).sum((1, 2))
+    return total, (rate * live).sum((1, 2)), [Choice("separate", reference=task)] * len(x.modules), live
+
+
+def joint(
+    bases: tuple[Joint, Joint],
+    energy: np.ndarray,
+    keep: np.ndarray,
+    sizes: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]:
+    """Cost of directions predicted from a joint basis, each side's at the best width, or from none."""
+    for _ in range(2):
+        found = [joint_side(x, energy, keep, n) for x, n in zip(bases, sizes, strict=True)]
+        paid = sum(x[0] for x in found) + MULTIPLIER * DIRECTION_BITS
+        keep = paid < energy
+    rate = sum(x[1] for x in found) + DIRECTION_BITS
+    base = [sum(x[k] for x in found) for k in (2, 3)]
+    total = np.where(keep, paid, energy).sum((1, 2)) + base[0]
+    widths = np.stack([x[4] for x in found], -1).tolist()
+    choices = [Choice("joint", widths=(w_in, w_out)) for w_in, w_out in widths]
+    return total, (rate * keep).sum((1, 2)) + base[1], choices, keep
+
+
+def joint_side(
+    found: Joint, energy: np.ndarray, keep: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One side's costs and bits of every direction `[M, T, R]`, of the basis `[M]`, and its width `[M]`."""
+    part = np.asarray(found.part, np.float64)
+    along = part * (energy * keep)[..., None]
+    centre = along.sum((1, 2))
+    # each vector of the basis is known up to a distortion, shared by those who use it
+    noise = DISTORTION * np.cumsum(
+        np.divide(along, centre[:, None, None], out=np.zeros_like(along), where=centre[:, None, None] > 0), -1
+    )
+    explained = np.minimum(np.cumsum(part, -1), 1.0)
+    base_paid, base_rate = cost(count, centre / count)
+    base_paid = np.cumsum(base_paid + MULTIPLIER * DIRECTION_BITS, -1)
+    base_rate = np.cumsum(base_rate + DIRECTION_BITS, -1)
+    variance = energy / count
+    before = cost(count, variance)
+    none = np.zeros(len(energy))
+    options: list[Any] = [(*before, none, none, none.astype(int))]
+    for w in widths(part.shape[-1]):
+        share = explained[..., w - 1]
+        after = cost(count, variance * (1 - share) + noise[..., w - 1])
+        extra = coefficient_bits(share * energy, np.array(w))
+        use = after[0] + MULTIPLIER * extra < before[0]
+        paid = np.where(use, after[0] + MULTIPLIER * extra, before[0])
+        rate = np.where(use, after[1] + extra, before[1])
+        options.append((paid, rate, base_paid[:, w - 1], base_rate[:, w - 1], none.astype(int) + w))
+    best = np.argmin([(x[0] * keep).sum((1, 2)) + x[2] for x in options], 0)
+    pick = lambda k: np.stack([options[o][k][m] for m, o in enumerate(best)])  # noqa: E731
+    return pick(0), pick(1), pick(2), pick(3), pick(4)
+
+
+def widths(limit: int) -> list[int]:
+    """Widths of a joint basis worth trying: steps of about a third, up to the limit."""
+    return sorted({*(min(round(2 * 1.35**k), limit) for k in range(16)), limit})
+
+
+def hydra_cost(found: Shared, k: int, sizes: tuple[int, int], step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cost of HydraOpt's form at cut k: a shared vector is worth it when the heads that use it are."""
+    heads = np.asarray(found.heads[:, k], np.float64) / step**2
+    centre = np.asarray(found.centre[:, k], np.float64) / step**2
+    paid, rate = cost(sizes[1], heads / sizes[1])
+    paid = paid + MULTIPLIER * DIRECTION_BITS
+    live = paid < heads
+    leaves = np.where(live, paid, heads).sum(1)
+    own, own_rate = cost(sizes[0], centre / sizes[0])
+    own = own + MULTIPLIER * DIRECTION_BITS
+    used = leaves + own < centre
+    total = np.where(used, leaves + own, centre).sum(-1) + np.asarray(found.missed[:, k]) / step**2
+    bits = ((rate + DIRECTION_BITS) * live * used[:, None]).sum((1, 2)) + ((own_rate + 16) * used).sum(-1)
+    return total, bits

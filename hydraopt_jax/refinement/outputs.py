@@ -1,0 +1,342 @@
+"""Refinement of a store with its rounding in the loop, shared and per-task factors jointly, with Optax.
+
+What is optimised is the error of what will be stored. Behind every stored factor lies an unrounded one; each
+step rounds all of them as the store would (a cast, or the trellis quantiser with its tables and predictions),
+takes the gradient of the loss at the rounded factors, and moves the unrounded ones by it (straight-through).
+Bytes do not grow: the quantiser's price of a bit follows them.
+
+Two losses. Without a forward function the mean relative squared error of delta. With one, the mean over tasks
+and tokens of `KL(p_adapter || p_store)`, the divergence of the stored adapters' next-token distributions from
+the original ones', on unlabelled batches (distillation).
+
+Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432;
+Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from orbax.checkpoint import v1 as ocp
+
+from hydraopt_jax import adapters, compression, forms
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import losses
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.rate_control.encode_at_step import Metrics, metrics_of
+from hydraopt_jax.refinement import rounding
+from hydraopt_jax.refinement.rounding import Modules, arrays, with_arrays
+from hydraopt_jax.store import Store
+
+Lora = dict[str, tuple[Array, Array]]
+Forward = Callable[[Lora, Any], Array]
+
+LEARNING_RATE = 0.03
+# share of the steps after which the quantiser's tables stay as they are
+SETTLED = 0.8
+
+
+class Refined(NamedTuple):
+    """What a refinement bought.
+
+    Attributes:
+      before: the loss of the store as it was, on the check batch.
+      after: the loss of the result there; never above `before`.
+      trace: `[steps]` the loss of every step, on its own batch.
+    """
+
+    before: float
+    after: float
+    trace: np.ndarray
+
+
+class State(NamedTuple):
+    """What is carried on: unrounded factors in their units, the optimiser's memory, the coder's tables."""
+
+    factors: Any
+    optimizer: Any
+    tables: Any
+
+
+def stacked(modules: Modules) -> Lora:
+    """Every task's factors, module -> `(a: [T, I, S], b: [T, S, O])`, terms side by side, cores folded in."""
+    out = {}
+    for name, terms in modules.items():
+        pairs = [forms.pair(x) for x in terms]
+        out[name] = jnp.concatenate([a for a, _ in pairs], -1), jnp.concatenate([b for _, b in pairs], -2)
+    return out
+
+
+def originals(collection: Sequence[Adapter]) -> Lora:
+    """The adapters themselves, padded to one rank a bucket: module -> `(a: [T, I, R], b: [T, R, O])`."""
+    out = {}
+    for bucket in adapters.stack(collection).buckets:
+        for m, name in enumerate(bucket.modules):
+            out[name] = jnp.asarray(bucket.a[m]), jnp.asarray(bucket.b[m])
+    return out
+
+
+def quadratic(metrics: Mapping[str, Metrics] | None = None) -> Callable[[Lora, Lora, Any], Array]:
+    """The loss `mean_{m, t} ||D||^2 / ||delta||^2`, `D = delta - fit`, in the
+    metrics' coordinates where there are any.
+
+    With metrics of both sides, `tr(C D G D.T)` is in the units of the model's outputs and counts as it is,
+    over the sum of `tr(C delta G delta.T)`, so that a module weighs what it matters.
+    """
+    metrics = metrics or {}
+    roots = {n: [None if y is None else y.root for y in x] for n, x in metrics.items()}
+    scales = {n: x[0].scale * x[1].scale for n, x in metrics.items() if x[0] and x[1]}
+
+    def weigh(name: str, a: Array, b: Array) -> tuple[Array, Array]:
+        left, right = roots.get(name, (None, None))
+        a = a if left is None else decompose.matmul(jnp.asarray(left, jnp.float32), a)
+        return a, b if right is None else decompose.matmul(b, jnp.asarray(right, jnp.float32))
+
+    def loss(stored: Lora, original: Lora, batch: Any = None) -> Array:
+        lost, whole = [], []
+        for name, pair in original.items():
+            a, b = weigh(name, *pair)
+            energy = jnp.maximum(decompose.inner(a, b, a, b), 0.0)
+            error = losses.squared_errors(a, b, *weigh(name, *stored[name]))
+            unit = scales[name] if scales else decompose.task_weights(energy)
+            lost.append(error * unit)
+            whole.append(energy * unit)
+        return jnp.sum(jnp.stack(lost)) / jnp.sum(jnp.stack(whole))
+
+    return loss
+
+
+def divergence(
+    forward: Forward, mask: Callable[[Any], Array] | None = None, *, at_once: int | None = None
+) -> Callable[[Lora, Lora, Any], Array]:
+    """The loss `mean KL(p_adapter || p_store)` of the next-token distributions.
+
+    Args:
+      forward: `(lora, batch) -> logits [..., V]` of one task, `lora` module -> `(a: [I, S], b: [S, O])`.
+      mask: `batch -> [...]` bool, which predictions count; None for all.
+      at_once: tasks computed side by side; None for all.
+
+    Returns:
+      `(stored, original, batch) -> scalar`, all three with a leading task axis.
+    """
+
+    def one(job: tuple[Lora, Lora, Any]) -> Array:
+        stored, original, batch = job
+        wanted = jax.nn.log_softmax(forward(original, batch).astype(jnp.float32))
+        found = jax.nn.log_softmax(forward(stored, batch).astype(jnp.float32))
+        each = jnp.sum(jnp.exp(wanted) * (wanted - found), -1)
+        counted = jnp.ones_like(each) if mask is None else mask(batch).astype(each.dtype)
+        return jnp.sum(each * counted) / jnp.maximum(jnp.sum(counted), 1.0)
+
+    def loss(stored: Lora, original: Lora, batch: Any) -> Array:
+        job = stored, jax.lax.stop_gradient(original), batch
+        return jnp.mean(jax.vmap(one)(job) if at_once is None else jax.lax.map(one, job, batch_size=at_once))
+
+    return loss
+
+
+def default_optimizer(steps: int, rate: float = LEARNING_RATE) -> optax.GradientTransformation:
+    """Adam with a cosine decay to zero; the rate is in quantiser steps (coded) or in a factor's rms."""
+    return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
+
+
+def units(store: Store) -> Any:
+    """One unit of each factor: a quantiser step, or the rms of a plain one; of cores their own size."""
+    coded = store.payload is not None
+
+    def rms(x: Any, axes: Any) -> np.ndarray:
+        wide = np.asarray(x, np.float32)
+        found = np.sqrt(np.mean(wide**2, axes, keepdims=True))
+        return np.where(found > 0, found, 1.0)
+
+    out = {}
+    for name, terms in store.modules.items():
+        rows = []
+        for x in terms:
+            side = (np.float32(1.0), np.float32(1.0)) if coded else (rms(x.a, None), rms(x.b, None))
+            core: Any = () if x.core is None else rms(x.core, tuple(range(1, np.ndim(x.core))))
+            if coded:
+                # as much as one step is of a vector
+                core = np.abs(np.asarray(x.core, np.float32)) / max(float(rms(x.a, None).max()), 1.0)
+                core = np.where(core > 0, core, 1.0)
+            rows.append((*side, core))
+        out[name] = tuple(rows)
+    return out
+
+
+def refine(
+    store: Store,
+    collection: Sequence[Adapter],
+    *,
+    calibration: Mapping[str, np.ndarray] | None = None,
+    forward: Forward | None = None,
+    batches: Callable[[int], Any] | Sequence[Any] = (None,),
+    mask: Callable[[Any], Array] | None = None,
+    check: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
+    steps: int = 100,
+    accumulate: int = 1,
+    at_once: int | None = None,
+    folder: Path | None = None,
+    save: int = 25,
+    progress: Callable[[float], None] = lambda loss: None,
+) -> tuple[Store, Refined]:
+    """Refine a store so that what it holds, rounded, loses least; its bytes do not grow.
+
+    Args:
+      store: plain or coded (made under a budget), all tasks of it.
+      collection: the adapters it was made of.
+      calibration: second moments as in a calibration file, to refine the error of the modules' outputs;
+        None for the error of the weights.
+      forward: `(lora, batch) -> logits [..., V]` for one task, to refine the divergence of the model's
+        outputs.
+      batches: step -> batch, or a sequence that is gone through again and again; every leaf has a leading
+        task axis. Unlabelled inputs, only for `forward`.
+      mask: `batch -> [...]` bool, the predictions that count; None for all.
+      check: the batch on which `before` and `after` are measured; None for the first.
+      optimizer: any Optax optimiser; None for `default_optimizer(steps)`.
+      steps: batches used.
+      accumulate: batches a step of the optimiser.
+      at_once: tasks computed side by side; None for all, fewer need less memory.
+      folder: where to save, to go on from after a stop; None for nowhere.
+      save: how often, in steps.
+      progress: called with the loss of every step.
+
+    Returns:
+      The refined store, or the same one where nothing was gained; and what it bought.
+
+    Raises:
+      HydraOptError: adapters that are not those of the store, no batches for `forward`, or a saved step that
+        cannot be read.
+    """
+    ordered = in_order(store, collection)
+    if forward is not None and not callable(batches) and (not len(batches) or batches[0] is None):
+        raise HydraOptError("refine: a forward function needs batches of inputs")
+    batch_at: Callable[[int], Any] = batches if callable(batches) else cycle(batches)
+    metrics = {}
+    if calibration is not None:
+        metrics = metrics_of(adapters.stack(ordered), list(store.modules), calibration)
+    if forward is not None:
+        level, loss = "outputs", divergence(forward, mask, at_once=at_once)
+    elif calibration is not None:
+        level, loss = "activations", quadratic(metrics)
+    else:
+        level, loss = "weights", quadratic()
+    original, unit = originals(ordered), units(store)
+    coded = store.payload is not None
+    if store.payload is not None and store.payload.slots is not None:
+        raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
+    if store.payload is not None and store.payload.segments:
+        raise HydraOptError("refine: the store was coded in parts because it is large: compress fewer tasks")
+    if coded:
+        rounded, begin = rounding.coding(store), rounding.unrounded(store, ordered, metrics)
+    else:
+        rounded, begin = rounding.casting(store), dict(store.modules)
+    live = jax.tree.map(lambda x: np.asarray(np.abs(np.asarray(x, np.float32)) > 0), arrays(begin))
+    if coded:
+        live = jax.tree.map(lambda x: x.any(-2, keepdims=True) if x.ndim == 3 else x, vectors(live))
+        live = vectors(live)
+    chain = optax.MultiSteps(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate)
+
+    def value(moved: Any, batch: Any) -> Array:
+        return loss(stacked(with_arrays(store.modules, moved)), original, batch)
+
+    @jax.jit
+    def step(state: State, moved: Any, batch: Any) -> tuple[State, Array]:
+        lost, gradient = jax.value_and_grad(value)(moved, batch)
+        gradient = jax.tree.map(lambda g, u, x: g * u * x, gradient, unit, live)
+        updates, memory = chain.update(gradient, state.optimizer, state.factors)
+        return State(optax.apply_updates(state.factors, updates), memory, state.tables), lost
+
+    measure = jax.jit(value)
+    check = batch_at(0) if check is None else check
+    before = float(measure(wide(arrays(store.modules)), check))
+    factors = jax.tree.map(lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), arrays(begin), unit)
+    state, done, trace = resume(State(factors, chain.init(factors), rounded.tables), folder)
+    moved: Any = None
+    for i in range(done, steps):
+        if moved is None or i % accumulate == 0:
+            whole = with_arrays(store.modules, scaled(state.factors, unit))
+            kept, tables = rounded.round(whole, state.tables, i >= SETTLED * steps)
+            state, moved = state._replace(tables=tables), wide(arrays(kept))
+        state, lost = step(state, moved, batch_at(i))
+        trace.append(float(lost))
+        progress(trace[-1])
+        if folder is not None and ((i + 1) % save == 0 or i + 1 == steps):
+            keep(state, i + 1, trace, folder)
+    modules, payload = rounded.finish(with_arrays(store.modules, scaled(state.factors, unit)), state.tables)
+    after = float(measure(wide(arrays(modules)), check)) if modules else float("inf")
+    if not after < before:
+        return store, Refined(before, before, np.array(trace))
+    account = {
+        "level": level,
+        "steps": steps,
+        "before": float(f"{before:.6g}"),
+        "after": float(f"{after:.6g}"),
+    }
+    report = {**store.report, "refinement": account}
+    found = store._replace(modules=modules, payload=payload, report=report)
+    # of outputs only where they can be measured: what was claimed before holds no more
+    outputs = compression.error_table(found, ordered, metrics) if metrics else None
+    found = found._replace(errors=compression.error_table(found, ordered), output_errors=outputs)
+    return found, Refined(before, after, np.array(trace))
+
+
+def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:
+    """Step -> batch, from the front again after the last."""
+    return lambda i: batches[i % len(batches)]
+
+
+def vectors(moved: Any) -> Any:
+    """The same with `b` transposed, so that vectors lie along the axis before the last on both sides."""
+    flip = lambda x: x.swapaxes(-1, -2)  # noqa: E731
+    return {n: tuple((a, flip(b), core) for a, b, core in terms) for n, terms in moved.items()}
+
+
+def wide(moved: Any) -> Any:
+    """The same in float32 on the device."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(np.float32)), moved)
+
+
+def scaled(factors: Any, unit: Any) -> Any:
+    """Factors out of their units, on the host."""
+    return jax.tree.map(lambda x, u: np.asarray(x) * u, factors, unit)
+
+
+def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters in the order of the store's tasks."""
+    known = {x.task: x for x in collection}
+    missing = [t for t in store.tasks if t not in known]
+    if missing:
+        raise HydraOptError(f"refine: no adapter for the task {missing[0]!r} of the store")
+    return [known[t] for t in store.tasks]
+
+
+def keep(state: State, done: int, trace: Sequence[float], folder: Path) -> None:
+    """Save a step to go on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = {"state": state, "trace": np.array(trace)}
+    ocp.save((folder / str(done)).resolve(), tree, overwrite=True)
+
+
+def resume(state: State, folder: Path | None) -> tuple[State, int, list[float]]:
+    """The newest saved step, or the beginning."""
+    done = [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder is not None else []
+    if not done:
+        return state, 0, []
+    assert folder is not None
+    tree = {"state": state, "trace": np.zeros(max(done))}
+    path = folder / str(max(done))
+    try:
+        found = ocp.load(path.resolve(), tree)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise HydraOptError(
+            f"{path}: no saved step of this refinement can be read; remove it to go on from the one before"
+        ) from error
+    return found["state"], max(done), np.asarray(found["trace"]).tolist()

@@ -1,1 +1,0 @@
-"""Collections that do not fit in memory, on many devices and many hosts."""
