@@ -45,7 +45,7 @@ from hydraopt_jax.formats import read_adapter
         ({"r": 2.0}, r"r is 2\.0"),
         ({"r": None}, "r is None"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
-        ({"lora_alpha": math.inf}, "lora_alpha is inf"),
+        ({"lora_alpha": math.inf}, "Infinity is no JSON: write a finite number"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
         ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] is -1"),
         ({"alpha_pattern": {"q": None}}, r"alpha_pattern\['q'\] is None"),

@@ -68,7 +68,7 @@ def test_overwrite_spares_what_is_no_adapter(tmp_path):
     assert set(read_adapter(tmp_path / "empty").a) == {"q"}
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_swap"])
+@pytest.mark.parametrize("fails", ["write_tensors", "_swap"])
 def test_a_failed_overwrite_leaves_the_old_adapter(tmp_path, monkeypatch, fails):
     out = tmp_path / "out"
     write_adapter(out, adapter({"q": 2}))
