@@ -14,7 +14,7 @@ import numpy as np
 
 from hydraopt_jax.codec import contexts, prediction, streams, syntax, tables, trellis
 from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
-from hydraopt_jax.codec.decode import decode
+from hydraopt_jax.codec.decode import Decoded, decode
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.rans import PERIOD
@@ -278,7 +278,14 @@ def sides(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> dict[str, 
 def serialize(
     coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
 ) -> dict[str, bytes]:
-    """Leaves of bytes.
+    """The leaves of `serialize_and_decode`."""
+    return serialize_and_decode(coded, gains, frequencies)[0]
+
+
+def serialize_and_decode(
+    coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
+) -> tuple[dict[str, bytes], Decoded]:
+    """Leaves of bytes, and what a reader gets from them.
 
     Args:
       coded: the quantized collection.
@@ -286,23 +293,22 @@ def serialize(
       frequencies: tables that the reader knows; None for tables of their own, held by the shared leaf.
 
     Returns:
-      Leaf name -> bytes, decoded once: they hold `coded.values` and the gains, to the bit.
+      Leaf name -> bytes, and what these decode to: `coded.values` and the gains, to the bit.
     """
     table = tables.from_counts(coded.counts) if frequencies is None else frequencies
     bodies = dict(zip(coded.leaves, streams.encode(coded.symbols, table), strict=True))
     out = {leaf: side + bodies.get(leaf, b"\x00") for leaf, side in sides(coded, gains).items()}
     if frequencies is None:
         out[SHARED] = tables.pack(table) + out[SHARED]
-    check_decoded(out, coded, gains, frequencies)
-    return out
+    return out, checked(out, coded, gains, frequencies)
 
 
-def check_decoded(
+def checked(
     leaves: Mapping[str, bytes],
     coded: Coded,
     gains: Mapping[int, Sequence[np.ndarray]],
     frequencies: np.ndarray | None,
-) -> None:
+) -> Decoded:
     """Decode leaves and compare: errors are measured on `coded.values`, so these must be what a reader gets.
 
     Raises:
@@ -316,3 +322,4 @@ def check_decoded(
         )
     if not same or any(x is None for x in found.values):
         raise RuntimeError("coded factors decode to others: please report this collection as a bug")
+    return found

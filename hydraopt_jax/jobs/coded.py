@@ -7,11 +7,9 @@ divide them, and a killed job goes on with those that are not done and ends with
 """
 
 import functools
-import json
 import os
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -226,8 +224,7 @@ def miss_of(content: Store, goal: Target) -> float:
 def size(content: Store) -> int:
     """Bytes of a store on disk, a few hundred more than less."""
     index = packing.pack(content)[1]
-    head = len(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9))
-    body = head + sum(index["leaves"].values())
+    body = packing.index_size(index) + sum(index["leaves"].values())
     # a line of the description for each chunk, and what any store has
     return body + LINE * (body // container_writer.division(body)[0] + 1) + FIXED
 

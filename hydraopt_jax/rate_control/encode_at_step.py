@@ -26,9 +26,10 @@ from hydraopt_jax.rate_control.analysis import Spectrum, spectrum
 from hydraopt_jax.rate_control.terms import coded_factors
 
 # rate-distortion decisions and the tables they are charged by shape each other: rounds until they agree,
-# on this many modules
+# on modules of about this many codes
 TRAINING_ROUNDS = 5
-TRAINING_MODULES = 8
+TRAINING_MODULES = 2
+TRAINING_CODES = 1 << 19
 
 
 class Metric(NamedTuple):
@@ -288,12 +289,20 @@ def unweigh_own(metric: Metric | None, a: np.ndarray, of: Sequence[int]) -> np.n
 def train(problem: Problem, step: float) -> np.ndarray:
     """Frequencies to decide with near a step: quantisation and counting alternate on some of the modules."""
     goals, _ = aims(problem, step)
-    few = list(goals)[:: max(len(goals) // TRAINING_MODULES, 1)]
+    few = sample(goals)
     prior = contexts.gaussian()
     frequencies = prior = prior / prior.sum(-1, keepdims=True)
     for _ in range(TRAINING_ROUNDS):
         frequencies = encode.quantize({n: goals[n] for n in few}, frequencies).counts + 8 * prior
     return frequencies
+
+
+def sample(goals: Mapping[str, Sequence[encode.Target]]) -> list[str]:
+    """Every n-th module, so many that they have `TRAINING_CODES` codes; at least `TRAINING_MODULES`."""
+    names = [n for n, terms in goals.items() if terms]
+    codes = sum(int(x.any(1).sum()) * x.shape[1] for n in names for t in goals[n] for x in (t.a, t.b))
+    wanted = max(TRAINING_MODULES, round(len(names) * TRAINING_CODES / max(codes, 1)))
+    return names[:: max(len(names) // wanted, 1)]
 
 
 def attempt(problem: Problem, step: float, frequencies: np.ndarray) -> Trial:

@@ -18,8 +18,8 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import estimates
 from hydraopt_jax.rate_control import budget, mode_decision
 from hydraopt_jax.rate_control.encode_at_step import Problem, Trial, attempt, bar, prepare, task_errors, train
-from hydraopt_jax.rate_control.terms import deserialize
-from hydraopt_jax.store import Payload, Store, checkpoint, extras, lossless, sources_of
+from hydraopt_jax.rate_control.terms import terms_of
+from hydraopt_jax.store import Payload, Store, checkpoint, extras, lossless, packing, sources_of
 
 # share of a byte budget that may stay unused before the search stops
 SLACK = 0.003
@@ -179,9 +179,9 @@ def to_store(
     collection: Sequence[Adapter], problem: Problem, trial: Trial, options: Options, entries: int
 ) -> Store:
     """The trial in bytes, as a store; its factors are what those bytes decode to."""
-    leaves = encode.serialize(trial.coded, trial.gains)
+    leaves, decoded = encode.serialize_and_decode(trial.coded, trial.gains)
     shapes = trial.coded.shapes
-    modules = deserialize(leaves, shapes, range(len(collection)))
+    modules = terms_of(decoded, shapes, range(len(collection)))
     report = describe(collection, problem, trial, options, entries)
     if not problem.metrics:
         found = expected(problem, np.array([sum(map(len, leaves.values()))]))
@@ -317,9 +317,10 @@ def to_budget(
     problem = bar(problem, start)
     # the estimate of the coded bytes is good to a few in ten thousand
     spare = 16 + room // 4096
+    beside = overhead(collection, problem, options, entries)
     for _ in range(6):
         goal = lambda x, spare=spare: float(  # noqa: E731
-            np.log((x.bytes + overhead(collection, problem, x, options, entries)) / max(room - spare, 1))
+            np.log((x.bytes + beside(x)) / max(room - spare, 1))
         )
         best, _ = search(problem, goal, -1.0, start, progress)
         if best is None:
@@ -333,29 +334,40 @@ def to_budget(
     least = to_store(collection, problem, attempt(problem, step, train(problem, step)), options, entries)
     size = checkpoint.measure_size(least)
     if size > limit:
-        beside = f" and {heads:,} bytes of full tensors" if heads else ""
+        more = f" and {heads:,} bytes of full tensors" if heads else ""
         raise HydraOptError(
             f"budget of {limit:,} bytes: below the smallest store of this collection, {size:,} bytes "
-            f"({(size - heads) / (2 * entries):.4f} of the factors' fp16 bytes{beside}), of mean error "
+            f"({(size - heads) / (2 * entries):.4f} of the factors' fp16 bytes{more}), of mean error "
             f"{np.nanmean(least.errors):.3f}"
         )
     return least
 
 
 def overhead(
-    collection: Sequence[Adapter], problem: Problem, trial: Trial, options: Options, entries: int
-) -> int:
-    """Bytes on disk beside coded factors and full tensors: what a store of zeros in their place takes."""
+    collection: Sequence[Adapter], problem: Problem, options: Options, entries: int
+) -> Callable[[Trial], int]:
+    """Bytes on disk beside coded factors and full tensors: what a store of zeros in their place takes.
+
+    Measured once, by writing one; later trials differ in the size of their index, which is counted.
+    """
     collection = [x._replace(extras=extras.blank(extras.coded(x.extras))) for x in collection]
-    leaves = dict.fromkeys({*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}, b"\x00")
-    # zeros in place of the codes, which cost next to nothing: large stores have more files
-    leaves["shared"] = bytes(int(trial.bytes))
-    payload = Payload(leaves, trial.coded.shapes)
-    report = describe(collection, problem, trial, options, entries)
-    tasks = tuple(x.task for x in collection)
-    outputs = trial.errors if problem.metrics else None
-    empty = Store(tasks, {}, sources_of(collection), report, trial.errors, payload, outputs)
-    return checkpoint.measure_size(empty) - len(leaves)
+    known: list[int] = []
+
+    def of(trial: Trial) -> int:
+        leaves = dict.fromkeys({*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}, b"\x00")
+        # zeros in place of the codes, which cost next to nothing: large stores have more files
+        leaves["shared"] = bytes(int(trial.bytes))
+        payload = Payload(leaves, trial.coded.shapes)
+        report = describe(collection, problem, trial, options, entries)
+        tasks = tuple(x.task for x in collection)
+        outputs = trial.errors if problem.metrics else None
+        empty = Store(tasks, {}, sources_of(collection), report, trial.errors, payload, outputs)
+        index = packing.index_size(packing.pack(empty)[1])
+        if not known:
+            known.append(checkpoint.measure_size(empty) - len(leaves) - index)
+        return known[0] + index
+
+    return of
 
 
 def as_they_are(collection: Sequence[Adapter], options: Options) -> Store:

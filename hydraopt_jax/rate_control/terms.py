@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hydraopt_jax.codec import decode, syntax
+from hydraopt_jax.codec.decode import Decoded
 from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.codec.layout import Piece, TermShape
 from hydraopt_jax.forms import Factors
@@ -50,7 +51,13 @@ def deserialize(
     Returns:
       Module -> terms with diagonal cores `[T, S]`; tasks that were not asked for have zero cores.
     """
-    found = decode.decode(leaves, shapes, tasks, frequencies)
+    return terms_of(decode.decode(leaves, shapes, tasks, frequencies), shapes, tasks)
+
+
+def terms_of(
+    found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], tasks: Sequence[int]
+) -> dict[str, tuple[Factors, ...]]:
+    """Decoded pieces as the terms of `deserialize`."""
     terms = assemble(shapes, found.pieces, found.values)
     cores = {
         (n, k): np.zeros((len(x.a_of), x.rank), np.float32)

@@ -4,6 +4,8 @@ Every part, one factor or one core, plain or entropy-coded, lies in the leaf of 
 (`layout`). The index has the structure of the terms, the sources and the report.
 """
 
+import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +89,11 @@ def pack(store: Store) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         "leaves": {k: sum(map(size_of, v)) for k, v in leaves.items()},
     }
     return leaves, index
+
+
+def index_size(index: Mapping[str, Any]) -> int:
+    """Bytes of an index as it is written."""
+    return len(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9))
 
 
 def segments_of(index: Mapping[str, Any], leaves: Mapping[str, bytes]) -> tuple[Segment, ...]:
