@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from hydraopt_jax import forms
-from hydraopt_jax.forms import Factors, compound, estimates, gradient, losses, similarity
+from hydraopt_jax.forms import Factors, closed_form, compound, estimates, gradient, losses, similarity
 from hydraopt_jax.linalg import clustering, decompose, factorizations
 from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.merging import activations, compressors, sparse, spectral, sums, truncation
@@ -26,7 +26,7 @@ MODULES = {
     "clustering": clustering,
     "compound": compound,
     "factorizations": factorizations,
-    "forms": forms,
+    "forms": closed_form,
     "losses": losses,
     "gradient": gradient,
     "similarity": similarity,

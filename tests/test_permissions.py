@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import calibration, demo, formats
+from hydraopt_jax import calibration, formats
+from hydraopt_jax.demo import main as demo
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077])

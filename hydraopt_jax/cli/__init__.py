@@ -52,17 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(str(error), 2)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
     except MemoryError as error:
         fail(f"out of memory{f': {error}' if str(error) else ''}; {LESS}", 2)
     except RuntimeError as error:
-        # JAX's own error where a device has no room; JAX may not have been imported
+        # JAX's own where a device has no room (click's Abort is another); JAX may not have been imported
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         fail(f"out of memory on a device: {str(error)[:200]}; {LESS}", 2)
     except ModuleNotFoundError as error:
         fail(f"the package {error.name} is not installed: install it, or the extra that needs it", 2)
-    except (click.Abort, KeyboardInterrupt):
-        fail("interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

@@ -3,14 +3,15 @@
 The context of a vector says the rms of its codes, three contexts per octave; each side of a module has its
 own. Context 0 is the zero vector, which has no codes.
 
-A code is a magnitude `k >= 0` and a sign. The magnitude is split as
+A code is a magnitude `k >= 0` and a sign. Its level is `m = k`, but `k - 1` for a negative code in a wide
+context, one with middle bits, so that none is spent on a negative zero. The level is split as
 
-    k = high * 2^(raw + 1) + middle * 2 + parity,        0 <= middle < 2^raw
+    m = high * 2^(raw + 1) + middle * 2 + low,        0 <= middle < 2^raw
 
-where the context gives `raw`. The symbol `2 * high + parity` is entropy-coded together with the sign, and the
-`raw` middle bits, close to uniform, are stored as they are. The parity stays in the symbol because it drives
-the trellis. Where `raw` is 0 the symbol is the magnitude itself. The last two symbols are escapes, one of
-each parity: `k >> 1` follows in 32 bits.
+where the context gives `raw`. The symbol `2 * high + low` is entropy-coded together with the sign, and the
+`raw` middle bits, close to uniform, are stored as they are. The low bit stays in the symbol because the
+parity of k drives the trellis. Where `raw` is 0 the symbol is the magnitude itself. The last two symbols are
+escapes, one for each low bit: `m >> 1` follows in 32 bits.
 """
 
 import math
@@ -53,15 +54,20 @@ def classify(spread: np.ndarray, side: int) -> np.ndarray:
     return np.where(spread > 0, np.clip(context, 1, PER_SIDE - 1) + side * PER_SIDE, 0)
 
 
-def symbol(magnitude: np.ndarray, raw: np.ndarray) -> np.ndarray:
-    """The entropy-coded symbol of each magnitude, escapes included.
+def level(magnitude: np.ndarray, negative: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """The level of each code, see the module."""
+    return magnitude - (WIDE[context] & negative & (magnitude > 0))
+
+
+def symbol(level: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    """The entropy-coded symbol of each level, escapes included.
 
     >>> symbol(np.array([5, 125, 126, 201, 1001]), np.array([0, 0, 0, 1, 1])).tolist()
     [5, 125, 126, 101, 127]
     """
-    parity = magnitude & 1
-    found = ((magnitude >> (raw + 1)) << 1) | parity
-    return np.where(found >= ESCAPE, ESCAPE + parity, found)
+    low = level & 1
+    found = ((level >> (raw + 1)) << 1) | low
+    return np.where(found >= ESCAPE, ESCAPE + low, found)
 
 
 def gaussian() -> np.ndarray:

@@ -9,7 +9,7 @@ vector's codes between a weak vector's zeros costs some per cent at low rates. A
     states                     uint32 for each lane
     words                      uint16, lane after lane
     middle bits                most significant first, codes with one of them, then codes with two, ...
-    escapes                    uint32 each, `magnitude >> 1`
+    escapes                    uint32 each, `level >> 1`
 
 all little-endian.
 """
@@ -21,10 +21,10 @@ import numpy as np
 
 from hydraopt_jax.codec import rans, tables
 from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_planes, unpack_planes
-from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE, symbol
+from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE, level, symbol
 
-# coded bytes that are worth a lane of their own, and the most lanes of a stream
-LANE_BYTES = 1600
+# coded bytes and codes that are worth a lane of their own, and the most lanes of a stream
+LANE_BYTES, LANE_CODES = 1600, 4096
 MAX_LANES = 4096
 
 
@@ -45,10 +45,21 @@ class Symbols(NamedTuple):
     negative: np.ndarray
     lanes: int
 
+    @property
+    def level(self) -> np.ndarray:
+        """`[N]`, see `contexts`."""
+        return level(self.magnitude, self.negative, self.context)
+
+    @property
+    def signed(self) -> np.ndarray:
+        """`[N]` bool, which codes are coded as negative: no zero is."""
+        return self.negative & (self.magnitude > 0)
+
 
 def lane_count(count: int, bits: float) -> int:
     """Lanes for `count` codes that are expected to take `bits` bits; none for no codes."""
-    return int(np.clip(round(bits / 8 / LANE_BYTES), min(count, 1), min(count, MAX_LANES)))
+    wanted = min(bits / 8 / LANE_BYTES, count / LANE_CODES)
+    return int(np.clip(round(wanted), min(count, 1), min(count, MAX_LANES)))
 
 
 def as_lanes(flat: np.ndarray, lanes: int) -> np.ndarray:
@@ -83,7 +94,7 @@ def histogram(streams: Sequence[Symbols]) -> np.ndarray:
     out = np.zeros(COUNT * 2 * SYMBOLS)
     for x in streams:
         row = x.context.astype(np.int64) * 2 + x.quantizer
-        coded = symbol(x.magnitude, RAW_BITS[x.context])
+        coded = symbol(x.level, RAW_BITS[x.context])
         out += np.bincount(row * SYMBOLS + coded, minlength=len(out))
     table = out.reshape(COUNT, 2, SYMBOLS)
     table[WIDE] = table[WIDE].sum(1, keepdims=True)
@@ -129,9 +140,7 @@ def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
     places = sort_lanes(sizes)
     pairs, rows = [], []
     for x in streams:
-        coded = symbol(x.magnitude, RAW_BITS[x.context])
-        signed = x.negative & ((coded > 0) | WIDE[x.context])
-        pairs.append((2 * coded + signed).astype(np.int32))
+        pairs.append((2 * symbol(x.level, RAW_BITS[x.context]) + x.signed).astype(np.int32))
         rows.append(x.context.astype(np.int32) * 2 + x.quantizer)
     slots = np.stack(
         [
@@ -155,12 +164,12 @@ def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
             out.append(number(0))
             continue
         mine = count[columns]
-        escaped = x.magnitude[symbol(x.magnitude, RAW_BITS[x.context]) >= ESCAPE]
+        escaped = x.level[symbol(x.level, RAW_BITS[x.context]) >= ESCAPE]
         head = (
             number(x.lanes) + number(len(escaped)) + number(int(mine.min())) + pack_planes(mine - mine.min())
         )
         body = [words[ends[c] - count[c] : ends[c]] for c in columns]
-        middle = pack_middle(x.magnitude, RAW_BITS[x.context])
+        middle = pack_middle(x.level, RAW_BITS[x.context])
         out.append(
             head
             + state[columns].astype("<u4").tobytes()
@@ -171,11 +180,11 @@ def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
     return out
 
 
-def pack_middle(magnitude: np.ndarray, raw: np.ndarray) -> bytes:
+def pack_middle(level: np.ndarray, raw: np.ndarray) -> bytes:
     """Middle bits of all codes."""
     parts = []
     for bits in range(1, int(raw.max(initial=0)) + 1):
-        middle = magnitude[raw == bits] >> 1
+        middle = level[raw == bits] >> 1
         parts.append(((middle[:, None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8).ravel())
     return np.packbits(np.concatenate(parts)).tobytes() if parts else b""
 
@@ -202,7 +211,7 @@ class Parsed(NamedTuple):
       taken: `[L]` words of each lane.
       words: uint16 of all lanes.
       middle: middle bits of each code, `[N]` int32; None where no code has any.
-      escaped: `magnitude >> 1` of the escapes.
+      escaped: `level >> 1` of the escapes.
     """
 
     lanes: int
@@ -305,14 +314,16 @@ def finish(value: np.ndarray, context: np.ndarray, x: Parsed) -> np.ndarray:
         found = value[wide]
         coded = found >> 2
         high = (coded >> 1) << (RAW_BITS[context[wide]] + 1)
-        magnitude = high | x.middle[wide] << 1 | coded & 1
-        value[wide] = signed(magnitude, (found >> 1) & 1, found & 1)
+        negative = found & 1
+        magnitude = (high | x.middle[wide] << 1 | coded & 1) + negative
+        value[wide] = signed(magnitude, (found >> 1) & 1, negative)
     if len(x.escaped):
         if x.escaped.max() > MAX_MAGNITUDE >> 1:
             raise Damaged("an escape beyond the largest magnitude")
         found = value[special]
-        magnitude = x.escaped.astype(np.int32) << 1 | found & 1
-        value[special] = signed(magnitude, (found >> 2) & 1, (found >> 1) & 1)
+        negative = (found >> 1) & 1
+        magnitude = (x.escaped.astype(np.int32) << 1 | found & 1) + (WIDE[context[special]] & (negative > 0))
+        value[special] = signed(magnitude, (found >> 2) & 1, negative)
     return value
 
 

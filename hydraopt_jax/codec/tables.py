@@ -15,7 +15,7 @@ SLOT_BITS = 12
 SLOTS = 1 << SLOT_BITS
 # most bytes of all tables before they are deflated
 LIMIT = 2 * COUNT * (1 + 2 * SYMBOLS)
-# values of the decoding table from here on are escapes: base + 4 * quantizer + 2 * sign + parity
+# values of the decoding table from here on are escapes: base + 4 * quantizer + 2 * sign + low bit
 ESCAPED = 1 << 14
 
 
@@ -142,16 +142,15 @@ def lookup(frequencies: np.ndarray, present: np.ndarray) -> Lookup:
             pair = np.repeat(np.arange(2 * SYMBOLS), slots)
             start = np.cumsum(slots) - slots
             symbol, sign = pair >> 1, pair & 1
-            parity = symbol & 1
+            low = symbol & 1
+            parity = low ^ (sign & WIDE[context])
             offset = np.arange(SLOTS) - start[pair]
             entry[k, quantizer] = slots[pair] << (SLOT_BITS + 1) | parity << SLOT_BITS | offset
             if WIDE[context]:
                 found = 4 * symbol + 2 * quantizer + sign
             else:
                 found = (2 * symbol - quantizer * (symbol > 0)) * (1 - 2 * sign)
-            value[k, quantizer] = np.where(
-                symbol >= ESCAPE, ESCAPED + 4 * quantizer + 2 * sign + parity, found
-            )
+            value[k, quantizer] = np.where(symbol >= ESCAPE, ESCAPED + 4 * quantizer + 2 * sign + low, found)
     row = np.full(COUNT, -1, np.int32)
     row[wanted] = np.arange(len(wanted), dtype=np.int32) * 2 * SLOTS
     return Lookup(entry.ravel(), value.ravel(), row)

@@ -92,7 +92,8 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
         return total - total.min(0), second < first
 
     lanes = y.shape[1]
-    start = jnp.full((STATES, lanes), 1e9, jnp.float32).at[0].set(0.0)
+    # no path begins in another state, however dear a bit is
+    start = jnp.full((STATES, lanes), jnp.inf, jnp.float32).at[0].set(0.0)
     total, choice = jax.lax.scan(forward, start, paid)
     lane = jnp.arange(lanes)
 

@@ -31,6 +31,8 @@ MARGIN = 0.002
 PRICES = (0.5, 2.0)
 # tries to meet the bytes in the end
 ROUNDS = 12
+# entries in steps, of a module that a bad optimizer has thrown off
+LARGEST = 2.0**28
 # how far, in steps, an unrounded entry may lie from what it was rounded to
 CELL = 0.5
 
@@ -48,14 +50,14 @@ class Tables(NamedTuple):
 
 
 def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, list[encode.Target]]:
-    """Factors in steps as the codec takes them."""
+    """Factors in steps as the codec takes them; entries that have run away are cut to what a code holds."""
+
+    def held(x: Any) -> np.ndarray:
+        return np.nan_to_num(np.asarray(x, np.float32)).clip(-LARGEST, LARGEST)
+
     return {
         n: [
-            encode.Target(
-                shape,
-                np.asarray(x.a, np.float32),
-                np.ascontiguousarray(np.asarray(x.b, np.float32).swapaxes(1, 2)),
-            )
+            encode.Target(shape, held(x.a), np.ascontiguousarray(held(x.b).swapaxes(1, 2)))
             for shape, x in zip(shapes[n], terms, strict=True)
         ]
         for n, terms in modules.items()

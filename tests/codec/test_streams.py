@@ -214,3 +214,12 @@ def test_a_store_that_claims_much_inflates_little():
         bitstream.inflate(bomb, 100)
     with pytest.raises(Damaged, match="tables of"):
         tables.unpack(Reader(bitstream.number(1 << 24) + bitstream.number(len(bomb)) + bomb))
+
+
+@pytest.mark.parametrize("multiplier", [1e8, 1e20])
+def test_no_price_of_a_bit_starts_the_trellis_in_another_state(multiplier):
+    rng = np.random.default_rng(9)
+    values, context = in_contexts([laplacian(rng, 600, 1e6)])
+    (symbols,) = encode.quantize_streams([values], [context], contexts.gaussian(), multiplier)
+    _, (back,) = round_trip([symbols])
+    np.testing.assert_array_equal(streams.values(symbols), back)

@@ -120,7 +120,7 @@ def codes_of(data, contexts, tables):
             if x < 65536:
                 x = 65536 * x + words.pop(0)
             found.append((symbol, sign, q0))
-            q0, q1, q2 = q1 ^ q2 ^ symbol % 2, q0, q1
+            q0, q1, q2 = q1 ^ q2 ^ (symbol + (sign if raw_of(context) else 0)) % 2, q0, q1
         assert (x, words) == (65536, [])
     total = sum(raw_of(c) for c in contexts)
     bits = "".join(f"{x:08b}" for x in data.take(-(-total // 8)))
@@ -134,6 +134,7 @@ def codes_of(data, contexts, tables):
         k = symbol // 2 * 2 ** (raw_of(context) + 1) + 2 * bits_between + symbol % 2
         if symbol >= 126:
             k = 2 * rest.pop(0) + symbol % 2
+        k += sign if raw_of(context) else 0
         out.append((2 * k - q if k else 0) * (-1 if sign else 1))
     assert not rest
     return out

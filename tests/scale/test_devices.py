@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from hydraopt_jax.jobs import devices
+from hydraopt_jax.jobs import devices as mesh
 
 SCRIPT = """
 import sys
 from pathlib import Path
 import jax, numpy as np
 from hydraopt_jax import compression
-from hydraopt_jax.jobs import groups, mesh, streaming
+from hydraopt_jax.jobs import devices, groups, streaming
 rng = np.random.default_rng(0)
 rows, tasks, rank, inputs, outputs = 3, 13, 4, 24, 80
 a = rng.standard_normal((rows, tasks, rank, inputs)).astype(np.float32)
@@ -49,8 +49,9 @@ CODED = """
 import sys, threading
 from pathlib import Path
 import jax
-from hydraopt_jax import checkpoint, formats, navigate, synthetic
-from hydraopt_jax.jobs import coded, mesh, reading, segments
+from hydraopt_jax import formats, navigate, synthetic
+from hydraopt_jax.store import checkpoint
+from hydraopt_jax.jobs import coded, devices, reading, segments
 folder = Path(sys.argv[1])
 segments.DIRECTIONS = 12
 modules = {f"layers.{n}.{p}": (48, 64) for n in range(2) for p in "qv"}
@@ -114,7 +115,7 @@ def test_a_failure_on_one_device_is_told_and_begins_nothing_more():
         time.sleep(0.01)
 
     with pytest.raises(ValueError, match="item 2"):
-        devices.spread(work, iter(range(100)), jax.devices()[:1] * 3)
+        mesh.spread(work, iter(range(100)), jax.devices()[:1] * 3)
     assert len(begun) < 100
 
 
@@ -122,4 +123,4 @@ def test_a_failure_on_one_device_is_told_and_begins_nothing_more():
     ("modules", "devices", "shape"), [(1, 8, (1, 8)), (3, 8, (2, 4)), (24, 8, (8, 1)), (5, 6, (3, 2))]
 )
 def test_devices_left_over_share_the_tasks(modules, devices, shape):
-    assert devices.make(modules, np.arange(devices)).devices.shape == shape
+    assert mesh.make(modules, np.arange(devices)).devices.shape == shape

@@ -100,7 +100,7 @@ def test_sigterm_ends_a_job_with_a_message(job, tmp_path):
     assert (code, said) == (143, "")
     assert err.startswith("hydraopt: stopped by SIGTERM")
     assert err.count("\n") == 1
-    assert len(list(job.folder_of(out).glob("group-*.json"))) == 2
+    assert len(list(jobs.folder_of(out).glob("group-*.json"))) == 2
     code, _, err = job(out, "--dtype", "float16")
     assert code == 2
     assert "unfinished job with other adapters or options" in err
@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_is_done(job, tmp_path, mod
     assert err.startswith("hydraopt: ")
     assert "cannot be written: No space left on device" in err
     assert "run the same command again" in err
-    assert len(list(job.folder_of(out).glob("group-*.json"))) == kept
+    assert len(list(jobs.folder_of(out).glob("group-*.json"))) == kept
     assert not out.exists()
     assert job(out, "--json")[2] == f"hydraopt: going on: {kept} of 3 modules were done before\n"
     assert checkpoint.verify(out)

@@ -20,7 +20,7 @@ from hydraopt_jax.store import checkpoint
 DRIVER = """
 import os, signal, sys
 from hydraopt_jax import cli
-from hydraopt_jax.jobs import coded, hosts, jobs
+from hydraopt_jax.jobs import coded, hosts, job
 hosts.SILENCE = 10
 job.run.__kwdefaults__["group_bytes"] = 1
 coded.run.__kwdefaults__["segment_bytes"] = 1
