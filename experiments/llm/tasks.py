@@ -174,7 +174,7 @@ def chat(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def key(text: str) -> str:
-    """Lower-case letters and digits of `text` (all of it if it has none): equal for texts that count as equal."""
+    """Lower-case letters and digits of `text`, or all of it if it has none: equal texts share it."""
     return re.sub(r"[\W_]+", "", text.lower()) or text
 
 

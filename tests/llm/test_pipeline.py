@@ -1,0 +1,222 @@
+"""The experiment on a real LLM, small: a random two-layer Llama, two tasks, a few steps."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+pytest.importorskip("tokenizers", reason="needs the extra: pip install -e '.[llm]'")
+pytest.importorskip("sacrebleu", reason="needs the extra: pip install -e '.[llm]'")
+pytest.importorskip("rouge_score", reason="needs the extra: pip install -e '.[llm]'")
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from experiments.llm import adapters, compare, model, score, stores, train
+from experiments.llm.activations import gather, hidden_of, place
+from experiments.llm.base import load_base
+from experiments.llm.decoding import decode, joined
+from experiments.llm.readers import Item
+from experiments.llm.tasks import TASKS, Task, load_sequences
+from hydraopt_jax import formats
+
+WORDS = ("red", "green", "blue", "small", "large", "round")
+UPPER, RANK, ALPHA = 1, 2, 4.0
+
+
+def read_words(data, turned):
+    """Pairs of words to turn round, or to name the color of."""
+    pairs = [(a, b) for a in WORDS for b in WORDS if a != b]
+    items = [Item(f"{a} {b}", (f"{b} {a}" if turned else a,), f"{a} {b}") for a, b in pairs]
+    return {"train": items[:20], "dev": items[20:25], "test": items[25:]}
+
+
+TOY = {
+    "turn": Task("turn", "answer", "Turn:\n{}", lambda data: read_words(data, True), "chrf"),
+    "first": Task(
+        "first",
+        "classify",
+        "First:\n{}",
+        lambda data: read_words(data, False),
+        "accuracy",
+        lambda data: WORDS,
+    ),
+}
+
+
+def write_model(folder, *, bias):
+    """A random Llama of two layers in Hugging Face's files."""
+    rng = np.random.default_rng(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.add_special_tokens(specials)
+    width, ffn, heads, kv, vocabulary = 24, 32, 3, 1, tokenizer.get_vocab_size()
+    shapes = {"q": width, "k": width // heads, "v": width // heads}
+    tensors = {
+        "model.embed_tokens.weight": rng.normal(size=(vocabulary, width)),
+        "model.norm.weight": np.ones(width),
+    }
+    for i in range(2):
+        at = f"model.layers.{i}"
+        for name, out in shapes.items():
+            tensors[f"{at}.self_attn.{name}_proj.weight"] = rng.normal(size=(out, width)) / 5
+            if bias:
+                tensors[f"{at}.self_attn.{name}_proj.bias"] = rng.normal(size=out)
+        tensors[f"{at}.self_attn.o_proj.weight"] = rng.normal(size=(width, width)) / 5
+        tensors[f"{at}.mlp.gate_proj.weight"] = rng.normal(size=(ffn, width)) / 5
+        tensors[f"{at}.mlp.up_proj.weight"] = rng.normal(size=(ffn, width)) / 5
+        tensors[f"{at}.mlp.down_proj.weight"] = rng.normal(size=(width, ffn)) / 5
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{at}.{norm}.weight"] = np.ones(width)
+    folder.mkdir()
+    save_file({k: v.astype(np.float32) for k, v in tensors.items()}, folder / "model.safetensors")
+    config = {
+        "architectures": ["Qwen2ForCausalLM" if bias else "LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": ffn,
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two adapters trained, scored, and all that was written on the way."""
+    root = tmp_path_factory.mktemp("llm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYDRAOPT_LLM_CACHE", str(root / "cache"))
+        for name, task in TOY.items():
+            patch.setitem(TASKS, name, task)
+        base = str(write_model(root / "base", bias=True))
+        common = ["--data", str(root), "--base", base, "--regime", "shared", "--layers", str(UPPER)]
+        where = ["--tasks", *TOY]
+        settings = ["--rank", str(RANK), "--alpha", str(ALPHA), "--steps", "12", "--rate", "0.02"]
+        train.main([*common, *where, *settings, "--out", str(root / "adapters")])
+        for regime in ("zero-shot", "shared"):
+            score.main(
+                [
+                    *("--data", str(root), "--base", base, "--regime", regime, "--layers", str(UPPER)),
+                    *(*where, "--adapters", str(root / "adapters"), "--results", str(root / "results")),
+                ]
+            )
+        compared = [*common, *where, "--adapters", str(root / "adapters"), "--results", str(root / "results")]
+        for rows in ("K = 1, closed", "SVD rank 4"):
+            compare.main([*compared, "--only", rows])
+        yield root, place(load_base(base), UPPER)
+
+
+def test_training_lowers_the_loss_and_keeps_a_log(trained):
+    root, _ = trained
+    for name in TOY:
+        log = json.loads((root / "adapters" / "shared" / name / "log.json").read_text())
+        assert len(log["train_loss"]) == 12
+        assert log["dev_loss"][-1][1] < log["dev_loss"][0][1]
+        assert 0.5 < log["cosine_of_a_to_start"] < 1
+
+
+def test_a_broken_off_training_ends_like_a_whole_one(trained, tmp_path, monkeypatch):
+    root, lower = trained
+    monkeypatch.setattr(train, "EVERY", 4)
+    splits = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)
+    start = adapters.initialize(adapters.key_of("shared", "turn", 0), lower.upper, RANK)
+    settings = {"rate": 0.02, "steps": 8, "scale": ALPHA / RANK, "seed": 0}
+    whole, log = train.train(lower, start, splits, saved=tmp_path / "whole.npz", **settings)
+
+    def stop_at_six(*given, **more):
+        stop_at_six.left -= 1
+        if stop_at_six.left < 0:
+            raise KeyboardInterrupt
+        return update(*given, **more)
+
+    update, stop_at_six.left = train.update, 6
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", stop_at_six)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(lower, start, splits, saved=tmp_path / "broken.npz", **settings)
+    resumed, again = train.train(lower, start, splits, saved=tmp_path / "broken.npz", **settings)
+    assert again["train_loss"] == pytest.approx(log["train_loss"], abs=1e-3)
+    assert adapters.cosine(whole, resumed) > 0.9999
+
+
+def test_folders_read_by_the_package_give_the_same_deltas(trained):
+    root, _ = trained
+    for name in TOY:
+        folder = root / "adapters" / "shared" / name
+        read = formats.read_adapter(folder)
+        assert all(name.startswith("model.layers.1.") for name in read.a)
+        through = stores.deltas_of({module: (read.a[module], read.b[module]) for module in read.a})
+        direct = adapters.load_deltas(folder)
+        for module in model.MODULES:
+            np.testing.assert_allclose(through[module], direct[module], atol=1e-6)
+
+
+def test_batches_of_cached_activations_give_the_logits_of_the_whole_model(trained):
+    root, lower = trained
+    sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["dev"]
+    batch = gather(sequences, hidden_of(lower, sequences, dtype=np.float32), list(range(len(sequences))), 8)
+    hidden, _ = model.run_layers(lower.upper, batch.hidden, config=lower.base.config)
+    found = model.logits(
+        lower.outer, hidden.reshape(-1, hidden.shape[-1])[batch.at], config=lower.base.config
+    )
+    start = 0
+    for s in sequences:
+        whole = model.forward(
+            lower.outer | {"layers": joined(lower, lower.upper)},
+            jnp.array([s.tokens[:-1]]),
+            config=lower.base.config,
+        )[0, len(s.prompt) - 1 :]
+        np.testing.assert_allclose(found[start : start + len(s.answer)], whole, atol=1e-4)
+        start += len(s.answer)
+
+
+def test_decoding_with_a_cache_takes_the_best_token_every_time(trained):
+    root, lower = trained
+    layers = joined(lower, lower.upper)
+    sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["test"]
+    labels = score.labels_of(TOY["turn"], root, lower)
+    answers = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
+    for s, answer in zip(sequences, answers, strict=True):
+        tokens = jnp.array([s.prompt + answer])
+        logits = model.forward(lower.outer | {"layers": layers}, tokens, config=lower.base.config)
+        best = np.asarray(logits[0, len(s.prompt) - 1 :].argmax(-1)).tolist()
+        assert best[: len(answer)] == answer
+
+
+def test_classification_answers_are_labels(trained):
+    _, lower = trained
+    answers = json.loads(score.answers_path(lower.base.name, "zero-shot", "first").read_text())
+    texts = {lower.base.tokenizer.decode(answer) for answer in answers["test"]}
+    assert texts <= set(WORDS)
+
+
+@pytest.mark.parametrize("row", ["hydraopt-k-1-closed-form", "svd-rank-4-4-bits"])
+def test_verified_drafts_give_the_answers_of_plain_decoding(trained, row):
+    root, lower = trained
+    result = json.loads((root / "results" / "stores-shared" / f"{row}.json").read_text())
+    made = stores.plan(stores.read_collection(root / "adapters" / "shared", list(TOY)))[result["row"]]
+    kept = made(root / "again" / row)
+    for name, task in TOY.items():
+        layers = joined(lower, score.with_deltas(lower.upper, stores.deltas_of(kept.tasks[name])))
+        sequences = load_sequences(task, root, lower.base.tokenizer, lower.base.stop)["test"]
+        labels = score.labels_of(task, root, lower)
+        answers = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
+        assert result["tasks"][name]["items"] == score.item_scores(task, lower, answers, sequences)
+
+
+def test_a_coarse_row_diverges_more_than_a_fine_one(trained):
+    root, _ = trained
+    rows = [json.loads(path.read_text()) for path in (root / "results" / "stores-shared").glob("*.json")]
+    found = {row["row"]: np.mean([x["kl"] for x in row["tasks"].values()]) for row in rows}
+    assert 0 < found["SVD rank 4, 4 bits"] < found["HydraOpt K = 1, closed form"]
