@@ -2,7 +2,7 @@
 
 import json
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -14,19 +14,20 @@ pytest.importorskip("rouge_score", reason="needs the extra: pip install -e '.[ll
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from experiments.llm import adapters, compare, model, score, stores, train
-from experiments.llm.activations import gather, hidden_of, place
+from experiments.llm.activations import hidden_of, pad, place
 from experiments.llm.base import load_base
-from experiments.llm.decoding import decode, joined
+from experiments.llm.decoding import answer_logits, decode, joined
 from experiments.llm.readers import Item
 from experiments.llm.tasks import TASKS, Task, load_sequences
 from hydraopt_jax import formats
 
-WORDS = ("red", "green", "blue", "small", "large", "round")
+# of one length: one shape to compile
+WORDS = ("red", "sea", "sky", "sun", "ice", "oak")
 UPPER, RANK, ALPHA = 1, 2, 4.0
 
 
 def read_words(data, turned):
-    """Pairs of words to turn round, or to name the color of."""
+    """Pairs of words to turn round, or to name the first of."""
     pairs = [(a, b) for a in WORDS for b in WORDS if a != b]
     items = [Item(f"{a} {b}", (f"{b} {a}" if turned else a,), f"{a} {b}") for a, b in pairs]
     return {"train": items[:20], "dev": items[20:25], "test": items[25:]}
@@ -162,36 +163,39 @@ def test_folders_read_by_the_package_give_the_same_deltas(trained):
             np.testing.assert_allclose(through[module], direct[module], atol=1e-6)
 
 
+def whole_logits(lower, sequences):
+    """Logits `[N, P, V]` of whole sequences, all layers run together."""
+    tokens = pad(sequences, max(map(len, sequences)), lower.base.stop)
+    params = lower.outer | {"layers": joined(lower, lower.upper)}
+    return np.asarray(
+        jax.jit(model.forward, static_argnames="config")(params, tokens, config=lower.base.config)
+    )
+
+
 def test_batches_of_cached_activations_give_the_logits_of_the_whole_model(trained):
     root, lower = trained
     sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["dev"]
-    batch = gather(sequences, hidden_of(lower, sequences, dtype=np.float32), list(range(len(sequences))), 8)
-    hidden, _ = model.run_layers(lower.upper, batch.hidden, config=lower.base.config)
-    found = model.logits(
-        lower.outer, hidden.reshape(-1, hidden.shape[-1])[batch.at], config=lower.base.config
-    )
-    start = 0
-    for s in sequences:
-        whole = model.forward(
-            lower.outer | {"layers": joined(lower, lower.upper)},
-            jnp.array([s.tokens[:-1]]),
-            config=lower.base.config,
-        )[0, len(s.prompt) - 1 :]
-        np.testing.assert_allclose(found[start : start + len(s.answer)], whole, atol=1e-4)
-        start += len(s.answer)
+    hidden = hidden_of(lower, sequences, dtype=np.float32)
+    whole = whole_logits(lower, [s.tokens[:-1] for s in sequences])
+    for chosen, _, found in answer_logits(lower, lower.upper, sequences, hidden):
+        start = 0
+        for i in chosen:
+            prompt, answer = sequences[i].prompt, sequences[i].answer
+            expected = whole[i, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
+            np.testing.assert_allclose(found[start : start + len(answer)], expected, atol=1e-4)
+            start += len(answer)
 
 
 def test_decoding_with_a_cache_takes_the_best_token_every_time(trained):
     root, lower = trained
-    layers = joined(lower, lower.upper)
     sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["test"]
     labels = score.labels_of(TOY["turn"], root, lower)
-    answers = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
-    for s, answer in zip(sequences, answers, strict=True):
-        tokens = jnp.array([s.prompt + answer])
-        logits = model.forward(lower.outer | {"layers": layers}, tokens, config=lower.base.config)
-        best = np.asarray(logits[0, len(s.prompt) - 1 :].argmax(-1)).tolist()
-        assert best[: len(answer)] == answer
+    prompts = [s.prompt for s in sequences]
+    answers = decode(lower, joined(lower, lower.upper), [(prompt, []) for prompt in prompts], labels)
+    whole = whole_logits(lower, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+    for logits, prompt, answer in zip(whole, prompts, answers, strict=True):
+        best = logits[len(prompt) - 1 : len(prompt) - 1 + len(answer)].argmax(-1)
+        assert best.tolist() == answer
 
 
 def test_classification_answers_are_labels(trained):
