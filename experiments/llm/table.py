@@ -2,10 +2,10 @@
 
     python -m experiments.llm.table
 
-Per task: zero-shot and own score. Per stored row: bytes over the fp16 bytes, the mean drop 1 - S (S: mean over
-tasks of score over the own adapter's score), the worst task's drop, 95% bootstrap intervals (items drawn with
-replacement, the same for stored and own), and means of the companions. Rows that lack a task are left out.
-Takes seconds.
+Per task: zero-shot and own score. Per stored row: bytes over the fp16 bytes, the mean drop 1 - S (S: mean
+over tasks of score over the own adapter's score), the worst task's drop, 95% bootstrap intervals (items
+drawn with replacement, the same for stored and own), and means of the companions. Rows that lack a task are
+left out. Takes seconds.
 """
 
 import argparse
