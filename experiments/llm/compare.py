@@ -29,6 +29,7 @@ from experiments.llm.tasks import TASKS, Sequence, Task, load_sequences
 
 HERE = Path(__file__).parent
 REFERENCES = 48
+CHOOSING = 16
 
 
 class Problem(NamedTuple):
@@ -135,6 +136,32 @@ def compare(problem: Problem, lower: Lower, deltas: Mapping[str, np.ndarray]) ->
     }
 
 
+def start_result(
+    path: Path, name: str, regime: str, row: stores.Row, collection: list[Any]
+) -> dict[str, Any]:
+    """What `path` holds of these adapters, or a result without tasks."""
+    facts = {"row": name, "regime": regime, "adapters": stores.digest(collection)}
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        if kept["adapters"] == facts["adapters"]:
+            return kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return facts | {"bytes": row.bytes, "fp16_bytes": stores.fp16_bytes(collection), "tasks": {}}
+
+
+def choose_scale(row: stores.Row, lower: Lower, data: Path, tasks: list[str]) -> float:
+    """The one of `stores.SCALES` at which one adapter for all tasks has the lowest mean dev loss."""
+    losses = np.zeros((len(tasks), len(stores.SCALES)))
+    for i, name in enumerate(tasks):
+        dev = load_sequences(TASKS[name], data, lower.base.tokenizer, lower.base.stop)["dev"][:CHOOSING]
+        hidden = hidden_of(lower, dev, dtype=np.float32)
+        deltas = stores.deltas_of(row.tasks[name])
+        for k, scale in enumerate(stores.SCALES):
+            upper = with_deltas(lower.upper, {module: scale * delta for module, delta in deltas.items()})
+            losses[i, k] = reference_loss(lower, upper, dev, hidden)
+    return stores.SCALES[int(losses.mean(0).argmin())]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -152,23 +179,20 @@ def main(argv: list[str] | None = None) -> None:
     lower = place(load_base(given.base), given.layers)
     folder = given.adapters / given.regime
     collection = stores.read_collection(folder, given.tasks)
-    size = stores.fp16_bytes(collection)
-    made = cache_folder() / f"stores-{given.regime}-{len(given.tasks)}"
     rows, results = {}, {}
     for name, make in stores.plan(collection).items():
         if given.only in name:
             slug = re.sub(r"[^a-z0-9.]+", "-", name.lower())
-            rows[name] = make(made / slug)
+            rows[name] = make(cache_folder() / "stores" / stores.digest(collection) / slug)
             path = given.results / f"stores-{given.regime}" / f"{slug}.json"
-            facts = {
-                "row": name,
-                "regime": given.regime,
-                "bytes": rows[name].bytes,
-                "fp16_bytes": size,
-                "tasks": {},
-            }
-            results[name] = path, json.loads(path.read_text()) if path.exists() else facts
-            print(f"{name}: {rows[name].bytes / size:.4f} of the bytes", flush=True)
+            facts = start_result(path, name, given.regime, rows[name], collection)
+            if name.startswith("merged"):
+                if "scale" not in facts:
+                    facts["scale"] = choose_scale(rows[name], lower, given.data, given.tasks)
+                rows[name] = stores.scaled(rows[name], facts["scale"])
+            path.write_text(json.dumps(facts) + "\n")
+            results[name] = path, facts
+            print(f"{name}: {facts['bytes'] / facts['fp16_bytes']:.4f} of the bytes", flush=True)
     for name in given.tasks:
         left = [row for row in rows if name not in results[row][1]["tasks"]]
         if not left:
@@ -179,7 +203,6 @@ def main(argv: list[str] | None = None) -> None:
             path, result = results[row]
             found = compare(problem, lower, stores.deltas_of(rows[row].tasks[name]))
             result["tasks"][name] = found | {"own": own, "own_items": problem.own_scores}
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result) + "\n")
             print(
                 f"{name}, {row}: {found['score']:.3f} of {own:.3f}; gain kept {found['gain_kept']:.4f}, "

@@ -4,6 +4,7 @@ The only module here that knows hydraopt_jax. A row is written to disk where the
 and read back; of methods without one the bytes are those of their numbers alone, which flatters them.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,9 +28,11 @@ from hydraopt_jax import (
     store,
 )
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.merging import compressors
+from hydraopt_jax.merging import compressors, curves
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
+# multiples of the scale of least weight error at which one adapter for all tasks is tried on dev items
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m", "iso-c", "core-space")
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -46,9 +49,20 @@ def read_collection(folder: Path, tasks: Sequence[str]) -> list[Adapter]:
     return [formats.read_adapter(folder / task) for task in tasks]
 
 
+def digest(collection: Sequence[Adapter]) -> str:
+    """Short name of the weights of a collection, to know what was made of them."""
+    return hashlib.sha256(" ".join(f"{x.task} {x.digest}" for x in collection).encode()).hexdigest()[:12]
+
+
 def fp16_bytes(collection: Sequence[Adapter]) -> int:
     """Bytes of all factors in half precision: what shares are counted against."""
     return 2 * sum(x.a[name].size + x.b[name].size for x in collection for name in x.a)
+
+
+def scaled(row: Row, factor: float) -> Row:
+    """`row` with every weight change times `factor`."""
+    tasks = {task: {name: (a, factor * b) for name, (a, b) in x.items()} for task, x in row.tasks.items()}
+    return Row(row.bytes, tasks)
 
 
 def deltas_of(factors: Mapping[str, Pair]) -> dict[str, np.ndarray]:
@@ -174,8 +188,10 @@ def _kept(collection: Sequence[Adapter], name: str, options: Mapping[str, Any], 
 
 
 def _merged(collection: Sequence[Adapter], name: str, folder: Path) -> Row:
-    """One adapter for all tasks; its scale is chosen by who scores it."""
-    found = merging.merge_stacked(adapters.stack(collection), name)
-    pairs = {module: (np.float16(a), np.float16(b)) for module, (a, b) in found.items()}
+    """One adapter for all tasks, at the scale of least weight error, see `SCALES`."""
+    stacked = adapters.stack(collection)
+    found = merging.merge_stacked(stacked, name)
+    scale = np.float32(curves.best_scale(stacked, found))
+    pairs = {module: (np.float16(a), np.float16(scale * b)) for module, (a, b) in found.items()}
     size = sum(2 * (a.size + b.size) for a, b in pairs.values())
     return Row(size, {x.task: pairs for x in collection})

@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
                 ]
             )
         compared = [*common, *where, "--adapters", str(root / "adapters"), "--results", str(root / "results")]
-        for rows in ("K = 1, closed", "SVD rank 4"):
+        for rows in ("K = 1, closed", "SVD rank 4", "merged, linear"):
             compare.main([*compared, "--only", rows])
         yield root, place(load_base(base), UPPER)
 
@@ -177,3 +177,4 @@ def test_a_coarse_row_diverges_more_than_a_fine_one(trained):
     rows = [json.loads(path.read_text()) for path in (root / "results" / "stores-shared").glob("*.json")]
     found = {row["row"]: np.mean([x["kl"] for x in row["tasks"].values()]) for row in rows}
     assert 0 < found["SVD rank 4, 4 bits"] < found["HydraOpt K = 1, closed form"]
+    assert found["SVD rank 4, 4 bits"] < found["merged, linear"]
