@@ -80,7 +80,7 @@ def _decode_batch(
     lower: Lower, layers: dict[str, Any], prefixes: list[tuple[list[int], list[int]]], labels: Labels
 ) -> list[list[int]]:
     config, stop = lower.base.config, lower.base.stop
-    rows = fit(len(prefixes), (4, 8, 16, ROWS))
+    rows = fit(len(prefixes), (8, ROWS))
     filled = prefixes + [([stop], [])] * (rows - len(prefixes))
     ids = [prompt + answer for prompt, answer in filled]
     length = fit(max(map(len, ids)), LENGTHS)

@@ -20,7 +20,7 @@ from experiments.llm.readers import Item
 from experiments.llm.tasks import TASKS, Task, load_sequences
 from hydraopt_jax import formats
 
-# of one length: one shape to compile
+# of one length, as the prompts are: few shapes to compile
 WORDS = ("red", "sea", "sky", "sun", "ice", "oak")
 UPPER, RANK, ALPHA = 1, 2, 4.0
 
@@ -33,11 +33,11 @@ def read_words(data, turned):
 
 
 TOY = {
-    "turn": Task("turn", "answer", "Turn:\n{}", lambda data: read_words(data, True), "chrf"),
+    "turn": Task("turn", "answer", "Turn it round:\n{}", lambda data: read_words(data, True), "chrf"),
     "first": Task(
         "first",
         "classify",
-        "First:\n{}",
+        "Say the first:\n{}",
         lambda data: read_words(data, False),
         "accuracy",
         lambda data: WORDS,
