@@ -94,8 +94,10 @@ def prepare(task: Task, lower: Lower, data: Path, regime: str, deltas: Mapping[s
     return Problem(task, labels, sequences, drafts, draft_hidden, reference_hidden, own, scores, losses)
 
 
-def compare(problem: Problem, lower: Lower, deltas: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Score and companions of one stored adapter."""
+def compare(
+    problem: Problem, lower: Lower, deltas: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Score and companions of one stored adapter, and its answers with the ids that end them."""
     upper = with_deltas(lower.upper, dict(deltas))
     answers: list[list[int]] = [[] for _ in problem.drafts]
     divergence = same = count = 0.0
@@ -120,13 +122,13 @@ def compare(problem: Problem, lower: Lower, deltas: Mapping[str, np.ndarray]) ->
         for i, answer in zip(
             open_ended, decode(lower, joined(lower, upper), prefixes, problem.labels), strict=True
         ):
-            answers[i] = answer
-    plain = [answer[:-1] if answer[-1] == stop else answer for answer in answers]
+            answers[i] = answer if len(answer) >= LONGEST_ANSWER else [*answer, stop]
     references = problem.sequences[:REFERENCES]
     loss = reference_loss(lower, upper, references, problem.reference_hidden)
     base, own_loss = problem.losses["base"], problem.losses["own"]
+    plain = [answer[:-1] if answer[-1] == stop else answer for answer in answers]
     scores_of = item_scores(problem.task, lower, plain, problem.sequences)
-    return {
+    found = {
         "score": round(float(np.mean(scores_of)), 4),
         "items": scores_of,
         "changed_answers": len(changed),
@@ -134,6 +136,28 @@ def compare(problem: Problem, lower: Lower, deltas: Mapping[str, np.ndarray]) ->
         "kl": round(divergence / count, 6),
         "same_token": round(same / count, 5),
     }
+    return found, answers
+
+
+def stored_answers_path(collection: list[Any], slug: str, task: str) -> Path:
+    """Where the answers of a stored adapter are kept."""
+    return stores_folder(collection) / f"answers-{slug}-{task}.json"
+
+
+def stores_folder(collection: list[Any]) -> Path:
+    """Where the stores of a collection are kept."""
+    folder = cache_folder() / "stores" / stores.digest(collection)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def slug_of(row: str) -> str:
+    """A row's name in files.
+
+    >>> slug_of("HydraOpt K = 16, closed form")
+    'hydraopt-k-16-closed-form'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", row.lower())
 
 
 def start_result(
@@ -182,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     rows, results = {}, {}
     for name, make in stores.plan(collection).items():
         if given.only in name:
-            slug = re.sub(r"[^a-z0-9.]+", "-", name.lower())
-            rows[name] = make(cache_folder() / "stores" / stores.digest(collection) / slug)
+            slug = slug_of(name)
+            rows[name] = make(stores_folder(collection) / slug)
             path = given.results / f"stores-{given.regime}" / f"{slug}.json"
             facts = start_result(path, name, given.regime, rows[name], collection)
             if name.startswith("merged"):
@@ -201,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         own = float(np.mean(problem.own_scores))
         for row in left:
             path, result = results[row]
-            found = compare(problem, lower, stores.deltas_of(rows[row].tasks[name]))
+            found, answers = compare(problem, lower, stores.deltas_of(rows[row].tasks[name]))
+            stored_answers_path(collection, path.stem, name).write_text(json.dumps(answers))
             result["tasks"][name] = found | {"own": own, "own_items": problem.own_scores}
             path.write_text(json.dumps(result) + "\n")
             print(

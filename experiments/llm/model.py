@@ -9,6 +9,7 @@ vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 GROUPS = dict.fromkeys(MODULES[:4], "self_attn") | dict.fromkeys(MODULES[4:], "mlp")
 
 Tree = dict[str, Any]
+Change = Callable[[str, jax.Array], jax.Array]
 
 
 class Config(NamedTuple):
@@ -62,14 +64,16 @@ def _norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def _project(x: jax.Array, layer: Tree, lora: Tree, name: str, scale: float) -> jax.Array:
-    """`x @ w`, plus the bias and `scale * x @ a @ b` where the layer has them."""
+def _project(
+    x: jax.Array, layer: Tree, lora: Tree, name: str, scale: float, change: Change | None
+) -> jax.Array:
+    """`x @ w`, plus the bias, `scale * x @ a @ b` and `change(name, x)` where there are any."""
     out = x @ layer[name]
     if f"{name}.bias" in layer:
         out = out + layer[f"{name}.bias"]
     if name in lora:
         out = out + scale * ((x @ lora[name]["a"]) @ lora[name]["b"])
-    return out
+    return out if change is None else out + change(name, x)
 
 
 def run_layers(
@@ -79,6 +83,7 @@ def run_layers(
     config: Config,
     lora: Tree | None = None,
     scale: float = 1.0,
+    change: Change | None = None,
     positions: jax.Array | None = None,
     cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache]:
@@ -90,6 +95,8 @@ def run_layers(
         config: Shape of the model.
         lora: Per projection `{"a": [L, in, R], "b": [L, R, out]}`; absent projections have none.
         scale: Factor of every LoRA product (alpha / R).
+        change: What else is added to a projection, given its name and its input `[N, P, in]`; the same in all
+            layers, so that layers that differ in it are run one at a time.
         positions: `[N, P]` positions of the tokens; 0, 1, ... where absent.
         cache: Past keys and values with room for the new ones, which are written at `positions`. Without it
         the
@@ -109,9 +116,9 @@ def run_layers(
     def step(x: jax.Array, inputs: tuple[Tree, Tree, Any]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         layer, low, past = inputs
         h = _norm(x, layer["input_layernorm"], config.eps)
-        q = _project(h, layer, low, "q_proj", scale).reshape(n, p, config.heads, config.head_width)
-        k = _project(h, layer, low, "k_proj", scale).reshape(n, p, config.kv_heads, config.head_width)
-        v = _project(h, layer, low, "v_proj", scale).reshape(n, p, config.kv_heads, config.head_width)
+        q = _project(h, layer, low, "q_proj", scale, change).reshape(n, p, config.heads, config.head_width)
+        k = _project(h, layer, low, "k_proj", scale, change).reshape(n, p, config.kv_heads, config.head_width)
+        v = _project(h, layer, low, "v_proj", scale, change).reshape(n, p, config.kv_heads, config.head_width)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         if past is not None:
             rows = jnp.arange(n)[:, None]
@@ -120,12 +127,11 @@ def run_layers(
         weights = jnp.einsum("npgsc,nmgc->ngspm", q, k) / math.sqrt(config.head_width)
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], weights, -1e30), axis=-1)
         h = jnp.einsum("ngspm,nmgc->npgsc", weights, v).reshape(n, p, -1)
-        x = x + _project(h, layer, low, "o_proj", scale)
+        x = x + _project(h, layer, low, "o_proj", scale, change)
         h = _norm(x, layer["post_attention_layernorm"], config.eps)
-        h = jax.nn.silu(_project(h, layer, low, "gate_proj", scale)) * _project(
-            h, layer, low, "up_proj", scale
-        )
-        return x + _project(h, layer, low, "down_proj", scale), (k, v)
+        gate = jax.nn.silu(_project(h, layer, low, "gate_proj", scale, change))
+        h = gate * _project(h, layer, low, "up_proj", scale, change)
+        return x + _project(h, layer, low, "down_proj", scale, change), (k, v)
 
     x, (keys, values) = jax.lax.scan(step, x, (layers, lora or {}, cache))
     return x, Cache(keys, values)

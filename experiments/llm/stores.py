@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +26,7 @@ from hydraopt_jax import (
     merging,
     navigate,
     quantize,
+    serving,
     store,
 )
 from hydraopt_jax.adapters import Adapter
@@ -77,6 +79,17 @@ def deltas_of(factors: Mapping[str, Pair]) -> dict[str, np.ndarray]:
         for module, by_layer in found.items()
         if by_layer
     }
+
+
+def load_served(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, Any], list[int]]:
+    """A store's modules on the device, for `serve`, and the ids of `tasks` in it."""
+    kept = checkpoint.restore(folder)
+    return serving.load(kept), [kept.tasks.index(task) for task in tasks]
+
+
+def serve(x: jax.Array, modules: Mapping[str, Any], name: str, ids: jax.Array) -> jax.Array:
+    """What the stored adapters of `ids` `[N, 1]` add to the projection `name` of `x` `[N, P, in]`."""
+    return serving.apply(x, modules[name], ids)
 
 
 def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:

@@ -12,7 +12,7 @@ pytest.importorskip("rouge_score", reason="needs the extra: pip install -e '.[ll
 
 from tiny import write_model
 
-from experiments.llm import adapters, compare, model, score, stores, train
+from experiments.llm import adapters, compare, model, score, serve, stores, train
 from experiments.llm.activations import hidden_of, pad, place
 from experiments.llm.base import load_base
 from experiments.llm.decoding import answer_logits, decode, joined
@@ -170,6 +170,17 @@ def test_verified_drafts_give_the_answers_of_plain_decoding(trained, row):
         labels = score.labels_of(task, root, lower)
         answers = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
         assert result["tasks"][name]["items"] == score.item_scores(task, lower, answers, sequences)
+
+
+def test_batches_that_mix_tasks_give_the_answers_of_the_compared_store(trained):
+    root, _ = trained
+    row = ["--row", "HydraOpt K = 1, closed form", "--tasks", *TOY]
+    where = ["--adapters", str(root / "adapters"), "--results", str(root / "results")]
+    base = ["--base", str(root / "base"), "--layers", str(UPPER)]
+    serve.main(["--data", str(root), "--regime", "shared", *base, *row, *where])
+    found = json.loads((root / "results" / "serving-shared.json").read_text())
+    assert found["HydraOpt K = 1, closed form"]["items"] == 10
+    assert found["HydraOpt K = 1, closed form"]["differing"] == 0
 
 
 def test_a_coarse_row_diverges_more_than_a_fine_one(trained):
