@@ -3,9 +3,9 @@
     python -m experiments.llm.serve --data DATA --regime shared --row "budget 0.125"
 
 `compare` adds each stored adapter to the weights; here the base stays as it is and `hydraopt_jax.serving`
-adds each row's own adapter. A batch holds items of all tasks, one after another, with the answers that `compare`
-found: where the best token is the answer's at every position, decoding in this batch gives that very
-answer.
+adds each row's own adapter. A batch holds items of all tasks, one after another, with the answers that
+`compare` found: where the best token is the answer's at every position, decoding in this batch gives that
+very answer.
 Prints and writes results/serving-REGIME.json: items, and how many of them differ.
 """
 
