@@ -81,6 +81,11 @@ def deltas_of(factors: Mapping[str, Pair]) -> dict[str, np.ndarray]:
     }
 
 
+def export(folder: Path, task: str, target: Path) -> None:
+    """Writes one task of a store as a PEFT folder."""
+    formats.write_adapter(target, store.adapter(checkpoint.restore(folder), task))
+
+
 def load_served(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, Any], list[int]]:
     """A store's modules on the device, for `serve`, and the ids of `tasks` in it."""
     kept = checkpoint.restore(folder)
