@@ -54,7 +54,7 @@ def detokenize(text: str) -> str:
     >>> detokenize("It is n't so , he said .")
     "It isn't so, he said."
     """
-    text = re.sub(r" ([.,!?;:%)\\]|n't|'s|'re|'ve|'ll|'d|'m)(?= |$)", r"\1", text)
+    text = re.sub(r" ([.,!?;:%)\]]|n't|'s|'re|'ve|'ll|'d|'m)(?= |$)", r"\1", text)
     return re.sub(r"([(\[]) ", r"\1", re.sub(r"\s+", " ", text)).strip()
 
 
