@@ -11,7 +11,7 @@ from experiments.llm import readers
 from experiments.llm.readers import Item
 from experiments.llm.tasks import TASKS, key, load_items, separate
 
-DATA = Path("/work/shared/llm-data")
+DATA = Path(__file__).parents[3] / "shared" / "llm-data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"no task files at {DATA}")
 
 
