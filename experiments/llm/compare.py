@@ -1,0 +1,241 @@
+"""Scores stored adapters against their originals, task by task.
+
+    python -m experiments.llm.compare --data DATA --regime shared --only budget
+
+Needs every task's own answers (`score`). A row's answers are exact greedy answers, found by verifying the
+own adapter's (see `decoding`). Beside the score stand companions with little noise: the share of the
+log-likelihood gain on the references that is kept, and on the own adapter's answers the divergence
+KL(own || stored) per token and the share of tokens with the same best one. One JSON per regime and row, saved
+task by task: the same command goes on.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.llm import adapters, stores
+from experiments.llm.activations import Lower, hidden_of, place
+from experiments.llm.base import DEFAULT, cache_folder, load_base
+from experiments.llm.decoding import LONGEST_ANSWER, Labels, answer_logits, decode, first_difference, joined
+from experiments.llm.score import ITEMS, answers_path, item_scores, labels_of, with_deltas
+from experiments.llm.tasks import TASKS, Sequence, Task, load_sequences
+
+HERE = Path(__file__).parent
+REFERENCES = 48
+CHOOSING = 16
+
+
+class Problem(NamedTuple):
+    """What all rows of a task share: items, drafts, cached activations, own logits of the drafts."""
+
+    task: Task
+    labels: Labels
+    sequences: list[Sequence]
+    drafts: list[Sequence]
+    draft_hidden: list[np.ndarray]
+    reference_hidden: list[np.ndarray]
+    own: list[np.ndarray]
+    own_scores: list[float]
+    losses: dict[str, float]
+
+
+@jax.jit
+def _losses(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Summed negative log-likelihood of `targets` `[A]`."""
+    return -(jax.nn.log_softmax(logits)[jnp.arange(len(targets)), targets] * weights).sum()
+
+
+@jax.jit
+def _companions(own: jax.Array, stored: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Summed KL(own || stored) and number of equal best tokens of logits `[A, V]`."""
+    p, q = jax.nn.log_softmax(own.astype(jnp.float32)), jax.nn.log_softmax(stored)
+    divergence = (jnp.exp(p) * (p - q)).sum(-1)
+    same = own.argmax(-1) == stored.astype(own.dtype).argmax(-1)
+    return (divergence * weights).sum(), (same * weights).sum()
+
+
+def reference_loss(
+    lower: Lower, upper: dict[str, Any], sequences: list[Sequence], hidden: list[np.ndarray]
+) -> float:
+    """Mean negative log-likelihood per token of the references."""
+    total = count = 0.0
+    for _, batch, logits in answer_logits(lower, upper, sequences, hidden):
+        total += float(_losses(logits, batch.targets, batch.weights))
+        count += float(batch.weights.sum())
+    return total / count
+
+
+def prepare(task: Task, lower: Lower, data: Path, regime: str, deltas: Mapping[str, np.ndarray]) -> Problem:
+    """Items, drafts and the own adapter's logits of one task."""
+    base = lower.base
+    sequences = load_sequences(task, data, base.tokenizer, base.stop)["test"][: ITEMS["test"]]
+    answers = json.loads(answers_path(base.name, regime, task.name).read_text())["test"]
+    # An answer cut at its greatest length has no end to predict.
+    ended = [answer if len(answer) >= LONGEST_ANSWER else [*answer, base.stop] for answer in answers]
+    drafts = [Sequence(s.prompt, draft, s.references) for s, draft in zip(sequences, ended, strict=True)]
+    upper = with_deltas(lower.upper, dict(deltas))
+    references = sequences[:REFERENCES]
+    draft_hidden = hidden_of(lower, drafts, dtype=np.float32)
+    reference_hidden = hidden_of(lower, references, dtype=np.float32)
+    own = [np.asarray(x.astype(jnp.float16)) for _, _, x in answer_logits(lower, upper, drafts, draft_hidden)]
+    losses = {
+        name: reference_loss(lower, layers, references, reference_hidden)
+        for name, layers in (("base", lower.upper), ("own", upper))
+    }
+    scores = item_scores(task, lower, answers, sequences)
+    labels = labels_of(task, data, lower)
+    return Problem(task, labels, sequences, drafts, draft_hidden, reference_hidden, own, scores, losses)
+
+
+def compare(
+    problem: Problem, lower: Lower, deltas: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Score and companions of one stored adapter, and its answers with the ids that end them."""
+    upper = with_deltas(lower.upper, dict(deltas))
+    answers: list[list[int]] = [[] for _ in problem.drafts]
+    divergence = same = count = 0.0
+    changed: list[int] = []
+    batches = answer_logits(lower, upper, problem.drafts, problem.draft_hidden)
+    for own, (chosen, batch, logits) in zip(problem.own, batches, strict=True):
+        found = _companions(own, logits, batch.weights)
+        divergence, same = divergence + float(found[0]), same + float(found[1])
+        count += float(batch.weights.sum())
+        scores, start = np.asarray(logits), 0
+        for i in chosen:
+            draft = problem.drafts[i].answer
+            best = [problem.labels.choose(scores[start + k], draft[:k]) for k in range(len(draft))]
+            start += len(draft)
+            at = first_difference(best, draft)
+            answers[i] = draft if at is None else [*draft[:at], best[at]]
+            changed += [] if at is None else [i]
+    stop = lower.base.stop
+    open_ended = [i for i in changed if answers[i][-1] != stop and len(answers[i]) < LONGEST_ANSWER]
+    if open_ended:
+        prefixes = [(problem.drafts[i].prompt, answers[i]) for i in open_ended]
+        for i, answer in zip(
+            open_ended, decode(lower, joined(lower, upper), prefixes, problem.labels), strict=True
+        ):
+            answers[i] = answer if len(answer) >= LONGEST_ANSWER else [*answer, stop]
+    references = problem.sequences[:REFERENCES]
+    loss = reference_loss(lower, upper, references, problem.reference_hidden)
+    base, own_loss = problem.losses["base"], problem.losses["own"]
+    plain = [answer[:-1] if answer[-1] == stop else answer for answer in answers]
+    scores_of = item_scores(problem.task, lower, plain, problem.sequences)
+    found = {
+        "score": round(float(np.mean(scores_of)), 4),
+        "items": scores_of,
+        "changed_answers": len(changed),
+        "gain_kept": round((base - loss) / (base - own_loss), 5),
+        "kl": round(divergence / count, 6),
+        "same_token": round(same / count, 5),
+    }
+    return found, answers
+
+
+def stored_answers_path(collection: list[Any], slug: str, task: str) -> Path:
+    """Where the answers of a stored adapter are kept."""
+    return stores_folder(collection) / f"answers-{slug}-{task}.json"
+
+
+def stores_folder(collection: list[Any]) -> Path:
+    """Where the stores of a collection are kept."""
+    folder = cache_folder() / "stores" / stores.digest(collection)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def slug_of(row: str) -> str:
+    """A row's name in files.
+
+    >>> slug_of("HydraOpt K = 16, closed form")
+    'hydraopt-k-16-closed-form'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", row.lower())
+
+
+def start_result(
+    path: Path, name: str, regime: str, row: stores.Row, collection: list[Any]
+) -> dict[str, Any]:
+    """What `path` holds of these adapters, or a result without tasks."""
+    facts = {"row": name, "regime": regime, "adapters": stores.digest(collection)}
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        if kept["adapters"] == facts["adapters"]:
+            return kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return facts | {"bytes": row.bytes, "fp16_bytes": stores.fp16_bytes(collection), "tasks": {}}
+
+
+def choose_scale(row: stores.Row, lower: Lower, data: Path, tasks: list[str]) -> float:
+    """The one of `stores.SCALES` at which one adapter for all tasks has the lowest mean dev loss."""
+    losses = np.zeros((len(tasks), len(stores.SCALES)))
+    for i, name in enumerate(tasks):
+        dev = load_sequences(TASKS[name], data, lower.base.tokenizer, lower.base.stop)["dev"][:CHOOSING]
+        hidden = hidden_of(lower, dev, dtype=np.float32)
+        deltas = stores.deltas_of(row.tasks[name])
+        for k, scale in enumerate(stores.SCALES):
+            upper = with_deltas(lower.upper, {module: scale * delta for module, delta in deltas.items()})
+            losses[i, k] = reference_loss(lower, upper, dev, hidden)
+    return stores.SCALES[int(losses.mean(0).argmin())]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' files (see sources)")
+    parser.add_argument("--base", default=DEFAULT, help="hub id or folder of a Llama-architecture model")
+    parser.add_argument("--regime", choices=adapters.REGIMES, required=True)
+    parser.add_argument("--adapters", type=Path, default=HERE / "adapters", help="where train wrote")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--layers", type=int, default=8, help="upper layers that are adapted")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="the collection")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    given = parser.parse_args(argv)
+    lower = place(load_base(given.base), given.layers)
+    folder = given.adapters / given.regime
+    collection = stores.read_collection(folder, given.tasks)
+    rows, results = {}, {}
+    for name, make in stores.plan(collection).items():
+        if given.only in name:
+            slug = slug_of(name)
+            rows[name] = make(stores_folder(collection) / slug)
+            path = given.results / f"stores-{given.regime}" / f"{slug}.json"
+            facts = start_result(path, name, given.regime, rows[name], collection)
+            if name.startswith("merged"):
+                if "scale" not in facts:
+                    facts["scale"] = choose_scale(rows[name], lower, given.data, given.tasks)
+                rows[name] = stores.scaled(rows[name], facts["scale"])
+            path.write_text(json.dumps(facts) + "\n")
+            results[name] = path, facts
+            print(f"{name}: {facts['bytes'] / facts['fp16_bytes']:.4f} of the bytes", flush=True)
+    for name in given.tasks:
+        left = [row for row in rows if name not in results[row][1]["tasks"]]
+        if not left:
+            continue
+        problem = prepare(TASKS[name], lower, given.data, given.regime, adapters.load_deltas(folder / name))
+        own = float(np.mean(problem.own_scores))
+        for row in left:
+            path, result = results[row]
+            found, answers = compare(problem, lower, stores.deltas_of(rows[row].tasks[name]))
+            stored_answers_path(collection, path.stem, name).write_text(json.dumps(answers))
+            result["tasks"][name] = found | {"own": own, "own_items": problem.own_scores}
+            path.write_text(json.dumps(result) + "\n")
+            print(
+                f"{name}, {row}: {found['score']:.3f} of {own:.3f}; gain kept {found['gain_kept']:.4f}, "
+                f"KL {found['kl']:.5f}, same token {found['same_token']:.4f}, "
+                f"changed answers {found['changed_answers']}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The rows of the table: named stores of a collection, their bytes, and what each task gets back.
+
+The only module here that knows hydraopt_jax. A row is written to disk where the package has a format for it,
+and read back; of methods without one the bytes are those of their numbers alone, which flatters them.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.llm.model import MODULES
+from hydraopt_jax import (
+    adapters,
+    algebra,
+    checkpoint,
+    compression,
+    formats,
+    frontier,
+    merging,
+    navigate,
+    quantize,
+    serving,
+    store,
+)
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.merging import compressors, curves
+
+BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
+# multiples of the scale of least weight error at which one adapter for all tasks is tried on dev items
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
+SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m", "iso-c", "core-space")
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+class Row(NamedTuple):
+    """A stored collection: its bytes and, per task, module name -> factors `([in, S], [S, out])`."""
+
+    bytes: int
+    tasks: Mapping[str, Mapping[str, Pair]]
+
+
+def read_collection(folder: Path, tasks: Sequence[str]) -> list[Adapter]:
+    """The adapters of one regime, in the order of `tasks`."""
+    return [formats.read_adapter(folder / task) for task in tasks]
+
+
+def digest(collection: Sequence[Adapter]) -> str:
+    """Short name of the weights of a collection, to know what was made of them."""
+    return hashlib.sha256(" ".join(f"{x.task} {x.digest}" for x in collection).encode()).hexdigest()[:12]
+
+
+def fp16_bytes(collection: Sequence[Adapter]) -> int:
+    """Bytes of all factors in half precision: what shares are counted against."""
+    return 2 * sum(x.a[name].size + x.b[name].size for x in collection for name in x.a)
+
+
+def scaled(row: Row, factor: float) -> Row:
+    """`row` with every weight change times `factor`."""
+    tasks = {task: {name: (a, factor * b) for name, (a, b) in x.items()} for task, x in row.tasks.items()}
+    return Row(row.bytes, tasks)
+
+
+def deltas_of(factors: Mapping[str, Pair]) -> dict[str, np.ndarray]:
+    """Weight changes `[L, in, out]` per projection, layers in order; absent modules change nothing."""
+    found: dict[str, dict[int, np.ndarray]] = {module: {} for module in MODULES}
+    for name, (a, b) in factors.items():
+        layer, module = re.fullmatch(r".*layers\.(\d+)\.\w+\.(\w+)", name).groups()  # type: ignore[union-attr]
+        found[module][int(layer)] = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
+    layers = sorted({layer for by_layer in found.values() for layer in by_layer})
+    return {
+        module: np.stack([by_layer.get(i, np.zeros_like(next(iter(by_layer.values())))) for i in layers])
+        for module, by_layer in found.items()
+        if by_layer
+    }
+
+
+def export(folder: Path, task: str, target: Path) -> None:
+    """Writes one task of a store as a PEFT folder."""
+    formats.write_adapter(target, store.adapter(checkpoint.restore(folder), task))
+
+
+def load_served(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, Any], list[int]]:
+    """A store's modules on the device, for `serve`, and the ids of `tasks` in it."""
+    kept = checkpoint.restore(folder)
+    return serving.load(kept), [kept.tasks.index(task) for task in tasks]
+
+
+def serve(x: jax.Array, modules: Mapping[str, Any], name: str, ids: jax.Array) -> jax.Array:
+    """What the stored adapters of `ids` `[N, 1]` add to the projection `name` of `x` `[N, P, in]`."""
+    return serving.apply(x, modules[name], ids)
+
+
+def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
+    """Name of each row -> what makes it, given a folder to keep it in."""
+    tasks = len(collection)
+    rows: dict[str, Callable[[Path], Row]] = {}
+    for heads in dict.fromkeys((tasks, max(tasks // 2, 1), max(tasks // 4, 1), 1)):
+        closed = compression.Options(heads=heads, dtype="float16")
+        rows[f"HydraOpt K = {heads}, closed form"] = partial(
+            _stored, partial(compression.compress, collection, closed)
+        )
+        adam = closed._replace(solver="optax", start="mean", side="in", steps=300)
+        rows[f"HydraOpt K = {heads}, Adam from the mean"] = partial(
+            _stored, partial(compression.compress, collection, adam)
+        )
+    for budget in BUDGETS:
+        made = partial(navigate.compress, collection, navigate.Options(budget=budget))
+        rows[f"budget {budget:g}"] = partial(_stored, made)
+    rows["SVD rank 8, 4 bits"] = lambda folder: separate_svd(collection, 8, 4)
+    rows["SVD rank 4, 4 bits"] = lambda folder: separate_svd(collection, 4, 4)
+    rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
+    for name, options in (
+        ("k-merge", {"slots": max(tasks // 4, 1)}),
+        ("jd-full", {"rank": 16}),
+        ("share", {"rank": 16}),
+    ):
+        rows[name] = partial(_kept, collection, name, options)
+    for name in SINGLE:
+        rows[f"merged, {name}"] = partial(_merged, collection, name)
+    return rows
+
+
+def _stored(make: Callable[[], Any], folder: Path) -> Row:
+    """A store of the package, from disk where it was made before."""
+    if not folder.exists():
+        checkpoint.save(folder, make())
+    kept = checkpoint.restore(folder)
+    found = {task: store.adapter(kept, task) for task in kept.tasks}
+    tasks = {task: {name: (x.a[name], x.b[name]) for name in x.a} for task, x in found.items()}
+    return Row(checkpoint.size_on_disk(folder), tasks)
+
+
+def _by_task(
+    collection: Sequence[Adapter], stacked: Any, factors: Sequence[Any]
+) -> dict[str, dict[str, Pair]]:
+    """Task -> module -> factors, from one `(a: [M, T, I, S], b: [M, T, S, O])` per bucket."""
+    return {
+        adapter.task: {
+            name: (a[m, t], b[m, t])
+            for bucket, (a, b) in zip(stacked.buckets, factors, strict=True)
+            for m, name in enumerate(bucket.modules)
+        }
+        for t, adapter in enumerate(collection)
+    }
+
+
+def separate_svd(collection: Sequence[Adapter], rank: int, bits: int) -> Row:
+    """Every delta's first `rank` singular directions at `bits`, a scale per vector."""
+    stacked = adapters.stack(collection)
+    size, factors = 0, []
+    for bucket in stacked.buckets:
+        deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+        x, y = frontier.rounded_directions(deltas, bits)
+        factors.append((np.asarray(x)[..., :rank], np.asarray(y)[..., :rank, :]))
+        vectors = bucket.a.shape[0] * bucket.a.shape[1] * min(rank, x.shape[-1])
+        size += sum(quantize.size(vectors, n, bits) for n in (bucket.a.shape[2], bucket.b.shape[3]))
+    return Row(int(size), _by_task(collection, stacked, factors))
+
+
+def two_level(collection: Sequence[Adapter], first: int) -> Row:
+    """Two-level quantization after LoRAQuant (arXiv 2510.26690): some directions at 2 bits, others as signs.
+
+    The `first` directions have 2 bits; the published method also tunes them by gradients. A sign vector
+    keeps its mean magnitude as its scale; every vector has one fp16 scale.
+    """
+    stacked = adapters.stack(collection)
+    size, factors = 0, []
+    for bucket in stacked.buckets:
+        deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+        root = jnp.sqrt(deltas.s)
+        x, y = deltas.u * root[..., None, :], deltas.v * root[..., None]
+        fine = frontier.rounded_directions(deltas, 2)
+        signs = [jnp.sign(v) * jnp.mean(jnp.abs(v), axis, keepdims=True) for v, axis in ((x, -2), (y, -1))]
+        factors.append(
+            (
+                np.concatenate([fine[0][..., :first], signs[0][..., first:]], -1),
+                np.concatenate([fine[1][..., :first, :], signs[1][..., first:, :]], -2),
+            )
+        )
+        count = bucket.a.shape[0] * bucket.a.shape[1]
+        for width in (bucket.a.shape[2], bucket.b.shape[3]):
+            for vectors, bits in ((first, 2), (x.shape[-1] - first, 1)):
+                size += count * vectors * (-(-width * bits // 8) + 2)
+    return Row(int(size), _by_task(collection, stacked, factors))
+
+
+def _kept(collection: Sequence[Adapter], name: str, options: Mapping[str, Any], folder: Path) -> Row:
+    """What a merging method keeps of every task, in half precision."""
+    found = merging.merge_stacked(adapters.stack(collection), name, **options)
+    ranks = {module: max(x.a[module].shape[1] for x in collection) for module in found}
+    size = 2 * sum(compressors.entries(factors, ranks[module]) for module, factors in found.items())
+    tasks: dict[str, dict[str, Pair]] = {x.task: {} for x in collection}
+    for module, factors in found.items():
+        half = compression.cast(compression.scale(factors), "float16", module)
+        left, right = compression.stacked(half)
+        for t, adapter in enumerate(collection):
+            tasks[adapter.task][module] = (left[t], right[t])
+    return Row(size, tasks)
+
+
+def _merged(collection: Sequence[Adapter], name: str, folder: Path) -> Row:
+    """One adapter for all tasks, at the scale of least weight error, see `SCALES`."""
+    stacked = adapters.stack(collection)
+    found = merging.merge_stacked(stacked, name)
+    scale = np.float32(curves.best_scale(stacked, found))
+    pairs = {module: (np.float16(a), np.float16(scale * b)) for module, (a, b) in found.items()}
+    size = sum(2 * (a.size + b.size) for a, b in pairs.values())
+    return Row(size, {x.task: pairs for x in collection})

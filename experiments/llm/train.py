@@ -1,0 +1,180 @@
+"""Trains LoRA adapters of a language model, one per task, into PEFT folders with a log each.
+
+    python -m experiments.llm.train --data DATA --regime shared
+
+Rank 8, alpha 16, all seven projections of the upper 8 layers; Adam, 10 steps of warm-up, then linearly to
+0; batches of 8 of one length, loss on the answers alone; the step with the lowest dev loss is kept. Regime
+`shared` starts all tasks from one initialization, `independent` each from its own. A finished task is left
+alone, a broken-off one goes on from its last saved
+step: run the same command again. See README.md for what it took.
+"""
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.llm import adapters, model
+from experiments.llm.activations import Batch, Lower, gather, hidden_of, in_order, place, shuffled
+from experiments.llm.base import DEFAULT, cache_folder, load_base
+from experiments.llm.tasks import TASKS, Sequence, load_sequences
+
+HERE = Path(__file__).parent
+ROWS = 8
+EVERY = 40
+
+
+def loss_of(
+    lora: Any, lower: dict[str, Any], batch: Batch, *, config: model.Config, scale: float
+) -> jax.Array:
+    """Mean negative log-likelihood of the answers' tokens; `lower` holds the head and the upper layers."""
+    hidden, _ = model.run_layers(lower["upper"], batch.hidden, config=config, lora=lora, scale=scale)
+    logits = model.logits(lower["outer"], hidden.reshape(-1, config.width)[batch.at], config=config)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    return (losses * batch.weights).sum() / batch.weights.sum()
+
+
+def optimizer(rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam with 10 steps of warm-up and a linear decay to 0, gradients clipped to norm 1."""
+    warm = min(10, max(1, steps // 10))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps, exponent=1.0)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+@partial(jax.jit, static_argnames=("config", "scale", "rate", "steps"), donate_argnums=(0, 1))
+def update(lora, state, weights, batch, *, config, scale, rate, steps):  # type: ignore[no-untyped-def]
+    """Adapter and optimizer state after one step on `batch`, and the loss before it."""
+    value, grads = jax.value_and_grad(loss_of)(lora, weights, batch, config=config, scale=scale)
+    changes, state = optimizer(rate, steps).update(grads, state)
+    return optax.apply_updates(lora, changes), state, value
+
+
+evaluate = jax.jit(loss_of, static_argnames=("config", "scale"))
+
+
+def mean_loss(
+    lora: Any, weights: dict[str, Any], batches: list[Batch], *, config: model.Config, scale: float
+) -> float:
+    """Mean loss per answer token over `batches`."""
+    counts = [float(batch.weights.sum()) for batch in batches]
+    losses = [float(evaluate(lora, weights, batch, config=config, scale=scale)) for batch in batches]
+    return float(np.average(losses, weights=counts))
+
+
+def train(
+    lower: Lower,
+    start: Any,
+    splits: dict[str, list[Sequence]],
+    *,
+    rate: float,
+    steps: int,
+    scale: float,
+    seed: int,
+    saved: Path,
+) -> tuple[Any, dict[str, Any]]:
+    """The adapter with the lowest dev loss, and its log. Progress lies in `saved`, whence it goes on."""
+    config, weights = lower.base.config, {"outer": lower.outer, "upper": lower.upper}
+    hidden = {split: hidden_of(lower, splits[split]) for split in ("train", "dev")}
+    dev = [
+        gather(splits["dev"], hidden["dev"], chosen, ROWS) for chosen in in_order(splits["dev"][:64], ROWS)
+    ]
+    lora, state = jax.tree.map(jnp.array, start), optimizer(rate, steps).init(start)
+    best: Any = start
+    log: dict[str, Any] = {"train_loss": [], "dev_loss": [], "best_step": 0, "seconds": 0.0}
+    tree = jax.tree.structure((lora, state, best))
+    if saved.exists():
+        with np.load(saved) as file:
+            lora, state, best = jax.tree.unflatten(
+                tree, [jnp.asarray(file[f"{i}"]) for i in range(tree.num_leaves)]
+            )
+            log = json.loads(str(file["log"]))
+    done = len(log["train_loss"])
+    order = shuffled(splits["train"], ROWS, np.random.default_rng(seed))
+    for _ in range(done):
+        next(order)
+    measure = partial(mean_loss, weights=weights, batches=dev, config=config, scale=scale)
+    if not log["dev_loss"]:
+        log["dev_loss"].append([0, measure(lora)])
+    clock = time.perf_counter()
+    for step in range(done + 1, steps + 1):
+        batch = gather(splits["train"], hidden["train"], next(order), ROWS)
+        lora, state, loss = update(
+            lora, state, weights, batch, config=config, scale=scale, rate=rate, steps=steps
+        )
+        log["train_loss"].append(round(float(loss), 4))
+        if step % EVERY == 0 or step == steps:
+            log["dev_loss"].append([step, round(measure(lora), 4)])
+            if log["dev_loss"][-1][1] == min(value for _, value in log["dev_loss"]):
+                best, log["best_step"] = jax.tree.map(jnp.array, lora), step
+            log["seconds"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            leaves = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((lora, state, best)))}
+            part = saved.with_suffix(f".{os.getpid()}.npz")
+            np.savez(part, log=json.dumps(log), **leaves)
+            part.rename(saved)
+    log["seconds"] = round(log["seconds"], 1)
+    return best, log
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' files (see sources)")
+    parser.add_argument("--base", default=DEFAULT, help="hub id or folder of a Llama-architecture model")
+    parser.add_argument("--regime", choices=adapters.REGIMES, required=True)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "adapters", help="folder of the adapters, one per regime and task"
+    )
+    parser.add_argument("--layers", type=int, default=8, help="upper layers that are adapted")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=16.0)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--steps", type=int, help="steps of every task; by default as many as the task states"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(argv)
+    base = load_base(given.base)
+    lower = place(base, given.layers)
+    for name in given.tasks:
+        folder = given.out / given.regime / name
+        if (folder / "log.json").exists():
+            continue
+        steps = given.steps or TASKS[name].steps
+        splits = load_sequences(TASKS[name], given.data, base.tokenizer, base.stop)
+        start = adapters.initialize(adapters.key_of(given.regime, name, given.seed), lower.upper, given.rank)
+        parts = (given.out.resolve().name, base.name, given.regime, name, given.layers)
+        label = "-".join(map(str, (*parts, given.rate, steps, given.seed)))
+        saved = cache_folder() / f"training-{label.replace('/', '_')}.npz"
+        settings = {"rate": given.rate, "steps": steps, "seed": given.seed}
+        lora, log = train(lower, start, splits, scale=given.alpha / given.rank, saved=saved, **settings)
+        adapters.save_adapter(folder, lora, base=base.name, first_layer=lower.count, alpha=given.alpha)
+        facts = {
+            "base": base.name,
+            "task": name,
+            "regime": given.regime,
+            "rows": ROWS,
+            "items": {split: len(found) for split, found in splits.items()},
+            "cosine_of_a_to_start": round(
+                adapters.cosine(adapters.side(lora, "a"), adapters.side(start, "a")), 4
+            ),
+        }
+        (folder / "log.json").write_text(json.dumps(facts | settings | log) + "\n")
+        curve = " ".join(f"{value:.3f}" for _, value in log["dev_loss"])
+        print(f"{given.regime} {name}: dev loss {curve}; {log['seconds']:.0f} s", flush=True)
+        saved.unlink()
+
+
+if __name__ == "__main__":
+    main()

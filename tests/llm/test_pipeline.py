@@ -1,0 +1,207 @@
+"""The experiment on a real LLM, small: a random two-layer model, two tasks, a few steps."""
+
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers", reason="needs the extra: pip install -e '.[llm]'")
+pytest.importorskip("sacrebleu", reason="needs the extra: pip install -e '.[llm]'")
+pytest.importorskip("rouge_score", reason="needs the extra: pip install -e '.[llm]'")
+
+from tiny import write_model
+
+from experiments.llm import adapters, compare, model, score, serve, stores, table, train
+from experiments.llm.activations import hidden_of, pad, place
+from experiments.llm.base import load_base
+from experiments.llm.decoding import answer_logits, decode, joined
+from experiments.llm.readers import Item
+from experiments.llm.tasks import TASKS, Task, load_sequences
+from hydraopt_jax import formats
+
+# of one length, as the prompts are: few shapes to compile
+WORDS = ("red", "sea", "sky", "sun", "ice", "oak")
+UPPER, RANK, ALPHA, STEPS = 1, 2, 4.0, 80
+
+
+def read_words(data, turned):
+    """Pairs of words to turn round, or to name the first of."""
+    pairs = [(a, b) for a in WORDS for b in WORDS if a != b]
+    random.Random(0).shuffle(pairs)
+    items = [Item(f"{a} {b}", (f"{b} {a}" if turned else a,), f"{a} {b}") for a, b in pairs]
+    return {"train": items[:20], "dev": items[20:25], "test": items[25:]}
+
+
+TOY = {
+    "turn": Task("turn", "answer", "Turn it round:\n{}", lambda data: read_words(data, True), "chrf"),
+    "first": Task(
+        "first",
+        "classify",
+        "Say the first:\n{}",
+        lambda data: read_words(data, False),
+        "accuracy",
+        lambda data: WORDS,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two adapters trained, scored, and all that was written on the way."""
+    root = tmp_path_factory.mktemp("llm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYDRAOPT_LLM_CACHE", str(root / "cache"))
+        for name, task in TOY.items():
+            patch.setitem(TASKS, name, task)
+        base = str(write_model(root / "base", bias=True))
+        common = ["--data", str(root), "--base", base, "--regime", "shared", "--layers", str(UPPER)]
+        where = ["--tasks", *TOY]
+        settings = ["--rank", str(RANK), "--alpha", str(ALPHA), "--steps", str(STEPS), "--rate", "0.02"]
+        train.main([*common, *where, *settings, "--out", str(root / "adapters")])
+        for regime in ("zero-shot", "shared"):
+            score.main(
+                [
+                    *("--data", str(root), "--base", base, "--regime", regime, "--layers", str(UPPER)),
+                    *(*where, "--adapters", str(root / "adapters"), "--results", str(root / "results")),
+                ]
+            )
+        compared = [*common, *where, "--adapters", str(root / "adapters"), "--results", str(root / "results")]
+        for rows in ("K = 1, closed", "SVD rank 4", "merged, linear"):
+            compare.main([*compared, "--only", rows])
+        yield root, place(load_base(base), UPPER)
+
+
+def test_training_lowers_the_loss_and_keeps_a_log(trained):
+    root, _ = trained
+    for name in TOY:
+        log = json.loads((root / "adapters" / "shared" / name / "log.json").read_text())
+        assert len(log["train_loss"]) == STEPS
+        assert log["dev_loss"][-1][1] < log["dev_loss"][0][1]
+        assert 0.2 < log["cosine_of_a_to_start"] < 1
+
+
+def test_a_broken_off_training_ends_like_a_whole_one(trained, tmp_path, monkeypatch):
+    root, lower = trained
+    monkeypatch.setattr(train, "EVERY", 4)
+    splits = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)
+    start = adapters.initialize(adapters.key_of("shared", "turn", 0), lower.upper, RANK)
+    settings = {"rate": 0.02, "steps": 8, "scale": ALPHA / RANK, "seed": 0}
+    whole, log = train.train(lower, start, splits, saved=tmp_path / "whole.npz", **settings)
+
+    def stop_at_six(*given, **more):
+        stop_at_six.left -= 1
+        if stop_at_six.left < 0:
+            raise KeyboardInterrupt
+        return update(*given, **more)
+
+    update, stop_at_six.left = train.update, 6
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", stop_at_six)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(lower, start, splits, saved=tmp_path / "broken.npz", **settings)
+    resumed, again = train.train(lower, start, splits, saved=tmp_path / "broken.npz", **settings)
+    assert again["train_loss"] == pytest.approx(log["train_loss"], abs=1e-3)
+    assert adapters.cosine(whole, resumed) > 0.9999
+
+
+def test_folders_read_by_the_package_give_the_same_deltas(trained):
+    root, _ = trained
+    for name in TOY:
+        folder = root / "adapters" / "shared" / name
+        read = formats.read_adapter(folder)
+        assert all(name.startswith("model.layers.1.") for name in read.a)
+        through = stores.deltas_of({module: (read.a[module], read.b[module]) for module in read.a})
+        direct = adapters.load_deltas(folder)
+        for module in model.MODULES:
+            np.testing.assert_allclose(through[module], direct[module], atol=1e-6)
+
+
+def whole_logits(lower, sequences):
+    """Logits `[N, P, V]` of whole sequences, all layers run together."""
+    tokens = pad(sequences, max(map(len, sequences)), lower.base.stop)
+    params = lower.outer | {"layers": joined(lower, lower.upper)}
+    return np.asarray(
+        jax.jit(model.forward, static_argnames="config")(params, tokens, config=lower.base.config)
+    )
+
+
+def test_batches_of_cached_activations_give_the_logits_of_the_whole_model(trained):
+    root, lower = trained
+    sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["dev"]
+    hidden = hidden_of(lower, sequences, dtype=np.float32)
+    whole = whole_logits(lower, [s.tokens[:-1] for s in sequences])
+    for chosen, _, found in answer_logits(lower, lower.upper, sequences, hidden):
+        start = 0
+        for i in chosen:
+            prompt, answer = sequences[i].prompt, sequences[i].answer
+            expected = whole[i, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
+            np.testing.assert_allclose(found[start : start + len(answer)], expected, atol=1e-4)
+            start += len(answer)
+
+
+def test_decoding_with_a_cache_takes_the_best_token_every_time(trained):
+    root, lower = trained
+    sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["test"]
+    labels = score.labels_of(TOY["turn"], root, lower)
+    prompts = [s.prompt for s in sequences]
+    answers = decode(lower, joined(lower, lower.upper), [(prompt, []) for prompt in prompts], labels)
+    whole = whole_logits(lower, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+    for logits, prompt, answer in zip(whole, prompts, answers, strict=True):
+        best = logits[len(prompt) - 1 : len(prompt) - 1 + len(answer)].argmax(-1)
+        assert best.tolist() == answer
+
+
+def test_classification_answers_are_labels(trained):
+    _, lower = trained
+    answers = json.loads(score.answers_path(lower.base.name, "zero-shot", "first").read_text())
+    texts = {lower.base.tokenizer.decode(answer) for answer in answers["test"]}
+    assert texts <= set(WORDS)
+
+
+@pytest.mark.parametrize("row", ["hydraopt-k-1-closed-form", "svd-rank-4-4-bits"])
+def test_verified_drafts_give_the_answers_of_plain_decoding(trained, row):
+    root, lower = trained
+    result = json.loads((root / "results" / "stores-shared" / f"{row}.json").read_text())
+    made = stores.plan(stores.read_collection(root / "adapters" / "shared", list(TOY)))[result["row"]]
+    kept = made(root / "again" / row)
+    for name, task in TOY.items():
+        layers = joined(lower, score.with_deltas(lower.upper, stores.deltas_of(kept.tasks[name])))
+        sequences = load_sequences(task, root, lower.base.tokenizer, lower.base.stop)["test"]
+        labels = score.labels_of(task, root, lower)
+        answers = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
+        collection = stores.read_collection(root / "adapters" / "shared", list(TOY))
+        found = json.loads(compare.stored_answers_path(collection, row, name).read_text())
+        assert [answer[:-1] if answer[-1] == lower.base.stop else answer for answer in found] == answers
+        assert result["tasks"][name]["items"] == score.item_scores(task, lower, answers, sequences)
+
+
+def test_batches_that_mix_tasks_give_the_answers_of_the_compared_store(trained):
+    root, _ = trained
+    row = ["--row", "HydraOpt K = 1, closed form", "--tasks", *TOY]
+    where = ["--adapters", str(root / "adapters"), "--results", str(root / "results")]
+    base = ["--base", str(root / "base"), "--layers", str(UPPER)]
+    serve.main(["--data", str(root), "--regime", "shared", *base, *row, *where])
+    found = json.loads((root / "results" / "serving-shared.json").read_text())
+    assert found["HydraOpt K = 1, closed form"]["items"] == 10
+    assert found["HydraOpt K = 1, closed form"]["differing"] == 0
+
+
+def test_tables_have_every_row_and_task(trained, capsys):
+    root, _ = trained
+    where = ["--results", str(root / "results"), "--adapters", str(root / "adapters"), "--tasks", *TOY]
+    table.main(where)
+    printed = capsys.readouterr().out
+    for name in (*TOY, "SVD rank 4, 4 bits", "merged, linear", "HydraOpt K = 1, closed form"):
+        assert f"| {name} |" in printed
+    for row in table.load_rows(root / "results", "shared", list(TOY)):
+        assert row.drop_interval[0] <= row.drop <= row.drop_interval[1]
+        assert row.worst >= row.drop
+
+
+def test_one_adapter_for_all_diverges_more_than_own_ones_at_four_bits(trained):
+    root, _ = trained
+    rows = [json.loads(path.read_text()) for path in (root / "results" / "stores-shared").glob("*.json")]
+    found = {row["row"]: np.mean([x["kl"] for x in row["tasks"].values()]) for row in rows}
+    assert 0 < found["SVD rank 4, 4 bits"] < found["merged, linear"]
