@@ -16,21 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.llm.model import MODULES
-from hydraopt_jax import (
-    adapters,
-    algebra,
-    checkpoint,
-    compression,
-    formats,
-    frontier,
-    merging,
-    navigate,
-    quantize,
-    serving,
-    store,
-)
+from hydraopt_jax import adapters, compression, formats, merging, serving, store
 from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, curves
+from hydraopt_jax.rate_control import frontier, navigate
+from hydraopt_jax.store import checkpoint
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
 # multiples of the scale of least weight error at which one adapter for all tasks is tried on dev items
@@ -156,11 +148,11 @@ def separate_svd(collection: Sequence[Adapter], rank: int, bits: int) -> Row:
     stacked = adapters.stack(collection)
     size, factors = 0, []
     for bucket in stacked.buckets:
-        deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+        deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
         x, y = frontier.rounded_directions(deltas, bits)
         factors.append((np.asarray(x)[..., :rank], np.asarray(y)[..., :rank, :]))
         vectors = bucket.a.shape[0] * bucket.a.shape[1] * min(rank, x.shape[-1])
-        size += sum(quantize.size(vectors, n, bits) for n in (bucket.a.shape[2], bucket.b.shape[3]))
+        size += sum(fixed_rate.size(vectors, n, bits) for n in (bucket.a.shape[2], bucket.b.shape[3]))
     return Row(int(size), _by_task(collection, stacked, factors))
 
 
@@ -173,7 +165,7 @@ def two_level(collection: Sequence[Adapter], first: int) -> Row:
     stacked = adapters.stack(collection)
     size, factors = 0, []
     for bucket in stacked.buckets:
-        deltas = algebra.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+        deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
         root = jnp.sqrt(deltas.s)
         x, y = deltas.u * root[..., None, :], deltas.v * root[..., None]
         fine = frontier.rounded_directions(deltas, 2)
