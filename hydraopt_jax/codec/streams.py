@@ -24,7 +24,7 @@ from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_planes, u
 from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE, level, symbol
 
 # coded bytes and codes that are worth a lane of their own, and the most lanes of a stream
-LANE_BYTES, LANE_CODES = 1600, 4096
+LANE_BYTES, LANE_CODES = 3200, 8192
 MAX_LANES = 4096
 
 

@@ -29,7 +29,7 @@ from hydraopt_jax.rate_control.terms import coded_factors
 # on modules of about this many codes
 TRAINING_ROUNDS = 5
 TRAINING_MODULES = 2
-TRAINING_CODES = 1 << 19
+TRAINING_CODES = 1 << 21
 
 
 class Metric(NamedTuple):

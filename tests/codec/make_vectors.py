@@ -89,7 +89,7 @@ def describe(name, make):
 def main():
     """Write them all; lanes are short, so that there are several."""
     FOLDER.mkdir(exist_ok=True)
-    streams.LANE_BYTES = 300
+    streams.LANE_BYTES, streams.LANE_CODES = 300, 500
     for make in (plain, predicted, escapes, heads):
         text = json.dumps(describe(make.__name__, make), separators=(",", ":"))
         (FOLDER / f"{make.__name__}.json").write_text(text + "\n")
