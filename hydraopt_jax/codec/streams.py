@@ -328,7 +328,11 @@ def finish(value: np.ndarray, context: np.ndarray, x: Parsed) -> np.ndarray:
 
 
 def signed(magnitude: np.ndarray, quantizer: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """Values in steps of magnitudes, int32; the trellis' `reconstruct` for integers of 0 and 1."""
+    """Values in steps of magnitudes, int32.
+
+    >>> signed(np.array([0, 1, 1]), np.array([1, 0, 1]), np.array([0, 1, 0])).tolist()
+    [0, -2, 1]
+    """
     value = 2 * magnitude - quantizer * (magnitude > 0)
     return np.where(negative > 0, -value, value)
 

@@ -107,13 +107,3 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
     near = nearest(value, quantizer, parity)
     less = jnp.take_along_axis(below, branch[:, None], 1)[:, 0]
     return jnp.where(less, jnp.maximum(near - 2, parity), near), quantizer
-
-
-def reconstruct(magnitude: np.ndarray, quantizer: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """Values in steps, int32.
-
-    >>> reconstruct(np.array([0, 1, 1]), np.array([1, 0, 1]), np.array([False, True, False])).tolist()
-    [0, -2, 1]
-    """
-    value = 2 * magnitude - quantizer * (magnitude > 0)
-    return np.where(negative, -value, value).astype(np.int32)
