@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from hydraopt_jax.compression import Options, compress, measure
     from hydraopt_jax.errors import HydraOptError
     from hydraopt_jax.forms import Factors, Info, hydra, pair, separate
-    from hydraopt_jax.forms.gradient import minimise
-    from hydraopt_jax.forms.similarity import summarise
+    from hydraopt_jax.forms.gradient import minimize
+    from hydraopt_jax.forms.similarity import summarize
     from hydraopt_jax.rate_control import navigate
     from hydraopt_jax.refinement import refine
     from hydraopt_jax.store import Store, adapter
@@ -33,7 +33,7 @@ __all__ = [
     "formats",
     "hydra",
     "measure",
-    "minimise",
+    "minimize",
     "navigate",
     "pair",
     "refine",
@@ -42,7 +42,7 @@ __all__ = [
     "separate",
     "serving",
     "stack",
-    "summarise",
+    "summarize",
 ]
 
 # where each name lives
@@ -52,9 +52,9 @@ _HOMES = {
     "compression": ("Options", "compress", "measure"),
     "errors": ("HydraOptError",),
     "forms": ("Factors", "Info", "hydra", "pair", "separate"),
-    "forms.gradient": ("minimise",),
+    "forms.gradient": ("minimize",),
     "refinement": ("refine",),
-    "forms.similarity": ("summarise",),
+    "forms.similarity": ("summarize",),
     "store": ("Store", "adapter"),
 }
 _MODULES = {"formats": "formats", "navigate": "rate_control.navigate", "serving": "serving"}

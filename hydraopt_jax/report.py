@@ -152,7 +152,7 @@ def plot_similarity(path: str | Path, summary: Summary, *, title: str = "") -> N
 
     Args:
       path: PNG, PDF or SVG file to write.
-      summary: of `similarity.summarise`.
+      summary: of `similarity.summarize`.
       title: above the panels; none where empty.
 
     Raises:
@@ -199,8 +199,8 @@ def _write_values(axis: Any, matrix: np.ndarray, angle: bool) -> None:
     for s, row in enumerate(matrix):
         for t, value in enumerate(row):
             dark = value < 0.6 if angle else abs(value) > 0.6
-            colour = "white" if dark else "black"
-            axis.text(t, s, f"{value:.2f}", ha="center", va="center", fontsize=5.5, color=colour)
+            color = "white" if dark else "black"
+            axis.text(t, s, f"{value:.2f}", ha="center", va="center", fontsize=5.5, color=color)
 
 
 def plot_tradeoff(
@@ -208,7 +208,7 @@ def plot_tradeoff(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     *,
     dashed: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-    grey: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    gray: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     title: str = "",
     bytes_label: str = "bytes stored / fp16 bytes of the adapters",
     error_label: str = "relative squared error of delta",
@@ -220,8 +220,8 @@ def plot_tradeoff(
       path: PNG, PDF or SVG file to write.
       curves: name -> (fraction of the bytes, error) pairs, in any order. Errors of 0 have no place on a
         logarithmic axis: they are drawn as open markers on its lower edge.
-      dashed: name of a curve -> a second line of its colour, dashed and without markers.
-      grey: name -> a grey line, such as an estimate; its errors of 0 are left out.
+      dashed: name of a curve -> a second line of its color, dashed and without markers.
+      gray: name -> a gray line, such as an estimate; its errors of 0 are left out.
       title: above the axes; none where empty.
       bytes_label: of the horizontal axis.
       error_label: of the vertical axis.
@@ -240,23 +240,23 @@ def plot_tradeoff(
     axis = figure.subplots()
     positive = [y for _, y in points if y > 0]
     floor = min(positive, default=1e-3) / 2
-    # Okabe and Ito's colours: told apart by colour-blind readers; markers do so in grey print.
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    # Okabe and Ito's colors: told apart by color-blind readers; markers do so in gray print.
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
     markers = ["o", "s", "^", "D", "v", "P", "X"]
     for n, (name, curve) in enumerate(curves.items()):
         ordered = sorted(curve)
-        colour, marker = colours[n % len(colours)], markers[(n + n // len(colours)) % len(markers)]
+        color, marker = colors[n % len(colors)], markers[(n + n // len(colors)) % len(markers)]
         drawn = [(x, y) for x, y in ordered if y > 0]
         exact = [x for x, y in ordered if y <= 0]
-        style = {"color": colour, "marker": marker, "markersize": 4.5, "clip_on": False, "zorder": 3}
+        style = {"color": color, "marker": marker, "markersize": 4.5, "clip_on": False, "zorder": 3}
         axis.plot(
             [x for x, _ in drawn], [y for _, y in drawn], label=_plain(name, 60), linewidth=1.4, **style
         )
         second = [(x, y) for x, y in sorted((dashed or {}).get(name, ())) if y > 0]
         if second:
-            axis.plot(*zip(*second, strict=True), color=colour, linestyle="--", linewidth=1.0)
+            axis.plot(*zip(*second, strict=True), color=color, linestyle="--", linewidth=1.0)
         axis.plot(exact, [floor] * len(exact), linestyle="none", markerfacecolor="white", **style)
-    for dashes, (name, line) in zip((":", "-.", "--"), (grey or {}).items(), strict=False):
+    for dashes, (name, line) in zip((":", "-.", "--"), (gray or {}).items(), strict=False):
         shown = [(x, y) for x, y in sorted(line) if y > 0]
         if shown:
             axis.plot(*zip(*shown, strict=True), color="0.5", linestyle=dashes, label=_plain(name, 60))
@@ -283,14 +283,14 @@ def plot_tradeoff(
 
 
 def plot_frontier(path: str | Path, found: Frontier) -> None:
-    """The frontier of a collection: mean error solid, worst task dashed, Gaussian estimates grey."""
+    """The frontier of a collection: mean error solid, worst task dashed, Gaussian estimates gray."""
     mean = lambda c: [(p.bytes / found.reference, p.mean) for p in c.points]  # noqa: E731
     worst = {c.label: [(p.bytes / found.reference, p.worst) for p in c.points] for c in found.curves[:1]}
     plot_tradeoff(
         path,
         {c.label: mean(c) for c in found.curves if c.points},
         dashed=worst,
-        grey={c.label: mean(c) for c in found.estimates},
+        gray={c.label: mean(c) for c in found.estimates},
     )
 
 

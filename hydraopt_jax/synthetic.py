@@ -70,7 +70,7 @@ def _factors(
     inputs, outputs = shape
     n = min(inputs, outputs, rank)
     left, right, size = _mixed(name, seed, task, np.sqrt(likeness), (inputs, n), (outputs, n), ())
-    # One turn for all tasks: training moves the factors' frame little from the shared initialisation.
+    # One turn for all tasks: training moves the factors' frame little from the shared initialization.
     (turn,) = _mixed(name, seed, 0, 1.0, (n, rank))
     u, v, w = _orthonormal(left), _orthonormal(right), _orthonormal(turn.T)
     return u @ w.T, (w * spectrum(n, decay) * np.exp(SPREAD * size)) @ v.T
@@ -96,7 +96,7 @@ def collection(
 
     `a[t] = u[t] @ w.T` and `b[t] = w @ diag(s) @ v[t].T`, where w is one rotation for all tasks and u, v are
     `common * likeness^(1/4) + own[t] * (1 - likeness^(1/2))^(1/2)`, Gaussian and made orthonormal. Factors of
-    two tasks then have a cosine near the root of `likeness`, as if trained from one shared initialisation,
+    two tasks then have a cosine near the root of `likeness`, as if trained from one shared initialization,
     and deltas one near `likeness`.
 
     Args:

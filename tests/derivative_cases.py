@@ -64,7 +64,7 @@ EXEMPT = {
     "similarity.average": "host code",
     "similarity.layer_kind": "a name",
     "similarity.numerical_rank": "a count",
-    "similarity.summarise": "host code",
+    "similarity.summarize": "host code",
 }
 
 T, I, O, R = 3, 9, 8, 2
@@ -177,7 +177,7 @@ def descent(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
 
 def least(center: jax.Array, weight: jax.Array) -> Any:
     optimizer = optax.sgd(0.1, momentum=0.5)
-    return gradient.minimise(lambda x: jnp.sum(weight * (x - center) ** 2), center * 0, optimizer, steps=9)[0]
+    return gradient.minimize(lambda x: jnp.sum(weight * (x - center) ** 2), center * 0, optimizer, steps=9)[0]
 
 
 def level_curve(values: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -199,10 +199,10 @@ def served(x: jax.Array, a: jax.Array, b: jax.Array, core: jax.Array) -> Any:
 
 
 def modules_of(x: jax.Array, a: jax.Array, b: jax.Array) -> Any:
-    from hydraopt_jax.serving import branches, dequantise
+    from hydraopt_jax.serving import branches, dequantize
 
     term = (Factors(a, b, jnp.arange(T), jnp.arange(T)),)
-    return branches({"m": dequantise(term)}, TASKS)["m"](x)
+    return branches({"m": dequantize(term)}, TASKS)["m"](x)
 
 
 def by_blocks(x: jax.Array, w: jax.Array) -> Any:
@@ -364,10 +364,10 @@ CASES = {
     ),
     "gradient.hydra": Case(descent, FACTORS, tolerance=3e-2),
     "gradient.mean_start": Case(lambda a, b: gradient.mean_start(a, b, LABELS, 2, 1), (A, B)),
-    "gradient.minimise": Case(least, (normal(18, 4), np.linspace(0.5, 2, 4, dtype=np.float32))),
+    "gradient.minimize": Case(least, (normal(18, 4), np.linspace(0.5, 2, 4, dtype=np.float32))),
     "serving.apply.apply": Case(served, (X, A, B, normal(7, T, R, R))),
     "serving.apply.branches": Case(modules_of, (X, A, B)),
-    "serving.apply.dequantise": Case(modules_of, (X, A, B)),
+    "serving.apply.dequantize": Case(modules_of, (X, A, B)),
     "serving.grouped.blocked": Case(lambda x, w: grouped.blocked(x, w, TASKS % T, "highest"), GROUPED),
     "serving.grouped.by_blocks": Case(by_blocks, GROUPED),
     "serving.grouped.dot": Case(lambda x, w: grouped.dot(x, w[0], "highest"), GROUPED),

@@ -272,7 +272,7 @@ def test_task_weights_are_learned_through_the_closed_form():
         return info.error / info.energy
 
     loss = lambda logits: jax.nn.logsumexp(50 * errors(logits)) / 50  # noqa: E731
-    fit = jax.jit(lambda start: gradient.minimise(loss, start, optax.adam(0.1), steps=60))
+    fit = jax.jit(lambda start: gradient.minimize(loss, start, optax.adam(0.1), steps=60))
     logits, _ = fit(jnp.zeros(T))
     before, after = errors(jnp.zeros(T)), errors(logits)
     assert after.max() < 0.9 * before.max()
@@ -291,6 +291,6 @@ def test_a_rotation_is_learned_through_the_closed_form():
         info = forms.hydra(deltas, heads=2, rank=R)[1]
         return jnp.sum(info.weights * info.error)
 
-    learn = jax.jit(lambda x: gradient.minimise(loss, x, optax.adam(0.02), steps=150))
+    learn = jax.jit(lambda x: gradient.minimize(loss, x, optax.adam(0.02), steps=150))
     trace = learn(jnp.zeros((I, I)))[1]
     assert trace.loss < 0.02 * trace.trace[0]

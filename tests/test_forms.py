@@ -168,8 +168,8 @@ def test_partitions_are_stirling_many(tasks, heads, count):
 
 def test_ward_separates_groups_and_is_nested():
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(3, 20)) * 10
-    points = np.repeat(centres, 4, 0) + rng.normal(size=(12, 20)) * 0.1
+    centers = rng.normal(size=(3, 20)) * 10
+    points = np.repeat(centers, 4, 0) + rng.normal(size=(12, 20)) * 0.1
     gram = jnp.asarray(points @ points.T, jnp.float32)
     three = np.asarray(clustering.ward(gram, jnp.ones(12), 3))
     assert three.tolist() == [0] * 4 + [1] * 4 + [2] * 4

@@ -93,7 +93,7 @@ FITS = [jax.jit(lambda x, r=r: compound.residual(x, heads=1, rank=4, residual_ra
 
 
 def compound_rivals(many):
-    """`(bytes, error)` of shared parts with remainders, and of joint diagonalisation, at fixed rates."""
+    """`(bytes, error)` of shared parts with remainders, and of joint diagonalization, at fixed rates."""
     (bucket,) = adapters.stack(many).buckets
     deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
     modules = [jax.tree.map(lambda x, m=m: x[m], deltas) for m in range(len(bucket.modules))]

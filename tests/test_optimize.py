@@ -66,7 +66,7 @@ def test_any_loss():
 
 
 def test_it_stops_early_and_says_so():
-    _, info = gradient.minimise(
+    _, info = gradient.minimize(
         lambda x: (x - 1.0) ** 2, jnp.array(1.0), optax.sgd(0.1), steps=500, patience=20
     )
     assert bool(info.converged)
@@ -74,7 +74,7 @@ def test_it_stops_early_and_says_so():
 
 
 def test_the_best_iterate_is_kept():
-    best, info = gradient.minimise(lambda x: x**2, jnp.array(1.0), optax.sgd(1.5), steps=5)
+    best, info = gradient.minimize(lambda x: x**2, jnp.array(1.0), optax.sgd(1.5), steps=5)
     assert float(best) == 1.0
     assert float(info.loss) == 1.0
 

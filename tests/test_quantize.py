@@ -10,7 +10,7 @@ from hydraopt_jax.codec import fixed_rate
 
 pytestmark = pytest.mark.numeric
 
-# error of the optimal uniform quantiser of a unit Gaussian with 2^bits levels (Max 1960, table II)
+# error of the optimal uniform quantizer of a unit Gaussian with 2^bits levels (Max 1960, table II)
 MAX_1960 = {2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003495, 6: 0.001041}
 
 
@@ -24,7 +24,7 @@ def test_packed_codes_come_back(bits):
 
 
 @pytest.mark.parametrize("bits", list(MAX_1960))
-def test_error_of_a_gaussian_is_near_the_optimal_uniform_quantiser(bits):
+def test_error_of_a_gaussian_is_near_the_optimal_uniform_quantizer(bits):
     """One level fewer than 2^bits (codes are symmetric) and a scale off a grid cost a little."""
     x = jax.random.normal(jax.random.key(0), (4, 20000))
     error = jnp.mean((x - fixed_rate.rounded(x, bits)) ** 2)
@@ -34,11 +34,11 @@ def test_error_of_a_gaussian_is_near_the_optimal_uniform_quantiser(bits):
 
 def test_scale_is_a_vector_s_own():
     x = jax.random.normal(jax.random.key(1), (3, 50))
-    scaled = fixed_rate.quantise(x * jnp.array([[1.0], [64.0], [0.0]]), 4)
-    np.testing.assert_array_equal(scaled.codes[:2], fixed_rate.quantise(x, 4).codes[:2])
-    np.testing.assert_array_equal(fixed_rate.dequantise(scaled)[2], 0)
+    scaled = fixed_rate.quantize(x * jnp.array([[1.0], [64.0], [0.0]]), 4)
+    np.testing.assert_array_equal(scaled.codes[:2], fixed_rate.quantize(x, 4).codes[:2])
+    np.testing.assert_array_equal(fixed_rate.dequantize(scaled)[2], 0)
 
 
 def test_unknown_width_is_named():
     with pytest.raises(HydraOptError, match="bits = 7: must be one of 8, 6"):
-        fixed_rate.quantise(jnp.ones((1, 4)), 7)
+        fixed_rate.quantize(jnp.ones((1, 4)), 7)

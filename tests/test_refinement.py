@@ -96,7 +96,7 @@ def test_order_of_the_adapters_given_does_not_matter(coded, many):
     np.testing.assert_array_equal(one.errors, other.errors)
 
 
-def test_a_bad_optimiser_never_makes_it_worse(coded, many):
+def test_a_bad_optimizer_never_makes_it_worse(coded, many):
     found, info = refine(coded, many, steps=3, optimizer=optax.sgd(1e6))
     assert found is coded
     assert info.after == info.before

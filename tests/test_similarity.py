@@ -132,7 +132,7 @@ def test_summary_leaves_missing_modules_out():
     one, two, three = synthetic.collection(tasks=3, modules=modules, rank=2, likeness=1.0)
     partial = {name: x for name, x in two.a.items() if "q_proj" not in name}
     two = two._replace(a=partial, b={name: two.b[name] for name in partial})
-    summary = similarity.summarise(adapters.stack([one, two, three]))
+    summary = similarity.summarize(adapters.stack([one, two, three]))
     assert set(summary.kinds) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert set(summary.modules) == set(modules)
     np.testing.assert_allclose(summary.mean.delta, np.ones((3, 3)), atol=1e-4)
@@ -151,7 +151,7 @@ def test_layer_kind(module, kind):
 def test_tables_and_figures(tmp_path):
     pytest.importorskip("matplotlib")
     names = ["x/y.z", "[bold]", "$a$_b"]
-    summary = similarity.summarise(adapters.stack(synthetic.collection(tasks=names)))
+    summary = similarity.summarize(adapters.stack(synthetic.collection(tasks=names)))
     assert report.kinds_table(summary).row_count == 5
     assert report.task_table(summary).row_count == 3
     report.plot_similarity(tmp_path / "s.png", summary, title="100% of $x")
@@ -171,7 +171,7 @@ def test_many_tasks_are_named_by_their_nearest():
 
 def test_report_bad_input(tmp_path):
     pytest.importorskip("matplotlib")
-    summary = similarity.summarise(adapters.stack(synthetic.collection(tasks=1)))
+    summary = similarity.summarize(adapters.stack(synthetic.collection(tasks=1)))
     with pytest.raises(HydraOptError, match="measure: 'x' is not one of"):
         report.task_table(summary, "x")
     with pytest.raises(HydraOptError, match="cannot write the figure"):

@@ -23,7 +23,7 @@ def test_seed_decides():
 @pytest.mark.parametrize("likeness", [0.0, 0.3, 0.7, 1.0])
 def test_likeness_is_the_cosine_of_deltas(likeness):
     found = synthetic.collection(tasks=4, modules=MODULES, likeness=likeness)
-    cosine = similarity.summarise(adapters.stack(found)).mean.delta[~np.eye(4, dtype=bool)]
+    cosine = similarity.summarize(adapters.stack(found)).mean.delta[~np.eye(4, dtype=bool)]
     np.testing.assert_allclose(cosine.mean(), likeness, atol=0.1)
 
 

@@ -21,11 +21,11 @@ def main() -> None:
     many = synthetic.collection(tasks=tasks, modules=modules, rank=8, likeness=0.3)
     begun = time.perf_counter()
     problem = navigate.setup(many, navigate.Options(budget=0.1))
-    analysed = time.perf_counter()
+    analyzed = time.perf_counter()
     for spectrum in problem.spectra:
         mode_decision.plan(spectrum, 0.05)
     done = time.perf_counter()
-    seconds = {"analysis": round(analysed - begun, 2), "allocation": round(done - analysed, 2)}
+    seconds = {"analysis": round(analyzed - begun, 2), "allocation": round(done - analyzed, 2)}
     print(json.dumps({"adapters": len(many), "modules": len(modules), "seconds": seconds}))
 
 

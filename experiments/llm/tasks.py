@@ -178,7 +178,7 @@ def key(text: str) -> str:
     return re.sub(r"[\W_]+", "", text.lower()) or text
 
 
-def separate(splits: Splits, *, labelled: bool) -> Splits:
+def separate(splits: Splits, *, labeled: bool) -> Splits:
     """Splits without what occurs on an earlier side: test comes first, then dev, then train.
 
     An item is dropped where its input, one of its references (unless those are labels), or the first line
@@ -187,20 +187,20 @@ def separate(splits: Splits, *, labelled: bool) -> Splits:
     seen: set[str] = set()
     out: Splits = {}
     for split in ("test", "dev", "train"):
-        marks = {item: _marks(item, labelled=labelled) for item in dict.fromkeys(splits[split])}
+        marks = {item: _marks(item, labeled=labeled) for item in dict.fromkeys(splits[split])}
         out[split] = [item for item, found in marks.items() if not found & seen]
         seen |= {mark for item in out[split] for mark in marks[item]}
     return out
 
 
-def _marks(item: Item, *, labelled: bool) -> set[str]:
-    texts = {item.source, item.source.split("\n")[0]} | (set() if labelled else set(item.references))
+def _marks(item: Item, *, labeled: bool) -> set[str]:
+    texts = {item.source, item.source.split("\n")[0]} | (set() if labeled else set(item.references))
     return {key(text) for text in texts}
 
 
 def load_items(task: Task, data: Path) -> Splits:
     """Items of `task` per split, none on two sides; in a seeded order, balanced ones in their reader's."""
-    splits = separate(task.read(data), labelled=task.labels is not None)
+    splits = separate(task.read(data), labeled=task.labels is not None)
     if task.labels is None:
         for split, items in splits.items():
             random.Random(f"{task.name} {split}").shuffle(items)

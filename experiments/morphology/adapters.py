@@ -72,7 +72,7 @@ def train_adapters(
     tokens, lengths, starts, sizes = (jnp.asarray(x) for x in rows)
     tasks, scale = len(rows.sizes), settings.alpha / settings.rank
     decay = settings.steps - settings.warmup
-    # Adam acts on each number alone, so one optimiser for the whole stack is one for each task.
+    # Adam acts on each number alone, so one optimizer for the whole stack is one for each task.
     tx = optax.adam(schedule(settings.peak, settings.warmup, settings.steps, decay))
 
     def task_loss(lora: Lora, key: Array, start: Array, size: Array) -> Array:

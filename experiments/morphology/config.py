@@ -47,7 +47,7 @@ class Data(NamedTuple):
 
 
 class Refining(NamedTuple):
-    """Output-level refinement of a store on unlabelled prompts."""
+    """Output-level refinement of a store on unlabeled prompts."""
 
     budgets: tuple[float, ...] = (0.125, 0.065)  # that second moments are used at, and refinement
     prompts: int = 1056  # of the train split, a task
@@ -55,6 +55,6 @@ class Refining(NamedTuple):
     moments: int = 64  # of them that second moments are taken of
     batch: int = 8  # prompts a task and step
     steps: int = 600
-    rate: float = 0.05  # in quantiser steps
+    rate: float = 0.05  # in quantizer steps
     save: int = 50
     seeds: tuple[int, ...] = (0, 1, 2)  # order of the prompts

@@ -58,7 +58,7 @@ def read_table(path: Path, columns: int) -> list[tuple[str, ...]]:
 
 
 def misspell(word: tuple[str, ...], alphabet: list[str], rng: random.Random) -> tuple[str, ...]:
-    """One edit at a random place: a letter dropped, doubled, put in, replaced, or two neighbours swapped.
+    """One edit at a random place: a letter dropped, doubled, put in, replaced, or two neighbors swapped.
 
     Edits that leave the word as it was are drawn again.
 

@@ -23,7 +23,7 @@ from hydraopt_jax.demo.model import Base, Config, init_base, loss
 from hydraopt_jax.demo.vocabulary import Vocabulary, build
 
 
-def optimiser(settings: Pretraining) -> optax.GradientTransformation:
+def optimizer(settings: Pretraining) -> optax.GradientTransformation:
     """AdamW with a clipped gradient; vectors (norm scales) are not decayed."""
     rate = schedule(settings.peak, settings.warmup, settings.steps, settings.decay)
     decayed = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
@@ -43,7 +43,7 @@ def pretrain(
     """
     tokens, lengths, starts, sizes = (jnp.asarray(x) for x in rows)
     shares = settings.balance * jnp.log(sizes)
-    tx = optimiser(settings)
+    tx = optimizer(settings)
 
     def step(state: tuple[dict[str, Array], Any], key: Array) -> tuple[Any, Array]:
         params, memory = state

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# before NumPy and JAX load: OpenBLAS threads under a batched factorisation slow it a hundredfold
+# before NumPy and JAX load: OpenBLAS threads under a batched factorization slow it a hundredfold
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import click

@@ -54,7 +54,7 @@ def similarity_command(
     adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], plot: str | None, as_json: bool
 ) -> None:
     """How alike the adapters are: factors, deltas and subspaces, per layer kind and task by task."""
-    summary = similarity.summarise(stack(read_all(adapters, any_base, base_suffix, as_json)))
+    summary = similarity.summarize(stack(read_all(adapters, any_base, base_suffix, as_json)))
     if plot:
         report.plot_similarity(plot, summary)
     payload = {

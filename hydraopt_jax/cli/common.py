@@ -115,7 +115,7 @@ def with_adapters(command: Command) -> Command:
     """The options of every verb that reads a collection."""
     for decorate in (
         click.option(
-            "--base-suffix", multiple=True, help="suffix of a quantised mirror's base name to ignore"
+            "--base-suffix", multiple=True, help="suffix of a quantized mirror's base name to ignore"
         ),
         click.option("--any-base", is_flag=True, help="accept adapters of differently named base models"),
     ):

@@ -1,4 +1,4 @@
-"""Fixed-rate scalar quantisation: codes of 2 to 8 bits, a half-precision scale a vector, packed into bytes.
+"""Fixed-rate scalar quantization: codes of 2 to 8 bits, a half-precision scale a vector, packed into bytes.
 
 Where the entropy coder of `coding` is not wanted (random access, decoding inside a jitted computation), a
 vector `x` is kept as integers `c` with `x ~= scale * c`, `|c| <= 2^(bits-1) - 1`. The scale is that of least
@@ -24,8 +24,8 @@ WIDTHS = (8, 6, 5, 4, 3, 2)
 CLIPS = tuple(round(0.2 + 0.05 * k, 2) for k in range(17))
 
 
-class Quantised(NamedTuple):
-    """Vectors along the last axis, quantised.
+class Quantized(NamedTuple):
+    """Vectors along the last axis, quantized.
 
     Attributes:
       codes: `[..., n]` int8, between `-(2^(bits-1) - 1)` and its negative.
@@ -42,8 +42,8 @@ def check_bits(bits: int) -> None:
         raise HydraOptError(f"bits = {bits}: must be one of {', '.join(map(str, WIDTHS))}")
 
 
-def quantise(x: Array, bits: int) -> Quantised:
-    """Quantise vectors along the last axis with the scale of least squared error.
+def quantize(x: Array, bits: int) -> Quantized:
+    """Quantize vectors along the last axis with the scale of least squared error.
 
     Args:
       x: `[..., n]`.
@@ -56,8 +56,8 @@ def quantise(x: Array, bits: int) -> Quantised:
       HydraOptError: a width that is not known.
 
     >>> import jax.numpy as jnp
-    >>> q = quantise(jnp.array([[0.0, 1.0, -3.0]]), 3)
-    >>> print(q.codes[0], dequantise(q)[0])
+    >>> q = quantize(jnp.array([[0.0, 1.0, -3.0]]), 3)
+    >>> print(q.codes[0], dequantize(q)[0])
     [ 0  1 -3] [ 0.  1. -3.]
     """
     check_bits(bits)
@@ -77,17 +77,17 @@ def quantise(x: Array, bits: int) -> Quantised:
         return tuple(jnp.where(take, new, old) for new, old in zip(tried, best, strict=True)), None  # type: ignore[return-value]
 
     (_, codes, scale), _ = jax.lax.scan(better, at(jnp.float32(1.0)), jnp.array(CLIPS, jnp.float32))
-    return Quantised(codes, scale)
+    return Quantized(codes, scale)
 
 
-def dequantise(x: Quantised) -> Array:
+def dequantize(x: Quantized) -> Array:
     """`scale * codes` in float32."""
     return x.scale.astype(jnp.float32) * x.codes.astype(jnp.float32)
 
 
 def rounded(x: Array, bits: int, axis: int = -1) -> Array:
-    """What vectors along an axis come back as: `dequantise(quantise(x))`."""
-    return jnp.moveaxis(dequantise(quantise(jnp.moveaxis(x, axis, -1), bits)), -1, axis)
+    """What vectors along an axis come back as: `dequantize(quantize(x))`."""
+    return jnp.moveaxis(dequantize(quantize(jnp.moveaxis(x, axis, -1), bits)), -1, axis)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -132,14 +132,14 @@ class Packed:
 
 
 def packed(x: Array, bits: int) -> Packed:
-    """Quantise and pack vectors along the last axis, for `unpacked` inside a jitted computation.
+    """Quantize and pack vectors along the last axis, for `unpacked` inside a jitted computation.
 
     >>> import jax.numpy as jnp
     >>> p = packed(jnp.array([[0.0, 1.0, -3.0]]), 3)
     >>> print(p.codes.shape, unpacked(p)[0])
     (1, 2) [ 0.  1. -3.]
     """
-    q = jax.jit(quantise, static_argnums=1)(x, bits)
+    q = jax.jit(quantize, static_argnums=1)(x, bits)
     rows = np.asarray(q.codes).reshape(-1, x.shape[-1])
     data = np.stack([pack(row, bits) for row in rows])
     return Packed(jnp.asarray(data.reshape(*x.shape[:-1], -1)), q.scale, bits, x.shape[-1])
@@ -154,7 +154,7 @@ def unpacked(x: Packed) -> Array:
     # two's complement: the first bit counts negative
     place = jnp.array([-(2 ** (x.bits - 1)), *(2**k for k in range(x.bits - 2, -1, -1))], jnp.int8)
     codes = jnp.sum(planes * place, -1, dtype=jnp.int8)
-    return dequantise(Quantised(codes, x.scale))
+    return dequantize(Quantized(codes, x.scale))
 
 
 def size(vectors: int, length: int, bits: int) -> float:

@@ -1,4 +1,4 @@
-"""What the adapters themselves say about unlabelled inputs: answers to learn from, and second moments.
+"""What the adapters themselves say about unlabeled inputs: answers to learn from, and second moments.
 
 No gold answer is used. Prompts are answered by each task's own adapter, greedily; on these sequences a stored
 adapter is compared with the original one, and inputs and output gradients of the modules are gathered.

@@ -204,7 +204,7 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
 
     Args:
       path: a folder with adapter_config.json and adapter_model.safetensors (or adapter_model.bin, if torch
-        is installed); or `hf:organisation/name[@revision]`, if huggingface_hub is.
+        is installed); or `hf:organization/name[@revision]`, if huggingface_hub is.
       task: the task's name; by default the folder's name or the hub id.
 
     Returns:

@@ -54,7 +54,7 @@ _HARMLESS_FIELDS = frozenset(
     }
 )
 
-# Ways to initialise the factors that leave the base weights alone.
+# Ways to initialize the factors that leave the base weights alone.
 _PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
 
 _PEFT_INIT_HINT = (
@@ -275,12 +275,12 @@ def check_same_base(
 ) -> None:
     """Check that adapters were trained on one base model, as far as its name tells.
 
-    Names that differ only by an organisation prefix (gpt2, openai-community/gpt2) are one base.
+    Names that differ only by an organization prefix (gpt2, openai-community/gpt2) are one base.
 
     Args:
       adapters: the collection.
       any_base: accept different names; the shapes must agree all the same (`adapters.check`).
-      base_suffixes: endings that mark a quantised mirror of a base, such as "-bnb-4bit".
+      base_suffixes: endings that mark a quantized mirror of a base, such as "-bnb-4bit".
 
     Raises:
       HydraOptError: two adapters name different bases, or one names none.

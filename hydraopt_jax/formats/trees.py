@@ -23,7 +23,7 @@ Scale = float | Mapping[str, float]
 # the level that Orbax gives NNX variables
 BOX = "value"
 # levels of a train state that mirror the parameters
-OPTIMISER = {"opt_state", "mu", "nu"}
+OPTIMIZER = {"opt_state", "mu", "nu"}
 
 
 def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -68,9 +68,9 @@ def pairs(tree: Any, style: Dialect, source: str) -> dict[str, dict[str, tuple[P
     for path, leaf in flatten(tree):
         if not is_factor(path):
             continue
-        if OPTIMISER & set(map(str, path)):
+        if OPTIMIZER & set(map(str, path)):
             raise HydraOptError(
-                f"{source}: {text(path)} is an optimiser's: read the parameters alone (of a checkpoint: "
+                f"{source}: {text(path)} is an optimizer's: read the parameters alone (of a checkpoint: "
                 "within='params')"
             )
         match = style.key.fullmatch(text(path))

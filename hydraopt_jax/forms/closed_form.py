@@ -139,7 +139,7 @@ def hydra(
     """HydraOpt's form by closed form and alternation: one shared factor, K heads.
 
     With K = T the shared factor is the top-S eigenvectors of `G = sum_t w_t delta_t delta_t.T`, the heads
-    are the projections, and the weighted error is exactly `tau(G, S)`: no optimiser does better. With K < T
+    are the projections, and the weighted error is exactly `tau(G, S)`: no optimizer does better. With K < T
     the partition is found by enumeration (T <= 8) or by reduced k-means from Ward's hierarchy, and the error
     is `scatter + tau`. With `cores`, task t uses `a @ core[t] @ b[b_of[t]]`, started from the hard form and
     alternated, so that its error is never above it.

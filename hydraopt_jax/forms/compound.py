@@ -1,4 +1,4 @@
-"""Forms made of others: a shared part plus a remainder a task, and joint diagonalisation.
+"""Forms made of others: a shared part plus a remainder a task, and joint diagonalization.
 
 Same contract as `forms`: decompositions of one module's T deltas in, factors and `Info` out.
 """
@@ -28,7 +28,7 @@ def residual(
     """HydraOpt's form plus each task's truncated SVD of what it misses: `delta[t] ~= a @ b[k] + x[t] @ y[t]`.
 
     The curve runs from one merged adapter (K = 1, no remainder) to lossless. The second term is optimal
-    for the first; both are not optimised jointly.
+    for the first; both are not optimized jointly.
 
     Args:
       deltas: T decompositions of one module.

@@ -1,6 +1,6 @@
-"""The joint Optax loop: shared and task-specific factors together, any loss, any optimiser.
+"""The joint Optax loop: shared and task-specific factors together, any loss, any optimizer.
 
-`minimise` is the loop; `hydra` is HydraOpt's form fitted by it, the same contract as `forms.hydra`. A run
+`minimize` is the loop; `hydra` is HydraOpt's form fitted by it, the same contract as `forms.hydra`. A run
 from the mean of the adapters' factors stands for the published method; a run from the closed form can
 only improve on it, because the best iterate is kept.
 """
@@ -25,7 +25,7 @@ Params = Any
 
 
 class State(NamedTuple):
-    """What the loop carries: current and best parameters, the optimiser's state, and the stop rule's."""
+    """What the loop carries: current and best parameters, the optimizer's state, and the stop rule's."""
 
     params: Params
     opt_state: optax.OptState
@@ -47,7 +47,7 @@ class Trace(NamedTuple):
     converged: Array
 
 
-def minimise(
+def minimize(
     loss: Callable[[Params], Array],
     params: Params,
     optimizer: optax.GradientTransformation,
@@ -56,7 +56,7 @@ def minimise(
     tolerance: float = 1e-5,
     patience: int = 100,
 ) -> tuple[Params, Trace]:
-    """Minimise `loss(params)` with Optax in one `while_loop`; return the best parameters met.
+    """Minimize `loss(params)` with Optax in one `while_loop`; return the best parameters met.
 
     It stops after `steps`, or when the best loss has fallen by less than `tolerance` of itself in
     `patience` steps. The first iterate counts: the result is never worse than `params`. Derivatives are those
@@ -75,7 +75,7 @@ def minimise(
       `(params, trace)`.
 
     >>> import jax.numpy as jnp, optax
-    >>> x, info = minimise(lambda x: (x - 3.0) ** 2, jnp.array(0.0), optax.sgd(0.4), steps=50)
+    >>> x, info = minimize(lambda x: (x - 3.0) ** 2, jnp.array(0.0), optax.sgd(0.4), steps=50)
     >>> print(f"{x:.3f}")
     3.000
     """
@@ -210,7 +210,7 @@ def hydra(
       start: "closed" (from `forms.hydra`; never worse than it) or "mean" (stands for the published method).
       optimizer: any `optax.GradientTransformation`; None for `default_optimizer(steps)`.
       loss: `(a, b, a_hat, b_hat, weights) -> scalar` over `[T, ...]` stacks.
-      steps, tolerance: as in `minimise`.
+      steps, tolerance: as in `minimize`.
 
     Returns:
       Factors and Info, as `forms.hydra` does.
@@ -258,7 +258,7 @@ def hydra(
         out = head[labels] if core is None else matmul(core, head[labels])
         return jnp.broadcast_to(shared, (out.shape[0], *shared.shape)), out
 
-    best, trace = minimise(
+    best, trace = minimize(
         lambda p: loss(ca, cb, *stacked(p), weights * scale**2),
         params,
         default_optimizer(steps) if optimizer is None else optimizer,

@@ -89,7 +89,7 @@ def factor_cosine(x: Array) -> Array:
     """Cosine of flattened factors, `<x_s, x_t> / (||x_s|| ||x_t||)`: the paper's measure.
 
     It depends on the gauge: `(a @ g, inv(g) @ b)` is the same adapter as `(a, b)` with other cosines. It
-    tells something where the tasks were trained from one initialisation; `Similarity.delta` always does.
+    tells something where the tasks were trained from one initialization; `Similarity.delta` always does.
 
     Args:
       x: `[T, ...]`, the `a`s or the `b`s of one module.
@@ -288,7 +288,7 @@ def average(parts: list[Similarity]) -> Similarity:
     return Similarity(*(x.sum(0) / count for x in stacked))
 
 
-def summarise(adapters: Adapters) -> Summary:
+def summarize(adapters: Adapters) -> Summary:
     """Similarity of every module of a collection, of every layer kind and of the whole.
 
     Args:
@@ -298,7 +298,7 @@ def summarise(adapters: Adapters) -> Summary:
       Summary of float32 NumPy arrays.
 
     >>> from hydraopt_jax import adapters, synthetic
-    >>> found = summarise(adapters.stack(synthetic.collection(tasks=2, likeness=1.0)))
+    >>> found = summarize(adapters.stack(synthetic.collection(tasks=2, likeness=1.0)))
     >>> print(found.mean.delta.round(3), list(found.kinds))
     [[1. 1.]
      [1. 1.]] ['q_proj', 'k_proj', 'v_proj', 'o_proj']

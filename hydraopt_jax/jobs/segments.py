@@ -1,7 +1,7 @@
 """Segments: the parts of a large collection that are read and coded by themselves, and how they are kept.
 
 A segment is some modules of some consecutive tasks, about `SEGMENT_BYTES` of factors. It is coded as if there
-were nothing else (`coding.trial`), at the quantiser step that all segments have in common: with one step bits
+were nothing else (`coding.trial`), at the quantizer step that all segments have in common: with one step bits
 go where they are worth most in the whole collection, whoever codes it.
 """
 

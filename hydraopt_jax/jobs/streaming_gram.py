@@ -291,7 +291,7 @@ class Range(NamedTuple):
 
     Attributes:
       q: `[M, n, S]`; columns of zeros where s has less than S directions.
-      inverse: `[M, S, S]`, inverse of `r.T`, a generalised one where columns depend on each other.
+      inverse: `[M, S, S]`, inverse of `r.T`, a generalized one where columns depend on each other.
       squares: `[M, S]` of the columns of s.
     """
 

@@ -68,7 +68,7 @@ class Pilot(NamedTuple):
     Attributes:
       step: meets the target about.
       slope: how the logarithm of what is to be met moves with the step's.
-      frequencies: `[COUNT, 2, HIGH]`, what the quantiser is charged.
+      frequencies: `[COUNT, 2, HIGH]`, what the quantizer is charged.
       deep: whether any module took a shared factor or a joint basis; where none did they are not looked for.
     """
 

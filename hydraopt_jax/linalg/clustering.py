@@ -75,7 +75,7 @@ def hierarchy(gram: Array, weights: Array) -> Array:
       weights: `[T]`, 0 for a task without a delta.
 
     Returns:
-      `[T, T]` labels; row K - 1 is the cut at K clusters, labelled 0 to K - 1 by first appearance.
+      `[T, T]` labels; row K - 1 is the cut at K clusters, labeled 0 to K - 1 by first appearance.
     """
     t = gram.shape[0]
     mass = jnp.maximum(weights, 1e-30)

@@ -1,7 +1,7 @@
 """Linear algebra on low-rank factors. No function here forms a delta.
 
 Everything takes factors `a: [..., I, R]`, `b: [..., R, O]` of `delta = a @ b` and works in float32 at the
-highest matmul precision. Factorisations go through `factorizations`, whose derivatives are defined for every
+highest matmul precision. Factorizations go through `factorizations`, whose derivatives are defined for every
 input and which on a CPU loop over a batch.
 """
 

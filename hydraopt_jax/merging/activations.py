@@ -24,7 +24,7 @@ def regmean(
     moments: Sequence[Array],
     off_diagonal: float = 0.9,
 ) -> tuple[Array, Array]:
-    """`(sum_t w_t C_t)^-1 sum_t w_t C_t delta_t`, which minimises `sum_t w_t E_t ||x (delta - delta_t)||^2`.
+    """`(sum_t w_t C_t)^-1 sum_t w_t C_t delta_t`, which minimizes `sum_t w_t E_t ||x (delta - delta_t)||^2`.
 
     `C_t = E[x x.T]` is the second moment of the module's inputs on task t, its off-diagonal entries scaled
     down as in the paper. The base's weights cancel. The right-hand side stays in factors,

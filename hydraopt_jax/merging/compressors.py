@@ -1,4 +1,4 @@
-"""Baselines that keep something of every task: slots, joint diagonalisation, shared bases, own SVDs.
+"""Baselines that keep something of every task: slots, joint diagonalization, shared bases, own SVDs.
 
 Contract: `(a: [T, I, R], b: [T, R, O], weights: [T], *, rank, ...)` of one module to `forms.Factors`. Weights
 count a task's error against the others'.
@@ -104,7 +104,7 @@ def k_merge(
 def joint(
     a: Array, b: Array, weights: Array, *, rank: int, clusters: int = 1, diagonal: bool = False
 ) -> Factors:
-    """Joint diagonalisation, `delta[t] ~= a[k] @ core[t] @ b[k]`, within each of `clusters` groups of tasks.
+    """Joint diagonalization, `delta[t] ~= a[k] @ core[t] @ b[k]`, within each of `clusters` groups of tasks.
 
     Groups are Ward's (`clustering.ward`); each is `compound.joint_diagonal` with the other tasks at weight 0.
 

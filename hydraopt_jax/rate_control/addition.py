@@ -1,6 +1,6 @@
 """One task added to a coded collection: coded on its own, predicted from what is there, nobody else touched.
 
-The quantiser step is the collection's, so that a bit is spent where it would have been in a fit of all at
+The quantizer step is the collection's, so that a bit is spent where it would have been in a fit of all at
 once. Each of the task's vectors is predicted by least squares from the vectors of a few earlier tasks, or
 of the leaf that all tasks read; the codec codes what is left.
 """
@@ -191,7 +191,7 @@ def add(adapter: Adapter, step: float, payload: Payload) -> tuple[Addition, np.n
 
     Args:
       adapter: the new task.
-      step: the quantiser step, relative to the norm of a delta.
+      step: the quantizer step, relative to the norm of a delta.
       payload: of the collection, all its leaves.
 
     Returns:

@@ -22,18 +22,18 @@ class Shared(NamedTuple):
     """Spectrum of HydraOpt's form at every candidate number of heads, one module and side.
 
     Attributes:
-      centre: `[K, S]` energy of each shared vector.
+      center: `[K, S]` energy of each shared vector.
       heads: `[K, T, S]` energy of each head's vectors, zero rows beyond K heads.
       missed: `[K]` energy that the form cannot reach: scatter and tail.
     """
 
-    centre: Array
+    center: Array
     heads: Array
     missed: Array
 
 
 class Joint(NamedTuple):
-    """A basis that the vectors of all tasks are near, one module and side: joint diagonalisation's.
+    """A basis that the vectors of all tasks are near, one module and side: joint diagonalization's.
 
     Attributes:
       basis: `[I, S]` orthonormal, the leading eigenvectors of `sum_t w_t x_t x_t.T`, x the vectors as coded.
@@ -109,8 +109,8 @@ def shared_spectrum(deltas: Svd, labels: Array, rank: int) -> Shared:
     def one(deltas: Svd, labels: Array) -> tuple[Array, Array, Array]:
         _, b, mass = shared_factors(deltas, labels, rank)
         heads = mass[:, None] * jnp.sum(b**2, -1)
-        centre = heads.sum(0)
-        return centre, heads, jnp.maximum(deltas.energy.sum() - centre.sum(), 0.0)
+        center = heads.sum(0)
+        return center, heads, jnp.maximum(deltas.energy.sum() - center.sum(), 0.0)
 
     # one after another: each is large where there are many tasks
     module = lambda x: jax.lax.map(lambda cut: one(x[0], cut), x[1])  # noqa: E731
@@ -164,7 +164,7 @@ def spectrum(
     share: bool = True,
     deep: bool = True,
 ) -> Spectrum:
-    """Analyse the modules of one shape.
+    """Analyze the modules of one shape.
 
     Args:
       modules: M names.

@@ -1,4 +1,4 @@
-"""A collection coded at one step: decompose once, then plan, quantise, solve the gains and measure.
+"""A collection coded at one step: decompose once, then plan, quantize, solve the gains and measure.
 
 With second moments of the modules' inputs, `C = E[x x.T]`, decompositions are those of `C^(1/2) @ delta`, so
 that choices, gains and errors are those of the modules' outputs. With those of the gradients at their
@@ -111,7 +111,7 @@ class Trial(NamedTuple):
     """The collection coded at one step.
 
     Attributes:
-      step: the quantiser step.
+      step: the quantizer step.
       coded: its codes.
       gains: task -> gains in the codec's order, as they will be read.
       errors: `[M, T]` relative squared errors, NaN where absent.
@@ -287,7 +287,7 @@ def unweigh_own(metric: Metric | None, a: np.ndarray, of: Sequence[int]) -> np.n
 
 
 def train(problem: Problem, step: float) -> np.ndarray:
-    """Frequencies to decide with near a step: quantisation and counting alternate on some of the modules."""
+    """Frequencies to decide with near a step: quantization and counting alternate on some of the modules."""
     goals, _ = aims(problem, step)
     few = sample(goals)
     prior = contexts.gaussian()
@@ -318,7 +318,7 @@ def bar(problem: Problem, step: float, frequencies: np.ndarray | None = None) ->
     """Code every module with and without a joint basis at a step, and bar those that are dearer with it; all,
     where that is cheaper for the whole. Tables are trained for either, unless they are given.
 
-    The plan's estimate is made before vectors are filtered by second moments and quantised; this is after.
+    The plan's estimate is made before vectors are filtered by second moments and quantized; this is after.
     """
     if not any(c.form == "joint" for x in problem.spectra for c in mode_decision.plan(x, step).choices):
         return problem

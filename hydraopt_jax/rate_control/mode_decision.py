@@ -1,4 +1,4 @@
-"""What to share and what to keep: the cheapest form of every module at one quantiser step.
+"""What to share and what to keep: the cheapest form of every module at one quantizer step.
 
 All modules, tasks, directions and forms are weighed in one currency, squared steps: a direction that is
 coded costs its distortion and `multiplier * bits` by the Gaussian rate-distortion function, one that is left
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
 
 def plan(x: Spectrum, step: float, barred: Collection[str] = ()) -> Plan:
-    """Choose the cheapest form of each module at a quantiser step; `barred` modules take no joint basis."""
+    """Choose the cheapest form of each module at a quantizer step; `barred` modules take no joint basis."""
     inputs, outputs = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
     energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
     options: list[Any] = []
@@ -153,13 +153,13 @@ def joint_side(
     """One side's costs and bits of every direction `[M, T, R]`, of the basis `[M]`, and its width `[M]`."""
     part = np.asarray(found.part, np.float64)
     along = part * (energy * keep)[..., None]
-    centre = along.sum((1, 2))
+    center = along.sum((1, 2))
     # each vector of the basis is known up to a distortion, shared by those who use it
     noise = DISTORTION * np.cumsum(
-        np.divide(along, centre[:, None, None], out=np.zeros_like(along), where=centre[:, None, None] > 0), -1
+        np.divide(along, center[:, None, None], out=np.zeros_like(along), where=center[:, None, None] > 0), -1
     )
     explained = np.minimum(np.cumsum(part, -1), 1.0)
-    base_paid, base_rate = cost(count, centre / count)
+    base_paid, base_rate = cost(count, center / count)
     base_paid = np.cumsum(base_paid + MULTIPLIER * DIRECTION_BITS, -1)
     base_rate = np.cumsum(base_rate + DIRECTION_BITS, -1)
     variance = energy / count
@@ -187,14 +187,14 @@ def widths(limit: int) -> list[int]:
 def hydra_cost(found: Shared, k: int, sizes: tuple[int, int], step: float) -> tuple[np.ndarray, np.ndarray]:
     """Cost of HydraOpt's form at cut k: a shared vector is worth it when the heads that use it are."""
     heads = np.asarray(found.heads[:, k], np.float64) / step**2
-    centre = np.asarray(found.centre[:, k], np.float64) / step**2
+    center = np.asarray(found.center[:, k], np.float64) / step**2
     paid, rate = cost(sizes[1], heads / sizes[1])
     paid = paid + MULTIPLIER * DIRECTION_BITS
     live = paid < heads
     leaves = np.where(live, paid, heads).sum(1)
-    own, own_rate = cost(sizes[0], centre / sizes[0])
+    own, own_rate = cost(sizes[0], center / sizes[0])
     own = own + MULTIPLIER * DIRECTION_BITS
-    used = leaves + own < centre
-    total = np.where(used, leaves + own, centre).sum(-1) + np.asarray(found.missed[:, k]) / step**2
+    used = leaves + own < center
+    total = np.where(used, leaves + own, center).sum(-1) + np.asarray(found.missed[:, k]) / step**2
     bits = ((rate + DIRECTION_BITS) * live * used[:, None]).sum((1, 2)) + ((own_rate + 16) * used).sum(-1)
     return total, bits

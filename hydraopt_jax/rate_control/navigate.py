@@ -1,7 +1,7 @@
 """Navigate: a byte budget or an error target in, the best store that the collection allows out.
 
-One number moves along the whole trade-off: the quantiser step. At a step every module takes the form that is
-cheapest in squared steps (`coding.plan`), the codec quantises and counts (`coding.codec`), and a secant
+One number moves along the whole trade-off: the quantizer step. At a step every module takes the form that is
+cheapest in squared steps (`coding.plan`), the codec quantizes and counts (`coding.codec`), and a secant
 search moves the step until the real store meets the budget, or its measured error the target.
 """
 

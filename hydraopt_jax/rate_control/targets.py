@@ -1,4 +1,4 @@
-"""What the codec is to code: a module's factors in quantiser steps, by the form chosen for it."""
+"""What the codec is to code: a module's factors in quantizer steps, by the form chosen for it."""
 
 from collections.abc import Sequence
 
@@ -67,9 +67,9 @@ def joint_target(
     rank = max(int(live[present].sum(-1).max(initial=0)), *widths, 1)
     sides = []
     for own, base, width in zip(directions(deltas, live, rank, step), bases, widths, strict=True):
-        centre = np.einsum("trs,tr->s", np.asarray(base.part, np.float64), energy)[:width]
+        center = np.einsum("trs,tr->s", np.asarray(base.part, np.float64), energy)[:width]
         first = np.zeros((1, own.shape[1], rank), np.float32)
-        first[0, :, :width] = np.asarray(base.basis)[:, :width] * np.sqrt(centre) / step
+        first[0, :, :width] = np.asarray(base.basis)[:, :width] * np.sqrt(center) / step
         own = np.pad(own, ((0, 0), (0, 0), (0, rank - own.shape[2])))
         sides.append(np.concatenate([first, own[present]]))
     a, b = sides
@@ -96,14 +96,14 @@ def hydra_target(deltas: Svd, choice: Choice, labels: np.ndarray, step: float) -
     paid = cost(b.shape[-1], heads / b.shape[-1] / step**2)[0] + MULTIPLIER * DIRECTION_BITS
     live = paid < heads / step**2
     leaves = np.where(live, paid, heads / step**2).sum(0)
-    centre = heads.sum(0)
-    own = cost(a.shape[0], centre / a.shape[0] / step**2)[0] + MULTIPLIER * DIRECTION_BITS
-    used = np.flatnonzero(leaves + own < centre / step**2)
+    center = heads.sum(0)
+    own = cost(a.shape[0], center / a.shape[0] / step**2)[0] + MULTIPLIER * DIRECTION_BITS
+    used = np.flatnonzero(leaves + own < center / step**2)
     if not len(used):
         used = np.array([0])
         live[:] = False
-        centre = np.zeros_like(centre)
-    shared = (a * np.sqrt(centre))[None, :, used] / step
+        center = np.zeros_like(center)
+    shared = (a * np.sqrt(center))[None, :, used] / step
     scaled = (b * np.sqrt(mass)[:, None, None] * live[..., None])[:, used].swapaxes(1, 2) / step
     zero = tuple(np.where(present, 0, -1).tolist())
     head_of = tuple(np.where(present, labels, -1).tolist())

@@ -1,13 +1,13 @@
 """Refinement of a store with its rounding in the loop, shared and per-task factors jointly, with Optax.
 
-What is optimised is the error of what will be stored. Behind every stored factor lies an unrounded one; each
-step rounds all of them as the store would (a cast, or the trellis quantiser with its tables and predictions),
+What is optimized is the error of what will be stored. Behind every stored factor lies an unrounded one; each
+step rounds all of them as the store would (a cast, or the trellis quantizer with its tables and predictions),
 takes the gradient of the loss at the rounded factors, and moves the unrounded ones by it (straight-through).
-Bytes do not grow: the quantiser's price of a bit follows them.
+Bytes do not grow: the quantizer's price of a bit follows them.
 
 Two losses. Without a forward function the mean relative squared error of delta. With one, the mean over tasks
 and tokens of `KL(p_adapter || p_store)`, the divergence of the stored adapters' next-token distributions from
-the original ones', on unlabelled batches (distillation).
+the original ones', on unlabeled batches (distillation).
 
 Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432;
 Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
@@ -38,7 +38,7 @@ Lora = dict[str, tuple[Array, Array]]
 Forward = Callable[[Lora, Any], Array]
 
 LEARNING_RATE = 0.03
-# share of the steps after which the quantiser's tables stay as they are
+# share of the steps after which the quantizer's tables stay as they are
 SETTLED = 0.8
 
 
@@ -57,7 +57,7 @@ class Refined(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is carried on: unrounded factors in their units, the optimiser's memory, the coder's tables."""
+    """What is carried on: unrounded factors in their units, the optimizer's memory, the coder's tables."""
 
     factors: Any
     optimizer: Any
@@ -142,12 +142,12 @@ def divergence(
 
 
 def default_optimizer(steps: int, rate: float = LEARNING_RATE) -> optax.GradientTransformation:
-    """Adam with a cosine decay to zero; the rate is in quantiser steps (coded) or in a factor's rms."""
+    """Adam with a cosine decay to zero; the rate is in quantizer steps (coded) or in a factor's rms."""
     return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
 
 
 def units(store: Store) -> Any:
-    """One unit of each factor: a quantiser step, or the rms of a plain one; of cores their own size."""
+    """One unit of each factor: a quantizer step, or the rms of a plain one; of cores their own size."""
     coded = store.payload is not None
 
     def rms(x: Any, axes: Any) -> np.ndarray:
@@ -197,12 +197,12 @@ def refine(
       forward: `(lora, batch) -> logits [..., V]` for one task, to refine the divergence of the model's
         outputs.
       batches: step -> batch, or a sequence that is gone through again and again; every leaf has a leading
-        task axis. Unlabelled inputs, only for `forward`.
+        task axis. Unlabeled inputs, only for `forward`.
       mask: `batch -> [...]` bool, the predictions that count; None for all.
       check: the batch on which `before` and `after` are measured; None for the first.
-      optimizer: any Optax optimiser; None for `default_optimizer(steps)`.
+      optimizer: any Optax optimizer; None for `default_optimizer(steps)`.
       steps: batches used.
-      accumulate: batches a step of the optimiser.
+      accumulate: batches a step of the optimizer.
       at_once: tasks computed side by side; None for all, fewer need less memory.
       folder: where to save, to go on from after a stop; None for nowhere.
       save: how often, in steps.

@@ -1,6 +1,6 @@
 """What a store of given factors would hold: the rounding that a refinement has in its loop.
 
-A plain store rounds to its dtype; a coded one quantises on the trellis, and what comes back depends on all
+A plain store rounds to its dtype; a coded one quantizes on the trellis, and what comes back depends on all
 factors at once (tables, predictions). Both map factors to factors and have no gradient of their own.
 """
 
@@ -38,7 +38,7 @@ CELL = 0.5
 
 
 class Tables(NamedTuple):
-    """What the quantiser is charged.
+    """What the quantizer is charged.
 
     Attributes:
       frequencies: `[COUNT, 2, HIGH]`.
@@ -65,12 +65,12 @@ def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> di
 
 
 def quantized(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]], tables: Tables) -> Coded:
-    """Quantise factors in steps."""
+    """Quantize factors in steps."""
     return encode.quantize(targets(modules, shapes), tables.frequencies, float(tables.multiplier[0]))
 
 
 def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
-    """What the quantised factors come back as, with the cores of `modules`."""
+    """What the quantized factors come back as, with the cores of `modules`."""
     return {
         n: tuple(x._replace(core=like.core) for x, like in zip(terms, modules[n], strict=True))
         for n, terms in coded_factors(coded).items()
@@ -78,13 +78,13 @@ def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
 
 
 def recount(coded: Coded, multiplier: float | np.ndarray) -> Tables:
-    """Tables of what was just quantised."""
+    """Tables of what was just quantized."""
     prior = contexts.gaussian()
     return Tables(coded.counts + 8 * prior / prior.sum(-1, keepdims=True), np.reshape(multiplier, 1))
 
 
 def start_tables(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> Tables:
-    """Tables of factors in steps: quantisation and counting alternate."""
+    """Tables of factors in steps: quantization and counting alternate."""
     prior = contexts.gaussian()
     tables = Tables(prior / prior.sum(-1, keepdims=True), np.array([encode.MULTIPLIER]))
     for _ in range(TABLE_ROUNDS):
@@ -154,13 +154,13 @@ def coding(store: Store) -> Rounding:
     def estimate(coded: Coded, modules: Modules) -> float:
         return encode.sizes(coded, gains_of(coded, modules, tasks))
 
-    def serialise(coded: Coded, modules: Modules) -> tuple[dict[str, bytes], int]:
+    def serialize(coded: Coded, modules: Modules) -> tuple[dict[str, bytes], int]:
         leaves = encode.serialize(coded, gains_of(coded, modules, tasks))
         return leaves, sum(map(len, leaves.values()))
 
     # the estimate of a size is off by more than a little where there is little
     first = quantized(store.modules, shapes, tables)
-    bias = serialise(first, store.modules)[1] / estimate(first, store.modules)
+    bias = serialize(first, store.modules)[1] / estimate(first, store.modules)
 
     def round_all(modules: Modules, tables: Any, settled: bool) -> tuple[Modules, Any]:
         coded = quantized(modules, shapes, tables)
@@ -174,7 +174,7 @@ def coding(store: Store) -> Rounding:
     def finish(modules: Modules, tables: Any) -> tuple[Modules, Payload | None]:
         for _ in range(ROUNDS):
             coded = quantized(modules, shapes, tables)
-            leaves, size = serialise(coded, modules)
+            leaves, size = serialize(coded, modules)
             if size <= limit:
                 return deserialize(leaves, shapes, range(tasks)), Payload(leaves, shapes)
             tables = recount(coded, tables.multiplier * (1.003 * size / limit) ** 4)

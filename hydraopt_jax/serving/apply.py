@@ -30,8 +30,8 @@ Module = tuple[Factors, ...]
 def load(store: Store, *, dtype: Any = None, bits: int | None = None) -> dict[str, Module]:
     """A store's modules on the device.
 
-    Entropy-coded stores are decoded when they are restored. `bits` quantises the factors anew at a fixed rate
-    and keeps packed codes in device memory; `apply` dequantises them on the fly, `dequantise` once.
+    Entropy-coded stores are decoded when they are restored. `bits` quantizes the factors anew at a fixed rate
+    and keeps packed codes in device memory; `apply` dequantizes them on the fly, `dequantize` once.
 
     Args:
       store: from `compress`, `navigate.compress` or `restore`.
@@ -45,7 +45,7 @@ def load(store: Store, *, dtype: Any = None, bits: int | None = None) -> dict[st
       HydraOptError: values that overflow the dtype, dtype and bits given together, an unknown width.
     """
     if bits is not None and dtype is not None:
-        raise HydraOptError("dtype and bits: give one; dequantise takes the dtype of quantised factors")
+        raise HydraOptError("dtype and bits: give one; dequantize takes the dtype of quantized factors")
     out = {}
     for name, terms in store.modules.items():
         used = [x for x in terms if np.any((np.asarray(x.a_of) >= 0) & (np.asarray(x.b_of) >= 0))]
@@ -75,7 +75,7 @@ def _device(name: str, term: Factors, dtype: Any, bits: int | None) -> Factors:
     return Factors(a, b, a_of, b_of, core)
 
 
-def dequantise(module: Module, dtype: Any = jnp.float32) -> Module:
+def dequantize(module: Module, dtype: Any = jnp.float32) -> Module:
     """The module with plain factors in place of codes: more memory, less work in each step."""
     return tuple(
         term._replace(a=_dense(term.a, True).astype(dtype), b=_dense(term.b, False).astype(dtype))

@@ -33,7 +33,7 @@ Path = tuple[Any, ...]
 
 
 class Stored(nnx.Variable):
-    """The factors of a module: no `nnx.Param`, so that optimisers leave them alone unless told."""
+    """The factors of a module: no `nnx.Param`, so that optimizers leave them alone unless told."""
 
 
 class TaskIds(nnx.Variable):

@@ -1,6 +1,6 @@
 """Tasks that come and go: a store with one task more or less, the others bit for bit as they were.
 
-To a coded store a task is added in codes of its own, at the store's quantiser step, predicted from the
+To a coded store a task is added in codes of its own, at the store's quantizer step, predicted from the
 store's vectors (`coding.addition`). To a plain one it joins module by module (`joining`), until it has had a
 task's mean share of the store.
 """
@@ -276,7 +276,7 @@ def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def refit(collection: Sequence[Adapter], store: Store) -> Store:
-    """All tasks fitted at once by the rule that made the store: its quantiser step, or its explicit form.
+    """All tasks fitted at once by the rule that made the store: its quantizer step, or its explicit form.
 
     Raises:
       HydraOptError: the store was made with calibration.

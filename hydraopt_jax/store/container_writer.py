@@ -86,7 +86,7 @@ def describe(folder: Path, counts: Sequence[int], chunk: int, index: Sequence[in
         [f"{item}/{container.array_name(n)}/{k}" for k in range(count)] for n, count in enumerate(counts)
     ]
     # one file at a time: together they are the store
-    chunks = [[summarise((folder / x).read_bytes()) for x in array] for array in names]
+    chunks = [[summarize((folder / x).read_bytes()) for x in array] for array in names]
     stored = sum(size for array in chunks for size, _ in array)
     total = chunk * sum(counts)
     if total > container.ROOM + container.EXPANSION * stored:
@@ -106,7 +106,7 @@ def describe(folder: Path, counts: Sequence[int], chunk: int, index: Sequence[in
     (folder / container.DESCRIPTION).write_text(sealed)
 
 
-def summarise(data: bytes) -> list[Any]:
+def summarize(data: bytes) -> list[Any]:
     """Size and checksum."""
     return [len(data), container.digest(data)]
 

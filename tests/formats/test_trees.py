@@ -254,7 +254,7 @@ def test_scales_by_module():
             "easydel",
             {"opt_state": {"mu": {"q": {"lora_a": draw(5, 3), "lora_b": draw(3, 4)}}}},
             {},
-            "is an optimiser's: read the parameters alone",
+            "is an optimizer's: read the parameters alone",
         ),
     ],
 )

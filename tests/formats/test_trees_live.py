@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 X = jax.random.normal(jax.random.key(0), (2, 5, 6))
 
 
-def randomised(params):
+def randomized(params):
     """The same parameters, with every LoRA factor drawn anew: libraries start `b` at zero."""
 
     def draw(path, leaf):
@@ -71,7 +71,7 @@ def test_qwix_linen():
     dense = linen.Dense(3, use_bias=False)
     base = linen.Sequential([dense])
     model = qwix.apply_lora_to_model(base, qwix.LoraProvider(module_path=".*", rank=2, alpha=3.0))
-    params = randomised(model.init(jax.random.key(1), X))
+    params = randomized(model.init(jax.random.key(1), X))
     adapter = formats.read_tree(params, "qwix", task="one", scale=1.5)
     ((name, a),) = adapter.a.items()
     kernel = params["params"][name]["kernel"] + a @ adapter.b[name]
@@ -93,7 +93,7 @@ def test_qwix_nnx():
     qwix = pytest.importorskip("qwix")
     provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=3.0)
     model = qwix.apply_lora_to_model(NnxAttention(nnx.Rngs(0)), provider, X, rngs=nnx.Rngs(1))
-    nnx.update(model, randomised(nnx.state(model, nnx.LoRAParam)))
+    nnx.update(model, randomized(nnx.state(model, nnx.LoRAParam)))
     adapter = formats.read_tree(model, "qwix", task="one", scale=1.5)
     shapes = {n: (a.shape[0], adapter.b[n].shape[1]) for n, a in adapter.a.items()}
     assert shapes == {"q": (6, 8), "out": (8, 6), "dense": (6, 3)}
@@ -117,7 +117,7 @@ def test_gemma_peft():
         return module if kind is None else kind(rank=2, wrapped=module, dtype=jnp.float32)
 
     with peft.ModuleInterceptor(replace):
-        params = randomised(Attention().init(jax.random.key(1), X))
+        params = randomized(Attention().init(jax.random.key(1), X))
     with peft.ModuleInterceptor(replace):
         wanted = Attention().apply(params, X)
     adapter = formats.read_tree(params, "gemma", task="one", scale=1.0)

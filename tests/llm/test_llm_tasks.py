@@ -21,13 +21,13 @@ def test_separate_drops_from_later_sides_what_an_earlier_one_has():
         "dev": [Item("one", ("y",), ""), Item("two", ("z",), "")],
         "train": [Item("three", ("Z!",), ""), Item("four", ("w",), "")],
     }
-    kept = separate(splits, labelled=False)
+    kept = separate(splits, labeled=False)
     assert [[item.source for item in kept[s]] for s in ("test", "dev", "train")] == [
         ["One."],
         ["two"],
         ["four"],
     ]
-    assert [item.source for item in separate(splits, labelled=True)["train"]] == ["three", "four"]
+    assert [item.source for item in separate(splits, labeled=True)["train"]] == ["three", "four"]
 
 
 def test_separate_keeps_passages_on_one_side():
@@ -36,7 +36,7 @@ def test_separate_keeps_passages_on_one_side():
         "dev": [],
         "train": [Item("A passage.\nwho", ("y",), "")],
     }
-    assert separate(splits, labelled=False)["train"] == []
+    assert separate(splits, labeled=False)["train"] == []
 
 
 def test_typos_change_longer_words_alone():

@@ -54,7 +54,7 @@ def test_batches_begin_again_after_the_last_row(heard):
 
 
 def test_input_moments_are_those_of_the_embedded_tokens_seen(base, lora, heard):
-    """The first projections see normalised embeddings, which can be had without the model's internals."""
+    """The first projections see normalized embeddings, which can be had without the model's internals."""
     seen = []
 
     def spy(x):

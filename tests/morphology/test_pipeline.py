@@ -98,7 +98,7 @@ def test_fresh_adapters_share_their_input_factor_or_do_not(shared):
 
 @pytest.fixture(scope="module")
 def trained(items, tmp_path_factory):
-    """A small base, and adapters of one initialisation trained on it without a stop, with both traces."""
+    """A small base, and adapters of one initialization trained on it without a stop, with both traces."""
     vocabulary = vocabulary_of(items, DATA)
     rows = dataset.training_rows(items, vocabulary, DATA)
     config = Config(len(vocabulary.tokens), layers=1, width=32, heads=2, hidden=64)

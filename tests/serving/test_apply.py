@@ -286,14 +286,14 @@ def test_a_store_under_a_budget_serves_what_it_decodes_to(tmp_path):
     compare(kept, serving.load(kept), 1e-5)
 
 
-def test_codes_are_dequantised_on_the_fly_or_once():
+def test_codes_are_dequantized_on_the_fly_or_once():
     kept = hydra.Store(tuple("abcde"), {"q": (term("hydra", inputs=16),)}, (), {}, np.zeros((1, T)))
     x, ids = jax.random.normal(jax.random.key(2), (40, 16)), jnp.arange(40) % T
     want = apply(x, serving.load(kept)["q"], ids)
     coded = serving.load(kept, bits=4)["q"]
     fly = apply(x, coded, ids)
     assert 0 < np.linalg.norm(fly - want) < 0.25 * np.linalg.norm(want)
-    once = serving.dequantise(coded)
+    once = serving.dequantize(coded)
     np.testing.assert_allclose(apply(x, once, ids), fly, atol=1e-5)
     np.testing.assert_allclose(apply(x[0], coded, 0), fly[0], atol=1e-5)
     held = sum(v.nbytes for v in jax.tree.leaves(coded) if v.dtype == jnp.uint8)
