@@ -1,71 +1,85 @@
 """Transform coding for collections of LoRA adapters: HydraOpt (arXiv 2507.17706) and beyond, in JAX.
 
-Names are imported when they are first used, so that what needs no JAX does not load it.
+Names are imported when they are first used, so that what needs no JAX does not load it. A name of this face
+registers the package's types as pytrees; `hydraopt_jax.store` and its modules read stores without JAX.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hydraopt_jax import formats, serving
-    from hydraopt_jax.adapters import Adapter, Adapters, Bucket, stack
-    from hydraopt_jax.compression import Options, compress, measure
+    from hydraopt_jax import formats, forms, serving
+    from hydraopt_jax.adapters import Adapter, stack
+    from hydraopt_jax.changes import add, purge, refit
+    from hydraopt_jax.compression import compress
     from hydraopt_jax.errors import HydraOptError
-    from hydraopt_jax.forms import Factors, Info, hydra, pair, separate
-    from hydraopt_jax.forms.gradient import minimize
-    from hydraopt_jax.forms.similarity import summarize
-    from hydraopt_jax.rate_control import navigate
+    from hydraopt_jax.factors import Factors
+    from hydraopt_jax.forms.similarity import summarize as similarity
+    from hydraopt_jax.merging.collection import merge_adapters as merge
+    from hydraopt_jax.rate_control.errors_of import measure
+    from hydraopt_jax.reading import export, read
     from hydraopt_jax.refinement import refine
-    from hydraopt_jax.store import Store, adapter
-    from hydraopt_jax.store.checkpoint import restore, save
+    from hydraopt_jax.store import Store, decode, open, save, select, update, verify
+    from hydraopt_jax.store.removal import remove
+    from hydraopt_jax.tradeoff import frontier
 
 __all__ = [
     "Adapter",
-    "Adapters",
-    "Bucket",
     "Factors",
     "HydraOptError",
-    "Info",
-    "Options",
     "Store",
-    "adapter",
+    "add",
     "compress",
+    "decode",
+    "export",
     "formats",
-    "hydra",
+    "forms",
+    "frontier",
     "measure",
-    "minimize",
-    "navigate",
-    "pair",
+    "merge",
+    "open",
+    "purge",
+    "read",
     "refine",
-    "restore",
+    "refit",
+    "remove",
     "save",
-    "separate",
+    "select",
     "serving",
+    "similarity",
     "stack",
-    "summarize",
+    "update",
+    "verify",
 ]
 
 # where each name lives
 _HOMES = {
-    "adapters": ("Adapter", "Adapters", "Bucket", "stack"),
-    "store.checkpoint": ("restore", "save"),
-    "compression": ("Options", "compress", "measure"),
+    "adapters": ("Adapter", "stack"),
+    "changes": ("add", "purge", "refit"),
+    "compression": ("compress",),
     "errors": ("HydraOptError",),
-    "forms": ("Factors", "Info", "hydra", "pair", "separate"),
-    "forms.gradient": ("minimize",),
+    "factors": ("Factors",),
+    "forms.similarity": ("similarity",),
+    "merging.collection": ("merge",),
+    "rate_control.errors_of": ("measure",),
+    "reading": ("export", "read"),
     "refinement": ("refine",),
-    "forms.similarity": ("summarize",),
-    "store": ("Store", "adapter"),
+    "store": ("Store", "decode", "open", "save", "select", "update", "verify"),
+    "store.removal": ("remove",),
+    "tradeoff": ("frontier",),
 }
-_MODULES = {"formats": "formats", "navigate": "rate_control.navigate", "serving": "serving"}
+_MODULES = ("formats", "forms", "serving")
+# names that a module has for itself
+_OTHER = {"similarity": "summarize", "merge": "merge_adapters"}
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(f"hydraopt_jax.{module}"), name)
+            importlib.import_module("hydraopt_jax.pytrees")
+            return getattr(importlib.import_module(f"hydraopt_jax.{module}"), _OTHER.get(name, name))
     if name in _MODULES:
-        return importlib.import_module(f"hydraopt_jax.{_MODULES[name]}")
+        return importlib.import_module(f"hydraopt_jax.{name}")
     raise AttributeError(f"module 'hydraopt_jax' has no attribute {name!r}")
 
 

@@ -5,6 +5,7 @@ rank, S stored rank, K heads. A module's kernel is `[I, O]` (`y = x @ kernel`), 
 `delta[t] = a[t] @ b[t]` with `a[t]: [I, R]`, `b[t]: [R, O]` and the LoRA scale folded into `b`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,13 +13,15 @@ import numpy as np
 
 from hydraopt_jax import strict_json
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.static import Static
 
 # norms that factors and deltas may have, or zero
 NORMS = (1e-15, 1e15)
 
 
-class Adapter(NamedTuple):
-    """One task's LoRA adapter, in host memory.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """One task's LoRA adapter, in host memory; a pytree whose leaves are its arrays.
 
     Attributes:
       task: the task's name; any characters.
@@ -38,12 +41,21 @@ class Adapter(NamedTuple):
     a: Mapping[str, np.ndarray]
     b: Mapping[str, np.ndarray]
     dtype: str = "float32"
-    extras: Mapping[str, np.ndarray] = {}
-    config: Mapping[str, Any] = {}
-    layout: Mapping[str, Any] = {}
+    extras: Mapping[str, np.ndarray] = Static()
+    config: Mapping[str, Any] = Static()
+    layout: Mapping[str, Any] = Static()
     source: str = ""
     digest: str = ""
-    raw: Mapping[str, Any] = {}
+    raw: Mapping[str, Any] = Static()
+
+    def __post_init__(self) -> None:
+        # static data of a pytree
+        for name in ("config", "layout"):
+            object.__setattr__(self, name, Static(getattr(self, name)))
+
+    def replace(self, **changes: Any) -> "Adapter":
+        """The same with some attributes changed."""
+        return dataclasses.replace(self, **changes)
 
 
 class Bucket(NamedTuple):

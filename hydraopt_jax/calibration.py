@@ -94,7 +94,7 @@ def digest(moments: Mapping[str, np.ndarray]) -> str:
 
 
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read second moments.
+    """Second moments from a file.
 
     Raises:
       HydraOptError: no such file, or not a safetensors file.

@@ -3,12 +3,16 @@
 Shapes and dtypes are in memory, numbers are not. `np.asarray` reads them, every time.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
+
+from hydraopt_jax.errors import HydraOptError
 
 
 class Deferred:
@@ -17,6 +21,7 @@ class Deferred:
     Args:
       shape, dtype: as of any array.
       read: `(start, stop)` -> those of its bytes, in C order.
+      origin: what it is a whole leaf of, if anything: a container and a name.
 
     >>> numbers = np.arange(3, dtype=np.float32).tobytes()
     >>> x = Deferred((3,), "float32", lambda start, stop: numbers[start:stop])
@@ -24,10 +29,12 @@ class Deferred:
     (12, [0.0, 1.0, 2.0], [1.0, 2.0])
     """
 
-    __slots__ = ("dtype", "read", "shape")
+    __slots__ = ("dtype", "origin", "read", "shape")
 
-    def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[int, int], Any]) -> None:
-        self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
+    def __init__(
+        self, shape: Sequence[int], dtype: Any, read: Callable[[int, int], Any], origin: Any = None
+    ) -> None:
+        self.shape, self.dtype, self.read, self.origin = tuple(shape), np.dtype(dtype), read, origin
 
     @property
     def ndim(self) -> int:
@@ -63,6 +70,20 @@ class Deferred:
         return out
 
 
+def in_file(path: str, offset: int, shape: Sequence[int], dtype: Any) -> Deferred:
+    """An array that lies in a file; one that has become shorter cannot be read."""
+
+    def read(start: int, stop: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(offset + start)
+            data = file.read(stop - start)
+        if len(data) != stop - start:
+            raise HydraOptError(f"{path}: is not whole: delete {Path(path).parent} and start again")
+        return data
+
+    return Deferred(shape, dtype, read)
+
+
 def size_of(part: Any) -> int:
     """Bytes of an array, deferred or not, or of bytes."""
     return len(part) if isinstance(part, bytes) else part.nbytes
@@ -79,6 +100,34 @@ def bytes_of(part: Any) -> Any:
     if isinstance(part, Deferred):
         return part.read(0, part.nbytes)
     return np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """The bytes of arrays one after another, `[n]` uint8; deferred where one of them is.
+
+    >>> joined([np.array([1], np.uint8), np.array([[2, 3]], np.uint8)]).tolist()
+    [1, 2, 3]
+    """
+    if not any(isinstance(x, Deferred) for x in parts):
+        return np.concatenate([np.frombuffer(bytes_of(x), np.uint8) for x in parts])
+    ends = list(itertools.accumulate(map(size_of, parts)))
+
+    def read(start: int, stop: int) -> Any:
+        out: np.ndarray = np.empty(stop - start, np.uint8)
+        for part, end in zip(parts, ends, strict=True):
+            begin = end - size_of(part)
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                span = span_of(part, low - begin, high - begin)
+                out[low - start : high - start] = np.frombuffer(span, np.uint8)
+        return out
+
+    return Deferred((ends[-1],), np.uint8, read)
+
+
+def span_of(part: Any, start: int, stop: int) -> Any:
+    """Some of the bytes of an array, deferred or not, or of bytes."""
+    return part.read(start, stop) if isinstance(part, Deferred) else bytes_of(part)[start:stop]
 
 
 def part_of(leaf: Any, start: int, shape: Sequence[int], dtype: Any) -> Any:

@@ -1,10 +1,12 @@
 """Tables, figures and progress bars for people. Nothing here computes anything."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -20,8 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms.similarity import Similarity, Summary
-from hydraopt_jax.rate_control.frontier import Frontier
+
+if TYPE_CHECKING:
+    from hydraopt_jax.forms.similarity import Similarity, Summary
+    from hydraopt_jax.tradeoff import Frontier
 
 MEASURES = {
     "input_factor": "input factor",
@@ -307,7 +311,7 @@ def frontier_table(found: Frontier) -> Table:
 
 
 def rates_table(found: Frontier) -> Table:
-    """Bjontegaard-delta rates of the navigated curve."""
+    """Bjontegaard-delta rates of the curve of budgets."""
     table = Table("against", "bytes at the same error", title="Bjontegaard-delta rate")
     for name, value in found.delta_rate.items():
         table.add_row(Text(name), "no error in common" if value is None else f"{value:+.1f} %")

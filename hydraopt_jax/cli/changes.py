@@ -1,18 +1,18 @@
 """Verbs that change a store in place: add, remove."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import report
+from hydraopt_jax import report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli.common import (
-    LARGE,
     as_json_option,
     clean,
     held_notes,
@@ -23,8 +23,11 @@ from hydraopt_jax.cli.common import (
 )
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
-from hydraopt_jax.rate_control.encode_at_step import task_errors
-from hydraopt_jax.store import Store, changes, checkpoint, purging, task_index
+from hydraopt_jax.store import Store, files, removal, task_index
+from hydraopt_jax.store.store import task_errors
+
+if TYPE_CHECKING:
+    from hydraopt_jax.changes.refitting import Refit
 
 
 def original_of(content: Store, given: Sequence[Adapter]) -> Callable[[str], Adapter | None]:
@@ -51,41 +54,36 @@ def originals_of(content: Store, given: Sequence[Adapter]) -> dict[str, Adapter]
     return {t: x for t in content.tasks if (x := find(t)) is not None}
 
 
-def is_large(content: Store) -> bool:
-    """Whether a collection is not to be fitted anew in memory: it was coded in parts, or would have been."""
-    segments = content.payload is not None and bool(content.payload.segments)
-    return segments or 2 * content.report["entries"] > LARGE
-
-
-def refitted(content: Store, given: Sequence[Adapter]) -> Store:
+def refitted(content: Store, given: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None) -> Store:
     """The store fitted anew; the originals of all its tasks must be at hand."""
-    if is_large(content):
-        raise HydraOptError(
-            "--refit holds the collection in memory, and this one is large: compress it again"
-        )
-    collection, absent = changes.originals(content, originals_of(content, given))
+    from hydraopt_jax.changes import refitting
+
+    collection, absent = refitting.originals(content, originals_of(content, given))
     if absent:
         raise HydraOptError(
             f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
             f"give --original {absent[0]}=FOLDER"
         )
-    return changes.refit(collection, content)
+    return refitting.refit(content, collection, moments)
 
 
 def estimated(
-    content: Store, given: Sequence[Adapter], quick: bool, task: str | None
-) -> changes.Refit | None:
-    """What a refit would give; None where nobody asks, or the collection is large."""
-    if quick or is_large(content) or changes.is_calibrated(content):
-        return None
-    return changes.estimate(content, originals_of(content, given), task)
+    content: Store, given: Sequence[Adapter], task: str | None, moments: Mapping[str, np.ndarray] | None
+) -> "Refit":
+    """What a refit would give."""
+    from hydraopt_jax.changes import refitting
+
+    return refitting.estimate(content, originals_of(content, given), task, moments)
 
 
 def options(command: Any) -> Any:
     """What both verbs take."""
     for decorate in (
         as_json_option,
-        click.option("--quick", is_flag=True, help="do not estimate what a refit would give"),
+        click.option(
+            "--calibration", type=click.Path(), help="what the store was made with, where it is needed"
+        ),
+        click.option("--estimate", is_flag=True, help="say what a refit of all tasks would give"),
         click.option(
             "--original", "known", multiple=True, help="NAME=FOLDER, a task's original that has moved"
         ),
@@ -95,20 +93,21 @@ def options(command: Any) -> Any:
     return command
 
 
-def account(path: str, before: int, content: Store, found: changes.Refit | None, task: str | None) -> Any:
+def account(path: str, before: int, content: Store, found: "Refit | None", task: str | None) -> Any:
     """The JSON object and the table of a change."""
     own = task_errors(content.errors)
-    held = purging.held(content)
+    held = removal.held(content)
     payload: dict[str, Any] = {
         "store": str(path),
         "tasks": list(content.tasks),
         "bytes_before": before,
-        "bytes_after": checkpoint.size_on_disk(path),
+        "bytes_after": files.size_on_disk(path),
         "bytes_held": sum(x.bytes for x in held),
         "held": [x._asdict() for x in held],
         "error": {"mean": clean(float(own.mean()))},
     }
-    table = Table("", "now", "a refit at these bytes", title=str(path))
+    then = [] if found is None else ["a refit at these bytes"]
+    table = Table("", "now", *then, title=str(path))
     rows = [("mean error of weights", float(own.mean()), None if found is None else found.mean)]
     if task is not None:
         payload["error"]["task"] = clean(float(own[task_index(content.tasks, task)]))
@@ -123,17 +122,13 @@ def account(path: str, before: int, content: Store, found: changes.Refit | None,
     if found is not None:
         payload["refit"] = clean(found._asdict())
     for name, now, then in rows:
-        table.add_row(Text(name), f"{now:.3e}", "" if then is None else f"{then:.3e}")
+        table.add_row(Text(name), f"{now:.3e}", *([] if then is None else [f"{then:.3e}"]))
     sizes = (report.format_bytes(x) for x in (payload["bytes_before"], payload["bytes_after"]))
     notes = [f"{' before, '.join(sizes)} after"]
     if held:
         notes += [*held_notes(held), f"to be rid of that: hydraopt remove {path} --purge"]
     if found is not None and found.due:
         notes.append("a refit is due: --refit would lower the mean error by more than a tenth")
-    if changes.is_calibrated(content):
-        notes.append("what a refit would give is not estimated: the store does not hold its calibration")
-    if is_large(content):
-        notes.append("what a refit would give is not estimated: the collection is large")
     return payload, (table, *map(escape, notes))
 
 
@@ -147,46 +142,50 @@ def add(
     adapter: str,
     any_base: bool,
     base_suffix: Sequence[str],
-    refit: bool,
     known: Sequence[str],
-    quick: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
-    """Add ADAPTER to a store; what it holds of the other tasks stays bit for bit as it was."""
-    checkpoint.read_index(path)
-    new, *given = read_all([adapter, *known], any_base, base_suffix, as_json)
-    before = checkpoint.size_on_disk(path)
-    found: list[changes.Refit | None] = []
+    """Add ADAPTER to a store; what it holds of the other tasks stays bit for bit as it was.
+
+    Nothing of what is there is read but what predicts the new task. With --estimate it is also said what
+    fitting all tasks anew would give, which takes as long as that; --refit does it.
+    """
+    from hydraopt_jax import changes
+
+    content = store.open(path)
+    moments = moments_of(content, path, given["calibration"])
+    new, *originals = read_all([adapter, *known], any_base, base_suffix, as_json)
+    before = files.size_on_disk(path)
+    found: list[Refit] = []
 
     def change(content: Store) -> Store:
-        bases = [x._replace(config=s.config) for x, s in ((new, content.sources[0]),) if s.config]
+        bases = [x.replace(config=s.config) for x, s in ((new, content.sources[0]),) if s.config]
         check_same_base([*bases, new], any_base=any_base, base_suffixes=tuple(base_suffix))
-        grown = changes.add(content, new)
-        if refit:
-            return refitted(grown, [*given, new])
-        found.append(estimated(grown, [*given, new], quick, new.task))
+        grown = changes.add(content, new, calibration=moments)
+        if given["refit"]:
+            return refitted(grown, [*originals, new], moments)
+        if given["estimate"]:
+            found.append(estimated(grown, [*originals, new], new.task, moments))
         return grown
 
-    content = checkpoint.update(path, change)
+    content = store.update(path, change)
     payload, shown = account(path, before, content, found[0] if found else None, new.task)
     say(as_json, payload | {"added": new.task}, *shown)
+
+
+def moments_of(content: Store, path: str, file: str | None) -> dict[str, np.ndarray] | None:
+    """The second moments of `--calibration`."""
+    return None if file is None else load_moments(content, path, file)
 
 
 @click.command()
 @click.argument("path", metavar="STORE")
 @click.argument("task", required=False)
 @click.option("--purge", is_flag=True, help="code again what removed tasks have left their mark on")
-@click.option("--calibration", type=click.Path(), help="with --purge: what the store was made with")
 @options
 def remove(
-    path: str,
-    task: str | None,
-    purge: bool,
-    calibration: str | None,
-    refit: bool,
-    known: Sequence[str],
-    quick: bool,
-    as_json: bool,
+    path: str, task: str | None, purge: bool, known: Sequence[str], as_json: bool, **given: Any
 ) -> None:
     """Remove TASK from a store; what it holds of the others stays bit for bit as it was.
 
@@ -196,29 +195,31 @@ def remove(
     """
     if task is None and not purge:
         raise HydraOptError("remove: name the TASK, or give --purge for what removed tasks have left")
-    if purge and refit:
+    if purge and given["refit"]:
         raise HydraOptError("--purge: --refit leaves nothing of a removed task either: give one of them")
-    if calibration is not None and not purge:
-        raise HydraOptError("--calibration: only --purge codes anything with it; leave it out")
-    moments = None if calibration is None else load_moments(path, calibration)
-    checkpoint.read_index(path)
-    given = read_all(known, True, (), as_json) if known else []
-    before = checkpoint.size_on_disk(path)
-    found: list[changes.Refit | None] = []
+    if given["calibration"] is not None and not (purge or given["refit"] or given["estimate"]):
+        raise HydraOptError(
+            "--calibration: only --purge, --refit and --estimate code anything with it; leave it out"
+        )
+    content = store.open(path)
+    moments = moments_of(content, path, given["calibration"])
+    originals = read_all(known, True, (), as_json) if known else []
+    before = files.size_on_disk(path)
+    found: list[Refit] = []
     again: list[str] = []
 
     def change(content: Store) -> Store:
-        left = content if task is None else changes.remove(content, task)
-        if refit:
-            return refitted(left, given)
+        left = content if task is None else removal.remove(content, task)
+        if given["refit"]:
+            return refitted(left, originals, moments)
         if purge:
-            left, done = purging.purge(left, original_of(left, given), moments)
+            left, done = purged(left, original_of(left, originals), moments)
             again.extend(done)
-            return left
-        found.append(estimated(left, given, quick, None))
+        if given["estimate"]:
+            found.append(estimated(left, originals, None, moments))
         return left
 
-    content = checkpoint.update(path, change)
+    content = store.update(path, change)
     payload, shown = account(path, before, content, found[0] if found else None, None)
     payload |= {"removed": task, "coded_again": again, "bounded": content.report.get("bounded", [])}
     if again:
@@ -227,3 +228,12 @@ def remove(
         names = ", ".join(payload["bounded"])
         shown = (*shown, escape(f"errors are upper bounds, as the originals were not at hand: {names}"))
     say(as_json, payload, *shown)
+
+
+def purged(
+    left: Store, find: Callable[[str], Adapter | None], moments: Mapping[str, np.ndarray] | None
+) -> tuple[Store, tuple[str, ...]]:
+    """The store without a trace of what was removed."""
+    from hydraopt_jax import changes
+
+    return changes.purge(left, find, moments)

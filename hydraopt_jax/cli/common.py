@@ -12,15 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import report, store
+from hydraopt_jax import report
 from hydraopt_jax.adapters import Adapter, check
-from hydraopt_jax.calibration import digest
-from hydraopt_jax.calibration import load as load_calibration
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
-from hydraopt_jax.rate_control.encode_at_step import task_errors
-from hydraopt_jax.store import checkpoint
-from hydraopt_jax.store.purging import Held
+from hydraopt_jax.store import Store, count, manifest
+from hydraopt_jax.store.removal import Held
+from hydraopt_jax.store.store import task_errors
 
 Command = Callable[..., Any]
 
@@ -81,7 +79,7 @@ def read_in_batches(
 
 def shell(x: Adapter) -> Adapter:
     """An adapter without its numbers, to compare others with."""
-    return x._replace(
+    return x.replace(
         a={n: v[:, :0].copy() for n, v in x.a.items()},
         b={n: v[:0].copy() for n, v in x.b.items()},
         extras={},
@@ -126,7 +124,7 @@ def with_adapters(command: Command) -> Command:
 as_json_option = click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output")
 
 
-def describe(path: str, content: store.Store) -> dict[str, Any]:
+def describe(path: str, content: Store) -> dict[str, Any]:
     """What a store is, JSON-able."""
     bound = list(content.report["bound"].values())
     claims: dict[str, Any] = {"error": errors_of(content, content.errors) | {"of": "weights"}}
@@ -142,14 +140,15 @@ def describe(path: str, content: store.Store) -> dict[str, Any]:
     }
     return {
         "store": str(path),
-        "schema": checkpoint.SCHEMA,
+        "version": manifest.VERSION,
         "tasks": list(content.tasks),
-        "modules": len(content.modules),
+        "modules": len(content.shapes),
+        "segments": len(content.segments),
         "form": content.report["form"],
         "options": content.report["options"],
         **claims,
         "bounded": list(content.report.get("bounded", ())),
-        "entries": {"before": content.report["entries"], "after": store.count(content)},
+        "entries": {"before": content.report["entries"], "after": count(content)},
         **clean(chosen),
     }
 
@@ -163,18 +162,20 @@ ESTIMATES = {
 """Model of `estimates` -> its heading."""
 
 
-def load_moments(path: str, calibration: str) -> dict[str, np.ndarray]:
+def load_moments(content: Store, path: str, calibration: str) -> dict[str, np.ndarray]:
     """The second moments that a store was made with.
 
     Raises:
       HydraOptError: it was made without any, or with others.
     """
-    known = checkpoint.read_index(path)[1]["report"].get("calibration")
+    from hydraopt_jax.calibration import digest, load
+
+    known = content.report.get("calibration")
     if known is None:
         raise HydraOptError(
             f"{path}: claims no output errors (no --calibration when it was made): leave it out"
         )
-    moments = load_calibration(calibration)
+    moments = load(calibration)
     if digest(moments) != known:
         raise HydraOptError(f"{calibration}: is not the calibration that {path} was made with: give that one")
     return moments
@@ -194,7 +195,7 @@ def held_notes(held: Sequence[Held]) -> list[str]:
     return out
 
 
-def errors_of(content: store.Store, errors: np.ndarray) -> dict[str, Any]:
+def errors_of(content: Store, errors: np.ndarray) -> dict[str, Any]:
     """A table of errors `[M, T]` task by task, mean and worst, JSON-able."""
     per_task = task_errors(errors)
     return {
@@ -204,18 +205,22 @@ def errors_of(content: store.Store, errors: np.ndarray) -> dict[str, Any]:
     }
 
 
-def bytes_table(parts: dict[str, int], content: store.Store) -> Table:
-    """What takes the bytes of a store, see `checkpoint.account`."""
+def bytes_table(parts: dict[str, int], content: Store) -> Table:
+    """What takes the bytes of a store, see `files.account`."""
     table = Table("what", "bytes", "of the factors' fp16 bytes", title="bytes on disk")
     whole = 2 * max(content.report["entries"], 1)
-    names = {"factors": "factors", "heads": "full tensors (heads)", "metadata": "description and checksums"}
+    names = {
+        "factors": "factors",
+        "heads": "full tensors (heads)",
+        "metadata": "manifest, headers, checksums",
+    }
     for key, name in names.items():
         share = "" if key == "heads" else f"{parts[key] / whole:.4f}"
         table.add_row(name, report.format_bytes(parts[key]), share)
     return table
 
 
-def error_table(content: store.Store) -> Table:
+def error_table(content: Store) -> Table:
     """Relative squared errors of each task, of weights and of calibrated outputs; mean, worst, bound."""
     claims = [x for x in (content.errors, content.output_errors) if x is not None]
     heads = ["of weights (delta)", "of outputs (calibrated)"][: len(claims)]
@@ -236,11 +241,11 @@ def error_table(content: store.Store) -> Table:
     return table
 
 
-def forms_table(content: store.Store) -> Table:
+def forms_table(content: Store) -> Table:
     """How many modules took which form."""
     table = Table("form", "modules", title="forms chosen")
-    for name, count in sorted(content.report["forms"].items(), key=lambda x: -x[1]):
-        table.add_row(Text(name), str(count))
+    for name, modules in sorted(content.report["forms"].items(), key=lambda x: -x[1]):
+        table.add_row(Text(name), str(modules))
     return table
 
 

@@ -9,14 +9,15 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import calibration, compression, merging, report
+from hydraopt_jax import calibration, merging, report
 from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.cli.common import as_json_option, clean, read_all, say, with_adapters
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.explicit.engine import check_dtype
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.merging import collection as merged_collection
 from hydraopt_jax.merging import registry
-from hydraopt_jax.rate_control.encode_at_step import task_errors
+from hydraopt_jax.store.store import task_errors
 
 
 def parse_weight_list(text: str) -> list[float]:
@@ -104,8 +105,7 @@ def merge(
         options | ({} if rank is None else {"rank": rank}) | ({"moments": moments} if moments else {}),
     )
     merged_collection.check_weights(numbers, registry.find(method), len(adapters))
-    if dtype is not None and dtype not in compression.DTYPES:
-        raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(compression.DTYPES)}")
+    check_dtype(dtype)
     if Path(out).exists() and not overwrite:
         raise HydraOptError(f"{out}: exists; choose another --out or give --overwrite")
     collection = read_all(adapters, any_base, base_suffix, as_json)

@@ -1,6 +1,6 @@
-"""Verbs that read a store: inspect, export, verify."""
+"""Verbs that read a store: inspect, export, verify, pack, unpack. They need no JAX, but to measure errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import compression, report, store
-from hydraopt_jax.adapters import Adapter, check, stack
+from hydraopt_jax import report, store
+from hydraopt_jax.adapters import Adapter, module_shapes
 from hydraopt_jax.cli.common import (
     CheckFailed,
     as_json_option,
@@ -25,10 +25,12 @@ from hydraopt_jax.cli.common import (
     say,
     with_adapters,
 )
+from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft, write_adapter
-from hydraopt_jax.rate_control.encode_at_step import Metrics, metrics_of, task_errors
-from hydraopt_jax.store import checkpoint, purging
+from hydraopt_jax.store import files, portable, removal
+from hydraopt_jax.store.store import task_errors
+from hydraopt_jax.store.tensors import DTYPES
 
 
 @click.command()
@@ -36,20 +38,25 @@ from hydraopt_jax.store import checkpoint, purging
 @as_json_option
 def inspect(path: str, as_json: bool) -> None:
     """What is in a store: tasks, modules, form, bytes a leaf, error a task."""
-    content = checkpoint.outline(path)
-    leaves = checkpoint.read_index(path)[1]["leaves"]
-    payload = describe(path, content) | {"leaves": leaves, "bytes": checkpoint.size_on_disk(path)}
-    parts = payload["bytes_of"] = checkpoint.account(path)._asdict()
-    table = Table("leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk")
-    for name, size in leaves.items():
-        table.add_row(name, f"{size:,}")
+    content = store.open(path)
+    rows = [
+        {"tasks": names_of(x), "leaves": {k: size_of(v) for k, v in x.leaves.items()}}
+        for x in content.segments
+    ]
+    payload = describe(path, content) | {"leaves": rows, "bytes": files.size_on_disk(path)}
+    parts = payload["bytes_of"] = files.account(path, content)._asdict()
+    table = Table(
+        "segment", "leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk"
+    )
     shape = Table("module", "[in, out]", "rank", "inputs", "outputs")
-    for name, terms in content.modules.items():
-        for term in terms:
-            a, b = term.a[0], term.b[0]
-            row = f"{a.shape[0]} x {b.shape[1]}", str(a.shape[1]), str(len(term.a)), str(len(term.b))
-            shape.add_row(Text(name), *row)
-    held = purging.held(content)
+    for n, x in enumerate(content.segments):
+        for leaf, size in rows[n]["leaves"].items():
+            table.add_row(str(n + 1), leaf, f"{size:,}")
+        for name, terms in x.modules.items():
+            for term in terms:
+                counts = (str(max(of, default=-1) + 1) for of in (term.a_of, term.b_of))
+                shape.add_row(Text(name), f"{term.inputs} x {term.outputs}", str(term.rank), *counts)
+    held = removal.held(content)
     payload["held"] = [x._asdict() for x in held]
     notes = [*map(escape, held_notes(held))]
     say(as_json, payload, bytes_table(parts, content), table, shape, error_table(content), *notes)
@@ -75,9 +82,10 @@ def export(
     """Write tasks of a store as PEFT folders."""
     if bool(tasks) == everything:
         raise HydraOptError("export: give either --task NAME or --all")
-    if dtype is not None and dtype not in compression.DTYPES:
-        raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(compression.DTYPES)}")
-    known = checkpoint.read_index(path)[0]
+    if dtype is not None and dtype not in DTYPES:
+        raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    whole = store.open(path)
+    known = whole.tasks
     names = known if everything else [known[store.task_index(known, t)] for t in tasks]
     folders = {t: Path(out) if len(tasks) == 1 else Path(out) / peft.folder_name(t) for t in names}
     taken = [f for f in folders.values() if f.exists() and not overwrite]
@@ -85,9 +93,9 @@ def export(
         where = (taken or list(folders.values()))[0]
         raise HydraOptError(f"{where}: exists; choose another --out or give --overwrite")
     with report.progress("exporting", len(folders), not as_json) as advance:
-        for content in checkpoint.batches(path, list(folders)):
+        for content in files.batches(whole, list(folders)):
             for task in content.tasks:
-                found = store.adapter(content, task)
+                found = store.decode(content, task)
                 write_adapter(folders[task], found, dtype=dtype, overwrite=overwrite)
                 advance()
     written = {task: str(f) for task, f in folders.items()}
@@ -117,10 +125,12 @@ def verify(
 
     Errors of weights, and with --calibration those of the modules' outputs, each against its own claim.
     """
-    moments = None if calibration is None else moments_of(path, calibration, adapters)
-    files = checkpoint.verify(path)
-    content = checkpoint.outline(path)
-    payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "files": files}
+    if calibration is not None and not adapters:
+        raise HydraOptError("--calibration: output errors are measured against ADAPTERS: name them, too")
+    leaves = store.verify(path)
+    content = store.open(path)
+    moments = None if calibration is None else load_moments(content, path, calibration)
+    payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "leaves": leaves}
     payload["tasks"] = list(content.tasks)
     wrong: list[str] = []
     bounds = payload["bounded"] = list(content.report.get("bounded", ()))
@@ -130,9 +140,8 @@ def verify(
     if adapters:
         measured: dict[str, dict[str, float]] = {k: {} for k in claims}
         for few in read_in_batches(adapters, any_base, base_suffix, as_json):
-            kept = checkpoint.restore(path, [x.task for x in few])
             for key, found in measured.items():
-                found |= compression.measure(kept, few, metrics(few, moments) if key != "error" else None)
+                found |= true_errors(content, few, moments if key != "error" else None)
         for key, found in measured.items():
             claimed = dict(zip(content.tasks, task_errors(claims[key]).tolist(), strict=True))
             payload[key] = {t: {"measured": clean(x), "claimed": clean(claimed[t])} for t, x in found.items()}
@@ -141,7 +150,7 @@ def verify(
             wrong += [t for t, x in over.items() if not x <= 1e-6 + 0.01 * claimed[t]]
         payload["ok"] = not wrong
     table = Table("check", "result", title=str(path))
-    table.add_row("checksums", f"ok, {files} files")
+    table.add_row("checksums", f"ok, {leaves} leaves")
     for key, label in ERRORS.items():
         for task, pair in payload.get(key, {}).items():
             claim = f"claimed {'at most ' * (task in bounds)}{pair['claimed']:.3e}"
@@ -156,17 +165,51 @@ def verify(
 ERRORS = {"error": "error of weights", "output_error": "error of outputs"}
 
 
-def moments_of(path: str, calibration: str, adapters: Sequence[str]) -> dict[str, np.ndarray]:
-    """The second moments that a store was made with.
+def true_errors(
+    content: store.Store, few: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None
+) -> dict[str, float]:
+    """Measured errors of some tasks: of weights, or of outputs where second moments are given."""
+    from hydraopt_jax.rate_control.errors_of import measure
+    from hydraopt_jax.rate_control.metrics import metrics_of
 
-    Raises:
-      HydraOptError: as `load_moments`, or there is nothing to check with them.
-    """
-    if not adapters:
-        raise HydraOptError("--calibration: output errors are measured against ADAPTERS: name them, too")
-    return load_moments(path, calibration)
+    shapes = {k: v for x in few for k, v in module_shapes(x).items()}
+    return measure(content, few, None if moments is None else metrics_of(shapes, moments))
 
 
-def metrics(few: Sequence[Adapter], moments: dict[str, np.ndarray] | None) -> dict[str, Metrics]:
-    """The metrics of the modules of some adapters."""
-    return metrics_of(stack(few), list(check(few)), moments or {})
+def names_of(x: store.Segment) -> list[str]:
+    """Names of the tasks of a segment that are in the store."""
+    return [x.tasks[k] for k in x.live]
+
+
+@click.command()
+@click.argument("path", metavar="STORE")
+@click.argument("file")
+@click.option("--overwrite", is_flag=True, help="replace a store that is there")
+@as_json_option
+def pack(path: str, file: str, overwrite: bool, as_json: bool) -> None:
+    """Write STORE as one FILE, whose name ends in .safetensors."""
+    if not files.is_file(Path(file)):
+        raise HydraOptError(f"{file}: the name of a portable store ends in {portable.SUFFIX}")
+    copy(path, file, overwrite, as_json)
+
+
+@click.command()
+@click.argument("path", metavar="STORE")
+@click.argument("folder")
+@click.option("--overwrite", is_flag=True, help="replace a store that is there")
+@as_json_option
+def unpack(path: str, folder: str, overwrite: bool, as_json: bool) -> None:
+    """Write STORE as a FOLDER."""
+    if files.is_file(Path(folder)):
+        raise HydraOptError(f"{folder}: a store of that name is one file: name a folder")
+    copy(path, folder, overwrite, as_json)
+
+
+def copy(path: str, out: str, overwrite: bool, as_json: bool) -> None:
+    """Write a store somewhere else, as a folder or a file by its name."""
+    store.save(out, store.open(path), overwrite=overwrite)
+    sizes = {"bytes_before": files.size_on_disk(path), "bytes_after": files.size_on_disk(out)}
+    table = Table("store", "bytes on disk")
+    for name, size in zip((path, out), sizes.values(), strict=True):
+        table.add_row(Text(str(name)), report.format_bytes(size))
+    say(as_json, {"store": str(out), **sizes}, table)

@@ -6,19 +6,17 @@ import click
 
 # verb -> module and name of its command, and its line in the help
 VERBS = {
-    "similarity": (
-        "collections",
-        "similarity_command",
-        "How alike adapters are: factors, deltas, subspaces.",
-    ),
-    "compress": ("collections", "compress_command", "Compress ADAPTERS into one store."),
-    "frontier": ("collections", "frontier_command", "The whole trade-off: bytes against error."),
+    "similarity": ("collections", "similarity", "How alike adapters are: factors, deltas, subspaces."),
+    "compress": ("compress", "compress", "Compress ADAPTERS into one store."),
+    "frontier": ("collections", "frontier", "The whole trade-off: bytes against error."),
     "merge": ("merging", "merge", "Merge ADAPTERS into one by a published method."),
     "inspect": ("stores", "inspect", "What is in a store."),
     "export": ("stores", "export", "Write tasks of a store as PEFT folders."),
     "verify": ("stores", "verify", "Check a store, against its ADAPTERS if given."),
     "add": ("changes", "add", "Add ADAPTER to a store."),
     "remove": ("changes", "remove", "Remove TASK from a store."),
+    "pack": ("stores", "pack", "Write a store as one .safetensors file."),
+    "unpack": ("stores", "unpack", "Write a store as a folder."),
     "demo": ("collections", "demo", "Forty trained adapters at three budgets."),
 }
 

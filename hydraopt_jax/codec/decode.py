@@ -27,7 +27,7 @@ class Decoded(NamedTuple):
     gains: dict[int, list[np.ndarray]]
 
 
-def decode(
+def decode_leaves(
     leaves: Mapping[str, bytes],
     shapes: Mapping[str, tuple[TermShape, ...]],
     tasks: Sequence[int],

@@ -14,7 +14,7 @@ import numpy as np
 
 from hydraopt_jax.codec import contexts, prediction, streams, syntax, tables, trellis
 from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
-from hydraopt_jax.codec.decode import Decoded, decode
+from hydraopt_jax.codec.decode import Decoded, decode_leaves
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.rans import PERIOD
@@ -314,7 +314,7 @@ def checked(
     Raises:
       RuntimeError: they are not, a fault of this package.
     """
-    found = decode(leaves, coded.shapes, sorted(gains), frequencies)
+    found = decode_leaves(leaves, coded.shapes, sorted(gains), frequencies)
     same = all(np.array_equal(x, y) for x, y in zip(found.values, coded.values, strict=True) if x is not None)
     for task, mine in gains.items():
         same &= np.array_equal(

@@ -15,14 +15,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import compression, refinement, report, store
+from hydraopt_jax import refinement, report, store
+from hydraopt_jax.collection import in_memory
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.evaluate import evaluate
 from hydraopt_jax.demo.vocabulary import encode_items
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, write_adapter
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import Store, checkpoint, task_factors
+from hydraopt_jax.rate_control import engine, errors_of
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.rate_control.work import Memory
+from hydraopt_jax.store import Store, task_factors
 
 BUDGETS = (0.25, 0.125, 0.0625)
 # words of each task that are scored
@@ -82,7 +85,7 @@ def lora_of(content: Store, tasks: Sequence[str]) -> dict[str, Any]:
     """A store's factors as the model takes them: module -> `(a [T, I, S], b [T, S, O])`, ranks padded."""
     rows = [task_factors(content, t) for t in tasks]
     out = {}
-    for name in content.modules:
+    for name in content.shapes:
         like = next(x[name] for x in rows if name in x)
         rank = max(x[name][0].shape[1] for x in rows if name in x)
         a = np.zeros((len(rows), like[0].shape[0], rank), np.float32)
@@ -121,27 +124,27 @@ def build(
     before = score(refinement.originals(collection))
     advance()
     rows: list[dict[str, Any]] = []
-    problem = navigate.setup(collection, navigate.Options(budget=1.0))
+    cache: dict[int, Any] = {}
     for budget in budgets:
-        kept = navigate.compress(collection, navigate.Options(budget=budget), problem=problem)
+        kept = engine.compress(in_memory(collection), Options(budget=budget), Memory(), cache=cache)
         path = work / f"store-{budget:g}"
-        checkpoint.save(path, kept)
-        after = score(lora_of(checkpoint.restore(path), tasks))
+        store.save(path, kept)
+        after = score(lora_of(store.open(path), tasks))
         rows.append(
             {
                 "budget": budget,
-                "bytes": checkpoint.size_on_disk(path),
-                "fraction": checkpoint.size_on_disk(path) / reference,
+                "bytes": store.size_on_disk(path),
+                "fraction": store.size_on_disk(path) / reference,
                 "error": float(np.nanmean(kept.errors)),
                 "score": float(np.mean(list(after.values()))),
                 "scores": after,
             }
         )
         advance()
-    content = checkpoint.restore(path)
-    write_adapter(work / "exported" / tasks[0], store.adapter(content, tasks[0]))
+    content = store.open(path)
+    write_adapter(work / "exported" / tasks[0], store.decode(content, tasks[0]))
     back = read_adapter(work / "exported" / tasks[0])
-    measured = compression.measure(content, collection)
+    measured = errors_of.measure(content, collection)
     report.plot_tradeoff(
         work / "tradeoff.png",
         {

@@ -86,7 +86,7 @@ def read_checkpoint(
         digest.update(
             repr((keys, leaf.dtype.name, leaf.shape)).encode() + np.ascontiguousarray(leaf).tobytes()
         )
-    return adapter._replace(digest=digest.hexdigest())
+    return adapter.replace(digest=digest.hexdigest())
 
 
 def write_checkpoint(

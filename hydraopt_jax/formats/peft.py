@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from hydraopt_jax import atomic
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.peft_config import (
@@ -39,6 +38,7 @@ from hydraopt_jax.formats.tensor_files import (
     read_tensors,
     write_tensors,
 )
+from hydraopt_jax.locks import locked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -251,7 +251,7 @@ def _as_came(adapter: Adapter) -> Adapter | None:
     for name, (a, _, scale) in raw.items():
         if module_rank(config, name) != a.shape[1] or np.float32(module_scale(config, name)) != scale:
             return None
-    return adapter._replace(a={n: x[0] for n, x in raw.items()}, b={n: x[1] for n, x in raw.items()})
+    return adapter.replace(a={n: x[0] for n, x in raw.items()}, b={n: x[1] for n, x in raw.items()})
 
 
 def _tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.ndarray], dict[str, int]]:
@@ -394,7 +394,7 @@ def write_adapter(
             tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
             config = unit_scale_config(adapter.config, ranks)
         text = json.dumps(config, indent=2, sort_keys=True)
-        with _parents(target), atomic.locked(target):
+        with _parents(target), locked(target):
             _check_target(target, overwrite)
             _write_folder(target, text, tensors)
     except HydraOptError:

@@ -257,7 +257,7 @@ def leaves(
     if adapter.extras:
         raise HydraOptError(
             f"{next(iter(adapter.extras))}: a LoRA tree holds no full tensors: keep adapter.extras yourself "
-            "and pass adapter._replace(extras={})"
+            "and pass adapter.replace(extras={})"
         )
     kind = disk_dtype(dtype or adapter.dtype)
     stacks: dict[Path, list[Any]] = {}

@@ -4,11 +4,11 @@
 joint Optax loop for any `losses`; `similarity` and `estimates` say what can be expected.
 """
 
+from hydraopt_jax.factors import Factors, count
+from hydraopt_jax.forms.asked import Gradient, Hydra
 from hydraopt_jax.forms.closed_form import (
-    Factors,
     Info,
     add_cores,
-    count,
     errors,
     hydra,
     pair,
@@ -21,6 +21,8 @@ from hydraopt_jax.forms.closed_form import (
 
 __all__ = [
     "Factors",
+    "Gradient",
+    "Hydra",
     "Info",
     "add_cores",
     "count",

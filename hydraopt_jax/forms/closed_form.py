@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import Factors
 from hydraopt_jax.forms import losses
 from hydraopt_jax.linalg import clustering, decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
@@ -30,23 +30,6 @@ from hydraopt_jax.linalg.decompose import Svd, matmul
 EXHAUSTIVE_TASKS = 8
 # partitions solved exactly a module; the others are excluded by their scatter where it suffices
 EXHAUSTIVE_LIMIT = 512
-
-
-class Factors(NamedTuple):
-    """The stored factors of one module, `delta[t] = a[a_of[t]] @ core[t] @ b[b_of[t]]`.
-
-    Attributes:
-      a: `[A, I, S]` input-side factors.
-      b: `[B, S, O]` output-side factors.
-      a_of, b_of: `[T]` int, which factor task t uses; -1 where the task has no delta.
-      core: None, `[T, S, S]`, or `[T, S]` for diagonal cores.
-    """
-
-    a: Array
-    b: Array
-    a_of: Array
-    b_of: Array
-    core: Array | None = None
 
 
 class Info(NamedTuple):
@@ -86,12 +69,6 @@ def transpose(factors: Factors) -> Factors:
     if core is not None and core.ndim == 3:
         core = core.mT
     return Factors(factors.b.mT, factors.a.mT, factors.b_of, factors.a_of, core)
-
-
-def count(factors: Factors) -> int:
-    """How many numbers the factors hold: the form's rate in entries."""
-    stacks = (x for x in (factors.a, factors.b, factors.core) if x is not None)
-    return sum(sum(map(np.size, x)) if isinstance(x, list) else int(np.size(x)) for x in stacks)
 
 
 def errors(deltas: Svd, factors: Factors) -> Array:

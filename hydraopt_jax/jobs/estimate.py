@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import compression
-from hydraopt_jax.compression import Options
-from hydraopt_jax.jobs import devices, heads, segments, streaming, streaming_gram, target
-from hydraopt_jax.jobs.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
-from hydraopt_jax.jobs.reading import Collection
-from hydraopt_jax.rate_control import navigate
+from hydraopt_jax import devices
+from hydraopt_jax.collection import Collection
+from hydraopt_jax.explicit import fitting, streaming, streaming_gram
+from hydraopt_jax.explicit.engine import check_dtype
+from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
+from hydraopt_jax.forms import Hydra
+from hydraopt_jax.forms.asked import check_form
+from hydraopt_jax.rate_control import parts, search
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.store import tensors
 
 # what is counted on: bytes a second of reading, checking and writing, and the share of a matmul's rate
 READ_RATE = 3e8
@@ -99,26 +103,27 @@ def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int)
     return FIXED + 2 * block + sums + 3 * each * min(taken, tasks)
 
 
-def estimate(found: Collection, options: Options | navigate.Options, group_bytes: int = GROUP_BYTES) -> Plan:
-    """Estimate a job. Forms other than a head a task are counted as if they were; they take longer."""
-    if isinstance(options, navigate.Options):
-        return estimate_coded(found, options)
+def estimate(
+    found: Collection, form: Hydra, dtype: str | None = None, group_bytes: int = GROUP_BYTES
+) -> Plan:
+    """Estimate a job of an explicit form. Forms other than a head per task are counted as if they were; they
+    take longer."""
     tasks = len(found.cards)
-    compression.check_options(options, tasks)
-    dtype = np.dtype(options.dtype or found.dtype).itemsize
+    check_form(form, tasks)
+    check_dtype(dtype)
+    stored = np.dtype(dtype or found.dtype).itemsize
     itemsize = np.dtype(host_dtype(found)).itemsize
-    groups = groups_of(found, options, group_bytes)
+    groups = groups_of(found, form, group_bytes)
     flops = memory = store = read = 0
     for group in groups:
-        ranks = streaming.ranks_of(options, group.shape, group.rank, tasks)
+        ranks = streaming.ranks_of(form, group.shape, group.rank, tasks)
         flops += group_flops(group, tasks, ranks)
         memory = max(memory, group_memory(group, tasks, ranks, itemsize))
         cheapest = min(
-            compression.entries(tasks, options.heads or tasks, r, group.shape, side)
-            for side, r in ranks.items()
+            fitting.entries(tasks, form.heads or tasks, r, group.shape, side) for side, r in ranks.items()
         )
-        store += dtype * len(group.modules) * cheapest
-        passes = 2 if len(group.spans) > 1 and streams(options, tasks) else 1
+        store += stored * len(group.modules) * cheapest
+        passes = 2 if len(group.spans) > 1 and streams(form, tasks) else 1
         per_module = sum(found.rank(m, t) for m in group.modules for t in range(tasks)) * sum(group.shape)
         read += (passes + 2) * itemsize * per_module
     store += 2 * len(found.shapes) * tasks
@@ -126,10 +131,10 @@ def estimate(found: Collection, options: Options | navigate.Options, group_bytes
     return Plan(len(groups), memory, flops, read, store, seconds)
 
 
-def estimate_coded(found: Collection, options: navigate.Options) -> Plan:
+def estimate_coded(found: Collection, options: Options) -> Plan:
     """Estimate a job to a budget or an error target; the store that an error asks for is not known before,
     and counted as what comes in."""
-    goal = target.target_of(found, options, heads.raw_bytes(found, options.extras_dtype))
+    goal = search.target_of(found, options, raw_tensors(found, options.extras_dtype))
     entries = found.entries()
     rank = max(e.rank for x in found.cards for e in x.modules.values())
     itemsize = np.dtype(host_dtype(found)).itemsize
@@ -137,10 +142,20 @@ def estimate_coded(found: Collection, options: navigate.Options) -> Plan:
     read = (1 + PASSES) * itemsize * entries
     # QRs of both factors and small SVDs, and the gains
     flops = PASSES * 8 * rank * entries
-    parts = len(segments.parts_of(found))
-    memory = CODING_MEMORY * min(segments.SEGMENT_BYTES, 2 * entries) * min(parts, jax.local_device_count())
+    count = len(parts.parts_of(found))
+    memory = CODING_MEMORY * min(parts.SEGMENT_BYTES, 2 * entries) * min(count, jax.local_device_count())
     seconds = PILOT + PASSES * 2 * entries / CODING_RATE + (read + store) / READ_RATE
-    return Plan(parts, memory, flops, read, store, seconds)
+    return Plan(count, memory, flops, read, store, seconds)
+
+
+def raw_tensors(found: Collection, dtype: str | None) -> int:
+    """What the full tensors take at most, uncoded: for an estimate that reads nothing."""
+    half = [
+        [name, dtype if tensors.narrows(kind, dtype) else kind, shape]
+        for x in found.cards
+        for name, kind, shape in x.extras
+    ]
+    return sum(map(tensors.raw_size, half))
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

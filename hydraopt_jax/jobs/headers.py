@@ -6,10 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hydraopt_jax.collection import Card, Collection
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.jobs.groups import READERS
-from hydraopt_jax.jobs.job import Processes, read_json, write_json
-from hydraopt_jax.jobs.reading import Card, Collection, collection, open_adapter
+from hydraopt_jax.formats.peft_collection import collection, open_adapter
+from hydraopt_jax.jobs.place import read_json, write_json
+from hydraopt_jax.rate_control.work import Processes
+
+# files that are read and hashed at once
+READERS = 2
 
 Source = tuple[str, str | None]
 

@@ -5,7 +5,7 @@ import jax.extend.backend
 from orbax.checkpoint import multihost
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.jobs.job import Processes
+from hydraopt_jax.rate_control.work import Processes
 
 # after so many seconds without a sign of life a process counts as dead, and the others stop
 SILENCE = 20

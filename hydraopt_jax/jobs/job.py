@@ -1,341 +1,150 @@
-"""A job: the groups of a collection compressed one after another, each kept on disk as soon as it is done.
+"""A job: PEFT folders in, a store on disk out, whatever their number.
 
-A job's folder lies beside the store, `STORE.partial`. A killed job goes on where it stopped and ends with the
-same store, because a group depends on nothing but its own modules. Processes of one job share the folder and
-divide the groups; the first one puts the store together.
+Everything that is done is kept in the store's folder (`place`), so that a killed job goes on where it stopped
+and ends with the same store. Processes of one job share the folder and divide the work; the first one writes
+the manifest.
 """
 
 import contextlib
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from hydraopt_jax.collection import Collection
+from hydraopt_jax.errors import HydraOptError, TooLarge
+from hydraopt_jax.jobs.place import Folder, fingerprint
+from hydraopt_jax.locks import locked
+from hydraopt_jax.rate_control.search import Unmet
+from hydraopt_jax.rate_control.work import Processes
+from hydraopt_jax.store import files, folder
+from hydraopt_jax.store.store import Store
 
-from hydraopt_jax import atomic, compression
-from hydraopt_jax.adapters import Bucket
-from hydraopt_jax.compression import Options
-from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.jobs import assembly, devices, heads, streaming
-from hydraopt_jax.jobs.assembly import Kept
-from hydraopt_jax.jobs.groups import GROUP_BYTES, Block, Group, blocks, groups_of, streams
-from hydraopt_jax.jobs.reading import Collection
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import Store, checkpoint, packing
-from hydraopt_jax.store.extras import Extras
-
-SCHEMA = 1
+# names of notes that say that something is done
+KEPT = ("group-", "pass-", "tensors-")
 
 
-class Processes(NamedTuple):
-    """Who takes part in a job: process `rank` of `size`, how it waits for the others, and leaves."""
-
-    rank: int = 0
-    size: int = 1
-    wait: Callable[[str], None] = lambda name: None
-    leave: Callable[[], None] = lambda: None
-
-
-class Progress(NamedTuple):
-    """What a job tells while it works.
-
-    Attributes:
-      start: called once with modules in all and modules already done.
-      step: called with modules just done.
-      read: called with bytes just read.
-    """
-
-    start: Callable[[int, int], None] = lambda total, done: None
-    step: Callable[[int], None] = lambda done: None
-    read: Callable[[int], None] = lambda count: None
-
-
-def solve_whole(group: Group, block: Block, options: Options, dtype: str) -> Mapping[str, Any]:
-    """Any form of `compression`, with all tasks of the group at once."""
-    count = len(group.modules)
-    a = block.a[:count].astype(np.float32).swapaxes(2, 3)
-    b = block.b[:count].astype(np.float32).swapaxes(2, 3) * block.scale[:count, :, None, None]
-    bucket = Bucket(group.modules, a, b, block.ranks[:count])
-    return compression.compress_chunk(bucket, slice(0, count), options, dtype)
-
-
-def keep_whole(file: Path, solved: Mapping[str, Any], dtype: str) -> dict[str, Kept]:
-    """Write a group's factors; say where they lie."""
-    out = {}
-    with file.open("wb") as sink:
-        for name, (factors, errors, bound) in solved.items():
-            offsets = []
-            for part in packing.parts({name: (factors,)}):
-                offsets.append(sink.tell())
-                sink.write(np.ascontiguousarray(part.value).tobytes())
-            core = None if factors.core is None else tuple(np.shape(factors.core))
-            out[name] = Kept(
-                factors.a.shape,
-                factors.b.shape,
-                np.asarray(factors.a_of).tolist(),
-                np.asarray(factors.b_of).tolist(),
-                core,
-                dtype,
-                str(file),
-                offsets,
-                [None if np.isnan(x) else float(x) for x in errors],
-                bound,
-            )
-        sink.flush()
-        os.fsync(sink.fileno())
-    return out
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file at once or not at all."""
-    text = json.dumps(content)
-    new = path.with_suffix(f".{os.getpid()}")
-    with new.open("w") as sink:
-        sink.write(text)
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(new, path)
-
-
-def coded_heads(
-    folder: Path, found: Collection, dtype: str | None, processes: Processes
-) -> tuple[Extras, ...]:
-    """The full tensors of every task, coded into the job's folder by all processes together."""
-    heads.code(folder, found, dtype, processes.rank, processes.size)
-    processes.wait("full tensors")
-    try:
-        return heads.kept(folder, found)
-    except FileNotFoundError as error:
-        raise absent(folder, Path(error.filename).name) from None
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
-
-    Raises:
-      HydraOptError: the file is not whole.
-    """
-    try:
-        # a path in it may have bytes that are no text
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise HydraOptError(f"{path}: is not whole ({error}): delete {path.parent} and start again") from None
-
-
-def fingerprint(found: Collection, options: Options | navigate.Options, dtype: str) -> str:
-    """What a job's folder must agree in with the job that goes on with it."""
-    rows = [[x.task, x.source, x.digest, x.stamp[0], x.config] for x in found.cards]
-    said = {**options._asdict(), "optimizer": None, "dtype": dtype, "schema": SCHEMA, "adapters": rows}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def folder_of(out: str | os.PathLike) -> Path:
-    """The folder of the job that makes a store."""
-    path = Path(out).absolute()
-    return path.with_name(path.name + ".partial")
+def disk_error(path: Path, error: OSError) -> HydraOptError:
+    """One line for a file system that does not take what is written."""
+    return HydraOptError(
+        f"{path}: cannot be written: {error.strerror or error}; what was done is kept: make room and run the "
+        "same command again"
+    )
 
 
 @contextlib.contextmanager
-def alone(out: str | os.PathLike, rank: int = 0) -> Iterator[None]:
+def alone(path: Path, rank: int = 0) -> Iterator[None]:
     """Hold the lock of all work on a store, from the first look at its adapters on; the first process does.
+
+    What a job has begun stays where something is done, and is removed where nothing is, or where no other try
+    mends what is wrong.
 
     Raises:
       HydraOptError: another job works on it, or there is no place to say so.
     """
-    path = Path(out).absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.locked(path, "job", again=True) if rank == 0 else contextlib.nullcontext():
+    with locked(path, again=True) if rank == 0 else contextlib.nullcontext():
+        try:
             yield
-    except OSError as error:
-        raise assembly.disk_error(path, error) from error
+        except (TooLarge, Unmet):
+            clear(path)
+            raise
+        except OSError as error:
+            if rank == 0:
+                clear_if_empty(path)
+            raise disk_error(path, error) from error
+        except BaseException:
+            if rank == 0:
+                clear_if_empty(path)
+            raise
 
 
-def enter(folder: Path, mark: str, groups: Sequence[Any], limit: int) -> None:
-    """Open a job's folder, new or of the same job.
-
-    Raises:
-      HydraOptError: the folder is another job's.
-    """
-    file = folder / "job.json"
-    # the same groups, whatever this process's devices: else what was kept would not fit
-    said = {"fingerprint": mark, "groups": len(groups), "limit": limit}
-    if file.exists():
-        if read_json(file) != said:
-            raise HydraOptError(
-                f"{folder}: is an unfinished job with other adapters or options: delete it, or choose "
-                "another --out"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, said)
+def clear(path: Path) -> None:
+    """Remove what a job has begun; a store that was there before stays."""
+    if (path / folder.MANIFEST).exists():
+        folder.remove_unnamed(path, folder.read_manifest(path))
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def kept_groups(folder: Path, groups: Sequence[Group]) -> dict[int, dict[str, Kept]]:
-    """Groups that are done."""
-    out = {}
-    for n in range(len(groups)):
-        file = folder / f"group-{n}.json"
-        if file.exists():
-            rows = read_json(file)
-            out[n] = {k: Kept(*v)._replace(file=str(folder / f"group-{n}.bin")) for k, v in rows.items()}
-    return out
+def clear_if_empty(path: Path) -> None:
+    """`clear` where nothing is done that another try could go on with."""
+    job = path / folder.JOB
+    if job.is_dir() and not any(x.name.startswith(KEPT) for x in job.glob("*.json")):
+        clear(path)
 
 
 def run(
-    out: str | os.PathLike,
+    path: Path,
     found: Collection,
-    options: Options,
+    compress: Callable[..., Store],
+    asked: Mapping[str, Any],
     *,
     overwrite: bool = False,
-    compress: bool = True,
     limit: int | None = None,
-    left_out: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    zstd: bool = True,
     processes: Processes | None = None,
-    group_bytes: int = GROUP_BYTES,
+    **common: Any,
 ) -> Store | None:
-    """Compress a collection that need not fit in memory into a store on disk.
+    """Compress a collection into a store on disk.
 
     Args:
-      out: the store.
+      path: the store; `alone` holds its lock.
       found: the collection.
-      options: the form, as `compression.compress` takes it.
-      overwrite, compress, limit: as `checkpoint.save`.
-      left_out: adapters that were not taken, with the reason, for the store's description.
-      progress: what to tell while at work.
+      compress: `(found, place=..., processes=..., **common)` -> store, such as `compression.compress`.
+      asked: all that the result depends on, JSON-able.
+      overwrite, limit, zstd: as `store.save`.
       processes: who takes part.
-      group_bytes: factors, as they are on disk, that are read and solved together.
+      **common: for `compress`.
 
     Returns:
-      The store without its numbers, for what can be said of it; None in all processes but the first.
+      The store as it lies on disk; None in all processes but the first.
 
     Raises:
-      HydraOptError: bad options, a folder that is another job's, or a file system that takes no more. What
-        is done stays, and the same call goes on with it.
-      TooLarge: as `checkpoint.save`.
+      HydraOptError: a folder that is another job's, or whatever `compress` raises.
+      TooLarge: as `store.save`.
     """
-    progress, processes = progress or Progress(), processes or Processes()
-    tasks = len(found.cards)
-    compression.check_options(options, tasks)
-    checkpoint.check_target(out, overwrite)
-    dtype = options.dtype or found.dtype
-    groups = groups_of(found, options, group_bytes)
-    folder = folder_of(out)
-    with alone(out, processes.rank), keeping(folder, checkpoint.TooLarge):
-        if processes.rank == 0:
-            enter(folder, fingerprint(found, options, dtype), groups, group_bytes)
-        processes.wait("entered")
-        carried = coded_heads(folder, found, options.extras_dtype, processes)
-        done = kept_groups(folder, groups)
-        mine = [n for n in range(processes.rank, len(groups), processes.size) if n not in done]
-        todo = {n: groups[n] for n in mine}
-        modules = sum(len(groups[n].modules) for n in range(processes.rank, len(groups), processes.size))
-        progress.start(modules, modules - sum(len(x.modules) for x in todo.values()))
-        work(folder, found, todo, options, dtype, progress)
-        processes.wait("worked")
-        processes.leave()
-        if processes.rank:
-            return None
-        done = kept_groups(folder, groups)
-        missing = [n for n in range(len(groups)) if n not in done]
-        if missing:
-            raise absent(folder, f"group {missing[0]}")
-        content = put_together(found, done, carried, options, dtype, left_out or {})
-        put(out, content, overwrite, compress, limit)
-    shutil.rmtree(folder, ignore_errors=True)
-    return content
+    processes = processes or Processes()
+    files.check_target(path, overwrite)
+    if files.is_file(path):
+        return into_file(path, found, compress, asked, limit, processes, common)
+    place = Folder(path, fingerprint(found, asked), zstd)
+    if processes.rank == 0:
+        place.enter()
+    processes.wait("entered")
+    store = compress(found, place=place, processes=processes, **common)
+    processes.leave()
+    if processes.rank:
+        return None
+    files.check_target(path, True)
+    files.write_folder(path, store, limit, zstd, place.rows())
+    return files.open(path)
 
 
-@contextlib.contextmanager
-def keeping(folder: Path, *hopeless: type[HydraOptError]) -> Iterator[None]:
-    """What is done in a job's folder stays there, whatever happens, but for errors that no other try mends.
-
-    Raises:
-      HydraOptError: in place of an OSError.
-    """
-    try:
-        yield
-    except hopeless:
-        # as every refusal these leave nothing behind
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except OSError as error:
-        raise assembly.disk_error(folder, error) from error
-
-
-def put(out: str | os.PathLike, content: Store, overwrite: bool, compress: bool, limit: int | None) -> None:
-    """Write the store and put it where it belongs, as `checkpoint.save`."""
-    path = Path(out).resolve()
-    with atomic.writing(path) as place:
-        checkpoint.check_target(path, overwrite)
-        # a full disk here is told as one anywhere else in the job, not as one of an ordinary writer
-        with keeping(folder_of(out)):
-            checkpoint.put(place, path, content, compress, limit)
-
-
-def absent(folder: Path, what: str) -> HydraOptError:
-    """The error where another process has done its part and it is not there."""
-    return HydraOptError(
-        f"{folder}: {what} of another process is not there: the folder must be on a file system that all "
-        "processes share"
-    )
-
-
-def work(
-    folder: Path,
+def into_file(
+    path: Path,
     found: Collection,
-    todo: Mapping[int, Group],
-    options: Options,
-    dtype: str,
-    progress: Progress,
-) -> None:
-    """Solve groups and keep each as soon as it is done."""
-    tasks = len(found.cards)
-    passes = 2 if streams(options, tasks) else 1
-    numbers = iter(todo)
-    with contextlib.closing(blocks(found, list(todo.values()), passes, progress.read)) as stream:  # type: ignore[type-var]
-        for group, parts in stream:
-            number = next(numbers)
-            file = folder / f"group-{number}.bin"
-            if passes == 2:
-                grid = devices.make(group.room)
-                kept = streaming.solve(file, group, parts, tasks, options, dtype, grid)
-            else:
-                kept = keep_whole(file, solve_whole(group, next(parts), options, dtype), dtype)
-            write_json(folder / f"group-{number}.json", {k: v._replace(file="") for k, v in kept.items()})
-            del parts
-            progress.step(len(group.modules))
+    compress: Callable[..., Store],
+    asked: Mapping[str, Any],
+    limit: int | None,
+    processes: Processes,
+    common: Mapping[str, Any],
+) -> Store | None:
+    """As `run`, into one file: what is done is kept in a folder beside it."""
+    beside = path.with_name(path.name + ".job")
+    place = Folder(beside, fingerprint(found, asked))
+    if processes.rank == 0:
+        place.enter()
+    processes.wait("entered")
+    store = compress(found, place=place, processes=processes, **common)
+    processes.leave()
+    if processes.rank:
+        return None
+    files.save(path, store, overwrite=True, limit=limit)
+    shutil.rmtree(beside, ignore_errors=True)
+    return files.open(path)
 
 
-def put_together(
-    found: Collection,
-    done: Mapping[int, Mapping[str, Kept]],
-    carried: Sequence[Extras],
-    options: Options,
-    dtype: str,
-    left_out: Mapping[str, str],
-) -> Store:
-    """The store, its numbers where the groups kept them."""
-    every = {name: x for group in done.values() for name, x in group.items()}
-    kept = {name: every[name] for name in found.shapes}
-    report = {
-        "form": "hydra",
-        "options": {
-            **options._asdict(),
-            "optimizer": None,
-            "heads": options.heads or len(found.cards),
-            "dtype": dtype,
-        },
-        "entries": found.entries(),
-        "bound": {name: float(f"{x.bound:.6g}") for name, x in kept.items()},
-    }
-    if left_out:
-        report["left_out"] = dict(left_out)
-    errors = np.array([[np.nan if e is None else e for e in x.errors] for x in kept.values()], np.float32)
-    modules = {name: (assembly.stored(x),) for name, x in kept.items()}
-    return Store(found.tasks, modules, assembly.sources_of(found, carried), report, errors)
+def job_folder(path: Path) -> Path:
+    """Where a job that makes a store keeps its notes."""
+    at = path.with_name(path.name + ".job") if files.is_file(path) else path
+    return at / folder.JOB

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from hydraopt_jax import report
-from hydraopt_jax.jobs.job import Progress
+from hydraopt_jax.rate_control.work import Progress
 
 EVERY = 60.0
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax import adapters, compression
+from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import registry
 from hydraopt_jax.merging.registry import Method
+from hydraopt_jax.rate_control.errors_of import relative
 
 # name, `a: [T, I, R]`, `b: [T, R, O]`, ranks `[T]`
 Module = tuple[str, np.ndarray, np.ndarray, np.ndarray]
@@ -115,7 +116,7 @@ def relative_errors(
     rows = {}
     for module, a, b, ranks in modules:
         lost, energy = (np.asarray(x) for x in measure(module, a, b))
-        rows[module] = np.where(ranks > 0, compression.relative(lost, energy), np.nan)
+        rows[module] = np.where(ranks > 0, relative(lost, energy), np.nan)
     return rows
 
 

@@ -15,7 +15,7 @@ from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, registry
 from hydraopt_jax.merging.collection import merge_stacked, modules_of, relative_errors, squared_errors
 from hydraopt_jax.rate_control import analysis
-from hydraopt_jax.rate_control.frontier import Curve, Point, summary
+from hydraopt_jax.tradeoff import Curve, Point, summary
 
 # "separate" is on every frontier, at three bit widths; what needs data is not in a collection
 BASELINES = tuple(k for k, v in registry.METHODS.items() if k != "separate" and not v.needs)

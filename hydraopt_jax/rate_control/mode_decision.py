@@ -16,7 +16,7 @@ import numpy as np
 
 from hydraopt_jax.codec.encode import DISTORTION, MULTIPLIER
 from hydraopt_jax.codec.prediction import coefficient_bits
-from hydraopt_jax.rate_control.analysis import Joint, Shared, Spectrum
+from hydraopt_jax.rate_control.analysis import Joint, Spectrum
 
 # class and gain of a direction
 DIRECTION_BITS = 24
@@ -29,16 +29,13 @@ class Choice(NamedTuple):
 
     Attributes:
       form: `separate`: each task's own directions; `joint`: those, predicted from a basis that all tasks
-        share on either side; `hydra`.
+        share on either side.
       reference: `separate`: the task that others are predicted from, or none (-1).
-      side, heads: of `hydra`.
       widths: `joint`: vectors of the basis on the input side and on the output side, 0 for none.
     """
 
     form: str
     reference: int = -1
-    side: str = ""
-    heads: int = 0
     widths: tuple[int, int] = (0, 0)
 
 
@@ -64,8 +61,8 @@ class Plan(NamedTuple):
     bytes: np.ndarray
 
 
-def plan(x: Spectrum, step: float, barred: Collection[str] = ()) -> Plan:
-    """Choose the cheapest form of each module at a quantizer step; `barred` modules take no joint basis."""
+def decide_modes(x: Spectrum, step: float, alone: Collection[str] = ()) -> Plan:
+    """Choose the cheapest form of each module at a quantizer step; modules in `alone` take no joint basis."""
     inputs, outputs = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
     energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
     options: list[Any] = []
@@ -80,12 +77,7 @@ def plan(x: Spectrum, step: float, barred: Collection[str] = ()) -> Plan:
         options.append(predicted(x, c, task, energy, keep, (inputs, outputs)))
     if x.joint:
         options.append(joint(x.joint, energy, keep, (inputs, outputs)))
-        options[-1][0][[n in barred for n in x.modules]] = np.inf
-    for side, found in zip(("in", "out"), x.shared or (), strict=False):
-        sizes = (inputs, outputs) if side == "in" else (outputs, inputs)
-        for k, heads in enumerate(x.cuts):
-            paid, rate = hydra_cost(found, k, sizes, step)
-            options.append((paid, rate, [Choice("hydra", side=side, heads=heads)] * len(modules), keep))
+        options[-1][0][[n in alone for n in x.modules]] = np.inf
     table = np.stack([option[0] for option in options])
     table[1:] += MULTIPLIER * FORM_BITS
     best = table.argmin(0)
@@ -182,19 +174,3 @@ def joint_side(
 def widths(limit: int) -> list[int]:
     """Widths of a joint basis worth trying: steps of about a third, up to the limit."""
     return sorted({*(min(round(2 * 1.35**k), limit) for k in range(16)), limit})
-
-
-def hydra_cost(found: Shared, k: int, sizes: tuple[int, int], step: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cost of HydraOpt's form at cut k: a shared vector is worth it when the heads that use it are."""
-    heads = np.asarray(found.heads[:, k], np.float64) / step**2
-    center = np.asarray(found.center[:, k], np.float64) / step**2
-    paid, rate = cost(sizes[1], heads / sizes[1])
-    paid = paid + MULTIPLIER * DIRECTION_BITS
-    live = paid < heads
-    leaves = np.where(live, paid, heads).sum(1)
-    own, own_rate = cost(sizes[0], center / sizes[0])
-    own = own + MULTIPLIER * DIRECTION_BITS
-    used = leaves + own < center
-    total = np.where(used, leaves + own, center).sum(-1) + np.asarray(found.missed[:, k]) / step**2
-    bits = ((rate + DIRECTION_BITS) * live * used[:, None]).sum((1, 2)) + ((own_rate + 16) * used).sum(-1)
-    return total, bits

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax.codec.encode import MULTIPLIER, Target
+from hydraopt_jax.codec.encode import Target
 from hydraopt_jax.codec.layout import PROJECTED, TermShape
 from hydraopt_jax.linalg.decompose import Svd
-from hydraopt_jax.rate_control.analysis import SHARED_WIDTH, Joint, Spectrum, shared_factors
-from hydraopt_jax.rate_control.mode_decision import DIRECTION_BITS, Choice, Plan, cost
+from hydraopt_jax.rate_control.analysis import Joint, Spectrum
+from hydraopt_jax.rate_control.mode_decision import Plan
 
 
 def targets(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[Target, ...]]:
@@ -20,11 +18,10 @@ def targets(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[Target, .
         one = Svd(*(y[m] for y in x.deltas))
         if choice.form == "separate":
             out[name] = separate_target(one, choice.reference, chosen.live[m], step)
-        elif choice.form == "joint" and x.joint is not None:
+        else:
+            assert x.joint is not None
             bases = [Joint(*(y[m] for y in side)) for side in x.joint]
             out[name] = joint_target(one, bases, choice.widths, chosen.live[m], step)
-        else:
-            out[name] = hydra_target(one, choice, x.labels[m][x.cuts.index(choice.heads)], step)
     return out
 
 
@@ -77,39 +74,3 @@ def joint_target(
     of[present] = 1 + np.arange(len(present))
     use = tuple(of.tolist())
     return (Target(TermShape(use, use, a.shape[1], rank, b.shape[1], PROJECTED), a, b),)
-
-
-fit_shared = jax.jit(shared_factors, static_argnames="rank")
-
-
-def hydra_target(deltas: Svd, choice: Choice, labels: np.ndarray, step: float) -> tuple[Target, ...]:
-    """One shared factor and the heads, only the vectors that are worth their bits."""
-    one = deltas if choice.side == "in" else deltas.mT
-    width = min(one.s.shape[0] * one.s.shape[1], one.u.shape[-2], SHARED_WIDTH * one.s.shape[1])
-    a, b, mass = (np.asarray(y, np.float64) for y in fit_shared(one, jnp.asarray(labels), rank=width))
-    present = np.asarray(one.energy) > 0
-    used_heads, numbered = np.unique(labels[present], return_inverse=True)
-    labels = np.zeros_like(labels)
-    labels[present] = numbered
-    b, mass = b[used_heads], mass[used_heads]
-    heads = mass[:, None] * (b**2).sum(-1)
-    paid = cost(b.shape[-1], heads / b.shape[-1] / step**2)[0] + MULTIPLIER * DIRECTION_BITS
-    live = paid < heads / step**2
-    leaves = np.where(live, paid, heads / step**2).sum(0)
-    center = heads.sum(0)
-    own = cost(a.shape[0], center / a.shape[0] / step**2)[0] + MULTIPLIER * DIRECTION_BITS
-    used = np.flatnonzero(leaves + own < center / step**2)
-    if not len(used):
-        used = np.array([0])
-        live[:] = False
-        center = np.zeros_like(center)
-    shared = (a * np.sqrt(center))[None, :, used] / step
-    scaled = (b * np.sqrt(mass)[:, None, None] * live[..., None])[:, used].swapaxes(1, 2) / step
-    zero = tuple(np.where(present, 0, -1).tolist())
-    head_of = tuple(np.where(present, labels, -1).tolist())
-    used_a, used_b = shared.astype(np.float32), scaled.astype(np.float32)
-    if choice.side == "out":
-        shape = TermShape(head_of, zero, used_b.shape[1], len(used), used_a.shape[1], 0)
-        return (Target(shape, used_b, used_a),)
-    shape = TermShape(zero, head_of, used_a.shape[1], len(used), used_b.shape[1], 0)
-    return (Target(shape, used_a, used_b),)

@@ -24,15 +24,18 @@ import optax
 from jax import Array
 from orbax.checkpoint import v1 as ocp
 
-from hydraopt_jax import adapters, compression, forms
+from hydraopt_jax import adapters, forms
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import losses
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control.encode_at_step import Metrics, metrics_of
+from hydraopt_jax.rate_control.errors_of import error_table
+from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
 from hydraopt_jax.refinement import rounding
 from hydraopt_jax.refinement.rounding import Modules, arrays, with_arrays
-from hydraopt_jax.store import Store
+from hydraopt_jax.static import Static
+from hydraopt_jax.store import Segment, Store, decode_terms, plain
+from hydraopt_jax.store.store import make_segment
 
 Lora = dict[str, tuple[Array, Array]]
 Forward = Callable[[Lora, Any], Array]
@@ -146,9 +149,8 @@ def default_optimizer(steps: int, rate: float = LEARNING_RATE) -> optax.Gradient
     return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
 
 
-def units(store: Store) -> Any:
+def units(modules: Modules, coded: bool) -> Any:
     """One unit of each factor: a quantizer step, or the rms of a plain one; of cores their own size."""
-    coded = store.payload is not None
 
     def rms(x: Any, axes: Any) -> np.ndarray:
         wide = np.asarray(x, np.float32)
@@ -156,7 +158,7 @@ def units(store: Store) -> Any:
         return np.where(found > 0, found, 1.0)
 
     out = {}
-    for name, terms in store.modules.items():
+    for name, terms in modules.items():
         rows = []
         for x in terms:
             side = (np.float32(1.0), np.float32(1.0)) if coded else (rms(x.a, None), rms(x.b, None))
@@ -218,34 +220,118 @@ def refine(
     ordered = in_order(store, collection)
     if forward is not None and not callable(batches) and (not len(batches) or batches[0] is None):
         raise HydraOptError("refine: a forward function needs batches of inputs")
-    batch_at: Callable[[int], Any] = batches if callable(batches) else cycle(batches)
-    metrics = {}
-    if calibration is not None:
-        metrics = metrics_of(adapters.stack(ordered), list(store.modules), calibration)
-    if forward is not None:
-        level, loss = "outputs", divergence(forward, mask, at_once=at_once)
-    elif calibration is not None:
-        level, loss = "activations", quadratic(metrics)
-    else:
-        level, loss = "weights", quadratic()
-    original, unit = originals(ordered), units(store)
-    coded = store.payload is not None
-    if store.payload is not None and store.payload.slots is not None:
+    if any(x.references or x.removed for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
-    if store.payload is not None and store.payload.segments:
-        raise HydraOptError("refine: the store was coded in parts because it is large: compress fewer tasks")
-    if coded:
-        rounded, begin = rounding.coding(store), rounding.unrounded(store, ordered, metrics)
+    parts = [n for n, x in enumerate(store.segments) if x.modules]
+    if forward is not None and len(parts) > 1:
+        raise HydraOptError(
+            "refine: a divergence needs all modules at once, and the store was coded in parts because it is "
+            "large: compress fewer tasks, or refine without a forward function"
+        )
+    batch_at: Callable[[int], Any] = batches if callable(batches) else cycle(batches)
+    given = Given(
+        calibration=calibration,
+        forward=forward,
+        batch_at=batch_at,
+        mask=mask,
+        check=batch_at(0) if check is None else check,
+        optimizer=optax.MultiSteps(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate),
+        steps=steps,
+        accumulate=accumulate,
+        at_once=at_once,
+        save=save,
+        progress=progress,
+    )
+    segments, gains = list(store.segments), []
+    for n in parts:
+        part = segment_of(store, n, ordered)
+        where = folder if folder is None or len(parts) == 1 else folder / f"segment-{n}"
+        segments[n], found = refine_segment(*part, given, where)
+        gains.append((found, float(np.isfinite(store.segments[n].error_table()).sum())))
+    if all(x is y for x, y in zip(segments, store.segments, strict=True)):
+        before = average([(x.before, w) for x, w in gains])
+        return store, Refined(before, before, gains[0][0].trace)
+    before, after = (average([(getattr(x, k), w) for x, w in gains]) for k in ("before", "after"))
+    account = {
+        "level": given.level,
+        "steps": steps,
+        "before": float(f"{before:.6g}"),
+        "after": float(f"{after:.6g}"),
+    }
+    report = Static({**store.report, "refinement": account})
+    trace = np.mean([x.trace for x, _ in gains], 0)
+    return store.replace(segments=tuple(segments), report=report), Refined(before, after, trace)
+
+
+class Given(NamedTuple):
+    """What `refine` was asked for, see there; `optimizer` takes the batches of a step one by one."""
+
+    calibration: Mapping[str, np.ndarray] | None
+    forward: Forward | None
+    batch_at: Callable[[int], Any]
+    mask: Callable[[Any], Array] | None
+    check: Any
+    optimizer: optax.MultiSteps
+    steps: int
+    accumulate: int
+    at_once: int | None
+    save: int
+    progress: Callable[[float], None]
+
+    @property
+    def level(self) -> str:
+        """What the loss is of."""
+        if self.forward is not None:
+            return "outputs"
+        return "weights" if self.calibration is None else "activations"
+
+
+def average(rows: Sequence[tuple[float, float]]) -> float:
+    """Mean of values with weights."""
+    return float(np.average([x for x, _ in rows], weights=[w for _, w in rows]))
+
+
+def segment_of(
+    store: Store, n: int, ordered: Sequence[Adapter]
+) -> tuple[Segment, dict[str, Any], list[Adapter]]:
+    """A segment, its terms, and what its tasks' adapters have of its modules."""
+    x = store.segments[n]
+    position = {a.task: a for a in ordered}
+    alone = Store((x,), x.tasks, tuple(store.sources[store.tasks.index(t)] for t in x.tasks), Static())
+    few = []
+    for task in x.tasks:
+        whole = position[task]
+        here = [m for m in x.modules if m in whole.a]
+        few.append(whole.replace(a={m: whole.a[m] for m in here}, b={m: whole.b[m] for m in here}, extras={}))
+    return x, decode_terms(alone), few
+
+
+def refine_segment(
+    segment: Segment, kept: dict[str, Any], ordered: Sequence[Adapter], given: Given, folder: Path | None
+) -> tuple[Segment, Refined]:
+    """Refine one segment; the same one where nothing was gained."""
+    metrics = {}
+    if given.calibration is not None:
+        shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items()}
+        metrics = metrics_of(shapes, given.calibration)
+    loss = (
+        divergence(given.forward, given.mask, at_once=given.at_once)
+        if given.forward is not None
+        else quadratic(metrics)
+    )
+    original, unit = originals(ordered), units(kept, segment.coded)
+    if segment.coded:
+        rounded, begin = rounding.coding(segment, kept), rounding.unrounded(kept, ordered, metrics)
     else:
-        rounded, begin = rounding.casting(store), dict(store.modules)
+        rounded, begin = rounding.casting(kept), dict(kept)
     live = jax.tree.map(lambda x: np.asarray(np.abs(np.asarray(x, np.float32)) > 0), arrays(begin))
-    if coded:
+    if segment.coded:
         live = jax.tree.map(lambda x: x.any(-2, keepdims=True) if x.ndim == 3 else x, vectors(live))
         live = vectors(live)
-    chain = optax.MultiSteps(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate)
+    chain = given.optimizer
 
     def value(moved: Any, batch: Any) -> Array:
-        return loss(stacked(with_arrays(store.modules, moved)), original, batch)
+        return loss(stacked(with_arrays(kept, moved)), original, batch)
 
     @jax.jit
     def step(state: State, moved: Any, batch: Any) -> tuple[State, Array]:
@@ -255,37 +341,47 @@ def refine(
         return State(optax.apply_updates(state.factors, updates), memory, state.tables), lost
 
     measure = jax.jit(value)
-    check = batch_at(0) if check is None else check
-    before = float(measure(wide(arrays(store.modules)), check))
+    before = float(measure(wide(arrays(kept)), given.check))
     factors = jax.tree.map(lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), arrays(begin), unit)
     state, done, trace = resume(State(factors, chain.init(factors), rounded.tables), folder)
     moved: Any = None
-    for i in range(done, steps):
-        if moved is None or i % accumulate == 0:
-            whole = with_arrays(store.modules, scaled(state.factors, unit))
-            kept, tables = rounded.round(whole, state.tables, i >= SETTLED * steps)
-            state, moved = state._replace(tables=tables), wide(arrays(kept))
-        state, lost = step(state, moved, batch_at(i))
+    for i in range(done, given.steps):
+        if moved is None or i % given.accumulate == 0:
+            whole = with_arrays(kept, scaled(state.factors, unit))
+            found, tables = rounded.round(whole, state.tables, i >= SETTLED * given.steps)
+            state, moved = state._replace(tables=tables), wide(arrays(found))
+        state, lost = step(state, moved, given.batch_at(i))
         trace.append(float(lost))
-        progress(trace[-1])
-        if folder is not None and ((i + 1) % save == 0 or i + 1 == steps):
+        given.progress(trace[-1])
+        if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
             keep(state, i + 1, trace, folder)
-    modules, payload = rounded.finish(with_arrays(store.modules, scaled(state.factors, unit)), state.tables)
-    after = float(measure(wide(arrays(modules)), check)) if modules else float("inf")
+    modules, leaves = rounded.finish(with_arrays(kept, scaled(state.factors, unit)), state.tables)
+    after = float(measure(wide(arrays(modules)), given.check)) if modules else float("inf")
     if not after < before:
-        return store, Refined(before, before, np.array(trace))
-    account = {
-        "level": level,
-        "steps": steps,
-        "before": float(f"{before:.6g}"),
-        "after": float(f"{after:.6g}"),
-    }
-    report = {**store.report, "refinement": account}
-    found = store._replace(modules=modules, payload=payload, report=report)
+        return segment, Refined(before, before, np.array(trace))
+    return with_factors(segment, modules, leaves, ordered, metrics), Refined(before, after, np.array(trace))
+
+
+def with_factors(
+    segment: Segment,
+    modules: Modules,
+    leaves: Mapping[str, bytes] | None,
+    ordered: Sequence[Adapter],
+    metrics: Mapping[str, Metrics],
+) -> Segment:
+    """A segment with other factors, coded in `leaves` or plain, and their true errors."""
+    schema: Any = segment.modules
+    body: Any = leaves
+    if leaves is None:
+        schema, body = plain.pack(modules)
+    names = list(schema)
     # of outputs only where they can be measured: what was claimed before holds no more
-    outputs = compression.error_table(found, ordered, metrics) if metrics else None
-    found = found._replace(errors=compression.error_table(found, ordered), output_errors=outputs)
-    return found, Refined(before, after, np.array(trace))
+    outputs = error_table(modules, ordered, names, metrics) if metrics else None
+    made = make_segment(
+        segment.tasks, schema, body, error_table(modules, ordered, names), output_errors=outputs
+    )
+    tensors = {k: v for k, v in segment.leaves.items() if k.startswith("tensors_")}
+    return made.replace(leaves={**made.leaves, **tensors}, tensors=segment.tensors)
 
 
 def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:

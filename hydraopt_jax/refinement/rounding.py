@@ -12,12 +12,13 @@ import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import contexts, encode, syntax
+from hydraopt_jax.codec.decode import decode_leaves
 from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.codec.layout import TermShape
-from hydraopt_jax.forms import Factors
-from hydraopt_jax.rate_control.encode_at_step import Metrics, unweigh
-from hydraopt_jax.rate_control.terms import coded_factors, deserialize
-from hydraopt_jax.store import Payload, Store
+from hydraopt_jax.factors import Factors
+from hydraopt_jax.rate_control.metrics import Metrics, unweigh
+from hydraopt_jax.store.decoding import all_terms, terms_of
+from hydraopt_jax.store.store import Segment
 
 Modules = Mapping[str, tuple[Factors, ...]]
 
@@ -73,7 +74,7 @@ def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
     """What the quantized factors come back as, with the cores of `modules`."""
     return {
         n: tuple(x._replace(core=like.core) for x, like in zip(terms, modules[n], strict=True))
-        for n, terms in coded_factors(coded).items()
+        for n, terms in all_terms(coded.shapes, coded.pieces, coded.values).items()
     }
 
 
@@ -124,18 +125,18 @@ class Rounding(NamedTuple):
       tables: what the first rounding is charged.
       round: `(factors, tables, settled) -> (factors as they would be read, next tables)`; where settled,
         tables that fit stay, so that decisions stay what the factors have grown used to.
-      finish: `(factors, tables) -> (factors as they are read, their coded form or None)`; no factors where
-        they did not fit.
+      finish: `(factors, tables) -> (factors as they are read, their leaves or None)`; no factors where they
+        did not fit.
     """
 
     tables: Any
     round: Callable[[Modules, Any, bool], tuple[Modules, Any]]
-    finish: Callable[[Modules, Any], tuple[Modules, Payload | None]]
+    finish: Callable[[Modules, Any], tuple[Modules, dict[str, bytes] | None]]
 
 
-def casting(store: Store) -> Rounding:
-    """The rounding of a plain store: each factor to the dtype it is stored in."""
-    dtypes = jax.tree.map(lambda x: np.asarray(x).dtype, arrays(store.modules))
+def casting(kept: Modules) -> Rounding:
+    """The rounding of a plain segment: each factor to the dtype it is stored in."""
+    dtypes = jax.tree.map(lambda x: np.asarray(x).dtype, arrays(kept))
 
     def cast(modules: Modules, tables: Any, settled: bool = False) -> tuple[Modules, Any]:
         moved = jax.tree.map(lambda x, dtype: np.asarray(x).astype(dtype), arrays(modules), dtypes)
@@ -144,12 +145,12 @@ def casting(store: Store) -> Rounding:
     return Rounding(np.zeros(1), cast, lambda modules, tables: (cast(modules, tables)[0], None))
 
 
-def coding(store: Store) -> Rounding:
-    """The rounding of a coded store; the price of a bit follows the bytes, which may not grow."""
-    assert store.payload is not None
-    shapes, tasks = store.payload.shapes, len(store.tasks)
-    limit = max(sum(map(len, store.payload.leaves.values())) - SPARE, SPARE)
-    tables = start_tables(store.modules, shapes)
+def coding(segment: Segment, kept: Modules) -> Rounding:
+    """The rounding of a coded segment; the price of a bit follows the bytes, which may not grow."""
+    shapes, tasks = segment.modules, len(segment.tasks)
+    factors = (np.size(v) for k, v in segment.leaves.items() if k.startswith(("shared", "task_", "head_")))
+    limit = max(sum(factors) - SPARE, SPARE)
+    tables = start_tables(kept, shapes)
 
     def estimate(coded: Coded, modules: Modules) -> float:
         return encode.sizes(coded, gains_of(coded, modules, tasks))
@@ -159,8 +160,8 @@ def coding(store: Store) -> Rounding:
         return leaves, sum(map(len, leaves.values()))
 
     # the estimate of a size is off by more than a little where there is little
-    first = quantized(store.modules, shapes, tables)
-    bias = serialize(first, store.modules)[1] / estimate(first, store.modules)
+    first = quantized(kept, shapes, tables)
+    bias = serialize(first, kept)[1] / estimate(first, kept)
 
     def round_all(modules: Modules, tables: Any, settled: bool) -> tuple[Modules, Any]:
         coded = quantized(modules, shapes, tables)
@@ -171,12 +172,13 @@ def coding(store: Store) -> Rounding:
         price = tables.multiplier * np.clip(over**4, 0.95, 1.05) / encode.MULTIPLIER
         return decoded(coded, modules), recount(coded, encode.MULTIPLIER * np.clip(price, *PRICES))
 
-    def finish(modules: Modules, tables: Any) -> tuple[Modules, Payload | None]:
+    def finish(modules: Modules, tables: Any) -> tuple[Modules, dict[str, bytes] | None]:
         for _ in range(ROUNDS):
             coded = quantized(modules, shapes, tables)
             leaves, size = serialize(coded, modules)
             if size <= limit:
-                return deserialize(leaves, shapes, range(tasks)), Payload(leaves, shapes)
+                found = decode_leaves(leaves, shapes, range(tasks))
+                return terms_of(found, shapes, range(tasks)), leaves
             tables = recount(coded, tables.multiplier * (1.003 * size / limit) ** 4)
         return {}, None
 
@@ -184,7 +186,7 @@ def coding(store: Store) -> Rounding:
 
 
 def unrounded(
-    store: Store, collection: Sequence[Adapter], metrics: Mapping[str, Metrics]
+    kept: Modules, collection: Sequence[Adapter], metrics: Mapping[str, Metrics]
 ) -> dict[str, tuple[Factors, ...]]:
     """Factors before their rounding: on each side those of least squared error for what the other decodes to.
 
@@ -194,12 +196,12 @@ def unrounded(
     this is in the metrics' coordinates where there are any.
 
     Args:
-      store: coded, with diagonal cores.
+      kept: coded terms, with diagonal cores.
       collection: the adapters it was made of, in the order of its tasks.
       metrics: module -> metrics of its inputs and outputs, none where left out.
     """
     out: dict[str, tuple[Factors, ...]] = {}
-    for name, terms in store.modules.items():
+    for name, terms in kept.items():
         sides = metrics.get(name, (None, None))
         inputs, outputs = (1.0 if x is None else x.root for x in sides)
         rebuilt = []

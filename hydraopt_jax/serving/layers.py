@@ -273,7 +273,7 @@ def load_task(
     Raises:
       HydraOptError: an unknown task, a module without a LoRA layer, shapes that differ, a rank too small.
     """
-    factors = stores.adapter(store, task)
+    factors = stores.decode(store, task)
     layers = {}
     for keys, x in nnx.iter_modules(model):
         if isinstance(x, nnx.LoRA):

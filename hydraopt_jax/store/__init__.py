@@ -1,33 +1,41 @@
-"""The store: what is kept of a collection, in memory and on disk, and every change of it.
+"""The store: what is kept of a collection, in memory and on disk. Nothing here needs JAX, but for writing.
 
-`store` has the types, `packing` and `structure` turn a store into leaves and an index, `container` lays bytes
-in a folder, `checkpoint` saves and restores; `changes`, `joining` and `purging` add, remove and forget tasks.
+- `store`: the types: segments, names, references; some tasks of a store.
+- `schema`: what the leaves of a segment hold. `plain`, `lossless`: factors that are kept as they are.
+- `decoding`: from leaves back to factors and adapters; `references`: prediction from earlier segments.
+- `tensors`: full tensors beside the factors.
+- `segment_data`, `manifest`, `checks`: bytes and JSON, written, read and not believed blindly.
+- `folder`, `portable`: a folder of Orbax checkpoints, one safetensors file; `files`: either, by its name.
 """
 
+from hydraopt_jax.store.decoding import decode, decode_terms, task_factors
+from hydraopt_jax.store.files import open, save, size_on_disk, update, verify
 from hydraopt_jax.store.store import (
-    Addition,
-    Payload,
+    Reference,
     Segment,
     Source,
     Store,
-    adapter,
     count,
+    select,
     sources_of,
-    task_factors,
     task_index,
-    times,
 )
 
 __all__ = [
-    "Addition",
-    "Payload",
+    "Reference",
     "Segment",
     "Source",
     "Store",
-    "adapter",
     "count",
+    "decode",
+    "decode_terms",
+    "open",
+    "save",
+    "select",
+    "size_on_disk",
     "sources_of",
     "task_factors",
     "task_index",
-    "times",
+    "update",
+    "verify",
 ]

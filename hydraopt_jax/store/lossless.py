@@ -12,8 +12,8 @@ import numpy as np
 
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.factors import Factors
 from hydraopt_jax.formats.peft_config import module_scale
-from hydraopt_jax.forms import Factors
 
 FORM = "lossless"
 

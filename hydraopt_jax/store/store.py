@@ -1,17 +1,24 @@
-"""The store in memory: what is kept of a collection, and how one task comes back."""
+"""The store: a list of segments, names, and what is said of them. Nothing decoded is in it."""
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import forms
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.codec.layout import TermShape
+from hydraopt_jax.deferred import Deferred, bytes_of, size_of
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors
-from hydraopt_jax.store import lossless
+from hydraopt_jax.factors import Factors
+from hydraopt_jax.static import Static
+from hydraopt_jax.store import schema
+from hydraopt_jax.store.tensors import Tensors
+
+# leaves of a segment that hold tables of errors: of weights, and of outputs where there was a calibration
+ERRORS = ("errors", "output_errors")
+# the leaf that all tasks of a segment read, as a reference
+SHARED = -1
 
 
 class Source(NamedTuple):
@@ -23,133 +30,197 @@ class Source(NamedTuple):
       layout: module -> how the format names and shapes the factors.
       origin: path or id.
       digest: SHA-256 of its weights.
-      extras: full tensors of the task, as a rule coded (`extras.Extras`).
     """
 
     dtype: str
-    config: Mapping[str, Any]
-    layout: Mapping[str, Any]
+    config: Static
+    layout: Static
     origin: str
     digest: str
-    extras: Mapping[str, np.ndarray]
 
 
-class Addition(NamedTuple):
-    """A task added to a coded store: what earlier tasks' vectors do not predict of it, see `coding.addition`.
-
-    Attributes:
-      leaves: name -> bytes, of a collection of this one task, see `coding.codec`.
-      shapes: module -> structure of its terms.
-      references: slots whose vectors predict its own, `SHARED` for the leaf that all tasks read.
-      coefficients: of the prediction.
-    """
-
-    leaves: Mapping[str, bytes]
-    shapes: Mapping[str, tuple[TermShape, ...]]
-    references: tuple[int, ...]
-    coefficients: bytes
-
-
-class Segment(NamedTuple):
-    """Some modules of some tasks, coded by themselves as if there were no others.
+class Reference(NamedTuple):
+    """Vectors of an earlier segment that predict those of a later one.
 
     Attributes:
-      leaves: name -> bytes, see `coding.codec`; those of removed tasks are gone.
-      shapes: module -> structure of its terms.
-      tasks: of each of its tasks the position in the store, -1 for a removed one.
-      removed: place of each removed task -> its name, see `purging`.
+      segment: its position in the store.
+      place: of the task in that segment, `SHARED` for the leaf that all its tasks read.
     """
 
-    leaves: Mapping[str, bytes]
-    shapes: Mapping[str, tuple[TermShape, ...]]
-    tasks: tuple[int, ...]
-    removed: Mapping[int, str] = {}
+    segment: int
+    place: int
 
 
-class Payload(NamedTuple):
-    """The coded form of a store's factors, what is written; the factors are what it decodes to.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """Some modules of some tasks; a pytree whose leaves are arrays of bytes.
 
     Attributes:
-      leaves: name -> bytes, see `coding.codec`; those of removed tasks are gone.
-      shapes: module -> structure of its terms, for the tasks that were compressed together.
-      slots: of each of the store's tasks its place among those, or its key in `additions`; None where none
-        was added or removed.
-      additions: tasks that came later.
-      segments: in place of all these, a collection that was coded in parts because it is large.
-      removed: slot of each removed task that others were coded with -> its name, see `purging`.
+      leaves: name -> `[n]` uint8. Factors: `shared`, `task_k`, `head_k` (see `codec.layout`), coded or plain.
+        `prediction`: coefficients along the references. `tensors_k`: full tensors of the task at place k.
+        `errors`, `output_errors`: see `error_table`.
+      tasks: name of the task at each place.
+      removed: places whose tasks are not in the store any more.
+      modules: module -> its terms (`schema`).
+      tensors: table of the full tensors at each place, see `tensors.Tensors`.
+      references: what its vectors are predicted from.
+      tables: position of the segment whose coding tables it uses, -1 for its own.
     """
 
-    leaves: Mapping[str, bytes]
-    shapes: Mapping[str, tuple[TermShape, ...]]
-    slots: tuple[int, ...] | None = None
-    additions: Mapping[int, Addition] = {}
-    segments: tuple[Segment, ...] = ()
-    removed: Mapping[int, str] = {}
-
-
-class Store(NamedTuple):
-    """A compressed collection.
-
-    Attributes:
-      tasks: names of the T tasks.
-      modules: module name -> its terms; a delta is the sum of the terms' `a @ core @ b`.
-      sources: one `Source` a task.
-      report: JSON-able account: the form asked for, bytes before, bounds, shapes.
-      errors: `[M, T]` relative squared error of each module's delta for each task, of the weights; NaN where
-        absent.
-      payload: the entropy-coded factors; None where they are stored as they are.
-      output_errors: `[M, T]` the same of each module's outputs, in the coordinates of the calibration that
-        the store was made with; None without.
-    """
-
+    leaves: Mapping[str, Any]
     tasks: tuple[str, ...]
-    modules: Mapping[str, tuple[Factors, ...]]
+    removed: frozenset[int]
+    modules: Static
+    tensors: tuple[tuple[Any, ...], ...]
+    references: tuple[Reference, ...] = ()
+    tables: int = -1
+
+    @property
+    def live(self) -> list[int]:
+        """Places of the tasks that are in the store."""
+        return [k for k in range(len(self.tasks)) if k not in self.removed]
+
+    @property
+    def coded(self) -> bool:
+        """Whether its factors are entropy-coded."""
+        return schema.is_coded(self.modules)
+
+    def error_table(self, name: str = "errors") -> np.ndarray | None:
+        """Relative squared errors `[M, T]` of its modules and tasks, NaN where absent; None if not known."""
+        if name not in self.leaves:
+            return None
+        roots = np.frombuffer(bytes(bytes_of(self.leaves[name])), np.float16)
+        return roots.reshape(len(self.modules), len(self.tasks)).astype(np.float32) ** 2
+
+    def replace(self, **changes: Any) -> "Segment":
+        """The same with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def error_leaf(errors: np.ndarray) -> np.ndarray:
+    """The leaf of a table of errors: their roots in half precision, which has room for them."""
+    return np.sqrt(np.asarray(errors, np.float64)).astype(np.float16).reshape(-1).view(np.uint8)
+
+
+def make_segment(
+    tasks: Sequence[str],
+    modules: schema.Schema,
+    factors: Mapping[str, Any],
+    errors: np.ndarray,
+    *,
+    output_errors: np.ndarray | None = None,
+    tensors: Sequence[Tensors] = (),
+    references: Sequence[Reference] = (),
+    tables: int = -1,
+) -> Segment:
+    """A segment of all its tasks.
+
+    Args:
+      tasks: names.
+      modules: its schema.
+      factors: leaves of the factors, as bytes or arrays of bytes.
+      errors, output_errors: `[M, T]`.
+      tensors: full tensors of each task; none where empty.
+      references, tables: as `Segment`.
+    """
+    leaves = {k: as_bytes(v) for k, v in factors.items() if size_of(v)}
+    for name, table in zip(ERRORS, (errors, output_errors), strict=True):
+        if table is not None and np.size(table):
+            leaves[name] = error_leaf(table)
+    carried = list(tensors) or [Tensors((), b"")] * len(tasks)
+    leaves |= {f"tensors_{k}": as_bytes(x.blob) for k, x in enumerate(carried) if x.nbytes}
+    tables_of = tuple(x.table for x in carried)
+    return Segment(leaves, tuple(tasks), frozenset(), Static(modules), tables_of, tuple(references), tables)
+
+
+def as_bytes(x: Any) -> Any:
+    """A leaf from bytes; arrays, deferred ones too, are as they are."""
+    return np.frombuffer(x, np.uint8) if isinstance(x, bytes) else x
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Store:
+    """A compressed collection; a pytree whose leaves are arrays of bytes.
+
+    Attributes:
+      segments: what holds the factors. One names only earlier ones as references.
+      tasks: names of the T tasks.
+      sources: one `Source` per task.
+      report: JSON-able account: what was asked for, entries before, bounds, forms.
+    """
+
+    segments: tuple[Segment, ...]
+    tasks: tuple[str, ...]
     sources: tuple[Source, ...]
-    report: Mapping[str, Any]
-    errors: np.ndarray
-    payload: Payload | None = None
-    output_errors: np.ndarray | None = None
+    report: Static
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module -> (I, O), in order of appearance."""
+        out: dict[str, tuple[int, int]] = {}
+        for x in self.segments:
+            for name, terms in x.modules.items():
+                for term in terms if x.live else ():
+                    out.setdefault(name, (term.inputs, term.outputs))
+        return out
+
+    @property
+    def errors(self) -> np.ndarray:
+        """`[M, T]` relative squared error of each module's delta for each task, NaN where absent."""
+        found = self.error_table("errors")
+        return np.full((len(self.shapes), len(self.tasks)), np.nan) if found is None else found
+
+    @property
+    def output_errors(self) -> np.ndarray | None:
+        """The same of each module's outputs, in the coordinates of the calibration; None without one."""
+        return self.error_table("output_errors")
+
+    def error_table(self, name: str) -> np.ndarray | None:
+        """A table of errors `[M, T]` put together from the segments'; None where none has it."""
+        row = {n: m for m, n in enumerate(self.shapes)}
+        column = {t: k for k, t in enumerate(self.tasks)}
+        out: np.ndarray = np.full((len(row), len(column)), np.nan, np.float32)
+        known = False
+        for x in self.segments:
+            table = x.error_table(name) if x.live else None
+            if table is None:
+                continue
+            known = True
+            here = [m for m, n in enumerate(x.modules) if n in row]
+            mine = table[np.ix_(here, x.live)]
+            rows, columns = [row[n] for n in x.modules if n in row], [column[x.tasks[k]] for k in x.live]
+            old = out[np.ix_(rows, columns)]
+            out[np.ix_(rows, columns)] = np.where(np.isnan(mine), old, mine)
+        return out if known else None
+
+    def replace(self, **changes: Any) -> "Store":
+        """The same with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    def load(self) -> "Store":
+        """The store with all its leaves in memory."""
+        return self.replace(
+            segments=tuple(
+                x.replace(leaves={k: np.asarray(v) for k, v in x.leaves.items()}) for x in self.segments
+            )
+        )
+
+    def __repr__(self) -> str:
+        size = sum(size_of(v) for x in self.segments for v in x.leaves.values())
+        names = ", ".join(map(repr, self.tasks[:4])) + (", ..." if len(self.tasks) > 4 else "")
+        lazy = any(isinstance(v, Deferred) for x in self.segments for v in x.leaves.values())
+        errors = self.errors if self.segments else np.full((1, 1), np.nan)
+        mean = "" if np.isnan(errors).all() else f", mean error {np.nanmean(errors):.3g}"
+        return (
+            f"Store({len(self.tasks)} tasks: {names}\n"
+            f"      {len(self.shapes)} modules in {len(self.segments)} segments, "
+            f"{size:,} bytes{' on disk' * lazy}{mean})"
+        )
 
 
 def sources_of(collection: Sequence[Adapter]) -> tuple[Source, ...]:
     """What each task brought along."""
-    return tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
-
-
-def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """One task's factors, module -> `(a: [I, S], b: [S, O])` in float32, terms side by side, cores folded in.
-
-    Raises:
-      HydraOptError: the store has no such task (near names are listed).
-    """
-    t = task_index(store.tasks, task)
-    out = {}
-    for name, terms in store.modules.items():
-        left, right = [], []
-        for term in terms:
-            if term.a_of[t] < 0 or term.b_of[t] < 0:
-                continue
-            a = np.asarray(term.a[int(term.a_of[t])]).astype(np.float32)
-            b = np.asarray(term.b[int(term.b_of[t])]).astype(np.float32)
-            if term.core is not None:
-                b = times(np.asarray(term.core[t]).astype(np.float32), b)
-            left.append(a)
-            right.append(b)
-        if left:
-            a, b = np.concatenate(left, 1), np.concatenate(right, 0)
-            used = (np.abs(a).max(0) > 0) & (np.abs(b).max(1) > 0)
-            used[0] |= not used.any()
-            out[name] = (a[:, used], b[used])
-    return out
-
-
-def times(core: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A core, diagonal `[S]` or full `[S, S]`, times `b: [S, O]`.
-
-    >>> times(np.array([2.0, 3.0]), np.ones((2, 1))).tolist(), times(np.eye(2), np.ones((2, 1))).tolist()
-    ([[2.0], [3.0]], [[1.0], [1.0]])
-    """
-    return core[:, None] * b if core.ndim == 1 else core @ b
+    return tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest) for x in collection)
 
 
 def task_index(tasks: Sequence[str], task: str) -> int:
@@ -160,36 +231,129 @@ def task_index(tasks: Sequence[str], task: str) -> int:
     raise HydraOptError(f"no task {task!r} in the store: did you mean {', '.join(map(repr, near))}?")
 
 
-def adapter(store: Store, task: str) -> Adapter:
-    """One task back as an `Adapter`, ready for any writer in `formats`.
+def count(store: Store) -> int:
+    """How many numbers the factors of the store's segments hold."""
+    total = 0
+    for x in store.segments:
+        for term in (term for terms in x.modules.values() for term in terms):
+            a, b = max(term.a_of, default=-1) + 1, max(term.b_of, default=-1) + 1
+            if isinstance(term, schema.PlainShape):
+                a, b = a * (term.a_from < 0), b * (term.b_from < 0)
+            total += term.rank * (a * term.inputs + b * term.outputs)
+            if isinstance(term, schema.PlainShape):
+                total += sum(f >= 0 for f in term.a_of) * int(np.prod(term.core_shape)) * bool(term.core)
+            else:
+                total += len(term.a_of) * term.rank
+    return total
 
-    Its factors are balanced, but for those of a lossless store, which are as they came.
+
+def select(store: Store, tasks: Sequence[str]) -> Store:
+    """The store with some of its tasks, in the order given: leaves that none of them needs are gone.
+
+    Nothing is decoded. What the tasks are predicted from, or share with others, stays, under the names of
+    the tasks that it was coded with.
+
+    Raises:
+      HydraOptError: an unknown task.
     """
-    t = task_index(store.tasks, task)
-    source = store.sources[t]
-    raw = lossless.raw_factors(store.modules, t) if store.report.get("form") == lossless.FORM else None
-    if raw is not None:
-        return Adapter(
-            task,
-            *lossless.folded(raw),
-            source.dtype,
-            source.extras,
-            source.config,
-            source.layout,
-            source.origin,
-            source.digest,
-            raw,
+    order = [task_index(store.tasks, t) for t in tasks]
+    names = set(tasks)
+    cut = [
+        x.replace(removed=frozenset(k for k, t in enumerate(x.tasks) if k in x.removed or t not in names))
+        for x in store.segments
+    ]
+    needed = closure(cut, {n: set(x.live) for n, x in enumerate(cut) if x.live})
+    kept = sorted(needed)
+    number = {n: i for i, n in enumerate(kept)}
+    segments = []
+    for n in kept:
+        x = cut[n]
+        wanted = schema.leaves_of(x.modules, [k for k in needed[n] if k >= 0])
+        wanted |= {"prediction", *(f"tensors_{k}" for k in x.live)}
+        leaves = {k: v for k, v in x.leaves.items() if k in wanted}
+        gone = [k for k in x.removed if k not in store.segments[n].removed]
+        for name in ERRORS:
+            if name in x.leaves:
+                leaves[name] = x.leaves[name] if not gone else error_leaf(without(x.error_table(name), gone))
+        segments.append(
+            x.replace(
+                leaves=leaves,
+                tensors=tuple(() if k in x.removed else row for k, row in enumerate(x.tensors)),
+                references=tuple(Reference(number[r.segment], r.place) for r in x.references),
+                tables=number[x.tables] if x.tables >= 0 else -1,
+            )
         )
-    a, b = {}, {}
-    for name, (left, right) in task_factors(store, task).items():
-        na, nb = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
-        scale = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
-        a[name], b[name] = left * scale, right / scale[:, None]
-    return Adapter(
-        task, a, b, source.dtype, source.extras, source.config, source.layout, source.origin, source.digest
+    return store.replace(
+        segments=tuple(segments), tasks=tuple(tasks), sources=tuple(store.sources[t] for t in order)
     )
 
 
-def count(store: Store) -> int:
-    """How many numbers the store's factors hold."""
-    return sum(forms.count(term) for terms in store.modules.values() for term in terms)
+def without(table: np.ndarray | None, places: Sequence[int]) -> np.ndarray:
+    """A table of errors that says nothing of some places."""
+    assert table is not None
+    out = table.copy()
+    out[:, list(places)] = np.nan
+    return out
+
+
+def closure(segments: Sequence[Segment], wanted: Mapping[int, set[int]]) -> dict[int, set[int]]:
+    """Segment -> places whose leaves are needed, also those that others are predicted from."""
+    out = {n: set(places) for n, places in wanted.items()}
+    for n in range(len(segments) - 1, -1, -1):
+        if n not in out:
+            continue
+        x = segments[n]
+        for r in x.references:
+            out.setdefault(r.segment, set()).add(r.place)
+        if x.tables >= 0:
+            out.setdefault(x.tables, set()).add(SHARED)
+    return out
+
+
+def task_errors(errors: np.ndarray) -> np.ndarray:
+    """Mean over the modules that a task has, `[M, T] -> [T]`; 0 for a task with none."""
+    present = ~np.isnan(errors)
+    return np.where(present, errors, 0.0).sum(0) / np.maximum(present.sum(0), 1)
+
+
+def places_of(store: Store, tasks: Sequence[str]) -> dict[int, list[int]]:
+    """Segment -> the place of each of some tasks in it, -1 where it is not there; only segments with any."""
+    out = {}
+    for n, x in enumerate(store.segments):
+        place = {x.tasks[k]: k for k in x.live}
+        found = [place.get(t, -1) for t in tasks]
+        if any(k >= 0 for k in found):
+            out[n] = found
+    return out
+
+
+def tensors_of(store: Store, task: str) -> Tensors:
+    """A task's full tensors."""
+    for n, (place,) in places_of(store, [task]).items():
+        x = store.segments[n]
+        if x.tensors[place]:
+            return Tensors(x.tensors[place], x.leaves.get(f"tensors_{place}", b""))
+    return Tensors((), b"")
+
+
+def select_term(term: Factors, chosen: Sequence[int]) -> Factors:
+    """A term for the chosen tasks: their factors alone, renumbered; -1 for a task that it has not."""
+    (a, a_of), (b, b_of) = (renumber(of, chosen) for of in (term.a_of, term.b_of))
+    core = None if term.core is None else np.asarray(term.core)[list(chosen)]
+    return Factors(np.asarray(term.a)[a], np.asarray(term.b)[b], a_of, b_of, core)
+
+
+def renumber(of: Any, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which factors of a stack the chosen tasks read, and the place of each task's own among them.
+
+    Args:
+      of: `[T]` which factor a task reads, -1 for none.
+      chosen: tasks; -1 for one that is not there.
+
+    >>> [x.tolist() for x in renumber([5, 0, -1, 5], [3, 2, -1, 1])]
+    [[0, 5], [1, -1, -1, 0]]
+    """
+    at = np.array(chosen, np.int64)
+    mine = np.where(at >= 0, np.asarray(of)[at], -1)
+    kept = np.unique(mine[mine >= 0])
+    return kept, np.where(mine >= 0, np.searchsorted(kept, mine), -1).astype(np.int32)

@@ -1,0 +1,251 @@
+"""One task added to a store: a segment of its own, nobody else touched.
+
+To a coded store the task is coded at the store's quantizer step, so that a bit is spent where it would have
+been in a fit of all at once, and predicted by least squares from the vectors of a few tasks that are there,
+or of the leaf that all of a segment's tasks read. To a plain one it joins module by module, until it has had
+a task's mean share of the store.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax import adapters
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.changes import joining
+from hydraopt_jax.codec import encode, prediction
+from hydraopt_jax.codec.prediction import Prediction
+from hydraopt_jax.deferred import bytes_of, joined
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, measure, targets_at_step
+from hydraopt_jax.rate_control.errors_of import error_table
+from hydraopt_jax.rate_control.metrics import metrics_of
+from hydraopt_jax.rate_control.problem import Problem, prepare
+from hydraopt_jax.static import Static
+from hydraopt_jax.store import lossless, plain, references, tensors
+from hydraopt_jax.store.decoding import decode_segment, decode_segments, decode_terms, terms_of
+from hydraopt_jax.store.references import Vectors, base_of
+from hydraopt_jax.store.removal import changed
+from hydraopt_jax.store.schema import PlainShape
+from hydraopt_jax.store.store import SHARED, Reference, Segment, Source, Store, count, make_segment
+
+# references of a task: a reader of it reads their leaves too
+MAX_REFERENCES = 4
+# share of the bits that a further reference must save
+WORTH = 0.02
+# an entry, in steps, that keeps a vector alive of which the prediction leaves nothing
+TRACE = 1e-3
+# numbers of a store up to which all its tasks are decoded to look for references
+SEARCHED = 1 << 26
+
+
+def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | None = None) -> Store:
+    """A store with one task more; what it holds of the others is not touched.
+
+    Args:
+      store: any.
+      new: the task.
+      calibration: the second moments that the store was made with, if it was.
+
+    Raises:
+      HydraOptError: a task of that name is there, shapes that disagree, or a calibration that is missing.
+    """
+    if new.task in store.tasks:
+        raise HydraOptError(f"task {new.task!r} is in the store: remove it first, or give NAME=ADAPTER")
+    have = store.shapes
+    for name, shape in adapters.check([new]).items():
+        if have.get(name, shape) != shape:
+            raise HydraOptError(
+                f"{name}: {new.task!r} has [in, out] = {list(shape)}, the store has {list(have[name])}: "
+                "adapters of one store must adapt one base model"
+            )
+    if is_calibrated(store) and calibration is None:
+        raise HydraOptError(
+            "the store was made with --calibration, which it does not hold: give it again, or compress again"
+        )
+    carried = tensors.coded(new.extras, store.report["options"].get("extras_dtype"))
+    source = Source(new.dtype, Static(new.config), Static(new.layout), new.source, new.digest)
+    if store.report["form"] == lossless.FORM:
+        segment = as_it_came(new)
+    elif any(x.coded for x in store.segments):
+        segment = coded(store, new, calibration)
+    else:
+        segment = joined_to(store, new)
+    leaves = {**segment.leaves, **({"tensors_0": np.frombuffer(carried.blob, np.uint8)} if carried else {})}
+    segment = segment.replace(leaves=leaves, tensors=(carried.table,))
+    return store.replace(
+        segments=(*store.segments, segment),
+        tasks=(*store.tasks, new.task),
+        sources=(*store.sources, source),
+        report=changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values()))),
+    )
+
+
+def is_calibrated(store: Store) -> bool:
+    """Whether errors of outputs were made small, by second moments that the store does not hold."""
+    return bool(store.report["options"].get("calibrated"))
+
+
+def as_it_came(new: Adapter) -> Segment:
+    """The task of a lossless store."""
+    rows = {n: [lossless.raw_of(new, n)] for n, a in new.a.items() if a.shape[1]}
+    modules, errors, _ = lossless.modules_of(rows)
+    shapes, leaves = plain.pack(modules)
+    return make_segment([new.task], shapes, leaves, errors)
+
+
+def coded(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | None) -> Segment:
+    """The task at the store's step, predicted from what is there where it is not too much to look through."""
+    shapes = {n: (a.shape[0], new.b[n].shape[1]) for n, a in new.a.items()}
+    metrics = metrics_of(shapes, calibration) if calibration is not None else {}
+    problem = prepare(adapters.stack([new]), tuple(new.a), np.ones(1), metrics, False)
+    step = store.report["step"]
+    if count(store) > SEARCHED:
+        trial = encode_at_step(problem, step, fit_tables(problem, step))
+        leaves = encode.serialize(trial.coded, trial.gains)
+        segment = make_segment([new.task], trial.coded.shapes, leaves, trial.errors)
+        return with_output_errors(segment, new, problem, trial.errors, [])
+    return predicted(store, new, problem, step)
+
+
+def candidates(store: Store) -> tuple[dict[Reference, Vectors], int]:
+    """The vectors of every task in every coded segment, and of the leaves that all of them read; and the
+    segment whose tables are used."""
+    known: dict[Reference, Vectors] = {}
+    tables = next(n for n, x in enumerate(store.segments) if x.coded and x.tables < 0)
+    for n, x in enumerate(store.segments):
+        if not x.coded:
+            continue
+        if x.references or x.tables >= 0:
+            terms = decode_segments(store, {n: x.live})[n]
+            known |= {Reference(n, k): references.task_vectors(terms, i) for i, k in enumerate(x.live)}
+            continue
+        found = decode_segment(x, x.live)
+        terms = terms_of(found, x.modules, x.live)
+        known[Reference(n, SHARED)] = references.shared_vectors(found)
+        known |= {Reference(n, k): references.task_vectors(terms, i) for i, k in enumerate(x.live)}
+    return known, tables
+
+
+def predicted(store: Store, new: Adapter, problem: Problem, step: float) -> Segment:
+    """The task's segment, predicted from the references that save the most bits."""
+    known, tables = candidates(store)
+    table = references.frequencies(bytes(bytes_of(store.segments[tables].leaves["shared"])))
+    goals, _ = targets_at_step(problem, step)
+    chosen = choose(goals, known)
+    rest: dict[str, tuple[encode.Target, ...]] = {}
+    found: list[Prediction] = []
+    guesses: dict[tuple[str, int], np.ndarray] = {}
+    for name, terms in goals.items():
+        left = []
+        for side in (0, 1) if terms else ():
+            target = (terms[0].b if side else terms[0].a)[0]
+            base = base_of(known, chosen, (name, side))
+            if base is not None:
+                one, guesses[name, side], _ = prediction.predict(target, base)
+                none = Prediction(np.zeros(target.shape[1], bool), np.zeros((base.shape[1], 0), np.int32))
+                found.append(one or none)
+            remains = target - guesses.get((name, side), np.float32(0))
+            # a vector that the prediction meets exactly must not look like one that is not coded
+            remains[0] += TRACE * (target.any(0) & ~remains.any(0))
+            left.append(np.where(target.any(0), remains, 0).astype(np.float32))
+        rest[name] = (terms[0]._replace(a=left[0][None], b=left[1][None]), *terms[1:]) if terms else ()
+    quantized = encode.quantize(rest, table.astype(np.float64))
+    whole = []
+    for x, value in zip(quantized.pieces, quantized.values, strict=True):
+        whole.append(value + guesses.get((x.module, x.side), np.float32(0)) if x.term == 0 else value)
+    gains, errors = measure(problem, quantized._replace(values=whole))
+    leaves: dict[str, Any] = {
+        **encode.serialize(quantized, gains, table),
+        "prediction": references.pack(found),
+    }
+    segment = make_segment([new.task], quantized.shapes, leaves, errors, references=chosen, tables=tables)
+    return with_output_errors(segment, new, problem, errors, store.segments)
+
+
+def with_output_errors(
+    segment: Segment, new: Adapter, problem: Problem, errors: np.ndarray, before: Sequence[Segment]
+) -> Segment:
+    """The segment as it is, or with errors of both kinds where it was made for outputs."""
+    if not problem.metrics:
+        return segment
+    source = Source(new.dtype, Static(), Static(), "", "")
+    alone = Store((*before, segment), (new.task,), (source,), Static())
+    of_weights = error_table(decode_terms(alone), [new], list(segment.modules))
+    made = make_segment([new.task], segment.modules, {}, of_weights, output_errors=errors)
+    return segment.replace(leaves={**segment.leaves, **made.leaves})
+
+
+def choose(
+    goals: Mapping[str, Sequence[encode.Target]], known: Mapping[Reference, Vectors]
+) -> tuple[Reference, ...]:
+    """The references that save the most bits, greedily."""
+    targets = {(n, side): (v[0].b if side else v[0].a)[0] for n, v in goals.items() if v for side in (0, 1)}
+    total = sum(
+        float((len(x) / 2 * np.log2(np.maximum((x**2).mean(0) / encode.DISTORTION, 1))).sum())
+        for x in targets.values()
+    )
+    chosen: tuple[Reference, ...] = ()
+    best = 0.0
+    while len(chosen) < MAX_REFERENCES:
+        gains = {}
+        for slot in known.keys() - set(chosen):
+            tried = tuple(sorted((*chosen, slot)))
+            bases = {k: base_of(known, tried, k) for k in targets}
+            gains[slot] = sum(prediction.predict(targets[k], x)[2] for k, x in bases.items() if x is not None)
+        following = max(gains, key=lambda s: (gains[s], -s[0], -s[1]), default=None)
+        if following is None or gains[following] - best <= WORTH * total:
+            break
+        chosen, best = tuple(sorted((*chosen, following))), gains[following]
+    return chosen
+
+
+def joined_to(store: Store, new: Adapter) -> Segment:
+    """The task of a plain store, see `joining`."""
+    every: dict[str, list[joining.Term]] = {}
+    for n, terms in decode_segments(store, {n: x.live for n, x in enumerate(store.segments)}).items():
+        for name, found in terms.items():
+            every.setdefault(name, []).extend(joining.Term(x, n, k) for k, x in enumerate(found) if len(x.a))
+    dtype = next(np.dtype(x.factors.a.dtype).name for v in every.values() for x in v)
+    share = count(store) / max(len(store.tasks), 1)
+    ways = {n: joining.ways(every.get(n, ()), a, new.b[n]) for n, a in new.a.items()}
+    taken = joining.spend(ways, share)
+    shapes: dict[str, tuple[PlainShape, ...]] = {}
+    parts: list[Any] = []
+    lenders: list[Reference] = []
+    for name, way in taken.items():
+        own, borrowed = joining.segment_terms(every.get(name, ()), way, name, dtype)
+        rows: list[PlainShape] = []
+        for shape, new_arrays in borrowed:
+            term = every[name][way.term]
+            for side, what in (("a", way.a), ("b", way.b)):
+                if isinstance(what, int):
+                    lender = Reference(term.segment, place_of(store, term, side, what))
+                    if lender not in lenders:
+                        lenders.append(lender)
+                    shape = shape._replace(**{f"{side}_from": lenders.index(lender)})
+            rows.append(shape)
+            parts += [new_arrays[k] for k in ("a", "b", "core") if k in new_arrays]
+        for x in own:
+            rows.append(plain.shape_of(x))
+            parts += [x.a[0], x.b[0]]
+        if not rows:
+            # nothing is kept of it: a term of no factors says that it is not absent
+            size = new.a[name].shape[0], 1, new.b[name].shape[1]
+            rows.append(PlainShape((-1,), (-1,), *size, dtype, dtype))
+        shapes[name] = tuple(rows)
+    # of one task all parts lie in one leaf, in canonical order
+    leaves = {"task_0": joined(parts)} if parts else {}
+    segment = make_segment([new.task], shapes, leaves, np.zeros((0, 1)), references=lenders)
+    source = Source(new.dtype, Static(), Static(), "", "")
+    alone = Store((*store.segments, segment), (new.task,), (source,), Static())
+    errors = error_table(decode_terms(alone), [new], list(shapes))
+    made = make_segment([new.task], shapes, {}, errors)
+    return segment.replace(leaves={**segment.leaves, **made.leaves})
+
+
+def place_of(store: Store, term: joining.Term, side: str, index: int) -> int:
+    """A place of the term's segment whose task uses a factor."""
+    of = np.asarray(getattr(term.factors, f"{side}_of"))
+    return store.segments[term.segment].live[int(np.flatnonzero(of == index)[0])]

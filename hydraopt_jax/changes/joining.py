@@ -1,0 +1,209 @@
+"""How a task joins one module of a plain store: a head that is there, a new head, directions of its own.
+
+The shared factor is as it is, so a new head is a projection, `b = pinv(a) @ delta` (closed form), as is a
+core. What joining leaves is a delta again, of which the leading singular directions may be kept. The ways of
+a module lie on the convex hull of error against numbers stored, and modules spend a common budget by
+gain for a number, as everywhere in the package.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.explicit.fitting import cast
+from hydraopt_jax.factors import Factors, times
+from hydraopt_jax.store.schema import PlainShape
+
+
+class Term(NamedTuple):
+    """A term of a store.
+
+    Attributes:
+      factors: decoded, for the live tasks of its segment.
+      segment: its segment's position.
+      position: its own among the module's terms there.
+    """
+
+    factors: Factors
+    segment: int
+    position: int
+
+
+class Way(NamedTuple):
+    """One way to keep a task in a module.
+
+    Attributes:
+      cost: numbers that it adds.
+      error: relative squared error.
+      term: which term it joins, -1 for none.
+      a, b: a position where it joins a factor, `[I, S]` or `[S, O]` where it opens one.
+      core: `[S]` or `[S, S]` where the term has cores.
+      own: a pair `[I, r]`, `[r, O]` on top.
+    """
+
+    cost: int
+    error: float
+    term: int = -1
+    a: Any = None
+    b: Any = None
+    core: np.ndarray | None = None
+    own: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def svd(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thin decomposition of `a @ b` by way of the factors' QR: `u: [I, R]`, `s: [R]`, `v: [R, O]`."""
+    (qa, ra), (qb, rb) = np.linalg.qr(a.astype(np.float64)), np.linalg.qr(b.T.astype(np.float64))
+    u, s, v = np.linalg.svd(ra @ rb.T, full_matrices=False)
+    return qa @ u, s, v @ qb.T
+
+
+def ways(terms: Sequence[Term], a: np.ndarray, b: np.ndarray) -> list[Way]:
+    """Ways to keep `a @ b`, each dearer and better than the one before."""
+    u, s, v = svd(a, b)
+    energy = float((s**2).sum())
+    if energy == 0:
+        return [Way(0, 0.0, own=(a[:, :1], b[:1]))]
+    starts = [Way(0, 1.0)]
+    for k, term in enumerate(terms):
+        starts += joins(k, term.factors, u * s, v)
+    out = []
+    for way in starts:
+        lu, ls, lv = svd(*minus(terms, way, u * s, v))
+        for rank in range(len(s) + 1):
+            root = np.sqrt(ls[:rank])
+            own = (lu[:, :rank] * root, root[:, None] * lv[:rank]) if rank else None
+            cost = way.cost + rank * (len(a) + b.shape[1])
+            out.append(way._replace(cost=cost, error=float((ls[rank:] ** 2).sum()) / energy, own=own))
+    return hull(out)
+
+
+def hull(found: Sequence[Way]) -> list[Way]:
+    """The ways on the lower convex hull of error against cost."""
+    out: list[Way] = []
+    for way in sorted(found, key=lambda x: (x.cost, x.error)):
+        if out and way.error >= out[-1].error:
+            continue
+        while len(out) > 1 and slope(out[-2], out[-1]) <= slope(out[-2], way):
+            out.pop()
+        out.append(way)
+    return out
+
+
+def slope(one: Way, two: Way) -> float:
+    """Error saved a number."""
+    return (one.error - two.error) / max(two.cost - one.cost, 1)
+
+
+def joins(k: int, term: Factors, a: np.ndarray, b: np.ndarray) -> list[Way]:
+    """A new head, projected onto the term's shared factor, and the head that suits best."""
+    if min(len(term.a), len(term.b)) > 1:
+        return []
+    first_a, first_b = (np.asarray(x[0]).astype(np.float64) for x in (term.a, term.b))
+    ones = None if term.core is None else np.ones(first_a.shape[1])
+    if term.core is not None and np.ndim(term.core[0]) == 2:
+        ones = np.diag(np.asarray(ones))
+    extra = 0 if ones is None else ones.size
+    out = []
+    if len(term.a) == 1:
+        out.append(Way(first_b.size + extra, 0.0, k, 0, np.linalg.pinv(first_a) @ a @ b, ones))
+    if len(term.b) == 1:
+        out.append(Way(first_a.size + extra, 0.0, k, a @ (b @ np.linalg.pinv(first_b)), 0, ones))
+    best, least = None, np.inf
+    for i in range(len(term.a)):
+        left = first_a if i == 0 else np.asarray(term.a[i]).astype(np.float64)
+        for j in range(len(term.b)):
+            right = first_b if j == 0 else np.asarray(term.b[j]).astype(np.float64)
+            own = core(term, left, right, a, b)
+            if (found := change(left, own, right, a, b)) < least:
+                best, least = Way(extra, 0.0, k, i, j, own), found
+    assert best is not None
+    return [*out, best]
+
+
+def change(left: np.ndarray, own: Any, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """By how much `x = left @ own @ right` changes the squared error of `a @ b`: `|x|^2 - 2 <x, a b>`."""
+    scaled = right if own is None else times(own, right)
+    square = ((left.T @ left) * (scaled @ scaled.T)).sum()
+    return float(square - 2 * ((left.T @ a) * (scaled @ b.T)).sum())
+
+
+def core(term: Factors, left: np.ndarray, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
+    """The core of least error between given factors, of the kind that the term has."""
+    if term.core is None:
+        return None
+    if np.ndim(term.core[0]) == 2:
+        return (np.linalg.pinv(left) @ a) @ (b @ np.linalg.pinv(right))
+    gram = (left.T @ left) * (right @ right.T)
+    return np.linalg.pinv(gram) @ ((left.T @ a) * (right @ b.T)).sum(1)
+
+
+def minus(terms: Sequence[Term], way: Way, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of what joining leaves of `a @ b`."""
+    if way.term < 0:
+        return a, b
+    term = terms[way.term].factors
+    left = np.asarray(term.a[way.a]) if isinstance(way.a, int) else way.a
+    right = np.asarray(term.b[way.b]) if isinstance(way.b, int) else way.b
+    if way.core is not None:
+        right = times(way.core, right)
+    return np.concatenate([a, -left], 1), np.concatenate([b, right], 0)
+
+
+def spend(found: Mapping[str, Sequence[Way]], budget: float) -> dict[str, Way]:
+    """A way for each module: steps along the hulls by gain for a number, while the budget lasts."""
+    at = dict.fromkeys(found, 0)
+    left = budget - sum(x[0].cost for x in found.values())
+    steps = [(-slope(x[0], x[1]), n) for n, x in found.items() if len(x) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name = heapq.heappop(steps)
+        here = found[name]
+        price = here[at[name] + 1].cost - here[at[name]].cost
+        if price > left:
+            continue
+        at[name], left = at[name] + 1, left - price
+        if at[name] + 1 < len(here):
+            heapq.heappush(steps, (-slope(here[at[name]], here[at[name] + 1]), name))
+    return {n: x[at[n]] for n, x in found.items()}
+
+
+def segment_terms(
+    terms: Sequence[Term], way: Way, name: str, dtype: str
+) -> tuple[list[Factors], list[tuple[PlainShape, Any]]]:
+    """The terms of a way: those of the task's own, and those that borrow a factor from the store.
+
+    Returns:
+      Terms whose factors are all new; and of a term that joins one of the store its shape, all but the
+      references, with its new arrays by side.
+    """
+    own: list[Factors] = []
+    zero: np.ndarray = np.zeros(1, np.int32)
+    if way.own is not None:
+        left, right = (rounded(name, x, dtype)[None] for x in way.own)
+        own.append(Factors(left, right, zero, zero))
+    if way.term < 0:
+        return own, []
+    term = terms[way.term].factors
+    new: dict[str, Any] = {}
+    sizes = {}
+    for side, what in (("a", way.a), ("b", way.b)):
+        stack = getattr(term, side)
+        if not isinstance(what, int):
+            new[side] = rounded(name, what, dtype)
+        sizes[side] = np.shape(stack[0])
+    core = ""
+    if term.core is not None:
+        first = np.asarray(term.core[0])
+        core = "full" if first.ndim == 2 else "diagonal" if first.dtype == term.b[0].dtype else "scale"
+        new["core"] = rounded(name, way.core, first.dtype.name)
+    kinds = [np.dtype(x.dtype).name for x in (term.a[0], term.b[0])]
+    shape = PlainShape((0,), (0,), sizes["a"][0], sizes["a"][1], sizes["b"][1], *kinds, core)
+    return own, [(shape._replace(term=terms[way.term].position), new)]
+
+
+def rounded(name: str, x: Any, dtype: str) -> np.ndarray:
+    """An array in the stored dtype; an overflow is an error that names the module."""
+    none = np.zeros(0, np.int32)
+    return np.asarray(cast(Factors(np.asarray(x), np.zeros(0), none, none), dtype, name).a)

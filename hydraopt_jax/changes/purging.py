@@ -1,0 +1,195 @@
+"""A store without anything of the tasks that were removed from it.
+
+What was coded with such a task is coded again without it, at the store's step, from the originals where they
+are at hand, else from what the store decodes to. The error that is then stated is an upper bound, by the
+triangle inequality, and the task is named in the report's "bounded". All else stays bit for bit.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.changes import addition, refitting
+from hydraopt_jax.collection import in_memory
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.work import Memory
+from hydraopt_jax.static import Static
+from hydraopt_jax.store import removal
+from hydraopt_jax.store.decoding import decode
+from hydraopt_jax.store.store import ERRORS, Segment, Store, error_leaf, select
+
+# a task's original, or None where it is not at hand
+Original = Callable[[str], Adapter | None]
+
+
+def purge(
+    store: Store,
+    original: Original = lambda task: None,
+    calibration: Mapping[str, np.ndarray] | None = None,
+) -> tuple[Store, tuple[str, ...]]:
+    """A store without anything of the tasks that were removed from it.
+
+    Args:
+      store: its leaves may be on disk.
+      original: a task's original, or None.
+      calibration: what the store was made with, if it was.
+
+    Returns:
+      The store, and the tasks that were coded again.
+
+    Raises:
+      HydraOptError: the store was made with calibration, and none is given.
+    """
+    left = removal.traces(store)
+    if not left:
+        return removal.clean(store), ()
+    if addition.is_calibrated(store) and calibration is None:
+        raise HydraOptError(
+            "the store was made with --calibration, which it does not hold: give it again, or compress again"
+        )
+    if not any(x.coded for x in store.segments):
+        return refitted(store, original)
+    dirty = {n for n, _ in left}
+    for n, x in enumerate(store.segments):
+        # what is predicted from a segment, or uses its tables, cannot stay without it
+        if x.tables in dirty or any(r.segment in dirty for r in x.references):
+            dirty.add(n)
+    out = store.replace(segments=())
+    number: dict[int, int] = {}
+    again: dict[str, None] = {}
+    standing: dict[str, None] = {}
+    for n, x in enumerate(store.segments):
+        if n not in dirty:
+            references = tuple(r._replace(segment=number[r.segment]) for r in x.references)
+            tables = number[x.tables] if x.tables >= 0 else -1
+            number[n] = len(out.segments)
+            kept = x.replace(references=references, tables=tables)
+            out = out.replace(segments=(*out.segments, kept))
+            continue
+        if not x.live:
+            continue
+        names = [x.tasks[k] for k in x.live]
+        given, absent = at_hand(store, names, original)
+        part = [only(a, x) for a in given]
+        made = coded_again(store, out, x, part, calibration)
+        number[n] = len(out.segments)
+        out = out.replace(segments=(*out.segments, stated(store, x, made, absent)))
+        again |= dict.fromkeys(names)
+        standing |= dict.fromkeys(absent)
+    done = tuple(t for t in store.tasks if t in again)
+    return removal.clean(bounded(out, done, list(standing))), done
+
+
+def at_hand(store: Store, tasks: Iterable[str], original: Original) -> tuple[list[Adapter], list[str]]:
+    """Originals, or what the store holds in their place; and the tasks where it is that."""
+    out, standing = [], []
+    for t in tasks:
+        found = original(t)
+        standing += [t] * (found is None)
+        out.append(decode(store, t) if found is None else found)
+    return out, standing
+
+
+def only(adapter: Adapter, segment: Segment) -> Adapter:
+    """The modules of an adapter that a segment has."""
+    here = [n for n in segment.modules if n in adapter.a]
+    return adapter.replace(
+        a={n: adapter.a[n] for n in here}, b={n: adapter.b[n] for n in here}, extras={}, raw={}
+    )
+
+
+def coded_again(
+    store: Store,
+    before: Store,
+    segment: Segment,
+    given: Sequence[Adapter],
+    calibration: Mapping[str, np.ndarray] | None,
+) -> Segment:
+    """A segment of the same tasks, coded at the store's step from adapters; predicted from `before` where the
+    old one was predicted."""
+    if segment.references and any(x.coded and x.tables < 0 for x in before.segments):
+        return addition.coded(before.replace(report=store.report), given[0], calibration)
+    options = refitting.options_of(store)._replace(calibration=calibration)
+    options = options._replace(weights={k: v for k, v in options.weights.items() if k in segment.tasks})
+    fresh = engine.compress_at_step(in_memory(given), options, Memory(), store.report["step"])
+    (found,) = fresh.segments
+    return found
+
+
+def bound(before: np.ndarray, again: np.ndarray) -> np.ndarray:
+    """Upper bound of a relative squared error: `before` of what was coded again, `again` relative to that.
+
+    With `e` the norm of the first error over that of the original, what was coded again has at most `1 + e`
+    times the original's norm, and `sqrt(error) <= e + (1 + e) sqrt(again)`.
+
+    >>> float(bound(np.array(0.01), np.array(0.01)).round(4))
+    0.0441
+    """
+    first = np.sqrt(before)
+    return (first + (1 + first) * np.sqrt(again)) ** 2
+
+
+def stated(store: Store, old: Segment, new: Segment, standing: Sequence[str]) -> Segment:
+    """A segment that was coded again with what is claimed of its errors, and the old one's full tensors."""
+    leaves = dict(new.leaves)
+    for name in ERRORS:
+        before, again = old.error_table(name), new.error_table(name)
+        if before is None or again is None:
+            continue
+        rows = [list(old.modules).index(n) for n in new.modules]
+        columns = [old.tasks.index(t) for t in new.tasks]
+        was = before[np.ix_(rows, columns)]
+        # a delta that was lost whole stays lost
+        again = np.where(np.isnan(again) & ~np.isnan(was), 0.0, again)
+        claims = np.where(np.isin(new.tasks, list(standing)), bound(was, again), again)
+        leaves[name] = error_leaf(claims)
+    tables = []
+    for k, task in enumerate(new.tasks):
+        place = old.tasks.index(task)
+        tables.append(old.tensors[place])
+        if f"tensors_{place}" in old.leaves:
+            leaves[f"tensors_{k}"] = old.leaves[f"tensors_{place}"]
+    return new.replace(leaves=leaves, tensors=tuple(tables))
+
+
+def bounded(store: Store, again: Sequence[str], standing: Sequence[str]) -> Store:
+    """The store with the list, in its report, of tasks whose errors are bounds."""
+    was = store.report.get("bounded", [])
+    parts = {t: sum(t in [x.tasks[k] for k in x.live] for x in store.segments) for t in again}
+    # of a task in several segments only some may have been coded from its original
+    kept = [t for t in store.tasks if t in standing or (t in was and (t not in again or parts[t] > 1))]
+    rest = {k: v for k, v in store.report.items() if k != "bounded"}
+    return store.replace(report=Static(rest | ({"bounded": kept} if kept else {})))
+
+
+def refitted(store: Store, original: Original) -> tuple[Store, tuple[str, ...]]:
+    """A plain store fitted again as a whole."""
+    collection, standing = at_hand(store, store.tasks, original)
+    fresh = refitting.refit(store, collection)
+    old = one_table(store)
+    (segment, *heads) = fresh.segments
+    errors = stated(old, old.segments[0], segment, standing)
+    report = {**bounded(store, store.tasks, standing).report, **fresh.report}
+    if standing:
+        report |= {"entries": store.report["entries"], "bound": {}}
+    done = fresh.replace(
+        segments=(
+            segment.replace(
+                leaves={**segment.leaves, **{k: errors.leaves[k] for k in ERRORS if k in errors.leaves}}
+            ),
+            *heads,
+        ),
+        sources=store.sources,
+        report=Static(report),
+    )
+    return select(done, store.tasks), store.tasks
+
+
+def one_table(store: Store) -> Store:
+    """The errors of a store's segments as if it had one: no factors are in it."""
+    shapes = dict.fromkeys(store.shapes, ())
+    leaves = {"errors": error_leaf(store.errors)}
+    segment = Segment(leaves, store.tasks, frozenset(), Static(shapes), ((),) * len(store.tasks))
+    return store.replace(segments=(segment,))

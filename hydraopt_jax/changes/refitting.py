@@ -1,0 +1,116 @@
+"""All tasks of a store fitted at once, by the rule that made it."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.changes.addition import is_calibrated
+from hydraopt_jax.collection import in_memory
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.rate_control.work import Memory
+from hydraopt_jax.store import files, lossless
+from hydraopt_jax.store.decoding import decode
+from hydraopt_jax.store.store import Store, task_errors, task_index, tensors_of
+
+# a refit is due where its mean error, at the same bytes, is lower by this factor
+DUE = 1.1
+
+
+class Refit(NamedTuple):
+    """What fitting all tasks at once would give at the bytes that the store has now.
+
+    Attributes:
+      mean: mean relative squared error over modules and tasks.
+      task: error of the task in question; NaN for none.
+      due: whether the store's own mean error is more than a tenth above.
+      stand_ins: tasks whose originals were not at hand; what the store holds stood in for them.
+    """
+
+    mean: float
+    task: float
+    due: bool
+    stand_ins: tuple[str, ...]
+
+
+def options_of(store: Store) -> Options:
+    """What a coded store was asked for; its calibration is not in it."""
+    asked = {k: v for k, v in store.report["options"].items() if k != "calibrated"}
+    weights = {k: v for k, v in asked.get("weights", {}).items() if k in store.tasks}
+    return Options(**{**asked, "weights": weights})
+
+
+def refit(
+    store: Store, collection: Sequence[Adapter], calibration: Mapping[str, np.ndarray] | None = None
+) -> Store:
+    """All tasks fitted at once: at the store's quantizer step, or in its explicit form.
+
+    Args:
+      store: what was asked for.
+      collection: its tasks' adapters.
+      calibration: the second moments that it was made with, if it was.
+
+    Raises:
+      HydraOptError: the store was made with calibration, and none is given.
+    """
+    if is_calibrated(store) and calibration is None:
+        raise HydraOptError(
+            "the store was made with --calibration, which it does not hold: give it again, or compress again"
+        )
+    found = in_memory(collection)
+    if store.report["form"] == lossless.FORM:
+        return engine.compress(found, Options(budget=1.0), Memory())
+    if any(x.coded for x in store.segments):
+        options = options_of(store)._replace(calibration=calibration)
+        return engine.compress_at_step(found, options, Memory(), store.report["step"])
+    asked = store.report["options"]
+    form = explicit.form_of(asked)
+    tasks = len(collection)
+    # one head a task stays one head a task
+    every = asked["heads"] >= max(len(x.tasks) for x in store.segments)
+    heads = None if every else min(form.heads or tasks, tasks)
+    cores = form.cores and heads is not None and heads < tasks
+    form = form._replace(heads=heads, cores=cores)
+    return explicit.compress(
+        found, form, Memory(), dtype=asked["dtype"], extras_dtype=asked.get("extras_dtype")
+    )
+
+
+def originals(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter], tuple[str, ...]]:
+    """Each task's original where it is given; else what the store holds, and the names of those tasks."""
+    absent = tuple(t for t in store.tasks if t not in given)
+    return [given[t] if t in given else decode(store, t) for t in store.tasks], absent
+
+
+def estimate(
+    store: Store,
+    given: Mapping[str, Adapter],
+    task: str | None = None,
+    calibration: Mapping[str, np.ndarray] | None = None,
+) -> Refit:
+    """What a fit of all tasks at once would give at the bytes that the store has now; nothing is changed.
+
+    A coded store's tasks are compressed together to its bytes. A plain one's are fitted in its form.
+    """
+    collection, absent = originals(store, given)
+    if any(x.coded for x in store.segments):
+        bare = [x.replace(extras={}) for x in collection]
+        heads = sum(tensors_of(store, t).nbytes for t in store.tasks)
+        options = options_of(store)._replace(
+            budget=files.measure_size(store) - heads,
+            max_error=None,
+            max_task_error=None,
+            calibration=calibration,
+        )
+        fitted = engine.compress(in_memory(bare), options, Memory())
+    else:
+        fitted = refit(store, collection)
+    mean = float(np.nanmean(fitted.errors))
+    own = float("nan")
+    if task is not None:
+        own = float(task_errors(fitted.errors)[task_index(store.tasks, task)])
+    return Refit(mean, own, float(np.nanmean(store.errors)) > DUE * mean + 1e-12, absent)

@@ -1,0 +1,315 @@
+"""The verb that compresses a collection: compress."""
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from hydraopt_jax import calibration, compression, report
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.cli.common import (
+    as_json_option,
+    bytes_table,
+    clean,
+    describe,
+    error_table,
+    forms_table,
+    parse_weights,
+    read_all,
+    say,
+    split_name,
+    with_adapters,
+)
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.explicit.engine import check_dtype
+from hydraopt_jax.formats import check_same_base
+from hydraopt_jax.forms import Gradient, Hydra
+from hydraopt_jax.forms.asked import check_form
+from hydraopt_jax.jobs import estimate, headers, hosts, job, progress
+from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
+from hydraopt_jax.rate_control.options import Options, check_options
+from hydraopt_jax.store import Store, files
+
+# options of an explicit form, and what they are where they were not given
+FORM = {
+    "heads": None,
+    "rank": None,
+    "side": "auto",
+    "cores": False,
+    "solver": "closed",
+    "start": "closed",
+    "steps": 1000,
+    "dtype": None,
+}
+DEFAULT_NOTE = (
+    "no target was given: a quarter of the factors' fp16 bytes (--budget, --max-error or --form hydra say "
+    "otherwise)"
+)
+
+
+class Terminated(click.ClickException):
+    """The job was told to stop."""
+
+    exit_code = 143
+
+
+@contextlib.contextmanager
+def stoppable(path: Path) -> Iterator[None]:
+    """Turn SIGTERM into a clean end with a message."""
+
+    def stop(*_: Any) -> None:
+        raise Terminated(
+            f"stopped by SIGTERM; what is done is kept in {path}: run the same command again to go on"
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@click.command("compress")
+@click.argument("adapters", nargs=-1, required=True)
+@with_adapters
+@click.option("--out", required=True, type=click.Path(), help="the store: a new folder or .safetensors file")
+@click.option(
+    "--budget",
+    help="a fraction of the factors' fp16 bytes (0.125, 12.5%), bytes of all (3MB), or 1: lossless",
+)
+@click.option("--max-error", type=float, help="largest mean relative squared error")
+@click.option("--max-task-error", type=float, help="largest relative squared error of any task")
+@click.option("--weight", "weights", multiple=True, help="NAME=NUMBER, weight of a task's error")
+@click.option("--calibration", type=click.Path(), help="second moments of the modules' inputs, safetensors")
+@click.option("--alone", is_flag=True, help="under a budget or target: share nothing between tasks")
+@click.option("--form", type=click.Choice(["hydra"]), help="an explicit form, stored as plain factors")
+@click.option("--heads", type=int, help="hydra: K, heads per module; all tasks where not given")
+@click.option("--rank", type=int, help="hydra: S, width of the shared factor; the adapters' where not given")
+@click.option("--side", default="auto", help="hydra: which side is shared: in, out or auto")
+@click.option("--cores", is_flag=True, help="hydra: give each task an S x S core")
+@click.option("--solver", default="closed", help="hydra: closed or optax")
+@click.option("--start", default="closed", help="hydra: start of the optax solver: closed or mean")
+@click.option("--steps", type=int, default=1000, help="hydra: upper limit of Optax steps")
+@click.option("--dtype", help="hydra: float32, float16 or bfloat16; as it came where not given")
+@click.option(
+    "--extras-dtype",
+    help="dtype of full tensors (heads): float32, float16 or bfloat16; as they came where not given",
+)
+@click.option(
+    "--refine", type=click.IntRange(min=1), help="Optax steps with the rounding in the loop, after all"
+)
+@click.option("--no-zstd", is_flag=True, help="write plain factors without compression")
+@click.option("--overwrite", is_flag=True, help="replace an existing store")
+@click.option("--force", is_flag=True, help="keep a store that is larger than its input")
+@click.option("--skip-bad", is_flag=True, help="leave out adapters that cannot be read, and list them")
+@click.option("--dry-run", is_flag=True, help="say what memory, time and store it takes, and stop")
+@click.option("--coordinator", help="ADDRESS:PORT of process 0, or auto on TPU pods and SLURM")
+@click.option("--processes", type=int, help="with --coordinator: how many processes take part")
+@click.option("--process-id", type=int, help="with --coordinator: which process this is, from 0")
+@as_json_option
+def compress(adapters: Sequence[str], out: str, **given: Any) -> None:
+    """Compress ADAPTERS into one store: to a budget, to an error, or in a form that you choose.
+
+    Without any of these it takes a quarter of the factors' bytes.
+    """
+    path = Path(out).absolute()
+    files.check_target(path, given["overwrite"])
+    asked = asked_of(given, len(adapters))
+    alone = {"--skip-bad": "skip_bad", "--dry-run": "dry_run", "--coordinator": "coordinator"}
+    if given["refine"] is not None:
+        for name in (k for k, v in alone.items() if given[v]):
+            raise HydraOptError(
+                f"{name}: --refine holds the whole collection in memory; leave one of them out"
+            )
+        with job.alone(path):
+            refined(path, adapters, asked, given)
+        return
+    with stoppable(path):
+        streamed(path, adapters, asked, given)
+
+
+def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
+    """Keywords of `compression.compress` for what the command was given.
+
+    Raises:
+      HydraOptError: options that contradict each other.
+    """
+    targets = [k for k in ("budget", "max_error", "max_task_error") if given[k] is not None]
+    fixed = [k for k, v in FORM.items() if given[k] != v]
+    beside = [k for k in ("weights", "calibration", "alone") if given[k]]
+    if given["form"] is None and fixed:
+        raise HydraOptError(
+            f"--{fixed[0]}: a budget or a target chooses the form itself; give --form hydra, or leave it out"
+        )
+    if given["form"] is not None:
+        if targets or beside:
+            name = (targets + beside)[0].replace("_", "-").removesuffix("s")
+            raise HydraOptError(f"--{name}: --form hydra is a form of its own; leave one of them out")
+        return form_of(given, tasks)
+    options = Options(
+        budget=None if given["budget"] is None else parse_budget(given["budget"]),
+        max_error=given["max_error"],
+        max_task_error=given["max_task_error"],
+        weights=parse_weights(given["weights"]),
+        calibration=None if given["calibration"] is None else calibration.load(given["calibration"]),
+        share=not given["alone"],
+        extras_dtype=given["extras_dtype"],
+    )
+    if not targets:
+        options = options._replace(budget=compression.DEFAULT_BUDGET)
+    options = check_options(options)
+    if given["refine"] and keeps_all(options.budget):  # type: ignore[arg-type]
+        raise HydraOptError("--refine: a budget of 1 or more keeps the adapters as they are: leave one out")
+    return options._asdict()
+
+
+def form_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
+    """As `asked_of`, of an explicit form."""
+    idle = {"start": "closed", "steps": 1000}
+    if given["solver"] not in ("closed", "optax"):
+        raise HydraOptError(f"solver = {given['solver']!r}: must be one of closed, optax")
+    for name in (k for k, v in idle.items() if given["solver"] == "closed" and given[k] != v):
+        raise HydraOptError(
+            f"{name} = {given[name]!r}: does nothing with solver = 'closed': give solver = 'optax', or leave "
+            "it out"
+        )
+    solver = None if given["solver"] == "closed" else Gradient(None, given["start"], given["steps"])
+    form = Hydra(given["heads"], given["rank"], given["side"], given["cores"], solver)
+    check_form(form, tasks)
+    check_dtype(given["dtype"])
+    return {"form": form, "dtype": given["dtype"], "extras_dtype": given["extras_dtype"]}
+
+
+def as_text(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for as JSON has it: what a job must agree in to go on."""
+    moments = asked.get("calibration")
+    known = None if moments is None else calibration.digest(moments)
+    return {**{k: v for k, v in asked.items() if k != "calibration"}, "calibration": known}
+
+
+def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Compress what need not fit in memory, and print; only the plan with `--dry-run`."""
+    as_json = given["as_json"]
+    sources = [split_name(x) for x in adapters]
+    who = hosts.join(given["coordinator"], given["processes"], given["process_id"])
+    with job.alone(path, who.rank):
+        who.wait("alone")
+        with report.progress("checking", len(sources), not as_json and who.rank == 0) as advance:
+            found, bad = headers.look(
+                sources, job.job_folder(path), skip_bad=given["skip_bad"], processes=who, advance=advance
+            )
+        named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
+        check_same_base(named, any_base=given["any_base"], base_suffixes=tuple(given["base_suffix"]))
+        if given["dry_run"]:
+            show_plan(path, found, asked, bad, as_json)
+            job.clear_if_empty(path)
+            return
+        store = job.run(
+            path,
+            found,
+            functools.partial(compression.compress, **asked),
+            as_text(asked),
+            overwrite=given["overwrite"],
+            limit=None if given["force"] else found.size,
+            zstd=not given["no_zstd"],
+            processes=who,
+            left_out=bad,
+            progress=progress.to_stderr(),
+        )
+    if store is not None:
+        show_store(path, store, found.size, given)
+
+
+def refined(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Compress in memory, refine, save and print."""
+    from hydraopt_jax import refinement
+
+    as_json, steps = given["as_json"], given["refine"]
+    collection = read_all(adapters, given["any_base"], given["base_suffix"], as_json)
+    store = compression.compress(collection, **asked)
+    moments = asked.get("calibration")
+    with report.progress("refining", steps, not as_json) as advance:
+        store, found = refinement.refine(
+            store, collection, calibration=moments, steps=steps, progress=lambda loss: advance(1)
+        )
+    before = sum(files.size_on_disk(x.source) for x in collection)
+    limit = None if given["force"] else before
+    files.save(path, store, overwrite=given["overwrite"], zstd=not given["no_zstd"], limit=limit)
+    gained = {"refinement": clean({"before": found.before, "after": found.after, "steps": steps})}
+    loss = "output error" if moments is not None else "error of delta"
+    note = f"refined: {loss} {found.before:.4e} before, {found.after:.4e} after {steps} steps"
+    show_store(path, files.open(path), before, given, gained, [note])
+
+
+def show_store(
+    path: Path,
+    store: Store,
+    before: int,
+    given: Mapping[str, Any],
+    gained: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Print what a store that was just written is."""
+    after = files.size_on_disk(path)
+    payload = describe(given.get("out", str(path)), store) | dict(gained or {})
+    payload |= {"store": str(path), "bytes_before": before, "bytes_after": after}
+    payload["ratio"] = clean(after / before)
+    parts = payload["bytes_of"] = files.account(path, store)._asdict()
+    table = Table("on disk", "before", "after", "ratio", title=str(path))
+    table.add_row(
+        "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
+    )
+    chosen: list[Any] = [forms_table(store)] if "forms" in store.report else []
+    left = [f"left out: {x}: {why}" for x, why in store.report.get("left_out", {}).items()]
+    if "factor_bytes" in payload:
+        size = payload["factor_bytes"]
+        share = size / (2 * store.report["entries"])
+        left.insert(0, f"as they came: {size:,} bytes of factors, {share:.3f} of their fp16 bytes")
+    if all(given[k] is None for k in ("budget", "max_error", "max_task_error", "form")):
+        left.append(DEFAULT_NOTE)
+    say(
+        given["as_json"],
+        payload,
+        table,
+        bytes_table(parts, store),
+        *chosen,
+        *notes,
+        *left,
+        error_table(store),
+    )
+
+
+def show_plan(
+    path: Path, found: Any, asked: Mapping[str, Any], bad: Mapping[str, str], as_json: bool
+) -> None:
+    """Print what a job will take."""
+    if "form" in asked:
+        plan = estimate.estimate(found, asked["form"], asked["dtype"])
+    else:
+        plan = estimate.estimate_coded(found, Options(**asked))
+    table = Table("estimate", "", title=f"{path}: not written")
+    for name, value in (
+        ("input", report.format_bytes(found.size)),
+        ("read", report.format_bytes(plan.read)),
+        ("store, before zstd", report.format_bytes(plan.store)),
+        ("memory beside Python and JAX", report.format_bytes(plan.memory)),
+        ("floating-point operations", f"{plan.flops:.2e}"),
+        ("time", f"{plan.time_class}, about {plan.seconds:.2g} s on one such machine"),
+        ("groups of modules", str(plan.groups)),
+        *(("left out", f"{x}: {why}") for x, why in bad.items()),
+    ):
+        table.add_row(name, value)
+    say(
+        as_json,
+        {"plan": clean(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)},
+        table,
+    )

@@ -1,0 +1,172 @@
+"""The engine of explicit forms: group after group, each kept as a plain segment as soon as it is done."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax import devices
+from hydraopt_jax.adapters import Bucket
+from hydraopt_jax.collection import Collection
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.explicit import fitting, streaming
+from hydraopt_jax.explicit.groups import GROUP_BYTES, Block, Group, blocks, groups_of, streams
+from hydraopt_jax.forms import Gradient, Hydra
+from hydraopt_jax.forms.asked import check_form
+from hydraopt_jax.rate_control.engine import full_tensors, kept_note, kept_segment
+from hydraopt_jax.rate_control.work import Place, Processes, Progress
+from hydraopt_jax.static import Static
+from hydraopt_jax.store import plain, tensors
+from hydraopt_jax.store.store import Segment, Store, make_segment
+from hydraopt_jax.store.tensors import DTYPES, Tensors
+
+# bytes of plain segments that are put into one in the end: each costs some hundred bytes on disk
+TOGETHER = 1 << 25
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse what is no stored dtype."""
+    if dtype is not None and dtype not in DTYPES:
+        raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+
+
+def asked(form: Hydra, tasks: int, dtype: str, extras_dtype: str | None) -> dict[str, Any]:
+    """What was asked for, JSON-able."""
+    solver = form.solver
+    said: dict[str, Any] = {k: v for k, v in form._asdict().items() if k != "solver"}
+    said |= {"heads": form.heads or tasks, "solver": "closed" if solver is None else "optax"}
+    said |= {} if solver is None else {"start": solver.start, "steps": solver.steps}
+    return said | {"dtype": dtype, "extras_dtype": extras_dtype}
+
+
+def form_of(options: Mapping[str, Any]) -> Hydra:
+    """The form that `asked` describes; an optimizer is the default one."""
+    solver = None
+    if options["solver"] == "optax":
+        solver = Gradient(None, options["start"], options["steps"])
+    return Hydra(options["heads"], options["rank"], options["side"], options["cores"], solver)
+
+
+def compress(
+    found: Collection,
+    form: Hydra,
+    place: Place,
+    *,
+    dtype: str | None = None,
+    extras_dtype: str | None = None,
+    left_out: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+    group_bytes: int = GROUP_BYTES,
+) -> Store:
+    """Compress a collection in an explicit form.
+
+    Args:
+      found: the collection.
+      form: what is shared, and how it is fitted.
+      place: where segments are kept; those that it has already are not made again.
+      dtype: of the stored factors; None for the widest that came in.
+      extras_dtype: full tensors that are wider are rounded to it; None keeps them.
+      left_out: adapters that were not taken, with the reason, for the report.
+      progress: what to tell while at work.
+      processes: who takes part; all return the same store.
+      group_bytes: factors, as they are on disk, that are read and solved together.
+
+    Returns:
+      Store with the achieved relative squared error of every module and task, measured on the rounded
+      factors, and the bound of the form in `report`.
+
+    Raises:
+      HydraOptError: a bad form, or values that overflow the dtype.
+
+    Reference: Ceritli et al., HydraOpt, arXiv 2507.17706, 2025.
+    """
+    progress, processes = progress or Progress(), processes or Processes()
+    tasks = len(found.cards)
+    check_form(form, tasks)
+    check_dtype(dtype)
+    tensors.check_dtype(extras_dtype)
+    kind = dtype or found.dtype
+    groups = groups_of(found, form, group_bytes)
+    heads, carried = full_tensors(found, extras_dtype, place, processes, apart=len(groups) > 1)
+    mine = range(processes.rank, len(groups), processes.size)
+    todo = {n: groups[n] for n in mine if place.note(f"group-{n}") is None}
+    modules = sum(len(groups[n].modules) for n in mine)
+    progress.start(modules, modules - sum(len(x.modules) for x in todo.values()))
+    work(found, todo, form, kind, place, progress)
+    processes.wait("worked")
+    notes = [kept_note(place, f"group-{n}") for n in range(len(groups))]
+    segments = [kept_segment(place, f"group-{n}") for n in range(len(groups))]
+    bounds = {name: x for note in notes for name, x in note["bound"].items()}
+    report = {
+        "form": "hydra",
+        "options": asked(form, tasks, kind, extras_dtype),
+        "entries": found.entries(),
+        "bound": {name: float(f"{bounds[name]:.6g}") for name in found.shapes if name in bounds},
+    }
+    if left_out:
+        report["left_out"] = dict(left_out)
+    if carried:
+        segments = [with_tensors(segments[0], carried)]
+    return bundled(Store((*segments, *heads), found.tasks, found.sources, Static(report)), list(found.shapes))
+
+
+def with_tensors(segment: Segment, carried: list[Tensors]) -> Segment:
+    """A segment of all tasks with their full tensors beside the factors."""
+    leaves = {f"tensors_{k}": np.frombuffer(x.blob, np.uint8) for k, x in enumerate(carried) if x.nbytes}
+    return segment.replace(leaves={**segment.leaves, **leaves}, tensors=tuple(x.table for x in carried))
+
+
+def bundled(store: Store, order: list[str]) -> Store:
+    """The store with its plain segments in one, where they are small, and modules in the order given."""
+    few = [x for x in store.segments if x.modules]
+    sizes = [np.size(v) for x in few for v in x.leaves.values()]
+    if len(few) < 2 or sum(sizes) > TOGETHER:
+        return store
+    terms = {}
+    errors = {}
+    for x in few:
+        terms |= plain.unpack(x.modules, x.leaves, range(len(x.tasks)))
+        table = x.error_table()
+        assert table is not None
+        errors |= dict(zip(x.modules, table, strict=True))
+    schema, leaves = plain.pack({n: terms[n] for n in order if n in terms})
+    # a table of errors is its rounded roots already
+    segment = make_segment(store.tasks, schema, leaves, np.stack([errors[n] for n in schema]))
+    rest = [x for x in store.segments if not x.modules]
+    return store.replace(segments=(segment, *rest))
+
+
+def solve_whole(group: Group, block: Block, form: Hydra, dtype: str) -> dict[str, streaming.Solved]:
+    """Any form, with all tasks of the group at once."""
+    count = len(group.modules)
+    a = block.a[:count].astype(np.float32).swapaxes(2, 3)
+    b = block.b[:count].astype(np.float32).swapaxes(2, 3) * block.scale[:count, :, None, None]
+    return fitting.fit_modules(Bucket(group.modules, a, b, block.ranks[:count]), form, dtype)
+
+
+def work(
+    found: Collection, todo: Mapping[int, Group], form: Hydra, dtype: str, place: Place, progress: Progress
+) -> None:
+    """Solve groups and keep each as soon as it is done."""
+    tasks = len(found.cards)
+    passes = 2 if streams(form, tasks) else 1
+    numbers = iter(todo)
+    stream: Iterator[Any] = blocks(found, list(todo.values()), passes, progress.read)
+    with contextlib.closing(stream) as coming:  # type: ignore[type-var]
+        for group, parts in coming:
+            name = f"group-{next(numbers)}"
+            file = place.scratch / f"{name}.bin"
+            if passes == 2:
+                grid = devices.make(group.room)
+                solved = streaming.solve(file, group, parts, tasks, form, dtype, grid)
+            else:
+                solved = solve_whole(group, next(parts), form, dtype)
+            schema, leaves = plain.pack({n: (x[0],) for n, x in solved.items()})
+            errors = np.stack([solved[n][1] for n in schema])
+            place.keep(name, make_segment(found.tasks, schema, leaves, errors))
+            place.keep_note(name, {"bound": {n: x[2] for n, x in solved.items()}})
+            file.unlink(missing_ok=True)
+            del parts
+            progress.step(len(group.modules))

@@ -1,0 +1,159 @@
+"""Modules of one shape fitted, rounded to the stored dtype, and measured: the mathematics is in `forms`."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+
+from hydraopt_jax import forms
+from hydraopt_jax.adapters import Bucket
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import Factors, Gradient, Hydra, Info, gradient, losses
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.linalg.decompose import Svd
+from hydraopt_jax.rate_control.errors_of import relative
+
+# modules solved in one call: bounds memory, keeps the progress bar moving
+CHUNK = 24
+# relative error below which the expanded square, whose round-off is about 1e-6, is not exact enough
+EXPANSION_FLOOR = 1e-3
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "rank", "side", "cores"))
+def fit_closed(deltas: Svd, *, heads: int, rank: int, side: str, cores: bool) -> Any:
+    """`forms.hydra` for modules of one shape, decompositions of `[M, T]` deltas."""
+    solve = functools.partial(forms.hydra, heads=heads, rank=rank, side=side, cores=cores)
+    return jax.vmap(solve)(deltas)
+
+
+def fit_optax(a: jax.Array, b: jax.Array, deltas: Svd, solver: Gradient, **form: Any) -> tuple[Factors, Info]:
+    """`gradient.hydra` for modules of one shape, vmapped and jitted."""
+
+    def solve(a: jax.Array, b: jax.Array, deltas: Svd) -> tuple[Factors, Info]:
+        return gradient.hydra(
+            a,
+            b,
+            deltas,
+            start=solver.start,
+            optimizer=solver.optimizer,
+            steps=solver.steps,
+            **form,
+        )
+
+    return jax.jit(jax.vmap(solve))(a, b, deltas)
+
+
+def entries(tasks: int, heads: int, rank: int, shape: tuple[int, int], side: str) -> int:
+    """Numbers kept of one module: S (I + K O), or S (O + K I) with the output side shared."""
+    inputs, outputs = shape if side == "in" else shape[::-1]
+    return min(rank, inputs) * (inputs + heads * outputs)
+
+
+def rank_at(cost: int, tasks: int, heads: int, shape: tuple[int, int], side: str) -> int:
+    """The largest rank whose entries do not exceed `cost`, at least 1."""
+    return max(cost // entries(tasks, heads, 1, shape, side), 1)
+
+
+def fit(a: jax.Array, b: jax.Array, asked: Hydra, heads: int, rank: int) -> list[tuple[Factors, Info]]:
+    """Solve modules of one shape; with side "auto" both sides compete module by module at equal entries."""
+    shape, tasks = (a.shape[2], b.shape[3]), a.shape[1]
+    deltas = decompose.batched_svd(a, b)
+    solutions = []
+    costs = {side: entries(tasks, heads, rank, shape, side) for side in ("in", "out")}
+    for side in ("in", "out") if asked.side == "auto" else (asked.side,):
+        width = rank
+        if asked.side == "auto":
+            width = min(rank_at(min(costs.values()), tasks, heads, shape, side), rank)
+        form: dict[str, Any] = {"heads": heads, "rank": width, "side": side, "cores": asked.cores}
+        if asked.solver is None:
+            found = fit_closed(deltas, **form)
+        else:
+            found = fit_optax(a, b, deltas, asked.solver, **form)
+        solutions.append(jax.device_get(found))
+    losses = np.array([(info.weights * info.error).sum(-1) for _, info in solutions])
+    return [
+        jax.tree.map(lambda x, m=m: x[m], solutions[best]) for m, best in enumerate(losses.argmin(0).tolist())
+    ]
+
+
+def prune(factors: Factors) -> Factors:
+    """Drop the factors no task uses, and number the others anew."""
+    keep_a, a_of = np.unique(factors.a_of[factors.a_of >= 0], return_inverse=True)
+    keep_b, b_of = np.unique(factors.b_of[factors.b_of >= 0], return_inverse=True)
+    new_a, new_b = np.full_like(factors.a_of, -1), np.full_like(factors.b_of, -1)
+    new_a[factors.a_of >= 0], new_b[factors.b_of >= 0] = a_of, b_of
+    return Factors(factors.a[keep_a], factors.b[keep_b], new_a, new_b, factors.core)  # type: ignore[arg-type]
+
+
+def scale(factors: Factors) -> Factors:
+    """Balance the shared factor against the heads, so that half precision loses neither."""
+    a, b = factors.a, factors.b
+    na = np.sqrt(np.mean(np.sum(a**2, 1), 0))
+    nb = np.sqrt(np.mean(np.sum(b**2, 2), 0))
+    root = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
+    if factors.core is not None:
+        return factors
+    return factors._replace(a=a * root, b=b / root[:, None])
+
+
+def cast(factors: Factors, dtype: str, module: str) -> Factors:
+    """Round to the stored dtype; an overflow is an error that names the module."""
+    with np.errstate(over="ignore"):
+        out = [
+            None if x is None else np.asarray(x).astype(dtype) for x in (factors.a, factors.b, factors.core)
+        ]
+    for x in out:
+        if x is not None and not np.isfinite(x.astype(np.float32)).all():
+            raise HydraOptError(f"{module}: values overflow {dtype}; give --dtype bfloat16 or float32")
+    return Factors(out[0], out[1], factors.a_of, factors.b_of, out[2])  # type: ignore[arg-type]
+
+
+expanded = jax.jit(jax.vmap(losses.squared_errors))
+exact = jax.jit(decompose.residual_energy)
+
+
+def squared_errors(
+    a: jax.Array, b: jax.Array, a_hat: jax.Array, b_hat: jax.Array, energy: np.ndarray
+) -> np.ndarray:
+    """Squared errors `[M, T]` of stored factors: by expansion, or by QR where its round-off would show."""
+    error = np.asarray(expanded(a, b, a_hat, b_hat))
+    if (error >= EXPANSION_FLOOR * energy).all():
+        return error
+    return np.asarray(exact(a, b, a_hat, b_hat))
+
+
+def stacked(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+    """`forms.pair` on the host: `[T, I, S]` and `[T, S, O]` in float32, core folded in."""
+    a = np.asarray(factors.a, np.float32)[np.maximum(factors.a_of, 0)]
+    b = np.asarray(factors.b, np.float32)[np.maximum(factors.b_of, 0)]
+    if factors.core is not None:
+        b = np.asarray(factors.core, np.float32) @ b
+    return a, b * (np.asarray(factors.b_of) >= 0)[:, None, None]
+
+
+def fit_modules(bucket: Bucket, asked: Hydra, dtype: str) -> dict[str, tuple[Factors, np.ndarray, float]]:
+    """Fit, round and measure the modules of a bucket: module -> (factors, relative errors `[T]`, bound)."""
+    a, b = jnp.asarray(bucket.a), jnp.asarray(bucket.b)
+    tasks = a.shape[1]
+    heads, rank = asked.heads or tasks, asked.rank or a.shape[3]
+    out = {}
+    rows = []
+    for name, (factors, info) in zip(bucket.modules, fit(a, b, asked, heads, rank), strict=True):
+        kept = cast(scale(prune(factors)), dtype, name)
+        rows.append((name, kept, info))
+    widths = [x.a.shape[2] for _, x, _ in rows]
+    left = np.zeros((*a.shape[:3], max(widths)), np.float32)
+    right = np.zeros((*b.shape[:2], max(widths), b.shape[3]), np.float32)
+    for m, (_, kept, _) in enumerate(rows):
+        left[m, :, :, : widths[m]], right[m, :, : widths[m]] = stacked(kept)
+    energy = np.stack([info.energy for _, _, info in rows])
+    error = squared_errors(a, b, jnp.asarray(left), jnp.asarray(right), energy)
+    for m, (name, kept, info) in enumerate(rows):
+        absent = bucket.ranks[m] == 0
+        errors = np.where(absent, np.nan, relative(error[m], np.asarray(info.energy)))
+        present = max(int((info.energy > 0).sum()), 1)
+        out[name] = kept, errors, float(info.bound) / present
+    return out

@@ -1,0 +1,160 @@
+"""Groups: the modules of one shape that are read and solved together, and how they come from the files."""
+
+import math
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.collection import Collection
+from hydraopt_jax.devices import even
+from hydraopt_jax.explicit.fitting import CHUNK
+from hydraopt_jax.forms import Hydra
+
+# factors, as their files have them, of the modules that are solved together; the next ones are read meanwhile
+GROUP_BYTES = 1 << 26
+READERS = 2
+
+
+class Group(NamedTuple):
+    """Modules of one shape that are solved together.
+
+    Attributes:
+      modules: names.
+      room: modules that the arrays have room for, the same in all groups of a shape, for one compilation.
+      shape: (I, O).
+      rank: the largest rank R of the shape.
+      spans: consecutive tasks that are read together.
+    """
+
+    modules: tuple[str, ...]
+    room: int
+    shape: tuple[int, int]
+    rank: int
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Tasks of the longest span."""
+        return max(b - a for a, b in self.spans)
+
+
+class Block(NamedTuple):
+    """Factors of a group's modules for some tasks, as their files have them.
+
+    Attributes:
+      a: `[M, T, R, I]`, zero beyond a task's own rank.
+      b: `[M, T, O, R]`.
+      scale: `[M, T]` float32, 0 where a task lacks the module.
+      ranks: `[M, T]`.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: np.ndarray
+    ranks: np.ndarray
+
+
+def applied(tasks: int, rank: int, size: int) -> bool:
+    """Whether a side's sum is applied from the factors of all tasks: where it is larger than they are."""
+    return tasks * rank < size
+
+
+def streams(form: Hydra, tasks: int) -> bool:
+    """Whether a form is solved in passes over the tasks; others need all tasks of a module at once."""
+    return form.solver is None and form.heads in (None, tasks) and tasks > 1
+
+
+def groups_of(found: Collection, form: Hydra, limit: int = GROUP_BYTES) -> list[Group]:
+    """Divide a collection's modules into groups of about `limit` bytes."""
+    tasks = len(found.cards)
+    size = np.dtype(host_dtype(found)).itemsize
+    shapes: dict[tuple[int, int], list[str]] = {}
+    for name, shape in found.shapes.items():
+        shapes.setdefault(shape, []).append(name)
+    out = []
+    for shape, names in shapes.items():
+        rank = max(max(found.rank(m, t) for t in range(tasks)) for m in names)
+        module = size * tasks * rank * sum(shape)
+        room = min(max(limit // module, 1), CHUNK, len(names))
+        room = even(len(names), room)
+        whole = not streams(form, tasks) or any(applied(tasks, rank, n) for n in shape)
+        length = tasks if whole else min(tasks, max(limit * tasks // module, 1))
+        spans = tuple((t, min(t + length, tasks)) for t in range(0, tasks, length))
+        for at in range(0, len(names), room):
+            out.append(Group(tuple(names[at : at + room]), room, shape, rank, spans))
+    return out
+
+
+def host_dtype(found: Collection) -> str:
+    """Dtype of the arrays that files are read into: the adapters' own if it is one for all."""
+    kinds = {x.dtype for x in found.cards}
+    return kinds.pop() if len(kinds) == 1 and kinds <= {"float16", "bfloat16"} else "float32"
+
+
+def zeros(shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """An array of zeros that begins on a page: a CPU's JAX then takes contiguous parts of it as they are."""
+    dtype = np.dtype(kind)
+    pages = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # one page fault instead of five hundred
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
+
+
+def fill(found: Collection, group: Group, span: tuple[int, int], read: Callable[[int], None]) -> Block:
+    """Read a block."""
+    tasks, (inputs, outputs) = range(*span), group.shape
+    kind = host_dtype(found)
+    a = zeros((group.room, len(tasks), group.rank, inputs), kind)
+    b = zeros((group.room, len(tasks), outputs, group.rank), kind)
+    scale = np.zeros((group.room, len(tasks)), np.float32)
+    ranks = np.zeros((group.room, len(tasks)), int)
+
+    def one(t: int) -> None:
+        at = t - span[0]
+        here = [m for m, name in enumerate(group.modules) if found.rank(name, t)]
+        rows = found.read(t, [group.modules[m] for m in here])
+        for m, (low, high, factor) in zip(here, rows, strict=True):
+            rank = len(low)
+            a[m, at, :rank], b[m, at, :, :rank] = low, high
+            scale[m, at], ranks[m, at] = factor, rank
+        read(sum(low.nbytes + high.nbytes for low, high, _ in rows))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(one, tasks))
+    return Block(a, b, scale, ranks)
+
+
+def blocks(
+    found: Collection, groups: Sequence[Group], passes: int, read: Callable[[int], None]
+) -> Iterator[tuple[Group, Iterator[Block]]]:
+    """Every group with its blocks, the next one always being read; spans are read again for each pass, a
+    single one once."""
+    requests = [
+        (group, span) for group in groups for span in group.spans * (passes if len(group.spans) > 1 else 1)
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        coming = iter(requests)
+        pending: list[Future[Block]] = []
+
+        def fetch() -> None:
+            request = next(coming, None)
+            if request is not None:
+                pending.append(pool.submit(fill, found, *request, read))
+
+        def take() -> Block:
+            block = pending.pop(0).result()
+            fetch()
+            return block
+
+        fetch()
+        for group in groups:
+            if len(group.spans) == 1:
+                block = take()
+                yield group, iter([block] * passes)
+                del block
+            else:
+                yield group, (take() for _ in range(passes * len(group.spans)))

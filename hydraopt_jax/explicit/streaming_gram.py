@@ -1,0 +1,384 @@
+"""HydraOpt's form with a head a task, in two passes over the tasks: sums first, heads second.
+
+With `G = sum_t w_t delta_t delta_t.T` the shared factor is G's S leading eigenvectors and the heads are the
+projections (`forms.hydra`). Here no pass holds more than a few tasks on the device: G is added up over chunks
+of tasks, so T is unbounded; where T R < I, G is never formed: with `G = W.T W` and fewer rows in W than
+columns, the eigenvectors come from `W W.T`. Both
+sides look alike in the layout `a: [T, R, I]`, `b: [T, R, O]` of `delta = a.T @ b`, so that one side's
+code is the other's. On a mesh modules and tasks are sharded; the sums over tasks are then a `psum`.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from hydraopt_jax.devices import MODULES, TASKS, even
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.linalg.decompose import matmul
+
+# up to this size an eigenproblem is solved outright
+DIRECT = 256
+# about so many rows has a strip of a sum
+STRIP = 1024
+# change of the captured share of the energy at which iterating stops, and the most rounds
+TOLERANCE = 1e-5
+ROUNDS = 60
+
+# share of the energy below which what a basis leaves of a factor is formed, not found by a difference: the
+# difference is then right to about 1e-5
+NEAR = 1e-2
+
+BOTH = P(MODULES, TASKS)
+LOCAL = P(MODULES)
+
+
+class Basis(NamedTuple):
+    """Leading directions of G.
+
+    Attributes:
+      vectors: `[M, n, S]`, orthonormal columns.
+      values: `[M, S]` eigenvalues, descending.
+    """
+
+    vectors: Array
+    values: Array
+
+
+def load(a: Array, b: Array, scale: Array) -> tuple[Array, Array]:
+    """Factors as their files have them, `[..., R, I]` and `[..., O, R]`; `a` and scaled `b.T` in float32."""
+    return a.astype(jnp.float32), b.astype(jnp.float32).mT * scale[..., None, None]
+
+
+def flat(x: Array) -> Array:
+    """Tasks and ranks as one axis: `[M, T, R, n] -> [M, T R, n]`."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class Grams(NamedTuple):
+    """Gram matrices of a chunk's factors, which tell the energies and most of what errors need.
+
+    Attributes:
+      a: `[M, T, R, R]`, of the rows of `a`.
+      b: `[M, T, R, R]`, of the rows of the scaled `b.T`.
+    """
+
+    a: Array
+    b: Array
+
+    @property
+    def energy(self) -> Array:
+        """Squared norms of the deltas, `[M, T]`."""
+        return (self.a * self.b).sum((-2, -1))
+
+    def of(self, side: str) -> tuple[Array, Array]:
+        """Of the shared side's factor and of the other one."""
+        return (self.a, self.b) if side == "in" else (self.b, self.a)
+
+
+# the upper triangle of a symmetric sum in strips of rows, `[M, D, end - at, n - at]`, each from its diagonal
+# block on; D devices share the tasks
+Sum = tuple[Array, ...]
+
+
+def rows_of_strips(size: int) -> list[tuple[int, int]]:
+    """Where the strips of a sum begin and end: two or more, which save a fourth of the products or more.
+
+    >>> rows_of_strips(896)
+    [(0, 448), (448, 896)]
+    """
+    count = max(2, size // STRIP)
+    return list(itertools.pairwise(size * k // count for k in range(count + 1)))
+
+
+def entries_of_strips(size: int) -> int:
+    """Numbers that the strips of a sum hold.
+
+    >>> entries_of_strips(896) / 896**2
+    0.75
+    """
+    return sum((end - at) * (size - at) for at, end in rows_of_strips(size))
+
+
+def multiply(strips: Sum, q: Array) -> Array:
+    """Product of a sum, whose strips lack the leading axes here, with `[n, P]`; the whole is never formed."""
+    spans = rows_of_strips(len(q))
+    out = [matmul(strip, q[at:]) for strip, (at, _) in zip(strips, spans, strict=True)]
+    # what is below a strip's diagonal block is what is to the right of it
+    right = jnp.zeros((q.shape[1], len(q)), jnp.float32)
+    for strip, (at, end) in zip(strips[:-1], spans[:-1], strict=True):
+        # of the whole strip: a slice of it would be a copy
+        right = right.at[:, end:].add(matmul(q[at:end].T, strip)[:, end - at :])
+    return jnp.concatenate(out) + right.T
+
+
+def bits(factor: np.ndarray) -> np.ndarray:
+    """Halves as integers: to slice halves, XLA on a CPU turns the whole array into float32."""
+    return factor.view(np.uint16) if factor.dtype.itemsize == 2 else factor
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "sides", "dtype", "size"), donate_argnums=0)
+def accumulate(
+    sums: tuple[Sum, ...],
+    a: Array,
+    b: Array,
+    scale: Array,
+    *,
+    mesh: Mesh,
+    sides: tuple[str, ...],
+    dtype: str,
+    size: int,
+) -> tuple[tuple[Sum, ...], Grams]:
+    """Add tasks to the sums, piece by piece: intermediate results of all pieces share one place in memory.
+
+    Args:
+      sums: one a side, each device adding up its own tasks.
+      a, b, scale: as the files have them, `[M, T, R, I]`, `[M, T, O, R]`, `[M, T]`; `bits` of a and b.
+      mesh: where they lie.
+      sides: "in", "out" or both.
+      dtype: of a and b.
+      size: the most tasks of a piece on a device.
+
+    Returns:
+      The sums, and the tasks' Gram matrices.
+    """
+
+    def local(sums: tuple[Sum, ...], a: Array, b: Array, scale: Array) -> tuple[tuple[Sum, ...], Grams]:
+        tasks, rank = a.shape[1:3]
+        length = even(tasks, size)
+
+        def step(k: Array, state: tuple[tuple[Sum, ...], Grams]) -> tuple[tuple[Sum, ...], Grams]:
+            sums, grams = state
+            # the last piece reaches back to be as long as the others
+            at = jnp.minimum(k * length, tasks - length)
+            one, two, factor = (jax.lax.dynamic_slice_in_dim(x, at, length, 1) for x in (a, b, scale))
+            one, two = (jax.lax.bitcast_convert_type(x, jnp.dtype(dtype)) for x in (one, two))
+            low, high = load(one, two, factor)
+            own = Grams(matmul(low, low.mT), matmul(high, high.mT))
+            new = at + jnp.arange(length) >= k * length
+            weights = jnp.where(new, decompose.task_weights(own.energy), 0)[..., None, None]
+            out = []
+            for side, total in zip(sides, sums, strict=True):
+                x = low if side == "in" else high
+                heavy = flat(matmul(own.of(side)[1] * weights, x))
+                rows, strips = flat(x).mT, []
+                # nothing, but known only when the strip before is done: else the products of all strips are
+                # held at once
+                nothing = jnp.zeros((1, 1, 1))
+                for strip, (begin, end) in zip(total, rows_of_strips(x.shape[-1]), strict=True):
+                    product = matmul(rows[:, begin:end] + nothing, heavy[:, :, begin:])
+                    strips.append(strip + product[:, None])
+                    nothing = 0 * strips[-1][:, 0, :1, :1]
+                out.append(tuple(strips))
+            put = lambda every, x: jax.lax.dynamic_update_slice_in_dim(every, x, at, 1)  # noqa: E731
+            return tuple(out), jax.tree.map(put, grams, own)
+
+        blank = jnp.zeros((*scale.shape, rank, rank))
+        return jax.lax.fori_loop(0, -(-tasks // length), step, (sums, Grams(blank, blank)))
+
+    specs = (BOTH, BOTH, BOTH, BOTH)
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(BOTH, BOTH), check_vma=False)
+    return run(sums, a, b, scale)
+
+
+def leading(apply: Callable[[Array], Array], size: int, columns: int, rank: int, trace: Array) -> Basis:
+    """Leading eigenpairs of a positive semi-definite `[size, size]` matrix given by its products.
+
+    Block subspace iteration with Rayleigh-Ritz values (Halko, Martinsson and Tropp, arXiv 0909.4061), two
+    products a round, until the share of the trace that is captured rests. Exact in one round where the block
+    is as wide as the matrix's range.
+
+    Args:
+      apply: `[size, P] -> [size, P]`.
+      size: n.
+      columns: width of the factor that the matrix is made of: no rank is higher.
+      rank: S.
+      trace: of the matrix.
+    """
+    reach = min(size, columns)
+    width = reach if reach <= DIRECT else min(reach, rank + max(rank, 8))
+    start = decompose.orthonormal(jax.random.normal(jax.random.key(0), (size, width)))
+
+    def ritz(q: Array) -> tuple[Array, Array, Array]:
+        product = apply(q)
+        vectors, values = decompose.top_eigenvectors(matmul(q.mT, product), min(rank, width))
+        return product, vectors, values[: min(rank, width)]
+
+    def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        q, _, now, k = state
+        product, _, values = ritz(q)
+        return decompose.orthonormal(apply(product)), now, values.sum(), k + 1
+
+    def open_(state: tuple[Array, Array, Array, Array]) -> Array:
+        _, before, now, k = state
+        return (k < 2) | ((k < ROUNDS) & (now - before > TOLERANCE * trace))
+
+    # one product finds the range of a matrix no wider than the block; the loop is for the others
+    q = decompose.orthonormal(apply(start))
+    if width < reach:
+        zero = jnp.zeros_like(trace)
+        q, *_ = jax.lax.while_loop(open_, step, (q, zero - 1, zero, jnp.zeros((), jnp.int32)))
+    _, vectors, values = ritz(q)
+    return Basis(matmul(q, vectors), values)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "rank", "columns"))
+def of_sum(total: Sum, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> Basis:
+    """Leading directions of an accumulated sum; `trace` is `[M]`."""
+
+    def local(total: Sum, trace: Array) -> Basis:
+        own = tuple(x[:, 0] for x in total)
+        # a sum over one device is a copy all the same
+        whole = own if mesh.shape[TASKS] == 1 else jax.lax.psum(own, TASKS)
+        size = whole[0].shape[-1]
+        solve = lambda g, t: leading(lambda q: multiply(g, q), size, columns, rank, t)  # noqa: E731
+        return jax.vmap(solve)(whole, trace)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(BOTH, LOCAL), out_specs=LOCAL, check_vma=False)(
+        total, trace
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "rank", "side"))
+def of_factors(a: Array, b: Array, scale: Array, *, mesh: Mesh, rank: int, side: str) -> tuple[Basis, Grams]:
+    """Leading directions of the sum, by the Gram matrix of all tasks' factors; and the tasks' own."""
+
+    def local(a: Array, b: Array, scale: Array) -> tuple[Basis, Grams]:
+        a, b, scale = (jax.lax.all_gather(x, TASKS, axis=1, tiled=True) for x in (a, b, scale))
+        a, b = load(a, b, scale)
+        x = a if side == "in" else b
+        grams = Grams(matmul(a, a.mT), matmul(b, b.mT))
+        energy = grams.energy
+
+        values, vectors = decompose.eigh(grams.of(side)[1] * decompose.task_weights(energy)[..., None, None])
+        root = jnp.sqrt(jnp.maximum(values, 0.0))[..., None] * vectors.mT
+
+        def one(rows: Array, energy: Array) -> Basis:
+            gram = matmul(rows, rows.T)
+            trace = jnp.sum(energy > 0).astype(jnp.float32)
+            found = leading(lambda q: matmul(gram, q), len(rows), len(rows), rank, trace)
+            lengths = jnp.sqrt(jnp.maximum(found.values, 1e-20))
+            return Basis(decompose.orthonormal(matmul(rows.T, found.vectors) / lengths), found.values)
+
+        return jax.vmap(one)(flat(matmul(root, x)), energy), grams
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(BOTH, BOTH, BOTH), out_specs=(LOCAL, LOCAL), check_vma=False
+    )(a, b, scale)
+
+
+class Heads(NamedTuple):
+    """A chunk of stored heads.
+
+    Attributes:
+      values: `[M, T, S, O]`, or `[M, T, I, S]` with the output side shared, in the stored dtype.
+      error: `[M, T]` squared errors of what is stored.
+    """
+
+    values: Array
+    error: Array
+
+
+class Range(NamedTuple):
+    """What a stored shared factor s spans: `s = q r` with orthonormal q.
+
+    Attributes:
+      q: `[M, n, S]`; columns of zeros where s has less than S directions.
+      inverse: `[M, S, S]`, inverse of `r.T`, a generalized one where columns depend on each other.
+      squares: `[M, S]` of the columns of s.
+    """
+
+    q: Array
+    inverse: Array
+    squares: Array
+
+
+def range_of(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`Range` of shared factors `[M, n, S]`, on the host.
+
+    With unit columns w and `c = w.T w`, `q = w c^(-1/2)`: of all orthonormal bases the one next to w.
+
+    >>> q, inverse, _ = range_of(np.array([[[2.0, 0.0], [0.0, 0.0], [0.0, 4.0]]], np.float32))
+    >>> q[0].tolist(), inverse[0].diagonal().tolist()
+    ([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], [0.5, 0.25])
+    """
+    wide = stored.astype(np.float64)
+    squares = (wide**2).sum(-2)
+    # directions that are not there take no part: one over infinity
+    scales = (np.where(squares > 0, squares, np.inf) ** -0.5)[..., None, :]
+    unit = wide * scales
+    values, vectors = np.linalg.eigh(unit.mT @ unit)
+    roots = (np.where(values > 1e-6, values, np.inf) ** -0.5)[..., None, :]
+    root = (vectors * roots) @ vectors.mT
+    return (unit @ root).astype(np.float32), (root * scales).astype(np.float32), squares.astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "side", "dtype"))
+def project(
+    shared: Range, a: Array, b: Array, scale: Array, grams: Grams, *, mesh: Mesh, side: str, dtype: str
+) -> Heads:
+    """Heads by least squares on the stored factor s, rounded, and the errors of what is stored.
+
+    With x the shared side's factor, y the other one, `delta = x.T y`, and `s = q r` (`Range`) the heads are
+    `s^+ delta = (x q r^-T).T y = kept + lost`, and as nothing that s spans is left of delta,
+
+        |delta - s kept|^2 = |delta - q q.T delta|^2 + |s lost|^2.
+
+    The first term is the energy less what q captures where that is no small difference; else what q leaves
+    of x is formed, so that nothing large is subtracted from anything large. Of the second one the products of
+    different rows of `lost` are left out: as the columns of s are orthogonal to rounding, at most 2^-7 of it
+    with bfloat16 and 2^-10 with float16, and as they are rounding errors some 1e-5.
+
+    Args:
+      shared: of the stored factors.
+      a, b, scale: a chunk as the files have it.
+      grams: the chunk's, as `accumulate` gives them.
+      mesh: where they lie.
+      side: the shared one.
+      dtype: of the stored heads.
+    """
+
+    def local(shared: Range, a: Array, b: Array, scale: Array, grams: Grams) -> Heads:
+        x, y = load(a, b, scale) if side == "in" else load(a, b, scale)[::-1]
+        yy, energy = grams.of(side)[1], grams.energy
+        q, inverse, squares = shared
+        tall = (*x.shape[:3], q.shape[-1])
+        inner = matmul(flat(x), q)
+        heads = matmul(matmul(inner, inverse).reshape(tall).mT, y)
+        kept = heads.astype(dtype)
+        lost = heads - kept.astype(jnp.float32)
+        captured = inner.reshape(tall) * matmul(yy, inner.reshape(tall))
+        left = energy - jnp.sum(captured, (-2, -1))
+
+        def formed() -> Array:
+            # from the files again: else x would be kept for it, whether it is asked for or not
+            rest = load(a, b, scale)[side == "out"] - matmul(inner, q.mT).reshape(x.shape)
+            return jnp.sum(matmul(rest, rest.mT) * yy, (-2, -1))
+
+        near = jnp.any((energy > 0) & (left < NEAR * energy))
+        left = jax.lax.cond(near, formed, lambda: left)
+        rounding = jnp.sum(jnp.sum(lost**2, -1) * squares[:, None], -1)
+        return Heads(kept if side == "in" else kept.mT, jnp.maximum(left + rounding, 0.0))
+
+    specs = (LOCAL, BOTH, BOTH, BOTH, BOTH)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BOTH, check_vma=False)(
+        shared, a, b, scale, grams
+    )
+
+
+def gains(values: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """What balances the shared factor's columns against the heads' rows, `[M, S]`.
+
+    A head's row s has a mean square of about `values[s]` times the mean energy over the tasks (weights are
+    inverse energies); the factor has unit columns. The root of the ratio's root goes to either side.
+    """
+    present = np.maximum((energy > 0).sum(-1), 1)
+    squares = np.maximum(values, 0) / present[:, None] * (energy.sum(-1) / present)[:, None]
+    return np.where(squares > 0, np.maximum(squares, 1e-30) ** 0.25, 1.0).astype(np.float32)

@@ -1,0 +1,68 @@
+"""The factors of one module: what every form keeps, and what a store decodes to."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+# a NumPy or a JAX array
+Array: TypeAlias = Any
+
+
+class Factors(NamedTuple):
+    """The factors of one module, `delta[t] = a[a_of[t]] @ core[t] @ b[b_of[t]]`.
+
+    Attributes:
+      a: `[A, I, S]` input-side factors.
+      b: `[B, S, O]` output-side factors.
+      a_of, b_of: `[T]` int, which factor task t uses; -1 where the task has no delta.
+      core: None, `[T, S, S]`, or `[T, S]` for diagonal cores.
+    """
+
+    a: Array
+    b: Array
+    a_of: Array
+    b_of: Array
+    core: Array = None
+
+
+def count(factors: Factors) -> int:
+    """How many numbers the factors hold: the form's rate in entries."""
+    return sum(int(np.size(x)) for x in (factors.a, factors.b, factors.core) if x is not None)
+
+
+def task_pair(terms: Any, task: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """One task's `a: [I, S]`, `b: [S, O]` in float32 on the host: terms side by side, cores folded in.
+
+    None where the task has no delta. Directions that are zero on either side are left out, but for one.
+    """
+    left, right = [], []
+    for term in terms:
+        if term.a_of[task] < 0 or term.b_of[task] < 0:
+            continue
+        b = np.asarray(term.b[int(term.b_of[task])]).astype(np.float32)
+        if term.core is not None:
+            b = times(np.asarray(term.core[task]).astype(np.float32), b)
+        left.append(np.asarray(term.a[int(term.a_of[task])]).astype(np.float32))
+        right.append(b)
+    if not left:
+        return None
+    a, b = np.concatenate(left, 1), np.concatenate(right, 0)
+    used = (np.abs(a).max(0) > 0) & (np.abs(b).max(1) > 0)
+    used[0] |= not used.any()
+    return a[:, used], b[used]
+
+
+def times(core: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A core, diagonal `[S]` or full `[S, S]`, times `b: [S, O]`.
+
+    >>> times(np.array([2.0, 3.0]), np.ones((2, 1))).tolist(), times(np.eye(2), np.ones((2, 1))).tolist()
+    ([[2.0], [3.0]], [[1.0], [1.0]])
+    """
+    return core[:, None] * b if core.ndim == 1 else core @ b
+
+
+def balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same product with both vectors of every direction equally long."""
+    na, nb = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
+    scale = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
+    return a * scale, b / scale[:, None]

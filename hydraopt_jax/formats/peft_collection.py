@@ -1,0 +1,128 @@
+"""A collection of PEFT folders: what an adapter holds is known, its factors stay in its file.
+
+A pickle cannot be read in parts and is held in memory.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax.collection import Card, Collection, Entry, Pair, check_shapes
+from hydraopt_jax.deferred import Deferred, bytes_of
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import peft
+from hydraopt_jax.formats.peft_config import CONFIG_FILE, read_config
+from hydraopt_jax.formats.tensor_files import one_line, read_tensors
+from hydraopt_jax.formats.weights_file import Contents, check_file, contents_of, header_of, read_places
+from hydraopt_jax.store.lossless import Raw
+
+
+def open_adapter(
+    source: str,
+    task: str | None,
+    known: Mapping[str, Sequence[Any]],
+    seen: dict[Any, Contents] | None = None,
+) -> Card:
+    """Look at an adapter: read it once, check every value of it and take its checksum.
+
+    Args:
+      source: as `formats.read_adapter`.
+      task: its name; None for the folder's.
+      known: file -> its stamp and checksum at an earlier check, which holds while the stamp does; an empty
+        checksum where values are not to be checked at all.
+      seen: contents of files by header, size and config: what one file was found to hold is not looked up
+        again for the next one alike.
+
+    Raises:
+      HydraOptError: as `formats.read_adapter`; or NaN or infinite values.
+    """
+    seen = {} if seen is None else seen
+    folder, name = peft.locate(source)
+    name = name if task is None else task
+    config = read_config(folder / CONFIG_FILE)
+    file = peft.weights_file(folder)
+    stat = file.stat()
+    stamp = (stat.st_size, stat.st_mtime_ns)
+    try:
+        header = header_of(file)
+    except OSError as error:
+        raise HydraOptError(f"{file}: cannot be read: {one_line(error.strerror)}") from None
+    key = (header, stat.st_size, json.dumps(config, sort_keys=True, default=str)) if header else None
+    held = seen.get(key) or contents_of(file, header, config)
+    if key is not None:
+        seen[key] = held
+    before = known.get(str(file), (None, ""))
+    digest = before[1] if tuple(before[0] or ()) == stamp else check_file(source, file, held, len(header))
+    return Card(
+        name,
+        held.modules,
+        held.extras,
+        held.dtype,
+        config,
+        held.layout,
+        source,
+        digest,
+        str(file),
+        stamp,
+        held.places,
+    )
+
+
+def collection(cards: Sequence[Card]) -> Collection:
+    """A collection of PEFT adapters, from their cards."""
+    shapes = check_shapes(cards)
+    held = {x.file: dict(read_tensors(Path(x.file))) for x in cards if not x.file.endswith(".safetensors")}
+    # equal adapters share one table: a thousand of them must not hold a thousand
+    tables: dict[Any, Mapping[str, Entry]] = {}
+    shared = [x._replace(modules=tables.setdefault(tuple(x.modules.items()), x.modules)) for x in cards]
+
+    def fetch(card: Card, keys: Sequence[str]) -> list[np.ndarray]:
+        if card.file in held:
+            return [held[card.file][k] for k in keys]
+        try:
+            return read_places(card.file, card.stamp, card.places, keys)
+        except OSError as error:
+            raise HydraOptError(
+                f"{card.file}: cannot be read ({one_line(error)}), though it could be before: has it changed?"
+            ) from None
+
+    def read(task: int, modules: Sequence[str]) -> list[Pair]:
+        entries = [shared[task].modules[m] for m in modules]
+        tensors = fetch(shared[task], [k for e in entries for k in e[:2]])
+        return [
+            (a.reshape(e.rank, e.inputs), b.reshape(e.outputs, e.rank), e.scale)
+            for e, a, b in zip(entries, tensors[::2], tensors[1::2], strict=True)
+        ]
+
+    def read_extras(task: int) -> Mapping[str, np.ndarray]:
+        card, names = shared[task], {row[0] for row in shared[task].extras}
+        rows = held[card.file].items() if card.file in held else read_tensors(Path(card.file))
+        return {k: x for k, x in rows if k in names} if names else {}
+
+    # both factors of a module are asked for one after the other
+    pair = functools.lru_cache(1)(lambda task, module: read(task, [module])[0])
+
+    def raw(task: int, module: str) -> Raw:
+        entry, places = shared[task].modules[module], shared[task].places
+        low, high = (
+            (places[k].dtype for k in entry[:2]) if places else (x.dtype for x in pair(task, module)[:2])
+        )
+
+        def part(side: int, start: int, stop: int) -> Any:
+            # files have PEFT's orientation, stores ours
+            return bytes_of(np.ascontiguousarray(pair(task, module)[side].T))[start:stop]
+
+        a = Deferred((entry.inputs, entry.rank), low, functools.partial(part, 0))
+        b = Deferred((entry.rank, entry.outputs), high, functools.partial(part, 1))
+        return Raw(a, b, float(np.float32(entry.scale)))
+
+    return Collection(tuple(shared), shapes, read, read_extras, raw, folder_bytes(shared))
+
+
+def folder_bytes(cards: Sequence[Card]) -> int:
+    """Bytes of the adapters' folders, as a user counts them."""
+    return sum(x.stat().st_size for c in cards for x in Path(c.file).parent.iterdir() if x.is_file())

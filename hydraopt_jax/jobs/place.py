@@ -1,0 +1,130 @@
+"""The folder of the store that is being made: finished segments are kept where they will stay.
+
+    STORE/segments/MARK-NAME/       segments, as in any store
+    STORE/job/job.json              which job it is
+    STORE/job/NAME.json             what is known of what is done
+
+A store that was there before stays whole beside them until the new manifest replaces its own.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydraopt_jax.collection import Collection
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.store import folder, segment_data
+from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.store import Segment
+
+SCHEMA = 2
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file at once or not at all."""
+    new = path.with_suffix(f".{os.getpid()}")
+    with new.open("w") as sink:
+        json.dump(content, sink)
+        sink.flush()
+        os.fsync(sink.fileno())
+    os.replace(new, path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+      HydraOptError: the file is not whole.
+    """
+    try:
+        # a path in it may have bytes that are no text
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise HydraOptError(
+            f"{path}: is not whole ({error}): delete {path.parent.parent} and start again"
+        ) from None
+
+
+def fingerprint(found: Collection, asked: Mapping[str, Any]) -> str:
+    """What a job must agree in with the job that goes on with it."""
+    rows = [[x.task, x.source, x.digest, x.stamp[0], dict(x.config)] for x in found.cards]
+    said = {"asked": dict(asked), "schema": SCHEMA, "adapters": rows}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Folder:
+    """A `rate_control.work.Place` in a store's folder.
+
+    Args:
+      path: of the store.
+      mark: of the job, see `fingerprint`.
+      zstd: compress plain factors.
+    """
+
+    def __init__(self, path: Path, mark: str, zstd: bool = True) -> None:
+        self.path: Path | None = path
+        self.store, self.mark, self.zstd = path, mark, zstd
+        self.scratch = path / folder.JOB
+
+    def enter(self) -> None:
+        """Begin, or go on.
+
+        Raises:
+          HydraOptError: the folder is another job's.
+        """
+        file = self.scratch / "job.json"
+        if file.exists():
+            if read_json(file) != {"mark": self.mark}:
+                raise HydraOptError(
+                    f"{self.store}: is an unfinished job with other adapters or options: delete it, or "
+                    "choose another --out"
+                )
+            return
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"mark": self.mark})
+
+    def _row(self, name: str) -> Path:
+        return self.scratch / f"{name}.segment.json"
+
+    def segment(self, name: str) -> Segment | None:
+        """See `Place`."""
+        if not self._row(name).exists():
+            return None
+        row = read_json(self._row(name))
+        packed, raw = row["header"]
+        entry = Entry(row["id"], row["bytes"], (packed, raw), row["sha256"])
+        read = folder.reader(self.store, entry, row["arrays"])
+        return segment_data.open_segment(self.store, entry, read, tuple(row["names"]), frozenset())
+
+    def keep(self, name: str, segment: Segment) -> None:
+        """See `Place`."""
+        own = f"{self.mark[:8]}-{name}"
+        if not self._row(name).exists():
+            # a process that was killed between the two has left one without the other
+            shutil.rmtree(self.store / folder.SEGMENTS / own, ignore_errors=True)
+        (self.store / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
+        entry, arrays = folder.write_segment(self.store, segment, name=own, zstd=None if self.zstd else False)
+        write_json(self._row(name), {**entry._asdict(), "arrays": arrays, "names": segment.tasks})
+
+    def drop(self, name: str) -> None:
+        """See `Place`."""
+        self._row(name).unlink(missing_ok=True)
+        shutil.rmtree(self.store / folder.SEGMENTS / f"{self.mark[:8]}-{name}", ignore_errors=True)
+
+    def note(self, name: str) -> Mapping[str, Any] | None:
+        """See `Place`."""
+        file = self.scratch / f"{name}.json"
+        return read_json(file) if file.exists() else None
+
+    def keep_note(self, name: str, note: Mapping[str, Any]) -> None:
+        """See `Place`."""
+        write_json(self.scratch / f"{name}.json", note)
+
+    def rows(self) -> dict[str, Any]:
+        """Id -> the manifest's row of every segment that is kept here."""
+        found = (read_json(x) for x in self.scratch.glob("*.segment.json"))
+        return {x["id"]: x for x in found}

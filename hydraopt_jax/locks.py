@@ -1,0 +1,41 @@
+"""One writer at a time of what lies at a path."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hydraopt_jax.errors import HydraOptError
+
+
+@contextmanager
+def locked(path: Path, again: bool = False) -> Iterator[None]:
+    """Hold the lock of what is written at a path, `.NAME.lock` beside it, and remove its file after.
+
+    Args:
+      path: what is written.
+      again: whether this thread may hold it already.
+
+    Raises:
+      HydraOptError: another process, or another writer in this one, holds it, or the place cannot be written.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, timeout=0, is_singleton=again)
+        lock.acquire()
+    except Timeout:
+        raise HydraOptError(f"{path}: another process is writing it: try again when it is done") from None
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if lock.lock_counter == 1:
+            # whoever opened it meanwhile sees that it is gone, and opens another
+            with suppress(OSError):
+                file.unlink()
+        lock.release()

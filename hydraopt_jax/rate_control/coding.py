@@ -1,0 +1,231 @@
+"""A collection coded at one step: plan, quantize, solve the gains and measure."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.codec import contexts, encode, syntax
+from hydraopt_jax.codec.encode import Coded
+from hydraopt_jax.factors import Factors
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.rate_control import mode_decision, targets
+from hydraopt_jax.rate_control.metrics import Metric, Metrics, unweigh
+from hydraopt_jax.rate_control.problem import Problem
+from hydraopt_jax.store.decoding import all_terms
+
+# rate-distortion decisions and the tables they are charged by shape each other: rounds until they agree,
+# on modules of about this many entries, at least so many modules
+ROUNDS = 5
+SAMPLE_CODES = 1 << 21
+LEAST_MODULES = 2
+# weight of the prior in fitted tables
+PRIOR_COUNTS = 8
+
+
+class Trial(NamedTuple):
+    """The collection coded at one step.
+
+    Attributes:
+      step: the quantizer step.
+      coded: its codes.
+      gains: task -> gains in the codec's order, as they will be read.
+      errors: `[M, T]` relative squared errors, NaN where absent.
+      bytes: estimate of its payload.
+      choices: form of each module.
+    """
+
+    step: float
+    coded: Coded
+    gains: dict[int, list[np.ndarray]]
+    errors: np.ndarray
+    bytes: float
+    choices: dict[str, mode_decision.Choice]
+
+
+def solve_gains(
+    terms: Sequence[Factors], live: np.ndarray, deltas: decompose.Svd, metrics: Metrics = (None, None)
+) -> tuple[np.ndarray, ...]:
+    """The gains of least error for given decoded factors of one module, all tasks, all terms jointly.
+
+    Args:
+      terms: decoded factors in steps.
+      live: `[T, S]` directions that each task has, terms side by side.
+      deltas: relative decompositions, `u: [T, I, R]`.
+      metrics: of the module's inputs and outputs.
+
+    Returns:
+      Gains `[T, S]`, and the quadratic form of the error, `gram: [T, S, S]`, `cross: [T, S]` and the energies
+      `[T]` of the very arrays that the others are made of, so that small errors survive the cancellation.
+    """
+    a = np.concatenate([np.asarray(x.a, np.float64)[np.maximum(x.a_of, 0)] for x in terms], 2)
+    b = np.concatenate([np.asarray(x.b, np.float64)[np.maximum(x.b_of, 0)] for x in terms], 1)
+    if metrics[0] is not None:
+        a = metrics[0].root @ a
+    if metrics[1] is not None:
+        b = b @ metrics[1].root
+    a, b = a * live[:, None, :], b * live[:, :, None]
+    gram = (a.swapaxes(1, 2) @ a) * (b @ b.swapaxes(1, 2))
+    left, right = np.asarray(deltas.u * deltas.s[:, None, :]), np.asarray(deltas.v)
+    cross = np.einsum("tsr,trs->ts", a.swapaxes(1, 2) @ left, right @ b.swapaxes(1, 2))
+    energy = ((left.swapaxes(1, 2) @ left) * (right @ right.swapaxes(1, 2))).sum((1, 2))
+    diagonal = np.einsum("tss->ts", gram)
+    ridge = np.where(live, 1e-9 * diagonal, 1.0) + np.where(diagonal > 0, 0.0, 1.0)
+    system = gram + ridge[:, :, None] * np.eye(gram.shape[1])
+    return np.linalg.solve(system, cross[..., None])[..., 0] * live, gram, cross, energy
+
+
+def targets_at_step(
+    problem: Problem, step: float
+) -> tuple[dict[str, tuple[encode.Target, ...]], dict[str, mode_decision.Choice]]:
+    """What is to be coded at a step, module by module, and the form chosen for it."""
+    goals: dict[str, tuple[encode.Target, ...]] = {}
+    choices: dict[str, mode_decision.Choice] = {}
+    for x in problem.spectra:
+        chosen = mode_decision.decide_modes(x, step, problem.alone)
+        for name, terms in targets.targets(x, chosen, step).items():
+            left, right = problem.metrics.get(name, (None, None))
+            goals[name] = tuple(
+                t._replace(a=unweigh_own(left, t.a, t.shape.a_of), b=unweigh_own(right, t.b, t.shape.b_of))
+                for t in terms
+            )
+        choices |= dict(zip(x.modules, chosen.choices, strict=True))
+    return {n: goals[n] for n in problem.order}, choices
+
+
+def unweigh_own(metric: Metric | None, a: np.ndarray, of: Sequence[int]) -> np.ndarray:
+    """`unweigh` of the factors that tasks read; a joint basis is in the coded coordinates already."""
+    read = np.isin(np.arange(len(a)), of)
+    return np.where(read[:, None, None], unweigh(metric, a), a)
+
+
+def prior_tables() -> np.ndarray:
+    """Frequencies before anything was counted, each context's in sum 1."""
+    prior = contexts.gaussian()
+    return prior / prior.sum(-1, keepdims=True)
+
+
+def fitted_tables(counts: np.ndarray) -> np.ndarray:
+    """Frequencies to decide with, from what was counted near the step."""
+    return counts + PRIOR_COUNTS * prior_tables()
+
+
+def fit_tables(problem: Problem, step: float) -> np.ndarray:
+    """Frequencies to decide with at a step: quantization and counting alternate on some of the modules."""
+    few = problem.take(sample(problem))
+    goals, _ = targets_at_step(few, step)
+    frequencies = prior_tables()
+    for _ in range(ROUNDS):
+        frequencies = fitted_tables(encode.quantize(goals, frequencies).counts)
+    return frequencies
+
+
+def sample(problem: Problem, codes: int = SAMPLE_CODES) -> list[str]:
+    """Every n-th module, so many that their vectors have about so many entries; at least `LEAST_MODULES`."""
+    rank = max(x.deltas.s.shape[-1] for x in problem.spectra)
+    sizes = {
+        n: x.norms.shape[1] * rank * (x.deltas.u.shape[-2] + x.deltas.v.shape[-1])
+        for x in problem.spectra
+        for n in x.modules
+    }
+    wanted = max(LEAST_MODULES, round(len(sizes) * codes / max(sum(sizes.values()), 1)))
+    return list(problem.order)[:: max(len(sizes) // wanted, 1)]
+
+
+def encode_at_step(problem: Problem, step: float, frequencies: np.ndarray | None = None) -> Trial:
+    """Code the collection at one step and measure it; tables are fitted for it where none are given."""
+    if frequencies is None:
+        frequencies = fit_tables(problem, step)
+    goals, choices = targets_at_step(problem, step)
+    coded = encode.quantize(goals, frequencies)
+    gains, errors = measure(problem, coded)
+    return Trial(step, coded, gains, errors, encode.sizes(coded, gains), choices)
+
+
+def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:
+    """Encode with and without the joint basis; disable it where it raises the Lagrangian cost, or everywhere
+    if that is cheaper overall.
+
+    The mode decision's estimate is made before vectors are filtered by second moments and quantized; this is
+    after.
+    """
+    chosen = [
+        n
+        for x in problem.spectra
+        for n, c in zip(x.modules, mode_decision.decide_modes(x, step, problem.alone).choices, strict=True)
+        if c.form == "joint"
+    ]
+    if not chosen:
+        return problem
+    few = problem.take(chosen)
+    costs, whole = [], []
+    for tried in (few, few._replace(alone=frozenset(chosen))):
+        trial = encode_at_step(tried, step, frequencies)
+        lost = np.nansum(trial.errors * tried.weights, 1) / step**2
+        costs.append(lost + encode.MULTIPLIER * encode.module_bits(trial.coded))
+        whole.append(lost.sum() + encode.MULTIPLIER * 8 * trial.bytes)
+    dearer = (costs[0] > costs[1]) | (whole[0] > whole[1])
+    off = {n for n, x in zip(few.order, dearer, strict=True) if x}
+    return problem._replace(alone=problem.alone | off)
+
+
+def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
+    """Gains as they will be read, and the errors that they leave, `[M, T]`."""
+    tasks = problem.weights.shape[1]
+    decoded = all_terms(coded.shapes, coded.pieces, coded.values)
+    live = [syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t) for t in range(tasks)]
+    place = {n: (x, m) for x in problem.spectra for m, n in enumerate(x.modules)}
+    solved: dict[str, tuple[np.ndarray, ...]] = {}
+    for name in problem.order:
+        x, m = place[name]
+        if not decoded[name]:
+            continue
+        mask = np.stack(
+            [
+                np.concatenate(
+                    [live[t].get((name, k), np.zeros(y.rank, bool)) for k, y in enumerate(coded.shapes[name])]
+                )
+                for t in range(tasks)
+            ]
+        )
+        deltas = decompose.Svd(*(np.asarray(y[m], np.float64) for y in x.deltas))  # type: ignore[arg-type]
+        metrics = problem.metrics.get(name, (None, None))
+        solved[name] = (*solve_gains(decoded[name], mask, deltas, metrics), mask)
+    gains: dict[int, list[np.ndarray]] = {}
+    for t in range(tasks):
+        rows = []
+        for name, k in live[t]:
+            x, m = place[name]
+            start = sum(y.rank for y in coded.shapes[name][:k])
+            mine = solved[name][0][t, start : start + coded.shapes[name][k].rank]
+            rows.append(mine[live[t][name, k]] * x.scales[m, t])
+        gains[t] = syntax.round_gains(rows)
+    errors = np.full((len(problem.order), tasks), np.nan)
+    readers = {t: iter(gains[t]) for t in range(tasks)}
+    for row, name in enumerate(problem.order):
+        x, m = place[name]
+        for t in range(tasks):
+            if x.norms[m, t] == 0:
+                errors[row, t] = 0.0 if name in solved and (name, 0) in live[t] else np.nan
+                continue
+            if name in solved:
+                _, gram, cross, energies, mask = solved[name]
+                energy = energies[t]
+                g = np.zeros(mask.shape[1])
+                g[mask[t]] = (
+                    np.concatenate(
+                        [next(readers[t]) for k in range(len(coded.shapes[name])) if (name, k) in live[t]]
+                    )
+                    / x.scales[m, t]
+                )
+                left = energy - 2 * g @ cross[t] + g @ gram[t] @ g
+            else:
+                left = float((np.asarray(x.deltas.s[m, t], np.float64) ** 2).sum())
+            errors[row, t] = max(left, 0.0) / problem.weights[row, t]
+    return gains, errors
+
+
+def task_errors(errors: np.ndarray) -> np.ndarray:
+    """Mean over the modules that a task has, `[M, T] -> [T]`; 0 for a task with none."""
+    present = ~np.isnan(errors)
+    return np.where(present, errors, 0.0).sum(0) / np.maximum(present.sum(0), 1)

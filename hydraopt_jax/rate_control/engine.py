@@ -1,0 +1,504 @@
+"""The engine: a collection compressed to a budget or an error target, whatever its size.
+
+    plan parts -> find the step on a sample -> encode every part at it -> measure what was decoded -> correct
+    the step until the target is met
+
+A part depends on nothing but its own factors, the step and the tables of the pass: devices and processes
+divide them, and a killed job goes on with those that are not done and ends with the same store.
+"""
+
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hydraopt_jax import adapters, devices
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.codec import encode, syntax
+from hydraopt_jax.collection import Collection
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import estimates
+from hydraopt_jax.rate_control import budget, search
+from hydraopt_jax.rate_control.coding import (
+    Trial,
+    disable_joint,
+    encode_at_step,
+    fit_tables,
+    fitted_tables,
+    sample,
+)
+from hydraopt_jax.rate_control.errors_of import error_table
+from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
+from hydraopt_jax.rate_control.mode_decision import Choice
+from hydraopt_jax.rate_control.options import Options, account, check_options, task_weights
+from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read
+from hydraopt_jax.rate_control.problem import Problem, prepare
+from hydraopt_jax.rate_control.search import Pass, Target
+from hydraopt_jax.rate_control.work import Place, Processes, Progress
+from hydraopt_jax.static import Static
+from hydraopt_jax.store import files, lossless, plain, tensors
+from hydraopt_jax.store.decoding import decode_terms
+from hydraopt_jax.store.store import Segment, Store, make_segment, task_errors
+from hydraopt_jax.store.tensors import Tensors
+
+# parts whose analysis is kept from pass to pass
+CACHED = 2
+# entries of a sample of a collection that is one part
+SAMPLE_CODES = 1 << 19
+# tasks up to which forms name the one that others are predicted from
+NAMED = 16
+# raw bytes of full tensors that are coded into one segment
+TENSOR_BYTES = 1 << 26
+# rounds in which the weights of tasks that are better than they need be are lowered, and how far at once
+ROUNDS, LOWEST, HIGHEST, DAMPING = 3, 0.1, 10.0, 0.9
+
+
+class Run(NamedTuple):
+    """One compression, as all its steps know it.
+
+    Attributes:
+      found: the collection.
+      options: what to reach.
+      parts: what is coded together.
+      place: where what is done is kept.
+      progress: what to tell.
+      processes: who takes part.
+      cache: part -> its problem.
+      metrics: module -> its metrics, made when they are first asked for.
+      carried: full tensors of each task, where the collection is one part.
+    """
+
+    found: Collection
+    options: Options
+    parts: Sequence[Part]
+    place: Place
+    progress: Progress
+    processes: Processes
+    cache: dict[int, Problem]
+    metrics: dict[str, Metrics]
+    carried: Sequence[Tensors]
+
+    @property
+    def mine(self) -> range:
+        """The parts of this process."""
+        return range(self.processes.rank, len(self.parts), self.processes.size)
+
+
+def compress(
+    found: Collection,
+    options: Options,
+    place: Place,
+    *,
+    left_out: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+    segment_bytes: int = SEGMENT_BYTES,
+    cache: dict[int, Problem] | None = None,
+) -> Store:
+    """Compress a collection to a budget or an error target.
+
+    Args:
+      found: the collection.
+      options: what to reach.
+      place: where segments are kept; those that it has already are not made again.
+      left_out: adapters that were not taken, with the reason, for the report.
+      progress: what to tell while at work.
+      processes: who takes part; all return the same store.
+      segment_bytes: half-precision bytes of the factors that are coded together.
+      cache: analyses of a small collection, which other targets with the same weights can use again.
+
+    Returns:
+      Store whose size on disk, metadata included, meets the budget, or whose measured error the target.
+
+    Raises:
+      HydraOptError: bad options, or a target that cannot be met (it says what can).
+    """
+    options = check_options(options)
+    progress, processes = progress or Progress(), processes or Processes()
+    parts = parts_of(found, segment_bytes)
+    said = {"left_out": dict(left_out)} if left_out else {}
+    task_weights(found.tasks, options)
+    heads, carried = full_tensors(found, options.extras_dtype, place, processes, apart=len(parts) != 1)
+    coded = [Tensors(row, b"") for x in heads for row in x.tensors] or list(carried)
+    tensors.check_room(options.budget, coded, options.extras_dtype)
+    size = sum(tensors.stored_size(row) for x in coded for row in x.table)
+    keeps_all = budget.keeps_all(options.budget)  # type: ignore[arg-type]
+    goal = search.target_of(found, options, size, len(parts))
+    if keeps_all or (goal.sign < 0 and search.least_lossless(found) <= goal.limit):
+        kept = as_they_are(found, options, heads, carried, said)
+        if keeps_all or files.measure_size(kept, place.path) <= goal.limit + size:
+            return kept
+    analyses = {} if cache is None else cache
+    run = Run(found, options, parts, place, progress, processes, analyses, {}, carried)
+    return passes(run, goal, heads, said)
+
+
+def compress_at_step(found: Collection, options: Options, place: Place, step: float) -> Store:
+    """Compress a collection at a quantizer step, relative to the norm of a delta; no target is aimed at.
+
+    Args:
+      found: the collection, of one part or few.
+      options: all but the target.
+      place: where segments are kept.
+      step: the step.
+    """
+    parts = parts_of(found)
+    heads, carried = full_tensors(found, options.extras_dtype, place, Processes(), apart=len(parts) != 1)
+    run = Run(found, options, parts, place, Progress(), Processes(), {}, {}, carried)
+    weights = task_weights(found.tasks, options)
+    known: dict[str, Any] = {"deep": True, "unit": None}
+    first = problem_of(run, 0, weights, known, read(found, parts[0]))
+    known["unit"] = first.unit
+    encode_parts(run, 0, step, fit_tables(first, step), weights, known)
+    return put_together(run, 0, step, heads, {})
+
+
+def full_tensors(
+    found: Collection, dtype: str | None, place: Place, processes: Processes, apart: bool
+) -> tuple[list[Segment], list[Tensors]]:
+    """The full tensors of all tasks, coded: in segments of their own, or to lie beside the factors.
+
+    Raises:
+      HydraOptError: tensors that are not those of the first look, or a value that overflows the dtype.
+    """
+    carriers = [t for t, x in enumerate(found.cards) if x.extras]
+    if not apart:
+        return [], [
+            tensors.coded(read_tensors(found, t), dtype) if t in carriers else Tensors((), b"")
+            for t in range(len(found.cards))
+        ]
+    groups: list[list[int]] = []
+    room = 0
+    for t in carriers:
+        size = sum(map(tensors.raw_size, found.cards[t].extras))
+        if size > room:
+            groups.append([])
+            room = TENSOR_BYTES
+        groups[-1].append(t)
+        room -= size
+    for n in range(processes.rank, len(groups), processes.size):
+        if place.note(f"tensors-{n}") is None:
+            own = [tensors.coded(read_tensors(found, t), dtype) for t in groups[n]]
+            names = [found.tasks[t] for t in groups[n]]
+            place.keep(f"tensors-{n}", make_segment(names, {}, {}, np.zeros((0, 0)), tensors=own))
+            place.keep_note(f"tensors-{n}", {})
+    if groups:
+        processes.wait("full tensors")
+    return [kept_segment(place, f"tensors-{n}") for n in range(len(groups))], []
+
+
+def read_tensors(found: Collection, task: int) -> dict[str, np.ndarray]:
+    """A task's full tensors, in the order of its card."""
+    have = found.read_extras(task)
+    if isinstance(have, Tensors):
+        return have  # type: ignore[return-value]
+    out = {}
+    for name, dtype, shape in found.cards[task].extras:
+        x = have.get(name)
+        if x is None or [np.asarray(x).dtype.name, list(np.shape(x))] != [dtype, list(shape)]:
+            raise HydraOptError(
+                f"the full tensors of adapter {task + 1} have changed meanwhile: run it again"
+            )
+        out[name] = np.asarray(x)
+    return out
+
+
+def kept_segment(place: Place, name: str) -> Segment:
+    """A segment that must be there.
+
+    Raises:
+      HydraOptError: it is missing, though its process says that it is done.
+    """
+    found = place.segment(name)
+    if found is None:
+        raise HydraOptError(
+            f"{place.path}: {name} of another process is not there: the folder must be on a file system that "
+            "all processes share"
+        )
+    return found
+
+
+def as_they_are(
+    found: Collection,
+    options: Options,
+    heads: Sequence[Segment],
+    carried: Sequence[Tensors],
+    said: Mapping[str, Any],
+) -> Store:
+    """The adapters as they came, see `lossless`; their numbers stay where they are until they are written."""
+    tasks = range(len(found.cards))
+    rows = {m: [found.raw(t, m) if found.rank(m, t) else None for t in tasks] for m in found.shapes}
+    modules, errors, facts = lossless.modules_of(rows)
+    schema, leaves = plain.pack(modules)
+    segment = make_segment(found.tasks, schema, leaves, errors, tensors=carried)
+    report = account(options, found.entries()) | facts | dict(said)
+    return Store((segment, *heads), found.tasks, found.sources, Static(report))
+
+
+def passes(run: Run, goal: Target, heads: Sequence[Segment], said: Mapping[str, Any]) -> Store:
+    """Encode all parts, pass after pass, until the whole meets the target."""
+    weights = task_weights(run.found.tasks, run.options)
+    known = pilot(run, goal, weights)
+    step, frequencies = known["step"], np.array(known["frequencies"])
+    number = 0
+    for round_number in range(ROUNDS if goal.worst else 1):
+        done: list[Pass] = []
+        made: list[Store] = []
+        while (chosen := search.met(done, goal)) is None:
+            if done and search.hopeless(done, goal):
+                error = float(np.nanmean(made[-1].errors))
+                raise search.unmet(done, goal, run.found.entries(), error)
+            if done:
+                step = search.next_step(done, known["slope"], goal)
+            counted = encode_parts(run, number, step, frequencies, weights, known)
+            # tables stay as they are in the end, so that the search sees a smooth curve
+            frequencies = counted if number < goal.settling else frequencies
+            store = put_together(run, number, step, heads, said)
+            done.append(Pass(step, miss_of(store, goal, run.place)))
+            made.append(store)
+            if done[-1].miss > 0 and len(run.parts) > 1:
+                # it will not be taken: its notes stay, its bytes make room
+                for n in run.mine:
+                    run.place.drop(f"pass-{number}-{n}")
+            number += 1
+        store, step = made[chosen], done[chosen].step
+        if round_number + 1 < ROUNDS and goal.worst:
+            # spend less on tasks that are better than they need be
+            errors = task_errors(store.errors if store.output_errors is None else store.output_errors)
+            change = np.clip(np.maximum(errors, 1e-3 * goal.limit) / goal.limit, LOWEST, HIGHEST) ** DAMPING
+            weights = weights * change / np.mean(weights * change)
+            run = run._replace(cache={})
+    return store
+
+
+def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
+    """What a sample of the collection tells, which the first process finds out: a note."""
+    if run.processes.rank == 0 and run.place.note("pilot") is None:
+        one = len(run.parts) == 1
+        part = run.parts[0] if one else pilot_part(run.found)
+        given = read(run.found, part)
+        if one:
+            whole = problem_of(run, 0, weights, {}, given)
+            problem = whole.take(sample(whole, SAMPLE_CODES))
+        else:
+            whole = problem = prepare_part(run, part, given, weights, deep=True, unit=None)
+        if goal.sign < 0:
+            room = max(goal.limit - search.LEAST_OVERHEAD, goal.limit / 2)
+            room *= sum(x.a[n].size + x.b[n].size for x in given for n in x.a) / run.found.entries()
+            start = search.first_step(whole, room)
+            miss = functools.partial(bytes_miss, whole=whole, problem=problem, room=room)
+        else:
+            start = float(np.sqrt(goal.limit)) * 0.2
+            miss = functools.partial(error_miss, goal=goal)
+        found = search.find_step(problem, miss, goal.sign, start)
+        run.place.keep_note(
+            "pilot",
+            {
+                "step": found.step,
+                "slope": found.slope,
+                "frequencies": found.frequencies.tolist(),
+                "deep": any(x.form == "joint" for x in found.last.choices.values()),
+                "unit": problem.unit,
+            },
+        )
+    run.processes.wait("pilot")
+    known = run.place.note("pilot")
+    assert known is not None
+    return known
+
+
+def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -> float:
+    """Log of the bytes of the whole over the room for it, from a trial of a part: modules differ in what they
+    take as Gaussian estimates do."""
+    scale = 1.0
+    if whole is not problem:
+        few = max(search.gaussian_bytes(problem, trial.step), 1.0)
+        scale = max(search.gaussian_bytes(whole, trial.step), 1.0) / few
+    return float(np.log(trial.bytes * scale / room))
+
+
+def error_miss(trial: Trial, *, goal: Target) -> float:
+    """Log of a trial's error over the target."""
+    return float(np.log(max(search.value(trial.errors, goal.worst), 1e-30) / goal.limit))
+
+
+def prepare_part(
+    run: Run, part: Part, given: list[Adapter], weights: np.ndarray, deep: bool, unit: float | None
+) -> Problem:
+    """A part decomposed and compared."""
+    order = tuple(n for n in part.modules if any(n in x.a for x in given))
+    metrics = {n: module_metrics(run, n) for n in order} if run.options.calibration is not None else None
+    own = weights[list(part.tasks)]
+    return prepare(adapters.stack(given), order, own, metrics, run.options.share, deep, unit)
+
+
+def module_metrics(run: Run, name: str) -> Metrics:
+    """The metrics of a module, made once for all parts that have it."""
+    calibration = run.options.calibration
+    assert calibration is not None
+    if name not in run.metrics:
+        run.metrics.update(metrics_of({name: run.found.shapes[name]}, calibration))
+    return run.metrics[name]
+
+
+def problem_of(
+    run: Run, n: int, weights: np.ndarray, known: Mapping[str, Any], given: list[Adapter]
+) -> Problem:
+    """A part's problem; that of few parts is kept."""
+    if n in run.cache:
+        return run.cache[n]
+    one = len(run.parts) == 1
+    deep, unit = (True, None) if one else (known["deep"], known["unit"])
+    found = prepare_part(run, run.parts[n], given, weights, deep, unit)
+    if len(run.parts) <= CACHED:
+        run.cache[n] = found
+    return found
+
+
+def encode_parts(
+    run: Run,
+    number: int,
+    step: float,
+    frequencies: np.ndarray,
+    weights: np.ndarray,
+    known: Mapping[str, Any],
+) -> np.ndarray:
+    """Encode this process's parts that are not done, as many at once as it has devices.
+
+    Returns:
+      Frequencies for the next pass, from what all parts have counted.
+    """
+    parts = run.parts
+    todo = [n for n in run.mine if run.place.note(f"pass-{number}-{n}") is None]
+    total = sum(len(parts[n].modules) for n in run.mine)
+    run.progress.start(total, total - sum(len(parts[n].modules) for n in todo))
+    told = threading.Lock()
+
+    def one(item: tuple[int, list[Adapter]]) -> None:
+        n, given = item
+        name = f"pass-{number}-{n}"
+        problem = problem_of(run, n, weights, known, given)
+        before = run.place.note(f"pass-0-{n}")
+        if before is None:
+            problem = disable_joint(problem, step, frequencies)
+        else:
+            problem = problem._replace(alone=frozenset(before["alone"]))
+        trial = encode_at_step(problem, step, frequencies)
+        run.place.keep(name, coded_segment(run, n, problem, trial, given))
+        run.place.keep_note(name, note_of(run, problem, trial, [x.task for x in given]))
+        with told:
+            run.progress.step(len(parts[n].modules))
+
+    def count(size: int) -> None:
+        with told:
+            run.progress.read(size)
+
+    cached = all(n in run.cache for n in todo) and run.options.calibration is None
+    names = {n: [Adapter(run.found.tasks[t], {}, {}) for t in parts[n].tasks] for n in todo}
+    coming = (
+        (names[n] for n in todo)
+        if cached
+        else ahead(run.found, [parts[n] for n in todo], count, len(jax.local_devices()))
+    )
+    devices.spread(one, zip(todo, coming, strict=True))
+    run.processes.wait(f"pass {number}")
+    notes = [kept_note(run.place, f"pass-{number}-{n}") for n in range(len(parts))]
+    return fitted_tables(sum((np.array(x["counts"]) for x in notes), np.zeros(())))
+
+
+def kept_note(place: Place, name: str) -> Mapping[str, Any]:
+    """A note that must be there."""
+    found = place.note(name)
+    if found is None:
+        kept_segment(place, name)
+        raise AssertionError(name)
+    return found
+
+
+def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Sequence[Adapter]) -> Segment:
+    """A trial in bytes, as a segment."""
+    leaves = encode.serialize(trial.coded, trial.gains)
+    names = [run.found.tasks[t] for t in run.parts[n].tasks]
+    carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
+    make = functools.partial(make_segment, names, trial.coded.shapes, leaves, tensors=carried)
+    if not problem.metrics:
+        return make(trial.errors)
+    sources = tuple(run.found.sources[t] for t in run.parts[n].tasks)
+    alone = Store((make(trial.errors),), tuple(names), sources, Static())
+    return make(error_table(decode_terms(alone), given, problem.order), output_errors=trial.errors)
+
+
+def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> dict[str, Any]:
+    """What is to be known of an encoded part beside its segment."""
+    # one reference in each segment: names of all would tell nothing
+    names = tasks if len(tasks) <= NAMED else ["another task"] * len(tasks)
+    forms: dict[str, int] = {}
+    for choice in trial.choices.values():
+        forms[label(choice, names)] = forms.get(label(choice, names), 0) + 1
+    note = {
+        "alone": sorted(problem.alone),
+        "forms": forms,
+        "tail": eigen_tail(problem, trial),
+        "modules": int(np.count_nonzero(~np.isnan(trial.errors))),
+        "counts": trial.coded.counts.tolist(),
+    }
+    if len(run.parts) == 1 and not problem.metrics:
+        found = estimates.estimates([x.deltas for x in problem.spectra], np.array([trial.bytes]))
+        note["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
+    return note
+
+
+def label(choice: Choice, tasks: Sequence[str]) -> str:
+    """A form in words."""
+    if choice.form == "separate":
+        return "separate" if choice.reference < 0 else f"separate, predicted from {tasks[choice.reference]}"
+    return "joint basis"
+
+
+def eigen_tail(problem: Problem, trial: Trial) -> float:
+    """Mean relative energy beyond as many directions as each task keeps: no factors of these ranks lose less
+    (Eckart and Young 1936)."""
+    coded, tails = trial.coded, []
+    for t in range(problem.weights.shape[1]):
+        kept: dict[str, int] = {}
+        for (name, _), live in syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t).items():
+            kept[name] = kept.get(name, 0) + int(live.sum())
+        for x in problem.spectra:
+            for m in np.flatnonzero(x.norms[:, t] > 0):
+                energy = np.asarray(x.deltas.s[m, t], np.float64) ** 2
+                tails.append(energy[kept.get(x.modules[m], 0) :].sum() / energy.sum())
+    return float(np.mean(tails)) if tails else 0.0
+
+
+def put_together(
+    run: Run, number: int, step: float, heads: Sequence[Segment], said: Mapping[str, Any]
+) -> Store:
+    """The store of a pass."""
+    segments = [kept_segment(run.place, f"pass-{number}-{n}") for n in range(len(run.parts))]
+    notes = [kept_note(run.place, f"pass-{number}-{n}") for n in range(len(run.parts))]
+    forms: dict[str, int] = {}
+    for x in notes:
+        for form, count in x["forms"].items():
+            forms[form] = forms.get(form, 0) + count
+    weights = [max(x["modules"], 1) for x in notes]
+    tail = float(np.average([x["tail"] for x in notes], weights=weights))
+    report = account(run.options, run.found.entries()) | {
+        "form": "coded",
+        "step": float(f"{step:.6g}"),
+        "forms": forms,
+        "bound": {"eigen-tail": float(f"{tail:.6g}")},
+        **({"estimate": notes[0]["estimate"]} if "estimate" in notes[0] else {}),
+        **said,
+    }
+    return Store((*segments, *heads), run.found.tasks, run.found.sources, Static(report))
+
+
+def miss_of(store: Store, goal: Target, place: Place) -> float:
+    """Log of a store's bytes or error over the target."""
+    if goal.sign < 0:
+        return float(np.log((files.measure_size(store, place.path) - goal.heads) / max(goal.limit, 1)))
+    errors = store.errors if store.output_errors is None else store.output_errors
+    return float(np.log(max(search.value(errors, goal.worst), 1e-30) / goal.limit))

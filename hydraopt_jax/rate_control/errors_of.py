@@ -1,0 +1,80 @@
+"""True errors of what a store decodes to, measured against the adapters."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import Factors, task_pair
+from hydraopt_jax.rate_control.metrics import Metrics
+from hydraopt_jax.store.decoding import decode_terms
+from hydraopt_jax.store.store import Store
+
+
+def measure(
+    store: Store, collection: Sequence[Adapter], metrics: Mapping[str, Metrics] | None = None
+) -> dict[str, float]:
+    """True mean relative squared error of stored tasks against adapters of the same names.
+
+    Of weights; with metrics (`metrics.metrics_of`) of the modules' outputs.
+
+    Raises:
+      HydraOptError: an adapter whose task the store does not have, or that differs in its modules.
+    """
+    out = {}
+    for x in collection:
+        terms = decode_terms(store, [x.task])
+        unknown = set(x.a) - set(store.shapes)
+        if unknown:
+            raise HydraOptError(f"{x.task!r}: the store has no module {min(unknown)}")
+        out[x.task] = float(np.mean(list(module_errors(terms, 0, x, metrics).values())))
+    return out
+
+
+def error_table(
+    terms: Mapping[str, Sequence[Factors]],
+    collection: Sequence[Adapter],
+    modules: Sequence[str],
+    metrics: Mapping[str, Metrics] | None = None,
+) -> np.ndarray:
+    """True relative squared errors `[M, T]` of decoded terms, whose tasks are those of the collection."""
+    rows = [module_errors(terms, t, x, metrics) for t, x in enumerate(collection)]
+    return np.array([[x.get(n, np.nan) for x in rows] for n in modules], np.float64)
+
+
+def module_errors(
+    terms: Mapping[str, Sequence[Factors]],
+    task: int,
+    adapter: Adapter,
+    metrics: Mapping[str, Metrics] | None = None,
+) -> dict[str, float]:
+    """True relative squared error of each of an adapter's modules; see `measure`."""
+    out = {}
+    for name, a in adapter.a.items():
+        b = adapter.b[name]
+        pair = task_pair(terms.get(name, ()), task)
+        a_hat, b_hat = (np.zeros_like(a), np.zeros_like(b)) if pair is None else pair
+        if (a_hat.shape[0], b_hat.shape[1]) != (a.shape[0], b.shape[1]):
+            raise HydraOptError(f"{adapter.task!r}: {name} has another shape in the store")
+        left, right = (metrics or {}).get(name, (None, None))
+        if left is not None:
+            a, a_hat = left.root @ a, left.root @ a_hat
+        if right is not None:
+            b, b_hat = b @ right.root, b_hat @ right.root
+        out[name] = relative_error(a, b, a_hat, b_hat)
+    return out
+
+
+def relative(error: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """`error / energy`; 0 for an all-zero delta that came back as zeros, NaN is left to absent tasks."""
+    return np.divide(error, energy, out=np.where(error > 0, np.inf, 0.0), where=energy > 0)
+
+
+def relative_error(a: np.ndarray, b: np.ndarray, a_hat: np.ndarray, b_hat: np.ndarray) -> float:
+    """`||a b - a_hat b_hat||^2 / ||a b||^2` in float64 on the host."""
+    a, b, a_hat, b_hat = (np.asarray(x, np.float64) for x in (a, b, a_hat, b_hat))
+    r: np.ndarray = np.linalg.qr(np.concatenate([a, -a_hat], 1), mode="r")  # type: ignore[assignment]
+    error = float(np.sum((r @ np.concatenate([b, b_hat], 0)) ** 2))
+    energy = float(np.sum((r[:, : a.shape[1]] @ b) ** 2))
+    return float(relative(np.array(error), np.array(energy)))

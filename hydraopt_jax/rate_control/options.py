@@ -1,0 +1,99 @@
+"""What a compression is to reach."""
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax import calibration
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.rate_control import budget
+from hydraopt_jax.store import tensors
+
+
+class Options(NamedTuple):
+    """What to reach; exactly one of budget, max_error and max_task_error.
+
+    Attributes:
+      budget: bytes of everything on disk if an integer above 10 or text such as "3MB"; else a fraction of the
+        factors' fp16 bytes, which factors and description may take: the coded full tensors beside the factors
+        come on top (`tensors`). A fraction of 1 or more keeps the adapters as they are, bit for bit in the
+        dtype that they came in. See `budget` for the whole rule.
+      max_error: largest mean relative squared error over modules and tasks.
+      max_task_error: largest relative squared error of any task, the mean over its modules.
+      weights: task name -> weight of its relative error, 1 where not named.
+      calibration: module name -> second moment `[I, I]` of its inputs, or `[I]` for a diagonal one; errors
+        are then those of the modules' outputs. With `NAME:output` -> second moment of the gradients at its
+        outputs as well, what is made small is the divergence of the model's outputs (see `calibration`).
+      share: whether tasks may share factors or be predicted from one another.
+      extras_dtype: full tensors that are wider are rounded to it, one of `tensors.DTYPES`; None keeps them.
+    """
+
+    budget: int | float | str | None = None
+    max_error: float | None = None
+    max_task_error: float | None = None
+    weights: Mapping[str, float] = {}
+    calibration: Mapping[str, np.ndarray] | None = None
+    share: bool = True
+    extras_dtype: str | None = None
+
+
+def check_options(options: Options) -> Options:
+    """The options with the budget read.
+
+    Raises:
+      HydraOptError: targets that contradict each other, that nothing can meet, or an option that would do
+        nothing.
+    """
+    options = options._replace(budget=budget.read_budget(options.budget))
+    given = {k: getattr(options, k) for k in ("budget", "max_error", "max_task_error")}
+    named = [k for k, v in given.items() if v is not None]
+    if len(named) != 1:
+        raise HydraOptError(
+            f"give exactly one of budget, max_error and max_task_error, not {', '.join(named) or 'none'}"
+        )
+    value: Any = given[named[0]]
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    if not number:
+        raise HydraOptError(f"{named[0]} = {value!r}: give a number")
+    if not np.isfinite(value) or value <= 0:
+        way = (
+            "give a positive number"
+            if named[0] == "budget"
+            else "an error of 0 is had with --budget 1 (lossless)"
+        )
+        raise HydraOptError(f"{named[0]} = {value}: must be positive; {way}")
+    tensors.check_dtype(options.extras_dtype)
+    for task, weight in options.weights.items():
+        if not np.isfinite(weight) or weight <= 0:
+            raise HydraOptError(f"weight of {task!r} = {weight}: must be positive")
+    if budget.keeps_all(value) and named == ["budget"]:
+        idle = {
+            "weights": options.weights,
+            "calibration": options.calibration is not None,
+            "alone": not options.share,
+        }
+        for name in (k for k, v in idle.items() if v):
+            raise HydraOptError(
+                f"{name}: does nothing under a budget of {value:g}, which keeps the adapters as they are: "
+                "leave one of them out"
+            )
+    return options
+
+
+def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
+    """Weights `[T]` with a mean of 1."""
+    unknown = set(options.weights) - set(tasks)
+    if unknown:
+        raise HydraOptError(f"weights name {min(unknown)!r}, which is none of the tasks {', '.join(tasks)}")
+    weights = np.array([float(options.weights.get(t, 1.0)) for t in tasks])
+    return weights / weights.mean()
+
+
+def account(options: Options, entries: int) -> dict[str, Any]:
+    """What was asked for, JSON-able: the beginning of a store's report."""
+    asked = {k: v for k, v in options._asdict().items() if k not in ("weights", "calibration")}
+    asked |= {"weights": dict(options.weights), "calibrated": options.calibration is not None}
+    known = {} if options.calibration is None else {"calibration": calibration.digest(options.calibration)}
+    return {"options": asked, "entries": entries, "bound": {}, **known}

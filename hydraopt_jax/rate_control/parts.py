@@ -1,0 +1,94 @@
+"""Parts of a collection: what is read, analyzed and coded together, as one segment.
+
+A part is some modules of some consecutive tasks, about `SEGMENT_BYTES` of factors. It is coded as if there
+were nothing else, at the quantizer step that all parts have in common: with one step bits go where they are
+worth most in the whole collection. A small collection is one part.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.collection import Collection
+
+# half-precision bytes of a part's factors; coding takes some thirty times as much
+SEGMENT_BYTES = 1 << 24
+# directions of a part's tasks together, at most: what is alike is looked for among so many, in the cube of
+# the time
+DIRECTIONS = 512
+# modules of a pilot, at least
+LEAST_MODULES = 2
+
+
+class Part(NamedTuple):
+    """Names of modules, and positions of the tasks that have any of them."""
+
+    modules: tuple[str, ...]
+    tasks: tuple[int, ...]
+
+
+def parts_of(found: Collection, limit: int = SEGMENT_BYTES) -> list[Part]:
+    """Divide a collection into parts of about `limit` bytes."""
+    tasks = range(len(found.cards))
+    widest = max(max(found.rank(m, t) for t in tasks) * sum(s) for m, s in found.shapes.items())
+    length = min(max(limit // (2 * max(widest, 1)), 1), span(found))
+    out = []
+    for at in range(0, len(tasks), length):
+        here = tasks[at : at + length]
+        weigh = {m: 2 * sum(s) * sum(found.rank(m, t) for t in here) for m, s in found.shapes.items()}
+        chosen: list[str] = []
+        total = 0
+        for name, size in weigh.items():
+            if chosen and size + total > limit:
+                out.append(part(found, chosen, here))
+                chosen, total = [], 0
+            if size:
+                chosen.append(name)
+                total += size
+        out += [part(found, chosen, here)] * bool(chosen)
+    return out
+
+
+def span(found: Collection) -> int:
+    """How many tasks are compared with each other."""
+    rank = max(found.rank(m, t) for m in found.shapes for t in range(len(found.cards)))
+    return max(DIRECTIONS // max(rank, 1), 1)
+
+
+def part(found: Collection, modules: Sequence[str], tasks: Sequence[int]) -> Part:
+    """The part of these modules, with those of the tasks that have any."""
+    return Part(tuple(modules), tuple(t for t in tasks if any(found.rank(m, t) for m in modules)))
+
+
+def pilot_part(found: Collection, limit: int = SEGMENT_BYTES) -> Part:
+    """A part to begin with: modules and tasks from all over the collection."""
+    tasks, names = len(found.cards), list(found.shapes)
+    few = list(range(0, tasks, max(tasks // span(found), 1)))[: span(found)]
+    modules = names[:: max(len(names) // LEAST_MODULES, 1)]
+    weigh = lambda: 2 * sum(found.rank(m, t) * sum(found.shapes[m]) for m in modules for t in few)  # noqa: E731
+    while weigh() > limit and len(few) > 1:
+        few = few[::2]
+    return part(found, [m for m in modules if any(found.rank(m, t) for t in few)], few)
+
+
+def read(found: Collection, wanted: Part, count: Callable[[int], None] = lambda size: None) -> list[Adapter]:
+    """The part's factors in float32."""
+    out = found.adapters(wanted.tasks, wanted.modules)
+    count(2 * sum(x.a[n].size + x.b[n].size for x in out for n in x.a))
+    return out
+
+
+def ahead(
+    found: Collection, wanted: Sequence[Part], count: Callable[[int], None], depth: int = 1
+) -> Iterator[list[Adapter]]:
+    """The factors of part after part, `depth` following ones being read meanwhile."""
+    with ThreadPoolExecutor(depth) as pool:
+        coming = iter(wanted)
+        pending = deque(pool.submit(read, found, x, count) for x in itertools.islice(coming, depth))
+        while pending:
+            now = pending.popleft().result()
+            pending.extend(pool.submit(read, found, x, count) for x in itertools.islice(coming, 1))
+            yield now

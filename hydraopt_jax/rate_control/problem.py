@@ -1,0 +1,85 @@
+"""A collection, or a part of it, made ready to be coded at any step: decomposed and compared once."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from hydraopt_jax.adapters import Adapters
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.rate_control.analysis import Spectrum, spectrum, take_modules
+from hydraopt_jax.rate_control.metrics import Metrics, coordinates, importance, weighed
+
+
+class Problem(NamedTuple):
+    """A collection made ready to be coded at any step.
+
+    Attributes:
+      spectra: one a bucket.
+      metrics: module -> metrics of its inputs and of its outputs; empty without calibration.
+      order: module names in the collection's order.
+      weights: `[M, T]` of the relative errors, in that order.
+      unit: the mean importance of a delta, by which importance is divided.
+      alone: modules that a trial showed to be dearer with a joint basis.
+    """
+
+    spectra: tuple[Spectrum, ...]
+    metrics: Mapping[str, Metrics]
+    order: tuple[str, ...]
+    weights: np.ndarray
+    unit: float = 1.0
+    alone: frozenset[str] = frozenset()
+
+    def take(self, modules: Collection[str]) -> "Problem":
+        """The problem of some of its modules."""
+        spectra = []
+        for x in self.spectra:
+            at = [m for m, n in enumerate(x.modules) if n in modules]
+            spectra += [take_modules(x, at)] if at else []
+        rows = [m for m, n in enumerate(self.order) if n in modules]
+        order = tuple(self.order[m] for m in rows)
+        return self._replace(spectra=tuple(spectra), order=order, weights=self.weights[rows])
+
+
+def prepare(
+    inputs: Adapters,
+    order: Sequence[str],
+    weights: np.ndarray,
+    metrics: Mapping[str, Metrics] | None = None,
+    share: bool = True,
+    deep: bool = True,
+    unit: float | None = None,
+) -> Problem:
+    """Decompose and compare a collection once, for any step.
+
+    Args:
+      inputs: the collection.
+      order: module names.
+      weights: `[T]` of the tasks' errors.
+      metrics: module -> those of its inputs and outputs; None for errors of the weights.
+      share, deep: as `spectrum`.
+      unit: the mean importance of a delta in the whole collection; None for that in this part.
+    """
+    metrics = metrics or {}
+    decomposed: list[decompose.Svd] = []
+    important: dict[str, np.ndarray] = {}
+    for bucket in inputs.buckets:
+        deltas = decompose.batched_svd(*weighed(metrics, bucket.modules, bucket.a, bucket.b))
+        decomposed.append(deltas)
+        norms = np.asarray(jnp.sqrt(deltas.energy))
+        important |= dict(zip(bucket.modules, importance(metrics, bucket.modules, norms), strict=True))
+    table = np.stack([important[n] for n in order])
+    unit = unit or (float(table[table > 0].mean()) if (table > 0).any() else 1.0)
+    table = np.where(table > 0, table / unit, 1.0) * weights
+    rows = {n: table[i] for i, n in enumerate(order)}
+    spectra = []
+    for x, deltas in zip(inputs.buckets, decomposed, strict=True):
+        left, right = zip(*(metrics.get(n, (None, None)) for n in x.modules), strict=True)
+        coded = (
+            coordinates(left, np.asarray(deltas.u)),
+            coordinates(right, np.asarray(deltas.v).swapaxes(2, 3)),
+        )
+        weight = np.stack([rows[n] for n in x.modules])
+        spectra.append(spectrum(x.modules, deltas, weight, coded, share=share, deep=deep))
+    return Problem(tuple(spectra), metrics, tuple(order), table, unit)

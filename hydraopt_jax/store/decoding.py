@@ -1,0 +1,230 @@
+"""From a store back to factors and adapters: the one way to read one. NumPy and integers only.
+
+One task's factors need its own leaves, those that it shares, and those that predict them; no others are read.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.codec import bitstream
+from hydraopt_jax.codec.decode import Decoded, decode_leaves
+from hydraopt_jax.codec.layout import Piece, TermShape
+from hydraopt_jax.codec.syntax import live_directions
+from hydraopt_jax.deferred import bytes_of
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import Factors, balanced, task_pair
+from hydraopt_jax.store import lossless, plain, references, schema
+from hydraopt_jax.store.store import (
+    SHARED,
+    Reference,
+    Segment,
+    Store,
+    closure,
+    places_of,
+    renumber,
+    select_term,
+    task_index,
+    tensors_of,
+)
+
+Terms = dict[str, tuple[Factors, ...]]
+
+
+def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places: Sequence[int]) -> Terms:
+    """Decoded pieces as terms in quantizer steps with diagonal cores, for the tasks at some places.
+
+    Args:
+      found: with the leaves that these tasks read.
+      shapes: module -> its coded terms.
+      places: one for each task of the result, -1 for a task that is not in the segment.
+    """
+    position = {(x.module, x.term, x.side, x.factor): i for i, x in enumerate(found.pieces)}
+    live = {
+        k: dict(zip(live_directions(shapes, found.pieces, found.contexts, k), found.gains[k], strict=True))
+        for k in set(places)
+        if k >= 0
+    }
+    out = {}
+    for name, terms in shapes.items():
+        made = []
+        for k, x in enumerate(terms):
+            (a, a_of), (b, b_of) = (renumber(of, places) for of in (x.a_of, x.b_of))
+            core = np.zeros((len(places), x.rank), np.float32)
+            for t, place in enumerate(places):
+                if place >= 0 and (name, k) in live[place]:
+                    sides = (
+                        found.contexts[position[name, k, side, of[place]]]
+                        for side, of in enumerate((x.a_of, x.b_of))
+                    )
+                    core[t, np.logical_and(*(y > 0 for y in sides))] = live[place][name, k]
+            values = [
+                stacked([found.values[position[name, k, side, f]] for f in kept], (length, x.rank))
+                for side, kept, length in ((0, a, x.inputs), (1, b, x.outputs))
+            ]
+            made.append(Factors(values[0], values[1].swapaxes(1, 2), a_of, b_of, core))
+        out[name] = tuple(made)
+    return out
+
+
+def stacked(values: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.ndarray:
+    """Values of pieces in one array; one that was not read is a damaged store's."""
+    if any(x is None for x in values):
+        raise bitstream.Damaged("a factor whose leaf is not there")
+    return np.stack(values) if values else np.zeros((0, *shape), np.float32)  # type: ignore[arg-type]
+
+
+def all_terms(
+    shapes: Mapping[str, tuple[TermShape, ...]], rows: Sequence[Piece], values: Sequence[np.ndarray]
+) -> dict[str, list[Factors]]:
+    """Every coded piece as terms in quantizer steps, cores left out: `a: [A, I, S]`, `b: [B, S, O]`."""
+    of: dict[tuple[str, int, int], list[np.ndarray]] = {}
+    for piece, value in zip(rows, values, strict=True):
+        of.setdefault((piece.module, piece.term, piece.side), []).append(value)
+    return {
+        name: [
+            Factors(
+                np.stack(of[name, k, 0]),
+                np.stack(of[name, k, 1]).swapaxes(1, 2),
+                np.array(term.a_of, np.int32),
+                np.array(term.b_of, np.int32),
+            )
+            for k, term in enumerate(terms)
+        ]
+        for name, terms in shapes.items()
+    }
+
+
+def decode_segment(segment: Segment, places: Sequence[int], table: np.ndarray | None = None) -> Decoded:
+    """What is coded in a segment for the tasks at some places.
+
+    Args:
+      segment: coded.
+      places: of tasks.
+      table: frequencies, where it uses an earlier segment's.
+
+    Raises:
+      Damaged: leaves that no encoder writes.
+    """
+    wanted = schema.leaves_of(segment.modules, places)
+    blobs = {k: bytes(bytes_of(v)) for k, v in segment.leaves.items() if k in wanted}
+    return decode_leaves(blobs, segment.modules, places, table)
+
+
+def decode_segments(store: Store, wanted: Mapping[int, Sequence[int]]) -> dict[int, Terms]:
+    """Segment -> its terms for the tasks at some places (-1 for none), in the order of the places."""
+    needed = closure(store.segments, {n: {k for k in v if k >= 0} for n, v in wanted.items()})
+    out: dict[int, Terms] = {}
+    known: dict[Reference, references.Vectors] = {}
+    referenced = {r for n in needed for r in store.segments[n].references}
+    for n in sorted(needed):
+        x, mine = store.segments[n], [r for r in referenced if r.segment == n]
+        if not x.coded:
+            out[n] = plain.unpack(x.modules, x.leaves, wanted.get(n, ()), borrowing(store, n))
+            continue
+        if n not in wanted and not mine:
+            # only its tables are needed
+            continue
+        table = None
+        if x.tables >= 0:
+            table = references.frequencies(bytes(bytes_of(store.segments[x.tables].leaves["shared"])))
+        own = sorted(k for k in needed[n] if k != SHARED)
+        found = decode_segment(x, own, table)
+        out[n] = terms_of(found, x.modules, wanted.get(n, own))
+        every = {k: terms_of(found, x.modules, [k]) for k in own} if mine or x.references else {}
+        if x.references:
+            packed = bytes(bytes_of(x.leaves.get("prediction", b"")))
+            every = {k: references.add_predictions(v, packed, x.references, known) for k, v in every.items()}
+            # a predicted segment has one task
+            chosen = [min(k, 0) for k in wanted.get(n, own)]
+            first = every[own[0]]
+            out[n] = {name: tuple(select_term(term, chosen) for term in v) for name, v in first.items()}
+        for r in mine:
+            known[r] = (
+                references.shared_vectors(found)
+                if r.place == SHARED
+                else references.task_vectors(every[r.place], 0)
+            )
+    return out
+
+
+def borrowing(store: Store, n: int) -> plain.Borrow:
+    """What gives a plain segment the factors that it shares with tasks of earlier ones."""
+
+    @functools.lru_cache
+    def lent(reference: int) -> Terms:
+        segment, place = store.segments[n].references[reference]
+        return decode_segments(store, {segment: [place]})[segment]
+
+    def borrow(reference: int, name: str, k: int, side: str) -> np.ndarray:
+        (factor,) = getattr(lent(reference)[name][k], side)
+        return factor
+
+    return borrow
+
+
+def decode_terms(store: Store, tasks: Sequence[str] | None = None) -> Terms:
+    """The factors of some tasks of a store, all where None: module -> terms, whose tasks are in that order.
+
+    A delta is the sum of its terms' `a @ core @ b`. Modules that none of the tasks has are left out.
+
+    Raises:
+      HydraOptError: an unknown task, or leaves that cannot be decoded.
+    """
+    names = store.tasks if tasks is None else tuple(tasks)
+    for task in names:
+        task_index(store.tasks, task)
+    wanted = places_of(store, names)
+    try:
+        found = decode_segments(store, wanted)
+    except bitstream.Damaged as error:
+        raise HydraOptError(f"damaged store: {error}: restore it from a copy or compress again") from None
+    out: dict[str, list[Factors]] = {}
+    for n in wanted:
+        for name, terms in found[n].items():
+            out.setdefault(name, []).extend(x for x in terms if len(x.a))
+    order = [name for name in store.shapes if name in out]
+    return {name: tuple(out[name]) for name in order if out[name]}
+
+
+def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """One task's factors, module -> `(a: [I, S], b: [S, O])` in float32, terms side by side, cores folded in.
+
+    Raises:
+      HydraOptError: the store has no such task (near names are listed).
+    """
+    pairs = {name: task_pair(terms, 0) for name, terms in decode_terms(store, [task]).items()}
+    return {name: x for name, x in pairs.items() if x is not None}
+
+
+def decode(store: Store, task: str) -> Adapter:
+    """One task back as an `Adapter`, ready for any writer in `formats`.
+
+    Only its leaves are read. Its factors are balanced, but for those of a lossless store, which are as they
+    came.
+
+    Raises:
+      HydraOptError: the store has no such task, or its leaves cannot be decoded.
+    """
+    source = store.sources[task_index(store.tasks, task)]
+    terms = decode_terms(store, [task])
+    came: dict[str, Any] = {
+        "dtype": source.dtype,
+        "extras": tensors_of(store, task),
+        "config": source.config,
+        "layout": source.layout,
+        "source": source.origin,
+        "digest": source.digest,
+    }
+    raw = lossless.raw_factors(terms, 0) if store.report.get("form") == lossless.FORM else None
+    if raw is not None:
+        return Adapter(task, *lossless.folded(raw), **came, raw=raw)
+    a, b = {}, {}
+    for name, every in terms.items():
+        pair = task_pair(every, 0)
+        if pair is not None:
+            a[name], b[name] = balanced(*pair)
+    return Adapter(task, a, b, **came)

@@ -1,0 +1,265 @@
+"""Stores on disk: opened, saved, changed, verified. A folder, or one `.safetensors` file, by its name."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from hydraopt_jax.deferred import Deferred, bytes_of, size_of
+from hydraopt_jax.errors import HydraOptError, TooLarge
+from hydraopt_jax.locks import locked
+from hydraopt_jax.store import folder, manifest, portable, segment_data
+from hydraopt_jax.store.decoding import decode_terms
+from hydraopt_jax.store.folder import MANIFEST
+from hydraopt_jax.store.store import Segment, Store, select
+
+Path_ = str | os.PathLike
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is that of a portable file."""
+    return path.suffix == portable.SUFFIX
+
+
+def open(path: Path_) -> Store:
+    """A store on disk; its leaves are read, and checked, when they are asked for.
+
+    Args:
+      path: a folder or a `.safetensors` file.
+
+    Raises:
+      HydraOptError: no store there, a damaged one, or one of another version.
+    """
+    at = Path(path).absolute()
+    for _ in range(RETRIES):
+        before = stamp(at)
+        try:
+            return portable.open_portable(at) if is_file(at) else folder.open_folder(at)
+        except HydraOptError:
+            if stamp(at) == before:
+                raise
+    raise HydraOptError(f"{at}: is replaced faster than it can be read: try again")
+
+
+# how often a reader begins anew when writers replace the store under it
+RETRIES = 20
+
+
+def stamp(path: Path) -> Any:
+    """What tells one state of a store from another."""
+    file = path if is_file(path) else path / MANIFEST
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    # the inode is another one after every rename, unless it came back at another time
+    return found.st_ino, found.st_ctime_ns, found.st_size
+
+
+def check_target(path: Path_, overwrite: bool) -> None:
+    """Refuse an output that exists, unless it is a store that may be replaced, or an unfinished job's."""
+    at = Path(path).absolute()
+    if not at.exists() or ((at / folder.JOB).is_dir() and not (at / MANIFEST).exists()):
+        return
+    if not overwrite:
+        raise HydraOptError(f"{at}: exists; choose another --out or give --overwrite")
+    if is_file(at):
+        portable.read_header(at)
+    else:
+        folder.read_manifest(at)
+
+
+def save(
+    path: Path_, store: Store, *, overwrite: bool = False, limit: int | None = None, zstd: bool = True
+) -> None:
+    """Write a store: at once or not at all, and never over anything unless told.
+
+    Args:
+      path: a new folder, or a new file whose name ends in `.safetensors`.
+      store: what to write; its leaves may be on disk.
+      overwrite: replace an existing store (nothing else is ever replaced).
+      limit: most bytes the store may take on disk; a larger one is not kept.
+      zstd: let Orbax compress plain factors in a folder.
+
+    Raises:
+      HydraOptError: the path exists, is not a store, or cannot be written.
+      TooLarge: the store would exceed `limit`.
+    """
+    at = Path(path).absolute()
+    check_target(at, overwrite)
+    with locked(at, again=True):
+        check_target(at, overwrite)
+        if is_file(at):
+            portable.write_portable(at, store, limit)
+        else:
+            write_folder(at, store, limit, zstd)
+
+
+def update(path: Path_, change: Callable[[Store], Store]) -> Store:
+    """Change a store on disk, with nobody writing between; segments that stay are not touched.
+
+    Returns:
+      The store as it was written.
+
+    Raises:
+      HydraOptError: as `open` and `save`, and whatever `change` raises: the store is then as it was.
+    """
+    at = Path(path).absolute()
+    open(at)
+    with locked(at):
+        changed = change(open(at))
+        if is_file(at):
+            portable.write_portable(at, changed)
+        else:
+            write_folder(at, changed)
+    return open(at)
+
+
+def kept_entry(segment: Segment, path: Path, rows: dict[str, Any]) -> Any:
+    """The manifest's row of a segment that lies in the folder as it is; None for one to be written."""
+    origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
+    if len(origins) != 1 or None in origins:
+        return None
+    where, name, count = origins.pop()
+    return rows.get(name) if where == str(path) and count == len(segment.leaves) else None
+
+
+def write_folder(
+    path: Path,
+    store: Store,
+    limit: int | None = None,
+    zstd: bool = True,
+    known: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write the segments that are not there, then the manifest; what it does not name goes.
+
+    Args:
+      path: the folder.
+      store: what to write.
+      limit, zstd: as `save`.
+      known: rows, by id, of segments that lie there already, beside those of the manifest.
+    """
+    fresh = not path.exists()
+    before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
+    rows = {**known, **({x["id"]: x for x in before["segments"]} if before is not None else {})}
+    try:
+        (path / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
+        entries, arrays = [], []
+        for x in store.segments:
+            row = kept_entry(x, path, rows)
+            if row is not None:
+                entries.append(manifest.entry_of(row))
+                arrays.append(row["arrays"])
+                continue
+            # a segment that was changed may have the same bytes as one that is there
+            entry, where = folder.write_segment(path, x, zstd=None if zstd else False)
+            entries.append(entry)
+            arrays.append(where)
+        said = manifest.as_json(store, entries, arrays, path.name)
+        if limit is not None:
+            size = len(manifest.pack(manifest.to_text(said))) + sum(
+                size_on_disk(path / folder.SEGMENTS / x.id) for x in entries
+            )
+            if size > limit:
+                raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
+        folder.write_manifest(path, said)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            folder.remove_unnamed(path, before)
+        raise
+    folder.remove_unnamed(path, said)
+
+
+def verify(path: Path_) -> int:
+    """Read a store whole: every leaf against its checksum, every task decoded; returns the number of leaves.
+
+    Raises:
+      HydraOptError: as `open`; a flipped bit, a truncated or a missing file is named.
+    """
+    at = Path(path).absolute()
+    for _ in range(RETRIES):
+        before = stamp(at)
+        try:
+            store = open(at)
+            leaves = 0
+            for x in store.segments:
+                for leaf in x.leaves.values():
+                    bytes_of(leaf)
+                    leaves += 1
+            for few in batches(store):
+                decode_terms(few)
+        except HydraOptError:
+            if stamp(at) == before:
+                raise
+        else:
+            return leaves
+    raise HydraOptError(f"{at}: is replaced faster than it can be read: try again")
+
+
+# float32 bytes of factors that are decoded at once where tasks can be read one after the other
+BATCH = 1 << 28
+
+
+def batches(store: Store, tasks: Any = None, limit: int = BATCH) -> Iterator[Store]:
+    """A store as stores of some tasks each, in order, as many as take about `limit` bytes in float32."""
+    names = store.tasks if tasks is None else tuple(tasks)
+    length = max(limit * len(store.tasks) // max(4 * store.report.get("entries", 0), 1), 1)
+    # whole segments, where they fit: each is then decoded once
+    span = max((len(x.tasks) for x in store.segments), default=1)
+    length -= length % span if length > span else 0
+    for at in range(0, len(names), length):
+        yield select(store, names[at : at + length])
+
+
+class Account(NamedTuple):
+    """What takes the bytes of a store on disk; the three add up to all of it.
+
+    Attributes:
+      factors: of the factors, after all compression.
+      heads: of the full tensors beside them, which a fraction as a budget does not count.
+      metadata: of all else: manifest, headers, errors, checksums, and what checkpoints take.
+    """
+
+    factors: int
+    heads: int
+    metadata: int
+
+
+def account(path: Path_, store: Store) -> Account:
+    """What takes the bytes of a store, which was opened from there."""
+    whole = size_on_disk(path)
+    heads = factors = 0
+    for x in store.segments:
+        for name, leaf in x.leaves.items():
+            heads += size_of(leaf) if name.startswith("tensors_") else 0
+            factors += size_of(leaf) if name.startswith(("shared", "task_", "head_", "prediction")) else 0
+    # plain factors may have become smaller
+    factors = min(factors, whole - heads)
+    return Account(factors, heads, whole - factors - heads)
+
+
+def size_on_disk(path: Path_) -> int:
+    """Bytes of a file, or of all files below a path, as a user counts them."""
+    at = Path(path)
+    if at.is_file():
+        return at.stat().st_size
+    return sum(x.stat().st_size for x in at.rglob("*") if x.is_file())
+
+
+def measure_size(store: Store, path: Path_ | None = None) -> int:
+    """Bytes that the store takes as a folder, plain factors uncompressed; nothing is written or read.
+
+    Args:
+      store: in memory.
+      path: of the folder, which a few bytes depend on; None for one of a usual length.
+    """
+    entries = [segment_data.likely_entry(x, n) for n, x in enumerate(store.segments)]
+    arrays = [[["state/data", n] for n, _ in folder.division(x.bytes)] for x in entries]
+    said = manifest.as_json(store, entries, arrays)
+    name = None if path is None else len(str(Path(path).absolute() / folder.SEGMENTS / ("0" * 16)))
+    sizes = (folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name) for x in entries)
+    return len(manifest.pack(manifest.to_text(said))) + sum(sizes)

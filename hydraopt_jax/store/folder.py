@@ -1,0 +1,312 @@
+"""A store as a folder: immutable segments, each an Orbax checkpoint, and a manifest that names them.
+
+    STORE/manifest.json.gz      what there is
+    STORE/segments/ID/          one Orbax checkpoint of bytes, never changed once it is there
+
+Changing a store is writing new segments, then replacing the manifest by one rename: a reader sees the old
+store or the new one, and a crash leaves at worst segments that no manifest names, which the next writer
+removes. Segments are written by Orbax and read through TensorStore, without JAX.
+"""
+
+import functools
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.store import manifest, segment_data
+from hydraopt_jax.store.segment_data import Entry, damaged
+from hydraopt_jax.store.store import Reference, Segment, Store
+
+MANIFEST = "manifest.json.gz"
+SEGMENTS = "segments"
+# of an unfinished job, see `jobs`
+JOB = "job"
+# bytes of a chunk, and the most chunks of an array: small chunks waste fewer bytes when one task is read
+CHUNK, MAX_CHUNKS = 1 << 16, 256
+# most bytes of an array, which a writer holds twice: its own and Orbax's copy
+ARRAY_BYTES = 1 << 26
+# what a checkpoint takes beside its chunks and the path in its commit marker, and what a path is counted as
+# where it is not known
+CHECKPOINT_BYTES, PATH_BYTES = 735, 128
+# what an array may claim to hold: so many bytes, and so many for each on disk (zstd of zeros)
+ROOM, EXPANSION = 1 << 22, 1000
+# segments whose headers are read at once
+READERS = 8
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """A file of a store."""
+    try:
+        return (path / name).read_bytes()
+    except MISSING as error:
+        raise damaged(path, f"{name} is missing or cannot be read ({error.strerror})") from None
+    except OSError as error:
+        # no permission, no memory, a disk that is gone: nothing is wrong with the store
+        raise HydraOptError(f"{path}: {name} cannot be read: {error.strerror or error}") from None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Raises:
+      HydraOptError: no store there, a damaged one, or one of another version.
+    """
+    if not path.is_dir():
+        raise HydraOptError(f"{path}: no store there")
+    if not (path / MANIFEST).is_file():
+        if (path / "_CHECKPOINT_METADATA").is_file():
+            raise manifest.old(path, "1 to 4")
+        if (path / JOB).is_dir():
+            raise HydraOptError(
+                f"{path}: an unfinished job: run its command again to go on, or delete the folder"
+            )
+        raise HydraOptError(f"{path}: not a store (it has no {MANIFEST})")
+    return manifest.parse(path, manifest.unpack(path, read_file(path, MANIFEST)))
+
+
+def open_array(path: Path, folder: Path, size: int) -> Any:
+    """An array of `size` bytes, opened with TensorStore."""
+    import tensorstore
+
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 24}})
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/"}}
+    try:
+        array = tensorstore.open(spec, context=context, open=True, read=True).result()
+        chunk = array.chunk_layout.read_chunk.shape
+        sane = array.shape == (size,) and array.dtype.name == "uint8" and 0 < chunk[0] <= size
+    except (ValueError, OSError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise damaged(path, f"{folder.relative_to(path)} cannot be opened ({what})") from None
+    if not sane:
+        raise damaged(path, f"{folder.relative_to(path)} is not the array that the manifest describes")
+    return array
+
+
+def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callable[[int, int], np.ndarray]:
+    """`(start, stop)` -> those bytes of a segment's run."""
+    folder = path / SEGMENTS / entry.id
+    if not folder.is_dir():
+        raise damaged(path, f"segment {entry.id} is missing")
+    stored = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
+    if entry.bytes > ROOM + EXPANSION * stored or sum(n for _, n in arrays) != entry.bytes:
+        raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
+    starts = list(itertools.accumulate((n for _, n in arrays), initial=0))
+
+    @functools.lru_cache
+    def opened(k: int) -> Any:
+        return open_array(path, folder / arrays[k][0], arrays[k][1])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        out: np.ndarray = np.empty(stop - start, np.uint8)
+        for k, (at, following) in enumerate(itertools.pairwise(starts)):
+            low, high = max(start, at), min(stop, following)
+            if low < high:
+                try:
+                    part = opened(k)[low - at : high - at].read().result()
+                except (ValueError, OSError) as error:
+                    what = " ".join(str(error).split())[:120]
+                    raise damaged(path, f"segment {entry.id} cannot be read ({what})") from None
+                out[low - start : high - start] = part
+        return out
+
+    return read
+
+
+def open_folder(path: Path) -> Store:
+    """A store whose leaves are read when they are asked for.
+
+    Raises:
+      HydraOptError: as `read_manifest`, or a segment that is missing or damaged.
+    """
+    return opened(path, read_manifest(path), lambda row: reader(path, manifest.entry_of(row), row["arrays"]))
+
+
+def opened(
+    path: Path, said: Mapping[str, Any], read: Callable[[Any], Callable[[int, int], np.ndarray]]
+) -> Store:
+    """A store from its manifest, and a function from a segment's row to a reader of its run."""
+    tasks = said["tasks"]
+
+    def one(row: Mapping[str, Any]) -> Segment:
+        names = tuple(t if isinstance(t, str) else tasks[t] for t in row["tasks"])
+        gone = frozenset(k for k, t in enumerate(row["tasks"]) if isinstance(t, str))
+        references = tuple(Reference(*r) for r in row.get("references", ()))
+        entry, tables = manifest.entry_of(row), row.get("tables", -1)
+        return segment_data.open_segment(path, entry, read(row), names, gone, references, tables)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        segments = tuple(pool.map(one, said["segments"]))
+    report = manifest.Static(said["report"])
+    return Store(segments, tuple(tasks), manifest.split_sources(said["sources"]), report)
+
+
+def division(total: int) -> list[tuple[int, int]]:
+    """Arrays of a run of so many bytes: bytes of each, and of its chunks."""
+    out = []
+    for at in range(0, total, ARRAY_BYTES):
+        size = min(total - at, ARRAY_BYTES)
+        count = min(max(round(size / CHUNK), 1), MAX_CHUNKS)
+        out.append((size, -(-size // count)))
+    return out
+
+
+def segment_size(total: int, path_bytes: int = PATH_BYTES) -> int:
+    """Bytes on disk of a segment whose run has so many, without compression."""
+    parts = division(total)
+    chunks = sum(-(-size // chunk) * chunk for size, chunk in parts)
+    return chunks + CHECKPOINT_BYTES + path_bytes + 350 * (len(parts) - 1)
+
+
+def arrays_of(pieces: Iterable[Any], parts: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """A run in pieces as arrays; an array is gone when the next one is asked for."""
+    sizes = iter(parts)
+    buffer, at = np.empty(next(sizes)[0], np.uint8), 0
+    for piece in pieces:
+        rest = memoryview(piece).cast("B")
+        while rest:
+            taken = min(len(rest), len(buffer) - at)
+            buffer[at : at + taken] = rest[:taken]
+            rest, at = rest[taken:], at + taken
+            if at == len(buffer):
+                yield buffer
+                following = next(sizes, None)
+                if following is not None:
+                    buffer, at = np.empty(following[0], np.uint8), 0
+
+
+def write_segment(
+    store: Path, segment: Segment, *, name: str | None = None, zstd: bool | None = None
+) -> tuple[Entry, list[list[Any]]]:
+    """Write a segment into a store's folder, whole or not at all.
+
+    Args:
+      store: the folder.
+      segment: whose leaves may be deferred: those of one array are in memory at a time.
+      name: of the segment; None for one that its bytes give, where the same bytes are then written once.
+      zstd: compress; None for plain factors only, as coded ones do not get smaller.
+
+    Returns:
+      Its entry in the manifest, and where its bytes lie.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    zstd = not segment.coded if zstd is None else zstd
+    parts = division(segment_data.size(segment))
+    found: list[Entry] = []
+    if name is None:
+        name = segment_data.entry_of(segment).id
+    folder = store / SEGMENTS / name
+    if not folder.exists():
+        context = ocp.Context()
+        context.array.saving.use_compression = zstd
+        # plain zarr: few arrays need no database, whose own files cost more and vary in size
+        context.array.saving.use_ocdbt = False
+        context.array.saving.use_zarr3 = False
+        context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(
+            chunk_byte_size=parts[0][1]
+        )
+        alone_in(context)
+        arrays = arrays_of(segment_data.run(segment, found.append), parts)
+        try:
+            with context, quiet():
+                if len(parts) == 1:
+                    (array,) = arrays
+                    ocp.save(folder, {"data": array})
+                else:
+                    for k, array in enumerate(arrays):
+                        ocp.partial.save(folder, {f"data_{k}": array})
+                    ocp.partial.finalize(folder)
+        except BaseException:
+            for left in (folder.parent).glob(f"{name}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            raise
+        sync_tree(folder)
+    else:
+        found.append(segment_data.entry_of(segment))
+    names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
+    where = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
+    return found[0]._replace(id=name), where
+
+
+def alone_in(context: Any) -> None:
+    """Let Orbax write for this process only: those of a job write segments of their own."""
+    import jax
+    from orbax.checkpoint import v1 as ocp
+
+    if jax.process_count() > 1:
+        rank = jax.process_index()
+        context.multiprocessing = ocp.options.MultiprocessingOptions(
+            primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"hydraopt{rank}"
+        )
+
+
+def locate(folder: Path, name: str) -> str:
+    """Where Orbax has put an array, relative to its checkpoint."""
+    (found,) = folder.glob(f"*/{name}")
+    return found.relative_to(folder).as_posix()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Orbax's remarks on small files and a format without a database from the user."""
+
+    logger = logging.getLogger("absl")
+
+    def mute(record: logging.LogRecord) -> bool:
+        return not any(x in str(record.msg) for x in ("OCDBT", "target_byte_size"))
+
+    logger.addFilter(mute)
+    try:
+        yield
+    finally:
+        logger.removeFilter(mute)
+
+
+def write_manifest(path: Path, said: Mapping[str, Any]) -> None:
+    """Replace the manifest by one rename: from here on the store is the new one."""
+    new = path / f".{MANIFEST}.new"
+    new.write_bytes(manifest.pack(manifest.to_text(said, path.name)))
+    sync(new)
+    os.replace(new, path / MANIFEST)
+    sync(path)
+
+
+def remove_unnamed(path: Path, said: Mapping[str, Any] | None) -> None:
+    """Remove segments that no manifest names, and what a job has left."""
+    named = {x["id"] for x in said["segments"]} if said is not None else set()
+    folder = path / SEGMENTS
+    for x in folder.iterdir() if folder.is_dir() else ():
+        if x.name not in named:
+            shutil.rmtree(x, ignore_errors=True)
+    shutil.rmtree(path / JOB, ignore_errors=True)
+    with suppress(OSError):
+        (path / f".{MANIFEST}.new").unlink()
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the entries of a folder, survive a crash of the machine."""
+    if path.is_dir() and os.name != "posix":  # pragma: no cover - folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of everything in a folder, and of the folder."""
+    for x in sorted(folder.rglob("*"), reverse=True):
+        sync(x)
+    sync(folder)
+    sync(folder.parent)

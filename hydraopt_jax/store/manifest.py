@@ -1,0 +1,151 @@
+"""The manifest: what a store says of itself beside its segments, as JSON (`docs/format.md`, "Manifest")."""
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydraopt_jax import strict_json
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.static import Static
+from hydraopt_jax.store import checks
+from hydraopt_jax.store.segment_data import Entry, damaged
+from hydraopt_jax.store.store import Source, Store
+from hydraopt_jax.store.tensors import DEFLATE
+
+FORMAT = "hydraopt"
+# versions 1 to 4 were never released
+VERSION = 5
+
+
+def as_json(
+    store: Store, entries: Sequence[Entry], arrays: Sequence[Any] | None = None, name: str = ""
+) -> dict[str, Any]:
+    """The manifest of a store.
+
+    Args:
+      store: what it holds.
+      entries: of its segments.
+      arrays: where each segment's bytes lie, `[path, bytes]` of arrays, if that has to be said.
+      name: of the store, for messages.
+
+    Raises:
+      HydraOptError: what the store says of itself is no JSON.
+    """
+    position = {t: k for k, t in enumerate(store.tasks)}
+    rows = []
+    for n, (x, entry) in enumerate(zip(store.segments, entries, strict=True)):
+        tasks = [t if k in x.removed else position[t] for k, t in enumerate(x.tasks)]
+        row: dict[str, Any] = {**entry._asdict(), "tasks": tasks}
+        row |= {"references": x.references} if x.references else {}
+        row |= {"tables": x.tables} if x.tables >= 0 else {}
+        row |= {"arrays": arrays[n]} if arrays is not None else {}
+        rows.append(row)
+    report = {"form": "", "options": {}, "entries": 0, "bound": {}} | dict(store.report)
+    said = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tasks": list(store.tasks),
+        "sources": merge_sources(store.sources),
+        "report": report,
+        "segments": rows,
+    }
+    fault = strict_json.fault(said)
+    if fault:
+        raise HydraOptError(f"{name}: what the store says of itself is no JSON: {fault}")
+    return said
+
+
+def to_text(said: Mapping[str, Any], name: str = "") -> bytes:
+    """JSON in UTF-8."""
+    try:
+        return json.dumps(said, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise HydraOptError(f"{name}: what the store says of itself is no JSON: {error}") from None
+
+
+def pack(text: bytes) -> bytes:
+    """The text as a gzip file, the same whenever it is written."""
+    return gzip.compress(text, 9, mtime=0)
+
+
+def unpack(path: Any, data: bytes) -> bytes:
+    """The inverse of `pack`.
+
+    Raises:
+      HydraOptError: no gzip file, or one that does not match its checksum.
+    """
+    try:
+        size = int.from_bytes(data[-4:], "little")
+        if size > DEFLATE * len(data):
+            raise ValueError("size")
+        text = gzip.decompress(data)
+    except (OSError, EOFError, ValueError, gzip.zlib.error):  # type: ignore[attr-defined]
+        raise damaged(path, "its manifest does not match its checksum") from None
+    return text
+
+
+def parse(path: Any, text: bytes) -> dict[str, Any]:
+    """A manifest, checked.
+
+    Raises:
+      HydraOptError: no manifest of a store, a damaged one, or one of another version.
+    """
+    try:
+        said = strict_json.loads(text)
+        version = said["version"] if said["format"] == FORMAT else None
+    except (ValueError, KeyError, TypeError):
+        raise damaged(path, "its manifest is no JSON of a store") from None
+    if version is None:
+        raise HydraOptError(f"{path}: not a store (its manifest describes something else)")
+    if type(version) is not int or version < 1:
+        raise damaged(path, f"its manifest has version {version!r}")
+    if version > VERSION:
+        raise HydraOptError(
+            f"{path}: version {version} of the format is newer than this version reads ({VERSION}): upgrade "
+            "hydraopt_jax"
+        )
+    if version < VERSION:
+        raise old(path, version)
+    with checks.believing(path, "its manifest"):
+        checks.check_manifest(said)
+    return said
+
+
+def old(path: Any, version: Any) -> HydraOptError:
+    """The error for a store of a version that was never released."""
+    return HydraOptError(
+        f"{path}: version {version} of the format is one before the first release: compress the adapters "
+        "again"
+    )
+
+
+def entry_of(row: Mapping[str, Any]) -> Entry:
+    """A segment's entry."""
+    return Entry(row["id"], row["bytes"], (row["header"][0], row["header"][1]), row["sha256"])
+
+
+def readable(path: str) -> str:
+    """A path as text: bytes of a file's name that are no UTF-8 are spelled out."""
+    return path.encode(errors="backslashreplace").decode()
+
+
+def merge_sources(sources: Sequence[Source]) -> dict[str, Any]:
+    """Sources as one common part and what each task differs in, so that 40 alike configs cost one."""
+    rows: list[dict[str, Any]] = [
+        {"dtype": x.dtype, "origin": readable(x.origin), "digest": x.digest, "layout": dict(x.layout)}
+        | {f"config.{k}": v for k, v in x.config.items()}
+        for x in sources
+    ]
+    common = {k: v for k, v in rows[0].items() if all(k in r and r[k] == v for r in rows)} if rows else {}
+    return {"common": common, "own": [{k: v for k, v in r.items() if k not in common} for r in rows]}
+
+
+def split_sources(merged: Mapping[str, Any]) -> tuple[Source, ...]:
+    """The inverse of `merge_sources`."""
+    out = []
+    for own in merged["own"]:
+        row = {**merged["common"], **own}
+        config = Static({k[7:]: v for k, v in row.items() if k.startswith("config.")})
+        out.append(Source(row["dtype"], config, Static(row["layout"]), row["origin"], row["digest"]))
+    return tuple(out)

@@ -1,0 +1,100 @@
+"""Plain segments: factors stored as they are, every array in the leaf of the tasks that read it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax.deferred import joined, part_of
+from hydraopt_jax.factors import Factors
+from hydraopt_jax.store.schema import PlainShape, Schema, plain_parts
+from hydraopt_jax.store.store import renumber
+
+
+def shape_of(term: Factors) -> PlainShape:
+    """The schema of a term; factors may be lists of deferred arrays. A diagonal core in another dtype than
+    `b` is a scale."""
+    a, b = term.a[0], term.b[0]
+    core = ""
+    if term.core is not None:
+        first = term.core[0]
+        core = "full" if np.ndim(first) == 2 else "diagonal" if first.dtype == b.dtype else "scale"
+    use = (tuple(int(x) for x in of) for of in (term.a_of, term.b_of))
+    dtypes = (np.dtype(x.dtype).name for x in (a, b))
+    return PlainShape(*use, a.shape[0], a.shape[1], b.shape[1], *dtypes, core)
+
+
+def pack(
+    modules: Mapping[str, Sequence[Factors]],
+) -> tuple[dict[str, tuple[PlainShape, ...]], dict[str, Any]]:
+    """Terms as a schema and leaves; of deferred arrays none is read."""
+    shapes = {name: tuple(shape_of(x) for x in terms) for name, terms in modules.items()}
+    rows, _, names = plain_parts(shapes)
+    leaves: dict[str, list[Any]] = {}
+    for (name, k, side, index), leaf in zip(rows, names, strict=True):
+        leaves.setdefault(leaf, []).append(getattr(modules[name][k], side)[index])
+    return shapes, {k: joined(v) for k, v in leaves.items()}
+
+
+# (reference, module, term, "a" or "b") -> the factor that the reference's task uses
+Borrow = Callable[[int, str, int, str], np.ndarray]
+
+
+def unpack(
+    modules: Schema, leaves: Mapping[str, Any], places: Sequence[int], borrow: Borrow | None = None
+) -> dict[str, tuple[Factors, ...]]:
+    """Terms for the tasks at some places; only the parts of leaves that they read are read.
+
+    Args:
+      modules: the schema.
+      leaves: name -> bytes, at least those of `schema.leaves_of`; may be deferred.
+      places: one for each task of the result, -1 for a task that is not in the segment.
+      borrow: gives factors that references have.
+
+    Raises:
+      ValueError: a leaf that is shorter than the schema says.
+    """
+    rows, shapes, names = plain_parts(modules)
+    at = dict.fromkeys(names, 0)
+    where: dict[tuple[str, int, str, int], tuple[str, int]] = {}
+    for row, shape, leaf in zip(rows, shapes, names, strict=True):
+        term = modules[row[0]][row[1]]
+        where[row] = leaf, at[leaf]
+        at[leaf] += int(np.prod(shape)) * np.dtype(dtype_of(term, row[2])).itemsize
+
+    def read(name: str, k: int, side: str, index: int, shape: tuple[int, ...]) -> np.ndarray:
+        term = modules[name][k]
+        elsewhere = {"a": term.a_from, "b": term.b_from}.get(side, -1)  # type: ignore[union-attr]
+        if elsewhere >= 0:
+            assert borrow is not None
+            return borrow(elsewhere, name, term.term, side)  # type: ignore[union-attr]
+        leaf, start = where[name, k, side, index]
+        return np.asarray(part_of(leaves[leaf], start, shape, dtype_of(modules[name][k], side)))
+
+    out = {}
+    for name, terms in modules.items():
+        made = []
+        for k, term in enumerate(terms):
+            assert isinstance(term, PlainShape)
+            (a, a_of), (b, b_of) = (renumber(of, places) for of in (term.a_of, term.b_of))
+            low, high = (term.inputs, term.rank), (term.rank, term.outputs)
+            core = None
+            if term.core:
+                core = np.zeros((len(places), *term.core_shape), term.core_dtype)
+                for t, place in enumerate(places):
+                    if place >= 0 and term.a_of[place] >= 0:
+                        core[t] = read(name, k, "core", place, term.core_shape)
+            sides = (
+                np.stack([read(name, k, side, int(f), shape) for f in kept])
+                if len(kept)
+                else np.zeros((0, *shape), dtype_of(term, side))
+                for side, kept, shape in (("a", a, low), ("b", b, high))
+            )
+            made.append(Factors(*sides, a_of, b_of, core))
+        out[name] = tuple(made)
+    return out
+
+
+def dtype_of(term: Any, side: str) -> str:
+    """The dtype of a term's "a", "b" or "core"."""
+    return {"a": term.a_dtype, "b": term.b_dtype}.get(side, term.core_dtype)

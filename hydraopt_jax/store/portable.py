@@ -1,0 +1,119 @@
+"""A store as one safetensors file: the manifest in its header, a tensor of bytes for each segment.
+
+The same content as a folder, for hubs, phones and servers: one task needs the header and a few byte ranges.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from hydraopt_jax import strict_json
+from hydraopt_jax.errors import HydraOptError, TooLarge
+from hydraopt_jax.store import manifest, segment_data
+from hydraopt_jax.store.folder import opened, sync
+from hydraopt_jax.store.segment_data import Entry, damaged
+from hydraopt_jax.store.store import Store
+
+SUFFIX = ".safetensors"
+# key of the manifest in the header's metadata
+KEY = "hydraopt"
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """The manifest, and name of each tensor -> where its bytes lie in the file.
+
+    Raises:
+      HydraOptError: no such file, no safetensors file, or none of a store.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(KEY)
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            rows = strict_json.loads(raw.read(length))
+    except FileNotFoundError:
+        raise HydraOptError(f"{path}: no store there") from None
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, ValueError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise damaged(path, f"not a whole safetensors file ({what})") from None
+    if text is None:
+        raise HydraOptError(f"{path}: not a store (a safetensors file without a manifest of one)")
+    places = {
+        name: (8 + length + row["data_offsets"][0], 8 + length + row["data_offsets"][1])
+        for name, row in rows.items()
+        if name != "__metadata__"
+    }
+    said = manifest.parse(path, text.encode())
+    for x in said["segments"]:
+        if x["id"] not in places or places[x["id"]][1] - places[x["id"]][0] != x["bytes"]:
+            raise damaged(path, f"segment {x['id']} is missing or of another size")
+    return said, places
+
+
+def open_portable(path: Path) -> Store:
+    """A store whose leaves are read from the file when they are asked for."""
+    said, places = read_header(path)
+
+    def reader(row: Any) -> Callable[[int, int], np.ndarray]:
+        begin = places[row["id"]][0]
+
+        def read(start: int, stop: int) -> np.ndarray:
+            try:
+                with path.open("rb") as file:
+                    file.seek(begin + start)
+                    data = file.read(stop - start)
+            except OSError as error:
+                raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
+            if len(data) != stop - start:
+                raise damaged(path, "it ends too early")
+            return np.frombuffer(data, np.uint8)
+
+        return read
+
+    return opened(path, said, reader)
+
+
+def header(store: Store, entries: list[Entry], name: str) -> bytes:
+    """The header of the file, with its length, padded to eight bytes as the format asks."""
+    text = manifest.to_text(manifest.as_json(store, entries, name=name), name).decode()
+    rows: dict[str, Any] = {"__metadata__": {KEY: text}}
+    at = 0
+    for x in entries:
+        rows[x.id] = {"dtype": "U8", "shape": [x.bytes], "data_offsets": [at, at + x.bytes]}
+        at += x.bytes
+    body = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % 8)
+    return len(body).to_bytes(8, "little") + body
+
+
+def write_portable(path: Path, store: Store, limit: int | None = None) -> None:
+    """Write the file, whole or not at all; leaves are read twice where they are deferred.
+
+    Raises:
+      HydraOptError: it cannot be written.
+      TooLarge: it would exceed `limit` bytes.
+    """
+    entries = [segment_data.entry_of(x) for x in store.segments]
+    head = header(store, entries, path.name)
+    total = len(head) + sum(x.bytes for x in entries)
+    if limit is not None and total > limit:
+        raise TooLarge(f"{path}: the store would take {total:,} bytes, its input takes {limit:,}")
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            file.write(head)
+            for x in store.segments:
+                for piece in segment_data.run(x, lambda entry: None):
+                    file.write(piece)
+        sync(new)
+        os.replace(new, path)
+        sync(path.parent)
+    finally:
+        new.unlink(missing_ok=True)

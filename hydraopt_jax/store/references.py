@@ -1,0 +1,118 @@
+"""Segments that are predicted from earlier ones, as a P-frame is from its I-frame. NumPy only.
+
+Each vector of such a segment is predicted by least squares from the vectors that its references have of the
+same module and side, laid side by side in the order of the references; the codec codes what is left. Its
+symbols use the tables of an earlier segment, because tables of its own would cost some hundred bytes and say
+much the same.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hydraopt_jax.codec import contexts, prediction, tables
+from hydraopt_jax.codec.bitstream import Reader
+from hydraopt_jax.codec.decode import Decoded
+from hydraopt_jax.codec.prediction import Prediction
+from hydraopt_jax.factors import Factors
+from hydraopt_jax.store.store import Reference
+
+# weights of the earlier segment's table and of a Gaussian
+KNOWN, PRIOR = 16, 1024
+
+# (module, side) -> `[n, D]` vectors in steps
+Vectors = Mapping[tuple[str, int], np.ndarray]
+Terms = Mapping[str, Sequence[Factors]]
+
+
+def pack(found: Sequence[Prediction]) -> bytes:
+    """Predictions as bytes: flags, then coefficients."""
+    return b"".join(np.packbits(x.used).tobytes() for x in found) + prediction.pack(found)
+
+
+def unpack(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+    """The inverse of `pack`, for predictions of widths and ranks `(D, S)`."""
+    reader = Reader(data)
+    used = [np.unpackbits(reader.array("u1", -(-rank // 8)))[:rank].astype(bool) for _, rank in sizes]
+    counts = [width * int(mask.sum()) for (width, _), mask in zip(sizes, used, strict=True)]
+    flat = np.split(prediction.unpack(reader, sum(counts)), np.cumsum(counts)[:-1]) if counts else []
+    out = []
+    for mask, part, (width, rank) in zip(used, flat, sizes, strict=True):
+        coefficients: np.ndarray = np.zeros((width, rank), np.int64)
+        coefficients[:, mask] = part.reshape(-1, width).T if width else 0
+        out.append(Prediction(mask, coefficients))
+    return out
+
+
+def frequencies(shared: bytes) -> np.ndarray:
+    """Integer frequencies for a predicted segment from an earlier one's shared leaf: that one's own, and a
+    little of every other symbol.
+
+    All counts are integers before they are scaled, so that every machine has the same tables.
+    """
+    known = tables.unpack(Reader(shared))
+    return tables.from_counts(known * KNOWN + np.rint(PRIOR * contexts.gaussian()) + 1)
+
+
+def task_vectors(modules: Terms, task: int) -> dict[tuple[str, int], np.ndarray]:
+    """The coded vectors of a task in steps, the ones that are not zero."""
+    out: dict[tuple[str, int], np.ndarray] = {}
+    for name, terms in modules.items():
+        sides: list[list[np.ndarray]] = [[], []]
+        for x in (x for x in terms if x.a_of[task] >= 0):
+            sides[0].append(np.asarray(x.a[int(x.a_of[task])]).astype(np.float32))
+            sides[1].append(np.asarray(x.b[int(x.b_of[task])]).T.astype(np.float32))
+        for side, found in enumerate(sides):
+            if found:
+                every = np.concatenate(found, 1)
+                out[name, side] = every[:, every.any(0)]
+    return out
+
+
+def shared_vectors(decoded: Decoded) -> dict[tuple[str, int], np.ndarray]:
+    """The coded vectors of the leaf that all tasks read."""
+    found: dict[tuple[str, int], list[np.ndarray]] = {}
+    for x, value in zip(decoded.pieces, decoded.values, strict=True):
+        if x.leaf == "shared" and value is not None:
+            found.setdefault((x.module, x.side), []).append(value[:, value.any(0)])
+    return {k: np.concatenate(v, 1) for k, v in found.items()}
+
+
+def base_of(
+    known: Mapping[Reference, Vectors], references: Sequence[Reference], key: tuple[str, int]
+) -> np.ndarray | None:
+    """The vectors of some references for one side of a module, `[n, D]`; None where they have none."""
+    parts = [known[r][key] for r in references if key in known[r]]
+    return np.concatenate(parts, 1) if parts else None
+
+
+def add_predictions(
+    terms: Mapping[str, tuple[Factors, ...]],
+    packed: bytes,
+    references: Sequence[Reference],
+    known: Mapping[Reference, Vectors],
+) -> dict[str, tuple[Factors, ...]]:
+    """The terms of a predicted segment from what was coded of them.
+
+    Args:
+      terms: decoded, of one task.
+      packed: its `prediction` leaf.
+      references: of the segment.
+      known: vectors of each reference.
+    """
+    keys = [(n, side) for n, v in terms.items() for side in (0, 1) if v]
+    bases = {k: base for k in keys if (base := base_of(known, references, k)) is not None}
+    sizes = [(base.shape[1], terms[n][0].a.shape[2]) for (n, _), base in bases.items()]
+    guesses = {
+        key: prediction.weigh(base, found.coefficients)
+        for (key, base), found in zip(bases.items(), unpack(packed, sizes), strict=True)
+    }
+    out = {}
+    for name, (*first,) in terms.items():
+        if first:
+            term = first[0]
+            a = term.a + guesses.get((name, 0), np.float32(0))
+            b = term.b + np.asarray(guesses.get((name, 1), np.float32(0))).T
+            first[0] = term._replace(a=a, b=b)
+        out[name] = tuple(first)
+    return out

@@ -1,0 +1,175 @@
+"""A segment as one run of bytes, and back: `docs/format.md`, section "Segments".
+
+    header      deflated JSON: schema, tables of full tensors, names and sizes of the leaves
+    leaves      one after another
+    digests     the first 16 bytes of each leaf's SHA-256
+
+The manifest has the sizes of the header and the SHA-256 of header and digests together, so that a leaf can be
+read, and checked, without the others.
+"""
+
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax import strict_json
+from hydraopt_jax.deferred import Deferred, bytes_of, size_of
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.store import checks, schema
+from hydraopt_jax.store.store import Reference, Segment
+from hydraopt_jax.store.tensors import DEFLATE, inflate
+
+DIGEST = 16
+# leaves whose bytes stay in memory once they were read, and the bytes that a writer hashes at once
+CACHED = 4
+PIECE = 1 << 24
+
+
+class Entry(NamedTuple):
+    """What a manifest says of a segment.
+
+    Attributes:
+      id: name of the segment.
+      bytes: of the run.
+      header: bytes of the header, deflated and inflated.
+      sha256: of header and digests.
+    """
+
+    id: str
+    bytes: int
+    header: tuple[int, int]
+    sha256: str
+
+
+def header_of(segment: Segment) -> tuple[bytes, int]:
+    """The header, deflated, and how many bytes it inflates to."""
+    said = {
+        **schema.as_json(segment.modules),
+        "places": len(segment.tasks),
+        "tensors": {str(k): row for k, row in enumerate(segment.tensors) if row},
+        "leaves": [[k, size_of(v)] for k, v in segment.leaves.items()],
+    }
+    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+    return zlib.compress(text, 9), len(text)
+
+
+def size(segment: Segment) -> int:
+    """Bytes of the run."""
+    leaves = sum(map(size_of, segment.leaves.values()))
+    return len(header_of(segment)[0]) + leaves + DIGEST * len(segment.leaves)
+
+
+def run(segment: Segment, done: Callable[[Entry], None]) -> Iterator[Any]:
+    """The run of a segment in pieces, deferred leaves read as they come; at its end `done` is told.
+
+    The id in the entry is what the bytes give: the first 16 digits of the checksum.
+    """
+    packed, raw = header_of(segment)
+    whole, total = hashlib.sha256(packed), len(packed)
+    yield packed
+    digests = b""
+    for leaf in segment.leaves.values():
+        own = hashlib.sha256()
+        for start in range(0, size_of(leaf), PIECE):
+            stop = min(start + PIECE, size_of(leaf))
+            part = leaf.read(start, stop) if isinstance(leaf, Deferred) else bytes_of(leaf)[start:stop]
+            own.update(part)
+            total += stop - start
+            yield part
+        digests += own.digest()[:DIGEST]
+    yield digests
+    whole.update(digests)
+    sha = whole.hexdigest()
+    done(Entry(sha[:16], total + len(digests), (len(packed), raw), sha))
+
+
+def entry_of(segment: Segment) -> Entry:
+    """The entry of a segment in memory."""
+    found: list[Entry] = []
+    for _ in run(segment, found.append):
+        pass
+    return found[0]
+
+
+def likely_entry(segment: Segment, n: int) -> Entry:
+    """An entry as long as that of the segment, without reading it: for counting bytes."""
+    packed, raw = header_of(segment)
+    leaves = sum(map(size_of, segment.leaves.values())) + DIGEST * len(segment.leaves)
+    sha = hashlib.sha256(n.to_bytes(4, "little")).hexdigest()
+    return Entry(sha[:16], len(packed) + leaves, (len(packed), raw), sha)
+
+
+def damaged(path: Any, what: str) -> HydraOptError:
+    """The error for a store that is not what was written."""
+    return HydraOptError(f"{path}: damaged store: {what}: restore it from a copy or compress again")
+
+
+def open_segment(
+    path: Any,
+    entry: Entry,
+    read: Callable[[int, int], np.ndarray],
+    tasks: tuple[str, ...],
+    removed: frozenset[int],
+    references: tuple[Reference, ...] = (),
+    tables: int = -1,
+) -> Segment:
+    """A segment whose leaves are read, and compared with their checksums, when they are asked for.
+
+    Args:
+      path: of the store, for messages.
+      entry: of the manifest.
+      read: `(start, stop)` -> those bytes of the run.
+      tasks, removed, references, tables: as `Segment`.
+
+    Raises:
+      HydraOptError: the run is not the one that the manifest describes.
+    """
+    (packed, raw), name = entry.header, f"segment {entry.id}"
+    if packed > entry.bytes or raw > DEFLATE * packed:
+        raise damaged(path, f"{name} has no header of its size")
+    head = bytes(read(0, packed))
+    text = inflate(head, raw + 1)
+    try:
+        said = strict_json.loads(text)
+        leaves = [(str(k), int(n)) for k, n in said["leaves"]]
+        end = entry.bytes - DIGEST * len(leaves)
+        if len(text) != raw or packed + sum(n for _, n in leaves) != end or min(n for _, n in leaves) < 1:
+            raise ValueError("sizes")
+    except (ValueError, KeyError, TypeError):
+        raise damaged(path, f"the header of {name} is none") from None
+    tail = bytes(read(end, entry.bytes)) if leaves else b""
+    if hashlib.sha256(head + tail).hexdigest() != entry.sha256:
+        raise damaged(path, f"{name} does not match its checksum")
+    with checks.believing(path, f"the header of {name}"):
+        checks.check_segment(said, leaves, len(tasks), references)
+        modules = schema.from_json(said)
+        tensors = tuple(
+            tuple((n, d, tuple(s), b) for n, d, s, b in said["tensors"].get(str(k), ()))
+            for k in range(len(tasks))
+        )
+    starts, at = {}, packed
+    for k, (leaf, count) in enumerate(leaves):
+        starts[leaf] = (at, count, tail[DIGEST * k : DIGEST * (k + 1)])
+        at += count
+
+    @functools.lru_cache(CACHED)
+    def whole(leaf: str) -> np.ndarray:
+        start, count, digest = starts[leaf]
+        data = read(start, start + count)
+        if hashlib.sha256(data.data).digest()[:DIGEST] != digest:
+            raise damaged(path, f"{leaf} of {name} does not match its checksum")
+        return data
+
+    def part(leaf: str, start: int, stop: int) -> np.ndarray:
+        return whole(leaf)[start:stop]
+
+    origin = (str(path), entry.id, len(leaves))
+    lazy: Mapping[str, Any] = {
+        leaf: Deferred((count,), np.uint8, functools.partial(part, leaf), origin) for leaf, count in leaves
+    }
+    return Segment(lazy, tasks, removed, modules, tensors, references, tables)

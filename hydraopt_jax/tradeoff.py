@@ -1,0 +1,307 @@
+"""The whole trade-off of a collection: every method's bytes against its errors, and what to expect.
+
+Plain methods are measured without writing anything: their bytes are those of the factors and scales alone,
+which flatters them; the curve of budgets counts every byte on disk.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hydraopt_jax import adapters
+from hydraopt_jax.adapters import Adapter, Adapters
+from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.collection import in_memory
+from hydraopt_jax.compression import compress
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import Hydra, estimates
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.linalg.decompose import Svd, matmul
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.errors_of import relative
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.rate_control.work import Memory
+from hydraopt_jax.store import count, files
+from hydraopt_jax.store.store import task_errors
+
+FRACTIONS = (0.5, 0.25, 0.125, 0.0625, 0.03)
+# bit widths of the plain per-adapter SVD
+WIDTHS = (16, 8, 4)
+
+
+class Point(NamedTuple):
+    """One method at one setting.
+
+    Attributes:
+      setting: what was set, such as "K = 3".
+      bytes: what it stores.
+      mean: mean relative squared error over tasks and modules.
+      worst: the worst task's.
+    """
+
+    setting: str
+    bytes: float
+    mean: float
+    worst: float
+
+
+class Curve(NamedTuple):
+    """One method over its settings, by bytes."""
+
+    label: str
+    points: tuple[Point, ...]
+
+
+class Frontier(NamedTuple):
+    """All curves of a collection.
+
+    Attributes:
+      reference: the fp16 bytes of the factors.
+      curves: methods, that of budgets first.
+      estimates: curves that Gaussian models expect (`estimates`); no bounds.
+      delta_rate: Bjontegaard-delta rate of the curve of budgets against every other one, per cent; None where
+        no error is reached by both.
+    """
+
+    reference: int
+    curves: tuple[Curve, ...]
+    estimates: tuple[Curve, ...]
+    delta_rate: dict[str, float | None]
+
+
+def summary(setting: str, size: float, errors: np.ndarray) -> Point:
+    """A point from the errors `[M, T]`, NaN where a task lacks a module."""
+    return Point(setting, float(size), float(np.nanmean(errors)), float(task_errors(errors).max()))
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def rounded_directions(deltas: Svd, bits: int) -> tuple[Array, Array]:
+    """The two vectors of every direction as codes give them back, `x: [..., I, R]`, `y: [..., R, O]`."""
+    root = jnp.sqrt(deltas.s)
+    x, y = deltas.u * root[..., None, :], deltas.v * root[..., None]
+    if bits == 16:
+        return x.astype(jnp.float16).astype(jnp.float32), y.astype(jnp.float16).astype(jnp.float32)
+    return fixed_rate.rounded(x, bits, axis=-2), fixed_rate.rounded(y, bits)
+
+
+@jax.jit
+def prefix_errors(deltas: Svd, x: Array, y: Array) -> Array:
+    """Squared error of the first 1, 2, ..., R rounded directions, `[..., R]`, free of cancellation.
+
+    With `p = u sqrt(s)`, `q = sqrt(s) v` a kept direction misses `(p - x) q + x (q - y)`, one left out `p q`.
+    """
+    root = decompose.safe_sqrt(deltas.s)
+    p, q = deltas.u * root[..., None, :], deltas.v * root[..., None]
+    left, right = jnp.concatenate([p - x, x, p], -1), jnp.concatenate([q, q - y, q], -2)
+    products = matmul(left.mT, left) * matmul(right, right.mT)
+    kept = jnp.tril(jnp.ones((x.shape[-1],) * 2))
+    chosen = jnp.concatenate([kept, kept, 1 - kept], -1)
+    return jnp.maximum(jnp.einsum("ki,...ij,kj->...k", chosen, products, chosen, precision="highest"), 0.0)
+
+
+def separate(collection: Adapters, bits: int) -> Curve:
+    """Each adapter's own truncated SVD at ranks 1 to R, one bit width, a scale a vector."""
+    rank = max(x.a.shape[3] for x in collection.buckets)
+    errors: list[list[np.ndarray]] = [[] for _ in range(rank)]
+    sizes = np.zeros(rank)
+    for bucket in collection.buckets:
+        deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+        squared = np.asarray(prefix_errors(deltas, *rounded_directions(deltas, bits)))
+        energy = np.asarray(deltas.energy)
+        inputs, outputs = bucket.a.shape[2], bucket.b.shape[3]
+        for s in range(rank):
+            kept = np.minimum(s + 1, squared.shape[-1])
+            lost = relative(squared[..., kept - 1], energy)
+            errors[s].append(np.where(bucket.ranks > 0, lost, np.nan))
+            vectors = int(np.minimum(bucket.ranks, s + 1).sum())
+            sizes[s] += fixed_rate.size(vectors, inputs, bits) + fixed_rate.size(vectors, outputs, bits)
+    points = [summary(f"rank {s + 1}", sizes[s], np.concatenate(errors[s])) for s in range(rank)]
+    return Curve(f"separate SVD, {bits} bits", tuple(points))
+
+
+def hydra(collection: Sequence[Adapter], heads: Sequence[int]) -> Curve:
+    """The paper's form at numbers of heads, closed form, half precision, the adapters' rank."""
+    points = []
+    for k in heads:
+        kept = compress(collection, form=Hydra(heads=k), dtype="float16")
+        points.append(summary(f"K = {k}", 2 * count(kept), kept.errors))
+    return Curve("HydraOpt, fp16", tuple(points))
+
+
+@jax.jit
+def merged_errors(a: Array, b: Array) -> tuple[Array, Array]:
+    """Squared errors `[M, T]` of the mean delta cut to the adapters' rank, and the energies."""
+
+    def one(a: Array, b: Array) -> tuple[Array, Array]:
+        tasks, _, rank = a.shape
+        mean = decompose.svd(decompose.wide(a), b.reshape(tasks * rank, -1) / tasks)
+        x, y = mean.u[:, :rank] * mean.s[:rank], mean.v[:rank]
+        energy = jax.vmap(decompose.inner)(a, b, a, b)
+        cross = jax.vmap(decompose.inner, (0, 0, None, None))(a, b, x, y)
+        return jnp.maximum(energy - 2 * cross + decompose.inner(x, y, x, y), 0.0), energy
+
+    return jax.vmap(one)(a, b)
+
+
+def merged(collection: Adapters) -> Curve:
+    """One adapter for all: the mean delta cut to the adapters' rank, half precision."""
+    errors, size = [], 0
+    for bucket in collection.buckets:
+        squared, energy = (np.asarray(x) for x in merged_errors(jnp.asarray(bucket.a), jnp.asarray(bucket.b)))
+        errors.append(np.where(bucket.ranks > 0, relative(squared, energy), np.nan))
+        size += 2 * len(bucket.modules) * bucket.a.shape[3] * (bucket.a.shape[2] + bucket.b.shape[3])
+    return Curve("merged (mean delta)", (summary("one adapter", size, np.concatenate(errors)),))
+
+
+def budgets(
+    collection: Sequence[Adapter], fractions: Sequence[float], share: bool, progress: Callable[[int], None]
+) -> Curve:
+    """Stores under a byte budget, every byte on disk counted."""
+    points = []
+    cache: dict[int, Any] = {}
+    found = in_memory(collection)
+    for fraction in fractions:
+        options = Options(budget=float(fraction), share=share)
+        try:
+            kept = engine.compress(found, options, Memory(), cache=cache)
+        except HydraOptError:
+            # a budget below the smallest store is no point of the curve
+            continue
+        finally:
+            progress(1)
+        points.append(summary(f"budget {fraction:g}", files.measure_size(kept), kept.errors))
+    return Curve("hydraopt_jax" if share else "hydraopt_jax, nothing shared", tuple(points))
+
+
+def cuts(tasks: int) -> tuple[int, ...]:
+    """Numbers of heads worth trying: all up to 8 tasks, powers of two and all tasks beyond."""
+    if tasks <= 8:
+        return tuple(range(1, tasks + 1))
+    return (*(1 << k for k in range(tasks.bit_length()) if 1 << k < tasks), tasks)
+
+
+def bjontegaard(curve: Curve, other: Curve) -> float | None:
+    """Bjontegaard-delta rate: mean difference of log bytes over the errors that both reach, in per cent.
+
+    Both curves are interpolated as log bytes over log error, monotone piecewise cubics, and integrated over
+    the common range; -50 means half the bytes at the same error. A point of error 0 is lossless: with its
+    bytes a curve reaches every error below its least positive one. Curves that meet at error 0 only are
+    compared there; None where they have no error in common.
+
+    Reference: G. Bjontegaard, Calculation of average PSNR differences between RD-curves, VCEG-M33, 2001.
+
+    >>> line = Curve("a", tuple(Point("", 2.0 ** -k, 4.0 ** k, 0.0) for k in range(5)))
+    >>> half = Curve("b", tuple(p._replace(bytes=p.bytes / 2) for p in line.points))
+    >>> round(bjontegaard(half, line), 6)
+    -50.0
+    """
+    sides = [lower_envelope(x.points) for x in (curve, other)]
+    exact = [rows[0].bytes if rows and rows[0].mean == 0 else None for rows in sides]
+    lossy = [[p for p in rows if p.mean > 0] for rows in sides]
+    least = [float(np.log(rows[0].mean)) if rows else np.inf for rows in lossy]
+    high = min(float(np.log(rows[-1].mean)) if rows else -np.inf for rows in lossy)
+    low = max((x for x, lossless in zip(least, exact, strict=True) if lossless is None), default=min(least))
+    if low < high:
+        mine, theirs = (
+            log_bytes(rows, lossless, low, high) for rows, lossless in zip(lossy, exact, strict=True)
+        )
+        return float(100 * (np.exp((mine - theirs) / (high - low)) - 1))
+    if exact[0] is not None and exact[1] is not None:
+        return float(100 * (exact[0] / exact[1] - 1))
+    return None
+
+
+def log_bytes(points: Sequence[Point], lossless: float | None, low: float, high: float) -> float:
+    """Integral of log bytes over log error from `low` to `high`; `lossless` bytes below the first point."""
+    from scipy.interpolate import PchipInterpolator
+
+    x, y = np.log([p.mean for p in points]), np.log([p.bytes for p in points])
+    first = min(max(low, float(x[0])), high)
+    total = 0.0 if lossless is None else (first - low) * float(np.log(lossless))
+    return total + (float(PchipInterpolator(x, y).integrate(first, high)) if first < high else 0.0)
+
+
+def lower_envelope(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both bytes and mean error, by rising error; a lossless one first."""
+    kept: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.mean, p.bytes)):
+        if not kept or (p.bytes < kept[-1].bytes and p.mean > kept[-1].mean):
+            kept.append(p)
+    return kept
+
+
+def frontier(
+    collection: Sequence[Adapter],
+    fractions: Sequence[float] = FRACTIONS,
+    *,
+    heads: Sequence[int] | None = None,
+    baselines: Sequence[Curve] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> Frontier:
+    """Every curve of a collection.
+
+    Args:
+      collection: adapters of one base model.
+      fractions: budgets of the first curve, of the fp16 bytes.
+      heads: K of the paper's curve; None for those of `cuts`.
+      baselines: curves of other methods to draw beside these, see `merging.curves`.
+      progress: called with 1 after each budget.
+
+    Returns:
+      Frontier.
+    """
+    if not fractions or min(fractions) <= 0:
+        raise HydraOptError("budgets of the frontier must be positive fractions of the fp16 bytes")
+    collection = [x.replace(extras={}) for x in collection]
+    stacked = adapters.stack(collection)
+    mine = budgets(collection, fractions, True, progress)
+    curves = [mine]
+    if len(collection) > 1:
+        curves.append(budgets(collection, fractions, False, progress))
+    curves.append(hydra(collection, heads or cuts(len(collection))))
+    curves += [separate(stacked, bits) for bits in WIDTHS]
+    curves += [merged(stacked), *baselines]
+    reference = 2 * stacked.size
+    deltas = [decompose.batched_svd(jnp.asarray(x.a), jnp.asarray(x.b)) for x in stacked.buckets]
+    found = estimates.estimates([relative_deltas(x) for x in deltas], np.asarray(fractions) * reference)
+    expected = [
+        Curve(
+            f"Gaussian estimate, {name}",
+            tuple(
+                Point(f"{f:g}", f * reference, float(v), float("nan"))
+                for f, v in zip(fractions, values, strict=True)
+            ),
+        )
+        for name, values in found.items()
+    ]
+    rates = {x.label: bjontegaard(mine, x) for x in curves[1:]}
+    return Frontier(reference, tuple(curves), tuple(expected), rates)
+
+
+def relative_deltas(deltas: Svd) -> Svd:
+    """Decompositions of deltas of norm 1; zero ones stay so."""
+    norms = jnp.sqrt(deltas.energy)[..., None]
+    return Svd(deltas.u, jnp.where(norms > 0, deltas.s / jnp.where(norms > 0, norms, 1.0), 0.0), deltas.v)
+
+
+def as_dict(x: Frontier) -> dict[str, Any]:
+    """JSON-able; the worst task is null where only the mean is known."""
+
+    def row(p: Point) -> dict[str, Any]:
+        worst = p.worst if np.isfinite(p.worst) else None
+        return p._asdict() | {"worst": worst, "fraction": p.bytes / x.reference}
+
+    def rows(curves: Sequence[Curve]) -> dict[str, Any]:
+        return {c.label: [row(p) for p in c.points] for c in curves}
+
+    return {
+        "fp16_bytes": x.reference,
+        "curves": rows(x.curves),
+        "estimates": rows(x.estimates),
+        "bjontegaard_delta_rate_percent": x.delta_rate,
+    }
