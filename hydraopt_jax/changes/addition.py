@@ -224,7 +224,8 @@ def joined_to(store: Store, new: Adapter) -> Segment:
                     lender = Reference(term.segment, place_of(store, term, side, what))
                     if lender not in lenders:
                         lenders.append(lender)
-                    shape = shape._replace(**{f"{side}_from": lenders.index(lender)})
+                    at = lenders.index(lender)
+                    shape = shape._replace(a_from=at) if side == "a" else shape._replace(b_from=at)
             rows.append(shape)
             parts += [new_arrays[k] for k in ("a", "b", "core") if k in new_arrays]
         for x in own:

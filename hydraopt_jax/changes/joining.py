@@ -198,8 +198,8 @@ def segment_terms(
         first = np.asarray(term.core[0])
         core = "full" if first.ndim == 2 else "diagonal" if first.dtype == term.b[0].dtype else "scale"
         new["core"] = rounded(name, way.core, first.dtype.name)
-    kinds = [np.dtype(x.dtype).name for x in (term.a[0], term.b[0])]
-    shape = PlainShape((0,), (0,), sizes["a"][0], sizes["a"][1], sizes["b"][1], *kinds, core)
+    low, high = (np.dtype(x.dtype).name for x in (term.a[0], term.b[0]))
+    shape = PlainShape((0,), (0,), sizes["a"][0], sizes["a"][1], sizes["b"][1], low, high, core)
     return own, [(shape._replace(term=terms[way.term].position), new)]
 
 

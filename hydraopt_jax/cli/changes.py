@@ -121,8 +121,8 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
         )
     if found is not None:
         payload["refit"] = clean(found._asdict())
-    for name, now, then in rows:
-        table.add_row(Text(name), f"{now:.3e}", *([] if then is None else [f"{then:.3e}"]))
+    for name, now, other in rows:
+        table.add_row(Text(name), f"{now:.3e}", *([] if other is None else [f"{other:.3e}"]))
     sizes = (report.format_bytes(x) for x in (payload["bytes_before"], payload["bytes_after"]))
     notes = [f"{' before, '.join(sizes)} after"]
     if held:

@@ -50,8 +50,8 @@ def inspect(path: str, as_json: bool) -> None:
     )
     shape = Table("module", "[in, out]", "rank", "inputs", "outputs")
     for n, x in enumerate(content.segments):
-        for leaf, size in rows[n]["leaves"].items():
-            table.add_row(str(n + 1), leaf, f"{size:,}")
+        for leaf, value in x.leaves.items():
+            table.add_row(str(n + 1), leaf, f"{size_of(value):,}")
         for name, terms in x.modules.items():
             for term in terms:
                 counts = (str(max(of, default=-1) + 1) for of in (term.a_of, term.b_of))

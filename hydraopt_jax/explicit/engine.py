@@ -124,8 +124,8 @@ def bundled(store: Store, order: list[str]) -> Store:
     sizes = [np.size(v) for x in few for v in x.leaves.values()]
     if len(few) < 2 or sum(sizes) > TOGETHER:
         return store
-    terms = {}
-    errors = {}
+    terms: dict[str, Any] = {}
+    errors: dict[str, np.ndarray] = {}
     for x in few:
         terms |= plain.unpack(x.modules, x.leaves, range(len(x.tasks)))
         table = x.error_table()

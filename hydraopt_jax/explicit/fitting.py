@@ -85,7 +85,7 @@ def prune(factors: Factors) -> Factors:
     keep_b, b_of = np.unique(factors.b_of[factors.b_of >= 0], return_inverse=True)
     new_a, new_b = np.full_like(factors.a_of, -1), np.full_like(factors.b_of, -1)
     new_a[factors.a_of >= 0], new_b[factors.b_of >= 0] = a_of, b_of
-    return Factors(factors.a[keep_a], factors.b[keep_b], new_a, new_b, factors.core)  # type: ignore[arg-type]
+    return Factors(factors.a[keep_a], factors.b[keep_b], new_a, new_b, factors.core)
 
 
 def scale(factors: Factors) -> Factors:
@@ -108,7 +108,7 @@ def cast(factors: Factors, dtype: str, module: str) -> Factors:
     for x in out:
         if x is not None and not np.isfinite(x.astype(np.float32)).all():
             raise HydraOptError(f"{module}: values overflow {dtype}; give --dtype bfloat16 or float32")
-    return Factors(out[0], out[1], factors.a_of, factors.b_of, out[2])  # type: ignore[arg-type]
+    return Factors(out[0], out[1], factors.a_of, factors.b_of, out[2])
 
 
 expanded = jax.jit(jax.vmap(losses.squared_errors))

@@ -104,13 +104,11 @@ def collection(cards: Sequence[Card]) -> Collection:
         return {k: x for k, x in rows if k in names} if names else {}
 
     # both factors of a module are asked for one after the other
-    pair = functools.lru_cache(1)(lambda task, module: read(task, [module])[0])
+    pair = functools.lru_cache(1)(lambda task, module: read(task, [module])[0][:2])
 
     def raw(task: int, module: str) -> Raw:
         entry, places = shared[task].modules[module], shared[task].places
-        low, high = (
-            (places[k].dtype for k in entry[:2]) if places else (x.dtype for x in pair(task, module)[:2])
-        )
+        low, high = (places[k].dtype for k in entry[:2]) if places else (x.dtype for x in pair(task, module))
 
         def part(side: int, start: int, stop: int) -> Any:
             # files have PEFT's orientation, stores ours

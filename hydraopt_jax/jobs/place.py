@@ -107,8 +107,8 @@ class Folder:
             # a process that was killed between the two has left one without the other
             shutil.rmtree(self.store / folder.SEGMENTS / own, ignore_errors=True)
         (self.store / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
-        entry, arrays = folder.write_segment(self.store, segment, name=own, zstd=None if self.zstd else False)
-        write_json(self._row(name), {**entry._asdict(), "arrays": arrays, "names": segment.tasks})
+        row = folder.write_segment(self.store, segment, name=own, zstd=None if self.zstd else False)
+        write_json(self._row(name), {**row, "names": segment.tasks})
 
     def drop(self, name: str) -> None:
         """See `Place`."""

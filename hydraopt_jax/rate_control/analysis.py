@@ -134,11 +134,14 @@ def spectrum(
 def take_modules(x: Spectrum, chosen: Sequence[int]) -> Spectrum:
     """The spectrum of some of its modules."""
     at = list(chosen)
+    joint = None
+    if x.joint is not None:
+        joint = Joint(*(y[at] for y in x.joint[0])), Joint(*(y[at] for y in x.joint[1]))
     return x._replace(
         modules=tuple(x.modules[m] for m in at),
         deltas=Svd(*(y[at] for y in x.deltas)),
         norms=x.norms[at],
         scales=x.scales[at],
         cosines=(x.cosines[0][at], x.cosines[1][at]),
-        joint=None if x.joint is None else tuple(Joint(*(y[at] for y in side)) for side in x.joint),
+        joint=joint,
     )

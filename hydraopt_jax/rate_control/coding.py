@@ -82,7 +82,7 @@ def targets_at_step(
     goals: dict[str, tuple[encode.Target, ...]] = {}
     choices: dict[str, mode_decision.Choice] = {}
     for x in problem.spectra:
-        chosen = mode_decision.decide_modes(x, step, problem.alone)
+        chosen = mode_decision.decide_modes(x, step, problem.no_joint)
         for name, terms in targets.targets(x, chosen, step).items():
             left, right = problem.metrics.get(name, (None, None))
             goals[name] = tuple(
@@ -152,21 +152,21 @@ def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Pro
     chosen = [
         n
         for x in problem.spectra
-        for n, c in zip(x.modules, mode_decision.decide_modes(x, step, problem.alone).choices, strict=True)
+        for n, c in zip(x.modules, mode_decision.decide_modes(x, step, problem.no_joint).choices, strict=True)
         if c.form == "joint"
     ]
     if not chosen:
         return problem
     few = problem.take(chosen)
     costs, whole = [], []
-    for tried in (few, few._replace(alone=frozenset(chosen))):
+    for tried in (few, few._replace(no_joint=frozenset(chosen))):
         trial = encode_at_step(tried, step, frequencies)
         lost = np.nansum(trial.errors * tried.weights, 1) / step**2
         costs.append(lost + encode.MULTIPLIER * encode.module_bits(trial.coded))
         whole.append(lost.sum() + encode.MULTIPLIER * 8 * trial.bytes)
     dearer = (costs[0] > costs[1]) | (whole[0] > whole[1])
     off = {n for n, x in zip(few.order, dearer, strict=True) if x}
-    return problem._replace(alone=problem.alone | off)
+    return problem._replace(no_joint=problem.no_joint | off)
 
 
 def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:

@@ -385,7 +385,7 @@ def encode_parts(
         if before is None:
             problem = disable_joint(problem, step, frequencies)
         else:
-            problem = problem._replace(alone=frozenset(before["alone"]))
+            problem = problem._replace(no_joint=frozenset(before["no_joint"]))
         trial = encode_at_step(problem, step, frequencies)
         run.place.keep(name, coded_segment(run, n, problem, trial, given))
         run.place.keep_note(name, note_of(run, problem, trial, [x.task for x in given]))
@@ -439,7 +439,7 @@ def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> d
     for choice in trial.choices.values():
         forms[label(choice, names)] = forms.get(label(choice, names), 0) + 1
     note = {
-        "alone": sorted(problem.alone),
+        "no_joint": sorted(problem.no_joint),
         "forms": forms,
         "tail": eigen_tail(problem, trial),
         "modules": int(np.count_nonzero(~np.isnan(trial.errors))),

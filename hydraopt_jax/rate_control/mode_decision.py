@@ -61,8 +61,8 @@ class Plan(NamedTuple):
     bytes: np.ndarray
 
 
-def decide_modes(x: Spectrum, step: float, alone: Collection[str] = ()) -> Plan:
-    """Choose the cheapest form of each module at a quantizer step; modules in `alone` take no joint basis."""
+def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = ()) -> Plan:
+    """Choose the cheapest form of each module at a quantizer step; those in `no_joint` take no joint basis."""
     inputs, outputs = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
     energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
     options: list[Any] = []
@@ -77,7 +77,7 @@ def decide_modes(x: Spectrum, step: float, alone: Collection[str] = ()) -> Plan:
         options.append(predicted(x, c, task, energy, keep, (inputs, outputs)))
     if x.joint:
         options.append(joint(x.joint, energy, keep, (inputs, outputs)))
-        options[-1][0][[n in alone for n in x.modules]] = np.inf
+        options[-1][0][[n in no_joint for n in x.modules]] = np.inf
     table = np.stack([option[0] for option in options])
     table[1:] += MULTIPLIER * FORM_BITS
     best = table.argmin(0)

@@ -21,7 +21,7 @@ class Problem(NamedTuple):
       order: module names in the collection's order.
       weights: `[M, T]` of the relative errors, in that order.
       unit: the mean importance of a delta, by which importance is divided.
-      alone: modules that a trial showed to be dearer with a joint basis.
+      no_joint: modules that a trial showed to be dearer with a joint basis.
     """
 
     spectra: tuple[Spectrum, ...]
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
     order: tuple[str, ...]
     weights: np.ndarray
     unit: float = 1.0
-    alone: frozenset[str] = frozenset()
+    no_joint: frozenset[str] = frozenset()
 
     def take(self, modules: Collection[str]) -> "Problem":
         """The problem of some of its modules."""

@@ -140,7 +140,7 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
         frequencies = fitted_tables(trial.coded.counts)
         done.append((x, miss(trial)))
         if len(done) > 2:
-            slope = secant(*done[-2:], sign)
+            slope = secant(done[-2], done[-1], sign)
         following = float(np.clip(x - done[-1][1] / slope, *STEPS_LOG))
         if len(done) > 2 and (abs(done[-1][1]) < NEAR or following == x):
             break
@@ -167,7 +167,8 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
     last = done[-1]
     if len(done) > goal.settling + 1:
         # earlier passes had other tables, and another curve
-        slope = secant(*((float(np.log(x.step)), x.miss) for x in done[-2:]), goal.sign)
+        one, two = ((float(np.log(x.step)), x.miss) for x in done[-2:])
+        slope = secant(one, two, goal.sign)
     aim = np.log(last.step) - (last.miss + goal.slack / 2) / slope
     known = done[goal.settling :] if len(done) > goal.settling else done[-1:]
     over = [np.log(x.step) for x in known if x.miss > 0]

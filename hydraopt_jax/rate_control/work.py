@@ -1,6 +1,8 @@
 """Who does a piece of work, what it tells meanwhile, and where it keeps what is done."""
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -41,8 +43,13 @@ class Place(Protocol):
       scratch: a folder for files that are gone when the work is done.
     """
 
-    path: Path | None
-    scratch: Path
+    @property
+    def path(self) -> Path | None:
+        """See above."""
+
+    @property
+    def scratch(self) -> Path:
+        """See above."""
 
     def segment(self, name: str) -> Segment | None:
         """A segment that was kept, as it is read from there; None where there is none."""
@@ -68,14 +75,15 @@ class Memory:
     def __init__(self) -> None:
         self.segments: dict[str, Segment] = {}
         self.notes: dict[str, Mapping[str, Any]] = {}
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._scratch: Path | None = None
 
     @property
     def scratch(self) -> Path:
         """See `Place`."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="hydraopt-")
-        return Path(self._folder.name)
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="hydraopt-"))
+            weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        return self._scratch
 
     def segment(self, name: str) -> Segment | None:
         """See `Place`."""

@@ -247,7 +247,7 @@ def refine(
         part = segment_of(store, n, ordered)
         where = folder if folder is None or len(parts) == 1 else folder / f"segment-{n}"
         segments[n], found = refine_segment(*part, given, where)
-        gains.append((found, float(np.isfinite(store.segments[n].error_table()).sum())))
+        gains.append((found, known(store.segments[n])))
     if all(x is y for x, y in zip(segments, store.segments, strict=True)):
         before = average([(x.before, w) for x, w in gains])
         return store, Refined(before, before, gains[0][0].trace)
@@ -284,6 +284,12 @@ class Given(NamedTuple):
         if self.forward is not None:
             return "outputs"
         return "weights" if self.calibration is None else "activations"
+
+
+def known(segment: Segment) -> float:
+    """How many modules and tasks a segment has errors of."""
+    table = segment.error_table()
+    return 1.0 if table is None else float(np.isfinite(table).sum())
 
 
 def average(rows: Sequence[tuple[float, float]]) -> float:

@@ -224,7 +224,7 @@ def unrounded(
             )
             a = np.where(read_a, within_cell(a, unweigh(sides[0], new_a)), a)
             b = np.where(read_b, within_cell(b, unweigh(sides[1], new_b)), b).swapaxes(1, 2)
-            rebuilt.append(term._replace(a=a, b=b))  # type: ignore[arg-type]
+            rebuilt.append(term._replace(a=a, b=b))
         out[name] = tuple(rebuilt)
     return out
 

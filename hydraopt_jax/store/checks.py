@@ -91,6 +91,7 @@ def check_manifest(said: Any) -> None:
         for segment, place in x.get("references", ()):
             need(whole(segment, 0, n - 1), "references of a segment")
             need(whole(place, -1, len(said["segments"][segment]["tasks"]) - 1), "references of a segment")
+        need(isinstance(x.get("files", ""), str), "checksums of segments")
         for name, size in x.get("arrays", ()):
             need(isinstance(name, str) and ".." not in name and name[:1] != "/", "arrays of a segment")
             need(whole(size, 1, x["bytes"]), "arrays of a segment")

@@ -117,13 +117,19 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
     return open(at)
 
 
-def kept_entry(segment: Segment, path: Path, rows: dict[str, Any]) -> Any:
+ROW = ("id", "bytes", "header", "sha256", "arrays", "files")
+
+
+def kept_row(segment: Segment, path: Path, rows: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest's row of a segment that lies in the folder as it is; None for one to be written."""
     origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
-    if len(origins) != 1 or None in origins:
+    origin = origins.pop() if len(origins) == 1 else None
+    if origin is None:
         return None
-    where, name, count = origins.pop()
-    return rows.get(name) if where == str(path) and count == len(segment.leaves) else None
+    where, name, count = origin
+    if where != str(path) or count != len(segment.leaves) or name not in rows:
+        return None
+    return {k: rows[name][k] for k in ROW}
 
 
 def write_folder(
@@ -146,21 +152,14 @@ def write_folder(
     rows = {**known, **({x["id"]: x for x in before["segments"]} if before is not None else {})}
     try:
         (path / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
-        entries, arrays = [], []
-        for x in store.segments:
-            row = kept_entry(x, path, rows)
-            if row is not None:
-                entries.append(manifest.entry_of(row))
-                arrays.append(row["arrays"])
-                continue
-            # a segment that was changed may have the same bytes as one that is there
-            entry, where = folder.write_segment(path, x, zstd=None if zstd else False)
-            entries.append(entry)
-            arrays.append(where)
-        said = manifest.as_json(store, entries, arrays, path.name)
+        written = [
+            kept_row(x, path, rows) or folder.write_segment(path, x, zstd=None if zstd else False)
+            for x in store.segments
+        ]
+        said = manifest.as_json(store, written, path.name)
         if limit is not None:
             size = len(manifest.pack(manifest.to_text(said))) + sum(
-                size_on_disk(path / folder.SEGMENTS / x.id) for x in entries
+                size_on_disk(path / folder.SEGMENTS / x["id"]) for x in written
             )
             if size > limit:
                 raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
@@ -192,6 +191,8 @@ def verify(path: Path_) -> int:
                     leaves += 1
             for few in batches(store):
                 decode_terms(few)
+            if not is_file(at):
+                folder.check_files(at, folder.read_manifest(at))
         except HydraOptError:
             if stamp(at) == before:
                 raise
@@ -258,8 +259,15 @@ def measure_size(store: Store, path: Path_ | None = None) -> int:
       path: of the folder, which a few bytes depend on; None for one of a usual length.
     """
     entries = [segment_data.likely_entry(x, n) for n, x in enumerate(store.segments)]
-    arrays = [[["state/data", n] for n, _ in folder.division(x.bytes)] for x in entries]
-    said = manifest.as_json(store, entries, arrays)
+    written = [
+        {
+            **x._asdict(),
+            "arrays": [["state/data", n] for n, _ in folder.division(x.bytes)],
+            "files": x.sha256[-16:],
+        }
+        for x in entries
+    ]
+    said = manifest.as_json(store, written)
     name = None if path is None else len(str(Path(path).absolute() / folder.SEGMENTS / ("0" * 16)))
     sizes = (folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name) for x in entries)
     return len(manifest.pack(manifest.to_text(said))) + sum(sizes)

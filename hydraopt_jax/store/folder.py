@@ -9,6 +9,7 @@ removes. Segments are written by Orbax and read through TensorStore, without JAX
 """
 
 import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -82,8 +83,8 @@ def open_array(path: Path, folder: Path, size: int) -> Any:
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/"}}
     try:
         array = tensorstore.open(spec, context=context, open=True, read=True).result()
-        chunk = array.chunk_layout.read_chunk.shape
-        sane = array.shape == (size,) and array.dtype.name == "uint8" and 0 < chunk[0] <= size
+        (chunk,) = array.chunk_layout.read_chunk.shape or (0,)
+        sane = array.shape == (size,) and array.dtype.name == "uint8" and 0 < (chunk or 0) <= size
     except (ValueError, OSError) as error:
         what = " ".join(str(error).split())[:120]
         raise damaged(path, f"{folder.relative_to(path)} cannot be opened ({what})") from None
@@ -186,7 +187,7 @@ def arrays_of(pieces: Iterable[Any], parts: Sequence[tuple[int, int]]) -> Iterat
 
 def write_segment(
     store: Path, segment: Segment, *, name: str | None = None, zstd: bool | None = None
-) -> tuple[Entry, list[list[Any]]]:
+) -> dict[str, Any]:
     """Write a segment into a store's folder, whole or not at all.
 
     Args:
@@ -196,7 +197,8 @@ def write_segment(
       zstd: compress; None for plain factors only, as coded ones do not get smaller.
 
     Returns:
-      Its entry in the manifest, and where its bytes lie.
+      Its row in the manifest: its entry, "arrays" with the path and bytes of each, and "files", a checksum of
+      all its files.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -216,14 +218,14 @@ def write_segment(
             chunk_byte_size=parts[0][1]
         )
         alone_in(context)
-        arrays = arrays_of(segment_data.run(segment, found.append), parts)
+        pieces = arrays_of(segment_data.run(segment, found.append), parts)
         try:
             with context, quiet():
                 if len(parts) == 1:
-                    (array,) = arrays
+                    (array,) = pieces
                     ocp.save(folder, {"data": array})
                 else:
-                    for k, array in enumerate(arrays):
+                    for k, array in enumerate(pieces):
                         ocp.partial.save(folder, {f"data_{k}": array})
                     ocp.partial.finalize(folder)
         except BaseException:
@@ -234,8 +236,35 @@ def write_segment(
     else:
         found.append(segment_data.entry_of(segment))
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
-    where = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
-    return found[0]._replace(id=name), where
+    arrays = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
+    return {**found[0]._replace(id=name)._asdict(), "arrays": arrays, "files": checksum(folder)}
+
+
+def checksum(folder: Path) -> str:
+    """The first 16 digits of a SHA-256 over names, sizes and bytes of all files of a folder."""
+    whole = hashlib.sha256()
+    for x in sorted(folder.rglob("*")):
+        if x.is_file():
+            whole.update(f"{x.relative_to(folder).as_posix()}\n{x.stat().st_size}\n".encode())
+            with x.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    whole.update(piece)
+    return whole.hexdigest()[:16]
+
+
+def check_files(path: Path, said: Mapping[str, Any]) -> int:
+    """Compare the files of every segment with the checksum of the manifest; returns how many there are.
+
+    Raises:
+      HydraOptError: some file of a segment is not as it was written.
+    """
+    count = 1
+    for row in said["segments"]:
+        folder = path / SEGMENTS / row["id"]
+        if checksum(folder) != row["files"]:
+            raise damaged(path, f"a file of segment {row['id']} does not match its checksum")
+        count += sum(x.is_file() for x in folder.rglob("*"))
+    return count
 
 
 def alone_in(context: Any) -> None:

@@ -82,7 +82,7 @@ def terms(rows: Sequence[Raw | None]) -> tuple[Factors, ...]:
         scales = np.ones(len(rows), np.float32)
         scales[tasks] = [x.scale for x in members]
         core = None if (scales == 1).all() else np.repeat(scales[:, None], rank, 1)
-        out.append(Factors(stack([x.a for x in members]), stack([x.b for x in members]), of, of, core))  # type: ignore[arg-type]
+        out.append(Factors(stack([x.a for x in members]), stack([x.b for x in members]), of, of, core))
     return tuple(out)
 
 

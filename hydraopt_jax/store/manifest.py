@@ -18,15 +18,12 @@ FORMAT = "hydraopt"
 VERSION = 5
 
 
-def as_json(
-    store: Store, entries: Sequence[Entry], arrays: Sequence[Any] | None = None, name: str = ""
-) -> dict[str, Any]:
+def as_json(store: Store, written: Sequence[Mapping[str, Any]], name: str = "") -> dict[str, Any]:
     """The manifest of a store.
 
     Args:
       store: what it holds.
-      entries: of its segments.
-      arrays: where each segment's bytes lie, `[path, bytes]` of arrays, if that has to be said.
+      written: an `Entry` as a mapping for each segment, and what its container has to say of it.
       name: of the store, for messages.
 
     Raises:
@@ -34,15 +31,14 @@ def as_json(
     """
     position = {t: k for k, t in enumerate(store.tasks)}
     rows = []
-    for n, (x, entry) in enumerate(zip(store.segments, entries, strict=True)):
+    for x, said in zip(store.segments, written, strict=True):
         tasks = [t if k in x.removed else position[t] for k, t in enumerate(x.tasks)]
-        row: dict[str, Any] = {**entry._asdict(), "tasks": tasks}
+        row: dict[str, Any] = {**said, "tasks": tasks}
         row |= {"references": x.references} if x.references else {}
         row |= {"tables": x.tables} if x.tables >= 0 else {}
-        row |= {"arrays": arrays[n]} if arrays is not None else {}
         rows.append(row)
     report = {"form": "", "options": {}, "entries": 0, "bound": {}} | dict(store.report)
-    said = {
+    whole = {
         "format": FORMAT,
         "version": VERSION,
         "tasks": list(store.tasks),
@@ -50,10 +46,10 @@ def as_json(
         "report": report,
         "segments": rows,
     }
-    fault = strict_json.fault(said)
+    fault = strict_json.fault(whole)
     if fault:
         raise HydraOptError(f"{name}: what the store says of itself is no JSON: {fault}")
-    return said
+    return whole
 
 
 def to_text(said: Mapping[str, Any], name: str = "") -> bytes:

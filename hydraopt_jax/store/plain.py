@@ -19,9 +19,9 @@ def shape_of(term: Factors) -> PlainShape:
     if term.core is not None:
         first = term.core[0]
         core = "full" if np.ndim(first) == 2 else "diagonal" if first.dtype == b.dtype else "scale"
-    use = (tuple(int(x) for x in of) for of in (term.a_of, term.b_of))
-    dtypes = (np.dtype(x.dtype).name for x in (a, b))
-    return PlainShape(*use, a.shape[0], a.shape[1], b.shape[1], *dtypes, core)
+    a_of, b_of = (tuple(int(x) for x in of) for of in (term.a_of, term.b_of))
+    low, high = (np.dtype(x.dtype).name for x in (a, b))
+    return PlainShape(a_of, b_of, a.shape[0], a.shape[1], b.shape[1], low, high, core)
 
 
 def pack(
@@ -84,13 +84,13 @@ def unpack(
                 for t, place in enumerate(places):
                     if place >= 0 and term.a_of[place] >= 0:
                         core[t] = read(name, k, "core", place, term.core_shape)
-            sides = (
+            left, right = (
                 np.stack([read(name, k, side, int(f), shape) for f in kept])
                 if len(kept)
                 else np.zeros((0, *shape), dtype_of(term, side))
                 for side, kept, shape in (("a", a, low), ("b", b, high))
             )
-            made.append(Factors(*sides, a_of, b_of, core))
+            made.append(Factors(left, right, a_of, b_of, core))
         out[name] = tuple(made)
     return out
 

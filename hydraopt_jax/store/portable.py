@@ -3,6 +3,7 @@
 The same content as a folder, for hubs, phones and servers: one task needs the header and a few byte ranges.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from hydraopt_jax.store.segment_data import Entry, damaged
 from hydraopt_jax.store.store import Store
 
 SUFFIX = ".safetensors"
-# key of the manifest in the header's metadata
-KEY = "hydraopt"
+# keys of the manifest in the header's metadata, and of its checksum
+KEY, SEAL = "hydraopt", "hydraopt_sha256"
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
@@ -32,7 +33,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
     """
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            text = (file.metadata() or {}).get(KEY)
+            said = file.metadata() or {}
+            text = said.get(KEY)
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             rows = strict_json.loads(raw.read(length))
@@ -50,11 +52,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
         for name, row in rows.items()
         if name != "__metadata__"
     }
-    said = manifest.parse(path, text.encode())
-    for x in said["segments"]:
+    if hashlib.sha256(text.encode()).hexdigest() != said.get(SEAL):
+        raise damaged(path, "its manifest does not match its checksum")
+    parsed = manifest.parse(path, text.encode())
+    for x in parsed["segments"]:
         if x["id"] not in places or places[x["id"]][1] - places[x["id"]][0] != x["bytes"]:
             raise damaged(path, f"segment {x['id']} is missing or of another size")
-    return said, places
+    return parsed, places
 
 
 def open_portable(path: Path) -> Store:
@@ -82,8 +86,9 @@ def open_portable(path: Path) -> Store:
 
 def header(store: Store, entries: list[Entry], name: str) -> bytes:
     """The header of the file, with its length, padded to eight bytes as the format asks."""
-    text = manifest.to_text(manifest.as_json(store, entries, name=name), name).decode()
-    rows: dict[str, Any] = {"__metadata__": {KEY: text}}
+    text = manifest.to_text(manifest.as_json(store, [x._asdict() for x in entries], name), name).decode()
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    rows: dict[str, Any] = {"__metadata__": {KEY: text, SEAL: seal}}
     at = 0
     for x in entries:
         rows[x.id] = {"dtype": "U8", "shape": [x.bytes], "data_offsets": [at, at + x.bytes]}

@@ -67,7 +67,9 @@ def plain_parts(modules: Schema) -> tuple[list[tuple[str, int, str, int]], list[
     Returns:
       (module, term, "a", "b" or "core", its index), the shape of each, and the leaf that holds it.
     """
-    rows, shapes, members, sizes = [], [], [], []
+    rows: list[tuple[str, int, str, int]] = []
+    shapes: list[tuple[int, ...]] = []
+    members, sizes = [], []
     tasks = 0
     for name, terms in modules.items():
         for k, x in enumerate(terms):
@@ -86,7 +88,7 @@ def plain_parts(modules: Schema) -> tuple[list[tuple[str, int, str, int]], list[
                     sizes.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
             for t in (t for t, f in enumerate(x.a_of) if f >= 0 and x.core):
                 rows.append((name, k, "core", t))
-                shapes.append(x.core_shape)  # type: ignore[arg-type]
+                shapes.append(x.core_shape)
                 members.append(frozenset([t]))
                 sizes.append(int(np.prod(x.core_shape)) * np.dtype(x.core_dtype).itemsize)
     return rows, shapes, leaf_names(members, sizes, tasks)[0]
@@ -143,7 +145,7 @@ def as_json(modules: Schema) -> dict[str, Any]:
 
     def row(x: Shape) -> list[Any]:
         use = number([list(x.a_of), list(x.b_of), "coded" if isinstance(x, TermShape) else x.core])
-        sizes = [use, x.inputs, x.rank, x.outputs]
+        sizes: list[Any] = [use, x.inputs, x.rank, x.outputs]
         if isinstance(x, TermShape):
             return [*sizes, KINDS[x.predicted]]
         # one dtype as a rule; adapters kept as they came may have two

@@ -220,7 +220,7 @@ class Store:
 
 def sources_of(collection: Sequence[Adapter]) -> tuple[Source, ...]:
     """What each task brought along."""
-    return tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest) for x in collection)
+    return tuple(Source(x.dtype, Static(x.config), Static(x.layout), x.source, x.digest) for x in collection)
 
 
 def task_index(tasks: Sequence[str], task: str) -> int:
