@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 
 def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = ()) -> Plan:
-    """Choose the cheapest form of each module at a quantizer step; those in `no_joint` take no joint basis."""
+    """Choose the cheapest form of each module at a quantizer step; those in `no_joint` take no basis."""
     inputs, outputs = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
     energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
     options: list[Any] = []

@@ -124,12 +124,13 @@ def kept_row(segment: Segment, path: Path, rows: Mapping[str, Any]) -> dict[str,
     """The manifest's row of a segment that lies in the folder as it is; None for one to be written."""
     origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
     origin = origins.pop() if len(origins) == 1 else None
-    if origin is None:
-        return None
-    where, name, count = origin
-    if where != str(path) or count != len(segment.leaves) or name not in rows:
-        return None
-    return {k: rows[name][k] for k in ROW}
+    name = None
+    if origin is not None and origin[0] == str(path) and origin[2] == len(segment.leaves):
+        name = origin[1]
+    elif not any(isinstance(x, Deferred) for x in segment.leaves.values()):
+        # the same bytes may be there, under the name that they give
+        name = segment_data.entry_of(segment).id
+    return {k: rows[name][k] for k in ROW} if name in rows else None
 
 
 def write_folder(
@@ -152,10 +153,12 @@ def write_folder(
     rows = {**known, **({x["id"]: x for x in before["segments"]} if before is not None else {})}
     try:
         (path / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
-        written = [
-            kept_row(x, path, rows) or folder.write_segment(path, x, zstd=None if zstd else False)
-            for x in store.segments
-        ]
+        written = []
+        for x in store.segments:
+            row = kept_row(x, path, rows)
+            if row is None:
+                row = folder.write_segment(path, x, zstd=None if zstd else False)
+            written.append(row)
         said = manifest.as_json(store, written, path.name)
         if limit is not None:
             size = len(manifest.pack(manifest.to_text(said))) + sum(

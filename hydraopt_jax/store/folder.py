@@ -98,7 +98,10 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
     folder = path / SEGMENTS / entry.id
     if not folder.is_dir():
         raise damaged(path, f"segment {entry.id} is missing")
-    stored = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
+    try:
+        stored = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
+    except OSError:
+        raise damaged(path, f"segment {entry.id} is missing") from None
     if entry.bytes > ROOM + EXPANSION * stored or sum(n for _, n in arrays) != entry.bytes:
         raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
     starts = list(itertools.accumulate((n for _, n in arrays), initial=0))
@@ -114,6 +117,8 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
             if low < high:
                 try:
                     part = opened(k)[low - at : high - at].read().result()
+                except HydraOptError:
+                    raise
                 except (ValueError, OSError) as error:
                     what = " ".join(str(error).split())[:120]
                     raise damaged(path, f"segment {entry.id} cannot be read ({what})") from None
@@ -205,36 +210,34 @@ def write_segment(
     zstd = not segment.coded if zstd is None else zstd
     parts = division(segment_data.size(segment))
     found: list[Entry] = []
-    if name is None:
-        name = segment_data.entry_of(segment).id
+    name = name or segment_data.entry_of(segment).id
     folder = store / SEGMENTS / name
-    if not folder.exists():
-        context = ocp.Context()
-        context.array.saving.use_compression = zstd
-        # plain zarr: few arrays need no database, whose own files cost more and vary in size
-        context.array.saving.use_ocdbt = False
-        context.array.saving.use_zarr3 = False
-        context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(
-            chunk_byte_size=parts[0][1]
-        )
-        alone_in(context)
-        pieces = arrays_of(segment_data.run(segment, found.append), parts)
-        try:
-            with context, quiet():
-                if len(parts) == 1:
-                    (array,) = pieces
-                    ocp.save(folder, {"data": array})
-                else:
-                    for k, array in enumerate(pieces):
-                        ocp.partial.save(folder, {f"data_{k}": array})
-                    ocp.partial.finalize(folder)
-        except BaseException:
-            for left in (folder.parent).glob(f"{name}*"):
-                shutil.rmtree(left, ignore_errors=True)
-            raise
-        sync_tree(folder)
-    else:
-        found.append(segment_data.entry_of(segment))
+    # what is there without being named by a manifest is a dead writer's
+    shutil.rmtree(folder, ignore_errors=True)
+    context = ocp.Context()
+    context.array.saving.use_compression = zstd
+    # plain zarr: few arrays need no database, whose own files cost more and vary in size
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_zarr3 = False
+    context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(
+        chunk_byte_size=parts[0][1]
+    )
+    alone_in(context)
+    pieces = arrays_of(segment_data.run(segment, found.append), parts)
+    try:
+        with context, quiet():
+            if len(parts) == 1:
+                (array,) = pieces
+                ocp.save(folder, {"data": array})
+            else:
+                for k, array in enumerate(pieces):
+                    ocp.partial.save(folder, {f"data_{k}": array})
+                ocp.partial.finalize(folder)
+    except BaseException:
+        for left in (folder.parent).glob(f"{name}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise
+    sync_tree(folder)
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
     arrays = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
     return {**found[0]._replace(id=name)._asdict(), "arrays": arrays, "files": checksum(folder)}
