@@ -17,8 +17,8 @@ from hydraopt_jax.store.store import task_errors
 SLACK, WIDE_SLACK, FEW_PARTS = 0.003, 0.01, 4
 # passes over the collection until the target is met
 PASSES = 8
-# trials on the sample, and how near it has to come: the sample is not the whole
-TRIALS, NEAR = 7, 0.01
+# trials on the sample, at least so many, and how near it has to come: the sample is not the whole
+TRIALS, SETTLED, NEAR = 8, 5, 0.01
 # about what the smallest store takes beside its codes, to start from
 LEAST_OVERHEAD = 1600
 # the finest and the coarsest step, relative to the norm of a delta
@@ -142,7 +142,7 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
         if len(done) > 2:
             slope = secant(done[-2], done[-1], sign)
         following = float(np.clip(x - done[-1][1] / slope, *STEPS_LOG))
-        if len(done) > 2 and (abs(done[-1][1]) < NEAR or following == x):
+        if len(done) >= SETTLED and (abs(done[-1][1]) < NEAR or following == x):
             break
         x = following
     return Found(float(np.exp(np.clip(x - done[-1][1] / slope, *STEPS_LOG))), slope, frequencies, trial)
