@@ -17,6 +17,9 @@ import pytest
 
 from hydraopt_jax import formats, synthetic
 
+# whether a machine survives is not tested here, and a disk that others use makes it take minutes
+os.fsync = lambda handle: None
+
 SHARED = Path(__file__).parents[2] / "shared" / "adapters"
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")

@@ -4,12 +4,11 @@ import decimal
 import fractions
 
 import numpy as np
-import optax
 import pytest
 
-from hydraopt_jax import compression, synthetic
+from hydraopt_jax import forms, synthetic
+from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.rate_control import navigate
 from hydraopt_jax.rate_control.budget import keeps_all, read_budget
 
 
@@ -54,28 +53,26 @@ def test_one_meaning_each(given, means):
 )
 def test_anything_else_is_refused(few, given):
     with pytest.raises(HydraOptError, match=r"budget.*give a fraction of the fp16 bytes") as caught:
-        navigate.compress(few, navigate.Options(budget=given))
+        compress(few, budget=given)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("given", [0, 0.0, -1, -0.5, np.nan, np.inf, "0", "0B", decimal.Decimal("NaN")])
 def test_what_is_not_positive_is_refused(few, given):
     with pytest.raises(HydraOptError, match="budget"):
-        navigate.compress(few, navigate.Options(budget=given))
+        compress(few, budget=given)
 
 
 @pytest.mark.parametrize("given", [1, 1.0, np.int64(1), np.float32(1), "1", "100%", 2.0])
 def test_one_keeps_the_adapters_as_they_are(few, given):
-    kept = navigate.compress(few, navigate.Options(budget=given))
+    kept = compress(few, budget=given)
     assert kept.report["form"] == "lossless"
     assert not kept.errors.any()
     assert keeps_all(kept.report["options"]["budget"])
 
 
 def test_bytes_are_a_limit_whatever_integer_gives_them(few):
-    sizes = {
-        type(x): navigate.compress(few, navigate.Options(budget=x)) for x in (2600, np.int64(2600), "2600B")
-    }
+    sizes = {type(x): compress(few, budget=x) for x in (2600, np.int64(2600), "2600B")}
     assert {x.report["options"]["budget"] for x in sizes.values()} == {2600}
     assert {x.report["form"] for x in sizes.values()} == {"coded"}
 
@@ -84,23 +81,37 @@ def test_bytes_are_a_limit_whatever_integer_gives_them(few):
 @pytest.mark.parametrize("value", [True, "0.1", [0.1], np.nan])
 def test_errors_are_numbers(few, name, value):
     with pytest.raises(HydraOptError, match=name):
-        navigate.compress(few, navigate.Options(**{name: value}))
+        compress(few, **{name: value})
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"start": "mean"}, "start = 'mean': does nothing with solver = 'closed'"),
-        ({"start": "mean", "steps": 3}, "start = 'mean'"),
-        ({"steps": 3}, "steps = 3: does nothing with solver = 'closed'"),
-        ({"optimizer": optax.sgd(1e-3)}, "optimizer: does nothing with solver = 'closed'"),
-        ({"cores": True}, "cores: do nothing with a head for each of the 2 tasks"),
-        ({"cores": True, "heads": 2}, "cores: do nothing with a head for each of the 2 tasks"),
+        ({"form": forms.Hydra(cores=True)}, "cores: do nothing with a head for each of the 2 tasks"),
+        ({"form": forms.Hydra(cores=True, heads=2)}, "cores: do nothing with a head for each of the 2 tasks"),
+        ({"form": forms.Hydra(heads=3)}, "heads = 3: must lie between 1 and the 2 tasks"),
+        ({"form": forms.Hydra(rank=0)}, "rank = 0"),
+        ({"form": forms.Hydra(side="up")}, "side = 'up': must be one of in, out, auto"),
+        ({"form": forms.Hydra(solver=forms.Gradient(start="zero"))}, "start = 'zero'"),
+        ({"form": forms.Hydra(solver=forms.Gradient(steps=0))}, "steps = 0"),
+        ({"form": forms.Hydra(), "dtype": "int4"}, "dtype = 'int4'"),
+        ({"form": forms.Hydra(), "budget": 0.5}, "budget: a form is given"),
+        ({"form": forms.Hydra(), "weights": {"one": 2.0}}, "weights: a form is given"),
+        ({"form": forms.Hydra(), "share": False}, "share=False: a form is given"),
+        ({"budget": 0.5, "dtype": "float16"}, "dtype: only plain factors have one"),
+        ({"budget": 0.5, "max_error": 0.1}, "exactly one of"),
     ],
 )
 def test_options_that_do_nothing_are_refused(few, options, words):
     with pytest.raises(HydraOptError, match=words):
-        compression.compress(few, compression.Options(**options))
+        compress(few, **options)
+
+
+def test_without_a_target_a_quarter_of_the_bytes_is_aimed_at():
+    many = synthetic.collection(tasks=["one", "two"], modules={"q": (256, 256)}, rank=8, dtype="float16")
+    kept = compress(many)
+    assert kept.report["options"]["budget"] == 0.25
+    assert kept.report["form"] == "coded"
 
 
 @pytest.mark.parametrize(
@@ -113,4 +124,4 @@ def test_options_that_do_nothing_are_refused(few, options, words):
 )
 def test_options_that_do_nothing_beside_a_budget_of_one_are_refused(few, options, words):
     with pytest.raises(HydraOptError, match=words):
-        navigate.compress(few, navigate.Options(budget=1, **options))
+        compress(few, budget=1, **options)

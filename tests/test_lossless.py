@@ -1,5 +1,6 @@
 """A budget of 1: adapters kept as they came, bit for bit, whatever their dtypes and scales."""
 
+import functools
 import json
 
 import ml_dtypes
@@ -8,10 +9,10 @@ import pytest
 from commands import run
 from safetensors.numpy import load_file, save_file
 
-from hydraopt_jax import formats, store, synthetic
-from hydraopt_jax.jobs import coded, headers
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import checkpoint, lossless
+from hydraopt_jax import changes, formats, store, synthetic
+from hydraopt_jax.compression import compress
+from hydraopt_jax.jobs import headers, job
+from hydraopt_jax.store import files, lossless
 
 KEY = "base_model.model.{}.lora_{}.weight"
 HALF, BRAIN, SINGLE = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -78,7 +79,7 @@ def test_a_command_gives_back_the_very_tensors(capsys, tmp_path, sets, options):
         said = json.loads(said)
         assert said["form"] == "lossless"
         assert said["error"]["worst"] == 0
-        assert said["bytes_after"] == checkpoint.size_on_disk(root / "s")
+        assert said["bytes_after"] == files.size_on_disk(root / "s")
         factors = sum(
             v.nbytes
             for p in paths
@@ -100,14 +101,12 @@ def test_in_memory_what_was_read_comes_back(tmp_path, sets):
     for kinds in sets:
         root = tmp_path / "-".join(kinds)
         given = [formats.read_adapter(made(root, k)) for k in kinds]
-        kept = navigate.compress(given, navigate.Options(budget=1))
-        checkpoint.save(root / "s", kept)
+        kept = compress(given, budget=1)
+        store.save(root / "s", kept)
         for x in given:
-            for content in (kept, checkpoint.restore(root / "s"), checkpoint.restore(root / "s", [x.task])):
-                same_adapters(x, store.adapter(content, x.task))
-            formats.write_adapter(
-                root / "out" / x.task, store.adapter(checkpoint.restore(root / "s"), x.task)
-            )
+            for content in (kept, store.open(root / "s"), store.select(store.open(root / "s"), [x.task])):
+                same_adapters(x, store.decode(content, x.task))
+            formats.write_adapter(root / "out" / x.task, store.decode(store.open(root / "s"), x.task))
             same_adapters(x, formats.read_adapter(root / "out" / x.task))
 
 
@@ -115,8 +114,8 @@ def test_half_precision_is_written_as_its_file_had_it(tmp_path):
     """B is what `b / scale` rounds to: the scale is not folded into a half-precision factor."""
     for kind in ("fp16", "fp16-odd-scale", "bf16-rslora"):
         path = made(tmp_path, kind)
-        kept = navigate.compress([formats.read_adapter(path)], navigate.Options(budget=1.0))
-        formats.write_adapter(tmp_path / "out" / kind, store.adapter(kept, kind))
+        kept = compress([formats.read_adapter(path)], budget=1.0)
+        formats.write_adapter(tmp_path / "out" / kind, store.decode(kept, kind))
         before, after = (load_file(p / "adapter_model.safetensors") for p in (path, tmp_path / "out" / kind))
         assert {k: bits(v) for k, v in before.items()} == {k: bits(v) for k, v in after.items()}
 
@@ -130,45 +129,39 @@ def test_fp16_takes_little_more_than_its_bytes(capsys, tmp_path):
     )
     assert (status, error) == (0, "")
     size = 2 * 8 * 300
-    assert size < checkpoint.size_on_disk(tmp_path / "s") < size + 4000
+    assert size < files.size_on_disk(tmp_path / "s") < size + 4000
     assert "as they came: 4,800 bytes of factors, 1.000 of their fp16 bytes" in " ".join(said.split())
 
 
 def test_the_large_path_writes_the_same_store(tmp_path):
     paths = [made(tmp_path, k) for k in KINDS]
     found, _ = headers.look([(str(p), None) for p in paths], tmp_path / "job")
-    content = coded.run(tmp_path / "large", found, navigate.Options(budget="100%"))
+    content = job.run(tmp_path / "large", found, functools.partial(compress, budget="100%"), {})
     assert content.report["form"] == "lossless"
     for path in paths:
-        same_adapters(
-            formats.read_adapter(path), store.adapter(checkpoint.restore(tmp_path / "large"), path.name)
-        )
+        same_adapters(formats.read_adapter(path), store.decode(store.open(tmp_path / "large"), path.name))
 
 
 def test_tasks_come_and_go_as_they_came(tmp_path):
     given = [formats.read_adapter(made(tmp_path, k)) for k in KINDS]
-    from hydraopt_jax.store import changes
-
-    grown = navigate.compress(given[:2], navigate.Options(budget=1))
+    grown = compress(given[:2], budget=1)
     for x in given[2:]:
         grown = changes.add(grown, x)
     left = changes.remove(grown, given[0].task)
-    checkpoint.save(tmp_path / "s", left)
-    back = checkpoint.restore(tmp_path / "s")
+    store.save(tmp_path / "s", left)
+    back = store.open(tmp_path / "s")
     assert back.tasks == tuple(x.task for x in given[1:])
     for x in given[1:]:
-        same_adapters(x, store.adapter(back, x.task))
+        same_adapters(x, store.decode(back, x.task))
 
 
 def test_a_scale_of_another_format_is_in_b():
     """Without a configuration of PEFT what came is the float32 product, and it is kept."""
     x = synthetic.collection(tasks=["x"], modules={"q": (12, 8)}, rank=2, dtype="float16")[0]
-    x = x._replace(config={}, b={k: v * np.float32(1.1) for k, v in x.b.items()})
+    x = x.replace(config={}, b={k: v * np.float32(1.1) for k, v in x.b.items()})
     raw = lossless.raw_of(x, "q")
     assert (raw.b.dtype, raw.scale) == (SINGLE, 1.0)
-    same_adapters(
-        x._replace(a={"q": raw.a}), store.adapter(navigate.compress([x], navigate.Options(budget=2)), "x")
-    )
+    same_adapters(x.replace(a={"q": raw.a}), store.decode(compress([x], budget=2), "x"))
 
 
 @pytest.mark.parametrize(

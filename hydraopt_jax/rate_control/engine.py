@@ -19,6 +19,7 @@ from hydraopt_jax import adapters, devices
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.collection import Collection
+from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import estimates
 from hydraopt_jax.rate_control import budget, search
@@ -50,6 +51,8 @@ CACHED = 2
 SAMPLE_CODES = 1 << 19
 # tasks up to which forms name the one that others are predicted from
 NAMED = 16
+# codes over the room for them, at most: where there is none, a far coarser step is tried
+HOPELESS = 20
 # raw bytes of full tensors that are coded into one segment
 TENSOR_BYTES = 1 << 26
 # rounds in which the weights of tasks that are better than they need be are lowered, and how far at once
@@ -243,35 +246,41 @@ def passes(run: Run, goal: Target, heads: Sequence[Segment], said: Mapping[str, 
     weights = task_weights(run.found.tasks, run.options)
     known = pilot(run, goal, weights)
     step, frequencies = known["step"], np.array(known["frequencies"])
-    number = 0
+    number, mean = 0, float("nan")
+    best: Store | None = None
     for round_number in range(ROUNDS if goal.worst else 1):
         done: list[Pass] = []
         made: list[Store] = []
         while (chosen := search.met(done, goal)) is None:
             if done and search.hopeless(done, goal):
-                error = float(np.nanmean(made[-1].errors))
-                raise search.unmet(done, goal, run.found.entries(), error)
+                if best is not None:
+                    # other weights of the tasks would not meet what these have met
+                    return best
+                raise search.unmet(done, goal, run.found.entries(), mean)
             if done:
                 step = search.next_step(done, known["slope"], goal)
             counted = encode_parts(run, number, step, frequencies, weights, known)
             # tables stay as they are in the end, so that the search sees a smooth curve
             frequencies = counted if number < goal.settling else frequencies
             store = put_together(run, number, step, heads, said)
-            done.append(Pass(step, miss_of(store, goal, run.place)))
+            done.append(pass_of(step, store, goal, run.place))
             made.append(store)
+            mean = float(np.nanmean(store.errors))
             if done[-1].miss > 0 and len(run.parts) > 1:
-                # it will not be taken: its notes stay, its bytes make room
+                # it will not be taken: its notes stay, its bytes make room, once all have seen them
+                run.processes.wait(f"measured {number}")
                 for n in run.mine:
                     run.place.drop(f"pass-{number}-{n}")
             number += 1
-        store, step = made[chosen], done[chosen].step
+        best, step = made[chosen], done[chosen].step
         if round_number + 1 < ROUNDS and goal.worst:
             # spend less on tasks that are better than they need be
-            errors = task_errors(store.errors if store.output_errors is None else store.output_errors)
+            errors = task_errors(best.errors if best.output_errors is None else best.output_errors)
             change = np.clip(np.maximum(errors, 1e-3 * goal.limit) / goal.limit, LOWEST, HIGHEST) ** DAMPING
             weights = weights * change / np.mean(weights * change)
-            run = run._replace(cache={})
-    return store
+            run, goal = run._replace(cache={}), goal._replace(settling=0)
+    assert best is not None
+    return best
 
 
 def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
@@ -286,7 +295,8 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
         else:
             whole = problem = prepare_part(run, part, given, weights, deep=True, unit=None)
         if goal.sign < 0:
-            room = max(goal.limit - search.LEAST_OVERHEAD, goal.limit / 2)
+            beside = search.LEAST_OVERHEAD + search.SEGMENT_OVERHEAD * len(run.parts)
+            room = max(goal.limit - beside, goal.limit / 4)
             room *= sum(x.a[n].size + x.b[n].size for x in given for n in x.a) / run.found.entries()
             start = search.first_step(whole, room)
             miss = functools.partial(bytes_miss, whole=whole, problem=problem, room=room)
@@ -496,9 +506,18 @@ def put_together(
     return Store((*segments, *heads), run.found.tasks, run.found.sources, Static(report))
 
 
-def miss_of(store: Store, goal: Target, place: Place) -> float:
-    """Log of a store's bytes or error over the target."""
-    if goal.sign < 0:
-        return float(np.log((files.measure_size(store, place.path) - goal.heads) / max(goal.limit, 1)))
-    errors = store.errors if store.output_errors is None else store.output_errors
-    return float(np.log(max(search.value(errors, goal.worst), 1e-30) / goal.limit))
+def pass_of(step: float, store: Store, goal: Target, place: Place) -> Pass:
+    """What came out of a pass."""
+    if goal.sign > 0:
+        errors = store.errors if store.output_errors is None else store.output_errors
+        found = search.value(errors, goal.worst)
+        return Pass(step, float(np.log(max(found, 1e-30) / goal.limit)), found)
+    size = files.measure_size(store, place.path) - goal.heads
+    codes = sum(
+        size_of(v)
+        for x in store.segments
+        for k, v in x.leaves.items()
+        if k.startswith(("shared", "task_", "head_"))
+    )
+    room = max(goal.limit - (size - codes), codes / HOPELESS)
+    return Pass(step, float(np.log(codes / room)), size)

@@ -19,8 +19,8 @@ SLACK, WIDE_SLACK, FEW_PARTS = 0.003, 0.01, 4
 PASSES = 8
 # trials on the sample, at least so many, and how near it has to come: the sample is not the whole
 TRIALS, SETTLED, NEAR = 8, 5, 0.01
-# about what the smallest store takes beside its codes, to start from
-LEAST_OVERHEAD = 1600
+# about what the smallest store takes beside its codes, and each of its segments, to start from
+LEAST_OVERHEAD, SEGMENT_OVERHEAD = 700, 1200
 # the finest and the coarsest step, relative to the norm of a delta
 STEPS = (1e-6, 0.7)
 STEPS_LOG = (float(np.log(STEPS[0])), float(np.log(STEPS[1])))
@@ -54,10 +54,18 @@ class Target(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One pass over the collection: the step, and the log of what came out over the target."""
+    """One pass over the collection.
+
+    Attributes:
+      step: the quantizer step.
+      miss: log of what came out over the target: of the codes, over the room that all else leaves for them,
+        or of the error.
+      value: what came out: bytes without the full tensors, or the error.
+    """
 
     step: float
     miss: float
+    value: float
 
 
 def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -> Target:
@@ -213,8 +221,7 @@ def hopeless(done: Sequence[Pass], goal: Target) -> bool:
 
 def unmet(done: Sequence[Pass], goal: Target, entries: int, error: float) -> Unmet:
     """The error where no pass meets the target: it says what can be met."""
-    best = min(x.miss for x in done)
-    found = goal.limit * float(np.exp(best))
+    found = min(x.value for x in done)
     if goal.sign < 0:
         more = f" and {goal.heads:,} bytes of full tensors" if goal.heads else ""
         return Unmet(

@@ -124,7 +124,7 @@ def kept_row(segment: Segment, path: Path, rows: Mapping[str, Any]) -> dict[str,
     """The manifest's row of a segment that lies in the folder as it is; None for one to be written."""
     origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
     origin = origins.pop() if len(origins) == 1 else None
-    name = None
+    name = ""
     if origin is not None and origin[0] == str(path) and origin[2] == len(segment.leaves):
         name = origin[1]
     elif not any(isinstance(x, Deferred) for x in segment.leaves.values()):

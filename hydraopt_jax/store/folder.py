@@ -337,8 +337,8 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` of everything in a folder, and of the folder."""
-    for x in sorted(folder.rglob("*"), reverse=True):
-        sync(x)
-    sync(folder)
-    sync(folder.parent)
+    """`sync` of everything in a folder, of the folder, and of its entry."""
+    every = [*folder.rglob("*"), folder, folder.parent]
+    # a journal commits what several threads wait for together
+    with ThreadPoolExecutor(len(every)) as pool:
+        list(pool.map(sync, every))

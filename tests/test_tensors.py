@@ -1,5 +1,6 @@
 """A fraction as a budget is of the factors, bytes are of everything, and full tensors are coded apart."""
 
+import functools
 import json
 import time
 
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import compression, formats, store, synthetic
+from hydraopt_jax import changes, formats, forms, store, synthetic
+from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.jobs import coded, job, reading
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import changes, checkpoint, extras
+from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.formats.peft_collection import collection, open_adapter
+from hydraopt_jax.jobs import job
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.store import files, tensors
+from hydraopt_jax.store.store import tensors_of
 
 MODULES = {f"layer.{n}.q": (192, 192) for n in range(3)}
 
@@ -23,7 +28,7 @@ def headed():
     rng = np.random.default_rng(3)
     made = synthetic.collection(1, tasks=["a", "b", "c"], modules=MODULES, rank=8, dtype="float16")
     return [
-        x._replace(
+        x.replace(
             extras={
                 "pre_classifier.weight": (rng.normal(size=(192, 384)) * 0.02).astype(np.float32),
                 "classifier.bias": np.zeros(2, np.float32),
@@ -33,9 +38,13 @@ def headed():
     ]
 
 
+def account(path):
+    return files.account(path, store.open(path))
+
+
 def fraction(path, content):
     """What factors and description take of the factors' fp16 bytes."""
-    parts = checkpoint.account(path)
+    parts = account(path)
     return (parts.factors + parts.metadata) / (2 * content.report["entries"])
 
 
@@ -46,17 +55,24 @@ def written(collection, folder):
 
 
 def found_in(names):
-    return reading.collection([reading.open_adapter(x, None, {}) for x in names])
+    return collection([open_adapter(x, None, {}) for x in names])
 
 
 def in_memory(out, names, options):
-    content = navigate.compress([formats.read_adapter(x) for x in names], options)
-    checkpoint.save(out, content)
+    content = compress([formats.read_adapter(x) for x in names], **options)
+    store.save(out, content)
     return content
 
 
 def in_parts(out, names, options):
-    return coded.run(out, found_in(names), options, segment_bytes=1 << 15)
+    """A job whose collection is coded in parts, its full tensors in segments of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "TENSOR_BYTES", 1 << 18)
+        patch.setattr(
+            engine.compress, "__kwdefaults__", {**engine.compress.__kwdefaults__, "segment_bytes": 1 << 15}
+        )
+        with job.alone(out):
+            return job.run(out, found_in(names), functools.partial(compress, **options), {})
 
 
 PATHS = pytest.mark.parametrize("make", [in_memory, in_parts])
@@ -66,15 +82,15 @@ PATHS = pytest.mark.parametrize("make", [in_memory, in_parts])
 def test_a_fraction_is_of_the_factors_whatever_the_heads(headed, tmp_path, make):
     """At 0.3 the factors take 0.3 of their fp16 bytes; heads beside them are counted by themselves."""
     names = written(headed, tmp_path)
-    content = make(tmp_path / "s", names, navigate.Options(budget=0.3))
+    content = make(tmp_path / "s", names, {"budget": 0.3})
     assert 0.29 < fraction(tmp_path / "s", content) <= 0.3
-    parts = checkpoint.account(tmp_path / "s")
+    parts = account(tmp_path / "s")
     raw = sum(x.nbytes for a in headed for x in a.extras.values())
     assert 0.75 * raw < parts.heads < 0.9 * raw
-    assert sum(parts) == checkpoint.size_on_disk(tmp_path / "s")
-    back = checkpoint.restore(tmp_path / "s")
-    for x, source in zip(headed, back.sources, strict=True):
-        assert {k: (v.dtype, v.tobytes()) for k, v in source.extras.items()} == {
+    assert sum(parts) == files.size_on_disk(tmp_path / "s")
+    back = store.open(tmp_path / "s")
+    for x in headed:
+        assert {k: (v.dtype, v.tobytes()) for k, v in tensors_of(back, x.task).items()} == {
             k: (v.dtype, v.tobytes()) for k, v in x.extras.items()
         }
 
@@ -82,12 +98,12 @@ def test_a_fraction_is_of_the_factors_whatever_the_heads(headed, tmp_path, make)
 @PATHS
 def test_bytes_are_of_everything(headed, tmp_path, make):
     names = written(headed, tmp_path)
-    content = make(tmp_path / "s", names, navigate.Options(budget=775_000))
-    parts = checkpoint.account(tmp_path / "s")
+    content = make(tmp_path / "s", names, {"budget": 775_000})
+    parts = account(tmp_path / "s")
     assert 772_500 < sum(parts) <= 775_000
-    half = make(tmp_path / "half", names, navigate.Options(budget=405_000, extras_dtype="float16"))
-    assert sum(checkpoint.account(tmp_path / "half")) <= 405_000
-    assert checkpoint.account(tmp_path / "half").heads < 0.6 * parts.heads
+    half = make(tmp_path / "half", names, {"budget": 405_000, "extras_dtype": "float16"})
+    assert sum(account(tmp_path / "half")) <= 405_000
+    assert account(tmp_path / "half").heads < 0.6 * parts.heads
     assert half.report["options"]["extras_dtype"] == "float16"
     assert 0 < np.nanmean(content.errors) < 1
     assert 0 < np.nanmean(half.errors) < 1
@@ -98,11 +114,11 @@ def test_a_budget_below_the_heads_is_refused_at_once(headed, tmp_path, make, mon
     """Before anything is fitted, by name, with the way out; nothing is left behind."""
     names = written(headed, tmp_path / "in")
     fits = []
-    monkeypatch.setattr(navigate, "prepare", lambda *x: fits.append(x))
-    monkeypatch.setattr(navigate, "search", lambda *x: fits.append(x))
+    monkeypatch.setattr(engine, "prepare_part", lambda *x: fits.append(x))
+    monkeypatch.setattr(engine, "passes", lambda *x: fits.append(x))
     begin = time.perf_counter()
     with pytest.raises(HydraOptError) as caught:
-        make(tmp_path / "s", names, navigate.Options(budget=500_000))
+        make(tmp_path / "s", names, {"budget": 500_000})
     assert time.perf_counter() - begin < 5
     assert not fits
     said = str(caught.value)
@@ -118,21 +134,24 @@ def test_a_budget_below_the_heads_is_refused_at_once(headed, tmp_path, make, mon
 def test_heads_are_rounded_to_their_own_dtype(headed, tmp_path, dtype):
     """Explicit forms, in memory and in groups, and tasks that come later: only what is wider is rounded."""
     names = written(headed, tmp_path)
-    options = compression.Options(rank=4, extras_dtype=dtype)
-    job.run(tmp_path / "parts", found_in(names), options)
-    content = compression.compress([formats.read_adapter(x) for x in names], options)
-    checkpoint.save(tmp_path / "memory", content)
+    options = {"form": forms.Hydra(rank=4), "extras_dtype": dtype}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explicit, "TOGETHER", 0)
+        with job.alone(tmp_path / "parts"):
+            job.run(tmp_path / "parts", found_in(names), functools.partial(compress, **options), {})
+    content = compress([formats.read_adapter(x) for x in names], **options)
+    store.save(tmp_path / "memory", content)
     head = headed[0].extras["pre_classifier.weight"].astype(dtype or "float32")
-    new = headed[1]._replace(task="new", extras=headed[0].extras)
+    new = headed[1].replace(task="new", extras=headed[0].extras)
     for path in (tmp_path / "parts", tmp_path / "memory"):
-        content = checkpoint.update(path, lambda x: changes.remove(changes.add(x, new), "b"))
+        content = store.update(path, lambda x: changes.remove(changes.add(x, new), "b"))
         assert content.tasks == ("a", "c", "new")
-        back = checkpoint.restore(path)
-        for source in (back.sources[0], back.sources[2]):
-            kept = source.extras["pre_classifier.weight"]
+        back = store.open(path)
+        for task in ("a", "new"):
+            kept = tensors_of(back, task)["pre_classifier.weight"]
             assert kept.dtype == head.dtype
             assert kept.tobytes() == head.tobytes()
-        formats.write_adapter(tmp_path / f"out-{path.name}", store.adapter(back, "a"))
+        formats.write_adapter(tmp_path / f"out-{path.name}", store.decode(back, "a"))
         out = formats.read_adapter(tmp_path / f"out-{path.name}").extras["pre_classifier.weight"]
         assert out.tobytes() == head.tobytes()
 
@@ -149,11 +168,11 @@ def test_heads_are_rounded_to_their_own_dtype(headed, tmp_path, dtype):
     ],
 )
 def test_any_tensor_comes_back_bit_for_bit(x):
-    found = extras.coded({"x": x, "y": np.ones(3, np.float16)})
+    found = tensors.coded({"x": x, "y": np.ones(3, np.float16)})
     assert (found["x"].dtype, found["x"].shape) == (x.dtype, x.shape)
     assert found["x"].tobytes() == np.ascontiguousarray(x).tobytes()
     assert found["y"].tolist() == [1, 1, 1]
-    assert sum(map(extras.stored_size, found.table)) == found.nbytes
+    assert sum(map(tensors.stored_size, found.table)) == found.nbytes
 
 
 def test_what_overflows_or_is_no_dtype_is_refused(headed):
@@ -161,21 +180,21 @@ def test_what_overflows_or_is_no_dtype_is_refused(headed):
     with pytest.raises(
         HydraOptError, match=r"score.weight: values overflow float16; .*--extras-dtype bfloat"
     ):
-        extras.coded(large, "float16")
+        tensors.coded(large, "float16")
     with pytest.raises(HydraOptError, match="extras_dtype = 'int3'"):
-        navigate.compress(headed, navigate.Options(budget=0.5, extras_dtype="int3"))
+        compress(headed, budget=0.5, extras_dtype="int3")
     with pytest.raises(HydraOptError, match="extras_dtype = 'int3'"):
-        compression.compress(headed, compression.Options(extras_dtype="int3"))
+        compress(headed, form=forms.Hydra(), extras_dtype="int3")
 
 
 @pytest.mark.parametrize(
     "change", [lambda x: x[:-20], lambda x: b"", lambda x: bytes(1000), lambda x: x[::-1]]
 )
 def test_bytes_that_do_not_fit_their_table_are_refused(change):
-    found = extras.coded({"x": np.arange(100, dtype=np.float32)})
+    found = tensors.coded({"x": np.arange(100, dtype=np.float32)})
     row = [*found.table[0][:3], len(change(found.blob))]
     with pytest.raises(HydraOptError, match="x: its bytes in the store"):
-        extras.Extras([row], change(found.blob))["x"]
+        tensors.Tensors([row], change(found.blob))["x"]
 
 
 def test_commands_account_for_factors_heads_and_description(headed, tmp_path, capsys):
@@ -189,7 +208,7 @@ def test_commands_account_for_factors_heads_and_description(headed, tmp_path, ca
     assert sum(said["bytes_of"].values()) == said["bytes_after"]
     assert said["bytes_of"]["factors"] + said["bytes_of"]["metadata"] <= 0.3 * 2 * said["entries"]["before"]
     _, text, _ = run(capsys, "inspect", out)
-    assert all(word in text for word in ("factors", "full tensors (heads)", "description and checksums"))
+    assert all(word in text for word in ("factors", "full tensors (heads)", "manifest, headers, checksums"))
     code, _, err = run(capsys, "compress", *names, "--out", tmp_path / "t", "--budget", "300kB")
     assert code == 2
     assert "pre_classifier.weight" in err
