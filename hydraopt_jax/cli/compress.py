@@ -219,7 +219,7 @@ def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], give
             functools.partial(compression.compress, **asked),
             as_text(asked),
             overwrite=given["overwrite"],
-            limit=None if given["force"] else found.size,
+            limit=None if given["force"] or keeps_all(asked.get("budget")) else found.size,
             zstd=not given["no_zstd"],
             processes=who,
             left_out=bad,

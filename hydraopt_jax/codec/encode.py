@@ -25,10 +25,10 @@ from hydraopt_jax.errors import HydraOptError
 # squared steps per bit, and the squared error of a well-coded coefficient in squared steps
 MULTIPLIER = 0.38
 DISTORTION = 0.26
-# lanes that are quantized side by side: the trellis keeps some thirty bytes of every symbol until it has
-# decided, so a CPU takes a few lanes at a time
-BLOCK = {"cpu": 128}
-ELSEWHERE = 1 << 14
+# lanes that are quantized side by side, of few widths, for few compilations: the trellis keeps some thirty
+# bytes of every symbol until it has decided, so a CPU takes a few lanes at a time
+BLOCKS = {"cpu": (8, 32, 128)}
+ELSEWHERE = (128, 1 << 14)
 # least steps of a trellis, so that few shapes are compiled
 LEAST_STEPS = 256
 
@@ -170,10 +170,12 @@ def quantize_streams(
     ]
     magnitude = [np.zeros(x.shape, np.int32) for x in y]
     quantizer = [np.zeros(x.shape, np.uint8) for x in y]
-    block = BLOCK.get(jax.default_backend(), ELSEWHERE)
+    blocks = BLOCKS.get(jax.default_backend(), ELSEWHERE)
     for steps in sorted({height(rows) for _, _, rows in chunks}):
         # columns of one height, filled up to whole blocks
         mine = [(k, first, rows) for k, first, rows in chunks if height(rows) == steps]
+        count = sum(lanes[k] for k, _, _ in mine)
+        block = next((x for x in blocks if x >= count), blocks[-1])
         columns = [(k, first, rows, lane) for k, first, rows in mine for lane in range(0, lanes[k], block)]
         for group in packed(columns, lanes, block):
             part_y = np.zeros((steps, block), np.float32)

@@ -38,7 +38,7 @@ from hydraopt_jax.rate_control.options import Options, account, check_options, t
 from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.rate_control.search import Pass, Target
-from hydraopt_jax.rate_control.work import Place, Processes, Progress
+from hydraopt_jax.rate_control.work import Memory, Place, Processes, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import files, lossless, plain, tensors
 from hydraopt_jax.store.decoding import decode_terms
@@ -53,6 +53,9 @@ SAMPLE_CODES = 1 << 19
 NAMED = 16
 # codes over the room for them, at most: where there is none, a far coarser step is tried
 HOPELESS = 20
+# what an estimate of bytes is taken to be off by, once it was too low
+MARGIN = 5e-4
+FACTOR_LEAVES = ("shared", "task_", "head_")
 # raw bytes of full tensors that are coded into one segment
 TENSOR_BYTES = 1 << 26
 # rounds in which the weights of tasks that are better than they need be are lowered, and how far at once
@@ -72,6 +75,8 @@ class Run(NamedTuple):
       cache: part -> its problem.
       metrics: module -> its metrics, made when they are first asked for.
       carried: full tensors of each task, where the collection is one part.
+      drafts: where the collection is one part, what was encoded and is not in bytes: only a pass that meets
+        the target is; None else.
     """
 
     found: Collection
@@ -83,11 +88,20 @@ class Run(NamedTuple):
     cache: dict[int, Problem]
     metrics: dict[str, Metrics]
     carried: Sequence[Tensors]
+    drafts: "dict[str, Draft] | None" = None
 
     @property
     def mine(self) -> range:
         """The parts of this process."""
         return range(self.processes.rank, len(self.parts), self.processes.size)
+
+
+class Draft(NamedTuple):
+    """A part that was encoded and is not in bytes yet."""
+
+    problem: Problem
+    trial: Trial
+    given: list[Adapter]
 
 
 def compress(
@@ -126,7 +140,11 @@ def compress(
     task_weights(found.tasks, options)
     heads, carried = full_tensors(found, options.extras_dtype, place, processes, apart=len(parts) != 1)
     coded = [Tensors(row, b"") for x in heads for row in x.tensors] or list(carried)
-    tensors.check_room(options.budget, coded, options.extras_dtype)
+    try:
+        tensors.check_room(options.budget, coded, options.extras_dtype)
+    except HydraOptError as error:
+        # no other try will find more room
+        raise search.Unmet(str(error)) from None
     size = sum(tensors.stored_size(row) for x in coded for row in x.table)
     keeps_all = budget.keeps_all(options.budget)  # type: ignore[arg-type]
     goal = search.target_of(found, options, size, len(parts))
@@ -136,7 +154,10 @@ def compress(
             return kept
     analyses = {} if cache is None else cache
     run = Run(found, options, parts, place, progress, processes, analyses, {}, carried)
-    return passes(run, goal, heads, said)
+    if len(parts) > 1 or processes.size > 1:
+        return passes(run, goal, heads, said)
+    drafts = run._replace(place=Memory(place.path), drafts={})
+    return passes(drafts, goal, heads, said, place)
 
 
 def compress_at_step(found: Collection, options: Options, place: Place, step: float) -> Store:
@@ -241,17 +262,40 @@ def as_they_are(
     return Store((segment, *heads), found.tasks, found.sources, Static(report))
 
 
-def passes(run: Run, goal: Target, heads: Sequence[Segment], said: Mapping[str, Any]) -> Store:
-    """Encode all parts, pass after pass, until the whole meets the target."""
+def passes(
+    run: Run,
+    goal: Target,
+    heads: Sequence[Segment],
+    said: Mapping[str, Any],
+    place: Place | None = None,
+) -> Store:
+    """Encode all parts, pass after pass, until the whole meets the target.
+
+    Args:
+      run: the compression.
+      goal: the target.
+      heads: segments of full tensors.
+      said: what else the report says.
+      place: of the finished segment, where a run has drafts.
+    """
     weights = task_weights(run.found.tasks, run.options)
     known = pilot(run, goal, weights)
     step, frequencies = known["step"], np.array(known["frequencies"])
-    number, mean = 0, float("nan")
+    number, mean, bias = 0, float("nan"), [1.0]
     best: Store | None = None
     for round_number in range(ROUNDS if goal.worst else 1):
         done: list[Pass] = []
         made: list[Store] = []
-        while (chosen := search.met(done, goal)) is None:
+        numbers: list[int] = []
+        while True:
+            chosen = search.met(done, goal)
+            if chosen is not None and place is not None and run.drafts is not None:
+                name = f"pass-{numbers[chosen]}-0"
+                made[chosen] = finished(run, name, made[chosen], place, bias)
+                done[chosen] = pass_of(done[chosen].step, made[chosen], goal, place)
+                chosen = None if done[chosen].miss > 0 else chosen
+            if chosen is not None:
+                break
             if done and search.hopeless(done, goal):
                 if best is not None:
                     # other weights of the tasks would not meet what these have met
@@ -259,14 +303,17 @@ def passes(run: Run, goal: Target, heads: Sequence[Segment], said: Mapping[str, 
                 raise search.unmet(done, goal, run.found.entries(), mean)
             if done:
                 step = search.next_step(done, known["slope"], goal)
-            counted = encode_parts(run, number, step, frequencies, weights, known)
+            counted = encode_parts(run, number, step, frequencies, weights, known, bias)
             # tables stay as they are in the end, so that the search sees a smooth curve
             frequencies = counted if number < goal.settling else frequencies
             store = put_together(run, number, step, heads, said)
             done.append(pass_of(step, store, goal, run.place))
             made.append(store)
+            numbers.append(number)
             mean = float(np.nanmean(store.errors))
-            if done[-1].miss > 0 and len(run.parts) > 1:
+            if done[-1].miss > 0 and run.drafts is not None:
+                run.drafts.pop(f"pass-{number}-0")
+            elif done[-1].miss > 0:
                 # it will not be taken: its notes stay, its bytes make room, once all have seen them
                 run.processes.wait(f"measured {number}")
                 for n in run.mine:
@@ -375,8 +422,10 @@ def encode_parts(
     frequencies: np.ndarray,
     weights: np.ndarray,
     known: Mapping[str, Any],
+    bias: Sequence[float] = (1.0,),
 ) -> np.ndarray:
-    """Encode this process's parts that are not done, as many at once as it has devices.
+    """Encode this process's parts that are not done, as many at once as it has devices; of a run with drafts
+    their bytes are estimated, times the last `bias`.
 
     Returns:
       Frequencies for the next pass, from what all parts have counted.
@@ -397,7 +446,12 @@ def encode_parts(
         else:
             problem = problem._replace(no_joint=frozenset(before["no_joint"]))
         trial = encode_at_step(problem, step, frequencies)
-        run.place.keep(name, coded_segment(run, n, problem, trial, given))
+        if run.drafts is None:
+            segment = coded_segment(run, n, problem, trial, given)
+        else:
+            run.drafts[name] = Draft(problem, trial, given)
+            segment = sized_segment(run, n, problem, trial, bias[-1])
+        run.place.keep(name, segment)
         run.place.keep_note(name, note_of(run, problem, trial, [x.task for x in given]))
         with told:
             run.progress.step(len(parts[n].modules))
@@ -439,6 +493,30 @@ def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Seque
     sources = tuple(run.found.sources[t] for t in run.parts[n].tasks)
     alone = Store((make(trial.errors),), tuple(names), sources, Static())
     return make(error_table(decode_terms(alone), given, problem.order), output_errors=trial.errors)
+
+
+def sized_segment(run: Run, n: int, problem: Problem, trial: Trial, bias: float) -> Segment:
+    """A segment about as large as that of a trial will be, without its codes."""
+    names = [run.found.tasks[t] for t in run.parts[n].tasks]
+    carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
+    leaves = {*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}
+    each = max(int(bias * trial.bytes) // len(leaves), 1)
+    bodies = {leaf: np.broadcast_to(np.uint8(0), (each,)) for leaf in sorted(leaves)}
+    outputs = trial.errors if problem.metrics else None
+    return make_segment(
+        names, trial.coded.shapes, bodies, trial.errors, output_errors=outputs, tensors=carried
+    )
+
+
+def finished(run: Run, name: str, draft: Store, place: Place, bias: list[float]) -> Store:
+    """The store of a pass of drafts, in bytes; `bias` learns what the estimate was off by."""
+    assert run.drafts is not None
+    problem, trial, given = run.drafts.pop(name)
+    segment = coded_segment(run, 0, problem, trial, given)
+    codes = sum(np.size(v) for k, v in segment.leaves.items() if k.startswith(FACTOR_LEAVES))
+    bias.append(codes / trial.bytes * (1 + MARGIN))
+    place.keep(name, segment)
+    return draft.replace(segments=(kept_segment(place, name), *draft.segments[1:]))
 
 
 def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> dict[str, Any]:
@@ -514,10 +592,7 @@ def pass_of(step: float, store: Store, goal: Target, place: Place) -> Pass:
         return Pass(step, float(np.log(max(found, 1e-30) / goal.limit)), found)
     size = files.measure_size(store, place.path) - goal.heads
     codes = sum(
-        size_of(v)
-        for x in store.segments
-        for k, v in x.leaves.items()
-        if k.startswith(("shared", "task_", "head_"))
+        size_of(v) for x in store.segments for k, v in x.leaves.items() if k.startswith(FACTOR_LEAVES)
     )
     room = max(goal.limit - (size - codes), codes / HOPELESS)
     return Pass(step, float(np.log(codes / room)), size)

@@ -70,9 +70,8 @@ class Place(Protocol):
 class Memory:
     """A place in memory, which forgets everything with its process."""
 
-    path: Path | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
         self.segments: dict[str, Segment] = {}
         self.notes: dict[str, Mapping[str, Any]] = {}
         self._scratch: Path | None = None
