@@ -63,8 +63,8 @@ def compress(
     Raises:
       HydraOptError: bad adapters or options, or a target that cannot be met (it says what can).
 
-    >>> from hydraopt_jax.synthetic import make_adapters
-    >>> store = compress(make_adapters(tasks=2, modules=1, size=32, rank=2), budget=0.5)
+    >>> from hydraopt_jax.synthetic import collection
+    >>> store = compress(collection(tasks=2), budget=0.5)
     >>> len(store.tasks), float(store.errors.mean()) < 0.01
     (2, True)
     """
