@@ -193,7 +193,7 @@ def test_no_fit_lies_below_its_bound(side, rank, heads, scale):
 def test_real_adapters_reach_the_bound(gpt2):
     from hydraopt_jax import compression
 
-    kept = compression.compress(gpt2, compression.Options(side="in"))
+    kept = compression.compress(gpt2, form=forms.Hydra(side="in"))
     bound = np.array(list(kept.report["bound"].values()))
     assert (bound <= kept.errors.mean(1)).all()
     # what float32's eigenvalues may be off by
