@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hydraopt_jax import pytrees  # noqa: F401  (what is made here may be traced)
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.collection import Collection, in_memory
 from hydraopt_jax.errors import HydraOptError
