@@ -74,9 +74,10 @@ _OTHER = {"similarity": "summarize", "merge": "merge_adapters"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__:
+        importlib.import_module("hydraopt_jax.pytrees")
     for module, names in _HOMES.items():
         if name in names:
-            importlib.import_module("hydraopt_jax.pytrees")
             return getattr(importlib.import_module(f"hydraopt_jax.{module}"), _OTHER.get(name, name))
     if name in _MODULES:
         return importlib.import_module(f"hydraopt_jax.{name}")

@@ -41,12 +41,12 @@ class Adapter:
     a: Mapping[str, np.ndarray]
     b: Mapping[str, np.ndarray]
     dtype: str = "float32"
-    extras: Mapping[str, np.ndarray] = Static()
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = Static()
     layout: Mapping[str, Any] = Static()
     source: str = ""
     digest: str = ""
-    raw: Mapping[str, Any] = Static()
+    raw: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # static data of a pytree

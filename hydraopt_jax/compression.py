@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hydraopt_jax import pytrees  # noqa: F401  (what is made here may be traced)
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.collection import Collection, in_memory
 from hydraopt_jax.errors import HydraOptError
@@ -63,8 +64,8 @@ def compress(
     Raises:
       HydraOptError: bad adapters or options, or a target that cannot be met (it says what can).
 
-    >>> from hydraopt_jax.synthetic import make_adapters
-    >>> store = compress(make_adapters(tasks=2, modules=1, size=32, rank=2), budget=0.5)
+    >>> from hydraopt_jax.synthetic import collection
+    >>> store = compress(collection(tasks=2), budget=0.5)
     >>> len(store.tasks), float(store.errors.mean()) < 0.01
     (2, True)
     """

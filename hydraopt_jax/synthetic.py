@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from hydraopt_jax import pytrees  # noqa: F401  (what is made here is traced)
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 

@@ -46,7 +46,6 @@ EXEMPT = {
     "clustering.hierarchy": "labels",
     "clustering.partitions": "labels",
     "clustering.ward": "labels",
-    "forms.count": "a count",
     "forms.present": "indices",
     "merging.compressors.assign": "labels",
     "merging.compressors.entries": "a count",

@@ -7,7 +7,7 @@ import pytest
 from hydraopt_jax import adapters, synthetic
 from hydraopt_jax.forms import estimates
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.rate_control import problem
 
 pytestmark = pytest.mark.numeric
 
@@ -38,8 +38,8 @@ def test_nothing_is_kept_at_no_bits():
 def test_estimates_fall_with_bytes_and_with_sharing(likeness):
     many = synthetic.collection(tasks=["a", "b", "c"], modules={"q": (96, 64)}, rank=4, likeness=likeness)
     stacked = adapters.stack(many)
-    problem = navigate.setup(many, navigate.Options(budget=1.0, share=False))
-    found = navigate.expected(problem, np.array([0.1, 0.2, 0.4]) * 2 * stacked.size)
+    (ready,) = problem.prepare(stacked, ["q"], np.ones(3), share=False).spectra
+    found = estimates.estimates([ready.deltas], np.array([0.1, 0.2, 0.4]) * 2 * stacked.size)
     for values in found.values():
         assert (np.diff(values) < 0).all()
     assert (found["joint"] <= found["separate"] * 1.1).all()

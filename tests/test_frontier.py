@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hydraopt_jax import HydraOptError, adapters, report, synthetic
+from hydraopt_jax import HydraOptError, adapters, report, synthetic, tradeoff
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control import frontier
-from hydraopt_jax.rate_control.frontier import Curve, Point
+from hydraopt_jax.tradeoff import Curve, Point
 
 pytestmark = pytest.mark.numeric
 
@@ -25,7 +24,7 @@ def many():
 
 @pytest.fixture(scope="module")
 def found(many):
-    return frontier.measure(many, (0.9, 0.5), heads=(1, 3))
+    return tradeoff.frontier(many, (0.9, 0.5), heads=(1, 3))
 
 
 def line(factor, slope=2.0):
@@ -34,12 +33,12 @@ def line(factor, slope=2.0):
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
 def test_delta_rate_of_a_scaled_curve_is_its_factor(factor):
-    assert frontier.bjontegaard(line(factor), line(1.0)) == pytest.approx(100 * (factor - 1), abs=1e-6)
+    assert tradeoff.bjontegaard(line(factor), line(1.0)) == pytest.approx(100 * (factor - 1), abs=1e-6)
 
 
 def test_delta_rate_needs_errors_in_common():
     far = Curve("", tuple(p._replace(mean=p.mean * 1e6) for p in line(1.0).points))
-    assert frontier.bjontegaard(far, line(1.0)) is None
+    assert tradeoff.bjontegaard(far, line(1.0)) is None
 
 
 LOSSLESS = (Point("", 100.0, 0.0, 0.0), Point("", 50.0, 0.1, 0.2), Point("", 25.0, 0.4, 0.5))
@@ -48,31 +47,31 @@ LOSSLESS = (Point("", 100.0, 0.0, 0.0), Point("", 50.0, 0.1, 0.2), Point("", 25.
 def test_a_lossless_point_reaches_every_error():
     """Between 1e-6 and 1e-2 the other curve takes 40 to 20 bytes, this one its lossless 100."""
     other = Curve("", (Point("", 40.0, 1e-6, 0.0), Point("", 20.0, 1e-2, 0.0)))
-    rate = frontier.bjontegaard(other, Curve("", LOSSLESS))
+    rate = tradeoff.bjontegaard(other, Curve("", LOSSLESS))
     assert rate == pytest.approx(100 * (np.sqrt(800) / 100 - 1))
-    back = frontier.bjontegaard(Curve("", LOSSLESS), other)
+    back = tradeoff.bjontegaard(Curve("", LOSSLESS), other)
     assert (1 + rate / 100) * (1 + back / 100) == pytest.approx(1)
 
 
 def test_lossless_curves_are_compared_where_they_are_lossless():
     half = Curve("", (Point("", 50.0, 0.0, 0.0),))
-    assert frontier.bjontegaard(half, Curve("", LOSSLESS)) == pytest.approx(-50)
-    assert frontier.bjontegaard(half, line(1.0)) is None
+    assert tradeoff.bjontegaard(half, Curve("", LOSSLESS)) == pytest.approx(-50)
+    assert tradeoff.bjontegaard(half, line(1.0)) is None
 
 
 @pytest.mark.parametrize("bytes_at_zero", [60.0, 20.0])
 def test_a_rate_is_a_number_with_lossless_points_on_either_side(bytes_at_zero):
     one = Curve("", (Point("", bytes_at_zero, 0.0, 0.0), Point("", 15.0, 1e-3, 0.0)))
     for pair in ((one, Curve("", LOSSLESS)), (Curve("", LOSSLESS), one), (one, one)):
-        assert np.isfinite(frontier.bjontegaard(*pair))
+        assert np.isfinite(tradeoff.bjontegaard(*pair))
 
 
 def test_rounded_directions_are_measured_without_cancellation(many):
     """Half-precision rounding of full-rank factors, in float64: of the order of 1e-8, never 0."""
     bucket = adapters.stack(many).buckets[0]
     deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
-    x, y = frontier.rounded_directions(deltas, 16)
-    found = frontier.prefix_errors(deltas, x, y)
+    x, y = tradeoff.rounded_directions(deltas, 16)
+    found = tradeoff.prefix_errors(deltas, x, y)
     u, s, v, x, y = (np.asarray(z, np.float64) for z in (*deltas, x, y))
     for rank in (1, 4):
         lost = (u * s[..., None, :]) @ v - x[..., :rank] @ y[..., :rank, :]
@@ -81,17 +80,17 @@ def test_rounded_directions_are_measured_without_cancellation(many):
 
 def test_dominated_points_are_no_part_of_a_curve():
     points = [Point("", 4.0, 0.1, 0), Point("", 5.0, 0.2, 0), Point("", 2.0, 0.3, 0)]
-    assert [p.bytes for p in frontier.lower_envelope(points)] == [4.0, 2.0]
+    assert [p.bytes for p in tradeoff.lower_envelope(points)] == [4.0, 2.0]
 
 
 def test_full_rank_svd_at_16_bits_is_the_rounding_of_half_precision(many):
-    last = frontier.separate(adapters.stack(many), 16).points[-1]
+    last = tradeoff.separate(adapters.stack(many), 16).points[-1]
     assert last.mean < 1e-6
     assert last.bytes == 2 * adapters.stack(many).size
 
 
 def test_truncation_error_is_the_tail_of_the_singular_values(many):
-    first = frontier.separate(adapters.stack(many), 16).points[0]
+    first = tradeoff.separate(adapters.stack(many), 16).points[0]
     tails = []
     for x in many:
         for name, a in x.a.items():
@@ -107,7 +106,7 @@ def test_merged_error_is_that_of_the_mean_cut_to_the_rank(many):
         u, s, v = np.linalg.svd(np.mean(deltas, 0))
         mean = (u[:, :4] * s[:4]) @ v[:4]
         lost += [((d - mean) ** 2).sum() / (d**2).sum() for d in deltas]
-    assert frontier.merged(adapters.stack(many)).points[0].mean == pytest.approx(np.mean(lost), rel=1e-3)
+    assert tradeoff.merged(adapters.stack(many)).points[0].mean == pytest.approx(np.mean(lost), rel=1e-3)
 
 
 def test_navigated_curve_beats_the_paper_s_form(found):
@@ -128,13 +127,13 @@ def test_frontier_as_plot_and_tables(found, tmp_path):
     assert text.count("<path") > 20
     rows = sum(len(c.points) for c in (*found.curves, *found.estimates))
     assert report.frontier_table(found).row_count == rows
-    said = json.loads(json.dumps(frontier.as_dict(found), allow_nan=False))
+    said = json.loads(json.dumps(tradeoff.as_dict(found), allow_nan=False))
     assert said["curves"]["HydraOpt, fp16"][0]["setting"] == "K = 1"
     assert set(said["estimates"]) == {"Gaussian estimate, separate", "Gaussian estimate, joint"}
 
 
 def test_lossless_points_in_plot_and_table(tmp_path):
-    exact = frontier.Frontier(100, (Curve("a", LOSSLESS),), (Curve("e", LOSSLESS),), {"b": None, "c": -5.0})
+    exact = tradeoff.Frontier(100, (Curve("a", LOSSLESS),), (Curve("e", LOSSLESS),), {"b": None, "c": -5.0})
     report.plot_frontier(tmp_path / "f.svg", exact)
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.frontier_table(exact), report.rates_table(exact))
@@ -145,4 +144,4 @@ def test_lossless_points_in_plot_and_table(tmp_path):
 
 def test_budgets_must_be_positive(many):
     with pytest.raises(HydraOptError, match="positive fractions"):
-        frontier.measure(many, (0.5, 0.0))
+        tradeoff.frontier(many, (0.5, 0.0))

@@ -9,11 +9,12 @@ import pytest
 import tensorstore
 from commands import run
 
-from hydraopt_jax import cli, compression, formats
+import hydraopt_jax as hydra
+from hydraopt_jax import cli, formats
 from hydraopt_jax.cli import stores
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import orbax_trees
-from hydraopt_jax.store import checkpoint, container, description, packing
+from hydraopt_jax.store import checks, plain, segment_data
 
 SHORT = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
 INNOCENT = [
@@ -23,12 +24,18 @@ INNOCENT = [
     ModuleNotFoundError("x", name="x"),
     AssertionError("bug"),
 ]
-READS = [checkpoint.restore, checkpoint.verify, checkpoint.outline, checkpoint.read_index]
+
+
+def decode_all(path):
+    return [hydra.decode(store, t) for store in [hydra.open(path)] for t in store.tasks]
+
+
+READS = [decode_all, hydra.verify, hydra.open]
 
 
 @pytest.fixture
 def path(small, tmp_path):
-    checkpoint.save(tmp_path / "s", compression.compress(small, compression.Options(heads=2)))
+    hydra.save(tmp_path / "s", hydra.compress(small, form=hydra.forms.Hydra(heads=2)))
     return tmp_path / "s"
 
 
@@ -43,10 +50,11 @@ def raising(error):
 @pytest.mark.parametrize(
     ("module", "name", "reads"),
     [
-        (packing, "unpack", READS[:3]),
-        (description, "check_index", READS),
+        (plain, "unpack", READS[:2]),
+        (checks, "check_manifest", READS),
+        (checks, "check_segment", READS),
         (tensorstore, "open", READS),
-        (container, "inflate", READS),
+        (segment_data, "inflate", READS),
     ],
 )
 def test_what_is_no_damage_passes_as_it_is(path, monkeypatch, error, module, name, reads):
@@ -61,11 +69,11 @@ def test_what_is_no_damage_passes_as_it_is(path, monkeypatch, error, module, nam
     "error", [KeyError("bug"), TypeError("bug"), IndexError("bug"), OverflowError("bug")]
 )
 def test_what_may_be_a_bug_is_not_called_damage(path, monkeypatch, error):
-    monkeypatch.setattr(packing, "unpack", raising(error))
-    with pytest.raises(HydraOptError, match="report this as a fault of hydraopt_jax") as caught:
-        checkpoint.restore(path)
-    assert "damaged" not in str(caught.value)
-    assert caught.value.__cause__ is error
+    monkeypatch.setattr(plain, "unpack", raising(error))
+    for read in READS[:2]:
+        with pytest.raises(type(error)) as caught:
+            read(path)
+        assert caught.value is error
 
 
 @pytest.mark.parametrize(
@@ -74,16 +82,16 @@ def test_what_may_be_a_bug_is_not_called_damage(path, monkeypatch, error):
 def test_a_file_that_cannot_be_opened_is_not_damaged(path, monkeypatch, error):
     monkeypatch.setattr(type(path), "read_bytes", raising(error))
     with pytest.raises(HydraOptError, match=f"cannot be read: {error.strerror}") as caught:
-        checkpoint.restore(path)
+        hydra.open(path)
     assert "damaged" not in str(caught.value)
 
 
 def test_what_is_damaged_is_called_so(path):
-    data = path / "state" / "data" / "0"
+    data = max((path / "segments").rglob("*"), key=lambda x: x.stat().st_size * x.is_file())
     for change in (lambda: data.write_bytes(data.read_bytes()[:-1] + b"x"), data.unlink):
         change()
         with pytest.raises(HydraOptError, match="damaged store"):
-            checkpoint.restore(path)
+            decode_all(path)
 
 
 @pytest.mark.parametrize("error", INNOCENT[:4], ids=lambda x: type(x).__name__)
@@ -128,7 +136,7 @@ def test_a_damaged_checkpoint_of_a_tree_is_named(small, tmp_path):
     ],
 )
 def test_the_command_says_it_in_a_line(capsys, path, monkeypatch, error, status, words):
-    monkeypatch.setattr(packing, "unpack", raising(error))
+    monkeypatch.setattr(segment_data, "inflate", raising(error))
     code, said, told = run(capsys, "inspect", path)
     assert (code, said) == (status, "")
     assert words in told
@@ -137,7 +145,7 @@ def test_the_command_says_it_in_a_line(capsys, path, monkeypatch, error, status,
 
 
 def test_a_bug_is_a_traceback(path, monkeypatch):
-    monkeypatch.setattr(stores.checkpoint, "outline", raising(AssertionError("bug")))
+    monkeypatch.setattr(stores.store, "open", raising(AssertionError("bug")))
     with pytest.raises(AssertionError, match="bug"):
         cli.main(["inspect", str(path)])
 

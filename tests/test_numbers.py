@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 
-from hydraopt_jax import HydraOptError, compression, formats, store
+import hydraopt_jax as hydra
+from hydraopt_jax import HydraOptError, formats, store
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import checkpoint
-
-CODED = navigate.Options(max_error=0.01)
+from hydraopt_jax.store.files import measure_size
 
 
 def one(task="one", shape=(48, 32), rank=3, size=1.0, seed=0, dtype="float32"):
@@ -27,9 +25,9 @@ def true(adapter):
 
 
 WAYS = {
-    "plain": lambda x: compression.compress(x),
-    "coded": lambda x: navigate.compress(x, CODED),
-    "lossless": lambda x: navigate.compress(x, navigate.Options(budget=99.0)),
+    "plain": lambda x: hydra.compress(x, form=hydra.forms.Hydra()),
+    "coded": lambda x: hydra.compress(x, max_error=0.01),
+    "lossless": lambda x: hydra.compress(x, budget=1),
 }
 
 
@@ -49,8 +47,8 @@ WAYS = {
 )
 def test_one_task_alone(tmp_path, way, adapter):
     """T = 1 and K = T = 1: within the error asked for, whatever the size and shape."""
-    checkpoint.save(tmp_path / "s", WAYS[way]([adapter]))
-    back = checkpoint.restore(tmp_path / "s")
+    hydra.save(tmp_path / "s", WAYS[way]([adapter]))
+    back = hydra.open(tmp_path / "s")
     lost = np.linalg.norm(delta(back, "one") - true(adapter)) / np.linalg.norm(true(adapter))
     assert lost**2 <= 0.0101
     assert abs(lost**2 - back.errors[0, 0]) < 1e-3
@@ -59,12 +57,12 @@ def test_one_task_alone(tmp_path, way, adapter):
 def test_values_beyond_half_precision_are_balanced_or_refused(tmp_path):
     """b alone overflows float16, the balanced pair does not; a larger delta is refused by name."""
     adapter = one(size=1e5, dtype="float16")
-    kept = compression.compress([adapter], compression.Options(dtype="float16"))
+    kept = hydra.compress([adapter], form=hydra.forms.Hydra(), dtype="float16")
     lost = np.linalg.norm(delta(kept, "one") - true(adapter)) / np.linalg.norm(true(adapter))
     assert lost < 1e-3
     with pytest.raises(HydraOptError, match="q: values overflow float16"):
-        compression.compress([one(size=1e12)], compression.Options(dtype="float16"))
-    formats.write_adapter(tmp_path / "out", store.adapter(kept, "one"), dtype="float16")
+        hydra.compress([one(size=1e12)], form=hydra.forms.Hydra(), dtype="float16")
+    formats.write_adapter(tmp_path / "out", store.decode(kept, "one"), dtype="float16")
     with pytest.raises(HydraOptError, match="overflow float16"):
         formats.write_adapter(tmp_path / "no", one(size=1e12), dtype="float16")
 
@@ -80,33 +78,32 @@ def test_what_float32_cannot_square_is_refused_by_name(way, size):
 @pytest.mark.parametrize("way", WAYS)
 def test_rank_0_is_a_zero_delta(tmp_path, way):
     none = Adapter("none", {"q": np.zeros((48, 0), np.float32)}, {"q": np.zeros((0, 32), np.float32)})
-    checkpoint.save(tmp_path / "s", WAYS[way]([one(), none]))
-    back = checkpoint.restore(tmp_path / "s")
+    hydra.save(tmp_path / "s", WAYS[way]([one(), none]))
+    back = hydra.open(tmp_path / "s")
     assert not delta(back, "none").any()
-    assert compression.measure(back, [one()])["one"] <= 0.0101
+    assert hydra.measure(back, [one()])["one"] <= 0.0101
 
 
 @pytest.mark.parametrize(("sign", "heads"), [(1, 1), (-1, 2)])
 def test_copies_and_negatives_are_exact(sign, heads):
     """Copies under one head cost one adapter; a task and its negative under two a head more."""
     base = one(shape=(160, 128), rank=4)
-    many = [base._replace(task=f"t{k}", b={"q": base.b["q"] * sign**k}) for k in range(3)]
-    plain = compression.compress(many, compression.Options(heads=heads))
+    many = [base.replace(task=f"t{k}", b={"q": base.b["q"] * sign**k}) for k in range(3)]
+    plain = hydra.compress(many, form=hydra.forms.Hydra(heads=heads))
     assert np.nanmax(plain.errors) < 1e-9
     assert store.count(plain) <= base.a["q"].size + heads * base.b["q"].size
 
 
 def test_a_coded_copy_costs_next_to_nothing():
     base = one(shape=(160, 128), rank=4)
-    alone = checkpoint.measure_size(navigate.compress([base], CODED))
-    many = [base._replace(task=f"t{k}") for k in range(3)]
-    assert checkpoint.measure_size(navigate.compress(many, CODED)) < 1.3 * alone
+    alone = measure_size(WAYS["coded"]([base]))
+    many = [base.replace(task=f"t{k}") for k in range(3)]
+    assert measure_size(WAYS["coded"](many)) < 1.3 * alone
 
 
 def test_negatives_under_one_head_are_zero_and_say_so():
     """The mean of a task and its negative is nothing: one head keeps nothing, and says so."""
     base = one()
-    kept = compression.compress(
-        [base, base._replace(task="two", b={"q": -base.b["q"]})], compression.Options(heads=1)
-    )
+    both = [base, base.replace(task="two", b={"q": -base.b["q"]})]
+    kept = hydra.compress(both, form=hydra.forms.Hydra(heads=1))
     np.testing.assert_allclose(kept.errors, 1, rtol=1e-4)

@@ -98,7 +98,7 @@ def test_bad_options_are_named(options, named):
 
 def test_real_adapters_from_the_mean(gpt2):
     solved = compression.compress(
-        gpt2, compression.Options(side="in", solver="optax", start="mean", steps=1000)
+        gpt2, form=forms.Hydra(side="in", solver=forms.Gradient(start="mean", steps=1000))
     )
     bound = np.mean(list(solved.report["bound"].values()))
     assert bound * (1 - 1e-4) <= solved.errors.mean() <= bound * 1.01

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import adapters, calibration, compression, formats, synthetic
+import hydraopt_jax as hydra
+from hydraopt_jax import calibration, formats, synthetic
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.rate_control.encode_at_step import metrics_of, task_errors
-from hydraopt_jax.store import changes, checkpoint
+from hydraopt_jax.rate_control.metrics import metrics_of
+from hydraopt_jax.store.store import error_leaf, task_errors
 
 MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
 
@@ -24,6 +24,13 @@ def moments(both=False):
             root = rng.normal(size=(size, 12))
             out[name + suffix] = (root @ root.T).astype(np.float32)
     return out
+
+
+def claiming(content, name, factor):
+    """A store that claims other errors than it has."""
+    (x,) = content.segments
+    lie = {name: error_leaf(x.error_table(name) * factor)}
+    return content.replace(segments=(x.replace(leaves={**x.leaves, **lie}),))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +78,9 @@ def test_a_calibrated_store_verifies(given, made, capsys):
 
 def test_a_wrong_store_still_fails(many, given, made, capsys, tmp_path):
     names, cal = given
-    content = checkpoint.restore(made[0])
-    checkpoint.save(tmp_path / "w", content._replace(errors=content.errors * 0.9))
-    checkpoint.save(tmp_path / "o", content._replace(output_errors=content.output_errors * 0.9))
+    content = hydra.open(made[0])
+    hydra.save(tmp_path / "w", claiming(content, "errors", 0.9))
+    hydra.save(tmp_path / "o", claiming(content, "output_errors", 0.9))
     for path, more, expected in (
         ("w", [], 1),
         ("w", ["--calibration", cal], 1),
@@ -81,7 +88,7 @@ def test_a_wrong_store_still_fails(many, given, made, capsys, tmp_path):
         ("o", ["--calibration", cal], 1),
     ):
         assert run(capsys, "verify", tmp_path / path, *names, *more)[0] == expected
-    formats.write_adapter(tmp_path / "x", many[0]._replace(b={k: 3 * v for k, v in many[0].b.items()}))
+    formats.write_adapter(tmp_path / "x", many[0].replace(b={k: 3 * v for k, v in many[0].b.items()}))
     assert run(capsys, "verify", made[0], f"a={tmp_path / 'x'}")[0] == 1
 
 
@@ -118,16 +125,14 @@ def test_another_calibration_or_none_is_said(given, made, capsys, tmp_path):
 def test_both_tables_are_what_is_measured(many, both, tmp_path):
     """Also of gradients at the outputs, after a restore, and of the tasks that are left after a removal."""
     known = moments(both)
-    content = navigate.compress(many, navigate.Options(budget=0.5, calibration=known))
-    checkpoint.save(tmp_path / "s", content)
-    back = checkpoint.restore(tmp_path / "s")
-    metrics = metrics_of(adapters.stack(many), list(MODULES), known)
-    weights = compression.measure(back, many)
-    outputs = compression.measure(back, many, metrics)
+    hydra.save(tmp_path / "s", hydra.compress(many, budget=0.5, calibration=known))
+    back = hydra.open(tmp_path / "s")
+    weights = hydra.measure(back, many)
+    outputs = hydra.measure(back, many, metrics_of(MODULES, known))
     np.testing.assert_allclose(list(weights.values()), task_errors(back.errors), rtol=5e-3)
     np.testing.assert_allclose(list(outputs.values()), task_errors(back.output_errors), rtol=5e-3)
-    left = changes.remove(back, "a")
+    left = hydra.remove(back, "a")
     np.testing.assert_array_equal(left.output_errors, back.output_errors[:, 1:])
     with pytest.raises(HydraOptError, match="--calibration"):
-        changes.refit(many[1:], left)
-    assert navigate.compress(many, navigate.Options(budget=0.5)).output_errors is None
+        hydra.refit(left, many[1:])
+    assert hydra.compress(many, budget=0.5).output_errors is None

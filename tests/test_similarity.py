@@ -131,7 +131,7 @@ def test_summary_leaves_missing_modules_out():
     modules = synthetic.transformer_modules(2, 16, 4)
     one, two, three = synthetic.collection(tasks=3, modules=modules, rank=2, likeness=1.0)
     partial = {name: x for name, x in two.a.items() if "q_proj" not in name}
-    two = two._replace(a=partial, b={name: two.b[name] for name in partial})
+    two = two.replace(a=partial, b={name: two.b[name] for name in partial})
     summary = similarity.summarize(adapters.stack([one, two, three]))
     assert set(summary.kinds) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert set(summary.modules) == set(modules)

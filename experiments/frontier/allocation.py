@@ -10,8 +10,11 @@ repeats.
 import json
 import time
 
-from hydraopt_jax import synthetic
-from hydraopt_jax.rate_control import mode_decision, navigate
+import numpy as np
+
+from hydraopt_jax import adapters, synthetic
+from hydraopt_jax.rate_control import mode_decision
+from hydraopt_jax.rate_control.problem import prepare
 
 
 def main() -> None:
@@ -20,10 +23,10 @@ def main() -> None:
     tasks = [f"task {t}" for t in range(40)]
     many = synthetic.collection(tasks=tasks, modules=modules, rank=8, likeness=0.3)
     begun = time.perf_counter()
-    problem = navigate.setup(many, navigate.Options(budget=0.1))
+    problem = prepare(adapters.stack(many), list(modules), np.ones(len(many)))
     analyzed = time.perf_counter()
     for spectrum in problem.spectra:
-        mode_decision.plan(spectrum, 0.05)
+        mode_decision.decide_modes(spectrum, 0.05)
     done = time.perf_counter()
     seconds = {"analysis": round(analyzed - begun, 2), "allocation": round(done - analyzed, 2)}
     print(json.dumps({"adapters": len(many), "modules": len(modules), "seconds": seconds}))

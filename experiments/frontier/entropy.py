@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from hydraopt_jax import formats
+from hydraopt_jax import adapters, formats
 from hydraopt_jax.codec import encode, streams, tables
 from hydraopt_jax.codec.contexts import RAW_BITS, WIDE
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.rate_control.encode_at_step import attempt, train
+from hydraopt_jax.compression import compress
+from hydraopt_jax.rate_control.coding import encode_at_step
+from hydraopt_jax.rate_control.problem import prepare
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03)
 LEVEL = 19
@@ -71,13 +72,13 @@ def main() -> None:
     parser.add_argument("adapters", nargs="+")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
-    collection = [formats.read_adapter(x)._replace(extras={}) for x in options.adapters]
-    problem = navigate.setup(collection, navigate.Options(budget=0.1))
+    collection = [formats.read_adapter(x).replace(extras={}) for x in options.adapters]
+    stacked = adapters.stack(collection)
+    problem = prepare(stacked, list(adapters.check(collection)), np.ones(len(collection)))
     result = {}
     for budget in BUDGETS:
-        kept = navigate.compress(collection, navigate.Options(budget=budget), problem=problem)
-        step = kept.report["step"]
-        result[f"{budget:g}"] = measure(attempt(problem, step, train(problem, step)).coded)
+        step = compress(collection, budget=budget).report["step"]
+        result[f"{budget:g}"] = measure(encode_at_step(problem, step).coded)
         print(budget, json.dumps(result[f"{budget:g}"]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

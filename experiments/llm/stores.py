@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.llm.model import MODULES
-from hydraopt_jax import adapters, compression, formats, merging, serving, store
+from hydraopt_jax import adapters, formats, merging, serving, store, tradeoff
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.compression import compress
+from hydraopt_jax.explicit import fitting
+from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, curves
-from hydraopt_jax.rate_control import frontier, navigate
-from hydraopt_jax.store import checkpoint
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
 # multiples of the scale of least weight error at which one adapter for all tasks is tried on dev items
@@ -75,12 +76,12 @@ def deltas_of(factors: Mapping[str, Pair]) -> dict[str, np.ndarray]:
 
 def export(folder: Path, task: str, target: Path) -> None:
     """Writes one task of a store as a PEFT folder."""
-    formats.write_adapter(target, store.adapter(checkpoint.restore(folder), task))
+    formats.write_adapter(target, store.decode(store.open(folder), task))
 
 
 def load_served(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, Any], list[int]]:
     """A store's modules on the device, for `serve`, and the ids of `tasks` in it."""
-    kept = checkpoint.restore(folder)
+    kept = store.open(folder)
     return serving.load(kept), [kept.tasks.index(task) for task in tasks]
 
 
@@ -94,16 +95,12 @@ def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
     tasks = len(collection)
     rows: dict[str, Callable[[Path], Row]] = {}
     for heads in dict.fromkeys((tasks, max(tasks // 2, 1), max(tasks // 4, 1), 1)):
-        closed = compression.Options(heads=heads, dtype="float16")
-        rows[f"HydraOpt K = {heads}, closed form"] = partial(
-            _stored, partial(compression.compress, collection, closed)
-        )
-        adam = closed._replace(solver="optax", start="mean", side="in", steps=300)
-        rows[f"HydraOpt K = {heads}, Adam from the mean"] = partial(
-            _stored, partial(compression.compress, collection, adam)
-        )
+        adam = Hydra(heads=heads, side="in", solver=Gradient(start="mean", steps=300))
+        for label, form in (("closed form", Hydra(heads=heads)), ("Adam from the mean", adam)):
+            made = partial(compress, collection, form=form, dtype="float16")
+            rows[f"HydraOpt K = {heads}, {label}"] = partial(_stored, made)
     for budget in BUDGETS:
-        made = partial(navigate.compress, collection, navigate.Options(budget=budget))
+        made = partial(compress, collection, budget=budget)
         rows[f"budget {budget:g}"] = partial(_stored, made)
     rows["SVD rank 8, 4 bits"] = lambda folder: separate_svd(collection, 8, 4)
     rows["SVD rank 4, 4 bits"] = lambda folder: separate_svd(collection, 4, 4)
@@ -122,11 +119,11 @@ def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
 def _stored(make: Callable[[], Any], folder: Path) -> Row:
     """A store of the package, from disk where it was made before."""
     if not folder.exists():
-        checkpoint.save(folder, make())
-    kept = checkpoint.restore(folder)
-    found = {task: store.adapter(kept, task) for task in kept.tasks}
+        store.save(folder, make())
+    kept = store.open(folder)
+    found = {task: store.decode(kept, task) for task in kept.tasks}
     tasks = {task: {name: (x.a[name], x.b[name]) for name in x.a} for task, x in found.items()}
-    return Row(checkpoint.size_on_disk(folder), tasks)
+    return Row(store.size_on_disk(folder), tasks)
 
 
 def _by_task(
@@ -149,7 +146,7 @@ def separate_svd(collection: Sequence[Adapter], rank: int, bits: int) -> Row:
     size, factors = 0, []
     for bucket in stacked.buckets:
         deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
-        x, y = frontier.rounded_directions(deltas, bits)
+        x, y = tradeoff.rounded_directions(deltas, bits)
         factors.append((np.asarray(x)[..., :rank], np.asarray(y)[..., :rank, :]))
         vectors = bucket.a.shape[0] * bucket.a.shape[1] * min(rank, x.shape[-1])
         size += sum(fixed_rate.size(vectors, n, bits) for n in (bucket.a.shape[2], bucket.b.shape[3]))
@@ -168,7 +165,7 @@ def two_level(collection: Sequence[Adapter], first: int) -> Row:
         deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
         root = jnp.sqrt(deltas.s)
         x, y = deltas.u * root[..., None, :], deltas.v * root[..., None]
-        fine = frontier.rounded_directions(deltas, 2)
+        fine = tradeoff.rounded_directions(deltas, 2)
         signs = [jnp.sign(v) * jnp.mean(jnp.abs(v), axis, keepdims=True) for v, axis in ((x, -2), (y, -1))]
         factors.append(
             (
@@ -190,8 +187,8 @@ def _kept(collection: Sequence[Adapter], name: str, options: Mapping[str, Any], 
     size = 2 * sum(compressors.entries(factors, ranks[module]) for module, factors in found.items())
     tasks: dict[str, dict[str, Pair]] = {x.task: {} for x in collection}
     for module, factors in found.items():
-        half = compression.cast(compression.scale(factors), "float16", module)
-        left, right = compression.stacked(half)
+        half = fitting.cast(fitting.scale(factors), "float16", module)
+        left, right = fitting.stacked(half)
         for t, adapter in enumerate(collection):
             tasks[adapter.task][module] = (left[t], right[t])
     return Row(size, tasks)

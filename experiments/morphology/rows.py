@@ -14,15 +14,25 @@ import jax
 import numpy as np
 
 from experiments.morphology.config import Refining
-from hydraopt_jax import adapters, compression, merging, refinement, report
+from hydraopt_jax import adapters, merging, refinement, report
 from hydraopt_jax.adapters import Adapter, Adapters
+from hydraopt_jax.collection import in_memory
+from hydraopt_jax.compression import compress
 from hydraopt_jax.demo import outputs
 from hydraopt_jax.demo.model import Base, forward
 from hydraopt_jax.demo.outputs import Sequences
-from hydraopt_jax.forms import Factors
+from hydraopt_jax.explicit import fitting
+from hydraopt_jax.forms import Factors, Gradient, Hydra
 from hydraopt_jax.merging import curves
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import Source, Store
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.errors_of import error_table
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.rate_control.problem import Problem
+from hydraopt_jax.rate_control.work import Memory
+from hydraopt_jax.static import Static
+from hydraopt_jax.store import Store, plain, sources_of
+from hydraopt_jax.store.store import make_segment
+from hydraopt_jax.store.tensors import coded
 
 BUDGETS = (0.5, 0.25, 0.125, 0.065, 0.03)
 HEADS = (1, 10, 40)
@@ -56,38 +66,35 @@ class Setting(NamedTuple):
 def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
     """Name of each row -> its maker, most telling first."""
     moments = functools.cache(functools.partial(_moments, setting, settings))
-    problem = functools.cache(
-        lambda calibrated: navigate.setup(
-            setting.collection, navigate.Options(calibration=moments() if calibrated else None)
-        )
-    )
+    found = in_memory(setting.collection)
+    # analyses, which all budgets have in common
+    known: dict[bool, dict[int, Problem]] = {False: {}, True: {}}
 
     @functools.cache
-    def navigated(budget: float, calibrated: bool) -> Store:
-        options = navigate.Options(budget=budget, calibration=moments() if calibrated else None)
-        return navigate.compress(setting.collection, options, problem=problem(calibrated))
+    def budgeted(budget: float, calibrated: bool) -> Store:
+        options = Options(budget=budget, calibration=moments() if calibrated else None)
+        return engine.compress(found, options, Memory(), cache=known[calibrated])
 
     rows: dict[str, Maker] = {}
     for budget in settings.budgets:
-        rows[f"budget {budget:g}, output gradients"] = functools.partial(navigated, budget, True)
+        rows[f"budget {budget:g}, output gradients"] = functools.partial(budgeted, budget, True)
         rows[f"budget {budget:g}, output gradients, refined"] = lambda b=budget: refined(
-            setting, settings, navigated(b, True), moments(), f"{b:g}", 0
+            setting, settings, budgeted(b, True), moments(), f"{b:g}", 0
         )
     for budget in BUDGETS:
-        rows[f"budget {budget:g}"] = functools.partial(navigated, budget, False)
+        rows[f"budget {budget:g}"] = functools.partial(budgeted, budget, False)
     for heads in HEADS:
-        closed = compression.Options(heads=heads, dtype="float16")
-        adam = closed._replace(solver="optax", start="mean", side="in", steps=300)
-        for label, options in (("closed form", closed), ("Adam from the mean", adam)):
+        adam = Hydra(heads=heads, side="in", solver=Gradient(start="mean", steps=300))
+        for label, form in (("closed form", Hydra(heads=heads)), ("Adam from the mean", adam)):
             rows[f"HydraOpt K = {heads}, {label}"] = functools.partial(
-                compression.compress, setting.collection, options
+                compress, setting.collection, form=form, dtype="float16"
             )
     rows |= merged(setting, settings)
     for seed in settings.seeds[1:]:
         for budget in settings.budgets:
             name = f"budget {budget:g}, output gradients, refined, seed {seed}"
             rows[name] = lambda b=budget, s=seed: refined(
-                setting, settings, navigated(b, True), moments(), f"{b:g}", s
+                setting, settings, budgeted(b, True), moments(), f"{b:g}", s
             )
     return rows
 
@@ -168,11 +175,12 @@ def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store
 
 def store_of(collection: Sequence[Adapter], modules: Mapping[str, Factors]) -> Store:
     """A float16 store of what a merging method kept."""
-    sources = tuple(Source(x.dtype, x.config, x.layout, x.source, x.digest, x.extras) for x in collection)
-    cast = {n: (compression.cast(compression.scale(x), "float16", n),) for n, x in modules.items()}
-    entries = sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
-    report = {"form": "merged", "options": {}, "entries": entries, "bound": {}}
-    made = Store(
-        tuple(x.task for x in collection), cast, sources, report, np.zeros((len(cast), len(sources)))
-    )
-    return made._replace(errors=compression.error_table(made, collection))
+    cast = {n: (fitting.cast(fitting.scale(x), "float16", n),) for n, x in modules.items()}
+    schema, leaves = plain.pack(cast)
+    tasks = tuple(x.task for x in collection)
+    errors = error_table(cast, collection, list(schema))
+    tensors = [coded(x.extras) for x in collection]
+    segment = make_segment(tasks, schema, leaves, errors, tensors=tensors)
+    entries = in_memory(collection).entries()
+    report = Static({"form": "merged", "options": {}, "entries": entries, "bound": {}})
+    return Store((segment,), tasks, sources_of(collection), report)

@@ -36,7 +36,8 @@ from hydraopt_jax.demo.evaluate import Adapted, evaluate
 from hydraopt_jax.demo.model import Base
 from hydraopt_jax.demo.tasks import Item
 from hydraopt_jax.demo.vocabulary import Items, Vocabulary, encode_items
-from hydraopt_jax.store import Store, checkpoint
+from hydraopt_jax.store import Store, save, size_on_disk
+from hydraopt_jax.store import open as open_store
 
 RESULTS = Path(__file__).parent / "results"
 # dev items a task by which a merge's scale is chosen
@@ -60,8 +61,8 @@ def on_disk(path: Path, make: Maker) -> tuple[Store, int, float | None]:
         started = time.time()
         made = make()
         seconds = round(time.time() - started, 1)
-        checkpoint.save(path, made)
-    return checkpoint.restore(path), checkpoint.size_on_disk(path), seconds
+        save(path, made)
+    return open_store(path), size_on_disk(path), seconds
 
 
 def fill(

@@ -68,7 +68,15 @@ def tools(arguments: argparse.Namespace, commands: Path, folders: list[Path]) ->
     lorashare, vlora = str(commands / "lorashare"), str(commands / "vlora")
     alpha = json.loads((folders[0] / "adapter_config.json").read_text())["lora_alpha"]
     k, few = str(arguments.lorashare_components), str(arguments.vlora_components)
-    shared = ["--heads", arguments.heads, "--rank", arguments.rank, *arguments.extra.split()]
+    shared = [
+        "--form",
+        "hydra",
+        "--heads",
+        arguments.heads,
+        "--rank",
+        arguments.rank,
+        *arguments.extra.split(),
+    ]
 
     def ours(options: list[str]) -> Tool:
         return Tool(

@@ -89,8 +89,11 @@ def groups_of(found: Collection, form: Hydra, limit: int = GROUP_BYTES) -> list[
 
 
 def host_dtype(found: Collection) -> str:
-    """Dtype of the arrays that files are read into: the adapters' own if it is one for all."""
-    kinds = {x.dtype for x in found.cards}
+    """Dtype of the arrays that factors are read into: the files' own if it is one for all.
+
+    Adapters in memory have their scale folded in, which only float32 holds as it is.
+    """
+    kinds = {x.dtype if x.file else "float32" for x in found.cards}
     return kinds.pop() if len(kinds) == 1 and kinds <= {"float16", "bfloat16"} else "float32"
 
 

@@ -213,11 +213,13 @@ class Chosen(NamedTuple):
 
     Attributes:
       stored: `[M, n, S]` as it is stored.
-      loss: `[M]` the form's bound, summed over the tasks.
+      loss: `[M]` what the form loses of the tasks' unit energies, summed over the tasks.
+      sure: `[M]` the same less what it may be off by: the form's bound.
     """
 
     stored: np.ndarray
     loss: np.ndarray
+    sure: np.ndarray
 
 
 def second_pass(
@@ -241,7 +243,9 @@ def second_pass(
         with np.errstate(over="ignore"):
             stored = (vectors * gain[:, None, :]).astype(dtype)
         loss = np.maximum(present - values.sum(-1, dtype=np.float64), 0.0)
-        sides[side] = Chosen(stored, loss)
+        reach = min(vectors.shape[1], tasks * group.rank)
+        sure = loss - streaming_gram.uncertainty(values, reach, present)
+        sides[side] = Chosen(stored, loss, np.maximum(sure, 0.0))
     order = list(sides)
     chosen = [order[k] for k in np.stack([x.loss for x in sides.values()]).argmin(0)]
     shared_at = []
@@ -273,7 +277,7 @@ def second_pass(
         kept[name] = (
             where(sink.name, side, group, tasks, width, dtype, shared_at[m], heads[m]),
             np.where(first.ranks[m] > 0, errors_of.relative(squares[m], energy[m]), np.nan),
-            float(sides[side].loss[m]) / max(int(present[m]), 1),
+            float(sides[side].sure[m]) / max(int(present[m]), 1),
         )
     return kept
 

@@ -229,6 +229,21 @@ def leading(apply: Callable[[Array], Array], size: int, columns: int, rank: int,
     return Basis(matmul(q, vectors), values)
 
 
+def uncertainty(values: np.ndarray, reach: int, trace: np.ndarray) -> np.ndarray:
+    """What the sum of leading eigenvalues `[M, S]` may be off by, `[M]`.
+
+    N eigenvalues of a matrix that is known to eps times its largest one are off by N eps of that in sum
+    (`forms.sure_tail`); where they were iterated for, what the last round changed comes on top.
+
+    Args:
+      values: as of `Basis`.
+      reach: N, the most nonzero eigenvalues that the matrix can have.
+      trace: `[M]` of the matrix.
+    """
+    noise = reach * np.finfo(np.float32).eps * values.max(-1, initial=0.0)
+    return noise + (TOLERANCE * trace if reach > DIRECT else 0.0)
+
+
 @functools.partial(jax.jit, static_argnames=("mesh", "rank", "columns"))
 def of_sum(total: Sum, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> Basis:
     """Leading directions of an accumulated sum; `trace` is `[M]`."""

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
+from hydraopt_jax import pytrees  # noqa: F401  (what is served here may be traced)
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.codec.fixed_rate import Packed
 from hydraopt_jax.errors import HydraOptError

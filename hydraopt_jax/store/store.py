@@ -212,10 +212,19 @@ class Store:
         errors = self.errors if self.segments else np.full((1, 1), np.nan)
         mean = "" if np.isnan(errors).all() else f", mean error {np.nanmean(errors):.3g}"
         return (
-            f"Store({len(self.tasks)} tasks: {names}\n"
-            f"      {len(self.shapes)} modules in {len(self.segments)} segments, "
+            f"Store({counted(len(self.tasks), 'task')}: {names}\n"
+            f"      {counted(len(self.shapes), 'module')} in {counted(len(self.segments), 'segment')}, "
             f"{size:,} bytes{' on disk' * lazy}{mean})"
         )
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "task"), counted(2, "task")
+    ('1 task', '2 tasks')
+    """
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def sources_of(collection: Sequence[Adapter]) -> tuple[Source, ...]:

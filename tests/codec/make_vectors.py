@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hydraopt_jax.codec import contexts, encode, streams, syntax
-from hydraopt_jax.codec.decode import decode
+from hydraopt_jax.codec.decode import decode_leaves
 from hydraopt_jax.codec.layout import KINDS, PROJECTED, TermShape
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -68,7 +68,7 @@ def describe(name, make):
         for t in tasks
     }
     leaves = encode.serialize(coded, gains)
-    found = decode(leaves, coded.shapes, tasks)
+    found = decode_leaves(leaves, coded.shapes, tasks)
     fields = TermShape._fields
     shapes = {
         n: [dict(zip(fields, x, strict=True)) | {"predicted": KINDS[x.predicted]} for x in terms]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hydraopt_jax.codec import contexts, encode, prediction
 from hydraopt_jax.codec.bitstream import Damaged
-from hydraopt_jax.codec.decode import decode
+from hydraopt_jax.codec.decode import decode_leaves
 from hydraopt_jax.codec.layout import PROJECTED, TermShape, leaf_names, pieces
 from hydraopt_jax.errors import HydraOptError
 
@@ -38,7 +38,7 @@ def one_term(a, b):
 def test_leaves_decode_to_what_was_encoded(predicted):
     coded = encode.quantize(terms(predicted), contexts.gaussian())
     leaves = encode.serialize(coded, GAINS)
-    back = decode(leaves, coded.shapes, [0, 1])
+    back = decode_leaves(leaves, coded.shapes, [0, 1])
     for value, want in zip(back.values, coded.values, strict=True):
         np.testing.assert_array_equal(value, want)
     np.testing.assert_allclose(np.concatenate(back.gains[0]), [0.5, 0.25, 2.0], rtol=1e-3)
@@ -66,14 +66,14 @@ def test_prediction_from_a_like_factor_saves_bytes():
 def test_one_task_reads_only_its_leaves():
     coded = encode.quantize(terms(0), contexts.gaussian())
     leaves = encode.serialize(coded, GAINS)
-    alone = decode({k: leaves[k] for k in ("shared", "task_1")}, coded.shapes, [1])
+    alone = decode_leaves({k: leaves[k] for k in ("shared", "task_1")}, coded.shapes, [1])
     kept = [i for i, x in enumerate(alone.pieces) if x.leaf == "task_1"]
     assert len(kept) == 2
     for i in kept:
         np.testing.assert_array_equal(alone.values[i], coded.values[i])
     assert all(alone.values[i] is None for i in range(4) if i not in kept)
     with pytest.raises(Damaged, match="no leaf task_0"):
-        decode({k: leaves[k] for k in ("shared", "task_1")}, coded.shapes, [0])
+        decode_leaves({k: leaves[k] for k in ("shared", "task_1")}, coded.shapes, [0])
 
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -96,7 +96,7 @@ def test_any_finite_factors_at_any_step(numbers, exponent):
         return
     live = [(coded.contexts[0] > 0) & (coded.contexts[1] > 0)]
     leaves = encode.serialize(coded, {0: [np.ones(int(x.sum())) for x in live]})
-    back = decode(leaves, coded.shapes, [0])
+    back = decode_leaves(leaves, coded.shapes, [0])
     targets = (*goals["q"][0].a, *goals["q"][0].b)
     for value, want, target in zip(back.values, coded.values, targets, strict=True):
         np.testing.assert_array_equal(value, want)
@@ -120,7 +120,7 @@ def test_damaged_leaves_are_found_or_harmless(seed):
     data = bytearray(leaves[name])
     data[rng.integers(min(len(data), 120 if seed % 2 else len(data)))] = rng.integers(256)
     try:
-        back = decode({**leaves, name: bytes(data)}, coded.shapes, [0, 1])
+        back = decode_leaves({**leaves, name: bytes(data)}, coded.shapes, [0, 1])
     except Damaged:
         return
     assert [x.shape for x in back.values] == [x.shape for x in coded.values]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hydraopt_jax.codec.decode import decode
+from hydraopt_jax.codec.decode import decode_leaves
 from hydraopt_jax.codec.layout import KINDS, TermShape
 
 VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.json"))
@@ -27,7 +27,7 @@ def test_the_reference_decoder(vector):
     }
     shapes = {n: tuple(x._replace(predicted=KINDS.index(x.predicted)) for x in v) for n, v in shapes.items()}
     leaves = {k: base64.b64decode(v) for k, v in vector["leaves"].items()}
-    found = decode(leaves, shapes, [int(t) for t in vector["gains"]])
+    found = decode_leaves(leaves, shapes, [int(t) for t in vector["gains"]])
     for piece, value, want in zip(found.pieces, found.values, vector["pieces"], strict=True):
         assert [piece.module, piece.term, piece.side, piece.factor, piece.leaf] == list(want.values())[:5]
         np.testing.assert_array_equal(value.T * 16, want["values_times_16"])

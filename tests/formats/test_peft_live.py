@@ -265,7 +265,7 @@ def test_a_lossless_store_exports_what_peft_had(tmp_path):
         before[task] = output(model)
     folders = [str(tmp_path / t) for t in before]
     for arguments in (
-        ["compress", *folders, "--out", str(tmp_path / "store"), "--rank", "6", "--force"],
+        ["compress", *folders, "--out", str(tmp_path / "store"), "--form", "hydra", "--rank", "6", "--force"],
         ["export", str(tmp_path / "store"), "--all", "--out", str(tmp_path / "out")],
     ):
         with pytest.raises(SystemExit) as stop:

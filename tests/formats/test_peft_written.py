@@ -13,13 +13,13 @@ from hydraopt_jax.formats import base_name, check_same_base, peft, read_adapter,
 
 def test_overflow_is_named(tmp_path):
     big = adapter({"q": 2})
-    big = big._replace(b={"q": np.full((2, 3), 1e6, np.float32)})
+    big = big.replace(b={"q": np.full((2, 3), 1e6, np.float32)})
     with pytest.raises(
         HydraOptError, match=r"q\.lora_B\.weight: its values overflow float16: write bfloat16"
     ):
         write_adapter(tmp_path / "out", big, dtype="float16")
     with pytest.raises(HydraOptError, match=r"q\.lora_B\.weight: has NaN"):
-        write_adapter(tmp_path / "out", big._replace(b={"q": np.full((2, 3), np.nan)}))
+        write_adapter(tmp_path / "out", big.replace(b={"q": np.full((2, 3), np.nan)}))
     assert not list(tmp_path.iterdir())
 
 
@@ -35,7 +35,7 @@ def test_overflow_is_named(tmp_path):
 )
 def test_what_cannot_be_written_leaves_nothing(tmp_path, change, words):
     with pytest.raises(HydraOptError, match=words):
-        write_adapter(tmp_path / "deep" / "out", adapter({"q": 2})._replace(**change))
+        write_adapter(tmp_path / "deep" / "out", adapter({"q": 2}).replace(**change))
     assert not list(tmp_path.iterdir())
 
 

@@ -177,7 +177,7 @@ def test_a_layout_comes_in_and_goes_out(name):
     for module, shape in modules.items():
         delta = (adapter.a[module] @ adapter.b[module]).reshape(shape)
         np.testing.assert_allclose(delta, 0.25 * expected(name, tree, module), rtol=1e-5, atol=1e-6)
-    stored = adapter._replace(layout=json.loads(json.dumps(adapter.layout)))
+    stored = adapter.replace(layout=json.loads(json.dumps(adapter.layout)))
     again = leaves(formats.write_tree(stored, dialect, scale=0.25))
     want = leaves(tree)
     assert set(again) == set(want)
@@ -267,11 +267,11 @@ def test_what_a_tree_cannot_hold_is_named(small):
     one = small[0]
     first = next(iter(one.a))
     for changed, options, named in (
-        (one._replace(extras={"score.weight": draw(2, 2)}), {}, r"score\.weight: a LoRA tree holds no full"),
-        (one._replace(layout={first: {"kind": "convolution"}}), {}, "convolution's factors have no place"),
+        (one.replace(extras={"score.weight": draw(2, 2)}), {}, r"score\.weight: a LoRA tree holds no full"),
+        (one.replace(layout={first: {"kind": "convolution"}}), {}, "convolution's factors have no place"),
         (one, {"rank": 2}, "rank = 2: its factors have rank 4"),
         (one, {"dtype": "int8"}, "dtype 'int8': choose one of"),
-        (one._replace(b={n: 1e9 * x for n, x in one.b.items()}), {"dtype": "float16"}, "overflow float16"),
+        (one.replace(b={n: 1e9 * x for n, x in one.b.items()}), {"dtype": "float16"}, "overflow float16"),
     ):
         with pytest.raises(hydra.HydraOptError, match=named):
             formats.write_tree(changed, "qwix", scale=1.0, **options)
@@ -281,7 +281,7 @@ def test_layers_of_other_ranks_are_stacked_with_zeros():
     dialect, tree, _, options = LAYOUTS["MaxText"]
     adapter = formats.read_tree(tree, dialect, task="one", scale=1.0, **options)
     name = "decoder.layers.self_attention.query[1]"
-    less = adapter._replace(
+    less = adapter.replace(
         a={n: a[:, :1] if n == name else a for n, a in adapter.a.items() if not n.endswith("query[2]")},
         b={n: b[:1] if n == name else b for n, b in adapter.b.items() if not n.endswith("query[2]")},
     )
@@ -313,10 +313,10 @@ def test_layouts_survive_a_store(tmp_path):
             }
         }
         adapters.append(formats.read_tree(tree, "qwix", task=one.task, scale=2.0))
-    hydra.save(tmp_path / "store", hydra.compress(adapters, hydra.Options(rank=4, side="in")))
-    kept = hydra.restore(tmp_path / "store")
+    hydra.save(tmp_path / "store", hydra.compress(adapters, form=hydra.forms.Hydra(rank=4, side="in")))
+    kept = hydra.open(tmp_path / "store")
     for n, one in enumerate(adapters):
-        out = formats.write_tree(hydra.adapter(kept, one.task), "qwix", scale=2.0)["layers_0"]["q"]
+        out = formats.write_tree(hydra.decode(kept, one.task), "qwix", scale=2.0)["layers_0"]["q"]
         assert out["w_lora_b"].shape[1:] == (2, 4)
         delta = 2.0 * product(out["w_lora_a"], out["w_lora_b"]).reshape(6, 8)
         np.testing.assert_allclose(

@@ -125,7 +125,7 @@ def test_gemma_peft():
     check_round_trip(params, adapter, "gemma", 1.0)
     original, lora = peft.split_params(params["params"])
     assert set(formats.read_tree(lora, "gemma", task="one", scale=1.0).a) == set(adapter.a)
-    whole = peft.merge_params(original, formats.write_tree(adapter._replace(layout={}), "gemma", scale=1.0))
+    whole = peft.merge_params(original, formats.write_tree(adapter.replace(layout={}), "gemma", scale=1.0))
     assert set(whole["dense"]) == {"kernel", "lora"}
 
 

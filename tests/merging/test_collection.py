@@ -32,12 +32,12 @@ def small():
 def uneven(small):
     """Mixed ranks, and a module that the first adapter lacks."""
     gone = next(iter(small[0].a))
-    first = small[0]._replace(
+    first = small[0].replace(
         a={k: v for k, v in small[0].a.items() if k != gone},
         b={k: v for k, v in small[0].b.items() if k != gone},
         config={**small[0].config, "target_modules": ["k_proj"], "exclude_modules": [gone]},
     )
-    second = small[1]._replace(
+    second = small[1].replace(
         a={k: v[:, :2] for k, v in small[1].a.items()}, b={k: v[:2] for k, v in small[1].b.items()}
     )
     return [first, second, *small[2:]], gone
@@ -80,7 +80,7 @@ def test_errors_are_those_of_dense_deltas(uneven):
     ],
 )
 def test_three_copies(small, method, options, times):
-    same = [small[0]._replace(task=str(t)) for t in range(3)]
+    same = [small[0].replace(task=str(t)) for t in range(3)]
     merged = merging.merge_adapters(same, method, **options)
     for name, a in small[0].a.items():
         np.testing.assert_allclose(merged.a[name] @ merged.b[name], times * a @ small[0].b[name], atol=1e-5)
@@ -152,7 +152,7 @@ def test_regmean_takes_a_file_of_moments_a_task(capsys, small, folders, tmp_path
 def test_merge_warns_of_factors_and_of_what_it_leaves_out(capsys, small, tmp_path):
     for n, adapter in enumerate(small[:2]):
         head = {"base_model.model.score.weight": np.ones((2, 3), np.float32)}
-        formats.write_adapter(tmp_path / f"h{n}", adapter._replace(extras=head))
+        formats.write_adapter(tmp_path / f"h{n}", adapter.replace(extras=head))
     given = ["merge", tmp_path / "h0", tmp_path / "h1", "--method", "linear-factors", "--out", tmp_path / "m"]
     code, said, err = run(capsys, *given, "--json")
     assert code == 0
@@ -192,7 +192,7 @@ def test_bad_use_writes_nothing(capsys, folders, tmp_path, options, named):
 
 
 def test_adapters_of_another_base_write_nothing(capsys, small, folders, tmp_path):
-    other = small[0]._replace(config={**small[0].config, "base_model_name_or_path": "some/other"})
+    other = small[0].replace(config={**small[0].config, "base_model_name_or_path": "some/other"})
     formats.write_adapter(tmp_path / "other", other)
     code, out, err = run(capsys, "merge", *folders, tmp_path / "other", "--out", tmp_path / "m")
     assert (code, out) == (2, "")

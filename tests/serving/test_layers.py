@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from plain_stores import plain_store
 
 import hydraopt_jax as hydra
 from hydraopt_jax import serving
@@ -13,7 +14,7 @@ from hydraopt_jax.demo.evaluate import greedy
 from hydraopt_jax.demo.model import bind, forward
 from hydraopt_jax.demo.vocabulary import encode_items
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.store import Source
+from hydraopt_jax.store import decode_terms, task_factors
 
 TASKS = ("legal", "medical", "sports")
 SHAPES = {"attention.query": (12, 8), "attention.out": (8, 12), "layers.0": (12, 6), "layers.1": (12, 6)}
@@ -27,8 +28,7 @@ def store_of(loras, shared=False):
         a, b = (jnp.stack([loras[t][name][k] for t in tasks]) for k in (0, 1))
         index = jnp.arange(len(tasks))
         modules[name] = (Factors(a[:1], b, index * 0, index) if shared else Factors(a, b, index, index),)
-    sources = tuple(Source("float32", {}, {}, "", "", {}) for _ in tasks)
-    return hydra.Store(tasks, modules, sources, {}, np.zeros((len(modules), len(tasks))))
+    return plain_store(tasks, modules)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ run = nnx.jit(lambda model, x: model(x))
 def merged(kept, task):
     """The model with one task's deltas added to its kernels: what a layer must give."""
     model = Small(nnx.Rngs(0))
-    for name, (a, b) in hydra.store.task_factors(kept, task).items():
+    for name, (a, b) in task_factors(kept, task).items():
         layer = model
         for key in name.split("."):
             layer = layer[int(key)] if key.isdigit() else getattr(layer, key)
@@ -105,7 +105,7 @@ def test_tokens_of_one_sequence_may_differ(kept):
     ids = jnp.array([0, 2, -1, 1, 1])
     got = model.layers[0](x, task_ids=ids)[0]
     for n, task in enumerate(ids.tolist()):
-        a, b = (*hydra.store.task_factors(kept, TASKS[task])["layers.0"],)
+        a, b = (*task_factors(kept, TASKS[task])["layers.0"],)
         want = model.layers[0].base(x)[0, n] + (task >= 0) * (x[0, n] @ a @ b)
         np.testing.assert_allclose(got[n], want, atol=1e-4)
 
@@ -190,20 +190,21 @@ def test_one_task_in_the_model_s_own_lora(kept):
             )
 
     model = Adapted(nnx.Rngs(0))
-    mine = kept._replace(
-        modules={n: kept.modules[n] for n in ("layers.0", "layers.1")}, errors=np.zeros((2, 3))
-    )
+    modules = decode_terms(kept)
+    modules = {n: modules[n] for n in ("layers.0", "layers.1")}
+    mine = plain_store(TASKS, modules)
     assert sorted(serving.load_task(model, mine, "medical")) == ["layers.0", "layers.1"]
     x = jax.random.normal(jax.random.key(0), (5, 12))
     for layer, base, name in (
         (model.layers[0], lambda x: nnx.Linear.__call__(model.layers[0], x), "layers.0"),
         (model.layers[1], model.layers[1].base_module, "layers.1"),
     ):
-        a, b = hydra.store.task_factors(kept, "medical")[name]
+        a, b = task_factors(kept, "medical")[name]
         np.testing.assert_allclose(layer(x) - base(x), x @ a @ b, atol=1e-4)
 
-    (term,) = mine.modules["layers.1"]
-    lacking = mine._replace(modules=mine.modules | {"layers.1": (term._replace(b_of=jnp.array([0, -1, 2])),)})
+    (term,) = modules["layers.1"]
+    without = Factors(term.a[[0, 2]], term.b[[0, 2]], *2 * [np.array([0, -1, 1])])
+    lacking = plain_store(TASKS, modules | {"layers.1": (without,)})
     assert serving.load_task(model, lacking, "medical") == ["layers.0"]
     np.testing.assert_array_equal(model.layers[1](x), model.layers[1].base_module(x))
     with pytest.raises(hydra.HydraOptError, match="did you mean 'sports'"):
@@ -262,7 +263,7 @@ def test_the_shipped_transformer_serves_a_mixed_batch(shipped):
     got = nnx.jit(lambda model: model.readout(model(tokens, positions, mask, {})[0]))(model)
     whole = jax.jit(forward)
     for row, task in enumerate(ids.tolist()):
-        factors = hydra.store.task_factors(shipped, shipped.tasks[task])
+        factors = task_factors(shipped, shipped.tasks[task])
         lora = {name: (a, (task >= 0) * b) for name, (a, b) in factors.items()}
         np.testing.assert_allclose(got[row], whole(base, lora, tokens[row : row + 1])[0], atol=2e-3)
 
