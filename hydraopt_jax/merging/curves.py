@@ -14,8 +14,7 @@ from hydraopt_jax.forms import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, registry
 from hydraopt_jax.merging.collection import merge_stacked, modules_of, relative_errors, squared_errors
-from hydraopt_jax.rate_control import analysis
-from hydraopt_jax.tradeoff import Curve, Point, summary
+from hydraopt_jax.tradeoff import Curve, Point, cuts, summary
 
 # "separate" is on every frontier, at three bit widths; what needs data is not in a collection
 BASELINES = tuple(k for k, v in registry.METHODS.items() if k != "separate" and not v.needs)
@@ -97,7 +96,7 @@ def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:
     tasks = len(stacked.tasks)
     rank = max(int(x.ranks.max()) for x in stacked.buckets)
     if name == "k-merge":
-        return {f"K = {k}": {"slots": k} for k in analysis.cuts(tasks)}
+        return {f"K = {k}": {"slots": k} for k in cuts(tasks)}
     widths = [rank * k for k in WIDTHS if k == 1 or rank * k < rank * tasks]
     if name == "share":
         return {f"rank {s}": {"rank": s} for s in widths}
