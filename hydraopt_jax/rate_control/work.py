@@ -1,6 +1,8 @@
 """Who does a piece of work, what it tells meanwhile, and where it keeps what is done."""
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -68,14 +70,16 @@ class Memory:
     def __init__(self) -> None:
         self.segments: dict[str, Segment] = {}
         self.notes: dict[str, Mapping[str, Any]] = {}
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._scratch: Path | None = None
 
     @property
     def scratch(self) -> Path:
         """See `Place`."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="hydraopt-")
-        return Path(self._folder.name)
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="hydraopt-"))
+            # gone with the place; a TemporaryDirectory that nobody closes warns
+            weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        return self._scratch
 
     def segment(self, name: str) -> Segment | None:
         """See `Place`."""
