@@ -24,9 +24,12 @@ LEAST_OVERHEAD = 1600
 # the finest and the coarsest step, relative to the norm of a delta
 STEPS = (1e-6, 0.7)
 STEPS_LOG = (float(np.log(STEPS[0])), float(np.log(STEPS[1])))
-# how bytes and errors move with the step, all in logarithms, about; what is believed of a secant, times that
+# how bytes and errors move with the step, all in logarithms, about; what is believed of a secant, times that:
+# of one on the sample, whose tables change, and the least of one between passes with the same tables (at fine
+# steps bytes fall as the logarithm of the step, by less than a tenth of it)
 SLOPES = {-1.0: 0.8, 1.0: 1.5}
 FLATTEST, STEEPEST = 0.4, 2.0
+FLATTEST_PASS = 0.08
 
 
 class Unmet(HydraOptError):
@@ -148,11 +151,13 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
     return Found(float(np.exp(np.clip(x - done[-1][1] / slope, *STEPS_LOG))), slope, frequencies, trial)
 
 
-def secant(one: tuple[float, float], two: tuple[float, float], sign: float) -> float:
+def secant(
+    one: tuple[float, float], two: tuple[float, float], sign: float, flattest: float = FLATTEST
+) -> float:
     """Slope between two (log step, miss), as far as it can be believed."""
     (x0, m0), (x1, m1) = one, two
     found = sign * (m1 - m0) / (x1 - x0) if x1 != x0 else SLOPES[sign]
-    return sign * float(np.clip(found, FLATTEST * SLOPES[sign], STEEPEST * SLOPES[sign]))
+    return sign * float(np.clip(found, flattest * SLOPES[sign], STEEPEST * SLOPES[sign]))
 
 
 def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
@@ -167,7 +172,7 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
     last = done[-1]
     if len(done) > goal.settling + 1:
         # earlier passes had other tables, and another curve
-        slope = secant(*((float(np.log(x.step)), x.miss) for x in done[-2:]), goal.sign)
+        slope = secant(*((float(np.log(x.step)), x.miss) for x in done[-2:]), goal.sign, FLATTEST_PASS)
     aim = np.log(last.step) - (last.miss + goal.slack / 2) / slope
     known = done[goal.settling :] if len(done) > goal.settling else done[-1:]
     over = [np.log(x.step) for x in known if x.miss > 0]
