@@ -144,6 +144,7 @@ def write_folder(
     fresh = not path.exists()
     before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
     rows = {**known, **({x["id"]: x for x in before["segments"]} if before is not None else {})}
+    written: list[str] = []
     try:
         (path / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
         entries, arrays = [], []
@@ -155,6 +156,7 @@ def write_folder(
                 continue
             # a segment that was changed may have the same bytes as one that is there
             entry, where = folder.write_segment(path, x, zstd=None if zstd else False)
+            written.append(entry.id)
             entries.append(entry)
             arrays.append(where)
         said = manifest.as_json(store, entries, arrays, path.name)
@@ -168,6 +170,10 @@ def write_folder(
     except BaseException:
         if fresh:
             shutil.rmtree(path, ignore_errors=True)
+        elif known:
+            # what the job has done is gone on with
+            for name in set(written) - set(rows):
+                shutil.rmtree(path / folder.SEGMENTS / name, ignore_errors=True)
         else:
             folder.remove_unnamed(path, before)
         raise
