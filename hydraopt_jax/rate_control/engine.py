@@ -246,25 +246,22 @@ def passes(run: Run, goal: Target, heads: Sequence[Segment], said: Mapping[str, 
     number = 0
     for round_number in range(ROUNDS if goal.worst else 1):
         done: list[Pass] = []
-        made: list[Store] = []
+        made: list[Store | None] = []
+        error = float("nan")
         while (chosen := search.met(done, goal)) is None:
             if done and search.hopeless(done, goal):
-                error = float(np.nanmean(made[-1].errors))
                 raise search.unmet(done, goal, run.found.entries(), error)
             if done:
                 step = search.next_step(done, known["slope"], goal)
             counted = encode_parts(run, number, step, frequencies, weights, known)
             # tables stay as they are in the end, so that the search sees a smooth curve
             frequencies = counted if number < goal.settling else frequencies
-            store = put_together(run, number, step, heads, said)
-            done.append(Pass(step, miss_of(store, goal, run.place)))
-            made.append(store)
-            if done[-1].miss > 0 and len(run.parts) > 1:
-                # it will not be taken: its notes stay, its bytes make room
-                for n in run.mine:
-                    run.place.drop(f"pass-{number}-{n}")
+            found, miss, error = outcome(run, number, step, goal, heads, said)
+            done.append(Pass(step, miss))
+            made.append(found)
             number += 1
         store, step = made[chosen], done[chosen].step
+        assert store is not None
         if round_number + 1 < ROUNDS and goal.worst:
             # spend less on tasks that are better than they need be
             errors = task_errors(store.errors if store.output_errors is None else store.output_errors)
@@ -272,6 +269,31 @@ def passes(run: Run, goal: Target, heads: Sequence[Segment], said: Mapping[str, 
             weights = weights * change / np.mean(weights * change)
             run = run._replace(cache={})
     return store
+
+
+def outcome(
+    run: Run, number: int, step: float, goal: Target, heads: Sequence[Segment], said: Mapping[str, Any]
+) -> tuple[Store | None, float, float]:
+    """A pass's store, the log of what came out over the target, and its mean error.
+
+    A pass that is over the target will not be taken: what it came to stays, a note, its bytes make room, and
+    there is no store.
+    """
+    before = run.place.note(f"missed-{number}")
+    if before is None:
+        store = put_together(run, number, step, heads, said)
+        miss, error = miss_of(store, goal, run.place), float(np.nanmean(store.errors))
+        if miss <= 0 or len(run.parts) == 1:
+            return store, miss, error
+        # nothing goes before all have measured it and the note is there for those that go on
+        run.processes.wait(f"measured {number}")
+        if run.processes.rank == 0:
+            run.place.keep_note(f"missed-{number}", {"miss": miss, "error": error})
+        run.processes.wait(f"missed {number}")
+        before = {"miss": miss, "error": error}
+    for n in run.mine:
+        run.place.drop(f"pass-{number}-{n}")
+    return None, before["miss"], before["error"]
 
 
 def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
