@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,8 @@ CHECKPOINT_BYTES, PATH_BYTES = 735, 128
 ROOM, EXPANSION = 1 << 22, 1000
 # segments whose headers are read at once
 READERS = 8
+# what TensorStore says of an error of the system, such as a full disk
+SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -226,9 +229,12 @@ def write_segment(
                     for k, array in enumerate(arrays):
                         ocp.partial.save(folder, {f"data_{k}": array})
                     ocp.partial.finalize(folder)
-        except BaseException:
+        except BaseException as error:
             for left in (folder.parent).glob(f"{name}*"):
                 shutil.rmtree(left, ignore_errors=True)
+            code = SYSTEM_ERROR.search(str(error))
+            if code is not None:
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
             raise
         sync_tree(folder)
     else:
