@@ -201,8 +201,15 @@ def write_segment(
     Returns:
       Its entry in the manifest, and where its bytes lie.
     """
+    import jax
     from orbax.checkpoint import v1 as ocp
 
+    if jax.process_count() > 1:
+        # Orbax has all processes save one checkpoint together, whatever its options say
+        raise HydraOptError(
+            f"{store}: folders are written by programs of one process, this is one of "
+            f"{jax.process_count()}: save a .safetensors file, from one of them"
+        )
     zstd = not segment.coded if zstd is None else zstd
     parts = division(segment_data.size(segment))
     found: list[Entry] = []
@@ -218,7 +225,6 @@ def write_segment(
         context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(
             chunk_byte_size=parts[0][1]
         )
-        alone_in(context)
         arrays = arrays_of(segment_data.run(segment, found.append), parts)
         try:
             with context, quiet():
@@ -242,18 +248,6 @@ def write_segment(
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
     where = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
     return found[0]._replace(id=name), where
-
-
-def alone_in(context: Any) -> None:
-    """Let Orbax write for this process only: those of a job write segments of their own."""
-    import jax
-    from orbax.checkpoint import v1 as ocp
-
-    if jax.process_count() > 1:
-        rank = jax.process_index()
-        context.multiprocessing = ocp.options.MultiprocessingOptions(
-            primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"hydraopt{rank}"
-        )
 
 
 def locate(folder: Path, name: str) -> str:
