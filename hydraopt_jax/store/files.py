@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hydraopt_jax.deferred import Deferred, bytes_of, size_of
@@ -131,7 +130,7 @@ def write_folder(
     store: Store,
     limit: int | None = None,
     zstd: bool = True,
-    known: Mapping[str, Any] = MappingProxyType({}),
+    known: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the segments that are not there, then the manifest; what it does not name goes.
 
@@ -139,11 +138,11 @@ def write_folder(
       path: the folder.
       store: what to write.
       limit, zstd: as `save`.
-      known: rows, by id, of segments that lie there already, beside those of the manifest.
+      known: of a job: rows, by id, of segments that lie there already, beside those of the manifest.
     """
     fresh = not path.exists()
     before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
-    rows = {**known, **({x["id"]: x for x in before["segments"]} if before is not None else {})}
+    rows = {**(known or {}), **({x["id"]: x for x in before["segments"]} if before is not None else {})}
     written: list[str] = []
     try:
         (path / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
@@ -170,7 +169,7 @@ def write_folder(
     except BaseException:
         if fresh:
             shutil.rmtree(path, ignore_errors=True)
-        elif known:
+        elif known is not None:
             # what the job has done is gone on with
             for name in set(written) - set(rows):
                 shutil.rmtree(path / folder.SEGMENTS / name, ignore_errors=True)
@@ -256,6 +255,15 @@ def size_on_disk(path: Path_) -> int:
     return sum(x.stat().st_size for x in at.rglob("*") if x.is_file())
 
 
+def name_there(segment: Segment, path: Path_ | None) -> str:
+    """The name of a segment that lies in a folder, which may be longer than one that its bytes give."""
+    for x in segment.leaves.values():
+        if isinstance(x, Deferred) and x.origin is not None and path is not None:
+            where, name, _ = x.origin
+            return str(name) if where == str(Path(path).absolute()) else ""
+    return ""
+
+
 def measure_size(store: Store, path: Path_ | None = None) -> int:
     """Bytes that the store takes as a folder, plain factors uncompressed; nothing is written or read.
 
@@ -263,9 +271,15 @@ def measure_size(store: Store, path: Path_ | None = None) -> int:
       store: in memory.
       path: of the folder, which a few bytes depend on; None for one of a usual length.
     """
-    entries = [segment_data.likely_entry(x, n) for n, x in enumerate(store.segments)]
+    entries = [
+        segment_data.likely_entry(x, n)._replace(**({"id": kept} if (kept := name_there(x, path)) else {}))
+        for n, x in enumerate(store.segments)
+    ]
     arrays = [[["state/data", n] for n, _ in folder.division(x.bytes)] for x in entries]
     said = manifest.as_json(store, entries, arrays)
     name = None if path is None else len(str(Path(path).absolute() / folder.SEGMENTS / ("0" * 16)))
-    sizes = (folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name) for x in entries)
+    sizes = (
+        folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name + max(len(x.id) - 16, 0))
+        for x in entries
+    )
     return len(manifest.pack(manifest.to_text(said))) + sum(sizes)
