@@ -114,8 +114,9 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
         for k, (at, following) in enumerate(itertools.pairwise(starts)):
             low, high = max(start, at), min(stop, following)
             if low < high:
+                array = opened(k)
                 try:
-                    part = opened(k)[low - at : high - at].read().result()
+                    part = array[low - at : high - at].read().result()
                 except (ValueError, OSError) as error:
                     what = " ".join(str(error).split())[:120]
                     raise damaged(path, f"segment {entry.id} cannot be read ({what})") from None
