@@ -9,8 +9,10 @@ import pytest
 import safetensors.numpy
 from commands import run
 
-from hydraopt_jax import formats
+from hydraopt_jax import formats, synthetic
 from hydraopt_jax.demo import main as demo
+
+HYDRA = ["--form", "hydra"]
 
 
 def ok(capsys, *arguments):
@@ -31,7 +33,7 @@ def refused(capsys, *arguments, code=2):
 @pytest.fixture
 def made(capsys, folders, tmp_path):
     path = tmp_path / "store"
-    return path, ok(capsys, "compress", *folders, "--out", path, "--heads", 2, "--rank", 3)
+    return path, ok(capsys, "compress", *folders, "--out", path, *HYDRA, "--heads", 2, "--rank", 3)
 
 
 def test_compress_inspect_export_verify(capsys, folders, made, tmp_path):
@@ -60,7 +62,8 @@ def test_tables_name_the_tasks(capsys, folders, tmp_path):
 @pytest.mark.parametrize("options", [[], ["--solver", "optax", "--steps", "20"], ["--cores", "--heads", "1"]])
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_solvers_and_sides(capsys, folders, tmp_path, options, side):
-    said = ok(capsys, "compress", *folders, "--out", tmp_path / "s", "--side", side, "--rank", "2", *options)
+    form = [*HYDRA, "--side", side, "--rank", "2", *options]
+    said = ok(capsys, "compress", *folders, "--out", tmp_path / "s", *form)
     assert 0 < said["error"]["mean"] < 1
 
 
@@ -88,7 +91,8 @@ def test_demo_does_not_write_over_anything(capsys, tmp_path):
 
 
 def test_refine_says_what_it_gained(folders, tmp_path, capsys):
-    said = ok(capsys, "compress", *folders, "--heads", "2", "--refine", "5", "--out", tmp_path / "store")
+    form = [*HYDRA, "--heads", "2", "--refine", "5"]
+    said = ok(capsys, "compress", *folders, *form, "--out", tmp_path / "store")
     assert 0 < said["refinement"]["after"] <= said["refinement"]["before"]
     assert said["error"]["mean"] == pytest.approx(said["refinement"]["after"], rel=0.02)
 
@@ -121,7 +125,8 @@ def test_frontier_command_prints_every_curve(capsys, folders, tmp_path):
         (["--budget", "0.5", "--heads", "2"], "--heads"),
         (["--budget", "0.5", "--max-error", "0.1"], "exactly one"),
         (["--max-error", "0"], "positive"),
-        (["--weight", "one=2"], "--weight"),
+        ([*HYDRA, "--budget", "0.5"], "--budget: --form hydra"),
+        ([*HYDRA, "--weight", "one=2"], "--weight: --form hydra"),
         (["--budget", "0.5", "--weight", "one"], "NAME=NUMBER"),
         (["--budget", "0.5", "--calibration", "none.safetensors"], "none.safetensors"),
     ],
@@ -149,8 +154,31 @@ def test_bad_targets_write_nothing(capsys, folders, tmp_path, options, named):
     ],
 )
 def test_bad_options(capsys, folders, tmp_path, options, named):
-    assert named in refused(capsys, "compress", *folders, "--out", tmp_path / "s", *options)
+    assert named in refused(capsys, "compress", *folders, "--out", tmp_path / "s", *HYDRA, *options)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--heads", "2"], ["--rank", "3"], ["--cores"], ["--side", "in"], ["--dtype", "float32"]]
+)
+def test_options_of_a_form_need_it(capsys, folders, tmp_path, options):
+    said = refused(capsys, "compress", *folders, "--out", tmp_path / "s", *options)
+    assert said.startswith(f"hydraopt: {options[0]}: ")
+    assert "--form hydra" in said
+    assert not (tmp_path / "s").exists()
+
+
+def test_nothing_asked_for_is_a_quarter_of_the_bytes(capsys, tmp_path):
+    made = synthetic.collection(tasks=2, modules={"q": (256, 192)}, rank=8, dtype="float32")
+    for x in made:
+        formats.write_adapter(tmp_path / x.task, x)
+    given = [tmp_path / x.task for x in made]
+    code, out, err = run(capsys, "compress", *given, "--out", tmp_path / "s")
+    assert (code, err) == (0, "")
+    assert "a quarter of the factors' fp16 bytes" in " ".join(out.split())
+    seen = ok(capsys, "inspect", tmp_path / "s")
+    assert seen["options"]["budget"] == 0.25
+    assert seen["bytes"] <= 0.25 * 2 * seen["entries"]["before"]
 
 
 def damaged(tmp_path, small, name, change):
@@ -198,11 +226,11 @@ def test_nan_and_infinity_name_the_module(capsys, small, folders, tmp_path, valu
 
 
 def test_other_base_other_shape_same_name(capsys, small, folders, tmp_path):
-    base = small[0]._replace(config={**small[0].config, "base_model_name_or_path": "some/other"})
+    base = small[0].replace(config={**small[0].config, "base_model_name_or_path": "some/other"})
     formats.write_adapter(tmp_path / "base", base)
     assert "--any-base" in refused(capsys, "compress", *folders, tmp_path / "base", "--out", tmp_path / "s")
     name = next(iter(small[0].a))
-    wide = small[0]._replace(a={**small[0].a, name: np.ones((99, 4), np.float32)})
+    wide = small[0].replace(a={**small[0].a, name: np.ones((99, 4), np.float32)})
     formats.write_adapter(tmp_path / "wide", wide)
     said = refused(capsys, "compress", *folders, tmp_path / "wide", "--out", tmp_path / "s")
     assert name in said
@@ -214,7 +242,8 @@ def test_other_base_other_shape_same_name(capsys, small, folders, tmp_path):
 def test_existing_output_and_overwrite(capsys, folders, made):
     path, _ = made
     assert "--overwrite" in refused(capsys, "compress", *folders, "--out", path)
-    ok(capsys, "compress", *folders, "--out", path, "--overwrite")
+    said = ok(capsys, "compress", *folders, "--out", path, *HYDRA, "--heads", 1, "--overwrite")
+    assert ok(capsys, "inspect", path)["options"]["heads"] == said["options"]["heads"] == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -230,7 +259,7 @@ def test_output_below_a_file(capsys, folders, tmp_path):
 
 def test_a_store_larger_than_its_input(capsys, small, tmp_path):
     formats.write_adapter(tmp_path / "half", small[0], dtype="float16")
-    arguments = ["compress", tmp_path / "half", "--out", tmp_path / "s", "--dtype", "float32"]
+    arguments = ["compress", tmp_path / "half", "--out", tmp_path / "s", *HYDRA, "--dtype", "float32"]
     assert "--force" in refused(capsys, *arguments, code=1)
     assert not (tmp_path / "s").exists()
     ok(capsys, *arguments, "--force")
@@ -239,6 +268,24 @@ def test_a_store_larger_than_its_input(capsys, small, tmp_path):
 @pytest.mark.parametrize("verb", ["inspect", "verify"])
 def test_what_is_not_a_store(capsys, tmp_path, verb):
     assert "store" in refused(capsys, verb, tmp_path)
+
+
+def test_a_store_is_packed_into_a_file_and_unpacked(capsys, folders, made, tmp_path):
+    path, _ = made
+    file, again = tmp_path / "s.safetensors", tmp_path / "again"
+    packed = ok(capsys, "pack", path, file)
+    assert packed["bytes_after"] == file.stat().st_size
+    assert packed["bytes_before"] == sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
+    assert ok(capsys, "verify", file, *folders)["ok"]
+    assert ok(capsys, "inspect", file)["leaves"] == ok(capsys, "inspect", path)["leaves"]
+    assert "exists" in refused(capsys, "pack", path, file)
+    assert ".safetensors" in refused(capsys, "pack", path, tmp_path / "s.bin")
+    assert "name a folder" in refused(capsys, "unpack", path, tmp_path / "t.safetensors")
+    ok(capsys, "unpack", file, again)
+    files = {x.relative_to(again): x for x in again.rglob("*") if x.is_file()}
+    assert {x.relative_to(path) for x in path.rglob("*") if x.is_file()} == set(files)
+    assert ok(capsys, "verify", again, *folders)["ok"]
+    assert not {"s.bin", "t.safetensors"} & {x.name for x in tmp_path.iterdir()}
 
 
 def test_export_needs_a_task(capsys, made, tmp_path):
@@ -250,7 +297,7 @@ def test_export_needs_a_task(capsys, made, tmp_path):
 
 def test_verify_fails_when_the_adapters_changed(capsys, small, made, tmp_path):
     path, _ = made
-    formats.write_adapter(tmp_path / "new", small[0]._replace(b={k: v * 3 for k, v in small[0].b.items()}))
+    formats.write_adapter(tmp_path / "new", small[0].replace(b={k: v * 3 for k, v in small[0].b.items()}))
     code, _, err = run(capsys, "verify", path, f"one={tmp_path / 'new'}")
     assert code == 1
     assert "one" in err
@@ -258,15 +305,16 @@ def test_verify_fails_when_the_adapters_changed(capsys, small, made, tmp_path):
 
 def test_add_and_remove_say_what_they_did(capsys, folders, tmp_path):
     path = tmp_path / "store"
-    ok(capsys, "compress", *folders[:3], "--out", path, "--heads", "2", "--rank", "3")
-    said = ok(capsys, "add", path, folders[3])
+    ok(capsys, "compress", *folders[:3], "--out", path, *HYDRA, "--heads", "2", "--rank", "3")
+    said = ok(capsys, "add", path, folders[3], "--estimate")
     assert said["tasks"] == ["one", "two/three", "a.b", "four"]
     assert said["refit"]["stand_ins"] == []
     assert said["error"]["task"] < 1
     assert 0 < said["refit"]["task"] < 1
     assert ok(capsys, "verify", path, *folders)["ok"]
     assert "'four' is in the store" in refused(capsys, "add", path, folders[3])
-    fewer = ok(capsys, "remove", path, "one", "--quick")
+    fewer = ok(capsys, "remove", path, "one")
+    assert "refit" not in fewer
     assert fewer["tasks"] == ["two/three", "a.b", "four"]
     assert fewer["bytes_after"] < fewer["bytes_before"]
     (tmp_path / "in1").rename(tmp_path / "moved")

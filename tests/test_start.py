@@ -1,6 +1,7 @@
 """Starting: what needs no JAX does not load it."""
 
 import importlib
+import json
 import subprocess
 import sys
 
@@ -8,26 +9,112 @@ import click
 import pytest
 
 import hydraopt_jax
+from hydraopt_jax import compression, formats, store
 from hydraopt_jax.cli.verbs import VERBS, Verbs
 
-# any import of these fails in the child
-POISON = (
-    "import sys\nfor x in ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'tensorstore'): sys.modules[x] = None\n"
-)
+# any import of these fails in the child; only a folder's chunks are read with TensorStore
+HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax")
+POISON = f"import sys\nfor x in {(*HEAVY, 'tensorstore')}: sys.modules[x] = None\n"
+STORES = f"import sys\nfor x in {HEAVY}: sys.modules[x] = None\n"
+
+
+def command(*arguments, poison=POISON):
+    """The command in a process that cannot import what is poisoned: exit status, output and errors."""
+    code = poison + f"from hydraopt_jax.cli import main\nmain({[str(x) for x in arguments]!r})\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["-h"]])
 def test_help_needs_no_jax(arguments):
-    code = POISON + f"from hydraopt_jax.cli import main\nmain({arguments!r})\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "hydraopt" in done.stdout
+    status, said, error = command(*arguments)
+    assert (status, error) == (0, "")
+    assert "hydraopt" in said
 
 
 def test_an_unknown_verb_needs_no_jax():
-    code = POISON + "from hydraopt_jax.cli import main\nmain(['compres'])\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "No such command 'compres'" in done.stderr
+    status, _, error = command("compres")
+    assert status == 2
+    assert "No such command 'compres'" in error
+
+
+@pytest.fixture(scope="module")
+def kept(small, tmp_path_factory):
+    """A coded store of two tasks as a folder and as a file, and where more can be written."""
+    place = tmp_path_factory.mktemp("start")
+    made = compression.compress(small[:2], max_error=0.05)
+    store.save(place / "s", made)
+    store.save(place / "s.safetensors", made)
+    return place
+
+
+# a file is read without TensorStore, too
+@pytest.fixture(params=[("s", STORES), ("s.safetensors", POISON)], ids=["folder", "file"])
+def given(request, kept):
+    """Path of a store, and what is poisoned when it is read."""
+    name, poison = request.param
+    return kept / name, poison
+
+
+def test_a_store_is_read_without_jax(given, small, tmp_path):
+    path, poison = given
+
+    def ok(*arguments):
+        status, said, error = command(*arguments, "--json", poison=poison)
+        assert (status, error) == (0, ""), error
+        return json.loads(said)
+
+    assert ok("inspect", path)["tasks"] == ["one", "two/three"]
+    assert ok("verify", path)["checksums"] == "ok"
+    out = ok("export", path, "--all", "--out", tmp_path / "out")["exported"]
+    kept = store.open(path)
+    for task, folder in out.items():
+        expected = store.decode(kept, task)
+        found = formats.read_adapter(folder)
+        assert all((found.a[m] == expected.a[m]).all() for m in expected.a)
+    assert ok("pack", path, tmp_path / "t.safetensors")["bytes_after"] > 0
+    assert store.verify(tmp_path / "t.safetensors") == store.verify(path)
+
+
+def test_a_folder_is_written_by_orbax(kept, tmp_path):
+    assert command("unpack", kept / "s.safetensors", tmp_path / "t", poison="")[0] == 0
+    assert store.verify(tmp_path / "t") == store.verify(kept / "s")
+    status, _, error = command("unpack", kept / "s.safetensors", tmp_path / "u")
+    assert status == 2
+    assert "is not installed" in error
+    assert not (tmp_path / "u").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "{}/none"], "no store there"),
+        (["inspect", "{}"], "not a store"),
+        (["verify", "{}/none.safetensors"], "no store there"),
+        (["verify", "{}/s", "--calibration", "x"], "name them, too"),
+        (["verify", "{}/s", "--frobnicate"], "--frobnicate"),
+        (["export", "{}/s", "--out", "{}/x"], "give either --task NAME or --all"),
+        (["export", "{}/s", "--task", "onr", "--out", "{}/x"], "did you mean 'one'"),
+        (["export", "{}/s", "--all", "--out", "{}/x", "--dtype", "int3"], "dtype = 'int3'"),
+        (["pack", "{}/s", "{}/x"], "ends in .safetensors"),
+        (["pack", "{}/s", "{}/s.safetensors"], "exists"),
+        (["unpack", "{}/s", "{}/x.safetensors"], "name a folder"),
+        (["unpack", "{}/none", "{}/x"], "no store there"),
+        (["add", "{}/none", "{}/x"], "no store there"),
+        (["add", "{}/s", "{}/x"], "{}/x"),
+        (["remove", "{}/s"], "name the TASK"),
+        (["remove", "{}/s", "one", "--calibration", "x"], "--calibration: only"),
+        (["remove", "{}/s", "onr"], "did you mean 'one'"),
+    ],
+)
+def test_errors_of_bad_options_need_no_jax(kept, arguments, said):
+    before = sorted(x.name for x in kept.iterdir())
+    status, out, error = command(*(x.format(kept) for x in arguments), poison=STORES)
+    assert (status, out) == (2, "")
+    assert error.startswith("hydraopt: ")
+    assert error.count("\n") == 1
+    assert said.format(kept) in error
+    assert sorted(x.name for x in kept.iterdir()) == before
 
 
 def test_every_verb_is_listed_and_loads():
@@ -46,6 +133,8 @@ def test_every_public_name_resolves_to_its_home():
         assert getattr(hydraopt_jax, name) is not None
     for module, names in hydraopt_jax._HOMES.items():
         home = importlib.import_module(f"hydraopt_jax.{module}")
-        assert all(getattr(hydraopt_jax, x) is getattr(home, x) for x in names)
+        # a face may call a function by a shorter name than its module does
+        other = {x: hydraopt_jax._OTHER.get(x, x) for x in names}
+        assert all(getattr(hydraopt_jax, x) is getattr(home, y) for x, y in other.items())
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         hydraopt_jax.nothing  # noqa: B018

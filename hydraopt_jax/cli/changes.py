@@ -151,8 +151,6 @@ def add(
     Nothing of what is there is read but what predicts the new task. With --estimate it is also said what
     fitting all tasks anew would give, which takes as long as that; --refit does it.
     """
-    from hydraopt_jax import changes
-
     content = store.open(path)
     moments = moments_of(content, path, given["calibration"])
     new, *originals = read_all([adapter, *known], any_base, base_suffix, as_json)
@@ -160,6 +158,8 @@ def add(
     found: list[Refit] = []
 
     def change(content: Store) -> Store:
+        from hydraopt_jax import changes
+
         bases = [x.replace(config=s.config) for x, s in ((new, content.sources[0]),) if s.config]
         check_same_base([*bases, new], any_base=any_base, base_suffixes=tuple(base_suffix))
         grown = changes.add(content, new, calibration=moments)

@@ -107,7 +107,7 @@ def run(
     files.check_target(path, overwrite)
     if files.is_file(path):
         return into_file(path, found, compress, asked, limit, processes, common)
-    place = Folder(path, fingerprint(found, asked), zstd)
+    place = Folder(path, fingerprint(found, asked), zstd, processes.size > 1)
     if processes.rank == 0:
         place.enter()
     processes.wait("entered")
@@ -131,7 +131,7 @@ def into_file(
 ) -> Store | None:
     """As `run`, into one file: what is done is kept in a folder beside it."""
     beside = path.with_name(path.name + ".job")
-    place = Folder(beside, fingerprint(found, asked))
+    place = Folder(beside, fingerprint(found, asked), shared=processes.size > 1)
     if processes.rank == 0:
         place.enter()
     processes.wait("entered")

@@ -285,14 +285,15 @@ def passes(
     best: Store | None = None
     for round_number in range(ROUNDS if goal.worst else 1):
         done: list[Pass] = []
-        made: list[Store] = []
+        made: list[Store | None] = []
         numbers: list[int] = []
         while True:
             chosen = search.met(done, goal)
             if chosen is not None and place is not None and run.drafts is not None:
-                name = f"pass-{numbers[chosen]}-0"
-                made[chosen] = finished(run, name, made[chosen], place, bias)
-                done[chosen] = pass_of(done[chosen].step, made[chosen], goal, place)
+                draft = made[chosen]
+                assert draft is not None
+                made[chosen] = store = finished(run, f"pass-{numbers[chosen]}-0", draft, place, bias)
+                done[chosen] = pass_of(done[chosen].step, store, goal, place)
                 chosen = None if done[chosen].miss > 0 else chosen
             if chosen is not None:
                 break
@@ -306,20 +307,13 @@ def passes(
             counted = encode_parts(run, number, step, frequencies, weights, known, bias)
             # tables stay as they are in the end, so that the search sees a smooth curve
             frequencies = counted if number < goal.settling else frequencies
-            store = put_together(run, number, step, heads, said)
-            done.append(pass_of(step, store, goal, run.place))
-            made.append(store)
+            found, passed, mean = outcome(run, number, step, goal, heads, said)
+            done.append(passed)
+            made.append(found)
             numbers.append(number)
-            mean = float(np.nanmean(store.errors))
-            if done[-1].miss > 0 and run.drafts is not None:
-                run.drafts.pop(f"pass-{number}-0")
-            elif done[-1].miss > 0:
-                # it will not be taken: its notes stay, its bytes make room, once all have seen them
-                run.processes.wait(f"measured {number}")
-                for n in run.mine:
-                    run.place.drop(f"pass-{number}-{n}")
             number += 1
         best, step = made[chosen], done[chosen].step
+        assert best is not None
         if round_number + 1 < ROUNDS and goal.worst:
             # spend less on tasks that are better than they need be
             errors = task_errors(best.errors if best.output_errors is None else best.output_errors)
@@ -328,6 +322,33 @@ def passes(
             run, goal = run._replace(cache={}), goal._replace(settling=0)
     assert best is not None
     return best
+
+
+def outcome(
+    run: Run, number: int, step: float, goal: Target, heads: Sequence[Segment], said: Mapping[str, Any]
+) -> tuple[Store | None, Pass, float]:
+    """A pass's store, what came out of it, and its mean error.
+
+    A pass that is over the target will not be taken: what it came to stays, a note, its bytes make room, and
+    there is no store.
+    """
+    before = run.place.note(f"missed-{number}")
+    if before is None:
+        store = put_together(run, number, step, heads, said)
+        found, error = pass_of(step, store, goal, run.place), float(np.nanmean(store.errors))
+        if found.miss <= 0:
+            return store, found, error
+        # nothing goes before all have measured it and the note is there for those that go on
+        run.processes.wait(f"measured {number}")
+        if run.processes.rank == 0:
+            run.place.keep_note(f"missed-{number}", {**found._asdict(), "error": error})
+        run.processes.wait(f"missed {number}")
+        before = {**found._asdict(), "error": error}
+    for n in run.mine:
+        run.place.drop(f"pass-{number}-{n}")
+        if run.drafts is not None:
+            run.drafts.pop(f"pass-{number}-{n}", None)
+    return None, Pass(step, before["miss"], before["value"]), before["error"]
 
 
 def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:

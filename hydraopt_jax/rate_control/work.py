@@ -81,6 +81,7 @@ class Memory:
         """See `Place`."""
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="hydraopt-"))
+            # gone with the place; a TemporaryDirectory that nobody closes warns
             weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
         return self._scratch
 

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hydraopt_jax.deferred import Deferred, bytes_of, size_of
@@ -138,7 +137,7 @@ def write_folder(
     store: Store,
     limit: int | None = None,
     zstd: bool = True,
-    known: Mapping[str, Any] = MappingProxyType({}),
+    known: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the segments that are not there, then the manifest; what it does not name goes.
 
@@ -146,11 +145,12 @@ def write_folder(
       path: the folder.
       store: what to write.
       limit, zstd: as `save`.
-      known: rows, by id, of segments that lie there already, beside those of the manifest.
+      known: of a job: rows, by id, of segments that lie there already, beside those of the manifest.
     """
     fresh = not path.exists()
     before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
-    rows = {**known, **({x["id"]: x for x in before["segments"]} if before is not None else {})}
+    rows = {**(known or {}), **({x["id"]: x for x in before["segments"]} if before is not None else {})}
+    added: list[str] = []
     try:
         (path / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
         written = []
@@ -158,6 +158,7 @@ def write_folder(
             row = kept_row(x, path, rows)
             if row is None:
                 row = folder.write_segment(path, x, zstd=None if zstd else False)
+                added.append(row["id"])
             written.append(row)
         said = manifest.as_json(store, written, path.name)
         if limit is not None:
@@ -170,6 +171,10 @@ def write_folder(
     except BaseException:
         if fresh:
             shutil.rmtree(path, ignore_errors=True)
+        elif known is not None:
+            # what the job has done is gone on with
+            for name in set(added) - set(rows):
+                shutil.rmtree(path / folder.SEGMENTS / name, ignore_errors=True)
         else:
             folder.remove_unnamed(path, before)
         raise
@@ -254,6 +259,15 @@ def size_on_disk(path: Path_) -> int:
     return sum(x.stat().st_size for x in at.rglob("*") if x.is_file())
 
 
+def name_there(segment: Segment, path: Path_ | None) -> str:
+    """The name of a segment that lies in a folder, which may be longer than one that its bytes give."""
+    for x in segment.leaves.values():
+        if isinstance(x, Deferred) and x.origin is not None and path is not None:
+            where, name, _ = x.origin
+            return str(name) if where == str(Path(path).absolute()) else ""
+    return ""
+
+
 def measure_size(store: Store, path: Path_ | None = None) -> int:
     """Bytes that the store takes as a folder, plain factors uncompressed; nothing is written or read.
 
@@ -261,7 +275,10 @@ def measure_size(store: Store, path: Path_ | None = None) -> int:
       store: in memory.
       path: of the folder, which a few bytes depend on; None for one of a usual length.
     """
-    entries = [segment_data.likely_entry(x, n) for n, x in enumerate(store.segments)]
+    entries = []
+    for n, x in enumerate(store.segments):
+        entry = segment_data.likely_entry(x, n)
+        entries.append(entry._replace(id=name_there(x, path) or entry.id))
     written = [
         {
             **x._asdict(),
@@ -272,5 +289,8 @@ def measure_size(store: Store, path: Path_ | None = None) -> int:
     ]
     said = manifest.as_json(store, written)
     name = None if path is None else len(str(Path(path).absolute() / folder.SEGMENTS / ("0" * 16)))
-    sizes = (folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name) for x in entries)
+    sizes = (
+        folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name + max(len(x.id) - 16, 0))
+        for x in entries
+    )
     return len(manifest.pack(manifest.to_text(said))) + sum(sizes)

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ CHECKPOINT_BYTES, PATH_BYTES = 735, 128
 ROOM, EXPANSION = 1 << 22, 1000
 # segments whose headers are read at once
 READERS = 8
+# what TensorStore says of an error of the system, such as a full disk
+SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -115,10 +118,9 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
         for k, (at, following) in enumerate(itertools.pairwise(starts)):
             low, high = max(start, at), min(stop, following)
             if low < high:
+                array = opened(k)
                 try:
-                    part = opened(k)[low - at : high - at].read().result()
-                except HydraOptError:
-                    raise
+                    part = array[low - at : high - at].read().result()
                 except (ValueError, OSError) as error:
                     what = " ".join(str(error).split())[:120]
                     raise damaged(path, f"segment {entry.id} cannot be read ({what})") from None
@@ -205,8 +207,15 @@ def write_segment(
       Its row in the manifest: its entry, "arrays" with the path and bytes of each, and "files", a checksum of
       all its files.
     """
+    import jax
     from orbax.checkpoint import v1 as ocp
 
+    if jax.process_count() > 1:
+        # Orbax has all processes save one checkpoint together, whatever its options say
+        raise HydraOptError(
+            f"{store}: folders are written by programs of one process, this is one of "
+            f"{jax.process_count()}: save a .safetensors file, from one of them"
+        )
     zstd = not segment.coded if zstd is None else zstd
     parts = division(segment_data.size(segment))
     found: list[Entry] = []
@@ -222,7 +231,6 @@ def write_segment(
     context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=parts[0][1]
     )
-    alone_in(context)
     pieces = arrays_of(segment_data.run(segment, found.append), parts)
     try:
         with context, quiet():
@@ -233,9 +241,12 @@ def write_segment(
                 for k, array in enumerate(pieces):
                     ocp.partial.save(folder, {f"data_{k}": array})
                 ocp.partial.finalize(folder)
-    except BaseException:
+    except BaseException as error:
         for left in (folder.parent).glob(f"{name}*"):
             shutil.rmtree(left, ignore_errors=True)
+        code = SYSTEM_ERROR.search(str(error))
+        if code is not None:
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
         raise
     sync_tree(folder)
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
@@ -268,18 +279,6 @@ def check_files(path: Path, said: Mapping[str, Any]) -> int:
             raise damaged(path, f"a file of segment {row['id']} does not match its checksum")
         count += sum(x.is_file() for x in folder.rglob("*"))
     return count
-
-
-def alone_in(context: Any) -> None:
-    """Let Orbax write for this process only: those of a job write segments of their own."""
-    import jax
-    from orbax.checkpoint import v1 as ocp
-
-    if jax.process_count() > 1:
-        rank = jax.process_index()
-        context.multiprocessing = ocp.options.MultiprocessingOptions(
-            primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"hydraopt{rank}"
-        )
 
 
 def locate(folder: Path, name: str) -> str:

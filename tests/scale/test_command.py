@@ -8,8 +8,11 @@ import pytest
 from commands import run
 from safetensors.numpy import load_file, save_file
 
+from hydraopt_jax import store
+from hydraopt_jax.deferred import size_of
 from hydraopt_jax.jobs import progress
-from hydraopt_jax.store import checkpoint
+
+FORM = ["--form", "hydra", "--rank", "3", "--side", "in"]
 
 
 @pytest.fixture
@@ -26,32 +29,32 @@ def broken(folders):
 
 def test_a_bad_adapter_is_named_or_left_out_and_listed(capsys, broken, tmp_path):
     out = tmp_path / "store"
-    arguments = ["compress", *broken, "--out", out, "--rank", "3", "--side", "in", "--json"]
+    arguments = ["compress", *broken, "--out", out, *FORM, "--json"]
     code, said, err = run(capsys, *arguments)
     assert (code, said) == (2, "")
     assert "in1/adapter_model.safetensors" in err
     assert not out.exists()
-    assert not (tmp_path / "store.partial").exists()
+    assert not [x for x in tmp_path.iterdir() if "store" in x.name]
     code, said, err = run(capsys, *arguments, "--skip-bad")
     assert (code, err) == (0, "")
     left = json.loads(said)["left_out"]
     assert [x.rpartition("/")[2] for x in left] == ["in1", "in3"]
     assert "NaN" in list(left.values())[1]
-    kept = checkpoint.restore(out)
+    kept = store.open(out)
     assert kept.tasks == ("one", "a.b")
     assert kept.report["left_out"] == left
 
 
 def test_a_dry_run_says_what_the_job_takes_and_writes_nothing(capsys, folders, tmp_path):
-    arguments = ["compress", *folders, "--out", tmp_path / "store", "--rank", "3", "--side", "in", "--json"]
+    arguments = ["compress", *folders, "--out", tmp_path / "store", *FORM, "--json"]
     code, said, err = run(capsys, *arguments, "--dry-run")
     assert (code, err) == (0, "")
     plan = json.loads(said)["plan"]
     assert plan["time_class"] == "seconds"
     assert not list(tmp_path.glob("store*"))
     assert run(capsys, *arguments, "--no-zstd")[0] == 0
-    _, index = checkpoint.read_index(tmp_path / "store")
-    stored = sum(index["leaves"].values())
+    segments = store.open(tmp_path / "store").segments
+    stored = sum(size_of(v) for x in segments for v in x.leaves.values())
     assert plan["store"] == stored
     assert run(capsys, "verify", tmp_path / "store", *folders)[0] == 0
 
@@ -62,6 +65,8 @@ def test_a_dry_run_says_what_the_job_takes_and_writes_nothing(capsys, folders, t
         (["--coordinator", "x:1"], "--processes"),
         (["--processes", "2"], "--coordinator"),
         (["--budget", "0.5", "--refine", "2", "--dry-run"], "--dry-run: --refine"),
+        (["--budget", "0.5", "--refine", "2", "--skip-bad"], "--skip-bad: --refine"),
+        (["--budget", "1", "--refine", "2"], "--refine: a budget of 1 or more"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(capsys, folders, tmp_path, options, named):

@@ -1,5 +1,6 @@
 """Two real processes of one job, of four devices each."""
 
+import functools
 import json
 import os
 import signal
@@ -10,26 +11,33 @@ import time
 
 import numpy as np
 import pytest
+from stores import work
 
-from hydraopt_jax import compression, formats, synthetic
-from hydraopt_jax.jobs import coded, job, reading
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import checkpoint
+from hydraopt_jax import formats, store, synthetic
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.formats import peft_collection
+from hydraopt_jax.forms import Hydra
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.store.decoding import decode_terms
 
 # the command, a module a group, killed as it keeps the file that the first argument names
 DRIVER = """
 import os, signal, sys
 from hydraopt_jax import cli
-from hydraopt_jax.jobs import coded, hosts, job
+from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.jobs import hosts, place
+from hydraopt_jax.rate_control import engine
 hosts.SILENCE = 10
-job.run.__kwdefaults__["group_bytes"] = 1
-coded.run.__kwdefaults__["segment_bytes"] = 1
-write = job.write_json
+explicit.compress.__kwdefaults__["group_bytes"] = 1
+engine.compress.__kwdefaults__["segment_bytes"] = 1
+write = place.write_json
 def keep(path, content):
     if path.name == sys.argv[1]:
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
-job.write_json = keep
+place.write_json = keep
 cli.main(sys.argv[2:])
 """
 
@@ -45,7 +53,11 @@ def sources(tmp_path):
     return out
 
 
-FORM = ["--rank", "3", "--side", "in"]
+def collection(sources):
+    return peft_collection.collection([peft_collection.open_adapter(x, None, {}) for x in sources])
+
+
+FORM = ["--form", "hydra", "--rank", "3", "--side", "in"]
 
 
 def company(sources, out, last="", form=FORM):
@@ -84,21 +96,22 @@ def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sou
     assert dead[0] == -signal.SIGKILL
     assert alive[0] not in (0, -signal.SIGKILL)
     assert (alive[1], bool(alive[2])) == ("", True)
-    assert not out.exists()
-    kept = job.folder_of(out)
-    assert sorted(x.name for x in kept.glob("group-*.json")) == ["group-0.json", "group-2.json"]
+    with pytest.raises(HydraOptError, match="unfinished job"):
+        store.open(out)
+    assert sorted(x.name for x in (out / "job").glob("group-?.json")) == ["group-0.json", "group-2.json"]
     first, second = company(sources, out)
     assert (first[0], second[:2]) == (0, (0, "")), (first, second)
     assert "going on: 2 of 2 modules" in first[2]
     assert json.loads(first[1])["tasks"] == [f"task-0{t}" for t in range(5)]
-    assert not kept.exists()
-    found = reading.collection([reading.open_adapter(x, None, {}) for x in sources])
-    job.run(tmp_path / "alone", found, compression.Options(rank=3, side="in"), group_bytes=1)
-    one, two = checkpoint.restore(tmp_path / "alone"), checkpoint.restore(out)
+    assert {x.name for x in out.iterdir()} == {"manifest.json.gz", "segments"}
+    assert store.verify(out) > 1
+    compress = functools.partial(explicit.compress, form=Hydra(rank=3, side="in"), group_bytes=1)
+    one, two = work(tmp_path / "alone", collection(sources), compress, {}), store.open(out)
     np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
-    assert list(two.modules) == list(one.modules)
-    for name, (term,) in one.modules.items():
-        (other,) = two.modules[name]
+    assert list(two.shapes) == list(one.shapes)
+    other_terms = decode_terms(two)
+    for name, (term,) in decode_terms(one).items():
+        (other,) = other_terms[name]
         delta, again = (np.asarray(x.a)[0] @ np.asarray(x.b) for x in (term, other))
         np.testing.assert_allclose(again, delta, atol=1e-4 * np.abs(delta).max())
 
@@ -111,16 +124,16 @@ def test_the_death_of_the_first_process_ends_the_other_with_a_message(sources, t
     assert alive[0] not in (0, -signal.SIGKILL)
     # who says it depends on who notices first: JAX's client, which ends the process, or the barrier
     assert "died" in alive[2] or "another process of this job has stopped" in alive[2]
-    assert not (tmp_path / "store").exists()
-    assert job.folder_of(tmp_path / "store").is_dir()
+    with pytest.raises(HydraOptError, match="unfinished job"):
+        store.open(tmp_path / "store")
 
 
 def test_two_processes_code_the_segments_of_one(sources, tmp_path):
     first, second = company(sources, tmp_path / "two", form=["--max-error", "0.05"])
     assert (first[0], second[:2]) == (0, (0, "")), (first, second)
-    found = reading.collection([reading.open_adapter(x, None, {}) for x in sources])
-    coded.run(tmp_path / "one", found, navigate.Options(max_error=0.05), segment_bytes=1)
-    one, two = checkpoint.restore(tmp_path / "one"), checkpoint.restore(tmp_path / "two")
-    assert len(two.payload.segments) == 15
+    compress = functools.partial(engine.compress, options=Options(max_error=0.05), segment_bytes=1)
+    one, two = work(tmp_path / "one", collection(sources), compress, {}), store.open(tmp_path / "two")
+    assert len(two.segments) == 15
+    assert store.verify(tmp_path / "two") > 15
     assert 0.0 < np.mean(two.errors) <= 0.05
     np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
