@@ -10,7 +10,9 @@ from hydraopt_jax import forms, store
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.store import files, folder, portable, segment_data
+from hydraopt_jax.store.folder import CHUNK as CHUNK_BYTES
 from hydraopt_jax.store.folder import MANIFEST, SEGMENTS
+from hydraopt_jax.store.store import make_segment
 
 CHUNK, ARRAY = 256, 1000
 
@@ -185,8 +187,18 @@ def test_leaves_are_asked_for_when_there_is_room():
 def test_division(total, chunk, count):
     parts = folder.division(total)
     assert parts[0][1] == chunk
-    assert sum(-(-n // size) for n, size in parts) == count
-    assert sum(n for n, _ in parts) == total
+    assert sum(n // size for n, size in parts) == count
+    assert all(n % size == 0 for n, size in parts)
+    assert 0 <= sum(n for n, _ in parts) - total < count
+
+
+@pytest.mark.parametrize("total", [65_537, 700_001, 1_299_709])
+def test_a_run_of_any_length_has_few_files(tmp_path, total):
+    """Orbax's chunks divide an array: a prime number of bytes would be as many files."""
+    leaf = number_bytes(total - 2_000)
+    kept = make_segment(["x"], {}, {"shared": leaf}, np.zeros((0, 1)))
+    folder.write_segment(tmp_path, kept, name="s", zstd=False)
+    assert len(files_of(tmp_path)) < 8 + total / CHUNK_BYTES + 1
 
 
 def test_claims_beyond_the_files_are_refused(plain, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def check_manifest(said: Any) -> None:
         need(isinstance(x.get("files", ""), str), "checksums of segments")
         for name, size in x.get("arrays", ()):
             need(isinstance(name, str) and ".." not in name and name[:1] != "/", "arrays of a segment")
-            need(whole(size, 1, x["bytes"]), "arrays of a segment")
+            need(whole(size, 1, 2 * x["bytes"] + 1), "arrays of a segment")
 
 
 def check_sources(merged: Mapping[str, Any], tasks: int) -> None:

@@ -105,7 +105,7 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
         stored = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
     except OSError:
         raise damaged(path, f"segment {entry.id} is missing") from None
-    if entry.bytes > ROOM + EXPANSION * stored or sum(n for _, n in arrays) != entry.bytes:
+    if entry.bytes > ROOM + EXPANSION * stored or not held(entry.bytes, [n for _, n in arrays]):
         raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
     starts = list(itertools.accumulate((n for _, n in arrays), initial=0))
 
@@ -128,6 +128,15 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
         return out
 
     return read
+
+
+def held(total: int, sizes: Sequence[int]) -> bool:
+    """Whether arrays are those of a run of so many bytes: the last one may have some more.
+
+    >>> held(10, [4, 8]), held(10, [4, 4]), held(3, [4, 4])
+    (True, False, False)
+    """
+    return bool(sizes) and sum(sizes[:-1]) < total <= sum(sizes)
 
 
 def open_folder(path: Path) -> Store:
@@ -159,20 +168,24 @@ def opened(
 
 
 def division(total: int) -> list[tuple[int, int]]:
-    """Arrays of a run of so many bytes: bytes of each, and of its chunks."""
+    """Arrays of a run of so many bytes: bytes of each, and of its chunks.
+
+    An array is a whole number of chunks, the last one filled up with zeros: Orbax makes chunks that divide an
+    array, of one byte where no other number does.
+    """
     out = []
     for at in range(0, total, ARRAY_BYTES):
         size = min(total - at, ARRAY_BYTES)
         count = min(max(round(size / CHUNK), 1), MAX_CHUNKS)
-        out.append((size, -(-size // count)))
+        chunk = -(-size // count)
+        out.append((chunk * -(-size // chunk), chunk))
     return out
 
 
 def segment_size(total: int, path_bytes: int = PATH_BYTES) -> int:
     """Bytes on disk of a segment whose run has so many, without compression."""
     parts = division(total)
-    chunks = sum(-(-size // chunk) * chunk for size, chunk in parts)
-    return chunks + CHECKPOINT_BYTES + path_bytes + 350 * (len(parts) - 1)
+    return sum(size for size, _ in parts) + CHECKPOINT_BYTES + path_bytes + 350 * (len(parts) - 1)
 
 
 def arrays_of(pieces: Iterable[Any], parts: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
@@ -190,6 +203,9 @@ def arrays_of(pieces: Iterable[Any], parts: Sequence[tuple[int, int]]) -> Iterat
                 following = next(sizes, None)
                 if following is not None:
                     buffer, at = np.empty(following[0], np.uint8), 0
+    if 0 < at < len(buffer):
+        buffer[at:] = 0
+        yield buffer
 
 
 def write_segment(
