@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -43,6 +44,8 @@ CHECKPOINT_BYTES, PATH_BYTES = 735, 128
 ROOM, EXPANSION = 1 << 22, 1000
 # segments whose headers are read at once
 READERS = 8
+# Orbax numbers its operations for the whole process: two threads may not save at once
+WRITING = threading.Lock()
 # what TensorStore says of an error of the system, such as a full disk
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -249,7 +252,7 @@ def write_segment(
     )
     pieces = arrays_of(segment_data.run(segment, found.append), parts)
     try:
-        with context, quiet():
+        with WRITING, context, quiet():
             if len(parts) == 1:
                 (array,) = pieces
                 ocp.save(folder, {"data": array})

@@ -20,7 +20,7 @@ def child(name: str, arguments: list[str]) -> None:
     import jax  # noqa: F401  (not instrumented)
     import orbax.checkpoint  # noqa: F401
 
-    mine = ("formats", "store", "codec", "rate_control")
+    mine = ("formats", "store", "codec", "rate_control", "strict_json", "deferred")
     with atheris.instrument_imports(include=[f"hydraopt_jax.{x}" for x in mine]):
         sys.path.insert(0, str(HERE))
         import targets

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import struct
 import tempfile
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hydraopt_jax import compression, formats, merging, synthetic
+from hydraopt_jax import compression, formats, merging, store, synthetic
+from hydraopt_jax.changes import add
 from hydraopt_jax.cli.common import parse_weights
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.rate_control import navigate
+from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control.budget import parse_budget
-from hydraopt_jax.store import Payload, Segment, changes, checkpoint, container, container_writer, packing
+from hydraopt_jax.store import folder, manifest, segment_data
 
 CORPUS = Path(__file__).parent / "corpus"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
@@ -55,83 +57,115 @@ def read(config: bytes, data: bytes):
     return formats.read_adapter(folder)
 
 
+# an index, JSON: the manifest and the header of every segment, without what seals them; and leaves' bytes
+Opened = tuple[dict, list[bytes]]
+
+
 @functools.cache
-def small_store() -> tuple[dict, bytes]:
-    """The index of a small plain store, and what follows it."""
+def small_store() -> Opened:
+    """A small plain store of one segment."""
     made = synthetic.collection(tasks=["one", "../two"], modules={"q": (6, 4)}, rank=2, dtype="float32")
-    return opened(compression.compress(made, compression.Options(heads=1)), "small")
+    return opened(compression.compress(made, form=Hydra(heads=1)))
 
 
 @functools.cache
-def segmented_store() -> tuple[dict, bytes]:
+def segmented_store() -> Opened:
     """The same of a store of two segments, a task each."""
     made = synthetic.collection(tasks=["one", "../two"], modules={"q": (24, 16)}, rank=2, dtype="float32")
-    alone = [navigate.compress([x], navigate.Options(max_error=0.05)) for x in made]
-    parts = [Segment(x.payload.leaves, x.payload.shapes, (t,)) for t, x in enumerate(alone)]
-    payload = Payload({}, {}, segments=tuple(parts))
-    first = alone[0]._replace(
-        tasks=tuple(x.task for x in made),
-        sources=tuple(x.sources[0] for x in alone),
-        errors=np.concatenate([x.errors for x in alone], 1),
-        modules=packing.coded_terms(payload, (0, 1)),
-        payload=payload,
+    one, two = (compression.compress([x], max_error=0.05) for x in made)
+    return opened(
+        one.replace(
+            segments=(*one.segments, *two.segments),
+            tasks=(*one.tasks, *two.tasks),
+            sources=(*one.sources, *two.sources),
+        )
     )
-    return opened(first, "segmented")
 
 
-def opened(content, name: str) -> tuple[dict, bytes]:
-    """The index of a small store, and what follows it."""
-    path = place() / name
-    checkpoint.save(path, content, compress=False)
-    packed = container.read_description(path)[0]["index"][0]
-    data = (path / "state" / "data" / "0").read_bytes()
-    return json.loads(zlib.decompress(data[:packed])), data[packed:]
+@functools.cache
+def coded_store() -> Opened:
+    """The same of a coded store of three tasks, the last one added; factors are predicted in it."""
+    made = synthetic.collection(
+        tasks=["one", "two", "new"], modules={"q": (24, 16)}, rank=2, likeness=0.95, dtype="float32"
+    )
+    return opened(add(compression.compress(made[:2], max_error=0.01), made[2]))
 
 
-def restore(index: bytes, tail: bytes | None = None):
-    """A store whose every checksum holds, of any index."""
-    path, tail = place() / "store", small_store()[1] if tail is None else tail
-    head = zlib.compress(index)
-    array = head + tail
-    (path / "state" / "data").mkdir(parents=True, exist_ok=True)
-    zarr = {
-        "chunks": [len(array)], "compressor": None, "dtype": "|u1", "fill_value": None, "filters": None,
-        "order": "C", "shape": [len(array)], "zarr_format": 2, "dimension_separator": ".",
-    }  # fmt: skip
-    (path / "state" / "data" / ".zarray").write_text(json.dumps(zarr))
-    (path / "state" / "data" / "0").write_bytes(array)
-    meta = {
-        "format": "hydraopt",
-        "schema": container.SCHEMA,
-        "index": [len(head), len(index)],
-        "chunks": [[[len(array), container.digest(array)]]],
-        "files": {"state/data/.zarray": container.digest(json.dumps(zarr).encode())},
-    }
-    return describe(path, meta)
+def opened(content: store.Store) -> Opened:
+    """A store's index, and the leaves of each segment in one."""
+    said = manifest.as_json(content, [segment_data.entry_of(x) for x in content.segments])
+    said["segments"] = [{"id": f"s{n}", **row} | {"id": f"s{n}"} for n, row in enumerate(said["segments"])]
+    for row in said["segments"]:
+        for key in ("bytes", "header", "sha256"):
+            del row[key]
+    headers = [json.loads(zlib.decompress(segment_data.header_of(x)[0])) for x in content.segments]
+    bodies = [b"".join(bytes(v) for v in x.leaves.values()) for x in content.segments]
+    return json.loads(json.dumps({"manifest": said, "headers": headers})), bodies
+
+
+def seal(header, body: bytes) -> tuple[bytes, dict]:
+    """A segment's run whose every checksum holds, and what a manifest says of it."""
+    text = json.dumps(header).encode()
+    head, digests, at = zlib.compress(text), b"", 0
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+        for _, size in header["leaves"]:
+            digests += hashlib.sha256(body[at : at + size]).digest()[: segment_data.DIGEST]
+            at += size
+    run = head + body + digests
+    sha = hashlib.sha256(head + digests).hexdigest()
+    return run, {"bytes": len(run), "header": [len(head), len(text)], "sha256": sha}
+
+
+def restore(data: bytes, bodies: list[bytes] | None = None) -> store.Store:
+    """Everything of a store in one file, sealed, of any index."""
+    try:
+        index = json.loads(data)
+        said, headers = index["manifest"], index["headers"]
+        rows = said["segments"]
+        sealed = [seal(*x) for x in zip(headers, bodies or small_store()[1], strict=False)]
+        tensors, at = {}, 0
+        for row, (run, known) in zip(rows, sealed, strict=False):
+            row |= {k: v for k, v in known.items() if k not in row}
+            tensors[str(row["id"])] = {
+                "dtype": "U8",
+                "shape": [len(run)],
+                "data_offsets": [at, at := at + len(run)],
+            }
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise HydraOptError("no index") from None
+    text = json.dumps({"__metadata__": {"hydraopt": json.dumps(said)}, **tensors}).encode()
+    path = place() / "store.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(run for run, _ in sealed))
+    return decoded(path)
+
+
+def decoded(path: Path) -> store.Store:
+    """A store with everything read: each leaf, each task."""
+    content = store.open(path).load()
+    for task in content.tasks:
+        found = store.decode(content, task)
+        assert all(np.asarray(x).dtype != object for x in found.extras.values())
+    return content
 
 
 @functools.cache
 def large_store() -> tuple[Path, dict]:
-    """A small store of several arrays, and its description."""
+    """A small store in a folder, of several arrays, and its manifest."""
     made = synthetic.collection(tasks=["one", "../two"], modules={"q": (40, 24)}, rank=2, dtype="float32")
     path = place() / "large"
-    before = container_writer.ARRAY_BYTES
-    container_writer.ARRAY_BYTES = 500
+    before, folder.ARRAY_BYTES = folder.ARRAY_BYTES, 500
     try:
-        checkpoint.save(path, compression.compress(made, compression.Options(heads=1)), compress=False)
+        store.save(path, compression.compress(made, form=Hydra(heads=1)), zstd=False)
     finally:
-        container_writer.ARRAY_BYTES = before
-    return path, container.read_description(path)[0]
+        folder.ARRAY_BYTES = before
+    return path, folder.read_manifest(path)
 
 
-def describe(path: Path, meta):
-    """Restore a store with a description, sealed."""
-    content = {"item_handlers": {"state": "x"}, "custom_metadata": {**meta, "seal": container.SEAL}}
-    blank = json.dumps(content, separators=(",", ":"))
-    sealed = blank.replace(f'"seal":"{container.SEAL}"', f'"seal":"{container.digest(blank.encode())}"')
-    path.mkdir(exist_ok=True)
-    (path / container.DESCRIPTION).write_text(sealed)
-    return checkpoint.restore(path)
+def describe(path: Path, said) -> store.Store:
+    """Read a folder with another manifest."""
+    text = json.dumps(said).encode()
+    (path / folder.MANIFEST).write_bytes(manifest.pack(text))
+    return decoded(path)
 
 
 def config(data: bytes) -> None:
@@ -144,43 +178,45 @@ def safetensors(data: bytes) -> None:
     guarded(lambda: read(json.dumps(CONFIG).encode(), data))
 
 
-def index(data: bytes, tail: bytes | None = None) -> None:
+def index(data: bytes, bodies: list[bytes] | None = None) -> None:
     """A store's index; what it names may not lead out of a folder, nor hold anything but numbers."""
 
     def run():
-        content = restore(data, tail)
-        for task in content.tasks:
+        for task in restore(data, bodies).tasks:
             name = formats.peft.folder_name(task)
             assert "/" not in name and name not in ("", ".", "..")  # noqa: PT018
-        for source in content.sources:
-            assert all(np.asarray(x).dtype != object for x in source.extras.values())
 
     guarded(run)
 
 
-@functools.cache
-def coded_store() -> tuple[dict, bytes]:
-    """The same of a coded store of three tasks, the last one added; factors are predicted in it."""
-    made = synthetic.collection(
-        tasks=["one", "two", "new"], modules={"q": (24, 16)}, rank=2, likeness=0.95, dtype="float32"
-    )
-    kept = navigate.compress(made[:2], navigate.Options(max_error=0.01))
-    return opened(changes.add(kept, made[2]), "coded")
+def changed(bodies: list[bytes], data: bytes) -> list[bytes]:
+    """Leaves whose bytes begin with others."""
+    out = []
+    for body in bodies:
+        out.append((data + body[len(data) :])[: len(body)])
+        data = data[len(body) :]
+    return out
 
 
 def leaves(data: bytes) -> None:
     """Leaves of a coded store (of a segmented one where the first byte is odd), sealed again."""
-    index, tail = segmented_store() if data[:1] and data[0] % 2 else coded_store()
-    changed = (data[1:] + tail[len(data[1:]) :])[: len(tail)]
-    guarded(lambda: restore(json.dumps(index).encode(), changed))
+    found, bodies = segmented_store() if data[:1] and data[0] % 2 else coded_store()
+    guarded(lambda: restore(json.dumps(found).encode(), changed(bodies, data[1:])))
 
 
 def description(data: bytes) -> None:
-    """A store's description, as it lies."""
+    """A folder's manifest, as it lies."""
     path = place() / "described"
     path.mkdir(exist_ok=True)
-    (path / container.DESCRIPTION).write_bytes(data)
-    guarded(lambda: checkpoint.restore(path))
+    (path / folder.MANIFEST).write_bytes(data)
+    guarded(lambda: decoded(path))
+
+
+def portable(data: bytes) -> None:
+    """A store's file, as it lies."""
+    path = place() / "portable.safetensors"
+    path.write_bytes(data)
+    guarded(lambda: decoded(path))
 
 
 def options(data: bytes) -> None:
@@ -196,7 +232,13 @@ def guarded(run) -> None:
         run()
 
 
-TARGETS = {x.__name__: x for x in (config, safetensors, index, leaves, description, options)}
+TARGETS = {x.__name__: x for x in (config, safetensors, index, leaves, description, portable, options)}
+
+
+def file_of(given: Opened) -> bytes:
+    """A store's file."""
+    restore(json.dumps(given[0]).encode(), given[1])
+    return (place() / "store.safetensors").read_bytes()
 
 
 def seeds() -> dict[str, bytes]:
@@ -205,10 +247,9 @@ def seeds() -> dict[str, bytes]:
         "config": json.dumps({**CONFIG, "rank_pattern": {"q": 2}, "alpha_pattern": {".*q": 3}}).encode(),
         "safetensors": weights(),
         "index": json.dumps(small_store()[0]).encode(),
-        "leaves": b"\0" + coded_store()[1],
-        "description": json.dumps(
-            {"item_handlers": {"state": ""}, "custom_metadata": {"schema": container.SCHEMA}}
-        ).encode(),
+        "leaves": b"\0" + b"".join(coded_store()[1]),
+        "description": manifest.pack(json.dumps({**small_store()[0]["manifest"], "segments": []}).encode()),
+        "portable": file_of(small_store()),
         "options": b"12.5%",
     }
 

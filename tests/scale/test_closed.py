@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hydraopt_jax.jobs import devices, streaming, streaming_gram
+from hydraopt_jax import devices
+from hydraopt_jax.explicit import streaming, streaming_gram
 
 GRID = devices.make(1, jax.devices()[:1])
 KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from hydraopt_jax.jobs import devices as mesh
+from hydraopt_jax import devices as mesh
 
 SCRIPT = """
 import sys
 from pathlib import Path
 import jax, numpy as np
-from hydraopt_jax import compression
-from hydraopt_jax.jobs import devices, groups, streaming
+from hydraopt_jax import devices
+from hydraopt_jax.explicit import groups, streaming
+from hydraopt_jax.forms import Hydra
 rng = np.random.default_rng(0)
 rows, tasks, rank, inputs, outputs = 3, 13, 4, 24, 80
 a = rng.standard_normal((rows, tasks, rank, inputs)).astype(np.float32)
@@ -33,15 +34,15 @@ deltas = np.einsum("mtri,mtor->mtio", a.astype(float), b.astype(float))
 deltas /= np.linalg.norm(deltas, axis=(2, 3), keepdims=True)
 for side, sided in (("in", deltas), ("out", deltas.swapaxes(2, 3))):
     file = Path(sys.argv[1]) / side
-    options = compression.Options(rank=5, side=side)
-    kept = streaming.solve(file, group, iter([block] * 2), tasks, options, "float32", grid)
-    for m, x in enumerate(kept.values()):
+    form = Hydra(rank=5, side=side)
+    kept = streaming.solve(file, group, iter([block] * 2), tasks, form, "float32", grid)
+    for m, (_, errors, bound) in enumerate(kept.values()):
         u = np.linalg.svd(np.concatenate(sided[m], 1))[0][:, :5]
         expected = 1 - np.square(u.T @ sided[m]).sum((1, 2))
-        np.testing.assert_allclose(x.errors, expected, rtol=1e-4)
-        np.testing.assert_allclose(x.bound, expected.mean(), rtol=1e-4)
+        np.testing.assert_allclose(errors, expected, rtol=1e-4)
+        np.testing.assert_allclose(bound, expected.mean(), rtol=1e-4)
     assert np.isfinite(np.fromfile(file, np.float32)).all()
-    print(side, np.mean([x.bound for x in kept.values()]))
+    print(side, np.mean([bound for _, _, bound in kept.values()]))
 """
 
 
@@ -49,34 +50,41 @@ CODED = """
 import sys, threading
 from pathlib import Path
 import jax
-from hydraopt_jax import formats, navigate, synthetic
-from hydraopt_jax.store import checkpoint
-from hydraopt_jax.jobs import coded, devices, reading, segments
+from hydraopt_jax import formats, store, synthetic
+from hydraopt_jax.formats import peft_collection
+from hydraopt_jax.jobs import job
+from hydraopt_jax.rate_control import engine, parts
+from hydraopt_jax.rate_control.options import Options
 folder = Path(sys.argv[1])
-segments.DIRECTIONS = 12
+parts.DIRECTIONS = 12
 modules = {f"layers.{n}.{p}": (48, 64) for n in range(2) for p in "qv"}
 for x in synthetic.collection(tasks=7, modules=modules, rank=4):
     formats.write_adapter(folder / x.task, x, dtype="float16")
 names = sorted(str(x) for x in folder.iterdir())
-found = reading.collection([reading.open_adapter(n, None, {}) for n in names])
-before, used, together = segments.code, set(), threading.Barrier(3)
+found = peft_collection.collection([peft_collection.open_adapter(n, None, {}) for n in names])
+before, used, together = engine.encode_at_step, set(), threading.Barrier(3)
 def code(*arguments):
     # three devices at the least are at work at once
     if len(used) < 3:
         used.add(jax.config.jax_default_device)
         together.wait(60)
     return before(*arguments)
-def contents(path):
-    return {x.relative_to(path): x.read_bytes() for x in path.rglob("*") if x.is_file()}
+def leaves(path):
+    return [{k: bytes(v) for k, v in x.leaves.items()} for x in store.open(path).load().segments]
+def compress(found, **more):
+    return engine.compress(found, Options(max_error=0.05), segment_bytes=1 << 12, **more)
+def run(path):
+    with job.alone(path):
+        job.run(path, found, compress, {})
 every = jax.local_devices()
 assert len(every) == 8
-segments.code = code
-coded.run(folder / "eight", found, navigate.Options(budget=0.5), segment_bytes=1 << 12)
+engine.encode_at_step = code
+run(folder / "eight")
 assert len(used) == 3, used
-segments.code, jax.local_devices = before, lambda: every[:1]
-coded.run(folder / "one", found, navigate.Options(budget=0.5), segment_bytes=1 << 12)
-assert contents(folder / "eight") == contents(folder / "one")
-print(len(checkpoint.restore(folder / "one").payload.segments))
+engine.encode_at_step, jax.local_devices = before, lambda: every[:1]
+run(folder / "one")
+assert leaves(folder / "eight") == leaves(folder / "one")
+print(len(leaves(folder / "one")))
 """
 
 
