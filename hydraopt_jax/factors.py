@@ -41,7 +41,8 @@ def task_pair(terms: Any, task: int) -> tuple[np.ndarray, np.ndarray] | None:
             continue
         b = np.asarray(term.b[int(term.b_of[task])]).astype(np.float32)
         if term.core is not None:
-            b = times(np.asarray(term.core[task]).astype(np.float32), b)
+            with np.errstate(over="ignore", invalid="ignore"):
+                b = times(np.asarray(term.core[task]).astype(np.float32), b)
         left.append(np.asarray(term.a[int(term.a_of[task])]).astype(np.float32))
         right.append(b)
     if not left:
@@ -62,7 +63,8 @@ def times(core: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same product with both vectors of every direction equally long."""
-    na, nb = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
-    scale = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
-    return a * scale, b / scale[:, None]
+    """The same product with both vectors of every direction equally long; what overflows is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        na, nb = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
+        scale = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
+        return a * scale, b / scale[:, None]

@@ -227,4 +227,9 @@ def decode(store: Store, task: str) -> Adapter:
         pair = task_pair(every, 0)
         if pair is not None:
             a[name], b[name] = balanced(*pair)
+            if not (np.isfinite(a[name]).all() and np.isfinite(b[name]).all()):
+                raise HydraOptError(
+                    f"damaged store: factors of {name} that no encoder writes: restore it from a copy or "
+                    "compress again"
+                )
     return Adapter(task, a, b, **came)

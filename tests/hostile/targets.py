@@ -93,7 +93,7 @@ def coded_store() -> Opened:
 
 def opened(content: store.Store) -> Opened:
     """A store's index, and the leaves of each segment in one."""
-    said = manifest.as_json(content, [segment_data.entry_of(x) for x in content.segments])
+    said = manifest.as_json(content, [segment_data.entry_of(x)._asdict() for x in content.segments])
     said["segments"] = [{"id": f"s{n}", **row} | {"id": f"s{n}"} for n, row in enumerate(said["segments"])]
     for row in said["segments"]:
         for key in ("bytes", "header", "sha256"):
