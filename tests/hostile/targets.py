@@ -17,7 +17,7 @@ from hydraopt_jax.cli.common import parse_weights
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control.budget import parse_budget
-from hydraopt_jax.store import folder, manifest, portable, segment_data
+from hydraopt_jax.store import folder, manifest, segment_data
 
 CORPUS = Path(__file__).parent / "corpus"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
@@ -134,7 +134,7 @@ def restore(data: bytes, bodies: list[bytes] | None = None) -> store.Store:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise HydraOptError("no index") from None
     known = json.dumps(said)
-    meta = {portable.KEY: known, portable.SEAL: hashlib.sha256(known.encode()).hexdigest()}
+    meta = {"hydraopt": known, "hydraopt_sha256": hashlib.sha256(known.encode()).hexdigest()}
     text = json.dumps({"__metadata__": meta, **tensors}).encode()
     path = place() / "store.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(run for run, _ in sealed))
