@@ -180,8 +180,17 @@ def decode_terms(store: Store, tasks: Sequence[str] | None = None) -> Terms:
     wanted = places_of(store, names)
     try:
         found = decode_segments(store, wanted)
+    except HydraOptError:
+        raise
     except bitstream.Damaged as error:
         raise HydraOptError(f"damaged store: {error}: restore it from a copy or compress again") from None
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        # checksums may hold, and the schema was believed: a forgery, or a fault of ours
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise HydraOptError(
+            f"damaged store: its leaves do not fit its schema ({what}): restore it from a copy or compress "
+            "again"
+        ) from error
     out: dict[str, list[Factors]] = {}
     for n in wanted:
         for name, terms in found[n].items():
