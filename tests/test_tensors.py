@@ -15,7 +15,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.formats.peft_collection import collection, open_adapter
 from hydraopt_jax.jobs import job
-from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control import carried, engine
 from hydraopt_jax.store import files, tensors
 from hydraopt_jax.store.store import tensors_of
 
@@ -67,7 +67,7 @@ def in_memory(out, names, options):
 def in_parts(out, names, options):
     """A job whose collection is coded in parts, its full tensors in segments of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "TENSOR_BYTES", 1 << 18)
+        patch.setattr(carried, "TENSOR_BYTES", 1 << 18)
         patch.setattr(
             engine.compress, "__kwdefaults__", {**engine.compress.__kwdefaults__, "segment_bytes": 1 << 15}
         )

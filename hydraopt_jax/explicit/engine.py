@@ -14,7 +14,8 @@ from hydraopt_jax.explicit import fitting, streaming
 from hydraopt_jax.explicit.groups import GROUP_BYTES, Block, Group, blocks, groups_of, streams
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.forms.asked import check_form
-from hydraopt_jax.rate_control.engine import full_tensors, kept_note, kept_segment
+from hydraopt_jax.rate_control.carried import full_tensors, kept_segment
+from hydraopt_jax.rate_control.segments import kept_note
 from hydraopt_jax.rate_control.work import Place, Processes, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import plain, tensors

@@ -10,19 +10,17 @@ divide them, and a killed job goes on with those that are not done and ends with
 import functools
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from hydraopt_jax import adapters, devices
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.collection import Collection
-from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import estimates
 from hydraopt_jax.rate_control import budget, search
+from hydraopt_jax.rate_control.carried import full_tensors
 from hydraopt_jax.rate_control.coding import (
     Trial,
     disable_joint,
@@ -31,17 +29,25 @@ from hydraopt_jax.rate_control.coding import (
     fitted_tables,
     sample,
 )
-from hydraopt_jax.rate_control.errors_of import error_table
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
-from hydraopt_jax.rate_control.mode_decision import Choice
 from hydraopt_jax.rate_control.options import Options, account, check_options, task_weights
 from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.rate_control.search import Pass, Target
+from hydraopt_jax.rate_control.segments import (
+    Draft,
+    Run,
+    coded_segment,
+    finished,
+    kept_note,
+    note_of,
+    pass_of,
+    put_together,
+    sized_segment,
+)
 from hydraopt_jax.rate_control.work import Memory, Place, Processes, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import files, lossless, plain, tensors
-from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.store import Segment, Store, make_segment, task_errors
 from hydraopt_jax.store.tensors import Tensors
 
@@ -49,59 +55,8 @@ from hydraopt_jax.store.tensors import Tensors
 CACHED = 2
 # entries of a sample of a collection that is one part
 SAMPLE_CODES = 1 << 19
-# tasks up to which forms name the one that others are predicted from
-NAMED = 16
-# codes over the room for them, at most: where there is none, a far coarser step is tried
-HOPELESS = 20
-# what an estimate of bytes is taken to be off by, once it was too low
-MARGIN = 5e-4
-FACTOR_LEAVES = ("shared", "task_", "head_")
-# raw bytes of full tensors that are coded into one segment
-TENSOR_BYTES = 1 << 26
 # rounds in which the weights of tasks that are better than they need be are lowered, and how far at once
 ROUNDS, LOWEST, HIGHEST, DAMPING = 3, 0.1, 10.0, 0.9
-
-
-class Run(NamedTuple):
-    """One compression, as all its steps know it.
-
-    Attributes:
-      found: the collection.
-      options: what to reach.
-      parts: what is coded together.
-      place: where what is done is kept.
-      progress: what to tell.
-      processes: who takes part.
-      cache: part -> its problem.
-      metrics: module -> its metrics, made when they are first asked for.
-      carried: full tensors of each task, where the collection is one part.
-      drafts: where the collection is one part, what was encoded and is not in bytes: only a pass that meets
-        the target is; None else.
-    """
-
-    found: Collection
-    options: Options
-    parts: Sequence[Part]
-    place: Place
-    progress: Progress
-    processes: Processes
-    cache: dict[int, Problem]
-    metrics: dict[str, Metrics]
-    carried: Sequence[Tensors]
-    drafts: "dict[str, Draft] | None" = None
-
-    @property
-    def mine(self) -> range:
-        """The parts of this process."""
-        return range(self.processes.rank, len(self.parts), self.processes.size)
-
-
-class Draft(NamedTuple):
-    """A part that was encoded and is not in bytes yet."""
-
-    problem: Problem
-    trial: Trial
-    given: list[Adapter]
 
 
 def compress(
@@ -178,71 +133,6 @@ def compress_at_step(found: Collection, options: Options, place: Place, step: fl
     known["unit"] = first.unit
     encode_parts(run, 0, step, fit_tables(first, step), weights, known)
     return put_together(run, 0, step, heads, {})
-
-
-def full_tensors(
-    found: Collection, dtype: str | None, place: Place, processes: Processes, apart: bool
-) -> tuple[list[Segment], list[Tensors]]:
-    """The full tensors of all tasks, coded: in segments of their own, or to lie beside the factors.
-
-    Raises:
-      HydraOptError: tensors that are not those of the first look, or a value that overflows the dtype.
-    """
-    carriers = [t for t, x in enumerate(found.cards) if x.extras]
-    if not apart:
-        return [], [
-            tensors.coded(read_tensors(found, t), dtype) if t in carriers else Tensors((), b"")
-            for t in range(len(found.cards))
-        ]
-    groups: list[list[int]] = []
-    room = 0
-    for t in carriers:
-        size = sum(map(tensors.raw_size, found.cards[t].extras))
-        if size > room:
-            groups.append([])
-            room = TENSOR_BYTES
-        groups[-1].append(t)
-        room -= size
-    for n in range(processes.rank, len(groups), processes.size):
-        if place.note(f"tensors-{n}") is None:
-            own = [tensors.coded(read_tensors(found, t), dtype) for t in groups[n]]
-            names = [found.tasks[t] for t in groups[n]]
-            place.keep(f"tensors-{n}", make_segment(names, {}, {}, np.zeros((0, 0)), tensors=own))
-            place.keep_note(f"tensors-{n}", {})
-    if groups:
-        processes.wait("full tensors")
-    return [kept_segment(place, f"tensors-{n}") for n in range(len(groups))], []
-
-
-def read_tensors(found: Collection, task: int) -> dict[str, np.ndarray]:
-    """A task's full tensors, in the order of its card."""
-    have = found.read_extras(task)
-    if isinstance(have, Tensors):
-        return have  # type: ignore[return-value]
-    out = {}
-    for name, dtype, shape in found.cards[task].extras:
-        x = have.get(name)
-        if x is None or [np.asarray(x).dtype.name, list(np.shape(x))] != [dtype, list(shape)]:
-            raise HydraOptError(
-                f"the full tensors of adapter {task + 1} have changed meanwhile: run it again"
-            )
-        out[name] = np.asarray(x)
-    return out
-
-
-def kept_segment(place: Place, name: str) -> Segment:
-    """A segment that must be there.
-
-    Raises:
-      HydraOptError: it is missing, though its process says that it is done.
-    """
-    found = place.segment(name)
-    if found is None:
-        raise HydraOptError(
-            f"{place.path}: {name} of another process is not there: the folder must be on a file system that "
-            "all processes share"
-        )
-    return found
 
 
 def as_they_are(
@@ -492,128 +382,3 @@ def encode_parts(
     run.processes.wait(f"pass {number}")
     notes = [kept_note(run.place, f"pass-{number}-{n}") for n in range(len(parts))]
     return fitted_tables(sum((np.array(x["counts"]) for x in notes), np.zeros(())))
-
-
-def kept_note(place: Place, name: str) -> Mapping[str, Any]:
-    """A note that must be there."""
-    found = place.note(name)
-    if found is None:
-        kept_segment(place, name)
-        raise AssertionError(name)
-    return found
-
-
-def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Sequence[Adapter]) -> Segment:
-    """A trial in bytes, as a segment."""
-    leaves = encode.serialize(trial.coded, trial.gains)
-    names = [run.found.tasks[t] for t in run.parts[n].tasks]
-    carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
-    make = functools.partial(make_segment, names, trial.coded.shapes, leaves, tensors=carried)
-    if not problem.metrics:
-        return make(trial.errors)
-    sources = tuple(run.found.sources[t] for t in run.parts[n].tasks)
-    alone = Store((make(trial.errors),), tuple(names), sources, Static())
-    return make(error_table(decode_terms(alone), given, problem.order), output_errors=trial.errors)
-
-
-def sized_segment(run: Run, n: int, problem: Problem, trial: Trial, bias: float) -> Segment:
-    """A segment about as large as that of a trial will be, without its codes."""
-    names = [run.found.tasks[t] for t in run.parts[n].tasks]
-    carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
-    leaves = {*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}
-    each = max(int(bias * trial.bytes) // len(leaves), 1)
-    bodies = {leaf: np.broadcast_to(np.uint8(0), (each,)) for leaf in sorted(leaves)}
-    outputs = trial.errors if problem.metrics else None
-    return make_segment(
-        names, trial.coded.shapes, bodies, trial.errors, output_errors=outputs, tensors=carried
-    )
-
-
-def finished(run: Run, name: str, draft: Store, place: Place, bias: list[float]) -> Store:
-    """The store of a pass of drafts, in bytes; `bias` learns what the estimate was off by."""
-    assert run.drafts is not None
-    problem, trial, given = run.drafts.pop(name)
-    segment = coded_segment(run, 0, problem, trial, given)
-    codes = sum(np.size(v) for k, v in segment.leaves.items() if k.startswith(FACTOR_LEAVES))
-    bias.append(codes / trial.bytes * (1 + MARGIN))
-    place.keep(name, segment)
-    return draft.replace(segments=(kept_segment(place, name), *draft.segments[1:]))
-
-
-def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> dict[str, Any]:
-    """What is to be known of an encoded part beside its segment."""
-    # one reference in each segment: names of all would tell nothing
-    names = tasks if len(tasks) <= NAMED else ["another task"] * len(tasks)
-    forms: dict[str, int] = {}
-    for choice in trial.choices.values():
-        forms[label(choice, names)] = forms.get(label(choice, names), 0) + 1
-    note = {
-        "no_joint": sorted(problem.no_joint),
-        "forms": forms,
-        "tail": eigen_tail(problem, trial),
-        "modules": int(np.count_nonzero(~np.isnan(trial.errors))),
-        "counts": trial.coded.counts.tolist(),
-    }
-    if len(run.parts) == 1 and not problem.metrics:
-        found = estimates.estimates([x.deltas for x in problem.spectra], np.array([trial.bytes]))
-        note["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
-    return note
-
-
-def label(choice: Choice, tasks: Sequence[str]) -> str:
-    """A form in words."""
-    if choice.form == "separate":
-        return "separate" if choice.reference < 0 else f"separate, predicted from {tasks[choice.reference]}"
-    return "joint basis"
-
-
-def eigen_tail(problem: Problem, trial: Trial) -> float:
-    """Mean relative energy beyond as many directions as each task keeps: no factors of these ranks lose less
-    (Eckart and Young 1936)."""
-    coded, tails = trial.coded, []
-    for t in range(problem.weights.shape[1]):
-        kept: dict[str, int] = {}
-        for (name, _), live in syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t).items():
-            kept[name] = kept.get(name, 0) + int(live.sum())
-        for x in problem.spectra:
-            for m in np.flatnonzero(x.norms[:, t] > 0):
-                energy = np.asarray(x.deltas.s[m, t], np.float64) ** 2
-                tails.append(energy[kept.get(x.modules[m], 0) :].sum() / energy.sum())
-    return float(np.mean(tails)) if tails else 0.0
-
-
-def put_together(
-    run: Run, number: int, step: float, heads: Sequence[Segment], said: Mapping[str, Any]
-) -> Store:
-    """The store of a pass."""
-    segments = [kept_segment(run.place, f"pass-{number}-{n}") for n in range(len(run.parts))]
-    notes = [kept_note(run.place, f"pass-{number}-{n}") for n in range(len(run.parts))]
-    forms: dict[str, int] = {}
-    for x in notes:
-        for form, count in x["forms"].items():
-            forms[form] = forms.get(form, 0) + count
-    weights = [max(x["modules"], 1) for x in notes]
-    tail = float(np.average([x["tail"] for x in notes], weights=weights))
-    report = account(run.options, run.found.entries()) | {
-        "form": "coded",
-        "step": float(f"{step:.6g}"),
-        "forms": forms,
-        "bound": {"eigen-tail": float(f"{tail:.6g}")},
-        **({"estimate": notes[0]["estimate"]} if "estimate" in notes[0] else {}),
-        **said,
-    }
-    return Store((*segments, *heads), run.found.tasks, run.found.sources, Static(report))
-
-
-def pass_of(step: float, store: Store, goal: Target, place: Place) -> Pass:
-    """What came out of a pass."""
-    if goal.sign > 0:
-        errors = store.errors if store.output_errors is None else store.output_errors
-        found = search.value(errors, goal.worst)
-        return Pass(step, float(np.log(max(found, 1e-30) / goal.limit)), found)
-    size = files.measure_size(store, place.path) - goal.heads
-    codes = sum(
-        size_of(v) for x in store.segments for k, v in x.leaves.items() if k.startswith(FACTOR_LEAVES)
-    )
-    room = max(goal.limit - (size - codes), codes / HOPELESS)
-    return Pass(step, float(np.log(codes / room)), size)

@@ -1,0 +1,81 @@
+"""Full tensors that adapters carry beside their factors, coded before anything is fitted.
+
+What they take counts in a budget, and a budget that they alone exceed is refused before the work begins.
+"""
+
+import numpy as np
+
+from hydraopt_jax.collection import Collection
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.rate_control.work import Place, Processes
+from hydraopt_jax.store import tensors
+from hydraopt_jax.store.store import Segment, make_segment
+from hydraopt_jax.store.tensors import Tensors
+
+# raw bytes of full tensors that are coded into one segment
+TENSOR_BYTES = 1 << 26
+
+
+def full_tensors(
+    found: Collection, dtype: str | None, place: Place, processes: Processes, apart: bool
+) -> tuple[list[Segment], list[Tensors]]:
+    """The full tensors of all tasks, coded: in segments of their own, or to lie beside the factors.
+
+    Raises:
+      HydraOptError: tensors that are not those of the first look, or a value that overflows the dtype.
+    """
+    carriers = [t for t, x in enumerate(found.cards) if x.extras]
+    if not apart:
+        return [], [
+            tensors.coded(read_tensors(found, t), dtype) if t in carriers else Tensors((), b"")
+            for t in range(len(found.cards))
+        ]
+    groups: list[list[int]] = []
+    room = 0
+    for t in carriers:
+        size = sum(map(tensors.raw_size, found.cards[t].extras))
+        if size > room:
+            groups.append([])
+            room = TENSOR_BYTES
+        groups[-1].append(t)
+        room -= size
+    for n in range(processes.rank, len(groups), processes.size):
+        if place.note(f"tensors-{n}") is None:
+            own = [tensors.coded(read_tensors(found, t), dtype) for t in groups[n]]
+            names = [found.tasks[t] for t in groups[n]]
+            place.keep(f"tensors-{n}", make_segment(names, {}, {}, np.zeros((0, 0)), tensors=own))
+            place.keep_note(f"tensors-{n}", {})
+    if groups:
+        processes.wait("full tensors")
+    return [kept_segment(place, f"tensors-{n}") for n in range(len(groups))], []
+
+
+def read_tensors(found: Collection, task: int) -> dict[str, np.ndarray]:
+    """A task's full tensors, in the order of its card."""
+    have = found.read_extras(task)
+    if isinstance(have, Tensors):
+        return have  # type: ignore[return-value]
+    out = {}
+    for name, dtype, shape in found.cards[task].extras:
+        x = have.get(name)
+        if x is None or [np.asarray(x).dtype.name, list(np.shape(x))] != [dtype, list(shape)]:
+            raise HydraOptError(
+                f"the full tensors of adapter {task + 1} have changed meanwhile: run it again"
+            )
+        out[name] = np.asarray(x)
+    return out
+
+
+def kept_segment(place: Place, name: str) -> Segment:
+    """A segment that must be there.
+
+    Raises:
+      HydraOptError: it is missing, though its process says that it is done.
+    """
+    found = place.segment(name)
+    if found is None:
+        raise HydraOptError(
+            f"{place.path}: {name} of another process is not there: the folder must be on a file system that "
+            "all processes share"
+        )
+    return found
