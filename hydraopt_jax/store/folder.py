@@ -270,13 +270,15 @@ def write_segment(
     sync_tree(folder)
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
     arrays = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
-    return {**found[0]._replace(id=name)._asdict(), "arrays": arrays, "files": checksum(folder)}
+    files = checksum(folder, [x for x, _ in arrays])
+    return {**found[0]._replace(id=name)._asdict(), "arrays": arrays, "files": files}
 
 
-def checksum(folder: Path) -> str:
-    """The first 16 digits of a SHA-256 over names, sizes and bytes of all files of a folder."""
+def checksum(folder: Path, arrays: Sequence[str]) -> str:
+    """The first 16 digits of a SHA-256 over names, sizes and bytes of all files of a checkpoint's arrays; what
+    Orbax says beside them, of when and where, is nothing of the store's."""
     whole = hashlib.sha256()
-    for x in sorted(folder.rglob("*")):
+    for x in sorted(x for name in arrays for x in (folder / name).rglob("*")):
         if x.is_file():
             whole.update(f"{x.relative_to(folder).as_posix()}\n{x.stat().st_size}\n".encode())
             with x.open("rb") as file:
@@ -294,7 +296,7 @@ def check_files(path: Path, said: Mapping[str, Any]) -> int:
     count = 1
     for row in said["segments"]:
         folder = path / SEGMENTS / row["id"]
-        if checksum(folder) != row["files"]:
+        if checksum(folder, [x for x, _ in row["arrays"]]) != row["files"]:
             raise damaged(path, f"a file of segment {row['id']} does not match its checksum")
         count += sum(x.is_file() for x in folder.rglob("*"))
     return count
