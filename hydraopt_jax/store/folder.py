@@ -275,8 +275,10 @@ def write_segment(
 
 
 def checksum(folder: Path, arrays: Sequence[str]) -> str:
-    """The first 16 digits of a SHA-256 over names, sizes and bytes of all files of a checkpoint's arrays; what
-    Orbax says beside them, of when and where, is nothing of the store's."""
+    """The first 16 digits of a SHA-256 over names, sizes and bytes of all files of a checkpoint's arrays.
+
+    What Orbax says beside them, of when and where, is nothing of the store's.
+    """
     whole = hashlib.sha256()
     for x in sorted(x for name in arrays for x in (folder / name).rglob("*")):
         if x.is_file():

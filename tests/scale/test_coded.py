@@ -244,7 +244,7 @@ def test_bytes_that_hardly_fall_with_the_step_are_met():
     while search.met(done, goal) is None:
         assert not (done and search.hopeless(done, goal))
         size = 1900 + 5500 / 8 * (np.log2(1 / step) - 2.5)
-        done.append(search.Pass(step, float(np.log(size / goal.limit))))
+        done.append(search.Pass(step, float(np.log(size / goal.limit)), size))
         step = search.next_step(done, -0.32, goal)
     assert len(done) < 7
 
