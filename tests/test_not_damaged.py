@@ -71,9 +71,9 @@ def test_what_is_no_damage_passes_as_it_is(path, monkeypatch, error, module, nam
 def test_what_may_be_a_bug_is_not_called_damage(path, monkeypatch, error):
     monkeypatch.setattr(plain, "unpack", raising(error))
     for read in READS[:2]:
-        with pytest.raises(type(error)) as caught:
+        with pytest.raises(HydraOptError, match=r"report this as a fault of hydraopt_jax") as caught:
             read(path)
-        assert caught.value is error
+        assert caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hydraopt_jax.store.store import task_errors
 # share of a target that may stay unused: of a collection in few parts, and where a pass takes long
 SLACK, WIDE_SLACK, FEW_PARTS = 0.003, 0.01, 4
 # passes over the collection until the target is met
-PASSES = 8
+PASSES = 12
 # trials on the sample, at least so many, and how near it has to come: the sample is not the whole
 TRIALS, SETTLED, NEAR = 8, 5, 0.01
 # about what the smallest store takes beside its codes, and each of its segments, to start from

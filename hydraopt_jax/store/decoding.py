@@ -184,13 +184,19 @@ def decode_terms(store: Store, tasks: Sequence[str] | None = None) -> Terms:
         raise
     except bitstream.Damaged as error:
         raise HydraOptError(f"damaged store: {error}: restore it from a copy or compress again") from None
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-        # checksums may hold, and the schema was believed: a forgery, or a fault of ours
+    except (LookupError, TypeError, OverflowError) as error:
+        # checksums hold, and the schema was believed: a forgery, or a fault of ours
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise HydraOptError(
+            f"the store cannot be read ({what}), though its checksums hold: report this as a fault of "
+            "hydraopt_jax if it was written by this version"
+        ) from error
+    except ValueError as error:
+        what = " ".join(str(error).split())[:120]
         raise HydraOptError(
             f"damaged store: its leaves do not fit its schema ({what}): restore it from a copy or compress "
             "again"
-        ) from error
+        ) from None
     out: dict[str, list[Factors]] = {}
     for n in wanted:
         for name, terms in found[n].items():

@@ -235,7 +235,7 @@ def write_segment(
             f"{store}: folders are written by programs of one process, this is one of "
             f"{jax.process_count()}: save a .safetensors file, from one of them"
         )
-    zstd = not segment.coded if zstd is None else zstd
+    zstd = bool(segment.modules) and not segment.coded and zstd is not False
     parts = division(segment_data.size(segment))
     found: list[Entry] = []
     name = name or segment_data.entry_of(segment).id
