@@ -53,6 +53,8 @@ from hydraopt_jax.store.tensors import Tensors
 
 # parts whose analysis is kept from pass to pass
 CACHED = 2
+# bytes that stay free once a store was larger than its draft
+SPARE = 4
 # entries of a sample of a collection that is one part
 SAMPLE_CODES = 1 << 19
 # rounds in which the weights of tasks that are better than they need be are lowered, and how far at once
@@ -171,7 +173,7 @@ def passes(
     weights = task_weights(run.found.tasks, run.options)
     known = pilot(run, goal, weights)
     step, frequencies = known["step"], np.array(known["frequencies"])
-    number, mean, bias = 0, float("nan"), [1.0]
+    number, mean, bias, aim = 0, float("nan"), [1.0], goal
     best: Store | None = None
     for round_number in range(ROUNDS if goal.worst else 1):
         done: list[Pass] = []
@@ -183,7 +185,11 @@ def passes(
                 draft = made[chosen]
                 assert draft is not None
                 made[chosen] = store = finished(run, f"pass-{numbers[chosen]}-0", draft, place, bias)
-                done[chosen] = pass_of(done[chosen].step, store, goal, place)
+                drafted, done[chosen] = done[chosen], pass_of(done[chosen].step, store, goal, place)
+                if done[chosen].miss > 0 and goal.sign < 0:
+                    # names and headers are longer than they were counted
+                    short = max(done[chosen].value - drafted.value, 0) + SPARE
+                    aim = goal._replace(limit=goal.limit - short)
                 chosen = None if done[chosen].miss > 0 else chosen
             if chosen is not None:
                 break
@@ -197,7 +203,7 @@ def passes(
             counted = encode_parts(run, number, step, frequencies, weights, known, bias)
             # tables stay as they are in the end, so that the search sees a smooth curve
             frequencies = counted if number < goal.settling else frequencies
-            found, passed, mean = outcome(run, number, step, goal, heads, said)
+            found, passed, mean = outcome(run, number, step, aim, heads, said)
             done.append(passed)
             made.append(found)
             numbers.append(number)
@@ -210,6 +216,7 @@ def passes(
             change = np.clip(np.maximum(errors, 1e-3 * goal.limit) / goal.limit, LOWEST, HIGHEST) ** DAMPING
             weights = weights * change / np.mean(weights * change)
             run, goal = run._replace(cache={}), goal._replace(settling=0)
+            aim = goal
     assert best is not None
     return best
 
