@@ -190,7 +190,9 @@ def passes(
                     # names and headers are longer than they were counted
                     short = max(done[chosen].value - drafted.value, 0) + SPARE
                     aim = goal._replace(limit=goal.limit - short)
-                chosen = None if done[chosen].miss > 0 else chosen
+                if done[chosen].miss > 0:
+                    # perhaps another pass still meets it
+                    continue
             if chosen is not None:
                 break
             if done and search.hopeless(done, goal):

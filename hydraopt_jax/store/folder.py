@@ -270,7 +270,7 @@ def write_segment(
     sync_tree(folder)
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
     arrays = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
-    files = checksum(folder, [x for x, _ in arrays])
+    files = checksum(folder, [str(x) for x, _ in arrays])
     return {**found[0]._replace(id=name)._asdict(), "arrays": arrays, "files": files}
 
 
