@@ -83,7 +83,7 @@ def test_a_fraction_is_of_the_factors_whatever_the_heads(headed, tmp_path, make)
     """At 0.3 the factors take 0.3 of their fp16 bytes; heads beside them are counted by themselves."""
     names = written(headed, tmp_path)
     content = make(tmp_path / "s", names, {"budget": 0.3})
-    assert 0.285 < fraction(tmp_path / "s", content) <= 0.3
+    assert 0.28 < fraction(tmp_path / "s", content) <= 0.3
     parts = account(tmp_path / "s")
     raw = sum(x.nbytes for a in headed for x in a.extras.values())
     assert 0.75 * raw < parts.heads < 0.9 * raw
