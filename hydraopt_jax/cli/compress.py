@@ -35,6 +35,7 @@ from hydraopt_jax.jobs import estimate, headers, hosts, job, progress
 from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
 from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.store import Store, files
+from hydraopt_jax.store.folder import JOB
 
 # options of an explicit form, and what they are where they were not given
 FORM = {
@@ -205,7 +206,7 @@ def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], give
         who.wait("alone")
         with report.progress("checking", len(sources), not as_json and who.rank == 0) as advance:
             found, bad = headers.look(
-                sources, job.job_folder(path), skip_bad=given["skip_bad"], processes=who, advance=advance
+                sources, job.home(path) / JOB, skip_bad=given["skip_bad"], processes=who, advance=advance
             )
         named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
         check_same_base(named, any_base=given["any_base"], base_suffixes=tuple(given["base_suffix"]))

@@ -58,17 +58,23 @@ def alone(path: Path, rank: int = 0) -> Iterator[None]:
             raise
 
 
+def home(path: Path) -> Path:
+    """The folder in which a job that makes a store keeps what is done: the store's, or one beside a file."""
+    return path.with_name(path.name + ".job") if files.is_file(path) else path
+
+
 def clear(path: Path) -> None:
     """Remove what a job has begun; a store that was there before stays."""
-    if (path / folder.MANIFEST).exists():
-        folder.remove_unnamed(path, folder.read_manifest(path))
+    at = home(path)
+    if (at / folder.MANIFEST).exists():
+        folder.remove_unnamed(at, folder.read_manifest(at))
     else:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(at, ignore_errors=True)
 
 
 def clear_if_empty(path: Path) -> None:
     """`clear` where nothing is done that another try could go on with."""
-    job = path / folder.JOB
+    job = home(path) / folder.JOB
     if job.is_dir() and not any(x.name.startswith(KEPT) for x in job.glob("*.json")):
         clear(path)
 
@@ -105,9 +111,8 @@ def run(
     """
     processes = processes or Processes()
     files.check_target(path, overwrite)
-    if files.is_file(path):
-        return into_file(path, found, compress, asked, limit, processes, common)
-    place = Folder(path, fingerprint(found, asked), zstd, processes.size > 1)
+    at = home(path)
+    place = Folder(at, fingerprint(found, asked), zstd, processes.size > 1)
     if processes.rank == 0:
         place.enter()
     processes.wait("entered")
@@ -115,36 +120,10 @@ def run(
     processes.leave()
     if processes.rank:
         return None
-    files.check_target(path, True)
-    files.write_folder(path, store, limit, zstd, place.rows())
+    if at == path:
+        files.check_target(path, True)
+        files.write_folder(path, store, limit, zstd, place.rows())
+    else:
+        files.save(path, store, overwrite=True, limit=limit)
+        shutil.rmtree(at, ignore_errors=True)
     return files.open(path)
-
-
-def into_file(
-    path: Path,
-    found: Collection,
-    compress: Callable[..., Store],
-    asked: Mapping[str, Any],
-    limit: int | None,
-    processes: Processes,
-    common: Mapping[str, Any],
-) -> Store | None:
-    """As `run`, into one file: what is done is kept in a folder beside it."""
-    beside = path.with_name(path.name + ".job")
-    place = Folder(beside, fingerprint(found, asked), shared=processes.size > 1)
-    if processes.rank == 0:
-        place.enter()
-    processes.wait("entered")
-    store = compress(found, place=place, processes=processes, **common)
-    processes.leave()
-    if processes.rank:
-        return None
-    files.save(path, store, overwrite=True, limit=limit)
-    shutil.rmtree(beside, ignore_errors=True)
-    return files.open(path)
-
-
-def job_folder(path: Path) -> Path:
-    """Where a job that makes a store keeps its notes."""
-    at = path.with_name(path.name + ".job") if files.is_file(path) else path
-    return at / folder.JOB

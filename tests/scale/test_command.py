@@ -27,8 +27,9 @@ def broken(folders):
     return folders
 
 
-def test_a_bad_adapter_is_named_or_left_out_and_listed(capsys, broken, tmp_path):
-    out = tmp_path / "store"
+@pytest.mark.parametrize("name", ["store", "store.safetensors"])
+def test_a_bad_adapter_is_named_or_left_out_and_listed(capsys, broken, tmp_path, name):
+    out = tmp_path / name
     arguments = ["compress", *broken, "--out", out, *FORM, "--json"]
     code, said, err = run(capsys, *arguments)
     assert (code, said) == (2, "")
@@ -43,6 +44,19 @@ def test_a_bad_adapter_is_named_or_left_out_and_listed(capsys, broken, tmp_path)
     kept = store.open(out)
     assert kept.tasks == ("one", "a.b")
     assert kept.report["left_out"] == left
+
+
+def test_a_dry_run_of_a_job_into_a_file_writes_nothing(capsys, folders, tmp_path):
+    arguments = ["compress", *folders, "--out", tmp_path / "store.safetensors", *FORM, "--json"]
+    assert run(capsys, *arguments, "--dry-run")[0] == 0
+    assert not list(tmp_path.glob("store*"))
+
+
+def test_a_job_that_cannot_fit_leaves_nothing_beside_its_file(capsys, folders, tmp_path):
+    out = tmp_path / "store.safetensors"
+    code, _, err = run(capsys, "compress", *folders, "--out", out, "--budget", "100B")
+    assert (code, "smallest store" in err) == (2, True), err
+    assert not list(tmp_path.glob("store*"))
 
 
 def test_a_dry_run_says_what_the_job_takes_and_writes_nothing(capsys, folders, tmp_path):
