@@ -60,10 +60,7 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
                 f"{name}: {new.task!r} has [in, out] = {list(shape)}, the store has {list(have[name])}: "
                 "adapters of one store must adapt one base model"
             )
-    if is_calibrated(store) and calibration is None:
-        raise HydraOptError(
-            "the store was made with --calibration, which it does not hold: give it again, or compress again"
-        )
+    need_calibration(store, calibration)
     carried = tensors.coded(new.extras, store.report["options"].get("extras_dtype"))
     source = Source(new.dtype, Static(new.config), Static(new.layout), new.source, new.digest)
     if store.report["form"] == lossless.FORM:
@@ -82,9 +79,16 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
     )
 
 
-def is_calibrated(store: Store) -> bool:
-    """Whether errors of outputs were made small, by second moments that the store does not hold."""
-    return bool(store.report["options"].get("calibrated"))
+def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None) -> None:
+    """Refuse to code for a store whose errors of outputs were made small, without the moments for it.
+
+    Raises:
+      HydraOptError: the store was made with calibration, and none is given.
+    """
+    if store.report["options"].get("calibrated") and calibration is None:
+        raise HydraOptError(
+            "the store was made with --calibration, which it does not hold: give it again, or compress again"
+        )
 
 
 def as_it_came(new: Adapter) -> Segment:

@@ -12,7 +12,6 @@ import numpy as np
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.changes import addition, refitting
 from hydraopt_jax.collection import in_memory
-from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static
@@ -45,10 +44,7 @@ def purge(
     left = removal.traces(store)
     if not left:
         return removal.clean(store), ()
-    if addition.is_calibrated(store) and calibration is None:
-        raise HydraOptError(
-            "the store was made with --calibration, which it does not hold: give it again, or compress again"
-        )
+    addition.need_calibration(store, calibration)
     if not any(x.coded for x in store.segments):
         return refitted(store, original)
     dirty = {n for n, _ in left}

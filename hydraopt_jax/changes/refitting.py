@@ -6,9 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.changes.addition import is_calibrated
+from hydraopt_jax.changes.addition import need_calibration
 from hydraopt_jax.collection import in_memory
-from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
@@ -57,10 +56,7 @@ def refit(
     Raises:
       HydraOptError: the store was made with calibration, and none is given.
     """
-    if is_calibrated(store) and calibration is None:
-        raise HydraOptError(
-            "the store was made with --calibration, which it does not hold: give it again, or compress again"
-        )
+    need_calibration(store, calibration)
     found = in_memory(collection)
     if store.report["form"] == lossless.FORM:
         return engine.compress(found, Options(budget=1.0), Memory())
