@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydraopt_jax.codec.layout import KINDS
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.formats.tensor_files import FLOATS
 from hydraopt_jax.store.store import ERRORS, Reference
 from hydraopt_jax.store.tensors import DEFLATE, raw_size
@@ -58,10 +58,7 @@ def believing(path: Any, what: str) -> Iterator[None]:
         struct.error,
     ) as error:
         said = " ".join(str(error).split())[:120] or type(error).__name__
-        raise HydraOptError(
-            f"{path}: damaged store: {what} cannot be right ({said}): restore it from a copy or compress "
-            "again"
-        ) from None
+        raise damaged(path, f"{what} cannot be right ({said})") from None
 
 
 def check_manifest(said: Any) -> None:

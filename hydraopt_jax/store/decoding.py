@@ -15,7 +15,7 @@ from hydraopt_jax.codec.decode import Decoded, decode_leaves
 from hydraopt_jax.codec.layout import Piece, TermShape
 from hydraopt_jax.codec.syntax import live_directions
 from hydraopt_jax.deferred import bytes_of
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.factors import Factors, balanced, task_pair
 from hydraopt_jax.store import lossless, plain, references, schema
 from hydraopt_jax.store.store import (
@@ -183,7 +183,7 @@ def decode_terms(store: Store, tasks: Sequence[str] | None = None) -> Terms:
     except HydraOptError:
         raise
     except bitstream.Damaged as error:
-        raise HydraOptError(f"damaged store: {error}: restore it from a copy or compress again") from None
+        raise damaged(None, str(error)) from None
     except (LookupError, TypeError, OverflowError) as error:
         # checksums hold, and the schema was believed: a forgery, or a fault of ours
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -193,10 +193,7 @@ def decode_terms(store: Store, tasks: Sequence[str] | None = None) -> Terms:
         ) from error
     except ValueError as error:
         what = " ".join(str(error).split())[:120]
-        raise HydraOptError(
-            f"damaged store: its leaves do not fit its schema ({what}): restore it from a copy or compress "
-            "again"
-        ) from None
+        raise damaged(None, f"its leaves do not fit its schema ({what})") from None
     out: dict[str, list[Factors]] = {}
     for n in wanted:
         for name, terms in found[n].items():
@@ -243,8 +240,5 @@ def decode(store: Store, task: str) -> Adapter:
         if pair is not None:
             a[name], b[name] = balanced(*pair)
             if not (np.isfinite(a[name]).all() and np.isfinite(b[name]).all()):
-                raise HydraOptError(
-                    f"damaged store: factors of {name} that no encoder writes: restore it from a copy or "
-                    "compress again"
-                )
+                raise damaged(None, f"factors of {name} that no encoder writes")
     return Adapter(task, a, b, **came)

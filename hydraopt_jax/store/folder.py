@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.segment_data import Entry, damaged
+from hydraopt_jax.store.segment_data import Entry
 from hydraopt_jax.store.store import Reference, Segment, Store
 
 MANIFEST = "manifest.json.gz"

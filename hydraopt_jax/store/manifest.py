@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydraopt_jax import strict_json
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import checks
-from hydraopt_jax.store.segment_data import Entry, damaged
+from hydraopt_jax.store.segment_data import Entry
 from hydraopt_jax.store.store import Source, Store
 from hydraopt_jax.store.tensors import DEFLATE
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from hydraopt_jax import strict_json
 from hydraopt_jax.deferred import Deferred, bytes_of, size_of
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import damaged
 from hydraopt_jax.store import checks, schema
 from hydraopt_jax.store.store import Reference, Segment
 from hydraopt_jax.store.tensors import DEFLATE, inflate
@@ -102,11 +102,6 @@ def likely_entry(segment: Segment, n: int) -> Entry:
     leaves = sum(map(size_of, segment.leaves.values())) + DIGEST * len(segment.leaves)
     sha = hashlib.sha256(n.to_bytes(4, "little")).hexdigest()
     return Entry(sha[:16], len(packed) + leaves, (len(packed), raw), sha)
-
-
-def damaged(path: Any, what: str) -> HydraOptError:
-    """The error for a store that is not what was written."""
-    return HydraOptError(f"{path}: damaged store: {what}: restore it from a copy or compress again")
 
 
 def open_segment(
