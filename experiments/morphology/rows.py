@@ -30,7 +30,7 @@ from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import Store, plain, sources_of
+from hydraopt_jax.store import Store, plain
 from hydraopt_jax.store.store import make_segment
 from hydraopt_jax.store.tensors import coded
 
@@ -181,6 +181,6 @@ def store_of(collection: Sequence[Adapter], modules: Mapping[str, Factors]) -> S
     errors = error_table(cast, collection, list(schema))
     tensors = [coded(x.extras) for x in collection]
     segment = make_segment(tasks, schema, leaves, errors, tensors=tensors)
-    entries = in_memory(collection).entries()
-    report = Static({"form": "merged", "options": {}, "entries": entries, "bound": {}})
-    return Store((segment,), tasks, sources_of(collection), report)
+    found = in_memory(collection)
+    report = Static({"form": "merged", "options": {}, "entries": found.entries(), "bound": {}})
+    return Store((segment,), tasks, found.sources, report)

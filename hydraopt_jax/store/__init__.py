@@ -17,7 +17,6 @@ from hydraopt_jax.store.store import (
     Store,
     count,
     select,
-    sources_of,
     task_index,
 )
 
@@ -33,7 +32,6 @@ __all__ = [
     "save",
     "select",
     "size_on_disk",
-    "sources_of",
     "task_factors",
     "task_index",
     "update",

@@ -12,8 +12,6 @@ import numpy as np
 from hydraopt_jax.codec.layout import KINDS, Piece, TermShape, leaf_names, pieces
 from hydraopt_jax.static import Static
 
-CORES = ("", "diagonal", "scale", "full")
-
 
 class PlainShape(NamedTuple):
     """A term whose factors are stored as they are.

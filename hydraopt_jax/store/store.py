@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.deferred import Deferred, bytes_of, size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors
@@ -225,11 +224,6 @@ def counted(n: int, noun: str) -> str:
     ('1 task', '2 tasks')
     """
     return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def sources_of(collection: Sequence[Adapter]) -> tuple[Source, ...]:
-    """What each task brought along."""
-    return tuple(Source(x.dtype, Static(x.config), Static(x.layout), x.source, x.digest) for x in collection)
 
 
 def task_index(tasks: Sequence[str], task: str) -> int:
