@@ -19,12 +19,12 @@ from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.deferred import bytes_of, joined
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, measure, targets_at_step
-from hydraopt_jax.rate_control.errors_of import error_table
+from hydraopt_jax.rate_control.errors_of import with_errors
 from hydraopt_jax.rate_control.metrics import metrics_of
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, references, tensors
-from hydraopt_jax.store.decoding import decode_segment, decode_segments, decode_terms, terms_of
+from hydraopt_jax.store.decoding import decode_segment, decode_segments, terms_of
 from hydraopt_jax.store.references import Vectors, base_of
 from hydraopt_jax.store.removal import changed
 from hydraopt_jax.store.schema import PlainShape
@@ -69,10 +69,8 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
         segment = coded(store, new, calibration)
     else:
         segment = joined_to(store, new)
-    leaves = {**segment.leaves, **({"tensors_0": np.frombuffer(carried.blob, np.uint8)} if carried else {})}
-    segment = segment.replace(leaves=leaves, tensors=(carried.table,))
     return store.replace(
-        segments=(*store.segments, segment),
+        segments=(*store.segments, segment.with_tensors([carried])),
         tasks=(*store.tasks, new.task),
         sources=(*store.sources, source),
         report=changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values()))),
@@ -109,7 +107,7 @@ def coded(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | No
         trial = encode_at_step(problem, step, fit_tables(problem, step))
         leaves = encode.serialize(trial.coded, trial.gains)
         segment = make_segment([new.task], trial.coded.shapes, leaves, trial.errors)
-        return with_output_errors(segment, new, problem, trial.errors, [])
+        return with_errors(segment, [new], trial.errors) if metrics else segment
     return predicted(store, new, problem, step)
 
 
@@ -165,20 +163,7 @@ def predicted(store: Store, new: Adapter, problem: Problem, step: float) -> Segm
         "prediction": references.pack(found),
     }
     segment = make_segment([new.task], quantized.shapes, leaves, errors, references=chosen, tables=tables)
-    return with_output_errors(segment, new, problem, errors, store.segments)
-
-
-def with_output_errors(
-    segment: Segment, new: Adapter, problem: Problem, errors: np.ndarray, before: Sequence[Segment]
-) -> Segment:
-    """The segment as it is, or with errors of both kinds where it was made for outputs."""
-    if not problem.metrics:
-        return segment
-    source = Source(new.dtype, Static(), Static(), "", "")
-    alone = Store((*before, segment), (new.task,), (source,), Static())
-    of_weights = error_table(decode_terms(alone), [new], list(segment.modules))
-    made = make_segment([new.task], segment.modules, {}, of_weights, output_errors=errors)
-    return segment.replace(leaves={**segment.leaves, **made.leaves})
+    return with_errors(segment, [new], errors, store.segments) if problem.metrics else segment
 
 
 def choose(
@@ -242,12 +227,8 @@ def joined_to(store: Store, new: Adapter) -> Segment:
         shapes[name] = tuple(rows)
     # of one task all parts lie in one leaf, in canonical order
     leaves = {"task_0": joined(parts)} if parts else {}
-    segment = make_segment([new.task], shapes, leaves, np.zeros((0, 1)), references=lenders)
-    source = Source(new.dtype, Static(), Static(), "", "")
-    alone = Store((*store.segments, segment), (new.task,), (source,), Static())
-    errors = error_table(decode_terms(alone), [new], list(shapes))
-    made = make_segment([new.task], shapes, {}, errors)
-    return segment.replace(leaves={**segment.leaves, **made.leaves})
+    segment = make_segment([new.task], shapes, leaves, references=lenders)
+    return with_errors(segment, [new], before=store.segments)
 
 
 def place_of(store: Store, term: joining.Term, side: str, index: int) -> int:

@@ -17,7 +17,7 @@ from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import removal
 from hydraopt_jax.store.decoding import decode
-from hydraopt_jax.store.store import ERRORS, Segment, Store, error_leaf, select
+from hydraopt_jax.store.store import ERRORS, Segment, Store, error_leaf, make_segment, select, tensors_at
 
 # a task's original, or None where it is not at hand
 Original = Callable[[str], Adapter | None]
@@ -141,13 +141,8 @@ def stated(store: Store, old: Segment, new: Segment, standing: Sequence[str]) ->
         again = np.where(np.isnan(again) & ~np.isnan(was), 0.0, again)
         claims = np.where(np.isin(new.tasks, list(standing)), bound(was, again), again)
         leaves[name] = error_leaf(claims)
-    tables = []
-    for k, task in enumerate(new.tasks):
-        place = old.tasks.index(task)
-        tables.append(old.tensors[place])
-        if f"tensors_{place}" in old.leaves:
-            leaves[f"tensors_{k}"] = old.leaves[f"tensors_{place}"]
-    return new.replace(leaves=leaves, tensors=tuple(tables))
+    carried = [tensors_at(old, old.tasks.index(t)) for t in new.tasks]
+    return new.replace(leaves=leaves).with_tensors(carried)
 
 
 def bounded(store: Store, again: Sequence[str], standing: Sequence[str]) -> Store:
@@ -186,6 +181,4 @@ def refitted(store: Store, original: Original) -> tuple[Store, tuple[str, ...]]:
 def one_table(store: Store) -> Store:
     """The errors of a store's segments as if it had one: no factors are in it."""
     shapes = dict.fromkeys(store.shapes, ())
-    leaves = {"errors": error_leaf(store.errors)}
-    segment = Segment(leaves, store.tasks, frozenset(), Static(shapes), ((),) * len(store.tasks))
-    return store.replace(segments=(segment,))
+    return store.replace(segments=(make_segment(store.tasks, shapes, {}, store.errors),))

@@ -27,7 +27,6 @@ from hydraopt_jax.cli.common import (
     with_adapters,
 )
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.explicit.engine import check_dtype
 from hydraopt_jax.formats import check_same_base
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.forms.asked import check_form
@@ -36,6 +35,7 @@ from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
 from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.store import Store, files
 from hydraopt_jax.store.folder import JOB
+from hydraopt_jax.store.tensors import check_dtype
 
 # options of an explicit form, and what they are where they were not given
 FORM = {

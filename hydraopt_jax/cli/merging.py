@@ -13,11 +13,11 @@ from hydraopt_jax import calibration, merging, report
 from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.cli.common import as_json_option, clean, read_all, say, with_adapters
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.explicit.engine import check_dtype
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.merging import collection as merged_collection
 from hydraopt_jax.merging import registry
 from hydraopt_jax.store.store import task_errors
+from hydraopt_jax.store.tensors import check_dtype
 
 
 def parse_weight_list(text: str) -> list[float]:

@@ -30,7 +30,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft, write_adapter
 from hydraopt_jax.store import files, portable, removal
 from hydraopt_jax.store.store import task_errors
-from hydraopt_jax.store.tensors import DTYPES
+from hydraopt_jax.store.tensors import check_dtype
 
 
 @click.command()
@@ -82,8 +82,7 @@ def export(
     """Write tasks of a store as PEFT folders."""
     if bool(tasks) == everything:
         raise HydraOptError("export: give either --task NAME or --all")
-    if dtype is not None and dtype not in DTYPES:
-        raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     whole = store.open(path)
     known = whole.tasks
     names = known if everything else [known[store.task_index(known, t)] for t in tasks]

@@ -9,7 +9,6 @@ import numpy as np
 from hydraopt_jax import devices
 from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.collection import Collection
-from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import fitting, streaming
 from hydraopt_jax.explicit.groups import GROUP_BYTES, Block, Group, blocks, groups_of, streams
 from hydraopt_jax.forms import Gradient, Hydra
@@ -18,18 +17,12 @@ from hydraopt_jax.rate_control.carried import full_tensors, kept_segment
 from hydraopt_jax.rate_control.segments import kept_note
 from hydraopt_jax.rate_control.work import Place, Processes, Progress
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import plain, tensors
-from hydraopt_jax.store.store import Segment, Store, make_segment
-from hydraopt_jax.store.tensors import DTYPES, Tensors
+from hydraopt_jax.store import plain
+from hydraopt_jax.store.store import Store, make_segment
+from hydraopt_jax.store.tensors import check_dtype
 
 # bytes of plain segments that are put into one in the end: each costs some hundred bytes on disk
 TOGETHER = 1 << 25
-
-
-def check_dtype(dtype: str | None) -> None:
-    """Refuse what is no stored dtype."""
-    if dtype is not None and dtype not in DTYPES:
-        raise HydraOptError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
 
 
 def asked(form: Hydra, tasks: int, dtype: str, extras_dtype: str | None) -> dict[str, Any]:
@@ -87,7 +80,7 @@ def compress(
     tasks = len(found.cards)
     check_form(form, tasks)
     check_dtype(dtype)
-    tensors.check_dtype(extras_dtype)
+    check_dtype(extras_dtype, "extras_dtype")
     kind = dtype or found.dtype
     groups = groups_of(found, form, group_bytes)
     heads, carried = full_tensors(found, extras_dtype, place, processes, apart=len(groups) > 1)
@@ -109,14 +102,8 @@ def compress(
     if left_out:
         report["left_out"] = dict(left_out)
     if carried:
-        segments = [with_tensors(segments[0], carried)]
+        segments = [segments[0].with_tensors(carried)]
     return bundled(Store((*segments, *heads), found.tasks, found.sources, Static(report)), list(found.shapes))
-
-
-def with_tensors(segment: Segment, carried: list[Tensors]) -> Segment:
-    """A segment of all tasks with their full tensors beside the factors."""
-    leaves = {f"tensors_{k}": np.frombuffer(x.blob, np.uint8) for k, x in enumerate(carried) if x.nbytes}
-    return segment.replace(leaves={**segment.leaves, **leaves}, tensors=tuple(x.table for x in carried))
 
 
 def bundled(store: Store, order: list[str]) -> Store:

@@ -10,13 +10,13 @@ import numpy as np
 from hydraopt_jax import devices
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming, streaming_gram
-from hydraopt_jax.explicit.engine import check_dtype
 from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.forms.asked import check_form
 from hydraopt_jax.rate_control import parts, search
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import tensors
+from hydraopt_jax.store.tensors import check_dtype
 
 # what is counted on: bytes a second of reading, checking and writing, and the share of a matmul's rate
 READ_RATE = 3e8

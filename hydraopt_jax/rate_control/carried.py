@@ -43,7 +43,7 @@ def full_tensors(
         if place.note(f"tensors-{n}") is None:
             own = [tensors.coded(read_tensors(found, t), dtype) for t in groups[n]]
             names = [found.tasks[t] for t in groups[n]]
-            place.keep(f"tensors-{n}", make_segment(names, {}, {}, np.zeros((0, 0)), tensors=own))
+            place.keep(f"tensors-{n}", make_segment(names, {}, {}, tensors=own))
             place.keep_note(f"tensors-{n}", {})
     if groups:
         processes.wait("full tensors")

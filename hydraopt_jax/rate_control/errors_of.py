@@ -8,8 +8,9 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors, task_pair
 from hydraopt_jax.rate_control.metrics import Metrics
+from hydraopt_jax.static import Static
 from hydraopt_jax.store.decoding import decode_terms
-from hydraopt_jax.store.store import Store
+from hydraopt_jax.store.store import Segment, Source, Store
 
 
 def measure(
@@ -41,6 +42,30 @@ def error_table(
     """True relative squared errors `[M, T]` of decoded terms, whose tasks are those of the collection."""
     rows = [module_errors(terms, t, x, metrics) for t, x in enumerate(collection)]
     return np.array([[x.get(n, np.nan) for x in rows] for n in modules], np.float64)
+
+
+def segment_terms(segment: Segment, before: Sequence[Segment] = ()) -> dict[str, tuple[Factors, ...]]:
+    """What a segment decodes to for all its tasks, module -> terms.
+
+    Args:
+      segment: of a store or of none.
+      before: the segments that come before it in the store, where it refers to them.
+    """
+    nothing = Source("float32", Static(), Static(), "", "")
+    alone = Store((*before, segment), segment.tasks, (nothing,) * len(segment.tasks), Static())
+    return decode_terms(alone)
+
+
+def with_errors(
+    segment: Segment,
+    collection: Sequence[Adapter],
+    output_errors: np.ndarray | None = None,
+    before: Sequence[Segment] = (),
+) -> Segment:
+    """The segment with the true errors of what it decodes to, see `segment_terms`; of outputs as given."""
+    return segment.with_errors(
+        error_table(segment_terms(segment, before), collection, list(segment.modules)), output_errors
+    )
 
 
 def module_errors(

@@ -64,7 +64,7 @@ def check_options(options: Options) -> Options:
             else "an error of 0 is had with --budget 1 (lossless)"
         )
         raise HydraOptError(f"{named[0]} = {value}: must be positive; {way}")
-    tensors.check_dtype(options.extras_dtype)
+    tensors.check_dtype(options.extras_dtype, "extras_dtype")
     for task, weight in options.weights.items():
         if not np.isfinite(weight) or weight <= 0:
             raise HydraOptError(f"weight of {task!r} = {weight}: must be positive")

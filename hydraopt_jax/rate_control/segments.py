@@ -1,6 +1,5 @@
 """From an encoded part to its segment, its note and the store that it belongs to."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from hydraopt_jax.forms import estimates
 from hydraopt_jax.rate_control import search
 from hydraopt_jax.rate_control.carried import kept_segment
 from hydraopt_jax.rate_control.coding import Trial
-from hydraopt_jax.rate_control.errors_of import error_table
+from hydraopt_jax.rate_control.errors_of import with_errors
 from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.mode_decision import Choice
 from hydraopt_jax.rate_control.options import Options, account
@@ -24,7 +23,6 @@ from hydraopt_jax.rate_control.search import Pass, Target
 from hydraopt_jax.rate_control.work import Place, Processes, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import files
-from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.store import Segment, Store, make_segment
 from hydraopt_jax.store.tensors import Tensors
 
@@ -84,12 +82,8 @@ def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Seque
     leaves = encode.serialize(trial.coded, trial.gains)
     names = [run.found.tasks[t] for t in run.parts[n].tasks]
     carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
-    make = functools.partial(make_segment, names, trial.coded.shapes, leaves, tensors=carried)
-    if not problem.metrics:
-        return make(trial.errors)
-    sources = tuple(run.found.sources[t] for t in run.parts[n].tasks)
-    alone = Store((make(trial.errors),), tuple(names), sources, Static())
-    return make(error_table(decode_terms(alone), given, problem.order), output_errors=trial.errors)
+    made = make_segment(names, trial.coded.shapes, leaves, trial.errors, tensors=carried)
+    return with_errors(made, given, trial.errors) if problem.metrics else made
 
 
 def sized_segment(run: Run, n: int, problem: Problem, trial: Trial, bias: float) -> Segment:

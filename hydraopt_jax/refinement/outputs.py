@@ -29,13 +29,13 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import losses
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control.errors_of import error_table
+from hydraopt_jax.rate_control.errors_of import error_table, segment_terms
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
 from hydraopt_jax.refinement import rounding
 from hydraopt_jax.refinement.rounding import Modules, arrays, with_arrays
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import Segment, Store, decode_terms, plain
-from hydraopt_jax.store.store import make_segment
+from hydraopt_jax.store import Segment, Store, plain
+from hydraopt_jax.store.store import make_segment, tensors_at
 
 Lora = dict[str, tuple[Array, Array]]
 Forward = Callable[[Lora, Any], Array]
@@ -303,13 +303,12 @@ def segment_of(
     """A segment, its terms, and what its tasks' adapters have of its modules."""
     x = store.segments[n]
     position = {a.task: a for a in ordered}
-    alone = Store((x,), x.tasks, tuple(store.sources[store.tasks.index(t)] for t in x.tasks), Static())
     few = []
     for task in x.tasks:
         whole = position[task]
         here = [m for m in x.modules if m in whole.a]
         few.append(whole.replace(a={m: whole.a[m] for m in here}, b={m: whole.b[m] for m in here}, extras={}))
-    return x, decode_terms(alone), few
+    return x, segment_terms(x), few
 
 
 def refine_segment(
@@ -383,11 +382,9 @@ def with_factors(
     names = list(schema)
     # of outputs only where they can be measured: what was claimed before holds no more
     outputs = error_table(modules, ordered, names, metrics) if metrics else None
-    made = make_segment(
-        segment.tasks, schema, body, error_table(modules, ordered, names), output_errors=outputs
-    )
-    tensors = {k: v for k, v in segment.leaves.items() if k.startswith("tensors_")}
-    return made.replace(leaves={**made.leaves, **tensors}, tensors=segment.tensors)
+    errors = error_table(modules, ordered, names)
+    carried = [tensors_at(segment, k) for k in range(len(segment.tasks))]
+    return make_segment(segment.tasks, schema, body, errors, output_errors=outputs, tensors=carried)
 
 
 def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:

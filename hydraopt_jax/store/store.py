@@ -91,6 +91,20 @@ class Segment:
         roots = np.frombuffer(bytes(bytes_of(self.leaves[name])), np.float16)
         return roots.reshape(len(self.modules), len(self.tasks)).astype(np.float32) ** 2
 
+    def with_errors(self, errors: np.ndarray | None, output_errors: np.ndarray | None = None) -> "Segment":
+        """The same with other tables of errors `[M, T]`, of weights and of outputs; None where not known."""
+        leaves = {k: v for k, v in self.leaves.items() if k not in ERRORS}
+        for name, table in zip(ERRORS, (errors, output_errors), strict=True):
+            if table is not None and np.size(table):
+                leaves[name] = error_leaf(table)
+        return self.replace(leaves=leaves)
+
+    def with_tensors(self, carried: Sequence[Tensors]) -> "Segment":
+        """The same with other full tensors: those of the task at each place."""
+        leaves = {k: v for k, v in self.leaves.items() if not k.startswith("tensors_")}
+        leaves |= {f"tensors_{k}": as_bytes(x.blob) for k, x in enumerate(carried) if x.nbytes}
+        return self.replace(leaves=leaves, tensors=tuple(x.table for x in carried))
+
     def replace(self, **changes: Any) -> "Segment":
         """The same with some attributes changed."""
         return dataclasses.replace(self, **changes)
@@ -105,7 +119,7 @@ def make_segment(
     tasks: Sequence[str],
     modules: schema.Schema,
     factors: Mapping[str, Any],
-    errors: np.ndarray,
+    errors: np.ndarray | None = None,
     *,
     output_errors: np.ndarray | None = None,
     tensors: Sequence[Tensors] = (),
@@ -118,18 +132,14 @@ def make_segment(
       tasks: names.
       modules: its schema.
       factors: leaves of the factors, as bytes or arrays of bytes.
-      errors, output_errors: `[M, T]`.
+      errors, output_errors: `[M, T]`; None where not known.
       tensors: full tensors of each task; none where empty.
       references, tables: as `Segment`.
     """
     leaves = {k: as_bytes(v) for k, v in factors.items() if size_of(v)}
-    for name, table in zip(ERRORS, (errors, output_errors), strict=True):
-        if table is not None and np.size(table):
-            leaves[name] = error_leaf(table)
+    bare = Segment(leaves, tuple(tasks), frozenset(), Static(modules), (), tuple(references), tables)
     carried = list(tensors) or [Tensors((), b"")] * len(tasks)
-    leaves |= {f"tensors_{k}": as_bytes(x.blob) for k, x in enumerate(carried) if x.nbytes}
-    tables_of = tuple(x.table for x in carried)
-    return Segment(leaves, tuple(tasks), frozenset(), Static(modules), tables_of, tuple(references), tables)
+    return bare.with_errors(errors, output_errors).with_tensors(carried)
 
 
 def as_bytes(x: Any) -> Any:
@@ -333,10 +343,15 @@ def places_of(store: Store, tasks: Sequence[str]) -> dict[int, list[int]]:
 def tensors_of(store: Store, task: str) -> Tensors:
     """A task's full tensors."""
     for n, (place,) in places_of(store, [task]).items():
-        x = store.segments[n]
-        if x.tensors[place]:
-            return Tensors(x.tensors[place], x.leaves.get(f"tensors_{place}", b""))
+        found = tensors_at(store.segments[n], place)
+        if found.table:
+            return found
     return Tensors((), b"")
+
+
+def tensors_at(segment: Segment, place: int) -> Tensors:
+    """The full tensors of the task at a place."""
+    return Tensors(segment.tensors[place], segment.leaves.get(f"tensors_{place}", b""))
 
 
 def select_term(term: Factors, chosen: Sequence[int]) -> Factors:

@@ -139,10 +139,10 @@ def inflate(data: bytes, limit: int) -> bytes:
         return b""
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Refuse what is no dtype of full tensors."""
+def check_dtype(dtype: str | None, option: str = "dtype") -> None:
+    """Refuse what is no dtype of stored numbers, naming the option."""
     if dtype is not None and dtype not in DTYPES:
-        raise HydraOptError(f"extras_dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+        raise HydraOptError(f"{option} = {dtype!r}: must be one of {', '.join(DTYPES)}")
 
 
 def check_room(budget: Any, collection: Sequence[Tensors], dtype: str | None) -> None:
