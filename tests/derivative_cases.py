@@ -14,7 +14,16 @@ import numpy as np
 import optax
 
 from hydraopt_jax import forms
-from hydraopt_jax.forms import Factors, closed_form, compound, estimates, gradient, losses, similarity
+from hydraopt_jax.forms import (
+    Factors,
+    closed_form,
+    compound,
+    descent,
+    estimates,
+    gradient,
+    losses,
+    similarity,
+)
 from hydraopt_jax.linalg import clustering, decompose, factorizations
 from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.merging import activations, compressors, sparse, spectral, sums, truncation
@@ -28,6 +37,7 @@ MODULES = {
     "factorizations": factorizations,
     "forms": closed_form,
     "losses": losses,
+    "descent": descent,
     "gradient": gradient,
     "similarity": similarity,
     "serving.apply": __import__("sys").modules["hydraopt_jax.serving.apply"],
@@ -167,7 +177,7 @@ def residual(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
     return dense(shared) + dense(own), info.error
 
 
-def descent(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
+def descended(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
     # Adam's first steps are signs of gradients: no smooth function
     optimizer = optax.sgd(0.02, momentum=0.5)
     deltas = decompose.svd(a, b)
@@ -176,7 +186,14 @@ def descent(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
 
 def least(center: jax.Array, weight: jax.Array) -> Any:
     optimizer = optax.sgd(0.1, momentum=0.5)
-    return gradient.minimize(lambda x: jnp.sum(weight * (x - center) ** 2), center * 0, optimizer, steps=9)[0]
+    return descent.minimize(lambda x: jnp.sum(weight * (x - center) ** 2), center * 0, optimizer, steps=9)[0]
+
+
+def stepped(params: jax.Array, batch: jax.Array) -> Any:
+    optimizer = optax.sgd(0.1, momentum=0.5)
+    loss = lambda x, y, aux: (jnp.sum((x - y) ** 2 * aux), aux + jnp.sum(y))  # noqa: E731
+    state = descent.State(params, optimizer.init(params), jnp.float32(0.7))
+    return descent.step(loss, optimizer, state, batch)
 
 
 def level_curve(values: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -361,9 +378,10 @@ CASES = {
     "losses.weighted_error": Case(
         losses.weighted_error, (A, B, normal(7, T, I, R), normal(8, T, R, O), WEIGHTS)
     ),
-    "gradient.hydra": Case(descent, FACTORS, tolerance=3e-2),
+    "gradient.hydra": Case(descended, FACTORS, tolerance=3e-2),
     "gradient.mean_start": Case(lambda a, b: gradient.mean_start(a, b, LABELS, 2, 1), (A, B)),
-    "gradient.minimize": Case(least, (normal(18, 4), np.linspace(0.5, 2, 4, dtype=np.float32))),
+    "descent.step": Case(stepped, (normal(19, 4), normal(20, 4))),
+    "descent.minimize": Case(least, (normal(18, 4), np.linspace(0.5, 2, 4, dtype=np.float32))),
     "serving.apply.apply": Case(served, (X, A, B, normal(7, T, R, R))),
     "serving.apply.branches": Case(modules_of, (X, A, B)),
     "serving.apply.dequantize": Case(modules_of, (X, A, B)),

@@ -14,7 +14,7 @@ import pytest
 from derivative_cases import CASES, EXEMPT, GROUPED, MODULES, A, B, Case, I, R, T
 
 from hydraopt_jax import forms
-from hydraopt_jax.forms import gradient
+from hydraopt_jax.forms import descent
 from hydraopt_jax.linalg import decompose, factorizations
 from hydraopt_jax.serving import grouped
 
@@ -123,7 +123,7 @@ def plain(monkeypatch):
     jax.clear_caches()
 
 
-UNFACTORED = ("estimates.", "losses.", "gradient.m", "serving.")
+UNFACTORED = ("estimates.", "losses.", "gradient.m", "descent.", "serving.")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_task_weights_are_learned_through_the_closed_form():
         return info.error / info.energy
 
     loss = lambda logits: jax.nn.logsumexp(50 * errors(logits)) / 50  # noqa: E731
-    fit = jax.jit(lambda start: gradient.minimize(loss, start, optax.adam(0.1), steps=60))
+    fit = jax.jit(lambda start: descent.minimize(loss, start, optax.adam(0.1), steps=60))
     logits, _ = fit(jnp.zeros(T))
     before, after = errors(jnp.zeros(T)), errors(logits)
     assert after.max() < 0.9 * before.max()
@@ -291,6 +291,6 @@ def test_a_rotation_is_learned_through_the_closed_form():
         info = forms.hydra(deltas, heads=2, rank=R)[1]
         return jnp.sum(info.weights * info.error)
 
-    learn = jax.jit(lambda x: gradient.minimize(loss, x, optax.adam(0.02), steps=150))
+    learn = jax.jit(lambda x: descent.minimize(loss, x, optax.adam(0.02), steps=150))
     trace = learn(jnp.zeros((I, I)))[1]
     assert trace.loss < 0.02 * trace.trace[0]

@@ -10,7 +10,7 @@ import pytest
 
 from hydraopt_jax import compression, forms
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import gradient
+from hydraopt_jax.forms import descent, gradient
 from hydraopt_jax.linalg import decompose
 
 
@@ -66,7 +66,7 @@ def test_any_loss():
 
 
 def test_it_stops_early_and_says_so():
-    _, info = gradient.minimize(
+    _, info = descent.minimize(
         lambda x: (x - 1.0) ** 2, jnp.array(1.0), optax.sgd(0.1), steps=500, patience=20
     )
     assert bool(info.converged)
@@ -74,9 +74,57 @@ def test_it_stops_early_and_says_so():
 
 
 def test_the_best_iterate_is_kept():
-    best, info = gradient.minimize(lambda x: x**2, jnp.array(1.0), optax.sgd(1.5), steps=5)
+    best, info = descent.minimize(lambda x: x**2, jnp.array(1.0), optax.sgd(1.5), steps=5)
     assert float(best) == 1.0
     assert float(info.loss) == 1.0
+
+
+def test_batches_a_key_and_auxiliary_state_reach_the_loss():
+    """Stochastic descent to the mean of the batches; the auxiliary state counts, the key differs by step."""
+    batches = {"x": jnp.arange(8.0)}
+
+    def loss(params, batch, key, aux):
+        noise = jax.random.normal(key)
+        return (params - batch["x"] + 0.0 * noise) ** 2, (aux[0] + 1, aux[1].at[aux[0]].set(noise))
+
+    fit = jax.jit(
+        lambda key: descent.minimize(
+            loss,
+            jnp.array(0.0),
+            optax.sgd(0.02),
+            steps=400,
+            batches=batches,
+            key=key,
+            aux=(jnp.array(0), jnp.zeros(400)),
+            patience=5,
+        )
+    )
+    found, info = fit(jax.random.key(3))
+    assert abs(float(found) - 3.5) < 0.4
+    assert int(info.steps) == int(info.aux[0]) == 400
+    assert not bool(info.converged)
+    assert len(np.unique(info.aux[1])) == 400
+    again, other = fit(jax.random.key(3))[1].aux[1], fit(jax.random.key(4))[1].aux[1]
+    np.testing.assert_array_equal(info.aux[1], again)
+    assert not np.array_equal(info.aux[1], other)
+
+
+def test_a_gradient_through_batches_and_a_key():
+    """How the end depends on the start, by reverse mode and by differences."""
+
+    def end(start):
+        return descent.minimize(
+            lambda x, y, key: jnp.sum((x - y - 0.1 * jax.random.normal(key, x.shape)) ** 2),
+            start,
+            optax.sgd(0.1),
+            steps=6,
+            batches=jnp.arange(6.0).reshape(3, 2),
+            key=jax.random.key(0),
+        )[0].sum()
+
+    start = jnp.array([0.3, -0.2])
+    slope = (end(start + 1e-2) - end(start - 1e-2)) / 2e-2
+    np.testing.assert_allclose(jax.grad(end)(start).sum(), slope, rtol=1e-3)
 
 
 def test_vmapped_over_modules_equals_one_by_one():

@@ -1,156 +1,25 @@
-"""The joint Optax loop: shared and task-specific factors together, any loss, any optimizer.
+"""HydraOpt's form by gradient descent: shared and task-specific factors together, any loss, any optimizer.
 
-`minimize` is the loop; `hydra` is HydraOpt's form fitted by it, the same contract as `forms.hydra`. A run
-from the mean of the adapters' factors stands for the published method; a run from the closed form can
-only improve on it, because the best iterate is kept.
+`hydra` has the contract of `forms.hydra`. A run from the mean of the adapters' factors stands for the
+published method; a run from the closed form can only improve on it, because the best iterate is kept.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from hydraopt_jax import forms
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import losses
+from hydraopt_jax.forms.descent import minimize
 from hydraopt_jax.linalg import clustering, decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
 
 Params = Any
-
-
-class State(NamedTuple):
-    """What the loop carries: current and best parameters, the optimizer's state, and the stop rule's."""
-
-    params: Params
-    opt_state: optax.OptState
-    best: Params
-    best_loss: Array
-    reference: Array
-    stale: Array
-    step: Array
-    trace: Array
-
-
-class Trace(NamedTuple):
-    """Diagnostics of a run: `loss` of the returned parameters, `trace: [steps]` (NaN after the stop),
-    `steps` taken, and whether it stopped because the loss no longer fell."""
-
-    loss: Array
-    trace: Array
-    steps: Array
-    converged: Array
-
-
-def minimize(
-    loss: Callable[[Params], Array],
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    *,
-    steps: int,
-    tolerance: float = 1e-5,
-    patience: int = 100,
-) -> tuple[Params, Trace]:
-    """Minimize `loss(params)` with Optax in one `while_loop`; return the best parameters met.
-
-    It stops after `steps`, or when the best loss has fallen by less than `tolerance` of itself in
-    `patience` steps. The first iterate counts: the result is never worse than `params`. Derivatives are those
-    of the iterates, for the start and for what `loss` and `optimizer` close over; in reverse mode the states
-    of all steps are kept.
-
-    Args:
-      loss: pytree -> scalar; traced once.
-      params: pytree of arrays, the start.
-      optimizer: any `optax.GradientTransformation`.
-      steps: upper limit.
-      tolerance: relative fall of the loss below which progress has ended.
-      patience: steps between two looks at progress.
-
-    Returns:
-      `(params, trace)`.
-
-    >>> import jax.numpy as jnp, optax
-    >>> x, info = minimize(lambda x: (x - 3.0) ** 2, jnp.array(0.0), optax.sgd(0.4), steps=50)
-    >>> print(f"{x:.3f}")
-    3.000
-    """
-
-    def body(state: State) -> State:
-        value, grads = jax.value_and_grad(loss)(state.params)
-        better = value < state.best_loss
-        best = jax.tree.map(lambda x, y: jnp.where(better, x, y), state.params, state.best)
-        best_loss = jnp.where(better, value, state.best_loss)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        fresh = best_loss < state.reference * (1 - tolerance)
-        return State(
-            optax.apply_updates(state.params, updates),
-            opt_state,
-            best,
-            best_loss,
-            jnp.where(fresh, best_loss, state.reference),
-            jnp.where(fresh, 0, state.stale + 1),
-            state.step + 1,
-            state.trace.at[state.step].set(value),
-        )
-
-    start = State(
-        params,
-        optimizer.init(params),
-        params,
-        jnp.array(jnp.inf),
-        jnp.array(jnp.inf),
-        jnp.array(0),
-        jnp.array(0),
-        jnp.full(steps, jnp.nan),
-    )
-    # what the loss closes over becomes an argument: custom derivatives see their arguments alone
-    closed, shape = jax.make_jaxpr(body, return_shape=True)(start)
-    end = _descend(
-        partial(_evaluate, closed.jaxpr, jax.tree.structure(shape)), steps, patience, start, closed.consts
-    )
-    last = loss(end.params)
-    better = last < end.best_loss
-    best = jax.tree.map(lambda x, y: jnp.where(better, x, y), end.params, end.best)
-    return best, Trace(jnp.minimum(last, end.best_loss), end.trace, end.step, end.stale >= patience)
-
-
-def _evaluate(jaxpr: Jaxpr, structure: Any, state: State, *captured: Array) -> State:
-    """The state after `jaxpr`, whose constants are `captured`."""
-    leaves = jaxpr_as_fun(ClosedJaxpr(jaxpr, captured))(*jax.tree.leaves(state))
-    return jax.tree.unflatten(structure, leaves)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _descend(
-    body: Callable[..., State], steps: int, patience: int, start: State, captured: Sequence[Array]
-) -> State:
-    """`state = body(state, *captured)` until `steps` or `patience` run out."""
-    return jax.lax.while_loop(lambda s: _running(s, steps, patience), lambda s: body(s, *captured), start)
-
-
-@_descend.defjvp
-def _descend_jvp(
-    body: Callable[..., State], steps: int, patience: int, primals: Any, tangents: Any
-) -> tuple[State, State]:
-    """A while loop has no transpose: tangents come from a scan that stands still after the stop."""
-
-    def scanned(start: State, captured: Sequence[Array]) -> State:
-        def step(state: State, _: None) -> tuple[State, None]:
-            go = _running(state, steps, patience)
-            return jax.tree.map(lambda x, y: jnp.where(go, x, y), body(state, *captured), state), None
-
-        return jax.lax.scan(step, start, length=steps)[0]
-
-    return _descend(body, steps, patience, *primals), jax.jvp(scanned, primals, tangents)[1]
-
-
-def _running(state: State, steps: int, patience: int) -> Array:
-    return (state.step < steps) & (state.stale < patience)
 
 
 def default_optimizer(steps: int, rate: float = 2e-2) -> optax.GradientTransformation:

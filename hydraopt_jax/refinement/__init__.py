@@ -1,5 +1,6 @@
 """Refinement: stored factors moved until the model's outputs match, with the quantizer in the loop."""
 
-from hydraopt_jax.refinement.outputs import default_optimizer, divergence, originals, refine, stacked
+from hydraopt_jax.refinement.objectives import divergence, originals, stacked
+from hydraopt_jax.refinement.training import default_optimizer, refine
 
 __all__ = ["default_optimizer", "divergence", "originals", "refine", "stacked"]

@@ -5,12 +5,11 @@ step rounds all of them as the store would (a cast, or the trellis quantizer wit
 takes the gradient of the loss at the rounded factors, and moves the unrounded ones by it (straight-through).
 Bytes do not grow: the quantizer's price of a bit follows them.
 
-Two losses. Without a forward function the mean relative squared error of delta. With one, the mean over tasks
-and tokens of `KL(p_adapter || p_store)`, the divergence of the stored adapters' next-token distributions from
-the original ones', on unlabeled batches (distillation).
+Two objectives. Without a forward function the mean relative squared error of delta. With one, the mean over
+tasks and tokens of `KL(p_adapter || p_store)`, the divergence of the stored adapters' next-token
+distributions from the original ones', on unlabeled batches (distillation).
 
-Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432;
-Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
+Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,21 +23,17 @@ import optax
 from jax import Array
 from orbax.checkpoint import v1 as ocp
 
-from hydraopt_jax import adapters, forms
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import losses
-from hydraopt_jax.linalg import decompose
+from hydraopt_jax.forms import descent
 from hydraopt_jax.rate_control.errors_of import error_table, segment_terms
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
 from hydraopt_jax.refinement import rounding
+from hydraopt_jax.refinement.objectives import Forward, divergence, originals, quadratic, stacked
 from hydraopt_jax.refinement.rounding import Modules, arrays, with_arrays
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Segment, Store, plain
 from hydraopt_jax.store.store import make_segment, tensors_at
-
-Lora = dict[str, tuple[Array, Array]]
-Forward = Callable[[Lora, Any], Array]
 
 LEARNING_RATE = 0.03
 # share of the steps after which the quantizer's tables stay as they are
@@ -67,81 +62,16 @@ class State(NamedTuple):
     tables: Any
 
 
-def stacked(modules: Modules) -> Lora:
-    """Every task's factors, module -> `(a: [T, I, S], b: [T, S, O])`, terms side by side, cores folded in."""
-    out = {}
-    for name, terms in modules.items():
-        pairs = [forms.pair(x) for x in terms]
-        out[name] = jnp.concatenate([a for a, _ in pairs], -1), jnp.concatenate([b for _, b in pairs], -2)
-    return out
+@jax.custom_jvp
+def straight_through(x: Array, rounded: Array, slope: Array) -> Array:
+    """`rounded`, whose derivative is taken to be `slope` along `x` (Bengio et al. 2013)."""
+    return rounded
 
 
-def originals(collection: Sequence[Adapter]) -> Lora:
-    """The adapters themselves, padded to one rank a bucket: module -> `(a: [T, I, R], b: [T, R, O])`."""
-    out = {}
-    for bucket in adapters.stack(collection).buckets:
-        for m, name in enumerate(bucket.modules):
-            out[name] = jnp.asarray(bucket.a[m]), jnp.asarray(bucket.b[m])
-    return out
-
-
-def quadratic(metrics: Mapping[str, Metrics] | None = None) -> Callable[[Lora, Lora, Any], Array]:
-    """The loss `mean_{m, t} ||D||^2 / ||delta||^2`, `D = delta - fit`, in the
-    metrics' coordinates where there are any.
-
-    With metrics of both sides, `tr(C D G D.T)` is in the units of the model's outputs and counts as it is,
-    over the sum of `tr(C delta G delta.T)`, so that a module weighs what it matters.
-    """
-    metrics = metrics or {}
-    roots = {n: [None if y is None else y.root for y in x] for n, x in metrics.items()}
-    scales = {n: x[0].scale * x[1].scale for n, x in metrics.items() if x[0] and x[1]}
-
-    def weigh(name: str, a: Array, b: Array) -> tuple[Array, Array]:
-        left, right = roots.get(name, (None, None))
-        a = a if left is None else decompose.matmul(jnp.asarray(left, jnp.float32), a)
-        return a, b if right is None else decompose.matmul(b, jnp.asarray(right, jnp.float32))
-
-    def loss(stored: Lora, original: Lora, batch: Any = None) -> Array:
-        lost, whole = [], []
-        for name, pair in original.items():
-            a, b = weigh(name, *pair)
-            energy = jnp.maximum(decompose.inner(a, b, a, b), 0.0)
-            error = losses.squared_errors(a, b, *weigh(name, *stored[name]))
-            unit = scales[name] if scales else decompose.task_weights(energy)
-            lost.append(error * unit)
-            whole.append(energy * unit)
-        return jnp.sum(jnp.stack(lost)) / jnp.sum(jnp.stack(whole))
-
-    return loss
-
-
-def divergence(
-    forward: Forward, mask: Callable[[Any], Array] | None = None, *, at_once: int | None = None
-) -> Callable[[Lora, Lora, Any], Array]:
-    """The loss `mean KL(p_adapter || p_store)` of the next-token distributions.
-
-    Args:
-      forward: `(lora, batch) -> logits [..., V]` of one task, `lora` module -> `(a: [I, S], b: [S, O])`.
-      mask: `batch -> [...]` bool, which predictions count; None for all.
-      at_once: tasks computed side by side; None for all.
-
-    Returns:
-      `(stored, original, batch) -> scalar`, all three with a leading task axis.
-    """
-
-    def one(job: tuple[Lora, Lora, Any]) -> Array:
-        stored, original, batch = job
-        wanted = jax.nn.log_softmax(forward(original, batch).astype(jnp.float32))
-        found = jax.nn.log_softmax(forward(stored, batch).astype(jnp.float32))
-        each = jnp.sum(jnp.exp(wanted) * (wanted - found), -1)
-        counted = jnp.ones_like(each) if mask is None else mask(batch).astype(each.dtype)
-        return jnp.sum(each * counted) / jnp.maximum(jnp.sum(counted), 1.0)
-
-    def loss(stored: Lora, original: Lora, batch: Any) -> Array:
-        job = stored, jax.lax.stop_gradient(original), batch
-        return jnp.mean(jax.vmap(one)(job) if at_once is None else jax.lax.map(one, job, batch_size=at_once))
-
-    return loss
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    _, rounded, slope = primals
+    return rounded, slope * tangents[0]
 
 
 def default_optimizer(steps: int, rate: float = LEARNING_RATE) -> optax.GradientTransformation:
@@ -333,17 +263,18 @@ def refine_segment(
     if segment.coded:
         live = jax.tree.map(lambda x: x.any(-2, keepdims=True) if x.ndim == 3 else x, vectors(live))
         live = vectors(live)
+    slope = jax.tree.map(lambda u, x: jnp.asarray(u * x, jnp.float32), unit, live)
     chain = given.optimizer
 
     def value(moved: Any, batch: Any) -> Array:
         return loss(stacked(with_arrays(kept, moved)), original, batch)
 
+    def through(factors: Any, moved: Any, batch: Any) -> Array:
+        return value(jax.tree.map(straight_through, factors, moved, slope), batch)
+
     @jax.jit
-    def step(state: State, moved: Any, batch: Any) -> tuple[State, Array]:
-        lost, gradient = jax.value_and_grad(value)(moved, batch)
-        gradient = jax.tree.map(lambda g, u, x: g * u * x, gradient, unit, live)
-        updates, memory = chain.update(gradient, state.optimizer, state.factors)
-        return State(optax.apply_updates(state.factors, updates), memory, state.tables), lost
+    def step(state: descent.State, moved: Any, batch: Any) -> tuple[descent.State, Array]:
+        return descent.step(through, chain, state, moved, batch)
 
     measure = jax.jit(value)
     before = float(measure(wide(arrays(kept)), given.check))
@@ -355,7 +286,10 @@ def refine_segment(
             whole = with_arrays(kept, scaled(state.factors, unit))
             found, tables = rounded.round(whole, state.tables, i >= SETTLED * given.steps)
             state, moved = state._replace(tables=tables), wide(arrays(found))
-        state, lost = step(state, moved, given.batch_at(i))
+        (factors, memory, _), lost = step(
+            descent.State(state.factors, state.optimizer), moved, given.batch_at(i)
+        )
+        state = State(factors, memory, state.tables)
         trace.append(float(lost))
         given.progress(trace[-1])
         if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):

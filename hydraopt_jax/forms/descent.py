@@ -1,0 +1,208 @@
+"""Gradient descent with Optax: one step, and a loop of it in one compiled computation.
+
+A loss takes the parameters and whatever else it is given, in this order: a batch, a PRNG key, and auxiliary
+state, which it then returns beside its value. `minimize` loops on the device; `refinement` takes the same
+`step` in a loop of the host, which rounds factors between steps.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+
+Params = Any
+
+
+class State(NamedTuple):
+    """What a step changes: parameters, the optimizer's state, and the loss's auxiliary state or None."""
+
+    params: Params
+    opt_state: optax.OptState
+    aux: Any = None
+
+
+class Trace(NamedTuple):
+    """Diagnostics of a run.
+
+    Attributes:
+      loss: of the returned parameters; of the last step where losses are of batches or random.
+      trace: `[steps]` loss of every step, NaN after the stop.
+      steps: steps taken.
+      converged: whether it stopped because the loss no longer fell.
+      aux: the loss's auxiliary state after the last step.
+    """
+
+    loss: Array
+    trace: Array
+    steps: Array
+    converged: Array
+    aux: Any = None
+
+
+class Run(NamedTuple):
+    """What `minimize` carries: the state, the best parameters, and the stop rule's."""
+
+    state: State
+    best: Params
+    best_loss: Array
+    reference: Array
+    stale: Array
+    step: Array
+    trace: Array
+
+
+def step(
+    loss: Callable[..., Any], optimizer: optax.GradientTransformation, state: State, *given: Any
+) -> tuple[State, Array]:
+    """One step of the optimizer.
+
+    Args:
+      loss: `(params, *given) -> scalar`; with auxiliary state `(params, *given, aux) -> (scalar, aux)`.
+      optimizer: any `optax.GradientTransformation`.
+      state: before.
+      given: what the loss takes beside, such as a batch.
+
+    Returns:
+      The state after, and the loss before the step.
+    """
+    if state.aux is None:
+        value, gradient = jax.value_and_grad(loss)(state.params, *given)
+        aux = None
+    else:
+        found, gradient = jax.value_and_grad(loss, has_aux=True)(state.params, *given, state.aux)
+        value, aux = found
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    return State(optax.apply_updates(state.params, updates), opt_state, aux), value
+
+
+def minimize(
+    loss: Callable[..., Any],
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    batches: Any = None,
+    key: Array | None = None,
+    aux: Any = None,
+    tolerance: float = 1e-5,
+    patience: int = 100,
+) -> tuple[Params, Trace]:
+    """Minimize a loss with Optax in one `while_loop`.
+
+    A loss of the parameters alone is the same at every step: the best parameters met are returned, the start
+    among them, and it stops when the best loss has fallen by less than `tolerance` of itself in `patience`
+    steps. With batches or a key it differs from step to step: all steps are taken, and the last parameters
+    are returned.
+
+    Derivatives are those of the iterates, for the start and for what `loss` and `optimizer` close over; in
+    reverse mode the states of all steps are kept.
+
+    Args:
+      loss: `(params, [batch], [key], [aux]) -> scalar`, of the last three those that are given here; with
+        `aux` it returns `(scalar, aux)`. Traced once.
+      params: pytree of arrays, the start.
+      optimizer: any `optax.GradientTransformation`.
+      steps: upper limit.
+      batches: pytree of arrays `[N, ...]`; step i takes batch i modulo N.
+      key: step i takes `jax.random.fold_in(key, i)`.
+      aux: pytree of arrays, the loss's own state, such as running means.
+      tolerance: relative fall of the loss below which progress has ended.
+      patience: steps between two looks at progress.
+
+    Returns:
+      `(params, trace)`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> x, info = minimize(lambda x: (x - 3.0) ** 2, jnp.array(0.0), optax.sgd(0.4), steps=50)
+    >>> print(f"{x:.3f}")
+    3.000
+    >>> loss = lambda x, y: (x - y) ** 2
+    >>> x, info = minimize(loss, jnp.array(0.0), optax.sgd(0.01), steps=800, batches=jnp.array([2.0, 4.0]))
+    >>> print(f"{x:.1f}")
+    3.0
+    """
+    varies = batches is not None or key is not None
+
+    def given(i: Array) -> list[Any]:
+        out = []
+        if batches is not None:
+            count = len(jax.tree.leaves(batches)[0])
+            out.append(jax.tree.map(lambda x: x[i % count], batches))
+        return out if key is None else [*out, jax.random.fold_in(key, i)]
+
+    def body(run: Run) -> Run:
+        params = run.state.params
+        state, value = step(loss, optimizer, run.state, *given(run.step))
+        better = value < run.best_loss
+        best_loss = jnp.where(better, value, run.best_loss)
+        fresh = varies | (best_loss < run.reference * (1 - tolerance))
+        return Run(
+            state,
+            jax.tree.map(lambda x, y: jnp.where(better, x, y), params, run.best),
+            best_loss,
+            jnp.where(fresh, best_loss, run.reference),
+            jnp.where(fresh, 0, run.stale + 1),
+            run.step + 1,
+            run.trace.at[run.step].set(value),
+        )
+
+    start = Run(
+        State(params, optimizer.init(params), aux),
+        params,
+        jnp.array(jnp.inf),
+        jnp.array(jnp.inf),
+        jnp.array(0),
+        jnp.array(0),
+        jnp.full(steps, jnp.nan),
+    )
+    # what the loss closes over becomes an argument: custom derivatives see their arguments alone
+    closed, shape = jax.make_jaxpr(body, return_shape=True)(start)
+    end = _descend(
+        partial(_evaluate, closed.jaxpr, jax.tree.structure(shape)), steps, patience, start, closed.consts
+    )
+    state, converged = end.state, end.stale >= patience
+    if varies:
+        return state.params, Trace(end.trace[end.step - 1], end.trace, end.step, converged, state.aux)
+    last = loss(state.params) if aux is None else loss(state.params, state.aux)[0]
+    better = last < end.best_loss
+    best = jax.tree.map(lambda x, y: jnp.where(better, x, y), state.params, end.best)
+    return best, Trace(jnp.minimum(last, end.best_loss), end.trace, end.step, converged, state.aux)
+
+
+def _evaluate(jaxpr: Jaxpr, structure: Any, run: Run, *captured: Array) -> Run:
+    """The run after `jaxpr`, whose constants are `captured`."""
+    leaves = jaxpr_as_fun(ClosedJaxpr(jaxpr, captured))(*jax.tree.leaves(run))
+    return jax.tree.unflatten(structure, leaves)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _descend(
+    body: Callable[..., Run], steps: int, patience: int, start: Run, captured: Sequence[Array]
+) -> Run:
+    """`run = body(run, *captured)` until `steps` or `patience` run out."""
+    return jax.lax.while_loop(lambda x: _running(x, steps, patience), lambda x: body(x, *captured), start)
+
+
+@_descend.defjvp
+def _descend_jvp(
+    body: Callable[..., Run], steps: int, patience: int, primals: Any, tangents: Any
+) -> tuple[Run, Run]:
+    """A while loop has no transpose: tangents come from a scan that stands still after the stop."""
+
+    def scanned(start: Run, captured: Sequence[Array]) -> Run:
+        def move(run: Run, _: None) -> tuple[Run, None]:
+            go = _running(run, steps, patience)
+            return jax.tree.map(lambda x, y: jnp.where(go, x, y), body(run, *captured), run), None
+
+        return jax.lax.scan(move, start, length=steps)[0]
+
+    return _descend(body, steps, patience, *primals), jax.jvp(scanned, primals, tangents)[1]
+
+
+def _running(run: Run, steps: int, patience: int) -> Array:
+    return (run.step < steps) & (run.stale < patience)
