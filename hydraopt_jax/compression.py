@@ -77,7 +77,7 @@ def compress(
         idle = targets | {"weights": weights, "calibration": calibration, "share=False": None if share else 1}
         for name in (k for k, v in idle.items() if v is not None):
             raise HydraOptError(f"{name}: a form is given, which says all; leave one of them out")
-        return explicit.compress(found, form, place, dtype=dtype, extras_dtype=extras_dtype, **common)
+        return explicit.compress_in_form(found, form, place, dtype=dtype, extras_dtype=extras_dtype, **common)
     if dtype is not None:
         raise HydraOptError("dtype: only plain factors have one: give a form, or leave it out")
     if all(v is None for v in targets.values()):
@@ -89,4 +89,4 @@ def compress(
         share=share,
         extras_dtype=extras_dtype,
     )
-    return engine.compress(found, options, place, **common)
+    return engine.compress_to_target(found, options, place, **common)

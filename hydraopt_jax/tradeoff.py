@@ -168,7 +168,7 @@ def budgets(
     for fraction in fractions:
         options = Options(budget=float(fraction), share=share)
         try:
-            kept = engine.compress(found, options, Memory(), cache=cache)
+            kept = engine.compress_to_target(found, options, Memory(), cache=cache)
         except HydraOptError:
             # a budget below the smallest store is no point of the curve
             continue

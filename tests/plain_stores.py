@@ -9,7 +9,7 @@ from hydraopt_jax.store.store import make_segment
 
 def plain_store(tasks, modules):
     """A store of one segment that claims no error: module -> terms of all the tasks."""
-    schema, leaves = plain.pack(modules)
+    schema, leaves = plain.to_leaves(modules)
     segment = make_segment(tasks, schema, leaves, np.zeros((len(modules), len(tasks))))
     sources = tuple(Source("float32", Static(), Static(), "", "") for _ in tasks)
     return Store((segment,), tuple(tasks), sources, Static())

@@ -112,7 +112,7 @@ def test_a_store_fitted_at_once_is_its_own_refit():
     many = collection()[:3]
     content = compress(many, **FORMS["coded"])
     given = {x.task: x for x in many}
-    found = changes.estimate(content, given, "t2")
+    found = changes.estimate_refit(content, given, "t2")
     # of so few codes one more or less shows
     assert found.mean == pytest.approx(np.nanmean(content.errors), rel=0.15)
     assert found.task == pytest.approx(np.nanmean(content.errors[:, 2]), rel=0.2)
@@ -127,7 +127,7 @@ def test_a_refit_that_is_due_is_told():
     content = compress(many[:1], max_error=0.01)
     for x in many[1:]:
         content = changes.add(content, x)
-    found = changes.estimate(content, {x.task: x for x in many})
+    found = changes.estimate_refit(content, {x.task: x for x in many})
     assert found.due == (np.nanmean(content.errors) > 1.1 * found.mean)
     assert found.mean < 1.02 * np.nanmean(content.errors)
 
@@ -152,7 +152,7 @@ def test_refit_keeps_the_form(form):
     assert again.report["form"] == grown.report["form"]
     assert np.nanmean(again.errors) < 0.15
     assert files.measure_size(again) < 1.05 * files.measure_size(grown)
-    found = changes.estimate(grown, {"t3": many[3]}, "t3")
+    found = changes.estimate_refit(grown, {"t3": many[3]}, "t3")
     assert found.stand_ins == ("t0", "t1", "t2")
 
 

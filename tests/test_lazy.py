@@ -22,7 +22,9 @@ MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
 def in_parts(adapters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "DIRECTIONS", 6)
-        return engine.compress(in_memory(adapters), Options(max_error=0.01), Memory(), segment_bytes=1 << 12)
+        return engine.compress_to_target(
+            in_memory(adapters), Options(max_error=0.01), Memory(), segment_bytes=1 << 12
+        )
 
 
 FORMS = {

@@ -151,7 +151,9 @@ def test_a_chain_of_later_tasks_is_coded_again(many):
 
 def test_segments_are_coded_again_by_themselves(many, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "DIRECTIONS", 9)
-    made = engine.compress(in_memory(many), Options(max_error=0.01), Memory(), segment_bytes=1 << 12)
+    made = engine.compress_to_target(
+        in_memory(many), Options(max_error=0.01), Memory(), segment_bytes=1 << 12
+    )
     store.save(tmp_path / "s", made)
     before = store.open(tmp_path / "s")
     assert len(before.segments) > 2

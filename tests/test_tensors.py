@@ -69,7 +69,9 @@ def in_parts(out, names, options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(carried, "TENSOR_BYTES", 1 << 18)
         patch.setattr(
-            engine.compress, "__kwdefaults__", {**engine.compress.__kwdefaults__, "segment_bytes": 1 << 15}
+            engine.compress_to_target,
+            "__kwdefaults__",
+            {**engine.compress_to_target.__kwdefaults__, "segment_bytes": 1 << 15},
         )
         with job.alone(out):
             return job.run(out, found_in(names), functools.partial(compress, **options), {})

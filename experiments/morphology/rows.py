@@ -73,7 +73,7 @@ def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
     @functools.cache
     def budgeted(budget: float, calibrated: bool) -> Store:
         options = Options(budget=budget, calibration=moments() if calibrated else None)
-        return engine.compress(found, options, Memory(), cache=known[calibrated])
+        return engine.compress_to_target(found, options, Memory(), cache=known[calibrated])
 
     rows: dict[str, Maker] = {}
     for budget in settings.budgets:
@@ -176,7 +176,7 @@ def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store
 def store_of(collection: Sequence[Adapter], modules: Mapping[str, Factors]) -> Store:
     """A float16 store of what a merging method kept."""
     cast = {n: (fitting.cast(fitting.scale(x), "float16", n),) for n, x in modules.items()}
-    schema, leaves = plain.pack(cast)
+    schema, leaves = plain.to_leaves(cast)
     tasks = tuple(x.task for x in collection)
     errors = error_table(cast, collection, list(schema))
     tensors = [coded(x.extras) for x in collection]

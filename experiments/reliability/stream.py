@@ -49,9 +49,9 @@ def main():
         arrived = [many[k] for k in order]
         content, seconds = stream(arrived)
         size = checkpoint.measure_size(content)
-        found = changes.estimate(content, {x.task: x for x in many})
+        found = changes.estimate_refit(content, {x.task: x for x in many})
         whole = navigate.compress(arrived, navigate.Options(budget=size))
-        curve = merging.curves.measure(adapters.stack(arrived), ["k-merge"])[0]
+        curve = merging.curves.curves_of(adapters.stack(arrived), ["k-merge"])[0]
         rival = next((p for p in curve.points if p.bytes >= size), curve.points[-1])
         rows.append(
             {

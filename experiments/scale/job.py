@@ -16,10 +16,10 @@ import generated
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hydraopt_jax.jobs.reading import Collection
 
 from hydraopt_jax import compression
 from hydraopt_jax.jobs import coded, estimate, groups, job, segments
-from hydraopt_jax.jobs.reading import Collection
 from hydraopt_jax.rate_control import navigate
 from hydraopt_jax.store import checkpoint
 
@@ -52,7 +52,7 @@ def main() -> None:
     options: compression.Options | navigate.Options = compression.Options(rank=16)
     if arguments.budget:
         options = navigate.Options(budget=arguments.budget)
-    planned = estimate.estimate(found, options)
+    planned = estimate.form_costs(found, options)
     by_shape: dict[tuple[int, int], int] = {}
     for shape in modules.values():
         by_shape[shape] = by_shape.get(shape, 0) + 2 * arguments.tasks * 16 * sum(shape)

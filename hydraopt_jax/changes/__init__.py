@@ -6,7 +6,7 @@ says what is left, `purging` is rid of that; `refitting` fits all tasks anew.
 
 from hydraopt_jax.changes.addition import add
 from hydraopt_jax.changes.purging import purge
-from hydraopt_jax.changes.refitting import estimate, refit
+from hydraopt_jax.changes.refitting import estimate_refit, refit
 from hydraopt_jax.store.removal import held, remove
 
-__all__ = ["add", "estimate", "held", "purge", "refit", "remove"]
+__all__ = ["add", "estimate_refit", "held", "purge", "refit", "remove"]

@@ -18,7 +18,7 @@ from hydraopt_jax.codec import encode, prediction
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.deferred import bytes_of, joined
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, measure, targets_at_step
+from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, gains_and_errors, targets_at_step
 from hydraopt_jax.rate_control.errors_of import with_errors
 from hydraopt_jax.rate_control.metrics import metrics_of
 from hydraopt_jax.rate_control.problem import Problem, prepare
@@ -93,7 +93,7 @@ def as_it_came(new: Adapter) -> Segment:
     """The task of a lossless store."""
     rows = {n: [lossless.raw_of(new, n)] for n, a in new.a.items() if a.shape[1]}
     modules, errors, _ = lossless.modules_of(rows)
-    shapes, leaves = plain.pack(modules)
+    shapes, leaves = plain.to_leaves(modules)
     return make_segment([new.task], shapes, leaves, errors)
 
 
@@ -157,10 +157,10 @@ def predicted(store: Store, new: Adapter, problem: Problem, step: float) -> Segm
     whole = []
     for x, value in zip(quantized.pieces, quantized.values, strict=True):
         whole.append(value + guesses.get((x.module, x.side), np.float32(0)) if x.term == 0 else value)
-    gains, errors = measure(problem, quantized._replace(values=whole))
+    gains, errors = gains_and_errors(problem, quantized._replace(values=whole))
     leaves: dict[str, Any] = {
         **encode.serialize(quantized, gains, table),
-        "prediction": references.pack(found),
+        "prediction": references.to_leaf(found),
     }
     segment = make_segment([new.task], quantized.shapes, leaves, errors, references=chosen, tables=tables)
     return with_errors(segment, [new], errors, store.segments) if problem.metrics else segment

@@ -59,7 +59,7 @@ def refit(
     need_calibration(store, calibration)
     found = in_memory(collection)
     if store.report["form"] == lossless.FORM:
-        return engine.compress(found, Options(budget=1.0), Memory())
+        return engine.compress_to_target(found, Options(budget=1.0), Memory())
     if any(x.coded for x in store.segments):
         options = options_of(store)._replace(calibration=calibration)
         return engine.compress_at_step(found, options, Memory(), store.report["step"])
@@ -71,7 +71,7 @@ def refit(
     heads = None if every else min(form.heads or tasks, tasks)
     cores = form.cores and heads is not None and heads < tasks
     form = form._replace(heads=heads, cores=cores)
-    return explicit.compress(
+    return explicit.compress_in_form(
         found, form, Memory(), dtype=asked["dtype"], extras_dtype=asked.get("extras_dtype")
     )
 
@@ -82,7 +82,7 @@ def originals(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter]
     return [given[t] if t in given else decode(store, t) for t in store.tasks], absent
 
 
-def estimate(
+def estimate_refit(
     store: Store,
     given: Mapping[str, Adapter],
     task: str | None = None,
@@ -102,7 +102,7 @@ def estimate(
             max_task_error=None,
             calibration=calibration,
         )
-        fitted = engine.compress(in_memory(bare), options, Memory())
+        fitted = engine.compress_to_target(in_memory(bare), options, Memory())
     else:
         fitted = refit(store, collection)
     mean = float(np.nanmean(fitted.errors))

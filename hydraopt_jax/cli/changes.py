@@ -73,7 +73,7 @@ def estimated(
     """What a refit would give."""
     from hydraopt_jax.changes import refitting
 
-    return refitting.estimate(content, originals_of(content, given), task, moments)
+    return refitting.estimate_refit(content, originals_of(content, given), task, moments)
 
 
 def options(command: Any) -> Any:

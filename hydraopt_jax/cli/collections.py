@@ -61,7 +61,7 @@ def frontier(
     names = merging.curves.parse(baselines) if baselines else ()
     collection = read_all(adapters, any_base, base_suffix, as_json)
     with report.progress("compressing", 2 * len(fractions) + len(names), not as_json) as advance:
-        others = merging.curves.measure(stack(collection), names, advance)
+        others = merging.curves.curves_of(stack(collection), names, advance)
         found = tradeoff.frontier(collection, fractions, baselines=others, progress=advance)
     if plot:
         report.plot_frontier(plot, found)

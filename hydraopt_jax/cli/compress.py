@@ -294,9 +294,9 @@ def show_plan(
 ) -> None:
     """Print what a job will take."""
     if "form" in asked:
-        plan = estimate.estimate(found, asked["form"], asked["dtype"])
+        plan = estimate.form_costs(found, asked["form"], asked["dtype"])
     else:
-        plan = estimate.estimate_coded(found, Options(**asked))
+        plan = estimate.target_costs(found, Options(**asked))
     table = Table("estimate", "", title=f"{path}: not written")
     for name, value in (
         ("input", report.format_bytes(found.size)),

@@ -126,7 +126,7 @@ def build(
     rows: list[dict[str, Any]] = []
     cache: dict[int, Any] = {}
     for budget in budgets:
-        kept = engine.compress(in_memory(collection), Options(budget=budget), Memory(), cache=cache)
+        kept = engine.compress_to_target(in_memory(collection), Options(budget=budget), Memory(), cache=cache)
         path = work / f"store-{budget:g}"
         store.save(path, kept)
         after = score(lora_of(store.open(path), tasks))

@@ -42,7 +42,7 @@ def form_of(options: Mapping[str, Any]) -> Hydra:
     return Hydra(options["heads"], options["rank"], options["side"], options["cores"], solver)
 
 
-def compress(
+def compress_in_form(
     found: Collection,
     form: Hydra,
     place: Place,
@@ -115,11 +115,11 @@ def bundled(store: Store, order: list[str]) -> Store:
     terms: dict[str, Any] = {}
     errors: dict[str, np.ndarray] = {}
     for x in few:
-        terms |= plain.unpack(x.modules, x.leaves, range(len(x.tasks)))
+        terms |= plain.from_leaves(x.modules, x.leaves, range(len(x.tasks)))
         table = x.error_table()
         assert table is not None
         errors |= dict(zip(x.modules, table, strict=True))
-    schema, leaves = plain.pack({n: terms[n] for n in order if n in terms})
+    schema, leaves = plain.to_leaves({n: terms[n] for n in order if n in terms})
     # a table of errors is its rounded roots already
     segment = make_segment(store.tasks, schema, leaves, np.stack([errors[n] for n in schema]))
     rest = [x for x in store.segments if not x.modules]
@@ -151,7 +151,7 @@ def work(
                 solved = streaming.solve(file, group, parts, tasks, form, dtype, grid)
             else:
                 solved = solve_whole(group, next(parts), form, dtype)
-            schema, leaves = plain.pack({n: (x[0],) for n, x in solved.items()})
+            schema, leaves = plain.to_leaves({n: (x[0],) for n, x in solved.items()})
             errors = np.stack([solved[n][1] for n in schema])
             place.keep(name, make_segment(found.tasks, schema, leaves, errors))
             place.keep_note(name, {"bound": {n: x[2] for n, x in solved.items()}})

@@ -103,7 +103,7 @@ def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int)
     return FIXED + 2 * block + sums + 3 * each * min(taken, tasks)
 
 
-def estimate(
+def form_costs(
     found: Collection, form: Hydra, dtype: str | None = None, group_bytes: int = GROUP_BYTES
 ) -> Plan:
     """Estimate a job of an explicit form. Forms other than a head per task are counted as if they were; they
@@ -131,7 +131,7 @@ def estimate(
     return Plan(len(groups), memory, flops, read, store, seconds)
 
 
-def estimate_coded(found: Collection, options: Options) -> Plan:
+def target_costs(found: Collection, options: Options) -> Plan:
     """Estimate a job to a budget or an error target; the store that an error asks for is not known before,
     and counted as what comes in."""
     goal = search.target_of(found, options, raw_tensors(found, options.extras_dtype))

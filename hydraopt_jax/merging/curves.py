@@ -106,10 +106,10 @@ def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure(
+def curves_of(
     stacked: Adapters, names: Sequence[str], progress: Callable[[int], None] = lambda done: None
 ) -> list[Curve]:
-    """A curve a method, errors against each task's own delta; progress is called with 1 after each."""
+    """One curve per method: errors against each task's own delta; progress is called with 1 after each."""
     out = []
     for name in names:
         if registry.find(name).single:

@@ -138,7 +138,7 @@ def encode_at_step(problem: Problem, step: float, frequencies: np.ndarray | None
         frequencies = fit_tables(problem, step)
     goals, choices = targets_at_step(problem, step)
     coded = encode.quantize(goals, frequencies)
-    gains, errors = measure(problem, coded)
+    gains, errors = gains_and_errors(problem, coded)
     return Trial(step, coded, gains, errors, encode.sizes(coded, gains), choices)
 
 
@@ -169,7 +169,7 @@ def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Pro
     return problem._replace(no_joint=problem.no_joint | off)
 
 
-def measure(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
+def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
     """Gains as they will be read, and the errors that they leave, `[M, T]`."""
     tasks = problem.weights.shape[1]
     decoded = all_terms(coded.shapes, coded.pieces, coded.values)

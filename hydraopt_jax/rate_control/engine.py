@@ -61,7 +61,7 @@ SAMPLE_CODES = 1 << 19
 ROUNDS, LOWEST, HIGHEST, DAMPING = 3, 0.1, 10.0, 0.9
 
 
-def compress(
+def compress_to_target(
     found: Collection,
     options: Options,
     place: Place,
@@ -148,7 +148,7 @@ def as_they_are(
     tasks = range(len(found.cards))
     rows = {m: [found.raw(t, m) if found.rank(m, t) else None for t in tasks] for m in found.shapes}
     modules, errors, facts = lossless.modules_of(rows)
-    schema, leaves = plain.pack(modules)
+    schema, leaves = plain.to_leaves(modules)
     segment = make_segment(found.tasks, schema, leaves, errors, tensors=carried)
     report = account(options, found.entries()) | facts | dict(said)
     return Store((segment, *heads), found.tasks, found.sources, Static(report))

@@ -312,7 +312,7 @@ def with_factors(
     schema: Any = segment.modules
     body: Any = leaves
     if leaves is None:
-        schema, body = plain.pack(modules)
+        schema, body = plain.to_leaves(modules)
     names = list(schema)
     # of outputs only where they can be measured: what was claimed before holds no more
     outputs = error_table(modules, ordered, names, metrics) if metrics else None

@@ -163,7 +163,7 @@ def write_folder(
             written.append(row)
         said = manifest.as_json(store, written, path.name)
         if limit is not None:
-            size = len(manifest.pack(manifest.to_text(said))) + sum(
+            size = len(manifest.gzipped(manifest.to_text(said))) + sum(
                 size_on_disk(path / folder.SEGMENTS / x["id"]) for x in written
             )
             if size > limit:
@@ -295,4 +295,4 @@ def measure_size(store: Store, path: Path_ | None = None) -> int:
         folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name + max(len(x.id) - 16, 0))
         for x in entries
     )
-    return len(manifest.pack(manifest.to_text(said))) + sum(sizes)
+    return len(manifest.gzipped(manifest.to_text(said))) + sum(sizes)

@@ -78,7 +78,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"{path}: an unfinished job: run its command again to go on, or delete the folder"
             )
         raise HydraOptError(f"{path}: not a store (it has no {MANIFEST})")
-    return manifest.parse(path, manifest.unpack(path, read_file(path, MANIFEST)))
+    return manifest.parse(path, manifest.gunzipped(path, read_file(path, MANIFEST)))
 
 
 def open_array(path: Path, folder: Path, size: int) -> Any:
@@ -326,7 +326,7 @@ def quiet() -> Iterator[None]:
 def write_manifest(path: Path, said: Mapping[str, Any]) -> None:
     """Replace the manifest by one rename: from here on the store is the new one."""
     new = path / f".{MANIFEST}.new"
-    new.write_bytes(manifest.pack(manifest.to_text(said, path.name)))
+    new.write_bytes(manifest.gzipped(manifest.to_text(said, path.name)))
     sync(new)
     os.replace(new, path / MANIFEST)
     sync(path)

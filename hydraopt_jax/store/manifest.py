@@ -60,13 +60,13 @@ def to_text(said: Mapping[str, Any], name: str = "") -> bytes:
         raise HydraOptError(f"{name}: what the store says of itself is no JSON: {error}") from None
 
 
-def pack(text: bytes) -> bytes:
+def gzipped(text: bytes) -> bytes:
     """The text as a gzip file, the same whenever it is written."""
     return gzip.compress(text, 9, mtime=0)
 
 
-def unpack(path: Any, data: bytes) -> bytes:
-    """The inverse of `pack`.
+def gunzipped(path: Any, data: bytes) -> bytes:
+    """The inverse of `gzipped`.
 
     Raises:
       HydraOptError: no gzip file, or one that does not match its checksum.

@@ -24,7 +24,7 @@ def shape_of(term: Factors) -> PlainShape:
     return PlainShape(a_of, b_of, a.shape[0], a.shape[1], b.shape[1], low, high, core)
 
 
-def pack(
+def to_leaves(
     modules: Mapping[str, Sequence[Factors]],
 ) -> tuple[dict[str, tuple[PlainShape, ...]], dict[str, Any]]:
     """Terms as a schema and leaves; of deferred arrays none is read."""
@@ -40,7 +40,7 @@ def pack(
 Borrow = Callable[[int, str, int, str], np.ndarray]
 
 
-def unpack(
+def from_leaves(
     modules: Schema, leaves: Mapping[str, Any], places: Sequence[int], borrow: Borrow | None = None
 ) -> dict[str, tuple[Factors, ...]]:
     """Terms for the tasks at some places; only the parts of leaves that they read are read.

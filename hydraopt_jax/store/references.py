@@ -25,13 +25,13 @@ Vectors = Mapping[tuple[str, int], np.ndarray]
 Terms = Mapping[str, Sequence[Factors]]
 
 
-def pack(found: Sequence[Prediction]) -> bytes:
+def to_leaf(found: Sequence[Prediction]) -> bytes:
     """Predictions as bytes: flags, then coefficients."""
     return b"".join(np.packbits(x.used).tobytes() for x in found) + prediction.pack(found)
 
 
-def unpack(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-    """The inverse of `pack`, for predictions of widths and ranks `(D, S)`."""
+def from_leaf(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+    """The inverse of `to_leaf`, for predictions of widths and ranks `(D, S)`."""
     reader = Reader(data)
     used = [np.unpackbits(reader.array("u1", -(-rank // 8)))[:rank].astype(bool) for _, rank in sizes]
     counts = [width * int(mask.sum()) for (width, _), mask in zip(sizes, used, strict=True)]
@@ -105,7 +105,7 @@ def add_predictions(
     sizes = [(base.shape[1], terms[n][0].a.shape[2]) for (n, _), base in bases.items()]
     guesses = {
         key: prediction.weigh(base, found.coefficients)
-        for (key, base), found in zip(bases.items(), unpack(packed, sizes), strict=True)
+        for (key, base), found in zip(bases.items(), from_leaf(packed, sizes), strict=True)
     }
     out = {}
     for name, (*first,) in terms.items():

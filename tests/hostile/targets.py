@@ -166,7 +166,7 @@ def large_store() -> tuple[Path, dict]:
 def describe(path: Path, said) -> store.Store:
     """Read a folder with another manifest."""
     text = json.dumps(said).encode()
-    (path / folder.MANIFEST).write_bytes(manifest.pack(text))
+    (path / folder.MANIFEST).write_bytes(manifest.gzipped(text))
     return decoded(path)
 
 
@@ -250,7 +250,9 @@ def seeds() -> dict[str, bytes]:
         "safetensors": weights(),
         "index": json.dumps(small_store()[0]).encode(),
         "leaves": b"\0" + b"".join(coded_store()[1]),
-        "description": manifest.pack(json.dumps({**small_store()[0]["manifest"], "segments": []}).encode()),
+        "description": manifest.gzipped(
+            json.dumps({**small_store()[0]["manifest"], "segments": []}).encode()
+        ),
         "portable": file_of(small_store()),
         "options": b"12.5%",
     }

@@ -43,7 +43,7 @@ def test_kept_points_hold_what_they_say(many, stacked):
     three, four = (curves.kept(stacked, "k-merge", k, **slots[k]) for k in ("K = 3", "K = 4"))
     assert four.mean < 1e-8 < three.mean
     assert three.bytes == 3 * 2 * 2 * 2 * (20 + 14)
-    share = curves.measure(stacked, ["share"])[0].points
+    share = curves.curves_of(stacked, ["share"])[0].points
     assert [p.setting for p in share] == ["rank 2", "rank 4"]
     # two bases, and a 4 x 4 core a task
     assert share[1].bytes == 2 * 2 * (4 * (20 + 14) + 4 * 16)
@@ -58,7 +58,7 @@ def test_kept_points_hold_what_they_say(many, stacked):
 
 def test_measured_in_the_order_of_the_names(many):
     names, steps = ["dare", "concatenation", "jd-diag"], []
-    found = curves.measure(adapters.stack(many[:2]), names, steps.append)
+    found = curves.curves_of(adapters.stack(many[:2]), names, steps.append)
     assert [c.label for c in found] == names
     assert len(steps) == len(found)
     # half of every delta is common, so that no method on deltas is worse than keeping nothing

@@ -47,7 +47,7 @@ def narrow():
 
 def code(out, found, segment_bytes=SMALL, processes=None, progress=None, **target):
     options = check_options(Options(**(target or {"budget": 0.5})))
-    compress = functools.partial(engine.compress, options=options, segment_bytes=segment_bytes)
+    compress = functools.partial(engine.compress_to_target, options=options, segment_bytes=segment_bytes)
     asked = {k: v for k, v in options._asdict().items() if k != "calibration"}
     return work(out, found, compress, asked, processes, progress=progress)
 

@@ -72,7 +72,7 @@ def code(*arguments):
 def leaves(path):
     return [{k: bytes(v) for k, v in x.leaves.items()} for x in store.open(path).load().segments]
 def compress(found, **more):
-    return engine.compress(found, Options(max_error=0.05), segment_bytes=1 << 12, **more)
+    return engine.compress_to_target(found, Options(max_error=0.05), segment_bytes=1 << 12, **more)
 def run(path):
     with job.alone(path):
         job.run(path, found, compress, {})

@@ -34,7 +34,7 @@ def fill_up():
 @pytest.fixture
 def job(tmp_path, monkeypatch, capsys):
     """Runs the command on five adapters, a module a group: (exit status, standard output, standard error)."""
-    monkeypatch.setitem(engine.compress.__kwdefaults__, "group_bytes", 1)
+    monkeypatch.setitem(engine.compress_in_form.__kwdefaults__, "group_bytes", 1)
     sources = []
     for adapter in synthetic.collection(
         1, tasks=5, modules={f"l.{x}": (24, 16) for x in "qkv"}, rank=4, dtype="float32"

@@ -39,7 +39,7 @@ def written(adapters, place):
 
 
 def run(out, found, form, group_bytes=GROUP_BYTES, dtype=None):
-    compress = functools.partial(engine.compress, form=form, group_bytes=group_bytes, dtype=dtype)
+    compress = functools.partial(engine.compress_in_form, form=form, group_bytes=group_bytes, dtype=dtype)
     return work(out, found, compress, {"form": form, "dtype": dtype})
 
 

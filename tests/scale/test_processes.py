@@ -30,8 +30,8 @@ from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.jobs import hosts, place
 from hydraopt_jax.rate_control import engine
 hosts.SILENCE = 10
-explicit.compress.__kwdefaults__["group_bytes"] = 1
-engine.compress.__kwdefaults__["segment_bytes"] = 1
+explicit.compress_in_form.__kwdefaults__["group_bytes"] = 1
+engine.compress_to_target.__kwdefaults__["segment_bytes"] = 1
 write = place.write_json
 def keep(path, content):
     if path.name == sys.argv[1]:
@@ -105,7 +105,7 @@ def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sou
     assert json.loads(first[1])["tasks"] == [f"task-0{t}" for t in range(5)]
     assert {x.name for x in out.iterdir()} == {"manifest.json.gz", "segments"}
     assert store.verify(out) > 1
-    compress = functools.partial(explicit.compress, form=Hydra(rank=3, side="in"), group_bytes=1)
+    compress = functools.partial(explicit.compress_in_form, form=Hydra(rank=3, side="in"), group_bytes=1)
     one, two = work(tmp_path / "alone", collection(sources), compress, {}), store.open(out)
     np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
     assert list(two.shapes) == list(one.shapes)
@@ -131,7 +131,7 @@ def test_the_death_of_the_first_process_ends_the_other_with_a_message(sources, t
 def test_two_processes_code_the_segments_of_one(sources, tmp_path):
     first, second = company(sources, tmp_path / "two", form=["--max-error", "0.05"])
     assert (first[0], second[:2]) == (0, (0, "")), (first, second)
-    compress = functools.partial(engine.compress, options=Options(max_error=0.05), segment_bytes=1)
+    compress = functools.partial(engine.compress_to_target, options=Options(max_error=0.05), segment_bytes=1)
     one, two = work(tmp_path / "one", collection(sources), compress, {}), store.open(tmp_path / "two")
     assert len(two.segments) == 15
     assert store.verify(tmp_path / "two") > 15
