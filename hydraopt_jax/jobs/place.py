@@ -3,9 +3,6 @@
     STORE/segments/MARK-NAME/       segments, as in any store
     STORE/job/job.json              which job it is
     STORE/job/NAME.json             what is known of what is done
-    STORE/job/NAME.run              segments of a job of several processes, until the first one, alone again,
-                                    writes the store: Orbax has processes write checkpoints together or not at
-                                    all
 
 A store that was there before stays whole beside them until the new manifest replaces its own.
 """
@@ -14,19 +11,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.store import folder, segment_data
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.jobs.writer import Writer
+from hydraopt_jax.store import folder, manifest, segment_data
 from hydraopt_jax.store.store import Segment
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -54,34 +49,6 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def write_run(path: Path, segment: Segment) -> Entry:
-    """Write a segment's run as a file, at once or not at all."""
-    found: list[Entry] = []
-    new = path.with_suffix(f".{os.getpid()}")
-    with new.open("wb") as sink:
-        for piece in segment_data.run(segment, found.append):
-            sink.write(piece)
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(new, path)
-    return found[0]
-
-
-def run_reader(path: Path) -> Callable[[int, int], np.ndarray]:
-    """`(start, stop)` -> those bytes of a run that `write_run` wrote."""
-
-    def read(start: int, stop: int) -> np.ndarray:
-        try:
-            part = np.fromfile(path, np.uint8, stop - start, offset=start)
-        except OSError as error:
-            raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
-        if len(part) != stop - start:
-            raise HydraOptError(f"{path}: is not whole: delete {path.parent.parent} and start again")
-        return part
-
-    return read
-
-
 def fingerprint(found: Collection, asked: Mapping[str, Any]) -> str:
     """What a job must agree in with the job that goes on with it."""
     rows = [[x.task, x.source, x.digest, x.stamp[0], dict(x.config)] for x in found.cards]
@@ -96,13 +63,14 @@ class Folder:
       path: of the store.
       mark: of the job, see `fingerprint`.
       zstd: compress plain factors.
-      shared: whether several processes work on it.
+      shared: whether several processes work on it; each then writes its segments through a child process.
     """
 
     def __init__(self, path: Path, mark: str, zstd: bool = True, shared: bool = False) -> None:
         self.path: Path | None = path
-        self.store, self.mark, self.zstd, self.shared = path, mark, zstd, shared
+        self.store, self.mark, self.zstd = path, mark, zstd
         self.scratch = path / folder.JOB
+        self.writer = Writer(path, self.scratch) if shared else None
 
     def enter(self) -> None:
         """Begin, or go on.
@@ -129,32 +97,23 @@ class Folder:
         if not self._row(name).exists():
             return None
         row = read_json(self._row(name))
-        packed, raw = row["header"]
-        entry = Entry(row["id"], row["bytes"], (packed, raw), row["sha256"])
-        if "arrays" in row:
-            read = folder.reader(self.store, entry, row["arrays"])
-        else:
-            read = run_reader(self.scratch / f"{name}.run")
+        entry = manifest.entry_of(row)
+        read = folder.reader(self.store, entry, row["arrays"])
         return segment_data.open_segment(self.store, entry, read, tuple(row["names"]), frozenset())
 
     def keep(self, name: str, segment: Segment) -> None:
         """See `Place`."""
-        own = f"{self.mark[:8]}-{name}"
-        if self.shared:
-            entry = write_run(self.scratch / f"{name}.run", segment)._replace(id=own)
-            write_json(self._row(name), {**entry._asdict(), "names": segment.tasks})
-            return
-        if not self._row(name).exists():
-            # a process that was killed between the two has left one without the other
-            shutil.rmtree(self.store / folder.SEGMENTS / own, ignore_errors=True)
+        own, zstd = f"{self.mark[:8]}-{name}", None if self.zstd else False
         (self.store / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
-        row = folder.write_segment(self.store, segment, name=own, zstd=None if self.zstd else False)
+        if self.writer is None:
+            row = folder.write_segment(self.store, segment, name=own, zstd=zstd)
+        else:
+            row = self.writer.write(segment, own, zstd)
         write_json(self._row(name), {**row, "names": segment.tasks})
 
     def drop(self, name: str) -> None:
         """See `Place`."""
         self._row(name).unlink(missing_ok=True)
-        (self.scratch / f"{name}.run").unlink(missing_ok=True)
         shutil.rmtree(self.store / folder.SEGMENTS / f"{self.mark[:8]}-{name}", ignore_errors=True)
 
     def note(self, name: str) -> Mapping[str, Any] | None:
@@ -169,4 +128,4 @@ class Folder:
     def rows(self) -> dict[str, Any]:
         """Id -> the manifest's row of every segment that lies where it will stay."""
         found = (read_json(x) for x in self.scratch.glob("*.segment.json"))
-        return {x["id"]: x for x in found if "arrays" in x}
+        return {x["id"]: x for x in found}
