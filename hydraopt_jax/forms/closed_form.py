@@ -3,12 +3,14 @@
 Every form is `delta[t] ~= a[a_of[t]] @ core[t] @ b[b_of[t]]` and differs only in how many factors a side
 has, and in the core:
 
-| form | a | b | core |
-|---|---|---|---|
-| `separate`: each adapter's truncated SVD | T | T | none |
-| `hydra`, side "in" (HydraOpt): one shared input factor, K heads | 1 | K | none, or S x S a task |
-| `hydra`, side "out": one shared output factor, K inputs | K | 1 | none, or S x S a task |
-| `joint_diagonal`: two shared factors, a core a task | 1 | 1 | S x S, or a diagonal |
+===================  =====  =====  =======================  ==========================================
+form                 a      b      core                     what it is
+===================  =====  =====  =======================  ==========================================
+`separate`           T      T      none                     each adapter's truncated SVD
+`hydra`, side "in"   1      K      none, or S x S per task  HydraOpt: one shared input factor, K heads
+`hydra`, side "out"  K      1      none, or S x S per task  one shared output factor, K inputs
+`joint_diagonal`     1      1      S x S, or a diagonal     two shared factors, a core per task
+===================  =====  =====  =======================  ==========================================
 
 A shared part plus a remainder for each task is the sum of two of these. Functions are written for one
 module; vmap them over modules of one shape.

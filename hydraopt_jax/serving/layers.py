@@ -1,14 +1,16 @@
 """Flax NNX: layers that serve every task of a store, and one task into a model's own LoRA parameters.
 
-modules = serving.load(store)
-serving.wrap(model, modules)
-graph, state = nnx.split(model)
+A batch that mixes tasks::
 
-@jax.jit
-def forward(state, ids, tokens):
-    model = nnx.merge(graph, state)
-    serving.set_task_ids(model, ids)
-    return model(tokens)
+    modules = serving.load(store)
+    serving.wrap(model, modules)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def forward(state, ids, tokens):
+        model = nnx.merge(graph, state)
+        serving.set_task_ids(model, ids)
+        return model(tokens)
 """
 
 import difflib
