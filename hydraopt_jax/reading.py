@@ -21,8 +21,8 @@ def read(
     """Read adapters of one base model.
 
     Args:
-      sources: PEFT folders, patterns of them (`"adapters/*"`, sorted by name), `hf:ORG/NAME` ids, each also as
-        NAME=SOURCE for another name of the task; or one of these.
+      sources: PEFT folders, patterns of them (`"adapters/*"`, sorted by name), `hf:ORG/NAME` ids, each also
+        as NAME=SOURCE for another name of the task; or one of these.
       any_base: accept adapters of differently named base models.
       base_suffixes: suffixes of a quantized mirror's base name to ignore.
 
