@@ -1,6 +1,6 @@
 """`hydraopt compress` against lorashare and vlora-dev, end to end, process start and files included.
 
-    python experiments/peers/compress_vs_others.py --json experiments/peers/compress_vs_others.json
+    python -m experiments.peers.compress_vs_others --json experiments/peers/compress_vs_others.json
 
 A seeded collection of 16 PEFT adapters (rank 16, 24 layers x q, k, v, o of width 896 with 128 key-value
 outputs, bfloat16, 69.6 MB) is written once; the commands then take turns with OMP_NUM_THREADS=1. XLA keeps
@@ -22,10 +22,10 @@ import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import folder_bytes, relative_error, run
 from rich.console import Console
 from rich.table import Table
 
+from experiments.peers.measure import folder_bytes, relative_error, run
 from hydraopt_jax import synthetic
 from hydraopt_jax.formats import peft
 

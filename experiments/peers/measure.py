@@ -65,7 +65,7 @@ def deltas(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def square(b: np.ndarray, a: np.ndarray) -> float:
     """`||b @ a||^2` without forming the product, no cancellation: the norm of `Rb @ Ra.T` of two QRs."""
-    rb, ra = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+    rb, ra = (np.asarray(np.linalg.qr(x, mode="r")) for x in (b, a.T))
     return float(np.sum((rb @ ra.T) ** 2))
 
 

@@ -1,6 +1,6 @@
 """`hydraopt compress` against `lorashare compress`, end to end: process start and files included.
 
-    python experiments/scale/against_lorashare.py --lorashare PYTHON --model 8b --layers 1 --tasks 1000
+    python -m experiments.scale.against_lorashare --lorashare PYTHON --model 8b --layers 1 --tasks 1000
 
 PYTHON is an interpreter that has lorashare. Both may use all cores and as many threads as they like;
 hydraopt finds no compiled code of an earlier run. Peak memory is the whole process's, Python and JAX (or
@@ -18,12 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
-
-import generated
 import numpy as np
-from measure import folder_bytes, relative_error
-from processes import run
+
+from experiments.peers.measure import folder_bytes, relative_error
+from experiments.scale import generated
+from experiments.scale.processes import run
 
 
 def error(tool: list[str], folders: list[Path], work: Path) -> float | None:
@@ -59,7 +58,7 @@ def main() -> None:
         commands = {
             "hydraopt": [
                 *(*hydraopt, "compress", *names, "--out", stores["hydraopt"]),
-                *("--rank", "16", "--side", "in", "--json"),
+                *("--form", "hydra", "--rank", "16", "--side", "in", "--json"),
             ],
             "lorashare": [
                 *(*lorashare, "compress", *names, "--output", stores["lorashare"]),

@@ -1,7 +1,7 @@
 """Time and peak memory of every verb on a store that memory need not hold.
 
-    python experiments/scale/living.py --json experiments/scale/living.json
-    python experiments/scale/living.py --budget 0.125 --tasks 300 --json experiments/scale/living-budget.json
+    python -m experiments.scale.living --json experiments/scale/living.json
+    python -m experiments.scale.living --budget 0.125 --tasks 300 --json experiments/scale/living-budget.json
 
 Generates adapters, compresses all but the last, and runs each verb as a process: `inspect`, `verify`,
 `verify` against some adapters, `export` of one task and of all, `add` of the last adapter, `remove` of one.
@@ -15,11 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
-
-import generated
-from measure import folder_bytes
-from processes import run
+from experiments.peers.measure import folder_bytes
+from experiments.scale import generated
+from experiments.scale.processes import run
 
 START = "import jax, jax.numpy as jnp, hydraopt_jax.cli; jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))"
 
@@ -36,7 +34,8 @@ def main() -> None:
         folders = generated.on_disk(arguments, work / "in")
         names = [str(x) for x in folders]
         store, out = str(work / "store"), str(work / "out")
-        form = ["--budget", arguments.budget] if arguments.budget else ["--rank", "16", "--side", "in"]
+        form = ["--form", "hydra", "--rank", "16", "--side", "in"]
+        form = ["--budget", arguments.budget] if arguments.budget else form
         verbs = {
             "nothing": ["-c", START],
             "compress": ["compress", *names[:-1], "--out", store, *form, "--json"],

@@ -21,7 +21,7 @@ def run(command: list[str], environment: dict[str, str], limit: float) -> dict[s
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         tail = log.read().decode(errors="replace")[-300:]
-    row = {
+    row: dict[str, Any] = {
         "seconds": round(seconds, 2),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
         "peak_memory_bytes": 1024 * used.ru_maxrss,
