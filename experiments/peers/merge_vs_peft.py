@@ -78,9 +78,8 @@ def main() -> None:
         places = str(work / "in"), str(work / "out")
         (work / "out").mkdir()
         peft_merge = str(Path(__file__).with_name("peft_merge.py"))
-        log = work / "log.json"
-        mine = run([sys.executable, "-m", "experiments.peers.merge_vs_peft", "--worker", *places], log)
-        theirs = run([arguments.peft, peft_merge, *places], log)
+        mine = run([sys.executable, "-m", "experiments.peers.merge_vs_peft", "--worker", *places])
+        theirs = run([arguments.peft, peft_merge, *places])
         seconds, peft = (json.loads(x["tail"].strip().splitlines()[-1]) for x in (mine, theirs))
 
         def error(folder: Path) -> float:
@@ -115,7 +114,7 @@ def main() -> None:
     result = {
         "machine": f"{platform.machine()}, one core each",
         "options": {k: v for k, v in vars(arguments).items() if k in ("layers", "seed")},
-        "peak_memory_bytes": {"hydraopt_jax": mine["peak"], "peft": theirs["peak"]},
+        "peak_memory_bytes": {"hydraopt_jax": mine["peak_memory_bytes"], "peft": theirs["peak_memory_bytes"]},
         "methods": rows,
     }
     text = json.dumps(result, indent=2)

@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.peers.measure import folder_bytes, relative_error
+from experiments.peers.measure import folder_bytes, relative_error, watched
 from experiments.scale import generated
-from experiments.scale.processes import run
 
 
 def error(tool: list[str], folders: list[Path], work: Path) -> float | None:
@@ -74,10 +73,10 @@ def main() -> None:
         load = os.getloadavg()[0]
         rows: dict[str, dict[str, Any]] = {}
         for name in [arguments.only] if arguments.only else commands:
-            rows[name] = run(
-                commands[name], {"XDG_CACHE_HOME": str(work), "HF_HUB_OFFLINE": "1"}, arguments.limit
-            )
-            if Path(stores[name]).exists() and "failed" not in rows[name]:
+            own = {"XDG_CACHE_HOME": str(work), "JAX_COMPILATION_CACHE_DIR": str(work), "HF_HUB_OFFLINE": "1"}
+            row = watched(commands[name], arguments.limit, own)
+            rows[name] = {k: v for k, v in row.items() if row["failed"] or k not in ("failed", "tail")}
+            if Path(stores[name]).exists() and not row["failed"]:
                 rows[name]["bytes_on_disk"] = folder_bytes(Path(stores[name]))
                 rows[name]["error"] = error(exports[name], folders[: arguments.samples], work)
             shutil.rmtree(stores[name], ignore_errors=True)

@@ -10,14 +10,14 @@ Peaks are the whole process's; `nothing` is one that only starts.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from experiments.peers.measure import folder_bytes
+from experiments.peers.measure import folder_bytes, watched
 from experiments.scale import generated
-from experiments.scale.processes import run
 
 START = "import jax, jax.numpy as jnp, hydraopt_jax.cli; jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))"
 
@@ -48,11 +48,12 @@ def main() -> None:
             "remove": ["remove", store, folders[0].name, "--json"],
             "verify changed": ["verify", store, names[1], names[-1], "--json"],
         }
-        rows = {}
+        load, rows = os.getloadavg()[0], {}
         for name, verb in verbs.items():
             command = verb if name == "nothing" else ["-m", "hydraopt_jax.cli", *verb]
             before = folder_bytes(Path(store)) if Path(store).exists() else 0
-            rows[name] = run([sys.executable, *command], {}, arguments.limit)
+            row = watched([sys.executable, *command], arguments.limit, {})
+            rows[name] = {k: v for k, v in row.items() if row["failed"] or k not in ("failed", "tail")}
             after = folder_bytes(Path(store)) if Path(store).exists() else 0
             rows[name] |= {"store_bytes": after} if after != before else {}
             print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
@@ -63,6 +64,7 @@ def main() -> None:
             "tasks": arguments.tasks - 1,
             "budget": arguments.budget,
             "input_bytes": sum(folder_bytes(x) for x in folders[:-1]),
+            "load": [load, os.getloadavg()[0]],
             "verbs": rows,
         }
     print(json.dumps(result, indent=1))
