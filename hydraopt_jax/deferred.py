@@ -22,6 +22,7 @@ class Deferred:
       shape, dtype: as of any array.
       read: `(start, stop)` -> those of its bytes, in C order.
       origin: what it is a whole leaf of, if anything: a container and a name.
+      digest: what its bytes were compared with, whenever they are read; b"" where they are not.
 
     >>> numbers = np.arange(3, dtype=np.float32).tobytes()
     >>> x = Deferred((3,), "float32", lambda start, stop: numbers[start:stop])
@@ -29,12 +30,18 @@ class Deferred:
     (12, [0.0, 1.0, 2.0], [1.0, 2.0])
     """
 
-    __slots__ = ("dtype", "origin", "read", "shape")
+    __slots__ = ("digest", "dtype", "origin", "read", "shape")
 
     def __init__(
-        self, shape: Sequence[int], dtype: Any, read: Callable[[int, int], Any], origin: Any = None
+        self,
+        shape: Sequence[int],
+        dtype: Any,
+        read: Callable[[int, int], Any],
+        origin: Any = None,
+        digest: bytes = b"",
     ) -> None:
-        self.shape, self.dtype, self.read, self.origin = tuple(shape), np.dtype(dtype), read, origin
+        self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
+        self.origin, self.digest = origin, digest
 
     @property
     def ndim(self) -> int:

@@ -253,3 +253,15 @@ def test_both_containers_hold_the_same(coded, tmp_path):
     said = portable.read_header(tmp_path / "s.safetensors")[0]
     assert [x["id"] for x in said["segments"]] == names[0]
     assert files.size_on_disk(tmp_path / "s.safetensors") < files.size_on_disk(tmp_path / "s") + 4000
+
+
+def test_all_arrays_share_one_cache_of_chunks(plain, tmp_path, cut, monkeypatch):
+    import tensorstore
+
+    store.save(tmp_path / "s", plain)
+    made, original = [], tensorstore.Context
+    monkeypatch.setattr(tensorstore, "Context", lambda *x: made.append(x) or original(*x))
+    folder.shared_context.cache_clear()
+    assert len(arrays_of(tmp_path / "s")) > 2
+    store.verify(tmp_path / "s")
+    assert len(made) == 1

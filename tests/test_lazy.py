@@ -1,19 +1,21 @@
 """Stores that are not held in memory: read in part, in batches, changed without being read."""
 
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
+from commands import run
 
 from hydraopt_jax import changes, formats, forms, store, synthetic
 from hydraopt_jax.collection import in_memory
 from hydraopt_jax.compression import compress
-from hydraopt_jax.deferred import Deferred, joined
+from hydraopt_jax.deferred import Deferred, joined, size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import engine, parts
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory
-from hydraopt_jax.store import files, folder, removal
+from hydraopt_jax.store import decoding, files, folder, removal
 from hydraopt_jax.store.store import tensors_of
 
 MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
@@ -172,3 +174,58 @@ def test_every_leaf_of_a_folder_is_written_once(kept, adapters, tmp_path):
     inode = {x.name: x.stat().st_ino for x in (tmp_path / "copy" / folder.SEGMENTS).iterdir()}
     store.save(tmp_path / "copy", kept, overwrite=True)
     assert {x.name: x.stat().st_ino for x in (tmp_path / "copy" / folder.SEGMENTS).iterdir()} == inode
+
+
+def test_tasks_decoded_together_are_as_each_alone(kept, path):
+    lazy = store.open(path)
+    for found in decoding.decode_all(lazy):
+        alone = store.decode(kept, found.task)
+        assert (found.task, found.dtype, found.config) == (alone.task, alone.dtype, alone.config)
+        assert found.a.keys() == alone.a.keys()
+        assert all(np.array_equal(found.a[n], alone.a[n]) for n in alone.a)
+        assert all(np.array_equal(found.b[n], alone.b[n]) for n in alone.b)
+        assert {k: v.tolist() for k, v in found.extras.items()} == {
+            k: v.tolist() for k, v in alone.extras.items()
+        }
+
+
+def test_an_export_of_all_decodes_every_segment_once(adapters, tmp_path, monkeypatch, capsys):
+    kept = in_parts(adapters[:4])
+    store.save(tmp_path / "s", kept)
+    decoded, original = [], decoding.decode_segment
+    monkeypatch.setattr(decoding, "decode_segment", lambda x, *y: decoded.append(x) or original(x, *y))
+    status, _, _ = run(capsys, "export", tmp_path / "s", "--all", "--out", tmp_path / "out")
+    assert status == 0
+    assert len(decoded) == sum(x.coded for x in kept.segments)
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A store of 200 tasks on disk, whose factors are most of it, and one more adapter."""
+    *most, last = synthetic.collection(0, tasks=201, modules={"q": (1024, 1024)}, rank=2, dtype="float32")
+    store.save(tmp_path / "wide", compress(most, form=forms.Hydra(rank=2, side="in")))
+    return tmp_path / "wide", last
+
+
+def test_a_task_joins_plain_factors_that_are_read_one_by_one(wide):
+    path, last = wide
+    lazy = store.open(path)
+    tracemalloc.start()
+    changes.add(lazy, last)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < sum(size_of(v) for x in lazy.segments for v in x.leaves.values()) / 2
+
+
+def test_a_removal_reads_what_it_writes_again_once(wide, monkeypatch):
+    path, _ = wide
+    read, original = [], folder.reader
+
+    def counting(*given):
+        inner = original(*given)
+        return lambda start, stop: read.append(stop - start) or inner(start, stop)
+
+    monkeypatch.setattr(folder, "reader", counting)
+    left = store.update(path, lambda x: changes.remove(x, x.tasks[1]))
+    size = sum(size_of(v) for x in left.segments for v in x.leaves.values())
+    assert size < sum(read) < 1.5 * size

@@ -1,6 +1,6 @@
 """`hydraopt compress` against lorashare and vlora-dev, end to end, process start and files included.
 
-    python experiments/peers/compress_vs_others.py --json experiments/peers/compress_vs_others.json
+    python -m experiments.peers.compress_vs_others --json experiments/peers/compress_vs_others.json
 
 A seeded collection of 16 PEFT adapters (rank 16, 24 layers x q, k, v, o of width 896 with 128 key-value
 outputs, bfloat16, 69.6 MB) is written once; the commands then take turns with OMP_NUM_THREADS=1. XLA keeps
@@ -22,10 +22,10 @@ import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import folder_bytes, relative_error, run
 from rich.console import Console
 from rich.table import Table
 
+from experiments.peers.measure import folder_bytes, relative_error, run
 from hydraopt_jax import synthetic
 from hydraopt_jax.formats import peft
 
@@ -112,8 +112,8 @@ def measure(tool: Tool, runs: list[dict[str, Any]], store: Path, exported: Path,
         "tool": tool.name,
         "seconds": [round(x["seconds"], 3) for x in runs],
         "seconds_median": statistics.median(x["seconds"] for x in runs),
-        "cpu_seconds_median": statistics.median(x["cpu"] for x in runs),
-        "peak_memory_bytes": max(x["peak"] for x in runs),
+        "cpu_seconds_median": statistics.median(x["cpu_seconds"] for x in runs),
+        "peak_memory_bytes": max(x["peak_memory_bytes"] for x in runs),
         "bytes_on_disk": folder_bytes(store),
         "error_mean": statistics.mean(errors),
         "error_worst": max(errors),
@@ -172,7 +172,6 @@ def main() -> None:
                 path.parent.mkdir(exist_ok=True)
                 peft.write_adapter(path, adapter, dtype=dtype)
         contenders = tools(arguments, commands, folders)
-        log = work / "log.json"
 
         def places(n: int, command: list[str]) -> list[str]:
             fill = {"out": work / f"store{n}", "peft": work / f"peft{n}"}
@@ -182,12 +181,12 @@ def main() -> None:
         for _ in range(arguments.runs):
             for n, tool in enumerate(contenders):
                 shutil.rmtree(work / f"store{n}", ignore_errors=True)
-                timed[n].append(run(places(n, tool.compress), log))
+                timed[n].append(run(places(n, tool.compress)))
                 print(f"{tool.name}: {timed[n][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
         results = []
         for n, tool in enumerate(contenders):
             for command in tool.export:
-                run(places(n, command), log)
+                run(places(n, command))
             results.append(measure(tool, timed[n], work / f"store{n}", work / f"peft{n}", folders))
         options = {k: v for k, v in vars(arguments).items() if k not in ("others", "json")}
         out = {

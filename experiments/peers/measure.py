@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,47 @@ ONE_THREAD = {
     "MKL_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-# Runs a command and prints its children's peak memory: a fresh process each time, so that peaks do not mix.
-WATCH = (
-    "import json, resource, subprocess, sys, time; t = time.perf_counter(); "
-    "done = subprocess.run(sys.argv[2:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True); "
-    "out = dict(seconds=time.perf_counter() - t, returncode=done.returncode, tail=done.stdout[-2000:]); "
-    "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
-    "out |= dict(peak=1024 * used.ru_maxrss, cpu=used.ru_utime + used.ru_stime); "
-    "open(sys.argv[1], 'w').write(json.dumps(out))"
-)
+# Runs a command for at most so many seconds. A small process of its own, as a command's peak begins at the
+# peak of the process that starts it.
+WATCH = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+try:
+    done = subprocess.run(
+        sys.argv[3:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=float(sys.argv[2])
+    )
+    failed = f"status {done.returncode}" if done.returncode else ""
+    output = done.stdout
+except subprocess.TimeoutExpired as error:
+    failed, output = "not done in time", error.stdout or b""
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+out = {
+    "seconds": round(time.perf_counter() - start, 2),
+    "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+    "peak_memory_bytes": 1024 * used.ru_maxrss,
+    "failed": failed,
+    "tail": output.decode(errors="replace")[-2000:],
+}
+with open(sys.argv[1], "w") as file:
+    json.dump(out, file)
+"""
 
 
-def run(command: list[str], log: Path) -> dict[str, Any]:
-    """Seconds and peak memory (bytes) of one command; exits with its output where it fails."""
-    subprocess.run([sys.executable, "-c", WATCH, str(log), *command], env=os.environ | ONE_THREAD, check=True)
-    out = json.loads(log.read_text())
-    if out["returncode"]:
-        raise SystemExit(f"{' '.join(command)}\nfailed with status {out['returncode']}:\n{out['tail']}")
+def watched(command: list[str], limit: float, environment: dict[str, str]) -> dict[str, Any]:
+    """Seconds, processor seconds, peak bytes and the end of the output of a command; why it "failed", if it
+    did."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.json"
+        watch = [sys.executable, "-S", "-c", WATCH, str(log), str(limit), *command]
+        subprocess.run(watch, env=os.environ | environment, check=True)
+        return json.loads(log.read_text())
+
+
+def run(command: list[str], limit: float = 3600) -> dict[str, Any]:
+    """As `watched`, with one thread; exits with its output where it fails."""
+    out = watched(command, limit, ONE_THREAD)
+    if out["failed"]:
+        raise SystemExit(f"{' '.join(command)}\nfailed, {out['failed']}:\n{out['tail']}")
     return out
 
 
@@ -65,7 +90,7 @@ def deltas(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def square(b: np.ndarray, a: np.ndarray) -> float:
     """`||b @ a||^2` without forming the product, no cancellation: the norm of `Rb @ Ra.T` of two QRs."""
-    rb, ra = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+    rb, ra = (np.asarray(np.linalg.qr(x, mode="r")) for x in (b, a.T))
     return float(np.sum((rb @ ra.T) ** 2))
 
 

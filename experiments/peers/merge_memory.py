@@ -1,6 +1,6 @@
 """Peak memory of every merging method: 40 adapters of rank 16, one module of 2048 x 2048, float32.
 
-    python experiments/peers/merge_memory.py --json experiments/peers/merge_memory.json
+    python -m experiments.peers.merge_memory --json experiments/peers/merge_memory.json
 
 Each method has a process of its own. Beside the peak of the whole process (`ru_maxrss`) stands what it takes
 beyond the baseline: Python, JAX and the inputs, 10 MB of factors, and for RegMean 671 MB of second moments.
@@ -90,7 +90,7 @@ def main() -> None:
 
     methods = {}
     for name in arguments.methods or METHODS:
-        command = [sys.executable, __file__, "--worker", name]
+        command = [sys.executable, "-m", "experiments.peers.merge_memory", "--worker", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         methods[name] = json.loads(done.stdout)
         print(name, methods[name], file=sys.stderr)

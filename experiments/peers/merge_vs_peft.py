@@ -1,6 +1,6 @@
 """Merging against PEFT's add_weighted_adapter on one seeded collection: seconds, peak memory, error.
 
-    python experiments/peers/merge_vs_peft.py --peft PYTHON --json results.json
+    python -m experiments.peers.merge_vs_peft --peft PYTHON --json results.json
 
 16 adapters of rank 16, 24 layers x q, k, v, o of width 896, float32. PYTHON is an interpreter with torch and
 peft. Each tool has a process of its own, pinned to one core; times are of the merging alone, wall-clock and
@@ -17,9 +17,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-OURS = {"linear-factors": {}, "linear": {"rank": 16}, "ties": {"rank": 16}, "knots": {"rank": 16}}
+OURS: dict[str, dict[str, Any]] = {
+    "linear-factors": {},
+    "linear": {"rank": 16},
+    "ties": {"rank": 16},
+    "knots": {"rank": 16},
+}
 # what PEFT calls each, where it has it
 THEIRS = {"linear-factors": "linear", "linear": "svd", "ties": "ties_svd"}
 
@@ -54,8 +60,7 @@ def main() -> None:
     if arguments.worker:
         ours(*map(Path, arguments.worker))
         return
-    from measure import relative_error, run
-
+    from experiments.peers.measure import relative_error, run
     from hydraopt_jax import formats, synthetic
 
     modules = synthetic.transformer_modules(arguments.layers, 896)
@@ -67,15 +72,14 @@ def main() -> None:
         for adapter in collection:
             (work / "in").mkdir(exist_ok=True)
             # no causal language model is needed to hold the layers
-            plain = adapter._replace(config={**adapter.config, "task_type": None})
+            plain = adapter.replace(config={**adapter.config, "task_type": None})
             formats.write_adapter(work / "in" / adapter.task, plain)
         folders = sorted((work / "in").iterdir())
         places = str(work / "in"), str(work / "out")
         (work / "out").mkdir()
-        here = Path(__file__).parent
-        log = work / "log.json"
-        mine = run([sys.executable, str(here / "merge_vs_peft.py"), "--worker", *places], log)
-        theirs = run([arguments.peft, str(here / "peft_merge.py"), *places], log)
+        peft_merge = str(Path(__file__).with_name("peft_merge.py"))
+        mine = run([sys.executable, "-m", "experiments.peers.merge_vs_peft", "--worker", *places])
+        theirs = run([arguments.peft, peft_merge, *places])
         seconds, peft = (json.loads(x["tail"].strip().splitlines()[-1]) for x in (mine, theirs))
 
         def error(folder: Path) -> float:
@@ -110,7 +114,7 @@ def main() -> None:
     result = {
         "machine": f"{platform.machine()}, one core each",
         "options": {k: v for k, v in vars(arguments).items() if k in ("layers", "seed")},
-        "peak_memory_bytes": {"hydraopt_jax": mine["peak"], "peft": theirs["peak"]},
+        "peak_memory_bytes": {"hydraopt_jax": mine["peak_memory_bytes"], "peft": theirs["peak_memory_bytes"]},
         "methods": rows,
     }
     text = json.dumps(result, indent=2)

@@ -12,12 +12,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from safetensors import safe_open
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "linear": {"combination_type": "linear"},
     "svd": {"combination_type": "svd", "svd_rank": 16},
     "ties": {"combination_type": "ties", "density": 0.2},

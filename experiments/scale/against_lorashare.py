@@ -1,6 +1,6 @@
 """`hydraopt compress` against `lorashare compress`, end to end: process start and files included.
 
-    python experiments/scale/against_lorashare.py --lorashare PYTHON --model 8b --layers 1 --tasks 1000
+    python -m experiments.scale.against_lorashare --lorashare PYTHON --model 8b --layers 1 --tasks 1000
 
 PYTHON is an interpreter that has lorashare. Both may use all cores and as many threads as they like;
 hydraopt finds no compiled code of an earlier run. Peak memory is the whole process's, Python and JAX (or
@@ -18,12 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
-
-import generated
 import numpy as np
-from measure import folder_bytes, relative_error
-from processes import run
+
+from experiments.peers.measure import folder_bytes, relative_error, watched
+from experiments.scale import generated
 
 
 def error(tool: list[str], folders: list[Path], work: Path) -> float | None:
@@ -59,7 +57,7 @@ def main() -> None:
         commands = {
             "hydraopt": [
                 *(*hydraopt, "compress", *names, "--out", stores["hydraopt"]),
-                *("--rank", "16", "--side", "in", "--json"),
+                *("--form", "hydra", "--rank", "16", "--side", "in", "--json"),
             ],
             "lorashare": [
                 *(*lorashare, "compress", *names, "--output", stores["lorashare"]),
@@ -75,10 +73,10 @@ def main() -> None:
         load = os.getloadavg()[0]
         rows: dict[str, dict[str, Any]] = {}
         for name in [arguments.only] if arguments.only else commands:
-            rows[name] = run(
-                commands[name], {"XDG_CACHE_HOME": str(work), "HF_HUB_OFFLINE": "1"}, arguments.limit
-            )
-            if Path(stores[name]).exists() and "failed" not in rows[name]:
+            own = {"XDG_CACHE_HOME": str(work), "JAX_COMPILATION_CACHE_DIR": str(work), "HF_HUB_OFFLINE": "1"}
+            row = watched(commands[name], arguments.limit, own)
+            rows[name] = {k: v for k, v in row.items() if row["failed"] or k not in ("failed", "tail")}
+            if Path(stores[name]).exists() and not row["failed"]:
                 rows[name]["bytes_on_disk"] = folder_bytes(Path(stores[name]))
                 rows[name]["error"] = error(exports[name], folders[: arguments.samples], work)
             shutil.rmtree(stores[name], ignore_errors=True)

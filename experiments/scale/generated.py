@@ -1,6 +1,4 @@
-"""Collections made as they are read: a reader with the interface of `scale.reading`, and no files unless
-`write` makes them.
-"""
+"""Collections that are generated as they are read: no files unless `write` makes them."""
 
 import argparse
 import json
@@ -13,8 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hydraopt_jax import synthetic
-from hydraopt_jax.jobs.reading import Card, Collection, Pair
-from hydraopt_jax.jobs.weights import Entry
+from hydraopt_jax.collection import Card, Collection, Entry, Pair
+from hydraopt_jax.store.lossless import Raw
 
 MODELS = {
     "0.5b": synthetic.transformer_modules(24, 896, 128),
@@ -65,12 +63,17 @@ def collection(
             out.append((a.astype(ml_dtypes.bfloat16), b.astype(ml_dtypes.bfloat16), 2.0))
         return out
 
+    def raw(task: int, name: str) -> Raw:
+        ((a, b, scale),) = read(task, [name])
+        return Raw(a.T, b.T, scale)
+
+    # cards that name a file are taken to have their factors as files have them, bfloat16 and a scale beside
     cards = tuple(
-        Card(f"task-{t:05d}", table, [], "bfloat16", {}, {}, f"generated {t}", f"{seed}-{t}", "")
+        Card(f"task-{t:05d}", table, [], "bfloat16", {}, {}, f"generated {t}", f"{seed}-{t}", "generated")
         for t in range(tasks)
     )
     size = sum(2 * tasks * rank * (i + o) for i, o in modules.values())
-    return Collection(cards, dict(modules), read, lambda task: {}, size)
+    return Collection(cards, dict(modules), read, lambda task: {}, raw, size)
 
 
 def options(parser: argparse.ArgumentParser, model: str, layers: int | None, tasks: int) -> None:
@@ -99,7 +102,7 @@ def write(found: Collection, task: int, folder: Path) -> None:
     folder.mkdir(parents=True)
     names = list(found.shapes)
     rank = found.rank(names[0], task)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, (a, b, _) in zip(names, found.read(task, names), strict=True):
         tensors |= {f"base_model.model.{name}.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

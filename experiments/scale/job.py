@@ -1,6 +1,10 @@
-"""One generated job in a process of its own: prints seconds, peak memory and the error as one JSON object."""
+"""One generated job in a process of its own: prints seconds, peak memory and the error as one JSON object.
+
+python -m experiments.scale.job slice --tasks 1000 --budget 0.125
+"""
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -8,20 +12,25 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import generated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hydraopt_jax.jobs.reading import Collection
 
+from experiments.scale import generated
 from hydraopt_jax import compression
-from hydraopt_jax.jobs import coded, estimate, groups, job, segments
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import checkpoint
+from hydraopt_jax.collection import Collection
+from hydraopt_jax.explicit import groups
+from hydraopt_jax.forms import Hydra
+from hydraopt_jax.jobs import estimate, job
+from hydraopt_jax.rate_control import parts
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.rate_control.work import Progress
+from hydraopt_jax.store import files
+
+FORM = Hydra(rank=16)
 
 
 def peak() -> int:
@@ -29,66 +38,65 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def largest_group(found: Collection, options: compression.Options | navigate.Options) -> int:
+def largest_group(found: Collection, budget: float | None) -> int:
     """Bytes of the factors that are solved, or coded, together, at most."""
-    if isinstance(options, compression.Options):
-        rows = groups.groups_of(found, options)
+    if budget is None:
+        rows = groups.groups_of(found, FORM)
         return max(x.room * 2 * len(found.cards) * x.rank * sum(x.shape) for x in rows)
     size = lambda p: 2 * sum(found.rank(m, t) * sum(found.shapes[m]) for m in p.modules for t in p.tasks)  # noqa: E731
-    return max(map(size, segments.parts_of(found)))
+    return max(map(size, parts.parts_of(found)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=generated.MODELS)
     parser.add_argument("--tasks", type=int, required=True)
     parser.add_argument("--layers", type=int, help="only the first layers")
     parser.add_argument("--budget", type=float, help="of the bytes that come in, in place of rank 16")
     arguments = parser.parse_args()
+    budget = arguments.budget
     jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))
     base = peak()
     modules = generated.model(arguments.model, arguments.layers)
     found = generated.collection(arguments.tasks, modules)
-    options: compression.Options | navigate.Options = compression.Options(rank=16)
-    if arguments.budget:
-        options = navigate.Options(budget=arguments.budget)
-    planned = estimate.form_costs(found, options)
+    options = Options(budget=budget)
+    planned = estimate.target_costs(found, options) if budget else estimate.form_costs(found, FORM)
     by_shape: dict[tuple[int, int], int] = {}
     for shape in modules.values():
         by_shape[shape] = by_shape.get(shape, 0) + 2 * arguments.tasks * 16 * sum(shape)
     seconds: list[float] = []
     read: list[int] = []
-
-    def step(_: int) -> None:
-        seconds.append(time.perf_counter())
-
+    asked = {"budget": budget} if budget else {"form": FORM}
+    progress = Progress(step=lambda done: seconds.append(time.perf_counter()), read=read.append)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "store"
-        start = time.perf_counter()
-        run: Any = coded.run if arguments.budget else job.run
-        content = run(out, found, options, progress=job.Progress(step=step, read=read.append))
-        total = time.perf_counter() - start
-        size = checkpoint.size_on_disk(out)
-    assert content is not None
+        compress = functools.partial(compression.compress, **asked)
+        start = time.perf_counter(), time.process_time()
+        content = job.run(out, found, compress, asked, progress=progress)
+        total, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+        highest, size = peak(), files.size_on_disk(out)
+        assert content is not None
+        errors = content.errors
     result = {
         "model": arguments.model,
         "tasks": arguments.tasks,
-        "budget": arguments.budget,
+        "budget": budget,
         "modules": len(modules),
         "input_bytes": found.size,
         "largest_bucket_bytes": max(by_shape.values()),
-        "largest_group_bytes": largest_group(found, options),
+        "largest_group_bytes": largest_group(found, budget),
         "baseline_bytes": base,
-        "peak_beyond_baseline_bytes": peak() - base,
+        "peak_beyond_baseline_bytes": highest - base,
         "planned_memory_bytes": planned.memory,
         "seconds": total,
+        "cpu_seconds": cpu,
         "seconds_after_first_group": seconds[-1] - seconds[0],
         "bytes_read": sum(read),
         "store_bytes": size,
         "planned_store_bytes": planned.store,
         "flops": planned.flops,
         "planned_seconds": planned.seconds,
-        "error": float(np.nanmean(content.errors)),
+        "error": float(np.nanmean(errors)),
         "bound": float(np.mean(list(content.report["bound"].values()))),
         "device": jax.devices()[0].device_kind,
     }

@@ -1,7 +1,7 @@
 """Time and peak memory of every verb on a store that memory need not hold.
 
-    python experiments/scale/living.py --json experiments/scale/living.json
-    python experiments/scale/living.py --budget 0.125 --tasks 300 --json experiments/scale/living-budget.json
+    python -m experiments.scale.living --json experiments/scale/living.json
+    python -m experiments.scale.living --budget 0.125 --tasks 300 --json experiments/scale/living-budget.json
 
 Generates adapters, compresses all but the last, and runs each verb as a process: `inspect`, `verify`,
 `verify` against some adapters, `export` of one task and of all, `add` of the last adapter, `remove` of one.
@@ -10,16 +10,14 @@ Peaks are the whole process's; `nothing` is one that only starts.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
-
-import generated
-from measure import folder_bytes
-from processes import run
+from experiments.peers.measure import folder_bytes, watched
+from experiments.scale import generated
 
 START = "import jax, jax.numpy as jnp, hydraopt_jax.cli; jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))"
 
@@ -36,7 +34,8 @@ def main() -> None:
         folders = generated.on_disk(arguments, work / "in")
         names = [str(x) for x in folders]
         store, out = str(work / "store"), str(work / "out")
-        form = ["--budget", arguments.budget] if arguments.budget else ["--rank", "16", "--side", "in"]
+        form = ["--form", "hydra", "--rank", "16", "--side", "in"]
+        form = ["--budget", arguments.budget] if arguments.budget else form
         verbs = {
             "nothing": ["-c", START],
             "compress": ["compress", *names[:-1], "--out", store, *form, "--json"],
@@ -49,11 +48,12 @@ def main() -> None:
             "remove": ["remove", store, folders[0].name, "--json"],
             "verify changed": ["verify", store, names[1], names[-1], "--json"],
         }
-        rows = {}
+        load, rows = os.getloadavg()[0], {}
         for name, verb in verbs.items():
             command = verb if name == "nothing" else ["-m", "hydraopt_jax.cli", *verb]
             before = folder_bytes(Path(store)) if Path(store).exists() else 0
-            rows[name] = run([sys.executable, *command], {}, arguments.limit)
+            row = watched([sys.executable, *command], arguments.limit, {})
+            rows[name] = {k: v for k, v in row.items() if row["failed"] or k not in ("failed", "tail")}
             after = folder_bytes(Path(store)) if Path(store).exists() else 0
             rows[name] |= {"store_bytes": after} if after != before else {}
             print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
@@ -64,6 +64,7 @@ def main() -> None:
             "tasks": arguments.tasks - 1,
             "budget": arguments.budget,
             "input_bytes": sum(folder_bytes(x) for x in folders[:-1]),
+            "load": [load, os.getloadavg()[0]],
             "verbs": rows,
         }
     print(json.dumps(result, indent=1))

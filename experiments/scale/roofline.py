@@ -1,6 +1,6 @@
 """Achieved FLOP/s of the Gram and projection steps over a large matmul's, interleaved in one process.
 
-    python experiments/scale/roofline.py > experiments/scale/roofline.json
+    python -m experiments.scale.roofline > experiments/scale/roofline.json
 
 FLOPs are those of the products that are done, of a symmetric sum the strips that are; conversions, rounding
 and everything else that is no product count as none.
@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydraopt_jax.jobs import devices, groups, streaming, streaming_gram
+from hydraopt_jax import devices
+from hydraopt_jax.explicit import groups, streaming, streaming_gram
 
 SIZE, RANK, TASKS, WIDTH, ROUNDS = 2048, 16, 168, 16, 7
 

@@ -1,8 +1,8 @@
 """Peak memory, time against the number of tasks, and shares of the roofline of compress on large collections.
 
-    python experiments/scale/run.py --json experiments/scale/results.json
+    python -m experiments.scale.run --json experiments/scale/results.json
 
-Every measurement is a process of its own (job.py, roofline.py); collections are generated as they are read,
+Every measurement is a process of its own (job, roofline); collections are generated as they are read,
 so that reading is in the times and costs more than reading files would. About ten minutes on two idle cores.
 """
 
@@ -19,15 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).parent
 
-
-def call(script: str, *arguments: str) -> dict[str, Any]:
-    """What a script prints."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(done.stdout)
+def call(module: str, *arguments: str) -> dict[str, Any]:
+    """What a module of this folder prints."""
+    command = [sys.executable, "-m", f"experiments.scale.{module}", *arguments]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def main() -> None:
@@ -43,20 +39,21 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
-    roofline = call("roofline.py")
-    runs = [call("job.py", "slice", "--tasks", str(t)) for t in arguments.tasks]
+    roofline = call("roofline")
+    runs = [call("job", "slice", "--tasks", str(t)) for t in arguments.tasks]
     if arguments.large_tasks:
         more = ["--tasks", str(arguments.large_tasks), "--layers", str(arguments.large_layers)]
-        runs.append(call("job.py", "8b", *more))
+        runs.append(call("job", "8b", *more))
     for t in arguments.tasks if arguments.budget else ():
-        runs.append(call("job.py", "slice", "--tasks", str(t), "--budget", str(arguments.budget)))
+        runs.append(call("job", "slice", "--tasks", str(t), "--budget", str(arguments.budget)))
     for x in runs:
         x["peak_over_largest_bucket"] = round(x["peak_beyond_baseline_bytes"] / x["largest_bucket_bytes"], 3)
     exponents = {}
     for name, chosen in (("rank 16", None), ("budget", arguments.budget)):
         times = [(x["tasks"], x["seconds"]) for x in runs if (x["model"], x["budget"]) == ("slice", chosen)]
         if len(times) > 1:
-            exponents[name] = round(float(np.polyfit(*np.log(np.array(times)).T, 1)[0]), 3)
+            tasks, took = np.array(times).T
+            exponents[name] = round(float(np.polyfit(np.log(tasks), np.log(took), 1)[0]), 3)
     out = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the start",
         "roofline": roofline,

@@ -24,7 +24,7 @@ from hydraopt_jax.rate_control.metrics import metrics_of
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, references, tensors
-from hydraopt_jax.store.decoding import decode_segment, decode_segments, terms_of
+from hydraopt_jax.store.decoding import borrowing, decode_segment, decode_segments, terms_of
 from hydraopt_jax.store.references import Vectors, base_of
 from hydraopt_jax.store.removal import changed
 from hydraopt_jax.store.schema import PlainShape
@@ -193,10 +193,12 @@ def choose(
 def joined_to(store: Store, new: Adapter) -> Segment:
     """The task of a plain store, see `joining`."""
     every: dict[str, list[joining.Term]] = {}
-    for n, terms in decode_segments(store, {n: x.live for n, x in enumerate(store.segments)}).items():
+    for n, there in enumerate(store.segments):
+        # factors are looked at one by one: a large store is never in memory
+        terms = plain.from_leaves(there.modules, there.leaves, there.live, borrowing(store, n), lazy=True)
         for name, found in terms.items():
             every.setdefault(name, []).extend(joining.Term(x, n, k) for k, x in enumerate(found) if len(x.a))
-    dtype = next(np.dtype(x.factors.a.dtype).name for v in every.values() for x in v)
+    dtype = next(np.dtype(x.factors.a[0].dtype).name for v in every.values() for x in v)
     share = count(store) / max(len(store.tasks), 1)
     ways = {n: joining.ways(every.get(n, ()), a, new.b[n]) for n, a in new.a.items()}
     taken = joining.spend(ways, share)

@@ -29,6 +29,7 @@ from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft, write_adapter
 from hydraopt_jax.store import files, portable, removal
+from hydraopt_jax.store.decoding import decode_all
 from hydraopt_jax.store.store import task_errors
 from hydraopt_jax.store.tensors import check_dtype
 
@@ -93,9 +94,8 @@ def export(
         raise HydraOptError(f"{where}: exists; choose another --out or give --overwrite")
     with report.progress("exporting", len(folders), not as_json) as advance:
         for content in files.batches(whole, list(folders)):
-            for task in content.tasks:
-                found = store.decode(content, task)
-                write_adapter(folders[task], found, dtype=dtype, overwrite=overwrite)
+            for found in decode_all(content):
+                write_adapter(folders[found.task], found, dtype=dtype, overwrite=overwrite)
                 advance()
     written = {task: str(f) for task, f in folders.items()}
     table = Table("task", "folder")

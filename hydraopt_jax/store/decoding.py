@@ -4,7 +4,7 @@ One task's factors need its own leaves, those that it shares, and those that pre
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -221,8 +221,26 @@ def decode(store: Store, task: str) -> Adapter:
     Raises:
       HydraOptError: the store has no such task, or its leaves cannot be decoded.
     """
+    return next(decode_all(store, [task]))
+
+
+def decode_all(store: Store, tasks: Sequence[str] | None = None) -> Iterator[Adapter]:
+    """Some tasks as `decode` gives them, all where None: what several of them read is decoded once.
+
+    The factors of all are in memory, see `files.batches`.
+
+    Raises:
+      HydraOptError: as `decode`.
+    """
+    names = store.tasks if tasks is None else tuple(tasks)
+    terms = decode_terms(store, names)
+    for k, task in enumerate(names):
+        yield adapter_of(store, task, terms, k)
+
+
+def adapter_of(store: Store, task: str, terms: Terms, place: int) -> Adapter:
+    """A task as an adapter, from terms that have it at some place."""
     source = store.sources[task_index(store.tasks, task)]
-    terms = decode_terms(store, [task])
     came: dict[str, Any] = {
         "dtype": source.dtype,
         "extras": tensors_of(store, task),
@@ -231,12 +249,12 @@ def decode(store: Store, task: str) -> Adapter:
         "source": source.origin,
         "digest": source.digest,
     }
-    raw = lossless.raw_factors(terms, 0) if store.report.get("form") == lossless.FORM else None
+    raw = lossless.raw_factors(terms, place) if store.report.get("form") == lossless.FORM else None
     if raw is not None:
         return Adapter(task, *lossless.folded(raw), **came, raw=raw)
     a, b = {}, {}
     for name, every in terms.items():
-        pair = task_pair(every, 0)
+        pair = task_pair(every, place)
         if pair is not None:
             a[name], b[name] = balanced(*pair)
             if not (np.isfinite(a[name]).all() and np.isfinite(b[name]).all()):

@@ -257,7 +257,7 @@ def size_on_disk(path: Path_) -> int:
     at = Path(path)
     if at.is_file():
         return at.stat().st_size
-    return sum(x.stat().st_size for x in at.rglob("*") if x.is_file())
+    return folder.tree_bytes(at) if at.is_dir() else 0
 
 
 def name_there(segment: Segment, path: Path_ | None) -> str:

@@ -37,6 +37,8 @@ JOB = "job"
 CHUNK, MAX_CHUNKS = 1 << 16, 256
 # most bytes of an array, which a writer holds twice: its own and Orbax's copy
 ARRAY_BYTES = 1 << 26
+# bytes of chunks that all readers together keep
+CACHE_BYTES = 1 << 24
 # what a checkpoint takes beside its chunks and the path in its commit marker, and what a path is counted as
 # where it is not known
 CHECKPOINT_BYTES, PATH_BYTES = 735, 128
@@ -81,14 +83,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest.parse(path, manifest.gunzipped(path, read_file(path, MANIFEST)))
 
 
+@functools.cache
+def shared_context() -> Any:
+    """What all open arrays of this process share: the chunks that stay in memory once they were read."""
+    import tensorstore
+
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+
 def open_array(path: Path, folder: Path, size: int) -> Any:
     """An array of `size` bytes, opened with TensorStore."""
     import tensorstore
 
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 24}})
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/"}}
     try:
-        array = tensorstore.open(spec, context=context, open=True, read=True).result()
+        array = tensorstore.open(spec, context=shared_context(), open=True, read=True).result()
         (chunk,) = array.chunk_layout.read_chunk.shape or (0,)
         sane = array.shape == (size,) and array.dtype.name == "uint8" and 0 < (chunk or 0) <= size
     except (ValueError, OSError) as error:
@@ -105,7 +114,7 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
     if not folder.is_dir():
         raise damaged(path, f"segment {entry.id} is missing")
     try:
-        stored = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
+        stored = tree_bytes(folder)
     except OSError:
         raise damaged(path, f"segment {entry.id} is missing") from None
     if entry.bytes > ROOM + EXPANSION * stored or not held(entry.bytes, [n for _, n in arrays]):
@@ -127,10 +136,24 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
                 except (ValueError, OSError) as error:
                     what = " ".join(str(error).split())[:120]
                     raise damaged(path, f"segment {entry.id} cannot be read ({what})") from None
+                if high - low == stop - start:
+                    return np.asarray(part)
                 out[low - start : high - start] = part
         return out
 
     return read
+
+
+def tree_bytes(folder: Path | str) -> int:
+    """Bytes of all files below a folder, as a user counts them."""
+    total = 0
+    with os.scandir(folder) as found:
+        for x in found:
+            if x.is_dir(follow_symlinks=False):
+                total += tree_bytes(x.path)
+            elif x.is_file():
+                total += x.stat().st_size
+    return total
 
 
 def held(total: int, sizes: Sequence[int]) -> bool:

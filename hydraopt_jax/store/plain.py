@@ -1,5 +1,6 @@
 """Plain segments: factors stored as they are, every array in the leaf of the tasks that read it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,11 @@ Borrow = Callable[[int, str, int, str], np.ndarray]
 
 
 def from_leaves(
-    modules: Schema, leaves: Mapping[str, Any], places: Sequence[int], borrow: Borrow | None = None
+    modules: Schema,
+    leaves: Mapping[str, Any],
+    places: Sequence[int],
+    borrow: Borrow | None = None,
+    lazy: bool = False,
 ) -> dict[str, tuple[Factors, ...]]:
     """Terms for the tasks at some places; only the parts of leaves that they read are read.
 
@@ -50,6 +55,7 @@ def from_leaves(
       leaves: name -> bytes, at least those of `schema.leaves_of`; may be deferred.
       places: one for each task of the result, -1 for a task that is not in the segment.
       borrow: gives factors that references have.
+      lazy: factors are lists of arrays that are read when they are asked for, where the leaves are.
 
     Raises:
       ValueError: a leaf that is shorter than the schema says.
@@ -60,17 +66,19 @@ def from_leaves(
     for row, shape, leaf in zip(rows, shapes, names, strict=True):
         term = modules[row[0]][row[1]]
         where[row] = leaf, at[leaf]
-        at[leaf] += int(np.prod(shape)) * np.dtype(dtype_of(term, row[2])).itemsize
+        at[leaf] += math.prod(shape) * np.dtype(dtype_of(term, row[2])).itemsize
 
-    def read(name: str, k: int, side: str, index: int, shape: tuple[int, ...]) -> np.ndarray:
+    def read(name: str, k: int, side: str, index: int, shape: tuple[int, ...]) -> Any:
         term = modules[name][k]
         elsewhere = {"a": term.a_from, "b": term.b_from}.get(side, -1)  # type: ignore[union-attr]
         if elsewhere >= 0:
             assert borrow is not None
             return borrow(elsewhere, name, term.term, side)  # type: ignore[union-attr]
         leaf, start = where[name, k, side, index]
-        return np.asarray(part_of(leaves[leaf], start, shape, dtype_of(modules[name][k], side)))
+        part = part_of(leaves[leaf], start, shape, dtype_of(modules[name][k], side))
+        return part if lazy and side != "core" else np.asarray(part)
 
+    together: Callable[[list[Any]], Any] = list if lazy else np.stack
     out = {}
     for name, terms in modules.items():
         made = []
@@ -85,7 +93,7 @@ def from_leaves(
                     if place >= 0 and term.a_of[place] >= 0:
                         core[t] = read(name, k, "core", place, term.core_shape)
             left, right = (
-                np.stack([read(name, k, side, int(f), shape) for f in kept])
+                together([read(name, k, side, int(f), shape) for f in kept])
                 if len(kept)
                 else np.zeros((0, *shape), dtype_of(term, side))
                 for side, kept, shape in (("a", a, low), ("b", b, high))

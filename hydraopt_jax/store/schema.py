@@ -4,6 +4,7 @@ Every module has terms; a term says which factor each task uses, and its sizes. 
 a coded term, `PlainShape` one whose factors are kept as they are.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,16 +80,17 @@ def plain_parts(modules: Schema) -> tuple[list[tuple[str, int, str, int]], list[
             ):
                 if elsewhere >= 0:
                     continue
+                size = math.prod(shape) * np.dtype(dtype).itemsize
                 for index, users in enumerate(users_of(of)):
                     rows.append((name, k, side, index))
                     shapes.append(shape)
                     members.append(frozenset(users))
-                    sizes.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+                    sizes.append(size)
             for t in (t for t, f in enumerate(x.a_of) if f >= 0 and x.core):
                 rows.append((name, k, "core", t))
                 shapes.append(x.core_shape)
                 members.append(frozenset([t]))
-                sizes.append(int(np.prod(x.core_shape)) * np.dtype(x.core_dtype).itemsize)
+                sizes.append(math.prod(x.core_shape) * np.dtype(x.core_dtype).itemsize)
     return rows, shapes, leaf_names(members, sizes, tasks)[0]
 
 

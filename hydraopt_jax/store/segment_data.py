@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax import strict_json
-from hydraopt_jax.deferred import Deferred, bytes_of, size_of
+from hydraopt_jax.deferred import Deferred, size_of, span_of
 from hydraopt_jax.errors import damaged
 from hydraopt_jax.store import checks, schema
 from hydraopt_jax.store.store import Reference, Segment
@@ -70,30 +70,50 @@ def run(segment: Segment, done: Callable[[Entry], None]) -> Iterator[Any]:
     The id in the entry is what the bytes give: the first 16 digits of the checksum.
     """
     packed, raw = header_of(segment)
-    whole, total = hashlib.sha256(packed), len(packed)
     yield packed
     digests = b""
     for leaf in segment.leaves.values():
-        own = hashlib.sha256()
-        for start in range(0, size_of(leaf), PIECE):
-            stop = min(start + PIECE, size_of(leaf))
-            part = leaf.read(start, stop) if isinstance(leaf, Deferred) else bytes_of(leaf)[start:stop]
-            own.update(part)
-            total += stop - start
+        known, own = known_digest(leaf), hashlib.sha256()
+        for part in pieces_of(leaf):
+            if not known:
+                own.update(part)
             yield part
-        digests += own.digest()[:DIGEST]
+        digests += known or own.digest()[:DIGEST]
     yield digests
-    whole.update(digests)
-    sha = whole.hexdigest()
-    done(Entry(sha[:16], total + len(digests), (len(packed), raw), sha))
+    done(sealed(segment, packed, raw, digests))
+
+
+def pieces_of(leaf: Any) -> Iterator[Any]:
+    """The bytes of a leaf, some at a time."""
+    for start in range(0, size_of(leaf), PIECE):
+        yield span_of(leaf, start, min(start + PIECE, size_of(leaf)))
+
+
+def known_digest(leaf: Any) -> bytes:
+    """The digest of a leaf that is in a store already, which reading it compares it with; b"" of others."""
+    return leaf.digest if isinstance(leaf, Deferred) else b""
+
+
+def digest_of(leaf: Any) -> bytes:
+    """The digest of a leaf."""
+    if known := known_digest(leaf):
+        return known
+    own = hashlib.sha256()
+    for part in pieces_of(leaf):
+        own.update(part)
+    return own.digest()[:DIGEST]
+
+
+def sealed(segment: Segment, packed: bytes, raw: int, digests: bytes) -> Entry:
+    """The entry of a segment, from its header, deflated, the header's size inflated, and the digests."""
+    sha = hashlib.sha256(packed + digests).hexdigest()
+    total = len(packed) + sum(map(size_of, segment.leaves.values())) + len(digests)
+    return Entry(sha[:16], total, (len(packed), raw), sha)
 
 
 def entry_of(segment: Segment) -> Entry:
-    """The entry of a segment in memory."""
-    found: list[Entry] = []
-    for _ in run(segment, found.append):
-        pass
-    return found[0]
+    """The entry of a segment; leaves whose digests are known are not read."""
+    return sealed(segment, *header_of(segment), b"".join(map(digest_of, segment.leaves.values())))
 
 
 def likely_entry(segment: Segment, n: int) -> Entry:
@@ -165,6 +185,7 @@ def open_segment(
 
     origin = (str(path), entry.id, len(leaves))
     lazy: Mapping[str, Any] = {
-        leaf: Deferred((count,), np.uint8, functools.partial(part, leaf), origin) for leaf, count in leaves
+        leaf: Deferred((count,), np.uint8, functools.partial(part, leaf), origin, starts[leaf][2])
+        for leaf, count in leaves
     }
     return Segment(lazy, tasks, removed, modules, tensors, references, tables)
