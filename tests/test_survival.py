@@ -130,7 +130,7 @@ def test_readers_see_whole_stores(kept, other, tmp_path):
             found = store.task_factors(read, "one")
         except HydraOptError as error:
             # the leaves of a store that is gone
-            assert "damaged store" in str(error)  # noqa: PT017
+            assert "was replaced since it was opened" in str(error)  # noqa: PT017
             continue
         seen.append(read.tasks)
         for name, (a, b) in want[read.tasks].items():
@@ -139,6 +139,26 @@ def test_readers_see_whole_stores(kept, other, tmp_path):
     writer.join()
     assert len(seen) > 5
     assert set(seen) <= set(want)
+
+
+@pytest.mark.parametrize("name", ["s", "s.safetensors"])
+def test_a_store_that_was_replaced_is_not_called_damaged(kept, other, tmp_path, name):
+    store.save(tmp_path / name, kept)
+    before = store.open(tmp_path / name)
+    store.save(tmp_path / name, other, overwrite=True)
+    with pytest.raises(HydraOptError, match="was replaced since it was opened: open it again"):
+        store.decode(before, "one")
+
+
+def test_damage_is_called_so_after_a_change_elsewhere(kept, tmp_path):
+    """A change that leaves a segment where it was is no excuse for it."""
+    store.save(tmp_path / "s", kept)
+    before = store.open(tmp_path / "s")
+    store.update(tmp_path / "s", lambda x: x.replace(report=x.report.replace(note="mine")))
+    (data,) = (tmp_path / "s").glob("segments/*/state/data/0")
+    data.write_bytes(bytes(data.stat().st_size))
+    with pytest.raises(HydraOptError, match="damaged store"):
+        store.decode(before, "one")
 
 
 def test_a_change_that_fails_leaves_the_store_as_it_was(kept, tmp_path):
