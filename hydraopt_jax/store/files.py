@@ -95,7 +95,7 @@ def stamp(path: Path) -> Any:
 def check_target(path: Path_, overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a store that may be replaced, or an unfinished job's."""
     at = Path(path).absolute()
-    if not at.exists() or ((at / folder.JOB).is_dir() and not (at / MANIFEST).exists()):
+    if not at.exists() or folder.unfinished(at):
         return
     if not overwrite:
         raise HydraOptError(f"{at}: exists; choose another --out or give --overwrite")
@@ -182,12 +182,15 @@ def write_folder(
       limit, zstd: as `save`.
       known: of a job: rows, by id, of segments that lie there already, beside those of the manifest.
     """
-    fresh = not path.exists()
+    fresh = not path.exists() or (known is None and folder.unfinished(path))
     before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
     rows = {**(known or {}), **({x["id"]: x for x in before["segments"]} if before is not None else {})}
     added: list[str] = []
     try:
-        (path / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if before is None:
+            (path / folder.NEW).touch()
+        (path / folder.SEGMENTS).mkdir(exist_ok=True)
         written = []
         for x in store.segments:
             row = kept_row(x, path, rows)
