@@ -3,8 +3,9 @@
     python -m experiments.reliability.run [PART...]
 
 - kill, or "kill add" and so on: processes that run `hydraopt` add, remove, compress, pack and unpack get
-  SIGKILL at random instants, and before and after every change of names that they make.
-- damage: a bit of every byte of every file of three stores is flipped, files are cut short and removed.
+  SIGKILL at random instants, before and after every rename, and before every third removal of a file.
+- damage, or "damage coded" and so on: a bit of every byte of every file of three stores is flipped, files are
+  cut short and removed.
 - mutations, fuzz: random changes of valid input, and coverage-guided fuzzing with atheris (the `fuzz` extra).
 - races: two processes replace a store over and over, two read it.
 
@@ -24,7 +25,7 @@ from typing import Any
 
 OUT = Path(__file__).parent / "run.json"
 # kills of each command at random instants; random changes of each target's input; seconds of fuzzing; writes
-INSTANTS, MUTATIONS, SECONDS, WRITES = 3, 1500, 60, 50
+INSTANTS, MUTATIONS, SECONDS, WRITES = 3, 1100, 60, 50
 
 
 def parts() -> dict[str, Callable[[Path], tuple[Any, list[str]]]]:
@@ -35,7 +36,7 @@ def parts() -> dict[str, Callable[[Path], tuple[Any, list[str]]]]:
     killed = {f"kill {x}": functools.partial(kills.kills, name=x, count=INSTANTS) for x in names}
     return {
         **killed,
-        "damage": damage.damage,
+        **{f"damage {x}": functools.partial(damage.damage, name=x) for x in damage.STORES},
         "mutations": lambda root: strangers.mutations(MUTATIONS),
         "fuzz": lambda root: strangers.fuzz(SECONDS),
         "races": lambda root: races.races(root, WRITES),

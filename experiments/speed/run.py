@@ -2,7 +2,7 @@
 
     python -m experiments.speed.run [PART...] --gpt2 FOLDER
 
-- decode: one task of four layers of an 8B-shaped model, warm; one adapter of all 32 layers, cold process.
+- decode: an adapter of four layers of an 8B-shaped model, warm; one of all 32 layers, in its own process.
 - compress: four adapters of the four layers (rank 16, 42 MB in half precision, generated) to an eighth.
 - llm: three adapters of SmolLM2-135M, `experiments/llm/adapters/shared`, to an eighth.
 - gpt2: `frontier` of six adapters in FOLDER, and `compress --calibration` of two of them.
@@ -147,36 +147,37 @@ def compress(spare: Path, options: argparse.Namespace) -> Rows:
 
 def decode(spare: Path, options: argparse.Namespace) -> Rows:
     """One task, warm and in a process of its own."""
-    folders = made(spare, TASKS, LAYERS)
-    each = unit(folders[0])
-    if not (spare / "four").exists():
-        command(*compressing(folders, spare / "four"))
-    content = store.open(spare / "four").load()
+    (few,) = made(spare, 1, LAYERS)
+    each = unit(few)
+    command(*compressing([few], spare / "few"))
+    content = store.open(spare / "few").load()
     task = content.tasks[0]
-    numbers = len(fp16_bytes(folders[0])) // 2
+    numbers = len(fp16_bytes(few)) // 2
     factors = least(lambda: store.decode_terms(content, [task])) / numbers
     adapter = least(lambda: store.decode(content, task)) / numbers
-    each = min(each, unit(folders[0]))
+    each = min(each, unit(few))
     rows = [
         row("zlib level 6, nanoseconds per number", each * 1e9),
         row("decode one task's factors, warm, NumPy, over zlib -6", factors / each, 1.2),
         row("decode one adapter, balanced, warm, NumPy, over zlib -6", adapter / each),
     ]
-    (whole,) = made(spare, 1, 32)
-    command(*compressing([whole], spare / "whole"))
-    small, large = len(fp16_bytes(whole)), files.size_on_disk(spare / "whole")
+    (whole,) = made(spare, 1, options.layers)
+    at = spare / ("few" if whole == few else "whole")
+    if whole != few:
+        command(*compressing([whole], at))
+    small, large = len(fp16_bytes(whole)), files.size_on_disk(at)
     text = "from hydraopt_jax import store; s = store.open({!r}); {}"
     opened, decoded = (
-        command(sys.executable, "-c", text.format(str(spare / "whole"), x), runs=2)
+        command(sys.executable, "-c", text.format(str(at), x), runs=2)
         for x in ("0", "store.decode(s, s.tasks[0])")
     )
     seconds = {
         "processor seconds": round(decoded.processor, 2),
-        "of them to start and open": opened.processor,
+        "of them to start and open": round(opened.processor, 2),
     }
     rows += [
         row(
-            "a process that decodes one rank-16 adapter of 32 layers, wall seconds",
+            f"a process that decodes one rank-16 adapter of {options.layers} layers, wall seconds",
             decoded.wall,
             3,
             **seconds,
@@ -247,6 +248,7 @@ def main() -> None:
     """Measure some parts, all where none is named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--layers", type=int, default=32, help="of the adapter that a cold process decodes")
     parser.add_argument("--gpt2", type=Path, help="a folder of GPT-2 adapters; the part is left out without")
     options = parser.parse_args()
     chosen = options.parts or [x for x in PARTS if x != "gpt2" or options.gpt2]
