@@ -49,18 +49,15 @@ def killed_at(point, work):
         os._exit(0)
 
 
-@pytest.mark.filterwarnings("ignore:os.fork")
-def test_killed_before_every_change_of_names(kept, other, tmp_path, monkeypatch):
-    """The old store or the new one is there after every kill, and the next writer leaves no litter."""
-    path = tmp_path / "store"
+def copying(tmp_path, old, new):
+    """A `write_segment` that copies what Orbax has written elsewhere: its threads do not survive a fork."""
     rows = {}
-    for name, content in (("old", kept), ("new", other)):
+    for name, content in (("old", old), ("new", new)):
         store.save(tmp_path / name, content)
         rows[name] = folder.read_manifest(tmp_path / name)["segments"]
 
     def write(store_path, segment, *, name=None, zstd=None):
-        # a segment that Orbax has written elsewhere: its threads do not survive a fork
-        source = "old" if len(segment.tasks) == len(kept.tasks) else "new"
+        source = "old" if len(segment.tasks) == len(old.tasks) else "new"
         (row,) = rows[source]
         target = store_path / SEGMENTS / row["id"]
         # as Orbax does it: under another name first
@@ -71,6 +68,14 @@ def test_killed_before_every_change_of_names(kept, other, tmp_path, monkeypatch)
         folder.sync_tree(target)
         return {k: row[k] for k in ("id", "bytes", "header", "sha256", "arrays", "files")}
 
+    return rows, write
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_killed_before_every_change_of_names(kept, other, tmp_path, monkeypatch):
+    """The old store or the new one is there after every kill, and the next writer leaves no litter."""
+    path = tmp_path / "store"
+    rows, write = copying(tmp_path, kept, other)
     monkeypatch.setattr(folder, "write_segment", write)
     store.save(path, kept)
 
@@ -89,6 +94,47 @@ def test_killed_before_every_change_of_names(kept, other, tmp_path, monkeypatch)
     assert set(seen) == {kept.tasks, other.tasks}
     assert seen[0] == kept.tasks
     assert point > 12
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_a_first_save_that_was_killed_is_begun_anew(kept, other, tmp_path, monkeypatch):
+    """No store was there, none is; the path may be written to, and what is left of the kill goes."""
+    path = tmp_path / "store"
+    rows, write = copying(tmp_path, kept, other)
+    monkeypatch.setattr(folder, "write_segment", write)
+    point = 1
+    while killed_at(point, lambda: store.save(path, kept)) and not (path / folder.MANIFEST).exists():
+        store.save(path, other)
+        assert store.open(path).load().tasks == other.tasks
+        assert [x.name for x in (path / SEGMENTS).iterdir()] == [rows["new"][0]["id"]]
+        assert sorted(x.name for x in path.iterdir()) == [folder.MANIFEST, SEGMENTS]
+        shutil.rmtree(path)
+        point += 1
+    assert point > 8
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_a_job_whose_removal_was_killed_is_not_gone_on_with(tmp_path):
+    """What a job says is done is there, or it says nothing."""
+
+    def begin():
+        for x in ("one", "two"):
+            (tmp_path / SEGMENTS / x / "state").mkdir(parents=True, exist_ok=True)
+            (tmp_path / SEGMENTS / x / "state" / "data").touch()
+            (tmp_path / folder.JOB).mkdir(exist_ok=True)
+            (tmp_path / folder.JOB / f"{x}.segment.json").touch()
+
+    begin()
+    point, seen = 1, set()
+    while killed_at(point, lambda: folder.remove_unnamed(tmp_path, {"segments": []})):
+        said = {x.name.partition(".")[0] for x in (tmp_path / folder.JOB).glob("*.segment.json")}
+        whole = {x.parts[-3] for x in tmp_path.glob(f"{SEGMENTS}/*/state/data")}
+        assert said in (set(), whole)
+        seen.add((len(said), len(whole)))
+        begin()
+        point += 1
+    assert {(2, 2), (0, 2), (0, 1)} <= seen
+    assert not any((tmp_path / x).exists() for x in (folder.JOB, folder.GONE))
 
 
 def test_a_second_writer_gets_a_line(kept, tmp_path):
@@ -130,7 +176,7 @@ def test_readers_see_whole_stores(kept, other, tmp_path):
             found = store.task_factors(read, "one")
         except HydraOptError as error:
             # the leaves of a store that is gone
-            assert "damaged store" in str(error)  # noqa: PT017
+            assert "was replaced since it was opened" in str(error)  # noqa: PT017
             continue
         seen.append(read.tasks)
         for name, (a, b) in want[read.tasks].items():
@@ -139,6 +185,26 @@ def test_readers_see_whole_stores(kept, other, tmp_path):
     writer.join()
     assert len(seen) > 5
     assert set(seen) <= set(want)
+
+
+@pytest.mark.parametrize("name", ["s", "s.safetensors"])
+def test_a_store_that_was_replaced_is_not_called_damaged(kept, other, tmp_path, name):
+    store.save(tmp_path / name, kept)
+    before = store.open(tmp_path / name)
+    store.save(tmp_path / name, other, overwrite=True)
+    with pytest.raises(HydraOptError, match="was replaced since it was opened: open it again"):
+        store.decode(before, "one")
+
+
+def test_damage_is_called_so_after_a_change_elsewhere(kept, tmp_path):
+    """A change that leaves a segment where it was is no excuse for it."""
+    store.save(tmp_path / "s", kept)
+    before = store.open(tmp_path / "s")
+    store.update(tmp_path / "s", lambda x: x.replace(report=x.report.replace(note="mine")))
+    (data,) = (tmp_path / "s").glob("segments/*/state/data/0")
+    data.write_bytes(bytes(data.stat().st_size))
+    with pytest.raises(HydraOptError, match="damaged store"):
+        store.decode(before, "one")
 
 
 def test_a_change_that_fails_leaves_the_store_as_it_was(kept, tmp_path):

@@ -1,6 +1,6 @@
 """How near coders come to the entropy of a store's codes: the package's own, and a general one (zstd).
 
-    python experiments/frontier/entropy.py ADAPTER... --json experiments/frontier/entropy.json
+    python -m experiments.frontier.entropy ADAPTER... --json experiments/frontier/entropy.json
 
 The same codes, three ways: the package's rANS streams; int8 (int16 where a code needs it) one after another
 under zstd; the same with vectors sorted by context first, each context an array of its own. Against the
@@ -42,9 +42,10 @@ def zstd(codes: np.ndarray) -> int:
     }
     array = ts.open(spec).result()
     array.write(data).result()
-    return sum(
-        len(array.kvstore.read(k).result().value) for k in array.kvstore.list().result() if k != b".zarray"
-    )
+    kept = array.kvstore
+    assert kept is not None
+    names = [k for k in kept.list().result() if k != b".zarray"]
+    return sum(map(len, [kept.read(k).result().value for k in names]), 0)
 
 
 def measure(coded: encode.Coded) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A stream of adds against a fit of all at once and K-Merge, on adapters that ship with the package.
 
-    python experiments/reliability/stream.py
+    python -m experiments.reliability.stream
 
 The first FIRST adapters are compressed at a step, the others are added one by one, in three orders; the fit
 of all at once gets the bytes that the stream's store takes. K-Merge, which merges each arriving adapter into
@@ -14,17 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from hydraopt_jax import adapters, formats, merging
+from hydraopt_jax import adapters, changes, formats
+from hydraopt_jax.compression import compress
 from hydraopt_jax.demo import assets
-from hydraopt_jax.rate_control import navigate
-from hydraopt_jax.store import changes, checkpoint
+from hydraopt_jax.merging import curves
+from hydraopt_jax.store import Store, files
 
 TASKS, FIRST, ERROR = 12, 4, 0.01
 ORDERS = 3
 OUT = Path(__file__).parent / "stream.json"
 
 
-def collection():
+def collection() -> list[adapters.Adapter]:
     """Every third of the shipped adapters, so that tasks and languages mix."""
     with tempfile.TemporaryDirectory() as folder:
         paths = assets.unpack_adapters(assets.ADAPTERS_FILE, Path(folder))
@@ -32,26 +33,26 @@ def collection():
         return [formats.read_adapter(x) for x in chosen]
 
 
-def stream(many):
-    """The store after a stream of adds, and its seconds an add."""
-    content = navigate.compress(many[:FIRST], navigate.Options(max_error=ERROR))
-    start = time.perf_counter()
+def stream(many: list[adapters.Adapter]) -> tuple[Store, float]:
+    """The store after a stream of adds, and its processor seconds per add."""
+    content = compress(many[:FIRST], max_error=ERROR)
+    start = time.process_time()
     for x in many[FIRST:]:
         content = changes.add(content, x)
-    return content, (time.perf_counter() - start) / (len(many) - FIRST)
+    return content, (time.process_time() - start) / (len(many) - FIRST)
 
 
-def main():
+def main() -> None:
     many = collection()
     rows = []
     for seed in range(ORDERS):
         order = np.random.default_rng(seed).permutation(len(many))
         arrived = [many[k] for k in order]
         content, seconds = stream(arrived)
-        size = checkpoint.measure_size(content)
+        size = files.measure_size(content)
         found = changes.estimate_refit(content, {x.task: x for x in many})
-        whole = navigate.compress(arrived, navigate.Options(budget=size))
-        curve = merging.curves.curves_of(adapters.stack(arrived), ["k-merge"])[0]
+        whole = compress(arrived, budget=size)
+        curve = curves.curves_of(adapters.stack(arrived), ["k-merge"])[0]
         rival = next((p for p in curve.points if p.bytes >= size), curve.points[-1])
         rows.append(
             {
@@ -63,7 +64,7 @@ def main():
                 "estimate": found.mean,
                 "due": found.due,
                 "k-merge": {"setting": rival.setting, "bytes": int(rival.bytes), "error": float(rival.mean)},
-                "seconds an add": round(seconds, 2),
+                "processor seconds per add": round(seconds, 2),
             }
         )
         print(json.dumps(rows[-1]), flush=True)

@@ -1,6 +1,6 @@
 """From LoRA trees in Orbax to one jitted forward pass that mixes their tasks, without touching a file format.
 
-    python experiments/serving/example.py
+    python -m experiments.serving.example
 
 The trees are three of the trained adapters that ship with the package, saved as a Flax NNX training run does.
 Half a minute on two cores; prints how alike the adapters are, the store's error, what its refinement gained,
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -31,7 +32,7 @@ def train(folder: Path) -> None:
     """What a training run leaves behind: one Orbax checkpoint of LoRA parameters a task."""
     for task, lora in assets.load_adapters().items():
         if task in TASKS:
-            a, b = ({name: pair[k] for name, pair in lora.items()} for k in (0, 1))
+            a, b = ({name: np.asarray(pair[k]) for name, pair in lora.items()} for k in (0, 1))
             formats.write_checkpoint(folder / task, hydra.Adapter(task, a, b), "flax_nnx", scale=1.0)
 
 

@@ -1,7 +1,7 @@
 """Time of a batch that mixes tasks: against gathers of each token's factors and against a loop over tasks.
 
-    taskset -c 0 python experiments/serving/mixed_batch.py --json experiments/serving/one_core.json
-    python experiments/serving/mixed_batch.py --json experiments/serving/two_cores.json
+    taskset -c 0 python -m experiments.serving.mixed_batch --json experiments/serving/one_core.json
+    python -m experiments.serving.mixed_batch --json experiments/serving/two_cores.json
 
 Everything is jitted, in float32, with the same factors; contenders take turns within one process, and the
 median of the turns is reported. A minute on two cores; the gathers of the large case need 3 GB.
@@ -110,11 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the results to this file")
     options = parser.parse_args()
+    before = os.getloadavg()[0]
     cases = zip(CASES, TURNS, strict=True)
     rows = [measure(case, form, turns) for case, turns in cases for form in FORMS]
     machine = {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
+        "load": [round(before, 1), round(os.getloadavg()[0], 1)],
         "jax": jax.__version__,
     }
     results = {"machine": machine, "rows": rows}

@@ -68,7 +68,10 @@ def clear(path: Path) -> None:
     at = home(path)
     if (at / folder.MANIFEST).exists():
         folder.remove_unnamed(at, folder.read_manifest(at))
-    else:
+    elif at.is_dir():
+        (at / folder.NEW).touch()
+        folder.remove_unnamed(at, None)
+        shutil.rmtree(at / folder.SEGMENTS, ignore_errors=True)
         shutil.rmtree(at, ignore_errors=True)
 
 
@@ -125,5 +128,5 @@ def run(
         files.write_folder(path, store, limit, zstd, place.rows())
     else:
         files.save(path, store, overwrite=True, limit=limit)
-        shutil.rmtree(at, ignore_errors=True)
+        clear(path)
     return files.open(path)

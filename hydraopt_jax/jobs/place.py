@@ -81,9 +81,11 @@ class Folder:
         file = self.scratch / "job.json"
         if file.exists():
             if read_json(file) != {"mark": self.mark}:
+                # what must not be lost is a store that the job was to replace
+                old = (self.store / folder.MANIFEST).exists()
                 raise HydraOptError(
-                    f"{self.store}: is an unfinished job with other adapters or options: delete it, or "
-                    "choose another --out"
+                    f"{self.scratch if old else self.store}: is an unfinished job with other adapters or "
+                    "options: delete it, or choose another --out"
                 )
             return
         self.scratch.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Stores on disk: opened, saved, changed, verified. A folder, or one `.safetensors` file, by its name."""
 
+import functools
 import hashlib
 import os
 import shutil
@@ -30,17 +31,50 @@ def open(path: Path_) -> Store:
       path: a folder or a `.safetensors` file.
 
     Raises:
-      HydraOptError: no store there, a damaged one, or one of another version.
+      HydraOptError: no store there, a damaged one, or one of another version. Leaves raise it, too, when they
+        are read: a damaged one, or where the store was replaced meanwhile.
     """
     at = Path(path).absolute()
     for _ in range(RETRIES):
         before = stamp(at)
         try:
-            return portable.open_portable(at) if is_file(at) else folder.open_folder(at)
+            found = portable.open_portable(at) if is_file(at) else folder.open_folder(at)
         except HydraOptError:
             if stamp(at) == before:
                 raise
+        else:
+            return watched(at, found, before)
     raise HydraOptError(f"{at}: is replaced faster than it can be read: try again")
+
+
+def watched(path: Path, store: Store, opened: Any) -> Store:
+    """The store, whose leaves, where they cannot be read, say so if it was replaced since it was opened.
+
+    Args:
+      path: where it lies.
+      store: as it was opened from there.
+      opened: its `stamp` before.
+    """
+
+    def replaced(segment: str) -> bool:
+        if stamp(path) == opened:
+            return False
+        # an `add` replaces the manifest, too, and leaves the segments
+        return is_file(path) or all(x["id"] != segment for x in folder.read_manifest(path)["segments"])
+
+    def read(leaf: Deferred, start: int, stop: int) -> Any:
+        try:
+            return leaf.read(start, stop)
+        except HydraOptError:
+            if replaced(leaf.origin[1]):
+                raise HydraOptError(f"{path}: was replaced since it was opened: open it again") from None
+            raise
+
+    def one(leaf: Deferred) -> Deferred:
+        return Deferred(leaf.shape, leaf.dtype, functools.partial(read, leaf), leaf.origin)
+
+    segments = (x.replace(leaves={k: one(v) for k, v in x.leaves.items()}) for x in store.segments)
+    return store.replace(segments=tuple(segments))
 
 
 # how often a reader begins anew when writers replace the store under it
@@ -61,7 +95,7 @@ def stamp(path: Path) -> Any:
 def check_target(path: Path_, overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a store that may be replaced, or an unfinished job's."""
     at = Path(path).absolute()
-    if not at.exists() or ((at / folder.JOB).is_dir() and not (at / MANIFEST).exists()):
+    if not at.exists() or folder.unfinished(at):
         return
     if not overwrite:
         raise HydraOptError(f"{at}: exists; choose another --out or give --overwrite")
@@ -148,12 +182,15 @@ def write_folder(
       limit, zstd: as `save`.
       known: of a job: rows, by id, of segments that lie there already, beside those of the manifest.
     """
-    fresh = not path.exists()
+    fresh = not path.exists() or (known is None and folder.unfinished(path))
     before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
     rows = {**(known or {}), **({x["id"]: x for x in before["segments"]} if before is not None else {})}
     added: list[str] = []
     try:
-        (path / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if before is None:
+            (path / folder.NEW).touch()
+        (path / folder.SEGMENTS).mkdir(exist_ok=True)
         written = []
         for x in store.segments:
             row = kept_row(x, path, rows)

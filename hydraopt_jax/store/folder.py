@@ -31,8 +31,10 @@ from hydraopt_jax.store.store import Reference, Segment, Store
 
 MANIFEST = "manifest.json.gz"
 SEGMENTS = "segments"
-# of an unfinished job, see `jobs`
-JOB = "job"
+# what the next manifest is called before it is whole; without a manifest, the mark of a store being written
+NEW = f".{MANIFEST}.new"
+# of an unfinished job, see `jobs`, and of one that is being removed
+JOB, GONE = "job", ".job.gone"
 # bytes of a chunk, and the most chunks of an array: small chunks waste fewer bytes when one task is read
 CHUNK, MAX_CHUNKS = 1 << 16, 256
 # most bytes of an array, which a writer holds twice: its own and Orbax's copy
@@ -75,7 +77,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         if (path / "_CHECKPOINT_METADATA").is_file():
             raise manifest.old(path, "1 to 4")
-        if (path / JOB).is_dir():
+        if (path / JOB).is_dir() or (path / NEW).exists():
             raise HydraOptError(
                 f"{path}: an unfinished job: run its command again to go on, or delete the folder"
             )
@@ -89,6 +91,13 @@ def shared_context() -> Any:
     import tensorstore
 
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+
+def unfinished(path: Path) -> bool:
+    """Whether a folder is empty, or what a stopped writer has left of a store that never was."""
+    if not path.is_dir() or (path / MANIFEST).exists():
+        return False
+    return any((path / x).exists() for x in (JOB, NEW)) or not any(path.iterdir())
 
 
 def open_array(path: Path, folder: Path, size: int) -> Any:
@@ -348,7 +357,7 @@ def quiet() -> Iterator[None]:
 
 def write_manifest(path: Path, said: Mapping[str, Any]) -> None:
     """Replace the manifest by one rename: from here on the store is the new one."""
-    new = path / f".{MANIFEST}.new"
+    new = path / NEW
     new.write_bytes(manifest.gzipped(manifest.to_text(said, path.name)))
     sync(new)
     os.replace(new, path / MANIFEST)
@@ -357,14 +366,23 @@ def write_manifest(path: Path, said: Mapping[str, Any]) -> None:
 
 def remove_unnamed(path: Path, said: Mapping[str, Any] | None) -> None:
     """Remove segments that no manifest names, and what a job has left."""
+    # a job first: it must not be gone on with when its segments are not there any more
+    remove_job(path)
     named = {x["id"] for x in said["segments"]} if said is not None else set()
     folder = path / SEGMENTS
     for x in folder.iterdir() if folder.is_dir() else ():
         if x.name not in named:
             shutil.rmtree(x, ignore_errors=True)
-    shutil.rmtree(path / JOB, ignore_errors=True)
+    if said is not None:
+        (path / NEW).unlink(missing_ok=True)
+
+
+def remove_job(path: Path) -> None:
+    """Remove what a job keeps beside its segments, by one rename: half of it would be taken for the whole."""
+    shutil.rmtree(path / GONE, ignore_errors=True)
     with suppress(OSError):
-        (path / f".{MANIFEST}.new").unlink()
+        os.replace(path / JOB, path / GONE)
+    shutil.rmtree(path / GONE, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import resource
+import shutil
 import signal
 from contextlib import contextmanager
 
@@ -151,7 +152,22 @@ def test_sigterm_ends_a_job_with_a_message(job, tmp_path):
     assert len(done(out)) == 2
     code, _, err = job(out, "--dtype", "float16")
     assert code == 2
-    assert "unfinished job with other adapters or options" in err
+    assert f"hydraopt: {out}: is an unfinished job with other adapters or options: delete it" in err
+
+
+def test_an_unfinished_overwrite_does_not_ask_to_delete_the_store(job, tmp_path):
+    out = tmp_path / "store"
+    assert job(out)[0] == 0
+    with before(folder, "write_manifest", 1, fill_up):
+        assert job(out, "--overwrite")[0] == 2
+    code, _, err = job(out, "--overwrite", "--dtype", "float16")
+    assert code == 2
+    assert (
+        f"hydraopt: {out / folder.JOB}: is an unfinished job with other adapters or options: delete it" in err
+    )
+    shutil.rmtree(out / folder.JOB)
+    assert store.verify(out)
+    assert job(out, "--overwrite", "--dtype", "float16")[0] == 0
 
 
 @pytest.mark.parametrize(
