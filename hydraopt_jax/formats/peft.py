@@ -282,6 +282,21 @@ def _tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.nda
     return tensors | {key: np.array(x, order="C") for key, x in adapter.extras.items()}, ranks
 
 
+def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """PEFT's configuration and tensors by key: what `write_adapter`, which see, writes into a folder.
+
+    Raises:
+      HydraOptError: no factors, or values that do not fit the dtype.
+    """
+    if not adapter.a:
+        raise HydraOptError(f"task {adapter.task!r} holds no LoRA factor: nothing to write")
+    came = _as_came(adapter) if dtype is None else None
+    if came is not None:
+        return dict(came.config), _tensors(came, None)[0]
+    tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
+    return unit_scale_config(adapter.config, ranks), tensors
+
+
 def folder_name(task: str) -> str:
     """Folder name for a task: safe in any file system, different for different tasks.
 
@@ -383,16 +398,9 @@ def write_adapter(
       HydraOptError: the path exists, cannot be written, or values do not fit the dtype.
     """
     target = Path(path).resolve()
-    if not adapter.a:
-        raise HydraOptError(f"{target}: task {adapter.task!r} holds no LoRA factor: nothing to write")
     try:
         _check_target(target, overwrite)
-        came = _as_came(adapter) if dtype is None else None
-        if came is not None:
-            tensors, config = _tensors(came, None)[0], came.config
-        else:
-            tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
-            config = unit_scale_config(adapter.config, ranks)
+        config, tensors = contents(adapter, dtype)
         text = json.dumps(config, indent=2, sort_keys=True)
         with _parents(target), locked(target):
             _check_target(target, overwrite)

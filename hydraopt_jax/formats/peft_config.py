@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,12 +216,13 @@ def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> di
       ranks: module name -> rank.
 
     Returns:
-      The new configuration: alpha equals the rank everywhere, patterns name full modules only.
+      The new configuration: `r` is the widest module's rank, alpha equals the rank everywhere, patterns name
+      full modules only, and none where all have one rank.
     """
-    # Ties go to the larger rank, so that the result does not depend on the modules' order.
-    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    # servers that ignore patterns make room for `r`: the widest module's rank; the scale is 1 either way
+    widest = max(ranks.values())
     # "^" keeps PEFT's optional "anything." prefix empty: layers.1.q must not match model.layers.1.q.
-    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != common}
+    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != widest}
     defaults = {
         "base_model_name_or_path": None,
         "bias": "none",
@@ -243,8 +243,8 @@ def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> di
         | unused
         | {
             "peft_type": "LORA",
-            "r": common,
-            "lora_alpha": common,
+            "r": widest,
+            "lora_alpha": widest,
             "use_rslora": False,
             "rank_pattern": pattern,
             "alpha_pattern": dict(pattern),
