@@ -363,7 +363,8 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
+def write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
+    """Put a configuration and tensors at a path whose parent is there, in the place of what is there."""
     work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
     try:
         new = work / "new"
@@ -404,7 +405,7 @@ def write_adapter(
         text = json.dumps(config, indent=2, sort_keys=True)
         with _parents(target), locked(target):
             _check_target(target, overwrite)
-            _write_folder(target, text, tensors)
+            write_folder(target, text, tensors)
     except HydraOptError:
         raise
     except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:

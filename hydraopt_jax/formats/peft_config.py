@@ -270,6 +270,15 @@ def _base_key(name: str, suffixes: Sequence[str]) -> str:
         name = name.removesuffix(suffix)
 
 
+def same_base(one: str, other: str, suffixes: Sequence[str] = ()) -> bool:
+    """Whether two names are those of one base model: they may differ by an organization, or by suffixes.
+
+    >>> same_base("openai-community/gpt2", "gpt2"), same_base("gpt2", "gpt2-medium"), same_base("", "gpt2")
+    (True, False, False)
+    """
+    return _base_key(one, suffixes) == _base_key(other, suffixes)
+
+
 def check_same_base(
     adapters: Sequence[Adapter], *, any_base: bool = False, base_suffixes: Sequence[str] = ()
 ) -> None:
@@ -289,7 +298,7 @@ def check_same_base(
         return
     for adapter in adapters[1:]:
         names = base_name(adapters[0].config), base_name(adapter.config)
-        if _base_key(names[0], base_suffixes) != _base_key(names[1], base_suffixes):
+        if not same_base(*names, base_suffixes):
             first, second = (repr(x) if x else "no base model" for x in names)
             raise HydraOptError(
                 f"{adapters[0].source or adapters[0].task} names {first} and "
