@@ -279,6 +279,13 @@ def same_base(one: str, other: str, suffixes: Sequence[str] = ()) -> bool:
     return _base_key(one, suffixes) == _base_key(other, suffixes)
 
 
+def check_base(source: str, own: str, served: str) -> None:
+    """Refuse to put what was trained on one base model onto another, as far as their names tell."""
+    if not same_base(own, served):
+        named = repr(own) if own else "no base model"
+        raise HydraOptError(f"{source}: names {named}, but the model is {served!r}: use its own base model")
+
+
 def check_same_base(
     adapters: Sequence[Adapter], *, any_base: bool = False, base_suffixes: Sequence[str] = ()
 ) -> None:

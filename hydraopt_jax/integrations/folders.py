@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +140,8 @@ class TaskFolders:
 
     def _hold(self, state: State, task: str, base: str | None) -> Path:
         source = state.store.sources[task_index(state.store.tasks, task)]
-        check_base(self.path, source.config, base)
+        if base is not None:
+            peft_config.check_base(str(self.path), peft_config.base_name(source.config), base)
         server.check_task(self.profile, task, tensors_of(state.store, task), source.config, source.layout)
         if task not in state.versions:
             state.versions[task] = version_of(state.store, task, self.profile)
@@ -185,16 +186,6 @@ def version_of(store: Store, task: str, profile: str | None) -> str:
     source = store.sources[task_index(store.tasks, task)]
     whole = [WRITER, profile, parts, source.dtype, source.config, source.layout]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_base(path: Path, config: Mapping[str, Any], base: str | None) -> None:
-    """Refuse to serve a task on another base model than its own, as far as the names tell."""
-    own = peft_config.base_name(config)
-    if base is not None and not peft_config.same_base(own, base):
-        named = repr(own) if own else "no base model"
-        raise HydraOptError(
-            f"{path}: its adapters name {named}, but {base!r} is served: serve their base model"
-        )
 
 
 def read_limit(limit: int | str) -> int:

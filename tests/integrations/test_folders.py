@@ -190,7 +190,7 @@ def test_bad_tasks_are_refused_before_anything_is_decoded(folders, path, tmp_pat
     with pytest.raises(HydraOptError, match=r"no task 'task/00' in the store: did you mean 'task/0'"):
         folders.folder("task/00")
     with pytest.raises(
-        HydraOptError, match=r"s\.safetensors: its adapters name 'org/base', but 'org/other' is"
+        HydraOptError, match=r"s\.safetensors: names 'org/base', but the model is 'org/other'"
     ):
         folders.folder(TASKS[0], base="org/other")
     assert not there(folders)

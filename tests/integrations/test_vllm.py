@@ -85,7 +85,7 @@ def test_a_request_gets_a_folder_that_vllm_loads(registry, path):
     ("task", "base", "words"),
     [
         ("task/00", served.BASE, "no task 'task/00' in the store: did you mean 'task/0'"),
-        (TASKS[0], "org/other", "its adapters name 'org/base', but 'org/other' is served"),
+        (TASKS[0], "org/other", "names 'org/base', but the model is 'org/other'"),
         ("../../etc", served.BASE, "no task '../../etc' in the store"),
     ],
 )
