@@ -126,7 +126,7 @@ class StoreResolver:
           Changed: the store has changed, and the folder that vLLM knows is gone.
           HydraOptError: it cannot be decoded again, or there is no room for it.
         """
-        if task not in self.handed and task not in self.folders.tasks:
+        if task not in self.handed and not self._serves(task):
             return False
         requests = self._requests(task)
         with self.mutex:
@@ -167,6 +167,13 @@ class StoreResolver:
     def _requests(self, task: str) -> Requests:
         with self.mutex:
             return self.requests.setdefault(task, Requests())
+
+    def _serves(self, task: str) -> bool:
+        """Whether the store has a task; a store that is gone has none, and who asks for one is told."""
+        try:
+            return task in self.folders.tasks
+        except HydraOptError:
+            return False
 
     def _again(self, task: str) -> Path:
         """Hold the folder that vLLM knows, decoded again if need be."""

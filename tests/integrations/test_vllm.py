@@ -188,6 +188,19 @@ def test_a_damaged_store_is_an_answer_and_no_end(registry, path):
     assert "damaged store" in said["error"]["message"]
 
 
+def test_a_store_that_is_gone_stops_nothing_else(registry, path, caplog):
+    server = fake_vllm.Server(registry, served.BASE, slots=1)
+    app = hold_tasks.HoldTasks(server)
+    ask(app, *TASKS[:4])
+    path.rename(path.with_name("moved"))
+    assert ask(app, served.BASE, TASKS[3], TASKS[4])[::2] == [(200, {}), (404, {})]
+    assert "s.safetensors: no store there" in caplog.messages[-1]
+    assert ask(app, TASKS[3])[0][0] == 200
+    ((status, said),) = ask(app, TASKS[0])
+    assert (status, server.dead) == (503, None)
+    assert "no store there" in said["error"]["message"]
+
+
 def test_a_request_that_is_given_up_holds_on_for_a_while(registry, monkeypatch):
     monkeypatch.setattr(hold_tasks, "LINGER", 0.1)
     resolver = registry.get_resolver("hydraopt")
