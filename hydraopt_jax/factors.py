@@ -68,3 +68,10 @@ def balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         na, nb = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
         scale = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
         return a * scale, b / scale[:, None]
+
+
+def svd(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thin decomposition of `a @ b` by way of the factors' QR: `u: [I, R]`, `s: [R]`, `v: [R, O]`."""
+    (qa, ra), (qb, rb) = np.linalg.qr(a.astype(np.float64)), np.linalg.qr(b.T.astype(np.float64))
+    u, s, v = np.linalg.svd(ra @ rb.T, full_matrices=False)
+    return qa @ u, s, v @ qb.T

@@ -51,8 +51,16 @@ def read(
 
 
 def export(
-    store: Store, task: str, path: str | Path, *, dtype: str | None = None, overwrite: bool = False
-) -> None:
+    store: Store,
+    task: str,
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    rank: int | None = None,
+    padded: bool = False,
+    profile: str | None = None,
+) -> dict[str, float]:
     """Write a task of a store as a PEFT folder.
 
     Args:
@@ -61,10 +69,16 @@ def export(
       path: the folder.
       dtype: on disk; None for the one it came in.
       overwrite: replace what is there.
+      rank, padded, profile: of the server that loads it, see `formats.server.fit`.
+
+    Returns:
+      Module -> relative squared error of its delta, of the modules that were cut to a rank.
 
     Raises:
-      HydraOptError: no such task, or a folder that exists or cannot be written.
+      HydraOptError: no such task, what the profile refuses, or a folder that exists or cannot be written.
     """
-    from hydraopt_jax.formats import write_adapter
+    from hydraopt_jax.formats import server, write_adapter
 
-    write_adapter(path, decode(store, task), dtype=dtype, overwrite=overwrite)
+    fitted = server.fit(decode(store, task), rank=rank, padded=padded, profile=profile)
+    write_adapter(path, fitted.adapter, dtype=dtype, overwrite=overwrite)
+    return dict(fitted.errors)

@@ -4,8 +4,10 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 import hydraopt_jax
@@ -74,6 +76,26 @@ def test_a_store_is_read_without_jax(given, small, tmp_path):
         assert all((found.a[m] == expected.a[m]).all() for m in expected.a)
     assert ok("pack", path, tmp_path / "t.safetensors")["bytes_after"] > 0
     assert store.verify(tmp_path / "t.safetensors") == store.verify(path)
+
+
+def test_tasks_are_served_without_jax(given, tmp_path):
+    path, poison = given
+    code = poison + (
+        "import asyncio, os, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent / 'integrations')!r})\n"
+        "import fake_vllm\n"
+        "sys.modules |= fake_vllm.modules()\n"
+        f"os.environ |= {{'HYDRAOPT_STORE': {str(path)!r}, 'HYDRAOPT_CACHE': {str(tmp_path / 'cache')!r}}}\n"
+        "from hydraopt_jax.integrations import hold_tasks, vllm\n"
+        "vllm.register()\n"
+        "(found,) = sys.modules['vllm.lora.resolver'].LoRAResolverRegistry.resolvers.values()\n"
+        "print(asyncio.run(found.resolve_lora('synthetic', 'two/three')).lora_path)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    found, expected = formats.read_adapter(done.stdout.strip()), store.decode(store.open(path), "two/three")
+    for m in expected.a:
+        np.testing.assert_allclose(found.a[m] @ found.b[m], expected.a[m] @ expected.b[m], atol=1e-6)
 
 
 def test_a_folder_is_written_by_orbax(kept, tmp_path):

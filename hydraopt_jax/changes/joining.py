@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax.explicit.fitting import cast
-from hydraopt_jax.factors import Factors, times
+from hydraopt_jax.factors import Factors, svd, times
 from hydraopt_jax.store.schema import PlainShape
 
 
@@ -50,13 +50,6 @@ class Way(NamedTuple):
     b: Any = None
     core: np.ndarray | None = None
     own: tuple[np.ndarray, np.ndarray] | None = None
-
-
-def svd(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thin decomposition of `a @ b` by way of the factors' QR: `u: [I, R]`, `s: [R]`, `v: [R, O]`."""
-    (qa, ra), (qb, rb) = np.linalg.qr(a.astype(np.float64)), np.linalg.qr(b.T.astype(np.float64))
-    u, s, v = np.linalg.svd(ra @ rb.T, full_matrices=False)
-    return qa @ u, s, v @ qb.T
 
 
 def ways(terms: Sequence[Term], a: np.ndarray, b: np.ndarray) -> list[Way]:

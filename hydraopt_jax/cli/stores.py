@@ -27,10 +27,10 @@ from hydraopt_jax.cli.common import (
 )
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats import peft, write_adapter
+from hydraopt_jax.formats import peft, server, write_adapter
 from hydraopt_jax.store import files, portable, removal
 from hydraopt_jax.store.decoding import decode_all
-from hydraopt_jax.store.store import task_errors
+from hydraopt_jax.store.store import task_errors, tensors_of
 from hydraopt_jax.store.tensors import check_dtype
 
 
@@ -70,6 +70,9 @@ def inspect(path: str, as_json: bool) -> None:
 @click.option("--out", required=True, type=click.Path(), help="folder to write")
 @click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; as it came where not given")
 @click.option("--overwrite", is_flag=True, help="replace what is there")
+@click.option("--rank", type=int, help="cut wider modules to the nearest product of this rank")
+@click.option("--pad", is_flag=True, help="fill narrower modules with zeros, up to --rank where given")
+@click.option("--profile", help="what the server vllm loads: one rank, one scale, no patterns")
 @as_json_option
 def export(
     path: str,
@@ -78,6 +81,9 @@ def export(
     out: str,
     dtype: str | None,
     overwrite: bool,
+    rank: int | None,
+    pad: bool,
+    profile: str | None,
     as_json: bool,
 ) -> None:
     """Write tasks of a store as PEFT folders."""
@@ -92,16 +98,32 @@ def export(
     if taken or len(set(folders.values())) < len(names):
         where = (taken or list(folders.values()))[0]
         raise HydraOptError(f"{where}: exists; choose another --out or give --overwrite")
+    server.check(rank, profile)
+    for t in names:
+        x = whole.sources[whole.tasks.index(t)]
+        server.check_task(profile, t, tensors_of(whole, t), x.config, x.layout)
+    ranks, cut = {}, {}
     with report.progress("exporting", len(folders), not as_json) as advance:
         for content in files.batches(whole, list(folders)):
             for found in decode_all(content):
-                write_adapter(folders[found.task], found, dtype=dtype, overwrite=overwrite)
+                task = found.task
+                fitted = server.fit(found, rank=rank, padded=pad, profile=profile)
+                write_adapter(folders[task], fitted.adapter, dtype=dtype, overwrite=overwrite)
+                ranks[task] = max(x.shape[1] for x in fitted.adapter.a.values())
+                if fitted.errors:
+                    errors = list(fitted.errors.values())
+                    cut[task] = {"modules": len(errors), "mean": float(np.mean(errors)), "worst": max(errors)}
                 advance()
     written = {task: str(f) for task, f in folders.items()}
-    table = Table("task", "folder")
+    table = Table("task", "folder", "rank")
     for task, folder_text in written.items():
-        table.add_row(Text(task), Text(folder_text))
-    say(as_json, {"exported": written}, table)
+        table.add_row(Text(task), Text(folder_text), str(ranks[task]))
+    notes = [
+        f"{escape(task)}: {x['modules']} modules were cut, relative squared error of their deltas "
+        f"{x['mean']:.3e}, worst {x['worst']:.3e}"
+        for task, x in cut.items()
+    ]
+    say(as_json, {"exported": written, "ranks": ranks, "cut": clean(cut)}, table, *notes)
 
 
 @click.command()

@@ -282,6 +282,21 @@ def _tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.nda
     return tensors | {key: np.array(x, order="C") for key, x in adapter.extras.items()}, ranks
 
 
+def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """PEFT's configuration and tensors by key: what `write_adapter`, which see, writes into a folder.
+
+    Raises:
+      HydraOptError: no factors, or values that do not fit the dtype.
+    """
+    if not adapter.a:
+        raise HydraOptError(f"task {adapter.task!r} holds no LoRA factor: nothing to write")
+    came = _as_came(adapter) if dtype is None else None
+    if came is not None:
+        return dict(came.config), _tensors(came, None)[0]
+    tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
+    return unit_scale_config(adapter.config, ranks), tensors
+
+
 def folder_name(task: str) -> str:
     """Folder name for a task: safe in any file system, different for different tasks.
 
@@ -348,7 +363,8 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
+def write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
+    """Put a configuration and tensors at a path whose parent is there, in the place of what is there."""
     work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
     try:
         new = work / "new"
@@ -383,20 +399,13 @@ def write_adapter(
       HydraOptError: the path exists, cannot be written, or values do not fit the dtype.
     """
     target = Path(path).resolve()
-    if not adapter.a:
-        raise HydraOptError(f"{target}: task {adapter.task!r} holds no LoRA factor: nothing to write")
     try:
         _check_target(target, overwrite)
-        came = _as_came(adapter) if dtype is None else None
-        if came is not None:
-            tensors, config = _tensors(came, None)[0], came.config
-        else:
-            tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
-            config = unit_scale_config(adapter.config, ranks)
+        config, tensors = contents(adapter, dtype)
         text = json.dumps(config, indent=2, sort_keys=True)
         with _parents(target), locked(target):
             _check_target(target, overwrite)
-            _write_folder(target, text, tensors)
+            write_folder(target, text, tensors)
     except HydraOptError:
         raise
     except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,12 +216,13 @@ def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> di
       ranks: module name -> rank.
 
     Returns:
-      The new configuration: alpha equals the rank everywhere, patterns name full modules only.
+      The new configuration: `r` is the widest module's rank, alpha equals the rank everywhere, patterns name
+      full modules only, and none where all have one rank.
     """
-    # Ties go to the larger rank, so that the result does not depend on the modules' order.
-    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    # servers that ignore patterns make room for `r`: the widest module's rank; the scale is 1 either way
+    widest = max(ranks.values())
     # "^" keeps PEFT's optional "anything." prefix empty: layers.1.q must not match model.layers.1.q.
-    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != common}
+    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != widest}
     defaults = {
         "base_model_name_or_path": None,
         "bias": "none",
@@ -243,8 +243,8 @@ def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> di
         | unused
         | {
             "peft_type": "LORA",
-            "r": common,
-            "lora_alpha": common,
+            "r": widest,
+            "lora_alpha": widest,
             "use_rslora": False,
             "rank_pattern": pattern,
             "alpha_pattern": dict(pattern),
@@ -270,6 +270,22 @@ def _base_key(name: str, suffixes: Sequence[str]) -> str:
         name = name.removesuffix(suffix)
 
 
+def same_base(one: str, other: str, suffixes: Sequence[str] = ()) -> bool:
+    """Whether two names are those of one base model: they may differ by an organization, or by suffixes.
+
+    >>> same_base("openai-community/gpt2", "gpt2"), same_base("gpt2", "gpt2-medium"), same_base("", "gpt2")
+    (True, False, False)
+    """
+    return _base_key(one, suffixes) == _base_key(other, suffixes)
+
+
+def check_base(source: str, own: str, served: str) -> None:
+    """Refuse to put what was trained on one base model onto another, as far as their names tell."""
+    if not same_base(own, served):
+        named = repr(own) if own else "no base model"
+        raise HydraOptError(f"{source}: names {named}, but the model is {served!r}: use its own base model")
+
+
 def check_same_base(
     adapters: Sequence[Adapter], *, any_base: bool = False, base_suffixes: Sequence[str] = ()
 ) -> None:
@@ -289,7 +305,7 @@ def check_same_base(
         return
     for adapter in adapters[1:]:
         names = base_name(adapters[0].config), base_name(adapter.config)
-        if _base_key(names[0], base_suffixes) != _base_key(names[1], base_suffixes):
+        if not same_base(*names, base_suffixes):
             first, second = (repr(x) if x else "no base model" for x in names)
             raise HydraOptError(
                 f"{adapters[0].source or adapters[0].task} names {first} and "

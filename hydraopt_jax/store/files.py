@@ -77,6 +77,11 @@ def watched(path: Path, store: Store, opened: Any) -> Store:
     return store.replace(segments=tuple(segments))
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a folder or a file."""
+    return portable.read_header(path)[0] if is_file(path) else folder.read_manifest(path)
+
+
 # how often a reader begins anew when writers replace the store under it
 RETRIES = 20
 
@@ -99,10 +104,7 @@ def check_target(path: Path_, overwrite: bool) -> None:
         return
     if not overwrite:
         raise HydraOptError(f"{at}: exists; choose another --out or give --overwrite")
-    if is_file(at):
-        portable.read_header(at)
-    else:
-        folder.read_manifest(at)
+    read_manifest(at)
 
 
 def save(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats import read_adapter, write_adapter
+from hydraopt_jax.formats import read_adapter, server, write_adapter
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -148,6 +148,24 @@ def test_recent_variants_that_are_plain_lora_in_use(tmp_path, change):
     _, plain, want, got = round_trip(tmp_path, qwen2(), config)
     assert np.abs(want - plain).max() > 1e-2
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("asked", [{}, {"profile": "vllm"}, {"rank": 8, "padded": True}])
+def test_mixed_ranks_of_which_the_widest_is_rare(tmp_path, asked):
+    torch.manual_seed(0)
+    ranks = {"layers.3.self_attn.q_proj": 7, "v_proj": 2}
+    config = peft.LoraConfig(**LM, target_modules=["q_proj", "v_proj"], r=3, lora_alpha=5, rank_pattern=ranks)
+    base, again = qwen2(), qwen2()
+    again.load_state_dict(base.state_dict())
+    model = trained(base, config)
+    want = output(model)
+    model.save_pretrained(tmp_path / "in")
+    fitted = server.fit(read_adapter(tmp_path / "in"), **asked)
+    assert fitted.errors == {}
+    write_adapter(tmp_path / "out", fitted.adapter)
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path / "out")
+    assert loaded.peft_config["default"].r == asked.get("rank", 7)
+    np.testing.assert_allclose(output(loaded), want, rtol=1e-4, atol=2e-5)
 
 
 def test_sequence_classifier_keeps_its_head(tmp_path):

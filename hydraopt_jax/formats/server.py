@@ -1,0 +1,172 @@
+"""Adapters as inference servers take them: one rank, one scale, no patterns, nothing that is ignored.
+
+vLLM makes slots of a fixed rank and reads `r`, `lora_alpha` and `use_rslora`; most of its versions ignore
+`rank_pattern` and `alpha_pattern`. SGLang compares every tensor's shape with `r`. So a folder that both load,
+and PEFT too, has every module at the rank `r`: narrower ones are filled up with zeros, which is exact.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import svd
+from hydraopt_jax.formats.peft_config import module_rank
+
+PROFILES = ("vllm",)
+# names of tensors in a message
+SHOWN = 3
+# what only says which full tensors there would be
+_OF_TENSORS = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
+
+
+class Fitted(NamedTuple):
+    """An adapter at the ranks that were asked for.
+
+    Attributes:
+      adapter: ready for `write_adapter`.
+      errors: module -> relative squared error of its delta, of the modules that were cut.
+    """
+
+    adapter: Adapter
+    errors: Mapping[str, float]
+
+
+def cut(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """The nearest `a @ b` of a rank, balanced, and its relative squared error (Eckart-Young).
+
+    Args:
+      a, b: `[I, S]` and `[S, O]`.
+      rank: of the result, at most S.
+
+    >>> a, b, error = cut(np.eye(2), np.diag([3.0, 1.0]), 1)
+    >>> a.shape, b.shape, (a @ b).round(6).tolist(), round(error, 6)
+    ((2, 1), (1, 2), [[3.0, 0.0], [0.0, 0.0]], 0.1)
+    """
+    u, s, v = svd(a, b)
+    root = np.sqrt(s[:rank])
+    energy = float((s**2).sum())
+    error = float((s[rank:] ** 2).sum()) / energy if energy else 0.0
+    return (u[:, :rank] * root).astype(np.float32), (root[:, None] * v[:rank]).astype(np.float32), error
+
+
+def pad(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same product with zero directions up to a rank.
+
+    >>> [x.shape for x in pad(np.ones((4, 2)), np.ones((2, 3)), 5)]
+    [(4, 5), (5, 3)]
+    """
+    more = rank - a.shape[1]
+    return np.pad(a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0)))
+
+
+def original_rank(adapter: Adapter) -> int | None:
+    """The widest rank that the adapter was trained with; None where its configuration is not PEFT's."""
+    if adapter.config.get("peft_type") != "LORA":
+        return None
+    return max(module_rank(adapter.config, name) for name in adapter.a)
+
+
+def _one_rank(adapter: Adapter) -> bool:
+    """Whether an adapter, kept as it came, has one rank and one scale in all modules."""
+    config = adapter.config
+    if not adapter.raw or config.get("rank_pattern") or config.get("alpha_pattern"):
+        return False
+    return {x.shape[1] for x in adapter.a.values()} == {config.get("r")}
+
+
+def check_task(
+    profile: str | None,
+    task: str,
+    extras: Iterable[str],
+    config: Mapping[str, Any],
+    layout: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuse, by name, what a server refuses or would ignore of a task.
+
+    Args:
+      profile: of the server; None for no server.
+      task: its name.
+      extras: names of its full tensors.
+      config, layout: as `Adapter`.
+    """
+    if profile is None:
+        return
+
+    def refuse(what: str, way: str) -> None:
+        raise HydraOptError(f"task {task!r} {what}: {way}, or leave out --profile {profile}")
+
+    names = [x.removeprefix("base_model.model.") for x in extras]
+    if names:
+        shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        saved = ", ".join(config.get("modules_to_save") or ())
+        which = f"modules_to_save ({saved})" if saved else "full tensors"
+        refuse(
+            f"has {which} beside its factors, {shown}, which vLLM refuses or ignores",
+            "merge them into the base model that is served",
+        )
+    if config.get("use_dora"):
+        refuse("is DoRA, which vLLM refuses", "retrain it as plain LoRA")
+    bent = [n for n, x in layout.items() if x.get("kind") == "convolution"]
+    if bent:
+        refuse(f"adapts the convolution {bent[0]}, which vLLM cannot", "retrain it without that module")
+
+
+def check(rank: int | None, profile: str | None) -> None:
+    """Refuse a rank below 1 and an unknown profile."""
+    if profile is not None and profile not in PROFILES:
+        raise HydraOptError(f"--profile {profile}: choose one of {', '.join(PROFILES)}")
+    if rank is not None and rank < 1:
+        raise HydraOptError(f"--rank {rank}: give at least 1")
+
+
+def fit(
+    adapter: Adapter, *, rank: int | None = None, padded: bool = False, profile: str | None = None
+) -> Fitted:
+    """An adapter at the ranks that a server takes.
+
+    Args:
+      adapter: any ranks.
+      rank: no module is wider; wider ones are cut to the nearest product of that rank. With a profile, the
+        original's widest rank where None.
+      padded: fill every module up to `rank`, to the widest module's where that is None.
+      profile: "vllm": one rank for all modules, without patterns, and nothing that vLLM refuses.
+
+    Raises:
+      HydraOptError: no such profile, a rank below 1, or what the profile refuses, by name.
+    """
+    check(rank, profile)
+    if rank is None and profile is None and not padded:
+        return Fitted(adapter, {})
+    config: dict[str, Any] = dict(adapter.config)
+    if profile is not None:
+        check_task(profile, adapter.task, adapter.extras, adapter.config, adapter.layout)
+        config |= {k: v for k, v in _OF_TENSORS.items() if k in config}
+    limit = original_rank(adapter) if rank is None and profile is not None else rank
+    widest = max(x.shape[1] for x in adapter.a.values())
+    if (
+        _one_rank(adapter)
+        and (limit is None or widest <= limit)
+        and (not padded or widest == (rank or widest))
+    ):
+        return Fitted(adapter.replace(config=config), {})
+    errors: dict[str, float] = {}
+    factors = {name: (a, adapter.b[name]) for name, a in adapter.a.items()}
+    for name, (a, b) in factors.items():
+        if limit is not None and a.shape[1] > limit:
+            a, b, errors[name] = cut(a, b, limit)
+            factors[name] = a, b
+    if padded or profile is not None:
+        width = rank if padded and rank is not None else max(1, *(x[0].shape[1] for x in factors.values()))
+        factors = {name: pad(*pair, width) for name, pair in factors.items()}
+    return Fitted(
+        adapter.replace(
+            a={n: x[0] for n, x in factors.items()},
+            b={n: x[1] for n, x in factors.items()},
+            config=config,
+            raw={},
+        ),
+        errors,
+    )

@@ -1,0 +1,201 @@
+"""A store's tasks as adapter folders on demand, for servers that load folders (vLLM, SGLang, LoRAX)."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydraopt_jax.deferred import bytes_of
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import peft, peft_config, server
+from hydraopt_jax.integrations.cache import FolderCache, NoRoom
+from hydraopt_jax.rate_control.budget import parse_budget
+from hydraopt_jax.store import decoding, files, schema
+from hydraopt_jax.store.store import SHARED, Store, closure, places_of, task_index, tensors_of
+
+# bytes of a cache that is given no limit
+LIMIT = "10GB"
+# counts changes of what folders hold of the same store
+WRITER = 1
+
+
+class State(NamedTuple):
+    """A store as it was found.
+
+    Attributes:
+      stamp: what tells it from another state.
+      store: opened lazily.
+      versions: task -> `version_of`, of those that were asked for.
+    """
+
+    stamp: Any
+    store: Store
+    versions: dict[str, str]
+
+
+class TaskFolders:
+    """A store's tasks as folders that PEFT and servers load, decoded when they are asked for.
+
+    A task that changes in the store gets another folder; the one that was handed out stays as it is.
+
+    Args:
+      store: a folder or a `.safetensors` file; it may change while it is served.
+      cache: a folder for the decoded tasks, which processes and stores may share; one in the user's cache
+        where None.
+      limit: the most bytes of the decoded tasks, an integer or text such as "10GB". Of those that nobody
+        holds, the least recently used are removed.
+      profile: of the server, see `formats.server.fit`; None for PEFT alone.
+
+    Raises:
+      HydraOptError: no store there, a limit that is none, or a cache that cannot be written.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str],
+        cache: str | os.PathLike[str] | None = None,
+        limit: int | str = LIMIT,
+        *,
+        profile: str | None = "vllm",
+    ) -> None:
+        server.check(None, profile)
+        self.path, self.profile = Path(store).absolute(), profile
+        self._state = read_state(self.path)
+        self.cache = FolderCache(
+            Path(default_cache() if cache is None else cache).absolute(), read_limit(limit)
+        )
+        self._mutex = threading.Lock()
+        self._decoding: dict[str, threading.Lock] = {}
+        self._kept: dict[str, set[str]] = {}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the store's tasks, as it is now."""
+        return self._now().store.tasks
+
+    def folder(self, task: str, *, base: str | None = None) -> Path:
+        """A task's folder, which stays as it is until `release`, or as long as this object lives.
+
+        Args:
+          task: its name in the store.
+          base: name of the base model that is served, compared with the store's before anything is decoded.
+
+        Raises:
+          HydraOptError: no such task (near names are listed), another base model, what the profile refuses, a
+            damaged store, or a cache that cannot be written.
+          NoRoom: folders that are held fill the cache.
+        """
+        path = self.hold(task, base=base)
+        with self._mutex:
+            kept = self._kept.setdefault(task, set())
+            again = path.name in kept
+            kept.add(path.name)
+        if again:
+            self.cache.drop(path.name)
+        return path
+
+    def release(self, task: str) -> None:
+        """Let a task's folders go when their room is needed, those that `folder` gave."""
+        with self._mutex:
+            names = self._kept.pop(task, set())
+        for name in names:
+            self.cache.drop(name)
+
+    @contextmanager
+    def held(self, task: str, *, base: str | None = None) -> Iterator[Path]:
+        """As `folder`, for the body only."""
+        path = self.hold(task, base=base)
+        try:
+            yield path
+        finally:
+            self.cache.drop(path.name)
+
+    def hold(self, task: str, *, base: str | None = None) -> Path:
+        """As `folder`, until `cache.drop` of the path's name."""
+        for _ in range(files.RETRIES):
+            state = self._now()
+            try:
+                return self._hold(state, task, base)
+            except NoRoom:
+                raise
+            except HydraOptError:
+                # a writer that replaces the store removes what this one may be reading
+                if files.stamp(self.path) == state.stamp:
+                    raise
+        raise HydraOptError(f"{self.path}: is replaced faster than it can be read: try again")
+
+    def close(self) -> None:
+        """Release everything."""
+        self.cache.close()
+
+    def _now(self) -> State:
+        with self._mutex:
+            if files.stamp(self.path) != self._state.stamp:
+                self._state = read_state(self.path)
+            return self._state
+
+    def _hold(self, state: State, task: str, base: str | None) -> Path:
+        source = state.store.sources[task_index(state.store.tasks, task)]
+        if base is not None:
+            peft_config.check_base(str(self.path), peft_config.base_name(source.config), base)
+        server.check_task(self.profile, task, tensors_of(state.store, task), source.config, source.layout)
+        if task not in state.versions:
+            state.versions[task] = version_of(state.store, task, self.profile)
+        path = self.cache.path / f"{peft.folder_name(task)}-{state.versions[task]}"
+        if self.cache.hold(path.name):
+            return path
+        with self._mutex:
+            decoding_it = self._decoding.setdefault(path.name, threading.Lock())
+        with decoding_it:
+            if not self.cache.hold(path.name):
+                fitted = server.fit(decoding.decode(state.store, task), profile=self.profile)
+                self.cache.put(path.name, *peft.contents(fitted.adapter))
+        return path
+
+
+def read_state(path: Path) -> State:
+    """The store at a path, and what tells this state of it."""
+    for _ in range(files.RETRIES):
+        before = files.stamp(path)
+        store = files.open(path)
+        if files.stamp(path) == before:
+            return State(before, store, {})
+    raise HydraOptError(f"{path}: is replaced faster than it can be read: try again")
+
+
+def version_of(store: Store, task: str, profile: str | None) -> str:
+    """Digest of all that a task's folder is made from, 16 hexadecimal digits: its leaves are read.
+
+    Other tasks may come and go without changing it, as long as what the task is coded with stays.
+    """
+    wanted = {n: {place} for n, (place,) in places_of(store, [task]).items()}
+    needed = sorted(closure(store.segments, wanted).items())
+    position = {n: k for k, (n, _) in enumerate(needed)}
+    parts = []
+    for n, places in needed:
+        x, live = store.segments[n], sorted(k for k in places if k != SHARED)
+        names = schema.leaves_of(x.modules, live) | {"prediction", *(f"tensors_{k}" for k in live)}
+        leaves = {k: hashlib.sha256(bytes_of(v)).hexdigest() for k, v in x.leaves.items() if k in names}
+        references = [(position[r.segment], r.place) for r in x.references]
+        said = [schema.as_json(x.modules), live, [x.tensors[k] for k in live]]
+        parts.append([said, leaves, references, position.get(x.tables, -1)])
+    source = store.sources[task_index(store.tasks, task)]
+    whole = [WRITER, profile, parts, source.dtype, source.config, source.layout]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_limit(limit: int | str) -> int:
+    """Bytes from an integer, or from text such as "10GB"."""
+    found = parse_budget(limit) if isinstance(limit, str) else limit
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise HydraOptError(f"limit {limit!r}: give bytes with a unit, such as {LIMIT}")
+    return found
+
+
+def default_cache() -> Path:
+    """A folder for decoded tasks in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydraopt_jax" / "tasks"

@@ -1,0 +1,115 @@
+"""Keep the tasks that vLLM is answering for in the cache, and let the others go: a middleware of its server.
+
+It sees what the resolver (`vllm`) does not: requests for an adapter that vLLM has loaded before and may have
+dropped since.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.integrations.vllm import NAME, STORE, UNLOAD, Changed
+
+# seconds that a folder stays after a request that was given up: the engine may not know yet
+LINGER = 5.0
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class HoldTasks:
+    """ASGI middleware `--middleware hydraopt_jax.integrations.hold_tasks.HoldTasks`.
+
+    Raises:
+      HydraOptError: HYDRAOPT_STORE is not set, or the plugin was not loaded.
+    """
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        from vllm.lora.resolver import LoRAResolverRegistry
+
+        if NAME not in LoRAResolverRegistry.get_supported_resolvers():
+            raise HydraOptError(f"HoldTasks: set {STORE}, and let VLLM_PLUGINS name {NAME} where it is set")
+        self.app, self.resolver = app, LoRAResolverRegistry.get_resolver(NAME)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http" or scope["method"] != "POST" or not is_json(scope):
+            return await self.app(scope, receive, send)
+        messages = [await receive()]
+        while messages[-1].get("more_body"):
+            messages.append(await receive())
+        asked = parse(b"".join(x.get("body", b"") for x in messages))
+        given_up = False
+
+        async def again() -> MutableMapping[str, Any]:
+            nonlocal given_up
+            message = messages.pop(0) if messages else await receive()
+            given_up |= message["type"] == "http.disconnect"
+            return message
+
+        task = asked.get("model")
+        try:
+            known = isinstance(task, str) and await self.begin(task)
+        except HydraOptError as error:
+            return await refuse(send, 409 if isinstance(error, Changed) else 503, str(error))
+        if not known:
+            return await self.app(scope, again, self.unloading(asked, send) if unloads(scope) else send)
+        finished = False
+        try:
+            await self.app(scope, again, send)
+            finished = not given_up
+        finally:
+            if finished and not asked.get("background"):
+                self.resolver.end(task)
+            elif not asked.get("background"):
+                asyncio.get_running_loop().call_later(LINGER, self.resolver.end, task)
+
+    async def begin(self, task: str) -> bool:
+        """The resolver's `begin`, undone where this is cancelled."""
+        begun = self.resolver.pool.submit(self.resolver.begin, task)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(begun))
+        except asyncio.CancelledError:
+            begun.add_done_callback(lambda x: x.exception() or (x.result() and self.resolver.end(task)))
+            raise
+
+    def unloading(self, asked: Mapping[str, Any], send: Send) -> Send:
+        """`send`, which notes that vLLM has forgotten an adapter."""
+
+        async def noting(message: MutableMapping[str, Any]) -> None:
+            if message.get("status") == 200:
+                self.resolver.forget(str(asked.get("lora_name")))
+            await send(message)
+
+        return noting
+
+
+def unloads(scope: Scope) -> bool:
+    """Whether a request unloads an adapter."""
+    return scope["path"].endswith(UNLOAD)
+
+
+def is_json(scope: Scope) -> bool:
+    """Whether a request's body is JSON."""
+    headers = dict(scope.get("headers", ()))
+    return headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == b"application/json"
+
+
+def parse(body: bytes) -> Mapping[str, Any]:
+    """A request's object; none where it is no object, which is for vLLM to refuse."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+async def refuse(send: Send, status: int, message: str) -> None:
+    """An answer of the shape that OpenAI's clients expect of an error."""
+    body = json.dumps({"error": {"message": message, "type": "AdapterError", "code": status}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

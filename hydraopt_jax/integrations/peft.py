@@ -1,0 +1,167 @@
+"""A store's tasks in a PEFT model of this process, without folders; PyTorch and PEFT only when used."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import peft as peft_folders
+from hydraopt_jax.formats import server
+from hydraopt_jax.formats.peft_config import base_name, check_base
+from hydraopt_jax.formats.tensor_files import one_line
+from hydraopt_jax.store import Store, decode, task_index
+from hydraopt_jax.store import open as open_store
+
+# of a configuration, what an adapter's tensors do not say and a module computes with
+_SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def load_adapter(
+    model: Any,
+    store: Store | str | os.PathLike[str],
+    task: str,
+    *,
+    name: str | None = None,
+    rank: int | None = None,
+    any_base: bool = False,
+) -> Any:
+    """A PEFT model with a task of a store as its active adapter: its outputs are the exported folder's.
+
+    Args:
+      model: a `peft.PeftModel`, whose other adapters stay, or a model that has none, which is wrapped.
+      store: open, or its path.
+      task: its name.
+      name: of the adapter in the model, `adapter_name(task)` where None. One that is there is replaced: in
+        place, where it has the same modules and ranks.
+      rank: fill and cut every module to this rank, so that tasks replace each other in place, and a compiled
+        model stays compiled.
+      any_base: do not compare the base model's name with the store's.
+
+    Returns:
+      The PEFT model, in evaluation mode: `model` itself where it was one.
+
+    Raises:
+      HydraOptError: no such task, another base model, modules that the model has not; the model is then as it
+        was.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise HydraOptError("load_adapter needs PEFT and PyTorch: install the peft extra") from None
+    found = store if isinstance(store, Store) else open_store(store)
+    own = base_name(found.sources[task_index(found.tasks, task)].config)
+    served = getattr(getattr(model, "config", None), "name_or_path", "")
+    if own and served and not any_base:
+        check_base(f"task {task!r}", own, served)
+    adapter = server.fit(decode(found, task), rank=rank, padded=rank is not None).adapter
+    wrapped = isinstance(model, peft.PeftModel)
+    _check_modules(model.get_base_model() if wrapped else model, adapter)
+    fields, arrays = peft_folders.contents(adapter)
+    config, state = peft.PeftConfig.from_peft_type(**fields), _tensors(arrays)
+    name = adapter_name(task) if name is None else name
+    # empty until it is filled, but for full tensors, which take the dtype of the module that they stand for
+    empty = not adapter.extras
+    if not wrapped:
+        model = peft.get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=empty)
+        peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
+    elif name not in model.peft_config:
+        _add(model, name, config, state, empty)
+    elif _fits(model, name, config, state):
+        peft.set_peft_model_state_dict(model, state, adapter_name=name)
+    else:
+        _replace(model, name, config, state, empty)
+    model.set_adapter(name)
+    return model.eval()
+
+
+def unload_adapter(model: Any, task: str) -> None:
+    """Remove a task's adapter from a PEFT model.
+
+    Raises:
+      HydraOptError: it has none of that task.
+    """
+    name = adapter_name(task)
+    if name not in model.peft_config:
+        loaded = ", ".join(map(repr, model.peft_config)) or "none"
+        raise HydraOptError(f"task {task!r} is not loaded: the model's adapters are {loaded}")
+    _delete(model, name)
+
+
+def adapter_name(task: str) -> str:
+    """Name of a task's adapter in a model: PyTorch's names of modules have no dots.
+
+    >>> adapter_name("legal"), adapter_name("v1.2/a")
+    ('legal', 'v1%2E2%2Fa')
+    """
+    return peft_folders.folder_name(task).replace(".", "%2E")
+
+
+def _check_modules(base: Any, adapter: Adapter) -> None:
+    """Refuse an adapter of modules that the model has not."""
+    for module in adapter.a:
+        try:
+            base.get_submodule(module)
+        except AttributeError:
+            raise HydraOptError(
+                f"task {adapter.task!r} adapts {module}, which the model has not: use its own base model"
+            ) from None
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """PyTorch's tensors; factors in half precision as float32, as PEFT loads them."""
+    import torch
+
+    out = {}
+    for key, x in arrays.items():
+        if "lora_" in key and x.dtype in (np.float16, ml_dtypes.bfloat16):
+            x = x.astype(np.float32)
+        half = x.dtype == ml_dtypes.bfloat16
+        found = torch.from_numpy(np.ascontiguousarray(x.view(np.int16) if half else x))
+        out[key] = found.view(torch.bfloat16) if half else found
+    return out
+
+
+def _fits(model: Any, name: str, config: Any, state: Mapping[str, Any]) -> bool:
+    """Whether an adapter that is there has the shapes and the scales of another."""
+    import peft
+
+    there = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    shapes = [{k: tuple(v.shape) for k, v in x.items()} for x in (there, state)]
+    old = model.peft_config[name]
+    return shapes[0] == shapes[1] and all(getattr(old, x) == getattr(config, x) for x in _SCALES)
+
+
+def _add(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:
+    import peft
+
+    model.add_adapter(name, config, low_cpu_mem_usage=empty)
+    peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
+
+
+def _replace(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:
+    """Another adapter under the name of one that is there, which is put back where that fails."""
+    import peft
+
+    old = model.peft_config[name]
+    kept = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    _delete(model, name)
+    try:
+        _add(model, name, config, state, empty)
+    except Exception as error:
+        if name in model.peft_config:
+            _delete(model, name)
+        _add(model, name, old, kept, False)
+        model.set_adapter(name)
+        raise HydraOptError(f"adapter {name!r} cannot be loaded: {one_line(error)[:200]}") from error
+
+
+def _delete(model: Any, name: str) -> None:
+    with warnings.catch_warnings():
+        # that another adapter, or none, is active now
+        warnings.simplefilter("ignore")
+        model.delete_adapter(name)

@@ -1,0 +1,191 @@
+"""Serve a store's tasks in vLLM: a request for `model=<task>` loads it from the store. No JAX, no GPU memory.
+
+    HYDRAOPT_STORE          the store: a folder or a `.safetensors` file
+    HYDRAOPT_CACHE          a folder for decoded tasks; one in the user's cache where not given
+    HYDRAOPT_CACHE_LIMIT    the most bytes of it, such as 10GB
+    HYDRAOPT_ANY_BASE       1: do not compare the base model's name with that of the adapters
+
+vLLM reads a folder again whenever its own caches have dropped the adapter, inside its engine's loop, and
+stops if the folder is gone. So a folder that was handed to it stays while the process lives. With the
+middleware `hold_tasks.HoldTasks`, which sees requests come and go, it stays while a request for its task is
+being answered, and is decoded again for a later one: the cache needs room for the tasks in use at once only.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.integrations.folders import LIMIT, TaskFolders
+from hydraopt_jax.store import files
+from hydraopt_jax.store.store import task_index
+
+LOG = logging.getLogger(__name__)
+NAME = "hydraopt"
+STORE, CACHE, CACHE_LIMIT, ANY_BASE = (f"HYDRAOPT_{x}" for x in ("STORE", "CACHE", "CACHE_LIMIT", "ANY_BASE"))
+# tasks that are decoded, or wait for room, at once
+THREADS = 32
+# where vLLM is told to forget an adapter
+UNLOAD = "/v1/unload_lora_adapter"
+
+
+def register() -> None:
+    """vLLM's entry point, called in each of its processes: registers a resolver where there is a store.
+
+    Raises:
+      HydraOptError: no store there.
+    """
+    if not os.environ.get(STORE):
+        return
+    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+    if NAME not in LoRAResolverRegistry.get_supported_resolvers():
+        files.read_manifest(Path(os.environ[STORE]).absolute())
+        LoRAResolver.register(StoreResolver)
+        LoRAResolverRegistry.register_resolver(NAME, StoreResolver())
+
+
+class Changed(HydraOptError):
+    """A task that is not in the store any more as vLLM has it."""
+
+
+class Requests:
+    """The requests for a task that are being answered.
+
+    Attributes:
+      count: of them.
+      path: the folder that is held for them.
+      busy: held by who makes that folder.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.path: Path | None = None
+        self.busy = threading.Lock()
+
+
+class StoreResolver:
+    """vLLM's `LoRAResolver` of a store's tasks, as the environment describes it."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix=NAME)
+        self.mutex = threading.RLock()
+        self.requests: dict[str, Requests] = {}
+        # where vLLM will look for a task again
+        self.handed: dict[str, Path] = {}
+        self._folders: TaskFolders | None = None
+
+    @property
+    def folders(self) -> TaskFolders:
+        """Opened by the process that uses it: others only register this."""
+        with self.mutex:
+            if self._folders is None:
+                given = os.environ.get(CACHE) or None, os.environ.get(CACHE_LIMIT) or LIMIT
+                self._folders = TaskFolders(os.environ[STORE], *given)
+            return self._folders
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        """vLLM's request for a task, or None with a line in the log that says why not."""
+        from vllm.lora.request import LoRARequest
+
+        base = None if os.environ.get(ANY_BASE) == "1" else base_model_name
+        loop = asyncio.get_running_loop()
+        try:
+            path = await loop.run_in_executor(self.pool, self.find, lora_name, base)
+        except HydraOptError as error:
+            LOG.warning("%s", error)
+            return None
+        # vLLM puts a number of its own in the place of this one
+        number = int.from_bytes(hashlib.sha256(lora_name.encode()).digest()[:4], "big") // 2 + 1
+        return LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(path))
+
+    def find(self, task: str, base: str | None) -> Path:
+        """A task's folder, held for the requests that are being answered, for good where none is known of."""
+        task_index(self.folders.tasks, task)
+        requests = self._requests(task)
+        with requests.busy:
+            path = self.folders.hold(task, base=base)
+            with self.mutex:
+                self.handed[task] = path
+                before = requests.path if requests.count else None
+                if requests.count:
+                    requests.path = path
+            if before is not None:
+                self.folders.cache.drop(before.name)
+        return path
+
+    def begin(self, task: str) -> bool:
+        """A request for a task begins: its folder, if vLLM knows it, is there until `end`; False for no task.
+
+        Raises:
+          Changed: the store has changed, and the folder that vLLM knows is gone.
+          HydraOptError: it cannot be decoded again, or there is no room for it.
+        """
+        if task not in self.handed and not self._serves(task):
+            return False
+        requests = self._requests(task)
+        with self.mutex:
+            requests.count += 1
+        try:
+            with requests.busy:
+                if requests.path is None and task in self.handed:
+                    path = self._again(task)
+                    with self.mutex:
+                        requests.path = path
+        except BaseException:
+            self.end(task)
+            raise
+        return True
+
+    def end(self, task: str) -> None:
+        """A request for a task is over."""
+        requests = self._requests(task)
+        with self.mutex:
+            requests.count -= 1
+            path = None if requests.count else requests.path
+            if path is not None:
+                requests.path = None
+        if path is not None:
+            self.folders.cache.drop(path.name)
+
+    def forget(self, task: str) -> None:
+        """vLLM has forgotten a task and will ask for it anew."""
+        with self.mutex:
+            self.handed.pop(task, None)
+
+    def close(self) -> None:
+        """Release everything."""
+        self.pool.shutdown()
+        if self._folders is not None:
+            self._folders.close()
+
+    def _requests(self, task: str) -> Requests:
+        with self.mutex:
+            return self.requests.setdefault(task, Requests())
+
+    def _serves(self, task: str) -> bool:
+        """Whether the store has a task; a store that is gone has none, and who asks for one is told."""
+        try:
+            return task in self.folders.tasks
+        except HydraOptError:
+            return False
+
+    def _again(self, task: str) -> Path:
+        """Hold the folder that vLLM knows, decoded again if need be."""
+        known = self.handed[task]
+        if self.folders.cache.hold(known.name):
+            return known
+        path = self.folders.hold(task) if task in self.folders.tasks else None
+        if path != known:
+            if path is not None:
+                self.folders.cache.drop(path.name)
+            raise Changed(
+                f"{self.folders.path}: task {task!r} has changed since it was loaded: POST its name to "
+                f"{UNLOAD}, or start the server again"
+            )
+        return known

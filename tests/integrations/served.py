@@ -1,0 +1,51 @@
+"""A store of many small tasks, and what a server must answer for each."""
+
+import numpy as np
+from plain_stores import plain_store
+
+from hydraopt_jax import store
+from hydraopt_jax.factors import Factors
+from hydraopt_jax.static import Static
+
+BASE = "org/base"
+SHAPES = {"model.layers.0.self_attn.q_proj": (12, 10), "model.layers.0.self_attn.v_proj": (12, 6)}
+CONFIG = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": BASE,
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj", "v_proj"],
+}
+
+
+def names(count):
+    """Task names, some of which need care as file names."""
+    return [f"task{'/. -'[n % 4]}{n}" for n in range(count)]
+
+
+def make(tasks, seed=0):
+    """A store in memory."""
+    rng, every = np.random.default_rng(seed), np.arange(len(tasks), dtype=np.int32)
+    modules = {}
+    for name, (inputs, outputs) in SHAPES.items():
+        a = rng.normal(size=(len(tasks), inputs, 2)).astype(np.float32)
+        b = rng.normal(size=(len(tasks), 2, outputs)).astype(np.float32)
+        modules[name] = (Factors(a, b, every, every),)
+    found = plain_store(tasks, modules)
+    return found.replace(sources=tuple(x._replace(config=Static(CONFIG)) for x in found.sources))
+
+
+def answers(content):
+    """Task -> module -> what the fake server answers."""
+    out = {}
+    for task in content.tasks:
+        x = store.decode(content, task)
+        out[task] = {n: float((x.a[n] @ x.b[n]).sum()) for n in x.a}
+    return out
+
+
+def right(found, expected):
+    """Whether a server's answer is the task's own."""
+    return found.keys() == expected.keys() and all(
+        abs(found[n] - x) < 1e-3 * max(1, abs(x)) for n, x in expected.items()
+    )

@@ -1,0 +1,66 @@
+"""What docs/serving-vllm.md and docs/peft.md tell a user to type works; vllm and curl are left out."""
+
+import glob
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from commands import run
+
+from hydraopt_jax import formats, synthetic
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Where a user is: with two adapters of org/base."""
+    monkeypatch.chdir(tmp_path)
+    modules = synthetic.transformer_modules(2, 64, 32)
+    for x in synthetic.collection(1, tasks=["legal", "medical"], modules=modules, rank=8, likeness=0.6):
+        named = x.replace(config={**x.config, "base_model_name_or_path": "org/base"})
+        formats.write_adapter(tmp_path / "adapters" / x.task, named)
+    return tmp_path
+
+
+def type_commands(capsys, page):
+    """Run a page's `hydraopt` commands and return its Python."""
+    text = (DOCS / page).read_text()
+    for line in re.findall(r"^    hydraopt (.*)$", text, re.M):
+        words = [y for x in shlex.split(line) for y in (sorted(glob.glob(x)) if glob.has_magic(x) else [x])]
+        status, _, error = run(capsys, *words)
+        assert status == 0, error
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+
+
+def test_serving(place, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "home"))
+    code = type_commands(capsys, "serving-vllm.md")
+    names: dict = {}
+    exec(code, names)
+    assert "True ['adapter_config.json', 'adapter_model.safetensors']" in capsys.readouterr().out
+    assert (place / "home/hydraopt_jax/tasks") in names["path"].parents
+    assert {x.name for x in (place / "folders").iterdir()} == {"legal", "medical"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_peft(place, capsys):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained("org/base")
+    words = {x: n for n, x in enumerate(["<unk>", "Sec", ".", "1", *map(chr, range(97, 123))])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>").save_pretrained("org/base")
+    code = type_commands(capsys, "peft.md")
+    names: dict = {}
+    exec(code, names)
+    assert "Sec" in capsys.readouterr().out
+    assert list(names["model"].peft_config) == ["legal"]

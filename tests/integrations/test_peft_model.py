@@ -1,0 +1,176 @@
+"""Tasks of a store in PEFT models: outputs of the exported folder, side by side, replaced, unloaded, refused.
+
+Needs the `peft` extra; models are tiny, random and built from their configurations.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+
+from hydraopt_jax import compression, reading, store, synthetic
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import read_adapter
+from hydraopt_jax.integrations import peft as ours
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+# PEFT and transformers warn about their own and each other's changes; none of it is ours to mend.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+TOKENS = torch.tensor([[1, 5, 9, 2, 7], [3, 3, 8, 0, 4]])
+TASKS = ["one", "two/three", "a.b"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    modules = synthetic.transformer_modules(2, 24, 12, mlp=40)
+    return synthetic.collection(1, tasks=TASKS, modules=modules, rank=4, likeness=0.6, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def coded(adapters):
+    """Whose modules have several ranks."""
+    return compression.compress(adapters, max_error=0.05)
+
+
+def output(model):
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits.numpy()
+
+
+def exported(content, task, base, where):
+    """Outputs of PEFT with the exported folder."""
+    reading.export(content, task, where)
+    return output(peft.PeftModel.from_pretrained(copy.deepcopy(base), where))
+
+
+def same(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_outputs_are_those_of_the_exported_folder(base, coded, task, tmp_path):
+    model = ours.load_adapter(copy.deepcopy(base), coded, task)
+    assert isinstance(model, peft.PeftModel)
+    assert model.active_adapters == [ours.adapter_name(task)]
+    want = exported(coded, task, base, tmp_path / "out")
+    same(output(model), want)
+    assert np.abs(want - output(base)).max() > 1e-2
+
+
+def test_a_path_and_a_lossless_store(base, adapters, tmp_path):
+    store.save(tmp_path / "s.safetensors", compression.compress(adapters, budget=1.0))
+    model = ours.load_adapter(copy.deepcopy(base), tmp_path / "s.safetensors", "one")
+    same(output(model), exported(store.open(tmp_path / "s.safetensors"), "one", base, tmp_path / "out"))
+
+
+def test_tasks_are_side_by_side_and_unloaded(base, coded, tmp_path):
+    model = copy.deepcopy(base)
+    for task in TASKS:
+        model = ours.load_adapter(model, coded, task)
+    for n, task in enumerate(TASKS):
+        model.set_adapter(ours.adapter_name(task))
+        same(output(model), exported(coded, task, base, tmp_path / str(n)))
+    ours.unload_adapter(model, "one")
+    with pytest.raises(
+        HydraOptError, match="task 'one' is not loaded: the model's adapters are 'two%2Fthree'"
+    ):
+        ours.unload_adapter(model, "one")
+    model.set_adapter(ours.adapter_name("a.b"))
+    same(output(model), exported(coded, "a.b", base, tmp_path / "again"))
+
+
+def weights(model, name):
+    return {k: x.data_ptr() for k, x in model.named_parameters() if f".{name}." in k}
+
+
+def test_a_task_replaces_another_in_place_at_one_rank(base, coded, tmp_path):
+    model = ours.load_adapter(copy.deepcopy(base), coded, "one", name="slot", rank=4)
+    before = weights(model, "slot")
+    for task in TASKS:
+        assert ours.load_adapter(model, coded, task, name="slot", rank=4) is model
+        same(output(model), exported(coded, task, base, tmp_path / ours.adapter_name(task)))
+    assert weights(model, "slot") == before
+
+
+def test_a_task_of_other_ranks_replaces_another(base, coded, adapters, tmp_path):
+    model = ours.load_adapter(copy.deepcopy(base), coded, "one", name="slot")
+    other = compression.compress(adapters, budget=0.25)
+    model = ours.load_adapter(model, other, "one", name="slot")
+    assert list(model.peft_config) == ["slot"]
+    same(output(model), exported(other, "one", base, tmp_path / "out"))
+    # the same ranks at another scale
+    raw = read_adapter(tmp_path / "out")
+    doubled = compression.compress(
+        [raw.replace(b={n: 2 * x for n, x in raw.b.items()}), raw.replace(task="x")], budget=1.0
+    )
+    model = ours.load_adapter(model, doubled, raw.task, name="slot")
+    same(output(model), exported(doubled, raw.task, base, tmp_path / "doubled"))
+
+
+def test_a_head_is_loaded_too(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=24, n_layer=2, n_head=2, num_labels=3, pad_token_id=0
+    )
+    base = transformers.GPT2ForSequenceClassification(config)
+    wanted = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], modules_to_save=["score"])
+    trained = peft.get_peft_model(copy.deepcopy(base), wanted)
+    with torch.no_grad():
+        for x in trained.parameters():
+            x.add_(0.3 * torch.randn(x.shape) * x.requires_grad)
+    trained.save_pretrained(tmp_path / "in")
+    kept = compression.compress([read_adapter(tmp_path / "in", task=t) for t in ("one", "two")], budget=1.0)
+    model = ours.load_adapter(copy.deepcopy(base), kept, "one")
+    same(output(model), output(trained))
+    model = ours.load_adapter(model, kept, "two")
+    same(output(model), output(trained))
+
+
+def test_what_cannot_be_loaded_leaves_the_model_as_it_was(base, coded, adapters, monkeypatch):
+    model = ours.load_adapter(copy.deepcopy(base), coded, "one", name="slot")
+    before = output(model)
+    strange = [
+        x.replace(a={"model.none": x.a[n]}, b={"model.none": x.b[n]})
+        for x in adapters
+        for n in [next(iter(x.a))]
+    ]
+    bad = compression.compress(strange, budget=1.0)
+    with pytest.raises(HydraOptError, match=r"task 'one' adapts model\.none, which the model has not"):
+        ours.load_adapter(model, bad, "one", name="slot")
+    with pytest.raises(HydraOptError, match="no task 'onr' in the store: did you mean 'one'"):
+        ours.load_adapter(model, coded, "onr")
+    named = copy.deepcopy(model)
+    named.base_model.model.config.name_or_path = "org/other"
+    monkeypatch.setattr(ours, "decode", None)
+    with pytest.raises(HydraOptError, match=r"names 'hydraopt-jax/synthetic', but the model is 'org/other'"):
+        ours.load_adapter(named, coded, "one")
+    monkeypatch.undo()
+    wide = [x.replace(a={n: v[:3] for n, v in x.a.items()}) for x in adapters]
+    with pytest.raises(HydraOptError, match=r"adapter 'slot' cannot be loaded: .*size mismatch"):
+        ours.load_adapter(model, compression.compress(wide, budget=1.0), "one", name="slot")
+    same(output(model), before)
+    assert model.active_adapters == ["slot"]
+
+
+def test_without_peft_the_extra_is_named(base, coded, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(HydraOptError, match="install the peft extra"):
+        ours.load_adapter(base, coded, "one")
