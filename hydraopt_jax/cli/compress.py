@@ -122,7 +122,7 @@ def compress(adapters: Sequence[str], out: str, **given: Any) -> None:
 
     Without any of these it takes a quarter of the factors' bytes.
     """
-    path = Path(out).absolute()
+    path = files.located(out)
     files.check_target(path, given["overwrite"])
     asked = asked_of(given, len(adapters))
     alone = {"--skip-bad": "skip_bad", "--dry-run": "dry_run", "--coordinator": "coordinator"}

@@ -270,6 +270,15 @@ def _base_key(name: str, suffixes: Sequence[str]) -> str:
         name = name.removesuffix(suffix)
 
 
+def same_base(one: str, two: str) -> bool:
+    """Whether two names are of one base model, as far as names tell.
+
+    >>> same_base("gpt2", "openai-community/gpt2"), same_base("gpt2", "gpt2-xl")
+    (True, False)
+    """
+    return _base_key(one, ()) == _base_key(two, ())
+
+
 def check_same_base(
     adapters: Sequence[Adapter], *, any_base: bool = False, base_suffixes: Sequence[str] = ()
 ) -> None:
