@@ -10,11 +10,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from hydraopt_jax.jobs.reading import Card, Collection, Pair
-from hydraopt_jax.jobs.weights import Entry
 from safetensors.numpy import save_file
 
 from hydraopt_jax import synthetic
+from hydraopt_jax.jobs.reading import Card, Collection, Pair
+from hydraopt_jax.jobs.weights import Entry
 
 MODELS = {
     "0.5b": synthetic.transformer_modules(24, 896, 128),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import Hub, running
+from hub_server import ROUTES, FileHandler, Hub, HubHandler, running
 
 from hydraopt_jax import changes, compression, formats, store, synthetic
 from hydraopt_jax.integrations.model_card import BEGIN, bytes_of_tasks
@@ -296,8 +296,25 @@ def test_what_is_refused(server, kept, refused, tmp_path, pushed, arguments, env
     assert server.heads == {("org/name", "main"): pushed}
 
 
-def test_a_download_that_ends_half_way(server, refused, ok, tmp_path, pushed):
-    """Whatever comes short is noticed; what was there before stays."""
+def test_a_download_that_ends_half_way(server, monkeypatch, ok, refused, tmp_path, pushed):
+    before = FileHandler.do_GET
+
+    def half(self):
+        # the header comes whole
+        server.kept.broken = int(not re.fullmatch(r"bytes=\d+-\d+", self.headers.get("Range", "")))
+        return before(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileHandler, "do_GET", half)
+        error = refused("pull", "org/name", tmp_path / "x.safetensors")
+    server.kept.broken = 0
+    assert "cannot be downloaded" in error
+    assert [x.name for x in tmp_path.iterdir()] == ["home"]
+    ok("pull", "org/name", tmp_path / "x.safetensors")
+
+
+def test_a_download_that_is_damaged(server, refused, ok, tmp_path, pushed):
+    """It is noticed; what was there before stays."""
     ok("pull", "org/name", tmp_path / "x.safetensors", "--task", "one")
     before = (tmp_path / "x.safetensors").read_bytes()
     sha = next(iter(server.kept.files))
@@ -312,16 +329,14 @@ def test_a_download_that_ends_half_way(server, refused, ok, tmp_path, pushed):
 
 
 def test_a_push_that_another_one_overtakes(server, kept, refused, monkeypatch, pushed):
-    from hub_server import HubHandler
-
     before = HubHandler.preupload
 
     def overtaken(self, repo, revision):
         server.commit(repo, {"x": b"1"})
         return before(self, repo, revision)
 
-    routes = [(p, overtaken if m is before else m) for p, m in __import__("hub_server").ROUTES["POST"]]
-    monkeypatch.setitem(__import__("hub_server").ROUTES, "POST", routes)
+    routes = [(p, overtaken if m is before else m) for p, m in ROUTES["POST"]]
+    monkeypatch.setitem(ROUTES, "POST", routes)
     assert "was changed meanwhile: try again" in refused("push", kept / "s.safetensors", "org/name")
 
 
