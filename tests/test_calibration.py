@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run
 
-from hydraopt_jax import HydraOptError, calibration
+from hydraopt_jax import HydraOptError, calibration, compression, formats, synthetic
+from hydraopt_jax.rate_control import metrics
 
 
 def test_accumulated_batches_are_the_mean_outer_product():
@@ -33,3 +35,69 @@ def test_unreadable_file_is_one_line(tmp_path, content):
         where.write_bytes(data)
     with pytest.raises(HydraOptError, match="calibration file"):
         calibration.load(path)
+
+
+SHAPES = {"layers.0.q": (12, 8), "layers.1.q": (12, 8), "layers.1.k": (8, 12)}
+
+
+@pytest.fixture(scope="module")
+def made():
+    return synthetic.collection(4, tasks=["a", "b"], modules=SHAPES, rank=2, dtype="float32")
+
+
+def moment(seed, size, scale=1.0):
+    x = np.random.default_rng(seed).normal(size=(64, size)) * np.linspace(0.2, 2, size)
+    return (scale * x.T @ x / 64).astype(np.float32)
+
+
+def test_a_partial_calibration_falls_back_to_errors_of_weights(made):
+    known = {"layers.0.q": moment(0, 12)}
+    whole = known | {n: np.eye(i, dtype=np.float32) for n, (i, _) in list(SHAPES.items())[1:]}
+    part, full = (compression.compress(made, max_error=0.02, calibration=x) for x in (known, whole))
+    assert part.report["uncalibrated"] == ["layers.1.q", "layers.1.k"]
+    assert "uncalibrated" not in full.report
+    # scaled to a mean eigenvalue of 1, the identity is what was not known
+    np.testing.assert_allclose(part.output_errors, full.output_errors, rtol=1e-3)
+    np.testing.assert_allclose(part.output_errors[1:], part.errors[1:], rtol=1e-2)
+
+
+def test_half_of_the_output_moments_count_as_the_others_do_on_average():
+    known = {n: moment(0, i) for n, (i, _) in SHAPES.items()}
+    known |= {"layers.0.q:output": moment(1, 8, 2.0), "layers.1.q:output": moment(1, 8, 8.0)}
+    assert metrics.uncovered(SHAPES, known) == ["layers.1.k"]
+    found = metrics.metrics_of(SHAPES, known)
+    scales = [found[n][1].scale for n in SHAPES]
+    assert scales[2] == pytest.approx(np.sqrt(scales[0] * scales[1]), rel=1e-5)
+    np.testing.assert_array_equal(found["layers.1.k"][1].root, np.eye(12))
+    # module by module as all at once
+    for n, shape in SHAPES.items():
+        assert metrics.metrics_of({n: shape}, known)[n][1].scale == found[n][1].scale
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("model.layers.0.q", "model.layers.0.q"), ("layer0/q", "layer0/q"), ("", "''")],
+)
+def test_other_names_are_refused_with_near_ones(made, name, near):
+    with pytest.raises(HydraOptError, match=f"no module is named .*{near}.*'layers.0.q': rename"):
+        compression.compress(made, max_error=0.02, calibration={name: moment(0, 12)})
+
+
+def test_the_command_says_what_falls_back(made, tmp_path, capsys):
+    for x in made:
+        formats.write_adapter(tmp_path / x.task, x)
+    calibration.save(tmp_path / "c.safetensors", {"layers.0.q": moment(0, 12)})
+    given = [tmp_path / x.task for x in made], tmp_path / "s"
+    status, said, error = run(
+        capsys, "compress", *given[0], "--out", given[1], "--max-error", "0.05", "--calibration",
+        tmp_path / "c.safetensors",
+    )  # fmt: skip
+    assert (status, error) == (0, "")
+    line = "layers.1.k and 1 more: no second moment in the calibration"
+    assert line in " ".join(said.split())
+    status, said, _ = run(capsys, "inspect", given[1])
+    assert line in " ".join(said.split())
+    status, said, error = run(
+        capsys, "verify", given[1], *given[0], "--calibration", tmp_path / "c.safetensors"
+    )
+    assert (status, error) == (0, "")

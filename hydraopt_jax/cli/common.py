@@ -135,7 +135,7 @@ def describe(path: str, content: Store) -> dict[str, Any]:
         x["bound"] = clean(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
     chosen = {
         k: content.report[k]
-        for k in ("forms", "estimate", "step", "left_out", "factor_bytes")
+        for k in ("forms", "estimate", "step", "left_out", "factor_bytes", "uncalibrated")
         if k in content.report
     }
     return {
@@ -179,6 +179,14 @@ def load_moments(content: Store, path: str, calibration: str) -> dict[str, np.nd
     if digest(moments) != known:
         raise HydraOptError(f"{calibration}: is not the calibration that {path} was made with: give that one")
     return moments
+
+
+def calibration_notes(content: Store) -> list[str]:
+    """What a calibration said nothing of."""
+    without = content.report.get("uncalibrated", [])
+    more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+    said = "no second moment in the calibration: their errors count as errors of weights"
+    return [f"{without[0]}{more}: {said}"] if without else []
 
 
 def held_notes(held: Sequence[Held]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from hydraopt_jax import calibration, compression, report
@@ -16,6 +17,7 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli.common import (
     as_json_option,
     bytes_table,
+    calibration_notes,
     clean,
     describe,
     error_table,
@@ -122,7 +124,7 @@ def compress(adapters: Sequence[str], out: str, **given: Any) -> None:
 
     Without any of these it takes a quarter of the factors' bytes.
     """
-    path = Path(out).absolute()
+    path = files.located(out)
     files.check_target(path, given["overwrite"])
     asked = asked_of(given, len(adapters))
     alone = {"--skip-bad": "skip_bad", "--dry-run": "dry_run", "--coordinator": "coordinator"}
@@ -275,6 +277,7 @@ def show_store(
         size = payload["factor_bytes"]
         share = size / (2 * store.report["entries"])
         left.insert(0, f"as they came: {size:,} bytes of factors, {share:.3f} of their fp16 bytes")
+    left += map(escape, calibration_notes(store))
     if all(given[k] is None for k in ("budget", "max_error", "max_task_error", "form")):
         left.append(DEFAULT_NOTE)
     say(

@@ -16,6 +16,7 @@ from hydraopt_jax.cli.common import (
     CheckFailed,
     as_json_option,
     bytes_table,
+    calibration_notes,
     clean,
     describe,
     error_table,
@@ -59,7 +60,7 @@ def inspect(path: str, as_json: bool) -> None:
                 shape.add_row(Text(name), f"{term.inputs} x {term.outputs}", str(term.rank), *counts)
     held = removal.held(content)
     payload["held"] = [x._asdict() for x in held]
-    notes = [*map(escape, held_notes(held))]
+    notes = [*map(escape, [*held_notes(held), *calibration_notes(content)])]
     say(as_json, payload, bytes_table(parts, content), table, shape, error_table(content), *notes)
 
 

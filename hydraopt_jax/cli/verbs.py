@@ -17,6 +17,8 @@ VERBS = {
     "remove": ("changes", "remove", "Remove TASK from a store."),
     "pack": ("stores", "pack", "Write a store as one .safetensors file."),
     "unpack": ("stores", "unpack", "Write a store as a folder."),
+    "push": ("hub", "push", "Write a store to the Hugging Face hub."),
+    "pull": ("hub", "pull", "Write a store of the hub to disk."),
     "demo": ("collections", "demo", "Forty trained adapters at three budgets."),
 }
 

@@ -39,6 +39,8 @@ from hydraopt_jax.formats.tensor_files import (
     write_tensors,
 )
 from hydraopt_jax.locks import locked
+from hydraopt_jax.network import client, explained
+from hydraopt_jax.remote import COMMIT
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -150,25 +152,18 @@ def _factors(
 
 
 def _fetch(name: str) -> Path:
-    """Folder in the hub's cache that holds an adapter's files, downloaded if need be."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise HydraOptError(
-            f"hf:{name}: needs huggingface_hub: install the hub extra, or download the folder yourself"
-        ) from None
+    """Folder in the hub's cache that holds an adapter's files, of one commit, downloaded if need be."""
+    hub = client(f"hf:{name}")
     repository, _, revision = name.partition("@")
-    fetch = functools.partial(huggingface_hub.hf_hub_download, repository, revision=revision or None)
-    try:
-        folder = Path(fetch(CONFIG_FILE)).parent
+    fetch = functools.partial(hub.hf_hub_download, repository)
+    with explained(f"hf:{name}", "cannot be downloaded"):
+        folder = Path(fetch(CONFIG_FILE, revision=revision or None)).parent
+        # a branch may move between two files
+        pinned = folder.name if COMMIT.fullmatch(folder.name) else revision or None
         try:
-            fetch(WEIGHTS_FILE)
-        except huggingface_hub.errors.EntryNotFoundError:
-            fetch(PICKLE_FILE)
-    except MemoryError:
-        raise
-    except Exception as error:  # the hub's client lets its transport's many errors through
-        raise HydraOptError(f"hf:{name}: cannot be downloaded: {one_line(error)[:200]}") from None
+            fetch(WEIGHTS_FILE, revision=pinned)
+        except hub.errors.EntryNotFoundError:
+            fetch(PICKLE_FILE, revision=pinned)
     return folder
 
 

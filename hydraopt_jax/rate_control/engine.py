@@ -29,7 +29,7 @@ from hydraopt_jax.rate_control.coding import (
     fitted_tables,
     sample,
 )
-from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
+from hydraopt_jax.rate_control.metrics import Metrics, metrics_of, uncovered
 from hydraopt_jax.rate_control.options import Options, account, check_options, task_weights
 from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read
 from hydraopt_jax.rate_control.problem import Problem, prepare
@@ -95,6 +95,8 @@ def compress_to_target(
     parts = parts_of(found, segment_bytes)
     said = {"left_out": dict(left_out)} if left_out else {}
     task_weights(found.tasks, options)
+    if options.calibration is not None:
+        uncovered(found.shapes, options.calibration)
     heads, carried = full_tensors(found, options.extras_dtype, place, processes, apart=len(parts) != 1)
     coded = [Tensors(row, b"") for x in heads for row in x.tensors] or list(carried)
     try:
@@ -150,7 +152,7 @@ def as_they_are(
     modules, errors, facts = lossless.modules_of(rows)
     schema, leaves = plain.to_leaves(modules)
     segment = make_segment(found.tasks, schema, leaves, errors, tensors=carried)
-    report = account(options, found.entries()) | facts | dict(said)
+    report = account(options, found) | facts | dict(said)
     return Store((segment, *heads), found.tasks, found.sources, Static(report))
 
 

@@ -8,6 +8,7 @@ arXiv 1503.05671), and a module counts as much as it matters to them. What is st
 coordinates.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -91,29 +92,69 @@ def metric(moment: np.ndarray, name: str, size: int) -> Metric:
     return Metric(np.maximum(values, 0) + 1e-4, vectors, scale)
 
 
+def uncovered(shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, np.ndarray]) -> list[str]:
+    """The modules, name -> (I, O), of which a calibration lacks a second moment, in order.
+
+    Raises:
+      HydraOptError: it has none of any module: its names are others.
+
+    >>> uncovered({"q": (2, 2), "k": (2, 2)}, {"q": np.eye(2)})
+    ['k']
+    """
+    if shapes and not any(n in calibration for n in shapes):
+        name = next(iter(shapes))
+        near = [n.removesuffix(OUTPUT) for n in calibration if ends_alike(n.removesuffix(OUTPUT), name)]
+        near = near[:1] or difflib.get_close_matches(name, calibration, 1, 0) or ["none at all"]
+        raise HydraOptError(
+            f"calibration: no module is named as the adapters name theirs: it has {near[0]!r}, they have "
+            f"{name!r}: rename its tensors, or collect it with rename="
+        )
+    both = any(n.endswith(OUTPUT) for n in calibration)
+    return [n for n in shapes if n not in calibration or (both and n + OUTPUT not in calibration)]
+
+
+def ends_alike(one: str, two: str) -> bool:
+    """Whether one dotted name ends as the other.
+
+    >>> ends_alike("layers.0.q", "model.layers.0.q"), ends_alike("layers.0.q", "layers.1.q")
+    (True, False)
+    """
+    return f".{one}".endswith(f".{two}") or f".{two}".endswith(f".{one}")
+
+
 def metrics_of(
     shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, np.ndarray]
 ) -> dict[str, Metrics]:
     """The metrics of modules, name -> (I, O), from second moments as in a calibration file.
 
+    A second moment that is missing (see `uncovered`) is taken as the identity, as errors of weights have it,
+    of the size that the others have on average (geometric mean of their mean eigenvalues).
+
     Raises:
-      HydraOptError: a second moment that is missing, of a wrong shape, or none.
+      HydraOptError: a second moment of a wrong shape, or none.
     """
-    wanted = [*shapes]
-    if any(n + OUTPUT in calibration for n in shapes):
-        wanted += [n + OUTPUT for n in shapes]
-    missing = [n for n in wanted if n not in calibration]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise HydraOptError(f"calibration: no second moment of {missing[0]}{more}")
-    out: dict[str, Metrics] = {}
-    for n, (inputs, outputs) in shapes.items():
-        right = calibration.get(n + OUTPUT)
-        out[n] = (
-            metric(calibration[n], n, inputs),
-            None if right is None else metric(right, n + OUTPUT, outputs),
-        )
-    return out
+    both = any(n.endswith(OUTPUT) for n in calibration)
+
+    def side(name: str, size: int) -> Metric:
+        if name in calibration:
+            return metric(calibration[name], name, size)
+        return Metric(np.ones(size), np.eye(size), usual_scale(calibration, name.endswith(OUTPUT)))
+
+    return {
+        n: (side(n, inputs), side(n + OUTPUT, outputs) if both else None)
+        for n, (inputs, outputs) in shapes.items()
+    }
+
+
+def usual_scale(calibration: Mapping[str, np.ndarray], outputs: bool) -> float:
+    """Geometric mean of the mean eigenvalues of the second moments of inputs, or of output gradients.
+
+    >>> usual_scale({"q": np.array([1.0, 1.0]), "k": np.diag([4.0, 4.0])}, False)
+    2.0
+    """
+    known = [np.asarray(v) for n, v in calibration.items() if n.endswith(OUTPUT) == outputs]
+    means = [float(np.mean(np.diag(v) if v.ndim == 2 else v)) for v in known]
+    return float(np.exp(np.mean(np.log([x for x in means if np.isfinite(x) and x > 0] or [1.0]))))
 
 
 def importance(metrics: Mapping[str, Metrics], modules: Sequence[str], norms: np.ndarray) -> np.ndarray:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax import calibration
+from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import budget
+from hydraopt_jax.rate_control.metrics import uncovered
 from hydraopt_jax.store import tensors
 
 
@@ -91,9 +93,14 @@ def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
     return weights / weights.mean()
 
 
-def account(options: Options, entries: int) -> dict[str, Any]:
+def account(options: Options, found: Collection) -> dict[str, Any]:
     """What was asked for, JSON-able: the beginning of a store's report."""
     asked = {k: v for k, v in options._asdict().items() if k not in ("weights", "calibration")}
     asked |= {"weights": dict(options.weights), "calibrated": options.calibration is not None}
-    known = {} if options.calibration is None else {"calibration": calibration.digest(options.calibration)}
-    return {"options": asked, "entries": entries, "bound": {}, **known}
+    known: dict[str, Any] = {}
+    if options.calibration is not None:
+        known["calibration"] = calibration.digest(options.calibration)
+        # modules whose errors are those of weights
+        without = uncovered(found.shapes, options.calibration)
+        known |= {"uncalibrated": without} if without else {}
+    return {"options": asked, "entries": found.entries(), "bound": {}, **known}

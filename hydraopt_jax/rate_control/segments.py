@@ -164,7 +164,7 @@ def put_together(
             forms[form] = forms.get(form, 0) + count
     weights = [max(x["modules"], 1) for x in notes]
     tail = float(np.average([x["tail"] for x in notes], weights=weights))
-    report = account(run.options, run.found.entries()) | {
+    report = account(run.options, run.found) | {
         "form": "coded",
         "step": float(f"{step:.6g}"),
         "forms": forms,

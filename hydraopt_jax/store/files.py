@@ -1,4 +1,7 @@
-"""Stores on disk: opened, saved, changed, verified. A folder, or one `.safetensors` file, by its name."""
+"""Stores on disk: opened, saved, changed, verified. A folder, or one `.safetensors` file, by its name.
+
+A file may be elsewhere (`remote`): it is then read, in part, and not changed.
+"""
 
 import functools
 import hashlib
@@ -8,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydraopt_jax import network, remote
 from hydraopt_jax.deferred import Deferred, bytes_of, size_of
 from hydraopt_jax.errors import HydraOptError, TooLarge
 from hydraopt_jax.locks import locked
@@ -19,21 +23,37 @@ from hydraopt_jax.store.store import Segment, Store, select
 Path_ = str | os.PathLike
 
 
-def is_file(path: Path) -> bool:
-    """Whether a path is that of a portable file."""
-    return path.suffix == portable.SUFFIX
+def is_file(path: Path_) -> bool:
+    """Whether a path is that of a portable file, here or elsewhere."""
+    return remote.is_address(path) or Path(path).suffix == portable.SUFFIX
+
+
+def located(path: Path_) -> Path:
+    """The absolute path of a store that can be written.
+
+    Raises:
+      HydraOptError: it is elsewhere.
+    """
+    if remote.is_address(path):
+        raise HydraOptError(
+            f"{network.redact(str(path))}: only read, never changed there: pull it, change it, and push it"
+        )
+    return Path(path).absolute()
 
 
 def open(path: Path_) -> Store:
     """A store on disk; its leaves are read, and checked, when they are asked for.
 
     Args:
-      path: a folder or a `.safetensors` file.
+      path: a folder, a `.safetensors` file, or the address of one (`hf:ORG/NAME[@REVISION]`, `https://...`),
+        of which only what is asked for is fetched.
 
     Raises:
       HydraOptError: no store there, a damaged one, or one of another version. Leaves raise it, too, when they
         are read: a damaged one, or where the store was replaced meanwhile.
     """
+    if remote.is_address(path):
+        return portable.open_remote(str(path))
     at = Path(path).absolute()
     for _ in range(RETRIES):
         before = stamp(at)
@@ -99,7 +119,7 @@ def stamp(path: Path) -> Any:
 
 def check_target(path: Path_, overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a store that may be replaced, or an unfinished job's."""
-    at = Path(path).absolute()
+    at = located(path)
     if not at.exists() or folder.unfinished(at):
         return
     if not overwrite:
@@ -123,7 +143,7 @@ def save(
       HydraOptError: the path exists, is not a store, or cannot be written.
       TooLarge: the store would exceed `limit`.
     """
-    at = Path(path).absolute()
+    at = located(path)
     check_target(at, overwrite)
     with locked(at, again=True):
         check_target(at, overwrite)
@@ -142,7 +162,7 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
     Raises:
       HydraOptError: as `open` and `save`, and whatever `change` raises: the store is then as it was.
     """
-    at = Path(path).absolute()
+    at = located(path)
     open(at)
     with locked(at):
         changed = change(open(at))
@@ -227,18 +247,13 @@ def verify(path: Path_) -> int:
     Raises:
       HydraOptError: as `open`; a flipped bit, a truncated or a missing file is named.
     """
+    if remote.is_address(path):
+        return check_leaves(open(path))
     at = Path(path).absolute()
     for _ in range(RETRIES):
         before = stamp(at)
         try:
-            store = open(at)
-            leaves = 0
-            for x in store.segments:
-                for leaf in x.leaves.values():
-                    bytes_of(leaf)
-                    leaves += 1
-            for few in batches(store):
-                decode_terms(few)
+            leaves = check_leaves(open(at))
             if not is_file(at):
                 folder.check_files(at, folder.read_manifest(at))
         except HydraOptError:
@@ -247,6 +262,18 @@ def verify(path: Path_) -> int:
         else:
             return leaves
     raise HydraOptError(f"{at}: is replaced faster than it can be read: try again")
+
+
+def check_leaves(store: Store) -> int:
+    """Read every leaf and decode every task of a store; returns the number of leaves."""
+    leaves = 0
+    for x in store.segments:
+        for leaf in x.leaves.values():
+            bytes_of(leaf)
+            leaves += 1
+    for few in batches(store):
+        decode_terms(few)
+    return leaves
 
 
 # float32 bytes of factors that are decoded at once where tasks can be read one after the other
@@ -292,7 +319,9 @@ def account(path: Path_, store: Store) -> Account:
 
 
 def size_on_disk(path: Path_) -> int:
-    """Bytes of a file, or of all files below a path, as a user counts them."""
+    """Bytes of a file, here or elsewhere, or of all files below a path, as a user counts them."""
+    if remote.is_address(path):
+        return remote.find(str(path)).size
     at = Path(path)
     if at.is_file():
         return at.stat().st_size

@@ -184,7 +184,7 @@ def open_folder(path: Path) -> Store:
 
 
 def opened(
-    path: Path, said: Mapping[str, Any], read: Callable[[Any], Callable[[int, int], np.ndarray]]
+    path: Any, said: Mapping[str, Any], read: Callable[[Any], Callable[[int, int], np.ndarray]]
 ) -> Store:
     """A store from its manifest, and a function from a segment's row to a reader of its run."""
     tasks = said["tasks"]

@@ -6,14 +6,14 @@ The same content as a folder, for hubs, phones and servers: one task needs the h
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 
-from hydraopt_jax import strict_json
+from hydraopt_jax import remote, strict_json
 from hydraopt_jax.errors import HydraOptError, TooLarge, damaged
 from hydraopt_jax.store import manifest, segment_data
 from hydraopt_jax.store.folder import opened, sync
@@ -23,6 +23,8 @@ from hydraopt_jax.store.store import Store
 SUFFIX = ".safetensors"
 # keys of the manifest in the header's metadata, and of its checksum
 KEY, SEAL = "hydraopt", "hydraopt_sha256"
+# most bytes of a header, as the format has it
+MAX_HEADER = 100_000_000
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
@@ -45,6 +47,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
     except (safetensors.SafetensorError, ValueError) as error:
         what = " ".join(str(error).split())[:120]
         raise damaged(path, f"not a whole safetensors file ({what})") from None
+    return manifest_of(path, text, said.get(SEAL), rows, length)
+
+
+def manifest_of(
+    path: Any, text: str | None, seal: str | None, rows: Mapping[str, Any], length: int
+) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """As `read_header`, from the manifest's text, its checksum, and the header's rows and length."""
     if text is None:
         raise HydraOptError(f"{path}: not a store (a safetensors file without a manifest of one)")
     places = {
@@ -52,7 +61,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
         for name, row in rows.items()
         if name != "__metadata__"
     }
-    if hashlib.sha256(text.encode()).hexdigest() != said.get(SEAL):
+    if hashlib.sha256(text.encode()).hexdigest() != seal:
         raise damaged(path, "its manifest does not match its checksum")
     parsed = manifest.parse(path, text.encode())
     for x in parsed["segments"]:
@@ -63,23 +72,74 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
 
 def open_portable(path: Path) -> Store:
     """A store whose leaves are read from the file when they are asked for."""
-    said, places = read_header(path)
+
+    def read(start: int, stop: int) -> bytes:
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    return opened_at(path, *read_header(path), read)
+
+
+def open_remote(address: str) -> Store:
+    """A store behind an address: its header is read, and byte ranges when they are asked for.
+
+    All of them are of one version of the file: a commit on the hub, an entity tag elsewhere.
+
+    Raises:
+      HydraOptError: no such file, no network, no store, or one that changed while it was read.
+    """
+    return open_source(remote.find(address))
+
+
+def open_source(source: remote.Source) -> Store:
+    """As `open_remote`, of a version that was found."""
+    label = source.label
+    length = int.from_bytes(source.read(0, 8), "little")
+    if not 2 <= length <= min(source.size - 8, MAX_HEADER):
+        raise damaged(label, "not a whole safetensors file (no header)")
+    try:
+        rows = strict_json.loads(source.read(8, 8 + length))
+        said = rows.pop("__metadata__", {})
+        text, seal = said.get(KEY), said.get(SEAL)
+        if not isinstance(text, str | None):
+            raise ValueError("metadata that is no text")
+        for name, row in rows.items():
+            low, high = row["data_offsets"]
+            if not (type(low) is type(high) is int and 0 <= low <= high <= source.size - 8 - length):
+                raise ValueError(f"the offsets of {name}")
+            if (
+                row != {"dtype": "U8", "shape": [high - low], "data_offsets": [low, high]}
+                and text is not None
+            ):
+                raise ValueError(f"{name} is no tensor of bytes")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise damaged(label, f"not a whole safetensors file ({what})") from None
+    return opened_at(label, *manifest_of(label, text, seal, rows, length), source.read)
+
+
+def opened_at(
+    path: Any,
+    said: Mapping[str, Any],
+    places: Mapping[str, tuple[int, int]],
+    read: Callable[[int, int], bytes],
+) -> Store:
+    """A store from its manifest, its segments' places, and a reader of the file."""
 
     def reader(row: Any) -> Callable[[int, int], np.ndarray]:
         begin = places[row["id"]][0]
 
-        def read(start: int, stop: int) -> np.ndarray:
-            try:
-                with path.open("rb") as file:
-                    file.seek(begin + start)
-                    data = file.read(stop - start)
-            except OSError as error:
-                raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
+        def part(start: int, stop: int) -> np.ndarray:
+            data = read(begin + start, begin + stop)
             if len(data) != stop - start:
                 raise damaged(path, "it ends too early")
             return np.frombuffer(data, np.uint8)
 
-        return read
+        return part
 
     return opened(path, said, reader)
 

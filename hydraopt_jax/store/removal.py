@@ -5,7 +5,7 @@ that were fitted to several tasks, it among them. The coder's tables, counts of 
 nobody's vectors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,9 +62,21 @@ def remove(store: Store, task: str) -> Store:
     task_index(store.tasks, task)
     if len(store.tasks) == 1:
         raise HydraOptError(f"{task!r} is the store's only task: delete the store instead")
-    report = changed(store.report, -round(store.report["entries"] / len(store.tasks)))
-    report = report.replace(**unnamed(report, task))
-    return select(store, [t for t in store.tasks if t != task]).replace(report=report)
+    return keep(store, [t for t in store.tasks if t != task])
+
+
+def keep(store: Store, tasks: Sequence[str]) -> Store:
+    """A store of some tasks, in the order given; what it holds of them is not touched.
+
+    Raises:
+      HydraOptError: no such task.
+    """
+    left = select(store, tasks)
+    gone = [t for t in store.tasks if t not in set(tasks)]
+    report = changed(store.report, -round(len(gone) * store.report["entries"] / len(store.tasks)))
+    for task in gone:
+        report = report.replace(**unnamed(report, task))
+    return left.replace(report=report)
 
 
 def changed(report: Static, entries: int) -> Static:

@@ -13,7 +13,9 @@ from hydraopt_jax import formats, synthetic
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.S | re.M)
-WITH_BLOCKS = [x for x in PAGES if BLOCK.search(x.read_text())]
+# tests/integrations/test_docs.py types these: they need a partner or a stand-in for one
+PARTNERS = {"serving-vllm.md", "peft.md"}
+WITH_BLOCKS = [x for x in PAGES if x.name not in PARTNERS and BLOCK.search(x.read_text())]
 
 
 @pytest.fixture

@@ -1,0 +1,222 @@
+"""Stores on the Hugging Face hub: pushed as one file with a model card, pulled whole or some tasks of it.
+
+What is read of a store there without pulling it is `remote`'s: `hydraopt_jax.open("hf:ORG/NAME")`.
+"""
+
+import functools
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydraopt_jax import network, remote
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.peft_config import base_name, same_base
+from hydraopt_jax.integrations import model_card
+from hydraopt_jax.store import Store, files, portable, removal
+
+CARD = "README.md"
+
+
+class Pushed(NamedTuple):
+    """What was pushed.
+
+    Attributes:
+      repository: ORG/NAME.
+      revision: the commit.
+      url: of the repository.
+      bytes: of the store's file.
+      base_models: names of the models that the adapters are of.
+      licenses: task -> license of its source, where that is known.
+    """
+
+    repository: str
+    revision: str
+    url: str
+    bytes: int
+    base_models: tuple[str, ...]
+    licenses: dict[str, str]
+
+
+class Pulled(NamedTuple):
+    """What was pulled.
+
+    Attributes:
+      source: the address.
+      revision: the commit.
+      store: path that was written.
+      tasks: names.
+      bytes: of what was written.
+    """
+
+    source: str
+    revision: str
+    store: str
+    tasks: tuple[str, ...]
+    bytes: int
+
+
+def address_of(name: str) -> remote.Address:
+    """The address of a repository given as ORG/NAME or hf:ORG/NAME[/FILE.safetensors][@REVISION]."""
+    if name.startswith(remote.WEB):
+        raise HydraOptError(f"{network.redact(name)}: give ORG/NAME, a repository of the hub")
+    return remote.parse(remote.HUB + name.removeprefix(remote.HUB))
+
+
+def bases_of(store: Store) -> tuple[str, ...]:
+    """Names of the base models that a store's adapters are of, in order of appearance."""
+    return tuple(dict.fromkeys(x for x in (base_name(s.config) for s in store.sources) if x))
+
+
+def check_base(label: str, store: Store, model: str | None) -> None:
+    """Refuse a store whose adapters are of another base model, or do not say of which; None accepts any.
+
+    Raises:
+      HydraOptError: some base model is another one.
+    """
+    found = bases_of(store) or ("no base model",)
+    wrong = [] if model is None else [x for x in found if not same_base(x, model)]
+    if wrong:
+        raise HydraOptError(f"{label}: its adapters are of {wrong[0]!r}, not of {model!r}")
+
+
+def without_paths(store: Store) -> Store:
+    """The store with nothing said of where its adapters lay on this machine but the folders' names."""
+    own = lambda x: x if x.startswith(remote.HUB) else Path(x).name  # noqa: E731
+    return store.replace(sources=tuple(x._replace(origin=own(x.origin)) for x in store.sources))
+
+
+def push(
+    path: files.Path_,
+    name: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "",
+    license: str | None = None,
+    progress: bool = False,
+) -> Pushed:
+    """Write a store to a repository of the hub, as one file with a model card, in one commit.
+
+    A card that is there keeps what others wrote: the part between this package's marks is replaced.
+
+    Args:
+      path: of the store, as `store.open`.
+      name: ORG/NAME; the repository is made where there is none.
+      private: whether a new one is; None for the organization's default.
+      revision: branch, made where there is none; None for main.
+      message: of the commit.
+      license: of the whole; None for the one that all sources have, if they have one.
+      progress: show how far the upload is.
+
+    Raises:
+      HydraOptError: no store, no network, no token, or no right to write there.
+    """
+    address = address_of(name)
+    if address.revision is not None:
+        raise HydraOptError(f"{name}: a branch to push to is given as --revision {address.revision}")
+    hub = network.client(address.label)
+    content = files.open(path)
+    if not content.tasks:
+        raise HydraOptError(f"{path}: has no tasks: there is nothing to push")
+    repository, what = address.repository, "cannot be pushed"
+    with tempfile.TemporaryDirectory(prefix="hydraopt-push-") as work, quiet(hub, progress):
+        file = Path(work) / remote.FILE
+        try:
+            portable.write_portable(file, without_paths(content))
+        except OSError as error:
+            raise HydraOptError(
+                f"{work}: cannot be written: {error.strerror or error}; TMPDIR names another folder"
+            ) from None
+        licenses = model_card.licenses_of(content)
+        with network.explained(address.label, what):
+            api = hub.HfApi()
+            url = str(api.create_repo(repository, private=private, exist_ok=True))
+            if revision is not None:
+                api.create_branch(repository, branch=revision, exist_ok=True)
+            # whoever commits between makes this one fail
+            head = api.model_info(repository, revision=revision).sha
+            before = old_card(hub, repository, head)
+            size = file.stat().st_size
+            card = model_card.render(content, repository, address.file, size, licenses, license, before)
+            add = hub.CommitOperationAdd
+            commit = api.create_commit(
+                repository,
+                [add(address.file, str(file)), add(CARD, card.encode())],
+                commit_message=message or f"{len(content.tasks)} adapters, by hydraopt_jax",
+                revision=revision,
+                parent_commit=head,
+            )
+    return Pushed(repository, commit.oid, url, size, bases_of(content), licenses)
+
+
+def old_card(hub: Any, repository: str, commit: str) -> str | None:
+    """The text of a repository's model card, None where it has none."""
+    try:
+        return Path(hub.hf_hub_download(repository, CARD, revision=commit)).read_text(encoding="utf-8")
+    except hub.errors.EntryNotFoundError:
+        return None
+
+
+def pull(
+    name: str,
+    path: files.Path_,
+    *,
+    tasks: Sequence[str] = (),
+    base: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Pulled:
+    """Write a store of the hub to disk, whole or some tasks of it: at once or not at all.
+
+    Args:
+      name: ORG/NAME[/FILE.safetensors][@REVISION].
+      path: a new folder, or a new file whose name ends in `.safetensors`.
+      tasks: which ones; of the others nothing is fetched but what these are predicted from. Empty for all.
+      base: the base model that the adapters must be of; None for any.
+      overwrite: replace an existing store.
+      progress: show how far the download is.
+
+    Raises:
+      HydraOptError: no such store, no network, another base model, or a path that cannot be written.
+    """
+    address = address_of(name)
+    files.check_target(path, overwrite)
+    source = remote.find(address.text)
+    content = portable.open_source(source)
+    check_base(address.label, content, base)
+    if tasks:
+        content = removal.keep(content, tasks)
+    elif source.path is None:
+        hub = network.client(address.label)
+        with network.explained(address.label, "cannot be downloaded"), quiet(hub, progress):
+            fetch = functools.partial(hub.hf_hub_download, address.repository, address.file)
+            copy = Path(fetch(revision=address.revision))
+            if copy.stat().st_size != source.size:
+                # half a file from before, or another commit
+                copy = Path(fetch(revision=address.revision, force_download=True))
+        commit = remote.commit_of(copy, address.file)
+        source = remote.find(address._replace(revision=commit).text)
+        content = portable.open_source(source)
+        check_base(address.label, content, base)
+    pinned = address._replace(revision=source.version)
+    files.save(path, content, overwrite=overwrite)
+    return Pulled(pinned.text, source.version, str(path), content.tasks, files.size_on_disk(path))
+
+
+@contextmanager
+def quiet(hub: Any, progress: bool) -> Iterator[None]:
+    """Keep remarks of the hub's client from the user, and its progress bars unless they are asked for."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    level, shown = hub.logging.get_verbosity(), not are_progress_bars_disabled()
+    hub.logging.set_verbosity_error()
+    if not progress:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.logging.set_verbosity(level)
+        if shown and not progress:
+            enable_progress_bars()

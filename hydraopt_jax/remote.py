@@ -1,0 +1,241 @@
+"""Files elsewhere: addresses, and byte ranges of a pinned version over HTTP.
+
+`hf:ORG/NAME[/FILE.safetensors][@REVISION]` is a file on the Hugging Face hub, by default `store.safetensors`,
+and `https://...` one anywhere. huggingface_hub is imported when an address is used: its session, cache,
+offline mode (HF_HUB_OFFLINE), endpoint (HF_ENDPOINT) and token (HF_TOKEN) are the user's. A token goes to the
+hub only.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.network import MEANINGS, STATUS, client, explained, meaning, redact
+
+HUB, WEB = "hf:", ("https://", "http://")
+# name of the store in a repository
+FILE = "store.safetensors"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# bytes of the first request, less than the header of any store of some tasks
+FIRST = 1 << 12
+# seconds to wait for the network, and between tries where it or the server fails
+TIMEOUT, PAUSES = 30.0, (0.3, 1.0)
+AGAIN = (429, 500, 502, 503, 504)
+
+
+class Address(NamedTuple):
+    """Where a file is.
+
+    Attributes:
+      label: for messages, without credentials.
+      repository, file, revision: on the hub; "" and None for a URL.
+      url: of the file elsewhere; "" on the hub.
+    """
+
+    label: str
+    repository: str = ""
+    file: str = ""
+    revision: str | None = None
+    url: str = ""
+
+    @property
+    def text(self) -> str:
+        """The address as it is given."""
+        name = f"/{self.file}" if self.file != FILE else ""
+        return self.url or f"{HUB}{self.repository}{name}{f'@{self.revision}' if self.revision else ''}"
+
+
+class Source(NamedTuple):
+    """A version of a file that can be read in part.
+
+    Attributes:
+      label: for messages.
+      size: in bytes.
+      version: commit on the hub, entity tag elsewhere; what tells it from others.
+      read: `(start, stop)` -> those of its bytes.
+      path: of its copy in the hub's cache, None where it is not there.
+    """
+
+    label: str
+    size: int
+    version: str
+    read: Callable[[int, int], bytes]
+    path: Path | None = None
+
+
+def is_address(path: Any) -> bool:
+    """Whether a path is an address.
+
+    >>> [is_address(x) for x in ("hf:org/name", "https://example.org/s.safetensors", "s.safetensors")]
+    [True, True, False]
+    """
+    return isinstance(path, str) and path.startswith((HUB, *WEB))
+
+
+def parse(text: str) -> Address:
+    """What an address says.
+
+    Raises:
+      HydraOptError: it names no file.
+
+    >>> parse("hf:org/name@v1")[1:4], parse("hf:org/name/en.safetensors")[1:4]
+    (('org/name', 'store.safetensors', 'v1'), ('org/name', 'en.safetensors', None))
+    >>> parse("https://me:secret@example.org/s.safetensors?token=secret").label
+    'https://example.org/s.safetensors'
+    """
+    if text.startswith(WEB):
+        return Address(redact(text), url=text)
+    where, _, revision = text.removeprefix(HUB).partition("@")
+    organization, _, rest = where.partition("/")
+    name, _, file = rest.partition("/")
+    if not (organization and name) or (file and not file.endswith(".safetensors")):
+        raise HydraOptError(
+            f"{text}: give hf:ORG/NAME or hf:ORG/NAME/FILE.safetensors, and @REVISION if need be"
+        )
+    return Address(redact(text), f"{organization}/{name}", file or FILE, revision or None)
+
+
+def find(text: str) -> Source:
+    """The version of a file that an address names now; a copy in the hub's cache is read there.
+
+    Raises:
+      HydraOptError: no such file, no network, no right to it.
+    """
+    address = parse(text)
+    return on_web(address) if address.url else on_hub(address)
+
+
+def on_web(address: Address) -> Source:
+    """A file of a URL, of the version that the first request shows."""
+    return opened(address.label, address.url, {}, "", True)
+
+
+def on_hub(address: Address) -> Source:
+    """A file of a repository at the commit that its revision is now."""
+    hub = client(address.label)
+    from huggingface_hub.utils import build_hf_headers
+
+    name, revision = (address.repository, address.file), address.revision
+    commit = revision if revision and COMMIT.fullmatch(revision) else ""
+    size = None
+    if not (commit and cached(hub, name, commit)):
+        with explained(address.label, "cannot be read"):
+            try:
+                found = hub.get_hf_file_metadata(hub.hf_hub_url(*name, revision=revision))
+                commit, size = found.commit_hash or "", found.size
+            except Exception as error:
+                # no network: what was downloaded of this branch last
+                refused = getattr(getattr(error, "response", None), "status_code", 500) < 500
+                copy = None if refused else cached(hub, name, revision)
+                if copy is None:
+                    raise
+                commit = commit_of(copy, address.file)
+    if not COMMIT.fullmatch(commit):
+        raise HydraOptError(f"{address.label}: cannot be read: its server names no commit: is it a hub's?")
+    copy = cached(hub, name, commit)
+    if copy is not None and size in (None, copy.stat().st_size):
+        # whoever finds it damaged needs to know where it is
+        label = f"{address.label} (cached at {copy})"
+        return Source(label, copy.stat().st_size, commit, in_file(label, copy), copy)
+    url = hub.hf_hub_url(*name, revision=commit)
+    return opened(address.label, url, build_hf_headers(), commit, False)
+
+
+def cached(hub: Any, name: tuple[str, str], revision: str | None) -> Path | None:
+    """The file in the hub's cache, None where it is not there."""
+    found = hub.try_to_load_from_cache(*name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def commit_of(copy: Path, file: str) -> str:
+    """The commit of a file in the hub's cache, `.../snapshots/COMMIT/FILE`."""
+    return copy.parts[-2 - file.count("/")]
+
+
+def in_file(label: str, path: Path) -> Callable[[int, int], bytes]:
+    """A reader of a copy on disk."""
+
+    def read(start: int, stop: int) -> bytes:
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise HydraOptError(f"{label}: {path}: cannot be read: {error.strerror or error}") from None
+
+    return read
+
+
+def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagged: bool) -> Source:
+    """A file behind a URL; with `tagged` all requests must be answered from the version of the first one."""
+    first, size, tag = fetch(label, url, headers, 0, FIRST)
+    pin = tag if tagged else ""
+    sent = {**headers, "If-Match": pin} if pin.startswith('"') else dict(headers)
+
+    def read(start: int, stop: int) -> bytes:
+        if stop <= len(first):
+            return first[start:stop]
+        # what the first request brought is not fetched again
+        known = first[start:]
+        data, now, other = fetch(label, url, sent, start + len(known), stop)
+        if now != size or (tagged and other != pin):
+            raise changed(label)
+        return known + data
+
+    return Source(label, size, version or tag, read)
+
+
+def changed(label: str) -> HydraOptError:
+    """The error for a file that is not the one that was opened."""
+    return HydraOptError(f"{label}: was changed while it was read: open it again")
+
+
+def fetch(label: str, url: str, headers: Mapping[str, str], start: int, stop: int) -> tuple[bytes, int, str]:
+    """Some bytes of a file: what there is of them, the file's size, and its tag ("" where it has none).
+
+    Raises:
+      HydraOptError: no such file, no network, another version, or a server that knows no ranges.
+    """
+    session = client(label).get_session()
+    sent = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    for pause in (*PAUSES, None):
+        try:
+            with session.stream("GET", url, headers=sent, timeout=TIMEOUT) as response:
+                if response.status_code not in AGAIN or pause is None:
+                    return body(label, response, start, stop)
+        except (HydraOptError, MemoryError):
+            raise
+        except Exception as error:
+            said = meaning(error)
+            if pause is None or said == MEANINGS["OfflineModeIsEnabled"]:
+                raise HydraOptError(f"{label}: cannot be read: {said}") from None
+        time.sleep(pause or 0.0)
+    raise AssertionError("the last try returns or raises")
+
+
+def body(label: str, response: Any, start: int, stop: int) -> tuple[bytes, int, str]:
+    """What a response to a request of a range holds, as `fetch`; never more than was asked for."""
+    status = response.status_code
+    if status == 412:
+        raise changed(label)
+    if status == 200:
+        raise HydraOptError(f"{label}: its server does not serve byte ranges: download the file")
+    if status != 206:
+        what = STATUS.get(status, f"the server says {status}")
+        raise HydraOptError(f"{label}: cannot be read: {what}")
+    said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
+    if said is None or int(said[1]) != start or int(said[2]) >= stop:
+        raise HydraOptError(f"{label}: its server serves other bytes than asked for: download the file")
+    expected, data = int(said[2]) + 1 - start, bytearray()
+    for piece in response.iter_bytes():
+        data += piece
+        if len(data) > expected:
+            break
+    if len(data) != expected:
+        # of a connection that broke: tried again
+        raise ConnectionError(f"{len(data)} of {expected} bytes came")
+    tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+    return bytes(data), int(said[3]), tag

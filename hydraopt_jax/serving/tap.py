@@ -1,0 +1,236 @@
+"""A tap on a Flax NNX model: second moments of its layers' inputs, and of the gradients at their outputs.
+
+The layers of a copy of the model, which shares its arrays, are replaced by ones that add `x.T @ x` to a sum
+while they compute what they always do. For output gradients each also passes its output through an identity
+whose second argument is a matrix of zeros and whose derivative for that argument is `g.T @ g`: one backward
+pass gives the sums of all layers, whatever their shapes, however often they are called.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from hydraopt_jax.calibration import OUTPUT
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.linalg.decompose import matmul
+from hydraopt_jax.serving.layers import WRAPPABLE, contraction, dotted, labels, matrix, near, replace, roles
+
+
+class Sum(nnx.Variable):
+    """`[I, I]` or `[I]`: the sum over a layer's inputs, and behind it how many they are."""
+
+
+class Cell(nnx.Variable):
+    """`[O, O]` or `[O]` zeros, whose gradient is the sum over a layer's output gradients."""
+
+
+class Counted(nnx.Variable):
+    """Which inputs count: `[...]` as the leading axes of a batch, or a scalar for all; one for all layers."""
+
+
+class Tapped(nnx.Module):
+    """A layer that adds up what it sees."""
+
+    def __init__(self, base: nnx.Module, name: str, counted: Counted, diagonal: bool, outputs: bool):
+        inputs, features = matrix(base)
+        shape = lambda n: (n,) if diagonal else (n, n)  # noqa: E731
+        self.base, self.name, self.counted = base, name, counted
+        self.sum = Sum((jnp.zeros(shape(inputs)), jnp.zeros(())))
+        self.cell = Cell(jnp.zeros(shape(features))) if outputs else None
+
+    def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
+        """What the layer gives."""
+        equation = next((a for a in (*args, options.get("einsum_str")) if isinstance(a, str)), None)
+        rows, _ = contraction(self.base, x, equation)
+        weights = weigh(self.counted.get_value(), rows.shape[:-1], self.name)
+        total, count = self.sum.get_value()
+        seen = jax.lax.stop_gradient(rows)
+        self.sum.set_value((total + second(seen, weights, total.ndim), count + weights.sum()))
+        y = self.base(x, *args, **options)
+        if self.cell is None:
+            return y
+        rows_of = lambda g: output_rows(self.base, g, x.ndim, equation)  # noqa: E731
+        return note(rows_of, y, self.cell.get_value(), weights)
+
+
+def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
+    """Which rows count, `[*lead]` float32, from what says it for a batch.
+
+    Raises:
+      HydraOptError: the rows are not laid out as the batch is.
+    """
+    counted = jnp.asarray(counted, jnp.float32)
+    if counted.size == np.prod(lead) and counted.ndim:
+        return counted.reshape(lead)
+    if counted.shape != lead[: counted.ndim]:
+        raise HydraOptError(
+            f"{name}: the mask has shape {list(counted.shape)}, the layer's inputs {list(lead)}: leave the "
+            "layer out of modules, or give no mask"
+        )
+    return jnp.broadcast_to(counted.reshape(*counted.shape, *[1] * (len(lead) - counted.ndim)), lead)
+
+
+def second(rows: Array, weights: Array, ndim: int) -> Array:
+    """Sum of `x x.T` over rows `[..., n]`, or of its diagonal."""
+    flat, keep = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), weights.reshape(-1, 1)
+    return (flat * flat * keep).sum(0) if ndim == 1 else matmul(flat.T, flat * keep)
+
+
+def note(rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Array) -> Array:
+    """`y`; the derivative for `cell` is the sum over the gradients at y."""
+
+    @jax.custom_vjp
+    def identity(y: Array, cell: Array, weights: Array) -> Array:
+        return y
+
+    def forward(y: Array, cell: Array, weights: Array) -> tuple[Array, Array]:
+        return y, weights
+
+    def backward(weights: Array, g: Array) -> tuple[Array, Array, Array]:
+        return g, second(rows_of(g), weights, cell.ndim), jnp.zeros_like(weights)
+
+    identity.defvjp(forward, backward)
+    return identity(y, cell, weights)
+
+
+def output_rows(base: nnx.Module, y: Array, ndim: int, equation: str | None) -> Array:
+    """A layer's output as rows `[..., O]` of its matrix, for an input of `ndim` axes."""
+    if isinstance(base, nnx.Einsum):
+        inputs, kernel, out = labels(equation or base.einsum_str, ndim)
+        free, _, made = roles(inputs, kernel, out)
+        rows = jnp.einsum(f"{out}->{free}{made}", y)
+        return rows.reshape(*rows.shape[: len(free)], -1)
+    if isinstance(base, nnx.LinearGeneral):
+        return y.reshape(*y.shape[: y.ndim - len(base.out_features)], -1)
+    return y
+
+
+def tapped(
+    model: nnx.Module,
+    modules: Iterable[str] | None,
+    rename: Callable[[str], str],
+    diagonal: bool,
+    outputs: bool,
+) -> tuple[nnx.Module, dict[str, str]]:
+    """A copy of a model, arrays shared, whose layers add up what they see; and path -> name of each.
+
+    Raises:
+      HydraOptError: a module without a layer, no layer at all, or one that is stacked.
+    """
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(copy) if isinstance(x, WRAPPABLE)}
+    names = {path: rename(path) for path in layers}
+    if modules is not None:
+        wanted = set(modules)
+        for name in sorted(wanted - set(names.values())):
+            raise HydraOptError(
+                f"{name}: the model has no such Linear, LinearGeneral or Einsum (near paths are "
+                f"{near(name, layers)}): give rename, from the model's paths to the adapters' names"
+            )
+        names = {path: name for path, name in names.items() if name in wanted}
+    if not names:
+        raise HydraOptError("the model has no Linear, LinearGeneral or Einsum: there is nothing to collect")
+    counted = Counted(jnp.ones(()))
+    for path in names:
+        keys, base = layers[path]
+        kernel = base.kernel.get_value()
+        if kernel.ndim != kernel_axes(base):
+            raise HydraOptError(
+                f"{path}: its kernel has shape {list(kernel.shape)}, layers stacked by scan or vmap: collect "
+                "from the model with its layers one by one"
+            )
+        replace(copy, keys, Tapped(base, names[path], counted, diagonal, outputs))
+    return copy, names
+
+
+def kernel_axes(base: Any) -> int:
+    """Axes of the kernel of a layer that is not stacked."""
+    if isinstance(base, nnx.Einsum):
+        return len(base.kernel_shape)
+    if isinstance(base, nnx.LinearGeneral):
+        return len(base.in_features) + len(base.out_features)
+    return 2
+
+
+def collect(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[Any, Any], Any],
+    mask: Callable[[Any], Array] | None,
+    modules: Iterable[str] | None,
+    rename: Callable[[str], str],
+    diagonal: bool,
+    outputs: bool,
+    key: Array,
+) -> dict[str, np.ndarray]:
+    """As `calibration.collect`."""
+    copy, names = tapped(model, modules, rename, diagonal, outputs)
+    graph, *states = nnx.split(copy, Cell, Sum, ...)
+    cells, sums, rest = states
+
+    def run(cells: Any, sums: Any, rest: Any, batch: Any, counts: Array, key: Array) -> Any:
+        again = nnx.merge(graph, cells, sums, rest, copy=True)
+        for _, x in nnx.iter_modules(again):
+            if isinstance(x, Tapped):
+                x.counted.set_value(counts)
+        logits = forward(again, batch)
+        value = likelihood(logits, counts, key) if outputs else jnp.zeros(())
+        return value, nnx.state(again, Sum)
+
+    @jax.jit
+    def step(found: Any, sums: Any, rest: Any, batch: Any, counts: Array, key: Array) -> Any:
+        if not outputs:
+            return found, run(cells, sums, rest, batch, counts, key)[1]
+        gradients, sums = jax.grad(run, has_aux=True)(cells, sums, rest, batch, counts, key)
+        return jax.tree.map(jnp.add, found, gradients), sums
+
+    found, seen = cells, 0
+    for n, batch in enumerate(batches):
+        counts = jnp.ones(()) if mask is None else jnp.asarray(mask(batch), jnp.float32)
+        found, sums = step(found, sums, rest, batch, counts, jax.random.fold_in(key, n))
+        seen += 1
+    if not seen:
+        raise HydraOptError("there are no batches: nothing was collected")
+    return moments(nnx.merge(graph, found, sums, rest, copy=True), names, modules is not None)
+
+
+def likelihood(logits: Array, counts: Array, key: Array) -> Array:
+    """Sum of the log-likelihoods of labels drawn from the model's own predictions, `[..., V]`."""
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32))
+    drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
+    picked = jnp.take_along_axis(scores, drawn[..., None], -1)[..., 0]
+    return (picked * weigh(counts, picked.shape, "the model's output")).sum()
+
+
+def moments(model: nnx.Module, names: dict[str, str], named: bool) -> dict[str, np.ndarray]:
+    """What the layers of a tapped model have seen, by name.
+
+    Raises:
+      HydraOptError: a named layer that was never called, or numbers that are not finite.
+    """
+    layers = {dotted(path): x for path, x in nnx.iter_modules(model) if isinstance(x, Tapped)}
+    counts = {path: float(layers[path].sum.get_value()[1]) for path in names}
+    largest = max(counts.values())
+    out = {}
+    for path, name in names.items():
+        if not counts[path]:
+            if named:
+                raise HydraOptError(f"{path}: forward never calls it: leave it out of modules")
+            continue
+        out[name] = np.asarray(layers[path].sum.get_value()[0]) / counts[path]
+        cell = layers[path].cell
+        if cell is not None:
+            # in the same units for all: per input of the batch
+            out[name + OUTPUT] = np.asarray(cell.get_value()) / largest
+        for key in (name, name + OUTPUT):
+            if key in out and not np.isfinite(out[key]).all():
+                raise HydraOptError(f"{path}: the model's numbers there are not finite")
+    if not out:
+        raise HydraOptError("forward calls no layer that is tapped: nothing was collected")
+    return out
