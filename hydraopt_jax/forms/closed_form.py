@@ -6,10 +6,10 @@ has, and in the core:
 ===================  =====  =====  =======================  ==========================================
 form                 a      b      core                     what it is
 ===================  =====  =====  =======================  ==========================================
-`separate`           T      T      none                     each adapter's truncated SVD
-`hydra`, side "in"   1      K      none, or S x S per task  HydraOpt: one shared input factor, K heads
-`hydra`, side "out"  K      1      none, or S x S per task  one shared output factor, K inputs
-`joint_diagonal`     1      1      S x S, or a diagonal     two shared factors, a core per task
+separate             T      T      none                     each adapter's truncated SVD
+hydra, side "in"     1      K      none, or S x S per task  HydraOpt: one shared input factor, K heads
+hydra, side "out"    K      1      none, or S x S per task  one shared output factor, K inputs
+joint_diagonal       1      1      S x S, or a diagonal     two shared factors, a core per task
 ===================  =====  =====  =======================  ==========================================
 
 A shared part plus a remainder for each task is the sum of two of these. Functions are written for one
