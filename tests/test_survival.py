@@ -196,6 +196,14 @@ def test_a_store_that_was_replaced_is_not_called_damaged(kept, other, tmp_path, 
         store.decode(before, "one")
 
 
+def test_what_a_killed_job_left_beside_a_file_goes_with_the_next_change(kept, tmp_path):
+    path = tmp_path / "s.safetensors"
+    store.save(path, kept)
+    (tmp_path / "s.safetensors.job" / folder.JOB).mkdir(parents=True)
+    store.update(path, lambda x: x.replace(report=x.report.replace(note="mine")))
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+
+
 def test_damage_is_called_so_after_a_change_elsewhere(kept, tmp_path):
     """A change that leaves a segment where it was is no excuse for it."""
     store.save(tmp_path / "s", kept)

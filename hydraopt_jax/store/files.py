@@ -148,7 +148,7 @@ def save(
     with locked(at, again=True):
         check_target(at, overwrite)
         if is_file(at):
-            portable.write_portable(at, store, limit)
+            write_file(at, store, limit)
         else:
             write_folder(at, store, limit, zstd)
 
@@ -167,10 +167,19 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
     with locked(at):
         changed = change(open(at))
         if is_file(at):
-            portable.write_portable(at, changed)
+            write_file(at, changed)
         else:
             write_folder(at, changed)
     return open(at)
+
+
+def write_file(path: Path, store: Store, limit: int | None = None) -> None:
+    """Write a portable file; what a job that was to make one has left beside it goes, as in a folder."""
+    portable.write_portable(path, store, limit)
+    left = path.with_name(path.name + ".job")
+    if folder.unfinished(left):
+        folder.remove_job(left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 ROW = ("id", "bytes", "header", "sha256", "arrays", "files")
