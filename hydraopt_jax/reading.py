@@ -7,6 +7,7 @@ from pathlib import Path
 from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
+from hydraopt_jax.formats.image_files import file_of
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
 from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.store import Store
@@ -21,8 +22,8 @@ def read(
     """Read adapters of one base model.
 
     Args:
-      sources: PEFT folders, patterns of them (`"adapters/*"`, sorted by name), `hf:ORG/NAME` ids, each also
-        as NAME=SOURCE for another name of the task; or one of these.
+      sources: PEFT folders, LoRA files of diffusers or kohya, patterns of them (`"adapters/*"`, sorted by
+        name), `hf:ORG/NAME` ids, each also as NAME=SOURCE for another name of the task; or one of these.
       any_base: accept adapters of differently named base models.
       base_suffixes: suffixes of a quantized mirror's base name to ignore.
 
@@ -36,7 +37,7 @@ def read(
     out = []
     for source in given:
         text = str(source)
-        folders = [x for x in sorted(glob.glob(text)) if (Path(x) / CONFIG_FILE).is_file()]
+        folders = [x for x in sorted(glob.glob(text)) if (Path(x) / CONFIG_FILE).is_file() or file_of(x)]
         if glob.has_magic(text) and not Path(text).exists():
             if not folders:
                 raise HydraOptError(f"{text}: no folder of that pattern holds an adapter")

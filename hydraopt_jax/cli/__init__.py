@@ -23,7 +23,10 @@ LESS = "give fewer adapters or tasks at once, or a machine with more"
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hydraopt-jax")
 def cli() -> None:
-    """Keep many LoRA adapters in little storage. ADAPTER is a PEFT folder, NAME=FOLDER, or hf:ORG/NAME."""
+    """Keep many LoRA adapters in little storage.
+
+    ADAPTER is a PEFT folder, NAME=FOLDER, hf:ORG/NAME, or a LoRA file of diffusers or kohya.
+    """
 
 
 def keep_compilations() -> None:

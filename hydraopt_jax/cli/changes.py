@@ -37,7 +37,7 @@ def original_of(content: Store, given: Sequence[Adapter]) -> Callable[[str], Ada
 
     def find(task: str) -> Adapter | None:
         source = sources[task]
-        if task in known or not source.digest or not Path(source.origin).is_dir():
+        if task in known or not source.digest or not Path(source.origin).exists():
             return known.get(task)
         try:
             found = read_adapter(source.origin, task=task)

@@ -60,8 +60,10 @@ def read_beside(
 
 
 def size_of(name: str) -> int:
-    """Bytes of the folder of an adapter given as PATH or NAME=PATH; 0 where there is none."""
+    """Bytes of the folder or file of an adapter given as PATH or NAME=PATH; 0 where there is none."""
     folder = Path(split_name(name)[0])
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(x.stat().st_size for x in folder.iterdir() if x.is_file()) if folder.is_dir() else 0
 
 

@@ -4,15 +4,12 @@ PEFT stores `lora_A: [R, I]` and `lora_B: [O, R]` and adds `scale * B @ A` to a 
 `a = A.T: [I, R]` and `b = scale * B.T: [R, O]`, which adds `a @ b` to the kernel `[I, O]`.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
-import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +20,14 @@ import safetensors
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import lora_keys
+from hydraopt_jax.formats.adapter_folder import (
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    check_target,
+    parents,
+    write_folder,
+)
 from hydraopt_jax.formats.peft_config import (
     CONFIG_FILE,
     module_rank,
@@ -36,15 +41,12 @@ from hydraopt_jax.formats.tensor_files import (
     disk_dtype,
     one_line,
     read_tensors,
-    write_tensors,
 )
 from hydraopt_jax.locks import locked
 from hydraopt_jax.network import client, explained
 from hydraopt_jax.remote import COMMIT
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 # A factor's key, with the adapter's name where PEFT's state dict was saved without removing it.
 _LINEAR_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
@@ -81,15 +83,15 @@ def sort_tensors(
         if match is None:
             reason = next(reason for part, reason in _NOT_UNDERSTOOD if part in key)
             raise HydraOptError(f"{source}: {key}: {reason}")
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PREFIX):
             raise HydraOptError(
-                f"{source}: {key} does not start with {_PREFIX}, so PEFT would ignore it: rename the tensors"
+                f"{source}: {key} does not start with {PREFIX}, so PEFT would ignore it: rename the tensors"
             )
         if tensor.dtype not in FLOATS:
             raise HydraOptError(
                 f"{source}: {key} is {tensor.dtype}: a LoRA factor must be float32, float16 or bfloat16"
             )
-        pair = pairs.setdefault(match["module"].removeprefix(_PREFIX), {})
+        pair = pairs.setdefault(match["module"].removeprefix(PREFIX), {})
         entry = {match["side"]: (key, tensor)}
         if match["side"] in pair or (pair and _is_embedding(pair) != _is_embedding(entry)):
             other = next(iter(pair.values()))[0]
@@ -109,6 +111,8 @@ def check_pair(module: str, pair: _Pair, config: Mapping[str, Any], source: str)
             )
     (key_a, low), (key_b, high) = pair["A"], pair["B"]
     layout: dict[str, Any] = {"kind": "embedding"} if _is_embedding(pair) else {}
+    found = lora_keys.parse(key_a) if lora_keys.DIALECT in config else None
+    ending = {} if found is None else {"ending": found[2]}
     for key, tensor in pair.values():
         if not 2 <= tensor.ndim <= (2 if layout else 5) or tensor.ndim != low.ndim:
             raise HydraOptError(
@@ -136,7 +140,7 @@ def check_pair(module: str, pair: _Pair, config: Mapping[str, Any], source: str)
         raise HydraOptError(
             f"{source}: {key_b} has rank {high.shape[1]} but {key_a} has rank {rank}: save the adapter again"
         )
-    return layout
+    return layout | ending
 
 
 def _factors(
@@ -178,6 +182,28 @@ def locate(source: str) -> tuple[Path, str]:
     return folder, folder.resolve().name
 
 
+def look(source: str) -> tuple[dict[str, Any], Path, str]:
+    """An adapter's configuration, its weights, and the task's name where none is given."""
+    from hydraopt_jax.formats import image_files
+
+    file = None if source.startswith("hf:") else image_files.file_of(source)
+    if file is not None:
+        own = Path(source).resolve()
+        return image_files.config_of(file), file, own.stem if own == file.resolve() else own.name
+    folder, name = locate(source)
+    return read_config(folder / CONFIG_FILE), weights_file(folder), name
+
+
+def sorted_tensors(
+    tensors: Iterator[tuple[str, np.ndarray]], config: Mapping[str, Any], source: str
+) -> tuple[dict[str, _Pair], dict[str, np.ndarray]]:
+    """`sort_tensors` of the dialect that a configuration is of."""
+    from hydraopt_jax.formats import image_files
+
+    sort = image_files.sort_tensors if lora_keys.DIALECT in config else sort_tensors
+    return sort(tensors, source)
+
+
 def weights_file(folder: Path) -> Path:
     for name in (WEIGHTS_FILE, PICKLE_FILE):
         if (folder / name).is_file():
@@ -199,7 +225,8 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
 
     Args:
       path: a folder with adapter_config.json and adapter_model.safetensors (or adapter_model.bin, if torch
-        is installed); or `hf:organization/name[@revision]`, if huggingface_hub is.
+        is installed); a LoRA file of diffusers or kohya, see `image_files`; or
+        `hf:organization/name[@revision]`, if huggingface_hub is installed.
       task: the task's name; by default the folder's name or the hub id.
 
     Returns:
@@ -212,10 +239,8 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
         low-rank delta; the message names the file, tensor or field.
     """
     source = os.fspath(path)
-    folder, name = locate(source)
-    config = read_config(folder / CONFIG_FILE)
-    weights = weights_file(folder)
-    pairs, extras = sort_tensors(read_tensors(weights), str(weights))
+    config, weights, name = look(source)
+    pairs, extras = sorted_tensors(read_tensors(weights), config, str(weights))
     if not pairs:
         raise HydraOptError(f"{weights}: holds no LoRA tensor: was the right adapter saved?")
     dtypes = {tensor.dtype for pair in pairs.values() for _, tensor in pair.values()}
@@ -238,7 +263,7 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
     )
 
 
-def _as_came(adapter: Adapter) -> Adapter | None:
+def as_came(adapter: Adapter) -> Adapter | None:
     """The adapter with the factors of its file, where its configuration gives them their ranks and scales."""
     config, raw = adapter.config, adapter.raw
     if not raw or config.get("peft_type") != "LORA" or set(raw) != set(adapter.a):
@@ -249,7 +274,7 @@ def _as_came(adapter: Adapter) -> Adapter | None:
     return adapter.replace(a={n: x[0] for n, x in raw.items()}, b={n: x[1] for n, x in raw.items()})
 
 
-def _tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def key_tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """PEFT's tensors by key, in a dtype or in their own, and each module's rank."""
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -269,7 +294,7 @@ def _tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.nda
             low = low.reshape(low.shape[0], -1, *kernel)
             high = high.reshape(*high.shape, *(1 for _ in kernel))
         for side, values in (("A", low), ("B", high)):
-            key = f"{_PREFIX}{module}.{part}{side}{end}"
+            key = f"{PREFIX}{module}.{part}{side}{end}"
             tensors[key] = cast(key, values, dtype or values.dtype)
     clash = next((key for key in adapter.extras if key in tensors), None)
     if clash is not None:
@@ -285,10 +310,10 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, Any]
     """
     if not adapter.a:
         raise HydraOptError(f"task {adapter.task!r} holds no LoRA factor: nothing to write")
-    came = _as_came(adapter) if dtype is None else None
+    came = as_came(adapter) if dtype is None else None
     if came is not None:
-        return dict(came.config), _tensors(came, None)[0]
-    tensors, ranks = _tensors(adapter, disk_dtype(dtype or adapter.dtype))
+        return dict(came.config), key_tensors(came, None)[0]
+    tensors, ranks = key_tensors(adapter, disk_dtype(dtype or adapter.dtype))
     return unit_scale_config(adapter.config, ranks), tensors
 
 
@@ -313,67 +338,6 @@ def folder_name(task: str) -> str:
     return name or "%"
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
-    if not (path.exists() or path.is_symlink()):
-        return
-    if not overwrite:
-        raise HydraOptError(f"{path}: exists: choose another path or pass --overwrite")
-    if not path.is_dir():
-        raise HydraOptError(f"{path}: is not a folder, so it is not overwritten: choose another path")
-    if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
-        raise HydraOptError(
-            f"{path}: is not an adapter's folder, so it is not overwritten: choose another path"
-        )
-
-
-@contextlib.contextmanager
-def _parents(path: Path) -> Iterator[None]:
-    """Make a path's missing parents, and take them away again if the body fails."""
-    missing = [x for x in path.parents if not x.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Put a finished folder in the place of another, keeping the files that are no adapter's."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".old", dir=path.parent))
-    old = aside / "old"
-    try:
-        path.rename(old)
-        new.rename(path)
-    except BaseException:
-        if old.exists():
-            old.rename(path)
-        aside.rmdir()
-        raise
-    for child in old.iterdir():
-        if child.name not in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
-            child.rename(path / child.name)
-    shutil.rmtree(aside)
-
-
-def write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
-    """Put a configuration and tensors at a path whose parent is there, in the place of what is there."""
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
-    try:
-        new = work / "new"
-        new.mkdir()  # with the user's usual permissions, unlike mkdtemp's own folder
-        (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        write_tensors(new / WEIGHTS_FILE, tensors, {"format": "pt"})
-        if path.exists():
-            _swap(new, path)
-        else:
-            new.rename(path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def write_adapter(
     path: str | os.PathLike[str], adapter: Adapter, *, dtype: str | None = None, overwrite: bool = False
 ) -> None:
@@ -393,13 +357,17 @@ def write_adapter(
     Raises:
       HydraOptError: the path exists, cannot be written, or values do not fit the dtype.
     """
+    if lora_keys.DIALECT in adapter.config:
+        from hydraopt_jax.formats import image_files
+
+        return image_files.write_lora_file(path, adapter, dtype=dtype, overwrite=overwrite)
     target = Path(path).resolve()
     try:
-        _check_target(target, overwrite)
+        check_target(target, overwrite)
         config, tensors = contents(adapter, dtype)
         text = json.dumps(config, indent=2, sort_keys=True)
-        with _parents(target), locked(target):
-            _check_target(target, overwrite)
+        with parents(target), locked(target):
+            check_target(target, overwrite)
             write_folder(target, text, tensors)
     except HydraOptError:
         raise

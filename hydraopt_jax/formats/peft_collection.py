@@ -14,8 +14,7 @@ import numpy as np
 from hydraopt_jax.collection import Card, Collection, Entry, Pair, check_shapes
 from hydraopt_jax.deferred import Deferred, bytes_of
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats import peft
-from hydraopt_jax.formats.peft_config import CONFIG_FILE, read_config
+from hydraopt_jax.formats import lora_keys, peft
 from hydraopt_jax.formats.tensor_files import one_line, read_tensors
 from hydraopt_jax.formats.weights_file import Contents, check_file, contents_of, header_of, read_places
 from hydraopt_jax.store.lossless import Raw
@@ -41,10 +40,8 @@ def open_adapter(
       HydraOptError: as `formats.read_adapter`; or NaN or infinite values.
     """
     seen = {} if seen is None else seen
-    folder, name = peft.locate(source)
+    config, file, name = peft.look(source)
     name = name if task is None else task
-    config = read_config(folder / CONFIG_FILE)
-    file = peft.weights_file(folder)
     stat = file.stat()
     stamp = (stat.st_size, stat.st_mtime_ns)
     try:
@@ -122,5 +119,8 @@ def collection(cards: Sequence[Card]) -> Collection:
 
 
 def folder_bytes(cards: Sequence[Card]) -> int:
-    """Bytes of the adapters' folders, as a user counts them."""
-    return sum(x.stat().st_size for c in cards for x in Path(c.file).parent.iterdir() if x.is_file())
+    """Bytes of the adapters' folders, as a user counts them, and of LoRA files."""
+    files = (
+        [Path(c.file)] if lora_keys.DIALECT in c.config else Path(c.file).parent.iterdir() for c in cards
+    )
+    return sum(x.stat().st_size for every in files for x in every if x.is_file())

@@ -13,6 +13,7 @@ import numpy as np
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import svd
+from hydraopt_jax.formats.lora_keys import DIALECT
 from hydraopt_jax.formats.peft_config import module_rank
 
 PROFILES = ("vllm",)
@@ -98,6 +99,8 @@ def check_task(
     def refuse(what: str, way: str) -> None:
         raise HydraOptError(f"task {task!r} {what}: {way}, or leave out --profile {profile}")
 
+    if config.get(DIALECT):
+        refuse("is of an image model", "serve it with diffusers")
     names = [x.removeprefix("base_model.model.") for x in extras]
     if names:
         shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -99,7 +99,7 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
     Raises:
       HydraOptError: no LoRA tensor, half a pair, or shapes that do not go together.
     """
-    pairs, extras = peft.sort_tensors(iter(_shapes(file)), str(file))
+    pairs, extras = peft.sorted_tensors(iter(_shapes(file)), config, str(file))
     if not pairs:
         raise HydraOptError(f"{file}: holds no LoRA tensor: was the right adapter saved?")
     modules, layouts = {}, {}

@@ -24,7 +24,7 @@ import safetensors
 from filelock import FileLock, Timeout
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats import peft
+from hydraopt_jax.formats import adapter_folder
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
 from hydraopt_jax.formats.tensor_files import one_line
 from hydraopt_jax.store.folder import sync
@@ -154,7 +154,7 @@ class FolderCache:
         new = self.path / f".new-{self._user.name}"
         try:
             new.mkdir()
-            peft.write_folder(new / "adapter", text, dict(tensors))
+            adapter_folder.write_folder(new / "adapter", text, dict(tensors))
             for x in (new / "adapter").iterdir():
                 sync(x)
             # what is there is not whole
@@ -210,7 +210,7 @@ def alive(lock: Path) -> bool:
 def whole(path: Path) -> bool:
     """Whether a folder holds an adapter whose weights are as long as their header says."""
     try:
-        with safetensors.safe_open(path / peft.WEIGHTS_FILE, framework="np"):
+        with safetensors.safe_open(path / adapter_folder.WEIGHTS_FILE, framework="np"):
             return (path / CONFIG_FILE).is_file()
     except (OSError, safetensors.SafetensorError):
         return False

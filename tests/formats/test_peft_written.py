@@ -8,7 +8,7 @@ import pytest
 from peft_folders import CONFIG, PREFIX, adapter
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats import base_name, check_same_base, peft, read_adapter, write_adapter
+from hydraopt_jax.formats import adapter_folder, base_name, check_same_base, peft, read_adapter, write_adapter
 
 
 def test_overflow_is_named(tmp_path):
@@ -76,7 +76,7 @@ def test_a_failed_overwrite_leaves_the_old_adapter(tmp_path, monkeypatch, fails)
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(peft, fails, fail)
+    monkeypatch.setattr(adapter_folder, fails, fail)
     with pytest.raises(HydraOptError, match=r"out: cannot be written: .*No space left"):
         write_adapter(out, adapter({"v": 3}), overwrite=True)
     assert set(read_adapter(out).a) == {"q"}

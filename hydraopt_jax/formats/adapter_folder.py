@@ -1,0 +1,77 @@
+"""An adapter's folder: put in its place in one step, whole or not at all."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.peft_config import CONFIG_FILE
+from hydraopt_jax.formats.tensor_files import write_tensors
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not overwrite:
+        raise HydraOptError(f"{path}: exists: choose another path or pass --overwrite")
+    if not path.is_dir():
+        raise HydraOptError(f"{path}: is not a folder, so it is not overwritten: choose another path")
+    if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+        raise HydraOptError(
+            f"{path}: is not an adapter's folder, so it is not overwritten: choose another path"
+        )
+
+
+@contextlib.contextmanager
+def parents(path: Path) -> Iterator[None]:
+    """Make a path's missing parents, and take them away again if the body fails."""
+    missing = [x for x in path.parents if not x.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put a finished folder in the place of another, keeping the files that are no adapter's."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".old", dir=path.parent))
+    old = aside / "old"
+    try:
+        path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        aside.rmdir()
+        raise
+    for child in old.iterdir():
+        if child.name not in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+            child.rename(path / child.name)
+    shutil.rmtree(aside)
+
+
+def write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
+    """Put a configuration and tensors at a path whose parent is there, in the place of what is there."""
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+    try:
+        new = work / "new"
+        new.mkdir()  # with the user's usual permissions, unlike mkdtemp's own folder
+        (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        write_tensors(new / WEIGHTS_FILE, tensors, {"format": "pt"})
+        if path.exists():
+            _swap(new, path)
+        else:
+            new.rename(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
