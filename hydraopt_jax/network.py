@@ -87,3 +87,20 @@ def explained(label: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise HydraOptError(f"{label}: {what}: {meaning(error)}") from None
+
+
+@contextmanager
+def quiet(progress: bool = False) -> Iterator[None]:
+    """Keep remarks of the hub's client from the user, and its progress bars unless they are asked for."""
+    from huggingface_hub import utils
+
+    level, shown = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity_error()
+    if not progress:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if shown and not progress:
+            utils.enable_progress_bars()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.network import MEANINGS, STATUS, client, explained, meaning, redact
+from hydraopt_jax.network import MEANINGS, STATUS, client, explained, meaning, quiet, redact
 
 HUB, WEB = "hf:", ("https://", "http://")
 # name of the store in a repository
@@ -122,7 +122,7 @@ def on_hub(address: Address) -> Source:
     commit = revision if revision and COMMIT.fullmatch(revision) else ""
     size = None
     if not (commit and cached(hub, name, commit)):
-        with explained(address.label, "cannot be read"):
+        with explained(address.label, "cannot be read"), quiet():
             try:
                 found = hub.get_hf_file_metadata(hub.hf_hub_url(*name, revision=revision))
                 commit, size = found.commit_hash or "", found.size

@@ -5,8 +5,7 @@ What is read of a store there without pulling it is `remote`'s: `hydraopt_jax.op
 
 import functools
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +120,7 @@ def push(
     if not content.tasks:
         raise HydraOptError(f"{path}: has no tasks: there is nothing to push")
     repository, what = address.repository, "cannot be pushed"
-    with tempfile.TemporaryDirectory(prefix="hydraopt-push-") as work, quiet(hub, progress):
+    with tempfile.TemporaryDirectory(prefix="hydraopt-push-") as work, network.quiet(progress):
         file = Path(work) / remote.FILE
         try:
             portable.write_portable(file, without_paths(content))
@@ -187,10 +186,10 @@ def pull(
     content = portable.open_source(source)
     check_base(address.label, content, base)
     if tasks:
-        content = removal.keep(content, tasks)
+        content = removal.keep(content, list(dict.fromkeys(tasks)))
     elif source.path is None:
         hub = network.client(address.label)
-        with network.explained(address.label, "cannot be downloaded"), quiet(hub, progress):
+        with network.explained(address.label, "cannot be downloaded"), network.quiet(progress):
             fetch = functools.partial(hub.hf_hub_download, address.repository, address.file)
             copy = Path(fetch(revision=address.revision))
             if copy.stat().st_size != source.size:
@@ -203,20 +202,3 @@ def pull(
     pinned = address._replace(revision=source.version)
     files.save(path, content, overwrite=overwrite)
     return Pulled(pinned.text, source.version, str(path), content.tasks, files.size_on_disk(path))
-
-
-@contextmanager
-def quiet(hub: Any, progress: bool) -> Iterator[None]:
-    """Keep remarks of the hub's client from the user, and its progress bars unless they are asked for."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    level, shown = hub.logging.get_verbosity(), not are_progress_bars_disabled()
-    hub.logging.set_verbosity_error()
-    if not progress:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        hub.logging.set_verbosity(level)
-        if shown and not progress:
-            enable_progress_bars()
