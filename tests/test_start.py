@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,15 @@ def test_every_public_name_resolves_to_its_home():
         assert all(getattr(hydraopt_jax, x) is getattr(home, y) for x, y in other.items())
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         hydraopt_jax.nothing  # noqa: B018
+
+
+KEEP = "from hydraopt_jax import compilation; compilation.keep('kept')"
+
+
+@pytest.mark.parametrize("code", [f"{KEEP}; import jax", f"import jax; {KEEP}"])
+def test_compiled_computations_are_kept_for_python_too(code, tmp_path):
+    code += "; jax.jit(jax.numpy.linalg.svd)(jax.numpy.eye(9))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert any((tmp_path / "kept").iterdir())

@@ -7,13 +7,13 @@ standard error. With `--json` one JSON object goes to standard output and nothin
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 # before NumPy and JAX load: OpenBLAS threads under a batched factorization slow it a hundredfold
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import click
 
+from hydraopt_jax import compilation
 from hydraopt_jax.cli.verbs import Verbs
 from hydraopt_jax.errors import HydraOptError, TooLarge
 
@@ -29,24 +29,9 @@ def cli() -> None:
     """
 
 
-def keep_compilations() -> None:
-    """Keep compiled computations between runs in the user's cache folder, where JAX has none set."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydraopt_jax"
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if os.access(folder, os.W_OK):
-        # read when JAX is imported, which a verb may never do
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; turn every expected failure into one line and an exit status."""
-    keep_compilations()
+    compilation.keep()
     try:
         sys.exit(cli.main(args=arguments, prog_name="hydraopt", standalone_mode=False) or 0)
     except TooLarge as error:
