@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from hydraopt_jax import forms, store
+from hydraopt_jax import durable, forms, store
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.locks import locked
@@ -65,7 +65,7 @@ def copying(tmp_path, old, new):
             shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(tmp_path / source / SEGMENTS / row["id"], target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
-        folder.sync_tree(target)
+        durable.sync_tree(target)
         return {k: row[k] for k in ("id", "bytes", "header", "sha256", "arrays", "files")}
 
     return rows, write

@@ -28,7 +28,8 @@ from hydraopt_jax.cli.common import (
 )
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats import peft, server, write_adapter
+from hydraopt_jax.formats import server, write_adapter
+from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.store import files, portable, removal
 from hydraopt_jax.store.decoding import decode_all
 from hydraopt_jax.store.store import task_errors, tensors_of
@@ -94,7 +95,7 @@ def export(
     whole = store.open(path)
     known = whole.tasks
     names = known if everything else [known[store.task_index(known, t)] for t in tasks]
-    folders = {t: Path(out) if len(tasks) == 1 else Path(out) / peft.folder_name(t) for t in names}
+    folders = {t: Path(out) if len(tasks) == 1 else Path(out) / folder_name(t) for t in names}
     taken = [f for f in folders.values() if f.exists() and not overwrite]
     if taken or len(set(folders.values())) < len(names):
         where = (taken or list(folders.values()))[0]

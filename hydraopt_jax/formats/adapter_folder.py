@@ -1,8 +1,10 @@
 """An adapter's folder: put in its place in one step, whole or not at all."""
 
 import contextlib
+import hashlib
 import shutil
 import tempfile
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,35 @@ from hydraopt_jax.formats.tensor_files import write_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+
+
+def folder_name(task: str) -> str:
+    """Folder name for a task: safe in any file system, different for different tasks.
+
+    Args:
+      task: any string.
+
+    Returns:
+      The name with every character outside a safe set percent-encoded; never empty, never hidden, never a
+      path of more than one part.
+
+    >>> folder_name("legal"), folder_name("a/b"), folder_name("..")
+    ('legal', 'a%2Fb', '%2E.')
+    """
+    name = urllib.parse.quote(task, safe=" +=@,", errors="surrogatepass")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if len(name) > 200:
+        name = f"{name[:120]}%{hashlib.sha256(name.encode()).hexdigest()}"
+    return name or "%"
+
+
+def weights_file(folder: Path) -> Path:
+    """The file in an adapter's folder that holds its weights."""
+    for name in (WEIGHTS_FILE, PICKLE_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    raise HydraOptError(f"{folder / WEIGHTS_FILE}: no such file: the folder has no adapter weights")
 
 
 def check_target(path: Path, overwrite: bool) -> None:

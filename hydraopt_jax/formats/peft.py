@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from hydraopt_jax.formats.adapter_folder import (
     WEIGHTS_FILE,
     check_target,
     parents,
+    weights_file,
     write_folder,
 )
 from hydraopt_jax.formats.peft_config import (
@@ -204,13 +204,6 @@ def sorted_tensors(
     return sort(tensors, source)
 
 
-def weights_file(folder: Path) -> Path:
-    for name in (WEIGHTS_FILE, PICKLE_FILE):
-        if (folder / name).is_file():
-            return folder / name
-    raise HydraOptError(f"{folder / WEIGHTS_FILE}: no such file: the folder has no adapter weights")
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     try:
@@ -315,27 +308,6 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, Any]
         return dict(came.config), key_tensors(came, None)[0]
     tensors, ranks = key_tensors(adapter, disk_dtype(dtype or adapter.dtype))
     return unit_scale_config(adapter.config, ranks), tensors
-
-
-def folder_name(task: str) -> str:
-    """Folder name for a task: safe in any file system, different for different tasks.
-
-    Args:
-      task: any string.
-
-    Returns:
-      The name with every character outside a safe set percent-encoded; never empty, never hidden, never a
-      path of more than one part.
-
-    >>> folder_name("legal"), folder_name("a/b"), folder_name("..")
-    ('legal', 'a%2Fb', '%2E.')
-    """
-    name = urllib.parse.quote(task, safe=" +=@,", errors="surrogatepass")
-    if name.startswith("."):
-        name = "%2E" + name[1:]
-    if len(name) > 200:
-        name = f"{name[:120]}%{hashlib.sha256(name.encode()).hexdigest()}"
-    return name or "%"
 
 
 def write_adapter(

@@ -23,11 +23,11 @@ import numpy as np
 import safetensors
 from filelock import FileLock, Timeout
 
+from hydraopt_jax.durable import sync
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import adapter_folder
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
 from hydraopt_jax.formats.tensor_files import one_line
-from hydraopt_jax.store.folder import sync
 
 # only folders of such names are ever removed
 NAME = re.compile(r".+-[0-9a-f]{16}")

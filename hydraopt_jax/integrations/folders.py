@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from hydraopt_jax.deferred import bytes_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft, peft_config, server
+from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.integrations.cache import FolderCache, NoRoom
 from hydraopt_jax.rate_control.budget import parse_budget
 from hydraopt_jax.store import decoding, files, schema
@@ -145,7 +146,7 @@ class TaskFolders:
         server.check_task(self.profile, task, tensors_of(state.store, task), source.config, source.layout)
         if task not in state.versions:
             state.versions[task] = version_of(state.store, task, self.profile)
-        path = self.cache.path / f"{peft.folder_name(task)}-{state.versions[task]}"
+        path = self.cache.path / f"{folder_name(task)}-{state.versions[task]}"
         if self.cache.hold(path.name):
             return path
         with self._mutex:

@@ -12,6 +12,7 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft as peft_folders
 from hydraopt_jax.formats import server
+from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.formats.tensor_files import one_line
 from hydraopt_jax.store import Store, decode, task_index
@@ -98,7 +99,7 @@ def adapter_name(task: str) -> str:
     >>> adapter_name("legal"), adapter_name("v1.2/a")
     ('legal', 'v1%2E2%2Fa')
     """
-    return peft_folders.folder_name(task).replace(".", "%2E")
+    return folder_name(task).replace(".", "%2E")
 
 
 def _check_modules(base: Any, adapter: Adapter) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import manifest, segment_data
 from hydraopt_jax.store.segment_data import Entry
@@ -383,22 +384,3 @@ def remove_job(path: Path) -> None:
     with suppress(OSError):
         os.replace(path / JOB, path / GONE)
     shutil.rmtree(path / GONE, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the entries of a folder, survive a crash of the machine."""
-    if path.is_dir() and os.name != "posix":  # pragma: no cover - folders cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_tree(folder: Path) -> None:
-    """`sync` of everything in a folder, of the folder, and of its entry."""
-    every = [*folder.rglob("*"), folder, folder.parent]
-    # a journal commits what several threads wait for together
-    with ThreadPoolExecutor(len(every)) as pool:
-        list(pool.map(sync, every))

@@ -14,9 +14,10 @@ import numpy as np
 import safetensors
 
 from hydraopt_jax import remote, strict_json
+from hydraopt_jax.durable import sync
 from hydraopt_jax.errors import HydraOptError, TooLarge, damaged
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.folder import opened, sync
+from hydraopt_jax.store.folder import opened
 from hydraopt_jax.store.segment_data import Entry
 from hydraopt_jax.store.store import Store
 

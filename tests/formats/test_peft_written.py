@@ -8,7 +8,7 @@ import pytest
 from peft_folders import CONFIG, PREFIX, adapter
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats import adapter_folder, base_name, check_same_base, peft, read_adapter, write_adapter
+from hydraopt_jax.formats import adapter_folder, base_name, check_same_base, read_adapter, write_adapter
 
 
 def test_overflow_is_named(tmp_path):
@@ -111,7 +111,7 @@ def test_unwritable_output(tmp_path):
 
 def test_folder_names_are_safe_and_distinct():
     tasks = ["a", "a/b", "a_b", "a%2Fb", "", ".", "..", "../x", "/", "é", "x" * 300, "x" * 301, "\0", "a b"]
-    names = [peft.folder_name(x) for x in tasks]
+    names = [adapter_folder.folder_name(x) for x in tasks]
     assert len(set(names)) == len(tasks)
     assert all(re.fullmatch(r"[^./\\\0][^/\\\0]{0,199}", x) for x in names)
     assert names[0] == "a"

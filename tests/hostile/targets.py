@@ -185,7 +185,7 @@ def index(data: bytes, bodies: list[bytes] | None = None) -> None:
 
     def run():
         for task in restore(data, bodies).tasks:
-            name = formats.peft.folder_name(task)
+            name = formats.adapter_folder.folder_name(task)
             assert "/" not in name and name not in ("", ".", "..")  # noqa: PT018
 
     guarded(run)
