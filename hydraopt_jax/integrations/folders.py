@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydraopt_jax import network, remote
 from hydraopt_jax.deferred import bytes_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft, peft_config, server
@@ -44,7 +45,8 @@ class TaskFolders:
     A task that changes in the store gets another folder; the one that was handed out stays as it is.
 
     Args:
-      store: a folder or a `.safetensors` file; it may change while it is served.
+      store: a folder or a `.safetensors` file, which may change while it is served, or the address of one,
+        of which the bytes of the tasks that are asked for are fetched.
       cache: a folder for the decoded tasks, which processes and stores may share; one in the user's cache
         where None.
       limit: the most bytes of the decoded tasks, an integer or text such as "10GB". Of those that nobody
@@ -64,7 +66,7 @@ class TaskFolders:
         profile: str | None = "vllm",
     ) -> None:
         server.check(None, profile)
-        self.path, self.profile = Path(store).absolute(), profile
+        self.path, self.profile = store_path(store), profile
         self._state = read_state(self.path)
         self.cache = FolderCache(
             Path(default_cache() if cache is None else cache).absolute(), read_limit(limit)
@@ -117,7 +119,7 @@ class TaskFolders:
 
     def hold(self, task: str, *, base: str | None = None) -> Path:
         """As `folder`, until `cache.drop` of the path's name."""
-        for _ in range(files.RETRIES):
+        for n in range(files.RETRIES):
             state = self._now()
             try:
                 return self._hold(state, task, base)
@@ -125,9 +127,9 @@ class TaskFolders:
                 raise
             except HydraOptError:
                 # a writer that replaces the store removes what this one may be reading
-                if files.stamp(self.path) == state.stamp:
+                if not self._replaced(state, n):
                     raise
-        raise HydraOptError(f"{self.path}: is replaced faster than it can be read: try again")
+        raise replaced_too_fast(self.path)
 
     def close(self) -> None:
         """Release everything."""
@@ -135,14 +137,24 @@ class TaskFolders:
 
     def _now(self) -> State:
         with self._mutex:
-            if files.stamp(self.path) != self._state.stamp:
+            if stamp(self.path) != self._state.stamp:
                 self._state = read_state(self.path)
             return self._state
+
+    def _replaced(self, state: State, n: int) -> bool:
+        """Whether the store is another one than before the n-th try."""
+        if not remote.is_address(self.path):
+            return stamp(self.path) != state.stamp
+        if n == 0:
+            # what is elsewhere does not tell: it is opened anew, once
+            with self._mutex:
+                self._state = read_state(self.path)
+        return n == 0
 
     def _hold(self, state: State, task: str, base: str | None) -> Path:
         source = state.store.sources[task_index(state.store.tasks, task)]
         if base is not None:
-            peft_config.check_base(str(self.path), peft_config.base_name(source.config), base)
+            peft_config.check_base(network.redact(str(self.path)), peft_config.base_name(source.config), base)
         server.check_task(self.profile, task, tensors_of(state.store, task), source.config, source.layout)
         if task not in state.versions:
             state.versions[task] = version_of(state.store, task, self.profile)
@@ -158,14 +170,29 @@ class TaskFolders:
         return path
 
 
-def read_state(path: Path) -> State:
+def store_path(store: str | os.PathLike[str]) -> Path | str:
+    """The absolute path of a store, or its address."""
+    return store if isinstance(store, str) and remote.is_address(store) else Path(store).absolute()
+
+
+def stamp(path: Path | str) -> Any:
+    """What tells one state of a store from another; None for one elsewhere."""
+    return None if isinstance(path, str) else files.stamp(path)
+
+
+def read_state(path: Path | str) -> State:
     """The store at a path, and what tells this state of it."""
     for _ in range(files.RETRIES):
-        before = files.stamp(path)
+        before = stamp(path)
         store = files.open(path)
-        if files.stamp(path) == before:
+        if stamp(path) == before:
             return State(before, store, {})
-    raise HydraOptError(f"{path}: is replaced faster than it can be read: try again")
+    raise replaced_too_fast(path)
+
+
+def replaced_too_fast(path: Path | str) -> HydraOptError:
+    """The error for a store that changes while it is read."""
+    return HydraOptError(f"{network.redact(str(path))}: is replaced faster than it can be read: try again")
 
 
 def version_of(store: Store, task: str, profile: str | None) -> str:

@@ -1,6 +1,6 @@
 """Serve a store's tasks in vLLM: a request for `model=<task>` loads it from the store. No JAX, no GPU memory.
 
-    HYDRAOPT_STORE          the store: a folder or a `.safetensors` file
+    HYDRAOPT_STORE          the store: a folder, a `.safetensors` file, or the address of one
     HYDRAOPT_CACHE          a folder for decoded tasks; one in the user's cache where not given
     HYDRAOPT_CACHE_LIMIT    the most bytes of it, such as 10GB
     HYDRAOPT_ANY_BASE       1: do not compare the base model's name with that of the adapters
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.integrations.folders import LIMIT, TaskFolders
+from hydraopt_jax.integrations.folders import LIMIT, TaskFolders, store_path
 from hydraopt_jax.store import files
 from hydraopt_jax.store.store import task_index
 
@@ -45,7 +45,9 @@ def register() -> None:
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
-        files.read_manifest(Path(os.environ[STORE]).absolute())
+        path = store_path(os.environ[STORE])
+        if isinstance(path, Path):
+            files.read_manifest(path)
         LoRAResolver.register(StoreResolver)
         LoRAResolverRegistry.register_resolver(NAME, StoreResolver())
 

@@ -1,12 +1,14 @@
-"""What docs/serving-vllm.md and docs/peft.md tell a user to type works; vllm and curl are left out."""
+"""What the pages on vLLM, PEFT and image models tell a user to type works; vllm and curl are left out."""
 
 import glob
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import run
+from safetensors.numpy import save_file
 
 from hydraopt_jax import formats, synthetic
 
@@ -42,6 +44,26 @@ def test_serving(place, capsys, monkeypatch):
     assert "True ['adapter_config.json', 'adapter_model.safetensors']" in capsys.readouterr().out
     assert (place / "home/hydraopt_jax/tasks") in names["path"].parents
     assert {x.name for x in (place / "folders").iterdir()} == {"legal", "medical"}
+
+
+def test_image_files(place, capsys):
+    rng = np.random.default_rng(0)
+    (place / "loras").mkdir()
+    for task in ("cat", "dog"):
+        tensors = {}
+        for n in range(2):
+            module = f"lora_unet_mid_block_attentions_0_transformer_blocks_{n}_attn1_to_q"
+            tensors[f"{module}.lora_down.weight"] = rng.normal(size=(8, 320)).astype(np.float16)
+            tensors[f"{module}.lora_up.weight"] = rng.normal(size=(320, 8)).astype(np.float16)
+            tensors[f"{module}.alpha"] = np.array(4, np.float16)
+        save_file(tensors, place / "loras" / f"{task}.safetensors")
+    assert type_commands(capsys, "image-files.md") == ""
+    found, first = (formats.read_adapter(f"{x}.safetensors") for x in ("cat-again", "loras/cat"))
+    for name in first.a:
+        wanted = first.a[name].astype(np.float32) @ first.b[name]
+        off = found.a[name].astype(np.float32) @ found.b[name] - wanted
+        assert 0 < (off**2).sum() < 0.9 * (wanted**2).sum()
+    assert (place / "loras-again/dog/pytorch_lora_weights.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from plain_stores import plain_store
 from hydraopt_jax import changes, compression, network, remote, store, synthetic
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors
+from hydraopt_jax.formats import read_adapter
+from hydraopt_jax.integrations import TaskFolders
 from hydraopt_jax.integrations.model_card import bytes_of_tasks
 from hydraopt_jax.store import files, portable
 
@@ -257,3 +259,25 @@ def test_looking_at_a_store_costs_its_headers(server, hundred, tmp_path):
     small, data = served(server, plain_store(["x"], {"q": (one,)}), tmp_path, "one.safetensors")
     assert len(data) < remote.FIRST
     assert portable.open_remote(small).tasks == ("x",)
+
+
+def test_folders_on_demand_fetch_the_tasks_asked_for(server, hundred, tmp_path):
+    address, data = served(server, hundred, tmp_path)
+    header = 8 + int.from_bytes(data[:8], "little")
+    folders = TaskFolders(address, tmp_path / "cache")
+    found = read_adapter(folders.folder("task 42"))
+    wanted = store.decode(hundred, "task 42")
+    for m in wanted.a:
+        np.testing.assert_allclose(found.a[m] @ found.b[m], wanted.a[m] @ wanted.b[m], atol=1e-5)
+    assert server.sent <= 1.05 * (header + bytes_of_tasks(hundred)["task 42"])
+    sent = server.sent
+    assert folders.folder("task 42").is_dir()
+    assert server.sent == sent
+    # another file there: the folders of before stay, others are of the new one
+    changed = store.select(hundred, [f"task {k}" for k in range(50)])
+    served(server, changed, tmp_path)
+    assert folders.folder("task 42").is_dir()
+    with pytest.raises(HydraOptError, match="no task 'task 77'"):
+        folders.folder("task 77")
+    assert read_adapter(folders.folder("task 7")).a.keys() == wanted.a.keys()
+    folders.close()
