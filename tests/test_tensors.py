@@ -118,10 +118,10 @@ def test_a_budget_below_the_heads_is_refused_at_once(headed, tmp_path, make, mon
     fits = []
     monkeypatch.setattr(engine, "prepare_part", lambda *x: fits.append(x))
     monkeypatch.setattr(engine, "passes", lambda *x: fits.append(x))
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(HydraOptError) as caught:
         make(tmp_path / "s", names, {"budget": 500_000})
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     assert not fits
     said = str(caught.value)
     assert (

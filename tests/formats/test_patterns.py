@@ -58,9 +58,9 @@ def test_no_key_takes_long(tmp_path, field, key):
     """Each of the first three runs for ever, or for seconds, under Python's `re`."""
     name = ".".join(["a" * 60] * 5)
     path = folder(tmp_path, linear(name), **{field: {key: 2}})
-    start = time.perf_counter()
+    start = time.process_time()
     assert set(read_adapter(path).a) == {name}
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
@@ -84,9 +84,9 @@ def test_too_many_keys_are_refused(tmp_path):
 def test_a_key_a_module_is_fast():
     """As EVA writes them: one of 882 full names, dots not escaped."""
     names = tuple(f"model.layers.{n}.self_attn.{x}_proj" for n in range(126) for x in "qkvoudg")
-    start = time.perf_counter()
+    start = time.process_time()
     assert [patterns.first_match(names, x) for x in names] == list(range(len(names)))
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(("name", "key"), [("q\nq", "q"), ("ä", r"\w"), ("x" * 401, "q"), ("Ä", "(?i:ä)")])
