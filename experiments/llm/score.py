@@ -18,7 +18,7 @@ import numpy as np
 from experiments.llm import adapters
 from experiments.llm.activations import Lower, place
 from experiments.llm.base import DEFAULT, cache_folder, load_base
-from experiments.llm.decoding import Labels, decode, joined
+from experiments.llm.decoding import Labels, decode
 from experiments.llm.metrics import METRICS, interval, resample
 from experiments.llm.tasks import TASKS, Sequence, Task, load_sequences
 
@@ -53,7 +53,7 @@ def answers_path(base: str, regime: str, task: str) -> Path:
 def score(task: Task, lower: Lower, upper: dict[str, Any], data: Path, regime: str) -> dict[str, Any]:
     """Scores per split of the model with `upper` for its upper layers, as they go into a results file."""
     splits = load_sequences(task, data, lower.base.tokenizer, lower.base.stop)
-    layers, labels = joined(lower, upper), labels_of(task, data, lower)
+    labels = labels_of(task, data, lower)
     out: dict[str, Any] = {
         "task": task.name,
         "regime": regime,
@@ -63,7 +63,7 @@ def score(task: Task, lower: Lower, upper: dict[str, Any], data: Path, regime: s
     kept = {}
     for split, count in ITEMS.items():
         sequences = splits[split][:count]
-        kept[split] = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
+        kept[split] = decode(lower, upper, [(s.prompt, []) for s in sequences], labels)
         scores = item_scores(task, lower, kept[split], sequences)
         spread = interval(resample(np.array(scores)[:, None])[:, 0])
         out[split] = {"score": round(float(np.mean(scores)), 4), "interval": spread, "items": scores}

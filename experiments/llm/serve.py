@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         items = load_sequences(TASKS[name], given.data, lower.base.tokenizer, lower.base.stop)["test"]
         answers = json.loads(stored_answers_path(collection, slug_of(given.row), name).read_text())
         pairs = zip(items[: ITEMS["test"]], answers, strict=True)
-        drafts.append([Sequence(s.prompt, answer, s.references) for s, answer in pairs])
+        drafts.append([s._replace(answer=answer) for s, answer in pairs])
         labels.append(labels_of(TASKS[name], given.data, lower))
     found = differing(lower, stores_folder(collection) / slug_of(given.row), given.tasks, drafts, labels)
     items = sum(map(len, drafts))

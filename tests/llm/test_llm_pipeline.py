@@ -4,6 +4,7 @@ import json
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from tiny import write_model
 from experiments.llm import adapters, compare, model, score, serve, stores, table, train
 from experiments.llm.activations import hidden_of, pad, place
 from experiments.llm.base import load_base
-from experiments.llm.decoding import answer_logits, decode, joined
+from experiments.llm.decoding import answer_logits, decode
 from experiments.llm.readers import Item
 from experiments.llm.tasks import TASKS, Task, load_sequences
 from hydraopt_jax import formats
@@ -121,7 +122,9 @@ def test_folders_read_by_the_package_give_the_same_deltas(trained):
 def whole_logits(lower, sequences):
     """Logits `[N, P, V]` of whole sequences, all layers run together."""
     tokens = pad(sequences, max(map(len, sequences)), lower.base.stop)
-    params = lower.outer | {"layers": joined(lower, lower.upper)}
+    params = lower.outer | {
+        "layers": {k: jnp.concatenate([v, lower.upper[k]]) for k, v in lower.layers.items()}
+    }
     return np.asarray(
         jax.jit(model.forward, static_argnames="config")(params, tokens, config=lower.base.config)
     )
@@ -146,7 +149,7 @@ def test_decoding_with_a_cache_takes_the_best_token_every_time(trained):
     sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["test"]
     labels = score.labels_of(TOY["turn"], root, lower)
     prompts = [s.prompt for s in sequences]
-    answers = decode(lower, joined(lower, lower.upper), [(prompt, []) for prompt in prompts], labels)
+    answers = decode(lower, lower.upper, [(prompt, []) for prompt in prompts], labels)
     whole = whole_logits(lower, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     for logits, prompt, answer in zip(whole, prompts, answers, strict=True):
         best = logits[len(prompt) - 1 : len(prompt) - 1 + len(answer)].argmax(-1)
@@ -167,7 +170,7 @@ def test_verified_drafts_give_the_answers_of_plain_decoding(trained, row):
     made = stores.plan(stores.read_collection(root / "adapters" / "shared", list(TOY)))[result["row"]]
     kept = made(root / "again" / row)
     for name, task in TOY.items():
-        layers = joined(lower, score.with_deltas(lower.upper, stores.deltas_of(kept.tasks[name])))
+        layers = score.with_deltas(lower.upper, stores.deltas_of(kept.tasks[name]))
         sequences = load_sequences(task, root, lower.base.tokenizer, lower.base.stop)["test"]
         labels = score.labels_of(task, root, lower)
         answers = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
