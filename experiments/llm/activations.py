@@ -115,9 +115,17 @@ def _chunk_of(lower: Lower, sequences: list[Sequence], dtype: np.dtype, rows: in
     return [stored[a:b] for a, b in itertools.pairwise(starts.tolist())]
 
 
-def gather(sequences: list[Sequence], hidden: list[np.ndarray], chosen: list[int], rows: int) -> Batch:
-    """The batch of `chosen` sequences, padded to `rows` and to the nearest usual shapes."""
-    length = max(length_of(sequences[i]) for i in chosen)
+def gather(
+    sequences: list[Sequence],
+    hidden: list[np.ndarray],
+    chosen: list[int],
+    rows: int,
+    *,
+    length: int | None = None,
+    size: int | None = None,
+) -> Batch:
+    """The batch of `chosen` sequences, padded to `rows`, and to `length` and `size` or the nearest usual."""
+    length = length or max(length_of(sequences[i]) for i in chosen)
     x = np.zeros((rows, length, hidden[chosen[0]].shape[1]), np.float32)
     at, targets, owner = [], [], []
     for row, i in enumerate(chosen):
@@ -126,7 +134,7 @@ def gather(sequences: list[Sequence], hidden: list[np.ndarray], chosen: list[int
         at += range(first, first + len(sequences[i].answer))
         targets += sequences[i].answer
         owner += [row] * len(sequences[i].answer)
-    size = fit(len(at), PACKED)
+    size = size or fit(len(at), PACKED)
     packed = [np.asarray(v + [0] * (size - len(v)), np.int32) for v in (at, targets, owner)]
     weights = (np.arange(size) < len(at)).astype(np.float32)
     return Batch(x, packed[0], packed[1], weights, packed[2])

@@ -1,6 +1,6 @@
 """Scores stored adapters against their originals, task by task.
 
-    python -m experiments.llm.compare --data DATA --regime shared --only budget
+    python -m experiments.llm.compare --data DATA --regime shared --only 'budget*'
 
 Needs every task's own answers (`score`). A row's answers are exact greedy answers, found by verifying the
 own adapter's (see `decoding`). Beside the score stand companions with little noise: the share of the
@@ -10,9 +10,11 @@ task by task: the same command goes on.
 """
 
 import argparse
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +32,12 @@ from experiments.llm.decoding import (
     decode_from_drafts,
     first_difference,
 )
+from experiments.llm.moments import moments
 from experiments.llm.score import ITEMS, answers_path, item_scores, labels_of, with_deltas
 from experiments.llm.tasks import TASKS, Sequence, Task, load_sequences
 
 HERE = Path(__file__).parent
-REFERENCES = 32
+REFERENCES = 16
 CHOOSING = 16
 
 
@@ -81,11 +84,13 @@ def reference_loss(
     return total / count
 
 
-def prepare(task: Task, lower: Lower, data: Path, regime: str, deltas: Mapping[str, np.ndarray]) -> Problem:
-    """Items, drafts and the own adapter's logits of one task."""
+def prepare(
+    task: Task, lower: Lower, data: Path, regime: str, deltas: Mapping[str, np.ndarray], items: int
+) -> Problem:
+    """The first `items` test items, their drafts and the own adapter's logits of one task."""
     base = lower.base
-    sequences = load_sequences(task, data, base.tokenizer, base.stop)["test"][: ITEMS["test"]]
-    answers = json.loads(answers_path(base.name, regime, task.name).read_text())["test"]
+    sequences = load_sequences(task, data, base.tokenizer, base.stop)["test"][:items]
+    answers = json.loads(answers_path(base.name, regime, task.name).read_text())["test"][: len(sequences)]
     # An answer cut at its greatest length has no end to predict.
     ended = [answer if len(answer) >= LONGEST_ANSWER else [*answer, base.stop] for answer in answers]
     drafts = [s._replace(answer=draft) for s, draft in zip(sequences, ended, strict=True)]
@@ -171,13 +176,13 @@ def slug_of(row: str) -> str:
 
 
 def start_result(
-    path: Path, name: str, regime: str, row: stores.Row, collection: list[Any]
+    path: Path, name: str, regime: str, row: stores.Row, collection: list[Any], items: int
 ) -> dict[str, Any]:
-    """What `path` holds of these adapters, or a result without tasks."""
-    facts = {"row": name, "regime": regime, "adapters": stores.digest(collection)}
+    """What `path` holds of these adapters on as many items, or a result without tasks."""
+    facts = {"row": name, "regime": regime, "adapters": stores.digest(collection), "test_items": items}
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text())
-        if kept["adapters"] == facts["adapters"]:
+        if facts.items() <= kept.items():
             return kept
     path.parent.mkdir(parents=True, exist_ok=True)
     return facts | {"bytes": row.bytes, "fp16_bytes": stores.fp16_bytes(collection), "tasks": {}}
@@ -208,18 +213,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--layers", type=int, default=8, help="upper layers that are adapted")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="the collection")
-    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="*", default=["*"], help="names of rows, or patterns such as 'budget*'"
+    )
+    parser.add_argument("--items", type=int, default=ITEMS["test"], help="test items per task")
     given = parser.parse_args(argv)
     lower = place(load_base(given.base), given.layers)
     folder = given.adapters / given.regime
     collection = stores.read_collection(folder, given.tasks)
     rows, results = {}, {}
-    for name, make in stores.plan(collection).items():
-        if any(part in name for part in given.only):
+    measured = partial(moments, lower, folder, given.tasks, given.data)
+    for name, make in stores.plan(collection, measured).items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in given.only):
             slug = slug_of(name)
             rows[name] = make(stores_folder(collection) / slug)
             path = given.results / f"stores-{given.regime}" / f"{slug}.json"
-            facts = start_result(path, name, given.regime, rows[name], collection)
+            facts = start_result(path, name, given.regime, rows[name], collection, given.items)
             if name.startswith("merged"):
                 if "scale" not in facts:
                     facts["scale"] = choose_scale(rows[name], lower, given.data, given.tasks)
@@ -231,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         left = [row for row in rows if name not in results[row][1]["tasks"]]
         if not left:
             continue
-        problem = prepare(TASKS[name], lower, given.data, given.regime, adapters.load_deltas(folder / name))
+        deltas = adapters.load_deltas(folder / name)
+        problem = prepare(TASKS[name], lower, given.data, given.regime, deltas, given.items)
         own = float(np.mean(problem.own_scores))
         for row in left:
             path, result = results[row]

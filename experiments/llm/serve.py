@@ -23,7 +23,7 @@ from experiments.llm import adapters, model, stores
 from experiments.llm.activations import Lower, gather, hidden_of, place
 from experiments.llm.base import DEFAULT, load_base
 from experiments.llm.compare import slug_of, stored_answers_path, stores_folder
-from experiments.llm.score import ITEMS, labels_of
+from experiments.llm.score import labels_of
 from experiments.llm.tasks import TASKS, Sequence, load_sequences
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def mixed_logits(outer, upper, modules, batch, ids, *, config, first):  # type: 
     x = batch.hidden
     for i in range(upper["q_proj"].shape[0]):
 
-        def change(name: str, h: jax.Array, layer: int = first + i) -> jax.Array:
+        def change(name: str, h: jax.Array, weights: model.Tree, layer: int = first + i) -> jax.Array:
             return stores.serve(h, modules, f"model.layers.{layer}.{model.GROUPS[name]}.{name}", ids[:, None])
 
         one = {name: weight[i : i + 1] for name, weight in upper.items()}
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in given.tasks:
         items = load_sequences(TASKS[name], given.data, lower.base.tokenizer, lower.base.stop)["test"]
         answers = json.loads(stored_answers_path(collection, slug_of(given.row), name).read_text())
-        pairs = zip(items[: ITEMS["test"]], answers, strict=True)
+        pairs = zip(items[: len(answers)], answers, strict=True)
         drafts.append([s._replace(answer=answer) for s, answer in pairs])
         labels.append(labels_of(TASKS[name], given.data, lower))
     found = differing(lower, stores_folder(collection) / slug_of(given.row), given.tasks, drafts, labels)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.llm.model import MODULES
-from hydraopt_jax import adapters, formats, merging, serving, store, tradeoff
+from hydraopt_jax import adapters, formats, merging, refinement, serving, store, tradeoff
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.compression import compress
@@ -26,6 +26,9 @@ from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, curves
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
+# budgets that are also calibrated, and refined after it
+CALIBRATED = (0.0625, 0.03, 0.015)
+REFINEMENT_STEPS = 60
 # multiples of the scale of least weight error at which one adapter for all tasks is tried on dev items
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m", "iso-c", "core-space")
@@ -90,8 +93,10 @@ def serve(x: jax.Array, modules: Mapping[str, Any], name: str, ids: jax.Array) -
     return serving.apply(x, modules[name], ids)
 
 
-def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
-    """Name of each row -> what makes it, given a folder to keep it in."""
+def plan(
+    collection: list[Adapter], moments: Callable[[], Mapping[str, np.ndarray]] | None = None
+) -> dict[str, Callable[[Path], Row]]:
+    """Name of each row -> what makes it, given a folder for it; calibrated ones only with `moments`."""
     tasks = len(collection)
     rows: dict[str, Callable[[Path], Row]] = {}
     for heads in dict.fromkeys((tasks, max(tasks // 2, 1), max(tasks // 4, 1), 1)):
@@ -102,6 +107,9 @@ def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
     for budget in BUDGETS:
         made = partial(compress, collection, budget=budget)
         rows[f"budget {budget:g}"] = partial(_stored, made)
+        if moments is not None and budget in CALIBRATED:
+            rows[f"budget {budget:g}, calibrated"] = partial(_calibrated, collection, budget, moments)
+            rows[f"budget {budget:g}, refined"] = partial(_refined, collection, budget, moments)
     rows["SVD rank 8, 4 bits"] = lambda folder: separate_svd(collection, 8, 4)
     rows["SVD rank 4, 4 bits"] = lambda folder: separate_svd(collection, 4, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -114,6 +122,27 @@ def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
     for name in SINGLE:
         rows[f"merged, {name}"] = partial(_merged, collection, name)
     return rows
+
+
+def _calibrated(
+    collection: list[Adapter], budget: float, moments: Callable[[], Mapping[str, np.ndarray]], folder: Path
+) -> Row:
+    """A store under `budget` whose errors count as the second moments say."""
+    return _stored(lambda: compress(collection, budget=budget, calibration=moments()), folder)
+
+
+def _refined(
+    collection: list[Adapter], budget: float, moments: Callable[[], Mapping[str, np.ndarray]], folder: Path
+) -> Row:
+    """The calibrated store beside it, its factors moved to lower the calibrated error of what is stored."""
+    start = folder.with_name(folder.name.replace("refined", "calibrated"))
+    _calibrated(collection, budget, moments, start)
+
+    def make() -> Any:
+        found = store.open(start).load()
+        return refinement.refine(found, collection, calibration=moments(), steps=REFINEMENT_STEPS)[0]
+
+    return _stored(make, folder)
 
 
 def _stored(make: Callable[[], Any], folder: Path) -> Row:
@@ -143,7 +172,7 @@ def _by_task(
 def separate_svd(collection: Sequence[Adapter], rank: int, bits: int) -> Row:
     """Every delta's first `rank` singular directions at `bits`, a scale per vector."""
     stacked = adapters.stack(collection)
-    size, factors = 0, []
+    size, factors = 0.0, []
     for bucket in stacked.buckets:
         deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
         x, y = tradeoff.rounded_directions(deltas, bits)

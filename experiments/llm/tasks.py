@@ -130,7 +130,7 @@ TASKS = {
             "rephrase",
             "Simplify. Reply with the sentence only.\n{}",
             readers.read_asset,
-            "chrf",
+            "sari",
             longest=LONGEST_SCARCE,
         ),
         Task("explain", "answer", "Explain the command in one sentence.\n{}", _EXPLAIN, "rouge"),

@@ -14,8 +14,8 @@ pytest.importorskip("rouge_score", reason="needs the extra: pip install -e '.[ll
 
 from tiny import write_model
 
-from experiments.llm import adapters, compare, model, score, serve, stores, table, train
-from experiments.llm.activations import hidden_of, pad, place
+from experiments.llm import adapters, compare, model, moments, score, serve, stores, table, train
+from experiments.llm.activations import gather, hidden_of, pad, place
 from experiments.llm.base import load_base
 from experiments.llm.decoding import answer_logits, decode
 from experiments.llm.readers import Item
@@ -69,8 +69,7 @@ def trained(tmp_path_factory):
                 ]
             )
         compared = [*common, *where, "--adapters", str(root / "adapters"), "--results", str(root / "results")]
-        for rows in ("K = 1, closed", "SVD rank 4", "merged, linear"):
-            compare.main([*compared, "--only", rows])
+        compare.main([*compared, "--only", "*K = 1, closed*", "SVD rank 4*", "merged, linear", "*calibrated"])
         yield root, place(load_base(base), UPPER)
 
 
@@ -142,6 +141,32 @@ def test_batches_of_cached_activations_give_the_logits_of_the_whole_model(traine
             expected = whole[i, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
             np.testing.assert_allclose(found[start : start + len(answer)], expected, atol=1e-4)
             start += len(answer)
+
+
+def test_moments_are_those_of_inputs_and_of_gradients_at_outputs(trained):
+    root, lower = trained
+    sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["dev"][:2]
+    batch = gather(sequences, hidden_of(lower, sequences, dtype=np.float32), [0, 1], 2)
+    mask = jnp.asarray(np.arange(batch.hidden.shape[1]) < [[3], [5]], jnp.float32)
+    given = {"config": lower.base.config}
+    key, seen = jax.random.key(0), {}
+    found = moments.moments_of_batch(lower.outer, lower.upper, batch, mask, key, **given)
+    sizes = {name: lower.upper[name].shape[2] for name in model.MODULES}
+    zeros = {name: jnp.zeros((*batch.hidden.shape[:2], size)) for name, size in sizes.items()}
+
+    def loss(added):
+        def change(name, x, layer):
+            jax.debug.callback(lambda value: seen.update({name: np.asarray(value)}), x)
+            return added[name]
+
+        return moments.drawn_loss(lower.outer, lower.upper, batch, key, change, lower.base.config)
+
+    gradients = jax.block_until_ready(jax.grad(loss)(zeros))
+    jax.effects_barrier()
+    for name in model.MODULES:
+        for side, moment in zip((seen[name], gradients[name]), found[name], strict=True):
+            expected = np.einsum("np,npi,npj->ij", mask, side, side)
+            np.testing.assert_allclose(moment[0], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 def test_decoding_with_a_cache_takes_the_best_token_every_time(trained):
