@@ -73,7 +73,7 @@ class Lower(NamedTuple):
     outer: dict[str, Any]
     layers: dict[str, Any]
     upper: dict[str, Any]
-    count: int
+    depth: int
 
 
 def place(base: Base, upper: int) -> Lower:
@@ -96,7 +96,7 @@ def _chunk_of(lower: Lower, sequences: list[Sequence], dtype: np.dtype, rows: in
     starts = np.concatenate([[0], np.cumsum([len(s.tokens) - 1 for s in sequences])]).astype(int)
     path = (
         cache_folder()
-        / f"{lower.base.name.replace('/', '_')}-{lower.count}-{digest(sequences)}-{dtype.name}.npy"
+        / f"{lower.base.name.replace('/', '_')}-{lower.depth}-{digest(sequences)}-{dtype.name}.npy"
     )
     if not path.exists():
         out = np.empty((int(starts[-1]), lower.base.config.width), dtype)
@@ -127,7 +127,9 @@ def gather(
     """The batch of `chosen` sequences, padded to `rows`, and to `length` and `size` or the nearest usual."""
     length = length or max(length_of(sequences[i]) for i in chosen)
     x = np.zeros((rows, length, hidden[chosen[0]].shape[1]), np.float32)
-    at, targets, owner = [], [], []
+    at: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
     for row, i in enumerate(chosen):
         x[row, : len(hidden[i])] = hidden[i]
         first = row * length + len(sequences[i].prompt) - 1

@@ -54,13 +54,13 @@ class Labels:
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _one_layer(layer, x, at, cache, *, config):  # type: ignore[no-untyped-def]
+def _one_layer(layer, x, at, cache, *, config):
     """Activations `[N, 1, D]` of tokens at positions `at` `[N]` after one layer, and its longer cache."""
     return model.run_layers(layer, x, config=config, positions=at[:, None], cache=cache)
 
 
 @partial(jax.jit, static_argnames="config")
-def _head(outer, x, *, config):  # type: ignore[no-untyped-def]
+def _head(outer, x, *, config):
     """Logits `[N, V]` of activations `[N, 1, D]`."""
     return model.logits(outer, x[:, 0], config=config)
 
@@ -73,7 +73,7 @@ def separate(layers: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @partial(jax.jit, static_argnames="config")
-def _whole_layer(layer, x, *, config):  # type: ignore[no-untyped-def]
+def _whole_layer(layer, x, *, config):
     """Activations `[N, P, D]` after one layer, and its keys and values with room for an answer."""
     x, cache = model.run_layers(layer, x, config=config)
     return x, model.Cache(*(jnp.pad(y, [(0, 0), (0, 0), (0, LONGEST_ANSWER), (0, 0), (0, 0)]) for y in cache))
@@ -96,7 +96,7 @@ def decode(
         ids = [prefixes[i][0] + prefixes[i][1] for i in chosen]
         rows, length = fit(len(ids), BATCHES), fit(max(map(len, ids)), CACHED)
         tokens = pad([row[:-1] for row in ids] + [[]] * (rows - len(ids)), length, lower.base.stop)
-        past, x = [], model.embed(lower.outer, tokens)
+        past, x = [], model.embed(lower.outer, jnp.asarray(tokens))
         for layer in layers:
             x, found = _whole_layer(layer, x, config=lower.base.config)
             past.append(found)
@@ -129,7 +129,7 @@ def decode_from_drafts(
         ids = [drafts[i].prompt + begun[i] for i in batch]
         rows, length = fit(len(batch), BATCHES), fit(max(map(len, ids)), CACHED)
         entered = np.zeros((rows, length, config.width), np.float32)
-        shape = (lower.count, 2, 1, rows, length + LONGEST_ANSWER, config.kv_heads, config.head_width)
+        shape = (lower.depth, 2, 1, rows, length + LONGEST_ANSWER, config.kv_heads, config.head_width)
         known = np.zeros(shape, np.float32)
         for row, (i, tokens) in enumerate(zip(batch, ids, strict=True)):
             size = len(tokens) - 1
@@ -157,7 +157,7 @@ def _fill_past(
         batch = [items[k] for k in chosen]
         rows, length = fit(len(batch), BATCHES), fit(max(len(drafts[i].tokens) for i in batch), CACHED)
         tokens = pad([drafts[i].tokens for i in batch] + [[]] * (rows - len(batch)), length, lower.base.stop)
-        x, found = model.embed(lower.outer, tokens), []
+        x, found = model.embed(lower.outer, jnp.asarray(tokens)), []
         for layer in layers:
             x, cache = _whole_layer(layer, x, config=lower.base.config)
             found.append(np.stack([np.asarray(cache.keys)[0], np.asarray(cache.values)[0]]))
@@ -185,7 +185,7 @@ def _go_on(
         wide = cache[0].keys.shape[1]
         tokens, positions = np.full(wide, stop), np.zeros(wide, int)
         tokens[where], positions[where] = last[rows], at[rows]
-        x = model.embed(lower.outer, tokens[:, None])
+        x = model.embed(lower.outer, jnp.asarray(tokens)[:, None])
         for i, layer in enumerate(layers):
             x, cache[i] = _one_layer(layer, x, positions, cache[i], config=lower.base.config)
         best, left = np.asarray(_head(lower.outer, x, config=lower.base.config)), []
@@ -201,7 +201,7 @@ def _go_on(
 
 
 @partial(jax.jit, static_argnames="config")
-def _answer_logits(outer, upper, batch, *, config):  # type: ignore[no-untyped-def]
+def _answer_logits(outer, upper, batch, *, config):
     """Logits `[A, V]` at the answers' positions of a batch."""
     x, _ = model.run_layers(upper, batch.hidden, config=config)
     return model.logits(outer, x.reshape(-1, config.width)[batch.at], config=config)

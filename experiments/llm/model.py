@@ -144,7 +144,7 @@ def embed(params: Tree, tokens: jax.Array) -> jax.Array:
 
 def logits(params: Tree, x: jax.Array, *, config: Config) -> jax.Array:
     """Logits `[..., V]` of activations `[..., D]` after the last layer."""
-    head = params.get("head", params["embed"])
+    head: jax.Array = params["head"] if "head" in params else params["embed"]
     return _norm(x, params["norm"], config.eps) @ head.T
 
 

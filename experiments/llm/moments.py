@@ -120,7 +120,7 @@ def moments(lower: Lower, folder: Path, tasks: list[str], data: Path) -> dict[st
     for module, sides in total.items():
         for suffix, stacked in zip(("", calibration.OUTPUT), sides, strict=True):
             for i, moment in enumerate(np.asarray(stacked)):
-                name = f"model.layers.{lower.count + i}.{model.GROUPS[module]}.{module}{suffix}"
+                name = f"model.layers.{lower.depth + i}.{model.GROUPS[module]}.{module}{suffix}"
                 out[name] = moment / count
     calibration.save(path, out)
     return out

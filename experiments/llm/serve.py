@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 
 
 @partial(jax.jit, static_argnames=("config", "first"))
-def mixed_logits(outer, upper, modules, batch, ids, *, config, first):  # type: ignore[no-untyped-def]
+def mixed_logits(outer, upper, modules, batch, ids, *, config, first):
     """Logits `[A, V]` of a batch whose sequences belong to tasks `ids` `[N]`; layers count from `first`."""
     x = batch.hidden
     for i in range(upper["q_proj"].shape[0]):
@@ -56,7 +56,7 @@ def differing(
         batch = gather(sequences, [hidden[t][turn] for t in present], list(range(len(present))), len(tasks))
         ids = np.full(len(tasks), -1, np.int32)
         ids[: len(present)] = [index[t] for t in present]
-        given = {"config": lower.base.config, "first": lower.count}
+        given = {"config": lower.base.config, "first": lower.depth}
         scores = np.asarray(mixed_logits(lower.outer, lower.upper, modules, batch, jnp.asarray(ids), **given))
         start = 0
         for t, sequence in zip(present, sequences, strict=True):
@@ -93,12 +93,12 @@ def main(argv: list[str] | None = None) -> None:
         drafts.append([s._replace(answer=answer) for s, answer in pairs])
         labels.append(labels_of(TASKS[name], given.data, lower))
     found = differing(lower, stores_folder(collection) / slug_of(given.row), given.tasks, drafts, labels)
-    items = sum(map(len, drafts))
+    count = sum(map(len, drafts))
     path = given.results / f"serving-{given.regime}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results[given.row] = {"items": items, "differing": found, "adapters": stores.digest(collection)}
+    results[given.row] = {"items": count, "differing": found, "adapters": stores.digest(collection)}
     path.write_text(json.dumps(results) + "\n")
-    print(f"{given.row}: {items} items in batches of {len(given.tasks)} tasks, {found} answers differ")
+    print(f"{given.row}: {count} items in batches of {len(given.tasks)} tasks, {found} answers differ")
 
 
 if __name__ == "__main__":

@@ -228,6 +228,9 @@ def _merged(collection: Sequence[Adapter], name: str, folder: Path) -> Row:
     stacked = adapters.stack(collection)
     found = merging.merge_stacked(stacked, name)
     scale = np.float32(curves.best_scale(stacked, found))
-    pairs = {module: (np.float16(a), np.float16(scale * b)) for module, (a, b) in found.items()}
+    pairs = {
+        module: (np.asarray(a, np.float16), np.asarray(scale * b, np.float16))
+        for module, (a, b) in found.items()
+    }
     size = sum(2 * (a.size + b.size) for a, b in pairs.values())
     return Row(size, {x.task: pairs for x in collection})
