@@ -32,6 +32,7 @@ from experiments.llm.decoding import (
     decode_from_drafts,
     first_difference,
 )
+from experiments.llm.distill import teach
 from experiments.llm.moments import moments
 from experiments.llm.score import ITEMS, answers_path, item_scores, labels_of, with_deltas
 from experiments.llm.tasks import TASKS, Sequence, Task, load_sequences
@@ -223,7 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     collection = stores.read_collection(folder, given.tasks)
     rows, results = {}, {}
     measured = partial(moments, lower, folder, given.tasks, given.data)
-    for name, make in stores.plan(collection, measured).items():
+    teaching = partial(teach, lower, given.tasks, given.data)
+    for name, make in stores.plan(collection, measured, teaching).items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in given.only):
             slug = slug_of(name)
             rows[name] = make(stores_folder(collection) / slug)

@@ -14,7 +14,7 @@ pytest.importorskip("rouge_score", reason="needs the extra: pip install -e '.[ll
 
 from tiny import write_model
 
-from experiments.llm import adapters, compare, model, moments, score, serve, stores, table, train
+from experiments.llm import adapters, compare, distill, model, moments, score, serve, stores, table, train
 from experiments.llm.activations import gather, hidden_of, pad, place
 from experiments.llm.base import load_base
 from experiments.llm.decoding import answer_logits, decode
@@ -69,7 +69,7 @@ def trained(tmp_path_factory):
                 ]
             )
         compared = [*common, *where, "--adapters", str(root / "adapters"), "--results", str(root / "results")]
-        compare.main([*compared, "--only", "*K = 1, closed*", "SVD rank 4*", "merged, linear", "*calibrated"])
+        compare.main([*compared, "--only", "*K = 1, closed*", "SVD rank 4*", "merged, linear"])
         yield root, place(load_base(base), UPPER)
 
 
@@ -167,6 +167,21 @@ def test_moments_are_those_of_inputs_and_of_gradients_at_outputs(trained):
         for side, moment in zip((seen[name], gradients[name]), found[name], strict=True):
             expected = np.einsum("np,npi,npj->ij", mask, side, side)
             np.testing.assert_allclose(moment[0], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_teaching_forward_pass_gives_the_logits_of_the_adapted_model(trained):
+    root, lower = trained
+    sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["train"][:2]
+    batch = gather(sequences, hidden_of(lower, sequences, dtype=np.float32), [0, 1], 2)
+    read = formats.read_adapter(root / "adapters" / "shared" / "turn")
+    found = distill.forward({name: (read.a[name], read.b[name]) for name in read.a}, batch, lower=lower)
+    upper = score.with_deltas(lower.upper, adapters.load_deltas(root / "adapters" / "shared" / "turn"))
+    (_, same, expected), *_ = answer_logits(
+        lower, upper, sequences, [batch.hidden[0], batch.hidden[1]], rows=2
+    )
+    np.testing.assert_allclose(
+        found[: same.weights.sum().astype(int)], expected[: same.weights.sum().astype(int)], atol=1e-4
+    )
 
 
 def test_decoding_with_a_cache_takes_the_best_token_every_time(trained):
