@@ -172,16 +172,16 @@ def row_lines(rows: list[Summary], kept: list[Summary]) -> list[str]:
 
 
 def verdict(value: float, spread: list[float], target: float | None) -> str:
-    """Whether a drop is within its target: yes, no, or undecided by the interval of this test set.
+    """Whether a drop is within its target, and if not, whether the target lies in its interval.
 
     >>> verdict(0.01, [0.0, 0.02], 0.01), verdict(0.02, [0.0, 0.03], 0.01), verdict(0.02, [0.015, 0.03], 0.01)
-    ('yes', 'within noise', 'no')
+    ('yes', 'no, but within noise', 'no')
     """
     if target is None:
-        return "no target"
+        return ""
     if round(value, 4) <= target:
         return "yes"
-    return "within noise" if spread[0] <= target else "no"
+    return "no, but within noise" if spread[0] <= target else "no"
 
 
 def target_lines(rows: dict[str, list[Summary]]) -> list[str]:
@@ -204,10 +204,11 @@ def target_lines(rows: dict[str, list[Summary]]) -> list[str]:
 
 def points(rows: list[Summary]) -> list[Point]:
     """What the figure shows of the rows: their kept score in percent."""
-    return [
-        Point(x.row, x.share, 100 * (1 - x.drop), *(100 * (1 - v) for v in reversed(x.drop_interval)))
-        for x in rows
-    ]
+    out = []
+    for x in rows:
+        low, high = (100 * (1 - v) for v in reversed(x.drop_interval))
+        out.append(Point(x.row, x.share, 100 * (1 - x.drop), low, high, 100 * x.gain_kept))
+    return out
 
 
 def main(argv: list[str] | None = None) -> None:
