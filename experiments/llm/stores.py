@@ -21,11 +21,15 @@ from experiments.llm.model import MODULES
 from hydraopt_jax import adapters, calibration, formats, merging, refinement, serving, store, tradeoff
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.collection import in_memory
 from hydraopt_jax.compression import compress
 from hydraopt_jax.explicit import fitting
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, curves
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.rate_control.work import Memory
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
 # budgets that are also calibrated, or refined: batches, and tasks computed side by side
@@ -154,7 +158,11 @@ def _refined(collection: list[Adapter], budget: float, teach: Callable[[], Teach
     """The store under `budget`, moved until its adapters' answers come nearest to the own adapters'."""
 
     def make() -> Any:
-        found, given = compress(collection, budget=budget), teach()
+        # a divergence needs all modules in one segment
+        found = engine.compress(
+            in_memory(collection), Options(budget=budget), Memory(), segment_bytes=fp16_bytes(collection)
+        )
+        given = teach()
         return refinement.refine(
             found,
             collection,
