@@ -19,6 +19,8 @@ from experiments.llm.base import Base, cache_folder
 from experiments.llm.tasks import Sequence, digest
 
 LENGTHS = (32, 40, 48, 56, 64, 88)
+# of answers longer than their reference
+LONGER = (112, 136)
 CHUNK = 160
 PACKED = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024)
 
@@ -45,7 +47,7 @@ def fit(size: int, sizes: tuple[int, ...]) -> int:
 
 def length_of(sequence: Sequence) -> int:
     """Padded length of a sequence without its last token, which nothing follows."""
-    return fit(len(sequence.tokens) - 1, LENGTHS)
+    return fit(len(sequence.tokens) - 1, LENGTHS + LONGER)
 
 
 def pad(rows: list[list[int]], length: int, fill: int) -> np.ndarray:
@@ -71,7 +73,7 @@ class Lower(NamedTuple):
     outer: dict[str, Any]
     layers: dict[str, Any]
     upper: dict[str, Any]
-    count: int
+    depth: int
 
 
 def place(base: Base, upper: int) -> Lower:
@@ -94,7 +96,7 @@ def _chunk_of(lower: Lower, sequences: list[Sequence], dtype: np.dtype, rows: in
     starts = np.concatenate([[0], np.cumsum([len(s.tokens) - 1 for s in sequences])]).astype(int)
     path = (
         cache_folder()
-        / f"{lower.base.name.replace('/', '_')}-{lower.count}-{digest(sequences)}-{dtype.name}.npy"
+        / f"{lower.base.name.replace('/', '_')}-{lower.depth}-{digest(sequences)}-{dtype.name}.npy"
     )
     if not path.exists():
         out = np.empty((int(starts[-1]), lower.base.config.width), dtype)
@@ -113,18 +115,28 @@ def _chunk_of(lower: Lower, sequences: list[Sequence], dtype: np.dtype, rows: in
     return [stored[a:b] for a, b in itertools.pairwise(starts.tolist())]
 
 
-def gather(sequences: list[Sequence], hidden: list[np.ndarray], chosen: list[int], rows: int) -> Batch:
-    """The batch of `chosen` sequences, padded to `rows` and to the nearest usual shapes."""
-    length = max(length_of(sequences[i]) for i in chosen)
+def gather(
+    sequences: list[Sequence],
+    hidden: list[np.ndarray],
+    chosen: list[int],
+    rows: int,
+    *,
+    length: int | None = None,
+    size: int | None = None,
+) -> Batch:
+    """The batch of `chosen` sequences, padded to `rows`, and to `length` and `size` or the nearest usual."""
+    length = length or max(length_of(sequences[i]) for i in chosen)
     x = np.zeros((rows, length, hidden[chosen[0]].shape[1]), np.float32)
-    at, targets, owner = [], [], []
+    at: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
     for row, i in enumerate(chosen):
         x[row, : len(hidden[i])] = hidden[i]
         first = row * length + len(sequences[i].prompt) - 1
         at += range(first, first + len(sequences[i].answer))
         targets += sequences[i].answer
         owner += [row] * len(sequences[i].answer)
-    size = fit(len(at), PACKED)
+    size = size or fit(len(at), PACKED)
     packed = [np.asarray(v + [0] * (size - len(v)), np.int32) for v in (at, targets, owner)]
     weights = (np.arange(size) < len(at)).astype(np.float32)
     return Batch(x, packed[0], packed[1], weights, packed[2])

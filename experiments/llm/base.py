@@ -87,7 +87,8 @@ def _load_wheel() -> Base:
     if not cached.exists():
         tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
         part = cached.with_suffix(f".{os.getpid()}.npz")
-        np.savez(part, **_flatten(_from_gguf(tensors, config)))
+        arrays: dict[str, Any] = _flatten(_from_gguf(tensors, config))
+        np.savez(part, **arrays)
         part.rename(cached)
     with np.load(cached) as stored:
         params = _unflatten({key: stored[key] for key in stored.files})

@@ -1,6 +1,6 @@
 """Scores stored adapters against their originals, task by task.
 
-    python -m experiments.llm.compare --data DATA --regime shared --only budget
+    python -m experiments.llm.compare --data DATA --regime shared --only 'budget*'
 
 Needs every task's own answers (`score`). A row's answers are exact greedy answers, found by verifying the
 own adapter's (see `decoding`). Beside the score stand companions with little noise: the share of the
@@ -10,9 +10,11 @@ task by task: the same command goes on.
 """
 
 import argparse
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,17 +25,28 @@ import numpy as np
 from experiments.llm import adapters, stores
 from experiments.llm.activations import Lower, hidden_of, place
 from experiments.llm.base import DEFAULT, cache_folder, load_base
-from experiments.llm.decoding import LONGEST_ANSWER, Labels, answer_logits, decode, first_difference, joined
+from experiments.llm.decoding import (
+    LONGEST_ANSWER,
+    Labels,
+    answer_logits,
+    decode_from_drafts,
+    first_difference,
+)
+from experiments.llm.distill import teach
+from experiments.llm.moments import moments
 from experiments.llm.score import ITEMS, answers_path, item_scores, labels_of, with_deltas
 from experiments.llm.tasks import TASKS, Sequence, Task, load_sequences
 
 HERE = Path(__file__).parent
-REFERENCES = 48
+REFERENCES = 16
 CHOOSING = 16
 
 
 class Problem(NamedTuple):
-    """What all rows of a task share: items, drafts, cached activations, own logits of the drafts."""
+    """What all rows of a task share: items, drafts, cached activations, own log-probabilities.
+
+    `past` holds what the lower layers made of drafts that some row left, see `decode_from_drafts`.
+    """
 
     task: Task
     labels: Labels
@@ -41,9 +54,10 @@ class Problem(NamedTuple):
     drafts: list[Sequence]
     draft_hidden: list[np.ndarray]
     reference_hidden: list[np.ndarray]
-    own: list[np.ndarray]
+    own: list[jax.Array]
     own_scores: list[float]
     losses: dict[str, float]
+    past: dict[int, np.ndarray]
 
 
 @jax.jit
@@ -54,10 +68,9 @@ def _losses(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Ar
 
 @jax.jit
 def _companions(own: jax.Array, stored: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Summed KL(own || stored) and number of equal best tokens of logits `[A, V]`."""
-    p, q = jax.nn.log_softmax(own.astype(jnp.float32)), jax.nn.log_softmax(stored)
-    divergence = (jnp.exp(p) * (p - q)).sum(-1)
-    same = own.argmax(-1) == stored.astype(own.dtype).argmax(-1)
+    """Summed KL(own || stored) and number of equal best tokens of log-probabilities and logits `[A, V]`."""
+    divergence = (jnp.exp(own) * (own - jax.nn.log_softmax(stored))).sum(-1)
+    same = own.argmax(-1) == stored.argmax(-1)
     return (divergence * weights).sum(), (same * weights).sum()
 
 
@@ -72,26 +85,28 @@ def reference_loss(
     return total / count
 
 
-def prepare(task: Task, lower: Lower, data: Path, regime: str, deltas: Mapping[str, np.ndarray]) -> Problem:
-    """Items, drafts and the own adapter's logits of one task."""
+def prepare(
+    task: Task, lower: Lower, data: Path, regime: str, deltas: Mapping[str, np.ndarray], items: int
+) -> Problem:
+    """The first `items` test items, their drafts and the own adapter's logits of one task."""
     base = lower.base
-    sequences = load_sequences(task, data, base.tokenizer, base.stop)["test"][: ITEMS["test"]]
-    answers = json.loads(answers_path(base.name, regime, task.name).read_text())["test"]
+    sequences = load_sequences(task, data, base.tokenizer, base.stop)["test"][:items]
+    answers = json.loads(answers_path(base.name, regime, task.name).read_text())["test"][: len(sequences)]
     # An answer cut at its greatest length has no end to predict.
     ended = [answer if len(answer) >= LONGEST_ANSWER else [*answer, base.stop] for answer in answers]
-    drafts = [Sequence(s.prompt, draft, s.references) for s, draft in zip(sequences, ended, strict=True)]
+    drafts = [s._replace(answer=draft) for s, draft in zip(sequences, ended, strict=True)]
     upper = with_deltas(lower.upper, dict(deltas))
     references = sequences[:REFERENCES]
     draft_hidden = hidden_of(lower, drafts, dtype=np.float32)
     reference_hidden = hidden_of(lower, references, dtype=np.float32)
-    own = [np.asarray(x.astype(jnp.float16)) for _, _, x in answer_logits(lower, upper, drafts, draft_hidden)]
+    own = [jax.nn.log_softmax(x) for _, _, x in answer_logits(lower, upper, drafts, draft_hidden)]
     losses = {
         name: reference_loss(lower, layers, references, reference_hidden)
         for name, layers in (("base", lower.upper), ("own", upper))
     }
     scores = item_scores(task, lower, answers, sequences)
     labels = labels_of(task, data, lower)
-    return Problem(task, labels, sequences, drafts, draft_hidden, reference_hidden, own, scores, losses)
+    return Problem(task, labels, sequences, drafts, draft_hidden, reference_hidden, own, scores, losses, {})
 
 
 def compare(
@@ -118,10 +133,11 @@ def compare(
     stop = lower.base.stop
     open_ended = [i for i in changed if answers[i][-1] != stop and len(answers[i]) < LONGEST_ANSWER]
     if open_ended:
-        prefixes = [(problem.drafts[i].prompt, answers[i]) for i in open_ended]
-        for i, answer in zip(
-            open_ended, decode(lower, joined(lower, upper), prefixes, problem.labels), strict=True
-        ):
+        begun = {i: answers[i] for i in open_ended}
+        found_answers = decode_from_drafts(
+            lower, upper, problem.drafts, problem.draft_hidden, begun, problem.past, problem.labels
+        )
+        for i, answer in found_answers.items():
             answers[i] = answer if len(answer) >= LONGEST_ANSWER else [*answer, stop]
     references = problem.sequences[:REFERENCES]
     loss = reference_loss(lower, upper, references, problem.reference_hidden)
@@ -161,13 +177,13 @@ def slug_of(row: str) -> str:
 
 
 def start_result(
-    path: Path, name: str, regime: str, row: stores.Row, collection: list[Any]
+    path: Path, name: str, regime: str, row: stores.Row, collection: list[Any], items: int
 ) -> dict[str, Any]:
-    """What `path` holds of these adapters, or a result without tasks."""
-    facts = {"row": name, "regime": regime, "adapters": stores.digest(collection)}
+    """What `path` holds of these adapters on as many items, or a result without tasks."""
+    facts = {"row": name, "regime": regime, "adapters": stores.digest(collection), "test_items": items}
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text())
-        if kept["adapters"] == facts["adapters"]:
+        if facts.items() <= kept.items():
             return kept
     path.parent.mkdir(parents=True, exist_ok=True)
     return facts | {"bytes": row.bytes, "fp16_bytes": stores.fp16_bytes(collection), "tasks": {}}
@@ -198,18 +214,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--layers", type=int, default=8, help="upper layers that are adapted")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="the collection")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument(
+        "--only", nargs="*", default=["*"], help="names of rows, or patterns such as 'budget*'"
+    )
+    parser.add_argument("--items", type=int, default=ITEMS["test"], help="test items per task")
     given = parser.parse_args(argv)
     lower = place(load_base(given.base), given.layers)
     folder = given.adapters / given.regime
     collection = stores.read_collection(folder, given.tasks)
     rows, results = {}, {}
-    for name, make in stores.plan(collection).items():
-        if given.only in name:
+    measured = partial(moments, lower, folder, given.tasks, given.data)
+    teaching = partial(teach, lower, given.tasks, given.data)
+    for name, make in stores.plan(collection, measured, teaching).items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in given.only):
             slug = slug_of(name)
             rows[name] = make(stores_folder(collection) / slug)
             path = given.results / f"stores-{given.regime}" / f"{slug}.json"
-            facts = start_result(path, name, given.regime, rows[name], collection)
+            facts = start_result(path, name, given.regime, rows[name], collection, given.items)
             if name.startswith("merged"):
                 if "scale" not in facts:
                     facts["scale"] = choose_scale(rows[name], lower, given.data, given.tasks)
@@ -221,7 +242,8 @@ def main(argv: list[str] | None = None) -> None:
         left = [row for row in rows if name not in results[row][1]["tasks"]]
         if not left:
             continue
-        problem = prepare(TASKS[name], lower, given.data, given.regime, adapters.load_deltas(folder / name))
+        deltas = adapters.load_deltas(folder / name)
+        problem = prepare(TASKS[name], lower, given.data, given.regime, deltas, given.items)
         own = float(np.mean(problem.own_scores))
         for row in left:
             path, result = results[row]

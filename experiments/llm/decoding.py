@@ -16,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.llm import model
-from experiments.llm.activations import LENGTHS, Batch, Lower, fit, gather, in_order, pad
+from experiments.llm.activations import Batch, Lower, fit, gather, in_order, pad
 from experiments.llm.tasks import Sequence
 
-ROWS = 32
+# few shapes, few compilations: rows of a batch, tokens before an answer goes on
+BATCHES = (8, 32)
+ROWS = BATCHES[-1]
+CACHED = (56, 88, 136)
 LONGEST_ANSWER = 48
 
 
@@ -51,66 +54,154 @@ class Labels:
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _extend(outer, layers, tokens, at, last, cache, *, config):  # type: ignore[no-untyped-def]
-    """Logits `[N, V]` at index `last` `[N]` of `tokens` `[N, P]` at positions `at`, and the longer cache."""
-    x, cache = model.run_layers(layers, model.embed(outer, tokens), config=config, positions=at, cache=cache)
-    return model.logits(outer, x[jnp.arange(len(x)), last], config=config), cache
+def _one_layer(layer, x, at, cache, *, config):
+    """Activations `[N, 1, D]` of tokens at positions `at` `[N]` after one layer, and its longer cache."""
+    return model.run_layers(layer, x, config=config, positions=at[:, None], cache=cache)
 
 
-def joined(lower: Lower, upper: dict[str, Any]) -> dict[str, Any]:
-    """All layers, the upper ones as given."""
-    return {name: jnp.concatenate([lower.layers[name], upper[name]]) for name in lower.layers}
+@partial(jax.jit, static_argnames="config")
+def _head(outer, x, *, config):
+    """Logits `[N, V]` of activations `[N, 1, D]`."""
+    return model.logits(outer, x[:, 0], config=config)
+
+
+def separate(layers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Layer by layer: a scan over them would copy every weight for every token."""
+    return [
+        {name: jnp.asarray(x[i : i + 1]) for name, x in layers.items()} for i in range(len(layers["q_proj"]))
+    ]
+
+
+@partial(jax.jit, static_argnames="config")
+def _whole_layer(layer, x, *, config):
+    """Activations `[N, P, D]` after one layer, and its keys and values with room for an answer."""
+    x, cache = model.run_layers(layer, x, config=config)
+    return x, model.Cache(*(jnp.pad(y, [(0, 0), (0, 0), (0, LONGEST_ANSWER), (0, 0), (0, 0)]) for y in cache))
+
+
+def batches_of(lengths: list[int]) -> Iterator[list[int]]:
+    """Indices in batches of at most `ROWS` of similar length."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for first in range(0, len(order), ROWS):
+        yield order[first : first + ROWS]
 
 
 def decode(
-    lower: Lower, layers: dict[str, Any], prefixes: list[tuple[list[int], list[int]]], labels: Labels
+    lower: Lower, upper: dict[str, Any], prefixes: list[tuple[list[int], list[int]]], labels: Labels
 ) -> list[list[int]]:
     """Greedy answers, without the id that ends them, to pairs of a prompt and the beginning of its answer."""
     out: list[list[int]] = [[] for _ in prefixes]
-    order = sorted(range(len(prefixes)), key=lambda i: sum(map(len, prefixes[i])))
-    for first in range(0, len(order), ROWS):
-        chosen = order[first : first + ROWS]
-        answers = _decode_batch(lower, layers, [prefixes[i] for i in chosen], labels)
+    layers = separate(lower.layers) + separate(upper)
+    for chosen in batches_of([len(prompt) + len(answer) for prompt, answer in prefixes]):
+        ids = [prefixes[i][0] + prefixes[i][1] for i in chosen]
+        rows, length = fit(len(ids), BATCHES), fit(max(map(len, ids)), CACHED)
+        tokens = pad([row[:-1] for row in ids] + [[]] * (rows - len(ids)), length, lower.base.stop)
+        past, x = [], model.embed(lower.outer, jnp.asarray(tokens))
+        for layer in layers:
+            x, found = _whole_layer(layer, x, config=lower.base.config)
+            past.append(found)
+        answers = _go_on(lower, layers, ids, [prefixes[i][1] for i in chosen], past, labels)
         for i, answer in zip(chosen, answers, strict=True):
             out[i] = answer
     return out
 
 
-def _decode_batch(
-    lower: Lower, layers: dict[str, Any], prefixes: list[tuple[list[int], list[int]]], labels: Labels
+def decode_from_drafts(
+    lower: Lower,
+    upper: dict[str, Any],
+    drafts: list[Sequence],
+    hidden: list[np.ndarray],
+    begun: dict[int, list[int]],
+    past: dict[int, np.ndarray],
+    labels: Labels,
+) -> dict[int, list[int]]:
+    """Greedy answers to the items of `begun`, item -> the beginning of its answer.
+
+    All but the last token of a beginning are those of the item's draft: what the lower layers make of them is
+    the same for all stores. `past` keeps it, item -> keys and values `[L, 2, P, G, C]` of the lower layers.
+    """
+    out: dict[int, list[int]] = {}
+    items, config = list(begun), lower.base.config
+    below, above = separate(lower.layers), separate(upper)
+    _fill_past(lower, below, drafts, [i for i in items if i not in past], past)
+    for chosen in batches_of([len(drafts[i].prompt) + len(begun[i]) for i in items]):
+        batch = [items[k] for k in chosen]
+        ids = [drafts[i].prompt + begun[i] for i in batch]
+        rows, length = fit(len(batch), BATCHES), fit(max(map(len, ids)), CACHED)
+        entered = np.zeros((rows, length, config.width), np.float32)
+        shape = (lower.depth, 2, 1, rows, length + LONGEST_ANSWER, config.kv_heads, config.head_width)
+        known = np.zeros(shape, np.float32)
+        for row, (i, tokens) in enumerate(zip(batch, ids, strict=True)):
+            size = len(tokens) - 1
+            entered[row, :size] = hidden[i][:size]
+            known[:, :, 0, row, :size] = past[i][:, :, :size]
+        cache = [model.Cache(jnp.asarray(keys), jnp.asarray(values)) for keys, values in known]
+        x = jnp.asarray(entered)
+        for layer in above:
+            x, found = _whole_layer(layer, x, config=config)
+            cache.append(found)
+        answers = _go_on(lower, below + above, ids, [begun[i] for i in batch], cache, labels)
+        out |= dict(zip(batch, answers, strict=True))
+    return out
+
+
+def _fill_past(
+    lower: Lower,
+    layers: list[dict[str, Any]],
+    drafts: list[Sequence],
+    items: list[int],
+    past: dict[int, np.ndarray],
+) -> None:
+    """Adds to `past` what `layers` make of the drafts of `items`."""
+    for chosen in batches_of([len(drafts[i].tokens) for i in items]):
+        batch = [items[k] for k in chosen]
+        rows, length = fit(len(batch), BATCHES), fit(max(len(drafts[i].tokens) for i in batch), CACHED)
+        tokens = pad([drafts[i].tokens for i in batch] + [[]] * (rows - len(batch)), length, lower.base.stop)
+        x, found = model.embed(lower.outer, jnp.asarray(tokens)), []
+        for layer in layers:
+            x, cache = _whole_layer(layer, x, config=lower.base.config)
+            found.append(np.stack([np.asarray(cache.keys)[0], np.asarray(cache.values)[0]]))
+        for row, i in enumerate(batch):
+            past[i] = np.stack([y[:, row, : len(drafts[i].tokens)] for y in found])
+
+
+def _go_on(
+    lower: Lower,
+    layers: list[dict[str, Any]],
+    ids: list[list[int]],
+    begun: list[list[int]],
+    cache: list[model.Cache],
+    labels: Labels,
 ) -> list[list[int]]:
-    config, stop = lower.base.config, lower.base.stop
-    rows = fit(len(prefixes), (8, ROWS))
-    filled = prefixes + [([stop], [])] * (rows - len(prefixes))
-    ids = [prompt + answer for prompt, answer in filled]
-    length = fit(max(map(len, ids)), LENGTHS)
-    shape = (config.layers, rows, length + LONGEST_ANSWER, config.kv_heads, config.head_width)
-    cache = model.Cache(jnp.zeros(shape), jnp.zeros(shape))
-    at = np.array([len(row) for row in ids])
-    positions = np.broadcast_to(np.arange(length), (rows, length))
-    extend = partial(_extend, lower.outer, layers, config=config)
-    scores, cache = extend(pad(ids, length, stop), positions, at - 1, cache)
-    answers = [list(answer) for _, answer in filled]
-    done = [i >= len(prefixes) for i in range(rows)]
-    while True:
-        best = np.asarray(scores)
-        for i in range(rows):
-            if not done[i]:
-                answers[i].append(labels.choose(best[i], answers[i]))
-                forced = labels.complete(answers[i])
-                if forced[-1] == stop:
-                    answers[i] = forced
-                done[i] = answers[i][-1] == stop or len(answers[i]) >= LONGEST_ANSWER
-        if all(done):
-            return [answer[:-1] if answer[-1] == stop else answer for answer in answers[: len(prefixes)]]
-        tokens = np.array([[answer[-1] if answer else stop] for answer in answers], np.int32)
-        # Rows that are done write past their answer again and again, which nobody reads.
-        scores, cache = extend(tokens, np.minimum(at, shape[2] - 1)[:, None], np.zeros(rows, int), cache)
-        at = at + 1
+    """Answers that begin with `begun`, token by token; `cache` holds all but the last of `ids` per row."""
+    stop, answers = lower.base.stop, [list(answer) for answer in begun]
+    rows, at = list(range(len(ids))), np.array([len(row) - 1 for row in ids])
+    last, where = np.array([row[-1] for row in ids]), list(range(len(ids)))
+    while rows:
+        if (size := fit(len(rows), BATCHES)) < cache[0].keys.shape[1]:
+            kept = np.resize(where, size)
+            cache = [model.Cache(x.keys[:, kept], x.values[:, kept]) for x in cache]
+            where = list(range(len(rows)))
+        wide = cache[0].keys.shape[1]
+        tokens, positions = np.full(wide, stop), np.zeros(wide, int)
+        tokens[where], positions[where] = last[rows], at[rows]
+        x = model.embed(lower.outer, jnp.asarray(tokens)[:, None])
+        for i, layer in enumerate(layers):
+            x, cache[i] = _one_layer(layer, x, positions, cache[i], config=lower.base.config)
+        best, left = np.asarray(_head(lower.outer, x, config=lower.base.config)), []
+        for row, place in zip(rows, where, strict=True):
+            answers[row].append(labels.choose(best[place], answers[row]))
+            forced = labels.complete(answers[row])
+            answers[row] = forced if forced[-1] == stop else answers[row]
+            last[row], at[row] = answers[row][-1], at[row] + 1
+            if last[row] != stop and len(answers[row]) < LONGEST_ANSWER:
+                left.append((row, place))
+        rows, where = [row for row, _ in left], [place for _, place in left]
+    return [answer[:-1] if answer[-1] == stop else answer for answer in answers]
 
 
 @partial(jax.jit, static_argnames="config")
-def _answer_logits(outer, upper, batch, *, config):  # type: ignore[no-untyped-def]
+def _answer_logits(outer, upper, batch, *, config):
     """Logits `[A, V]` at the answers' positions of a batch."""
     x, _ = model.run_layers(upper, batch.hidden, config=config)
     return model.logits(outer, x.reshape(-1, config.width)[batch.at], config=config)

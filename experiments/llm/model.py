@@ -19,7 +19,7 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 GROUPS = dict.fromkeys(MODULES[:4], "self_attn") | dict.fromkeys(MODULES[4:], "mlp")
 
 Tree = dict[str, Any]
-Change = Callable[[str, jax.Array], jax.Array]
+Change = Callable[[str, jax.Array, Tree], jax.Array]
 
 
 class Config(NamedTuple):
@@ -67,13 +67,13 @@ def _norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def _project(
     x: jax.Array, layer: Tree, lora: Tree, name: str, scale: float, change: Change | None
 ) -> jax.Array:
-    """`x @ w`, plus the bias, `scale * x @ a @ b` and `change(name, x)` where there are any."""
+    """`x @ w`, plus the bias, `scale * x @ a @ b` and `change(name, x, layer)` where there are any."""
     out = x @ layer[name]
     if f"{name}.bias" in layer:
         out = out + layer[f"{name}.bias"]
     if name in lora:
         out = out + scale * ((x @ lora[name]["a"]) @ lora[name]["b"])
-    return out if change is None else out + change(name, x)
+    return out if change is None else out + change(name, x, layer)
 
 
 def run_layers(
@@ -95,8 +95,8 @@ def run_layers(
         config: Shape of the model.
         lora: Per projection `{"a": [L, in, R], "b": [L, R, out]}`; absent projections have none.
         scale: Factor of every LoRA product (alpha / R).
-        change: What else is added to a projection, given its name and its input `[N, P, in]`; the same in all
-            layers, so that layers that differ in it are run one at a time.
+        change: What else is added to a projection, given its name, its input `[N, P, in]` and the layer's
+            weights.
         positions: `[N, P]` positions of the tokens; 0, 1, ... where absent.
         cache: Past keys and values with room for the new ones, which are written at `positions`. Without it
         the
@@ -144,7 +144,7 @@ def embed(params: Tree, tokens: jax.Array) -> jax.Array:
 
 def logits(params: Tree, x: jax.Array, *, config: Config) -> jax.Array:
     """Logits `[..., V]` of activations `[..., D]` after the last layer."""
-    head = params.get("head", params["embed"])
+    head: jax.Array = params["head"] if "head" in params else params["embed"]
     return _norm(x, params["norm"], config.eps) @ head.T
 
 

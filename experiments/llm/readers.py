@@ -37,7 +37,8 @@ def split_groups(items: list[Item], shares: dict[str, float], seed: str) -> Spli
     """Items divided by group: each split gets its share of the groups, the last one the remainder."""
     groups = sorted({item.group for item in items})
     random.Random(seed).shuffle(groups)
-    where, start = {}, 0
+    where: dict[str, str] = {}
+    start = 0
     for split, share in shares.items():
         stop = len(groups) if split == list(shares)[-1] else start + round(share * len(groups))
         where |= dict.fromkeys(groups[start:stop], split)
@@ -120,7 +121,7 @@ def read_translation(data: Path, source: str, target: str) -> Splits:
 
 def read_asset(data: Path) -> Splits:
     """Sentences and ten simplifications each; the validation file is trained on, a tenth of it held out."""
-    sides = {}
+    sides: Splits = {}
     for split in ("valid", "test"):
         folder = data / "asset" / "dataset"
         stems = ("orig", *(f"simp.{i}" for i in range(10)))

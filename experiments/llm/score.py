@@ -2,6 +2,7 @@
 
     python -m experiments.llm.score --data DATA --regime shared
     python -m experiments.llm.score --data DATA --regime zero-shot
+    python -m experiments.llm.score --data DATA --regime zero-shot --tasks asset --rescore
 
 One JSON per task in results/REGIME, with the score of every item; the answers themselves stay in the cache
 folder, where the drafts of `stores` are read from. Tasks that are scored already are left alone.
@@ -18,7 +19,7 @@ import numpy as np
 from experiments.llm import adapters
 from experiments.llm.activations import Lower, place
 from experiments.llm.base import DEFAULT, cache_folder, load_base
-from experiments.llm.decoding import Labels, decode, joined
+from experiments.llm.decoding import Labels, decode
 from experiments.llm.metrics import METRICS, interval, resample
 from experiments.llm.tasks import TASKS, Sequence, Task, load_sequences
 
@@ -37,7 +38,7 @@ def item_scores(task: Task, lower: Lower, answers: list[list[int]], sequences: l
     """The task's metric of every answer."""
     metric = METRICS[task.metric]
     texts = [lower.base.tokenizer.decode(answer).strip() for answer in answers]
-    return [round(metric(text, s.references), 4) for text, s in zip(texts, sequences, strict=True)]
+    return [round(metric(text, s.references, s.source), 4) for text, s in zip(texts, sequences, strict=True)]
 
 
 def with_deltas(upper: dict[str, Any], deltas: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -50,10 +51,20 @@ def answers_path(base: str, regime: str, task: str) -> Path:
     return cache_folder() / f"answers-{base.replace('/', '_')}-{regime}-{task}.json"
 
 
-def score(task: Task, lower: Lower, upper: dict[str, Any], data: Path, regime: str) -> dict[str, Any]:
-    """Scores per split of the model with `upper` for its upper layers, as they go into a results file."""
+def score(
+    task: Task,
+    lower: Lower,
+    upper: dict[str, Any],
+    data: Path,
+    regime: str,
+    given: dict[str, list[list[int]]] | None = None,
+) -> dict[str, Any]:
+    """Scores per split of the model with `upper` for its upper layers, as they go into a results file.
+
+    Answers are decoded, or those `given` per split.
+    """
     splits = load_sequences(task, data, lower.base.tokenizer, lower.base.stop)
-    layers, labels = joined(lower, upper), labels_of(task, data, lower)
+    labels = labels_of(task, data, lower)
     out: dict[str, Any] = {
         "task": task.name,
         "regime": regime,
@@ -63,7 +74,10 @@ def score(task: Task, lower: Lower, upper: dict[str, Any], data: Path, regime: s
     kept = {}
     for split, count in ITEMS.items():
         sequences = splits[split][:count]
-        kept[split] = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
+        if given is None:
+            kept[split] = decode(lower, upper, [(s.prompt, []) for s in sequences], labels)
+        else:
+            kept[split] = given[split]
         scores = item_scores(task, lower, kept[split], sequences)
         spread = interval(resample(np.array(scores)[:, None])[:, 0])
         out[split] = {"score": round(float(np.mean(scores)), 4), "interval": spread, "items": scores}
@@ -83,15 +97,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--adapters", type=Path, default=HERE / "adapters", help="where train wrote")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--layers", type=int, default=8, help="upper layers that are adapted")
+    parser.add_argument(
+        "--rescore", action="store_true", help="score kept answers again, after a change of metric"
+    )
     given = parser.parse_args(argv)
     lower = place(load_base(given.base), given.layers)
     for name in given.tasks:
         path = given.results / given.regime / f"{name}.json"
         folder = given.adapters / given.regime / name
-        if path.exists() or (given.regime != "zero-shot" and not (folder / "log.json").exists()):
+        trained = given.regime == "zero-shot" or (folder / "log.json").exists()
+        if not trained or path.exists() != given.rescore:
             continue
         deltas = {} if given.regime == "zero-shot" else adapters.load_deltas(folder)
-        found = score(TASKS[name], lower, with_deltas(lower.upper, deltas), given.data, given.regime)
+        upper, answers = with_deltas(lower.upper, deltas), None
+        if given.rescore:
+            answers = json.loads(answers_path(lower.base.name, given.regime, name).read_text())
+        found = score(TASKS[name], lower, upper, given.data, given.regime, answers)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found) + "\n")
         print(

@@ -23,19 +23,19 @@ from experiments.llm import adapters, model, stores
 from experiments.llm.activations import Lower, gather, hidden_of, place
 from experiments.llm.base import DEFAULT, load_base
 from experiments.llm.compare import slug_of, stored_answers_path, stores_folder
-from experiments.llm.score import ITEMS, labels_of
+from experiments.llm.score import labels_of
 from experiments.llm.tasks import TASKS, Sequence, load_sequences
 
 HERE = Path(__file__).parent
 
 
 @partial(jax.jit, static_argnames=("config", "first"))
-def mixed_logits(outer, upper, modules, batch, ids, *, config, first):  # type: ignore[no-untyped-def]
+def mixed_logits(outer, upper, modules, batch, ids, *, config, first):
     """Logits `[A, V]` of a batch whose sequences belong to tasks `ids` `[N]`; layers count from `first`."""
     x = batch.hidden
     for i in range(upper["q_proj"].shape[0]):
 
-        def change(name: str, h: jax.Array, layer: int = first + i) -> jax.Array:
+        def change(name: str, h: jax.Array, weights: model.Tree, layer: int = first + i) -> jax.Array:
             return stores.serve(h, modules, f"model.layers.{layer}.{model.GROUPS[name]}.{name}", ids[:, None])
 
         one = {name: weight[i : i + 1] for name, weight in upper.items()}
@@ -56,7 +56,7 @@ def differing(
         batch = gather(sequences, [hidden[t][turn] for t in present], list(range(len(present))), len(tasks))
         ids = np.full(len(tasks), -1, np.int32)
         ids[: len(present)] = [index[t] for t in present]
-        given = {"config": lower.base.config, "first": lower.count}
+        given = {"config": lower.base.config, "first": lower.depth}
         scores = np.asarray(mixed_logits(lower.outer, lower.upper, modules, batch, jnp.asarray(ids), **given))
         start = 0
         for t, sequence in zip(present, sequences, strict=True):
@@ -89,16 +89,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in given.tasks:
         items = load_sequences(TASKS[name], given.data, lower.base.tokenizer, lower.base.stop)["test"]
         answers = json.loads(stored_answers_path(collection, slug_of(given.row), name).read_text())
-        pairs = zip(items[: ITEMS["test"]], answers, strict=True)
-        drafts.append([Sequence(s.prompt, answer, s.references) for s, answer in pairs])
+        pairs = zip(items[: len(answers)], answers, strict=True)
+        drafts.append([s._replace(answer=answer) for s, answer in pairs])
         labels.append(labels_of(TASKS[name], given.data, lower))
     found = differing(lower, stores_folder(collection) / slug_of(given.row), given.tasks, drafts, labels)
-    items = sum(map(len, drafts))
+    count = sum(map(len, drafts))
     path = given.results / f"serving-{given.regime}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results[given.row] = {"items": items, "differing": found, "adapters": stores.digest(collection)}
+    results[given.row] = {"items": count, "differing": found, "adapters": stores.digest(collection)}
     path.write_text(json.dumps(results) + "\n")
-    print(f"{given.row}: {items} items in batches of {len(given.tasks)} tasks, {found} answers differ")
+    print(f"{given.row}: {count} items in batches of {len(given.tasks)} tasks, {found} answers differ")
 
 
 if __name__ == "__main__":

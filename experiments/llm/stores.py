@@ -1,7 +1,8 @@
 """The rows of the table: named stores of a collection, their bytes, and what each task gets back.
 
-The only module here that knows hydraopt_jax. A row is written to disk where the package has a format for it,
-and read back; of methods without one the bytes are those of their numbers alone, which flatters them.
+What is asked of hydraopt_jax is asked here (second moments in `moments`). A row is written to disk where the
+package has a format for it, and read back; of methods without one the bytes are those of their numbers alone,
+which flatters them.
 """
 
 import hashlib
@@ -15,17 +16,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.llm.distill import Teaching
 from experiments.llm.model import MODULES
-from hydraopt_jax import adapters, formats, merging, serving, store, tradeoff
+from hydraopt_jax import adapters, calibration, formats, merging, refinement, serving, store, tradeoff
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.collection import in_memory
 from hydraopt_jax.compression import compress
 from hydraopt_jax.explicit import fitting
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, curves
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.rate_control.work import Memory
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
+# budgets that are also calibrated, or refined: batches, and tasks computed side by side
+CALIBRATED = (0.0625, 0.03, 0.015)
+REFINEMENT_STEPS = 40
+AT_ONCE = 8
 # multiples of the scale of least weight error at which one adapter for all tasks is tried on dev items
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m", "iso-c", "core-space")
@@ -90,8 +100,18 @@ def serve(x: jax.Array, modules: Mapping[str, Any], name: str, ids: jax.Array) -
     return serving.apply(x, modules[name], ids)
 
 
-def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
-    """Name of each row -> what makes it, given a folder to keep it in."""
+def plan(
+    collection: list[Adapter],
+    moments: Callable[[], Mapping[str, np.ndarray]] = dict,
+    teach: Callable[[], Teaching] | None = None,
+) -> dict[str, Callable[[Path], Row]]:
+    """Name of each row -> what makes it, given a folder for it.
+
+    Args:
+        collection: the adapters.
+        moments: what gives second moments for the calibrated rows.
+        teach: what gives the model's outputs for the refined rows; without it there are none.
+    """
     tasks = len(collection)
     rows: dict[str, Callable[[Path], Row]] = {}
     for heads in dict.fromkeys((tasks, max(tasks // 2, 1), max(tasks // 4, 1), 1)):
@@ -102,6 +122,12 @@ def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
     for budget in BUDGETS:
         made = partial(compress, collection, budget=budget)
         rows[f"budget {budget:g}"] = partial(_stored, made)
+        if budget in CALIBRATED:
+            for label, measured in (("", moments), (" by inputs", lambda: inputs(moments()))):
+                made = partial(_calibrated, collection, budget, measured)
+                rows[f"budget {budget:g}, calibrated{label}"] = partial(_stored, made)
+            if teach is not None:
+                rows[f"budget {budget:g}, refined"] = partial(_refined, collection, budget, teach)
     rows["SVD rank 8, 4 bits"] = lambda folder: separate_svd(collection, 8, 4)
     rows["SVD rank 4, 4 bits"] = lambda folder: separate_svd(collection, 4, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -114,6 +140,41 @@ def plan(collection: list[Adapter]) -> dict[str, Callable[[Path], Row]]:
     for name in SINGLE:
         rows[f"merged, {name}"] = partial(_merged, collection, name)
     return rows
+
+
+def inputs(moments: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The second moments of inputs alone."""
+    return {name: moment for name, moment in moments.items() if not name.endswith(calibration.OUTPUT)}
+
+
+def _calibrated(
+    collection: list[Adapter], budget: float, moments: Callable[[], Mapping[str, np.ndarray]]
+) -> Any:
+    """A store under `budget` whose errors count as second moments say."""
+    return compress(collection, budget=budget, calibration=moments())
+
+
+def _refined(collection: list[Adapter], budget: float, teach: Callable[[], Teaching], folder: Path) -> Row:
+    """The store under `budget`, moved until its adapters' answers come nearest to the own adapters'."""
+
+    def make() -> Any:
+        # a divergence needs all modules in one segment
+        found = engine.compress(
+            in_memory(collection), Options(budget=budget), Memory(), segment_bytes=fp16_bytes(collection)
+        )
+        given = teach()
+        return refinement.refine(
+            found,
+            collection,
+            forward=given.forward,
+            batches=given.batches,
+            mask=given.mask,
+            at_once=AT_ONCE,
+            steps=REFINEMENT_STEPS,
+            folder=folder.with_name(f"{folder.name}-steps"),
+        )[0]
+
+    return _stored(make, folder)
 
 
 def _stored(make: Callable[[], Any], folder: Path) -> Row:
@@ -143,7 +204,7 @@ def _by_task(
 def separate_svd(collection: Sequence[Adapter], rank: int, bits: int) -> Row:
     """Every delta's first `rank` singular directions at `bits`, a scale per vector."""
     stacked = adapters.stack(collection)
-    size, factors = 0, []
+    size, factors = 0.0, []
     for bucket in stacked.buckets:
         deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
         x, y = tradeoff.rounded_directions(deltas, bits)
@@ -199,6 +260,9 @@ def _merged(collection: Sequence[Adapter], name: str, folder: Path) -> Row:
     stacked = adapters.stack(collection)
     found = merging.merge_stacked(stacked, name)
     scale = np.float32(curves.best_scale(stacked, found))
-    pairs = {module: (np.float16(a), np.float16(scale * b)) for module, (a, b) in found.items()}
+    pairs = {
+        module: (np.asarray(a, np.float16), np.asarray(scale * b, np.float16))
+        for module, (a, b) in found.items()
+    }
     size = sum(2 * (a.size + b.size) for a, b in pairs.values())
     return Row(size, {x.task: pairs for x in collection})

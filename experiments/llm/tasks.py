@@ -130,7 +130,7 @@ TASKS = {
             "rephrase",
             "Simplify. Reply with the sentence only.\n{}",
             readers.read_asset,
-            "chrf",
+            "sari",
             longest=LONGEST_SCARCE,
         ),
         Task("explain", "answer", "Explain the command in one sentence.\n{}", _EXPLAIN, "rouge"),
@@ -151,11 +151,12 @@ TASKS = {
 
 
 class Sequence(NamedTuple):
-    """Token ids of a prompt and its answer (with the id that ends it), and the references of its score."""
+    """Token ids of a prompt and its answer (with the id that ends it); references and input of its score."""
 
     prompt: list[int]
     answer: list[int]
     references: tuple[str, ...]
+    source: str
 
     @property
     def tokens(self) -> list[int]:
@@ -217,12 +218,14 @@ def load_sequences(task: Task, data: Path, tokenizer: Tokenizer, stop: int) -> d
         wanted = task.train_items if split == "train" else COUNTS[split]
         found: list[Sequence] = []
         for item in items:
+            if len(found) >= wanted:
+                break
             prompt = chat(tokenizer, task.prompt.format(item.source))
             for reference in item.references[: task.train_references if split == "train" else 1]:
                 answer = [*tokenizer.encode(reference, add_special_tokens=False).ids, stop]
                 content = len(tokenizer.encode(item.source, add_special_tokens=False).ids) + len(answer) - 1
                 if content <= LONGEST and len(prompt) + len(answer) <= task.longest:
-                    found.append(Sequence(prompt, answer, item.references))
+                    found.append(Sequence(prompt, answer, item.references, item.source))
         out[split] = found[:wanted]
     return out
 

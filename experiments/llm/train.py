@@ -36,7 +36,9 @@ def loss_of(
     lora: Any, lower: dict[str, Any], batch: Batch, *, config: model.Config, scale: float
 ) -> jax.Array:
     """Mean negative log-likelihood of the answers' tokens; `lower` holds the head and the upper layers."""
-    hidden, _ = model.run_layers(lower["upper"], batch.hidden, config=config, lora=lora, scale=scale)
+    hidden, _ = model.run_layers(
+        lower["upper"], jnp.asarray(batch.hidden), config=config, lora=lora, scale=scale
+    )
     logits = model.logits(lower["outer"], hidden.reshape(-1, config.width)[batch.at], config=config)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     return (losses * batch.weights).sum() / batch.weights.sum()
@@ -50,7 +52,7 @@ def optimizer(rate: float, steps: int) -> optax.GradientTransformation:
 
 
 @partial(jax.jit, static_argnames=("config", "scale", "rate", "steps"), donate_argnums=(0, 1))
-def update(lora, state, weights, batch, *, config, scale, rate, steps):  # type: ignore[no-untyped-def]
+def update(lora, state, weights, batch, *, config, scale, rate, steps):
     """Adapter and optimizer state after one step on `batch`, and the loss before it."""
     value, grads = jax.value_and_grad(loss_of)(lora, weights, batch, config=config, scale=scale)
     changes, state = optimizer(rate, steps).update(grads, state)
@@ -89,11 +91,11 @@ def train(
     lora, state = jax.tree.map(jnp.array, start), optimizer(rate, steps).init(start)
     best: Any = start
     log: dict[str, Any] = {"train_loss": [], "dev_loss": [], "best_step": 0, "seconds": 0.0}
-    tree = jax.tree.structure((lora, state, best))
+    leaves, tree = jax.tree.flatten((lora, state, best))
     if saved.exists():
         with np.load(saved) as file:
             lora, state, best = jax.tree.unflatten(
-                tree, [jnp.asarray(file[f"{i}"]) for i in range(tree.num_leaves)]
+                tree, [jnp.asarray(file[f"{i}"]) for i in range(len(leaves))]
             )
             log = json.loads(str(file["log"]))
     done = len(log["train_loss"])
@@ -116,9 +118,10 @@ def train(
                 best, log["best_step"] = jax.tree.map(jnp.array, lora), step
             log["seconds"] += time.perf_counter() - clock
             clock = time.perf_counter()
-            leaves = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((lora, state, best)))}
+            leaves = jax.tree.leaves((lora, state, best))
+            arrays: dict[str, Any] = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
             part = saved.with_suffix(f".{os.getpid()}.npz")
-            np.savez(part, log=json.dumps(log), **leaves)
+            np.savez(part, log=json.dumps(log), **arrays)
             part.rename(saved)
     log["seconds"] = round(log["seconds"], 1)
     return best, log
@@ -159,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         saved = cache_folder() / f"training-{label.replace('/', '_')}.npz"
         settings = {"rate": given.rate, "steps": steps, "seed": given.seed}
         lora, log = train(lower, start, splits, scale=given.alpha / given.rank, saved=saved, **settings)
-        adapters.save_adapter(folder, lora, base=base.name, first_layer=lower.count, alpha=given.alpha)
+        adapters.save_adapter(folder, lora, base=base.name, first_layer=lower.depth, alpha=given.alpha)
         facts = {
             "base": base.name,
             "task": name,

@@ -4,6 +4,7 @@ import json
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,10 +14,10 @@ pytest.importorskip("rouge_score", reason="needs the extra: pip install -e '.[ll
 
 from tiny import write_model
 
-from experiments.llm import adapters, compare, model, score, serve, stores, table, train
-from experiments.llm.activations import hidden_of, pad, place
+from experiments.llm import adapters, compare, distill, model, moments, score, serve, stores, table, train
+from experiments.llm.activations import gather, hidden_of, pad, place
 from experiments.llm.base import load_base
-from experiments.llm.decoding import answer_logits, decode, joined
+from experiments.llm.decoding import answer_logits, decode
 from experiments.llm.readers import Item
 from experiments.llm.tasks import TASKS, Task, load_sequences
 from hydraopt_jax import formats
@@ -68,8 +69,7 @@ def trained(tmp_path_factory):
                 ]
             )
         compared = [*common, *where, "--adapters", str(root / "adapters"), "--results", str(root / "results")]
-        for rows in ("K = 1, closed", "SVD rank 4", "merged, linear"):
-            compare.main([*compared, "--only", rows])
+        compare.main([*compared, "--only", "*K = 1, closed*", "SVD rank 4*", "merged, linear"])
         yield root, place(load_base(base), UPPER)
 
 
@@ -121,7 +121,9 @@ def test_folders_read_by_the_package_give_the_same_deltas(trained):
 def whole_logits(lower, sequences):
     """Logits `[N, P, V]` of whole sequences, all layers run together."""
     tokens = pad(sequences, max(map(len, sequences)), lower.base.stop)
-    params = lower.outer | {"layers": joined(lower, lower.upper)}
+    params = lower.outer | {
+        "layers": {k: jnp.concatenate([v, lower.upper[k]]) for k, v in lower.layers.items()}
+    }
     return np.asarray(
         jax.jit(model.forward, static_argnames="config")(params, tokens, config=lower.base.config)
     )
@@ -141,12 +143,53 @@ def test_batches_of_cached_activations_give_the_logits_of_the_whole_model(traine
             start += len(answer)
 
 
+def test_moments_are_those_of_inputs_and_of_gradients_at_outputs(trained):
+    root, lower = trained
+    sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["dev"][:2]
+    batch = gather(sequences, hidden_of(lower, sequences, dtype=np.float32), [0, 1], 2)
+    mask = jnp.asarray(np.arange(batch.hidden.shape[1]) < [[3], [5]], jnp.float32)
+    given = {"config": lower.base.config}
+    key, seen = jax.random.key(0), {}
+    found = moments.moments_of_batch(lower.outer, lower.upper, batch, mask, key, **given)
+    sizes = {name: lower.upper[name].shape[2] for name in model.MODULES}
+    zeros = {name: jnp.zeros((*batch.hidden.shape[:2], size)) for name, size in sizes.items()}
+
+    def loss(added):
+        def change(name, x, layer):
+            jax.debug.callback(lambda value: seen.update({name: np.asarray(value)}), x)
+            return added[name]
+
+        return moments.drawn_loss(lower.outer, lower.upper, batch, key, change, lower.base.config)
+
+    gradients = jax.block_until_ready(jax.grad(loss)(zeros))
+    jax.effects_barrier()
+    for name in model.MODULES:
+        for side, moment in zip((seen[name], gradients[name]), found[name], strict=True):
+            expected = np.einsum("np,npi,npj->ij", mask, side, side)
+            np.testing.assert_allclose(moment[0], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_teaching_forward_pass_gives_the_logits_of_the_adapted_model(trained):
+    root, lower = trained
+    sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["train"][:2]
+    batch = gather(sequences, hidden_of(lower, sequences, dtype=np.float32), [0, 1], 2)
+    read = formats.read_adapter(root / "adapters" / "shared" / "turn")
+    found = distill.forward({name: (read.a[name], read.b[name]) for name in read.a}, batch, lower=lower)
+    upper = score.with_deltas(lower.upper, adapters.load_deltas(root / "adapters" / "shared" / "turn"))
+    (_, same, expected), *_ = answer_logits(
+        lower, upper, sequences, [batch.hidden[0], batch.hidden[1]], rows=2
+    )
+    np.testing.assert_allclose(
+        found[: same.weights.sum().astype(int)], expected[: same.weights.sum().astype(int)], atol=1e-4
+    )
+
+
 def test_decoding_with_a_cache_takes_the_best_token_every_time(trained):
     root, lower = trained
     sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["test"]
     labels = score.labels_of(TOY["turn"], root, lower)
     prompts = [s.prompt for s in sequences]
-    answers = decode(lower, joined(lower, lower.upper), [(prompt, []) for prompt in prompts], labels)
+    answers = decode(lower, lower.upper, [(prompt, []) for prompt in prompts], labels)
     whole = whole_logits(lower, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     for logits, prompt, answer in zip(whole, prompts, answers, strict=True):
         best = logits[len(prompt) - 1 : len(prompt) - 1 + len(answer)].argmax(-1)
@@ -167,7 +210,7 @@ def test_verified_drafts_give_the_answers_of_plain_decoding(trained, row):
     made = stores.plan(stores.read_collection(root / "adapters" / "shared", list(TOY)))[result["row"]]
     kept = made(root / "again" / row)
     for name, task in TOY.items():
-        layers = joined(lower, score.with_deltas(lower.upper, stores.deltas_of(kept.tasks[name])))
+        layers = score.with_deltas(lower.upper, stores.deltas_of(kept.tasks[name]))
         sequences = load_sequences(task, root, lower.base.tokenizer, lower.base.stop)["test"]
         labels = score.labels_of(task, root, lower)
         answers = decode(lower, layers, [(s.prompt, []) for s in sequences], labels)
