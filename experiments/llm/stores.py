@@ -159,7 +159,7 @@ def _refined(collection: list[Adapter], budget: float, teach: Callable[[], Teach
 
     def make() -> Any:
         # a divergence needs all modules in one segment
-        found = engine.compress(
+        found = engine.compress_to_target(
             in_memory(collection), Options(budget=budget), Memory(), segment_bytes=fp16_bytes(collection)
         )
         given = teach()

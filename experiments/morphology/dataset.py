@@ -184,7 +184,8 @@ def load_items(
 
 def training_rows(items: dict[str, Splits], vocabulary: Vocabulary, config: Data) -> Rows:
     """Training items as arrays; those with an unknown token are left out, so `<unk>` is never an answer."""
-    tokens, lengths, sizes = [], [], []
+    tokens: list[list[int]] = []
+    lengths, sizes = [], []
     for name, splits in items.items():
         before = len(tokens)
         for item in splits["train"]:

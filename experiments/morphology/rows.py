@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -75,12 +75,13 @@ def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
         options = Options(budget=budget, calibration=moments() if calibrated else None)
         return engine.compress_to_target(found, options, Memory(), cache=known[calibrated])
 
+    def refined_to(budget: float, seed: int) -> Store:
+        return refined(setting, settings, budgeted(budget, True), moments(), f"{budget:g}", seed)
+
     rows: dict[str, Maker] = {}
     for budget in settings.budgets:
         rows[f"budget {budget:g}, output gradients"] = functools.partial(budgeted, budget, True)
-        rows[f"budget {budget:g}, output gradients, refined"] = lambda b=budget: refined(
-            setting, settings, budgeted(b, True), moments(), f"{b:g}", 0
-        )
+        rows[f"budget {budget:g}, output gradients, refined"] = functools.partial(refined_to, budget, 0)
     for budget in BUDGETS:
         rows[f"budget {budget:g}"] = functools.partial(budgeted, budget, False)
     for heads in HEADS:
@@ -93,9 +94,7 @@ def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
     for seed in settings.seeds[1:]:
         for budget in settings.budgets:
             name = f"budget {budget:g}, output gradients, refined, seed {seed}"
-            rows[name] = lambda b=budget, s=seed: refined(
-                setting, settings, budgeted(b, True), moments(), f"{b:g}", s
-            )
+            rows[name] = functools.partial(refined_to, budget, seed)
     return rows
 
 
@@ -142,14 +141,17 @@ def merged(setting: Setting, settings: Refining) -> dict[str, Maker]:
     """The merging baselines, in float16."""
     stacked = functools.cache(lambda: adapters.stack(setting.collection))
 
-    def kept(method: str, **options: int) -> Store:
+    def kept(method: str, **options: Any) -> Store:
         return store_of(setting.collection, merging.merge_stacked(stacked(), method, **options))
+
+    def at_best_scale(method: str, seed: int) -> Store:
+        return scaled(setting, stacked(), method, seed)
 
     rows: dict[str, Maker] = {}
     for method in SINGLE:
         for seed in settings.seeds if method in RANDOM else (0,):
             name = f"merged, {method}" + (f", seed {seed}" if seed else "")
-            rows[name] = lambda m=method, s=seed: scaled(setting, stacked(), m, s)
+            rows[name] = functools.partial(at_best_scale, method, seed)
     for slots in SLOTS:
         rows[f"K-Merge, {slots} slots"] = functools.partial(kept, "k-merge", slots=slots)
     return rows
