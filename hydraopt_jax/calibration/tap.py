@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from hydraopt_jax.calibration import OUTPUT
+from hydraopt_jax.calibration.moments import OUTPUT
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.serving.layers import WRAPPABLE, contraction, dotted, labels, matrix, near, replace, roles
