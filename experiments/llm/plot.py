@@ -74,7 +74,13 @@ def draw(axes: Axes, points: list[Point], *, gain: bool) -> None:
 def plot(panels: dict[str, list[Point]], path: Path) -> None:
     """Writes two panels per regime: kept score above, kept gain in log-likelihood below."""
     figure, rows = pyplot.subplots(
-        2, len(panels), figsize=(5.4 * len(panels), 7.2), layout="constrained", sharey="row", squeeze=False
+        2,
+        len(panels),
+        figsize=(5.4 * len(panels), 7.2),
+        layout="constrained",
+        sharex=True,
+        sharey="row",
+        squeeze=False,
     )
     figure.set_facecolor("white")
     for column, (regime, points) in enumerate(panels.items()):
@@ -82,6 +88,7 @@ def plot(panels: dict[str, list[Point]], path: Path) -> None:
             draw(axes, points, gain=row == 1)
             axes.axhline(100, color="#bbbbbb", linewidth=0.8, zorder=0)
             axes.set_xscale("log")
+            axes.tick_params(labelbottom=True)
             axes.xaxis.set_major_locator(FixedLocator(TICKS))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}%"))
