@@ -150,7 +150,7 @@ def test_batches_are_the_store_some_tasks_at_a_time(kept, path):
 def test_a_store_that_is_replaced_while_it_is_read_says_so(kept, path, adapters):
     old = store.open(path)
     store.save(path, store.select(kept, [kept.tasks[2]]), overwrite=True)
-    with pytest.raises(HydraOptError, match="damaged store"):
+    with pytest.raises(HydraOptError, match="was replaced since it was opened"):
         old.load()
     assert store.open(path).tasks == (kept.tasks[2],)
 

@@ -50,7 +50,7 @@ def raising(error):
 @pytest.mark.parametrize(
     ("module", "name", "reads"),
     [
-        (plain, "unpack", READS[:2]),
+        (plain, "from_leaves", READS[:2]),
         (checks, "check_manifest", READS),
         (checks, "check_segment", READS),
         (tensorstore, "open", READS),
@@ -69,7 +69,7 @@ def test_what_is_no_damage_passes_as_it_is(path, monkeypatch, error, module, nam
     "error", [KeyError("bug"), TypeError("bug"), IndexError("bug"), OverflowError("bug")]
 )
 def test_what_may_be_a_bug_is_not_called_damage(path, monkeypatch, error):
-    monkeypatch.setattr(plain, "unpack", raising(error))
+    monkeypatch.setattr(plain, "from_leaves", raising(error))
     for read in READS[:2]:
         with pytest.raises(HydraOptError, match=r"report this as a fault of hydraopt_jax") as caught:
             read(path)

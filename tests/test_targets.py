@@ -242,7 +242,7 @@ def test_order_of_tasks_does_not_matter(alike):
         ({"budget": 500}, "below the smallest store"),
         ({"budget": 0.5, "weights": {"tusk": 1.0}}, "tusk"),
         ({"budget": 0.5, "weights": {"task 0": -1.0}}, "positive"),
-        ({"budget": 0.5, "calibration": {"layers.0.q": np.eye(192)}}, "layers.1.q"),
+        ({"budget": 0.5, "calibration": {"blocks.0.k": np.eye(192)}}, "blocks.0.k"),
         ({"budget": 0.5, "calibration": dict.fromkeys(MODULES, np.eye(4))}, r"\[4, 4\]"),
         ({"budget": 0.5, "calibration": dict.fromkeys(MODULES, np.zeros(192))}, "second moment"),
     ],

@@ -91,7 +91,7 @@ def watched(path: Path, store: Store, opened: Any) -> Store:
             raise
 
     def one(leaf: Deferred) -> Deferred:
-        return Deferred(leaf.shape, leaf.dtype, functools.partial(read, leaf), leaf.origin)
+        return Deferred(leaf.shape, leaf.dtype, functools.partial(read, leaf), leaf.origin, leaf.digest)
 
     segments = (x.replace(leaves={k: one(v) for k, v in x.leaves.items()}) for x in store.segments)
     return store.replace(segments=tuple(segments))
