@@ -33,8 +33,8 @@ except subprocess.TimeoutExpired as error:
     failed, output = "not done in time", error.stdout or b""
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 out = {
-    "seconds": round(time.perf_counter() - start, 2),
-    "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+    "seconds": round(time.perf_counter() - start, 3),
+    "cpu_seconds": round(used.ru_utime + used.ru_stime, 3),
     "peak_memory_bytes": 1024 * used.ru_maxrss,
     "failed": failed,
     "tail": output.decode(errors="replace")[-2000:],

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
+from experiments.peers.measure import watched
 from experiments.scale import generated
 from hydraopt_jax import calibration, formats, store
 from hydraopt_jax.store import files
@@ -39,6 +39,8 @@ OUT = HERE / "results.json"
 LLM = HERE.parent / "llm" / "adapters" / "shared"
 HYDRAOPT = [sys.executable, "-m", "hydraopt_jax.cli"]
 RUNS, LAYERS, TASKS, BUDGET = 3, 4, 4, "0.125"
+# seconds that a command has
+LIMIT = 3600
 
 
 class Cost(NamedTuple):
@@ -61,19 +63,15 @@ def least(run: Callable[[], Any], runs: int = RUNS) -> float:
 
 def command(*arguments: str, cache: Path | None = None, runs: int = 1) -> Cost:
     """The least that a command took of each; an error where it fails."""
-    env = dict(os.environ, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    env = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     if cache is not None:
         env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     found = []
     for _ in range(runs):
-        start = time.perf_counter()
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(arguments)}: exit status {process.returncode}")
-        wall = time.perf_counter() - start
-        found.append(Cost(wall, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss))
+        out = watched(list(arguments), LIMIT, env)
+        if out["failed"]:
+            raise RuntimeError(f"{' '.join(arguments)}: {out['failed']}: {out['tail']}")
+        found.append(Cost(out["seconds"], out["cpu_seconds"], out["peak_memory_bytes"]))
     return Cost(*map(min, zip(*found, strict=True)))
 
 
