@@ -133,8 +133,8 @@ def restore(data: bytes, bodies: list[bytes] | None = None) -> store.Store:
             }
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise HydraOptError("no index") from None
-    known = json.dumps(said)
-    meta = {"hydraopt": known, "hydraopt_sha256": hashlib.sha256(known.encode()).hexdigest()}
+    spoken = json.dumps(said)
+    meta = {"hydraopt": spoken, "hydraopt_sha256": hashlib.sha256(spoken.encode()).hexdigest()}
     text = json.dumps({"__metadata__": meta, **tensors}).encode()
     path = place() / "store.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(run for run, _ in sealed))
