@@ -139,7 +139,7 @@ def on_hub(address: Address) -> Source:
     if copy is not None and size in (None, copy.stat().st_size):
         # whoever finds it damaged needs to know where it is
         label = f"{address.label} (cached at {copy})"
-        return Source(label, copy.stat().st_size, commit, in_file(label, copy), copy)
+        return Source(label, copy.stat().st_size, commit, reader_of(f"{label}: {copy}", copy), copy)
     url = hub.hf_hub_url(*name, revision=commit)
     return opened(address.label, url, build_hf_headers(), commit, False)
 
@@ -155,8 +155,8 @@ def commit_of(copy: Path, file: str) -> str:
     return copy.parts[-2 - file.count("/")]
 
 
-def in_file(label: str, path: Path) -> Callable[[int, int], bytes]:
-    """A reader of a copy on disk."""
+def reader_of(label: str, path: Path) -> Callable[[int, int], bytes]:
+    """A reader of a file on disk; `label` names it in errors."""
 
     def read(start: int, stop: int) -> bytes:
         try:
@@ -164,7 +164,7 @@ def in_file(label: str, path: Path) -> Callable[[int, int], bytes]:
                 file.seek(start)
                 return file.read(stop - start)
         except OSError as error:
-            raise HydraOptError(f"{label}: {path}: cannot be read: {error.strerror or error}") from None
+            raise HydraOptError(f"{label}: cannot be read: {error.strerror or error}") from None
 
     return read
 

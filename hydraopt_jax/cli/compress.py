@@ -208,7 +208,11 @@ def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], give
         who.wait("alone")
         with report.progress("checking", len(sources), not as_json and who.rank == 0) as advance:
             found, bad = headers.look(
-                sources, job.home(path) / JOB, skip_bad=given["skip_bad"], processes=who, advance=advance
+                sources,
+                files.job_home(path) / JOB,
+                skip_bad=given["skip_bad"],
+                processes=who,
+                advance=advance,
             )
         named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
         check_same_base(named, any_base=given["any_base"], base_suffixes=tuple(given["base_suffix"]))

@@ -58,14 +58,9 @@ def alone(path: Path, rank: int = 0) -> Iterator[None]:
             raise
 
 
-def home(path: Path) -> Path:
-    """The folder in which a job that makes a store keeps what is done: the store's, or one beside a file."""
-    return path.with_name(path.name + ".job") if files.is_file(path) else path
-
-
 def clear(path: Path) -> None:
     """Remove what a job has begun; a store that was there before stays."""
-    at = home(path)
+    at = files.job_home(path)
     if (at / folder.MANIFEST).exists():
         folder.remove_unnamed(at, folder.read_manifest(at))
     elif at.is_dir():
@@ -77,7 +72,7 @@ def clear(path: Path) -> None:
 
 def clear_if_empty(path: Path) -> None:
     """`clear` where nothing is done that another try could go on with."""
-    job = home(path) / folder.JOB
+    job = files.job_home(path) / folder.JOB
     if job.is_dir() and not any(x.name.startswith(KEPT) for x in job.glob("*.json")):
         clear(path)
 
@@ -114,7 +109,7 @@ def run(
     """
     processes = processes or Processes()
     files.check_target(path, overwrite)
-    at = home(path)
+    at = files.job_home(path)
     place = Folder(at, fingerprint(found, asked), zstd, processes.size > 1)
     if processes.rank == 0:
         place.enter()

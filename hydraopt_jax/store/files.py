@@ -173,10 +173,15 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
     return open(at)
 
 
+def job_home(path: Path) -> Path:
+    """The folder in which a job that makes a store keeps what is done: the store's, or one beside a file."""
+    return path.with_name(path.name + ".job") if is_file(path) else path
+
+
 def write_file(path: Path, store: Store, limit: int | None = None) -> None:
     """Write a portable file; what a job that was to make one has left beside it goes, as in a folder."""
     portable.write_portable(path, store, limit)
-    left = path.with_name(path.name + ".job")
+    left = job_home(path)
     if folder.unfinished(left):
         folder.remove_job(left)
         shutil.rmtree(left, ignore_errors=True)

@@ -73,16 +73,7 @@ def manifest_of(
 
 def open_portable(path: Path) -> Store:
     """A store whose leaves are read from the file when they are asked for."""
-
-    def read(start: int, stop: int) -> bytes:
-        try:
-            with path.open("rb") as file:
-                file.seek(start)
-                return file.read(stop - start)
-        except OSError as error:
-            raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-    return opened_at(path, *read_header(path), read)
+    return opened_at(path, *read_header(path), remote.reader_of(str(path), path))
 
 
 def open_remote(address: str) -> Store:
