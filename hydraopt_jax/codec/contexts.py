@@ -1,7 +1,8 @@
 """Contexts: the statistical model that encoder and decoder share.
 
 The context of a vector says the rms of its codes, three contexts per octave; each side of a module has its
-own. Context 0 is the zero vector, which has no codes.
+own. Context 0 is the zero vector, which has no codes. Where the entries of a vector differ in size from block
+to block, as between attention heads, its blocks have contexts of their own, offsets from that of the vector.
 
 A code is a magnitude `k >= 0` and a sign. Its level is `m = k`, but `k - 1` for a negative code in a wide
 context, one with middle bits, so that none is spent on a negative zero. The level is split as
@@ -28,6 +29,12 @@ PER_OCTAVE = 3
 # contexts per side: context 0, then rms 2^-3 to 2^21.67 codes
 PER_SIDE = 76
 COUNT = 2 * PER_SIDE
+# entries of a block, and the largest offset of its context
+BLOCK, FARTHEST = 64, 9
+# bits that an offset costs, and each step of it; what the flag of a vector's offsets has to save
+OFFSET_BITS, OFFSET_STEP_BITS, LEAST_SAVED = 0.9, 0.8, 8.0
+# variance in squared steps that quantization adds to that of a block's codes, about
+ROUNDING = 0.7
 
 
 def rms(context: np.ndarray) -> np.ndarray:
@@ -52,6 +59,50 @@ def classify(spread: np.ndarray, side: int) -> np.ndarray:
     """
     context = np.rint(PER_OCTAVE * (np.log2(np.maximum(spread, 1e-9) / 2) + 3)).astype(np.int64) + 1
     return np.where(spread > 0, np.clip(context, 1, PER_SIDE - 1) + side * PER_SIDE, 0)
+
+
+def blocks(length: int) -> int:
+    """Blocks of a vector that may have contexts of their own; 0 for a vector of one block.
+
+    >>> blocks(64), blocks(65)
+    (0, 2)
+    """
+    return -(-length // BLOCK) if length > BLOCK else 0
+
+
+def offsets(values: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """Offsets of the contexts of each vector's blocks, `[S, blocks]` int64; all 0 where they save nothing.
+
+    Gaussian entries of variance v cost `log2(w) / 2 + v / (2 ln 2 w)` bits each where w is expected.
+
+    Args:
+      values: `[n, S]` in steps.
+      context: `[S]` of the vectors, 0 for one that is not coded.
+    """
+    count = blocks(len(values))
+    if not count:
+        return np.zeros((values.shape[1], 0), np.int64)
+    first = np.arange(count) * BLOCK
+    entries = np.diff(first, append=len(values))
+    energy = np.add.reduceat(values.astype(np.float64) ** 2, first, 0).T
+    tried = np.arange(-FARTHEST, FARTHEST + 1)
+    expected = (2 * rms(shifted(context[:, None], tried[None]))) ** 2 + ROUNDING
+    each = np.log2(expected)[:, None] * entries[:, None]
+    cost = (each + (energy + ROUNDING * entries)[..., None] / (np.log(2) * expected[:, None])) / 2
+    paid = cost + OFFSET_BITS + OFFSET_STEP_BITS * np.abs(tried)
+    best = paid.argmin(-1)
+    saved = (cost[..., FARTHEST] - paid.min(-1)).sum(-1)
+    return np.where(((saved > LEAST_SAVED) & (context > 0))[:, None], tried[best], 0)
+
+
+def shifted(context: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Contexts moved by offsets, among those of their side.
+
+    >>> shifted(np.array([10, 75, 77]), np.array([-2, 5, -3])).tolist()
+    [8, 75, 77]
+    """
+    first = context // PER_SIDE * PER_SIDE + 1
+    return np.clip(context + offset, first, first + PER_SIDE - 2)
 
 
 def level(magnitude: np.ndarray, negative: np.ndarray, context: np.ndarray) -> np.ndarray:

@@ -60,7 +60,10 @@ def decode_leaves(
         contexts |= dict(zip(members[name], sides[name].contexts, strict=True))
     codes = streams.decode(
         [sides[n].stream for n in order],
-        [syntax.code_contexts([rows[i] for i in members[n]], sides[n].contexts) for n in order],
+        [
+            syntax.code_contexts([rows[i] for i in members[n]], sides[n].contexts, sides[n].offsets)
+            for n in order
+        ],
         table,
     )
     values: list[np.ndarray | None] = [None] * len(rows)
@@ -85,7 +88,7 @@ def predicted(base: np.ndarray | None, context: np.ndarray, weights: np.ndarray)
 
 
 def split_gains(
-    flat: np.ndarray | None,
+    data: bytes,
     shapes: Mapping[str, tuple[TermShape, ...]],
     rows: Sequence[Piece],
     contexts: Sequence[np.ndarray],
@@ -94,10 +97,8 @@ def split_gains(
     """A task's gains, term by term.
 
     Raises:
-      Damaged: more or fewer than the task has directions.
+      Damaged: bytes that no encoder writes.
     """
-    counts = [int(x.sum()) for x in syntax.live_directions(shapes, rows, contexts, task).values()]
-    found = np.zeros(0, np.float32) if flat is None else flat
-    if len(found) != sum(counts):
-        raise Damaged(f"{len(found)} gains for {sum(counts)} directions")
-    return np.split(found, np.cumsum(counts)[:-1]) if counts else []
+    sums = [x[x > 0] for x in syntax.direction_contexts(shapes, rows, contexts, task).values()]
+    found = syntax.unpack_gains(data, syntax.join(sums, np.int64))
+    return np.split(found, np.cumsum([len(x) for x in sums])[:-1]) if sums else []

@@ -55,6 +55,7 @@ class Coded(NamedTuple):
       pieces: every factor in canonical order.
       contexts: of each vector of each piece, `[S]`.
       predictions: of each piece, or None.
+      offsets: of the contexts of each piece's blocks, `[S, blocks]`.
       values: what each piece decodes to, `[length, S]` float32 in steps.
       leaves: names of the leaves, the shared one first.
       symbols: codes of each leaf.
@@ -65,6 +66,7 @@ class Coded(NamedTuple):
     pieces: list[Piece]
     contexts: list[np.ndarray]
     predictions: list[Prediction | None]
+    offsets: list[np.ndarray]
     values: list[np.ndarray]
     leaves: tuple[str, ...]
     symbols: list[Symbols]
@@ -98,6 +100,7 @@ def quantize(
     leaves = (SHARED, *sorted({x.leaf for x in rows} - {SHARED}))
     context: list[Any] = [None] * len(rows)
     predictions: list[Prediction | None] = [None] * len(rows)
+    offsets: list[Any] = [None] * len(rows)
     values: list[Any] = [None] * len(rows)
     symbols: list[Symbols] = []
     for now in (leaves[:1], leaves[1:]):
@@ -120,9 +123,12 @@ def quantize(
                 context[i] = contexts.classify(
                     np.where(target.any(0), np.maximum(spread, 1e-6), 0.0), piece.side
                 )
+                offsets[i] = contexts.offsets(rests[i], context[i])
             flat.append(join([rests[i][:, context[i] > 0].T.ravel() for i in members], np.float32))
             flat_context.append(
-                syntax.code_contexts([rows[i] for i in members], [context[i] for i in members])
+                syntax.code_contexts(
+                    [rows[i] for i in members], [context[i] for i in members], [offsets[i] for i in members]
+                )
             )
         found = quantize_streams(flat, flat_context, frequencies, multiplier)
         symbols += found
@@ -131,7 +137,8 @@ def quantize(
             for i in (i for i, row in enumerate(rows) if row.leaf == leaf):
                 value, at = syntax.take_codes(codes, at, rows[i], context[i])
                 values[i] = np.where(context[i] > 0, value + guesses[i], 0).astype(np.float32)
-    return Coded(shapes, rows, context, predictions, values, leaves, symbols, streams.histogram(symbols))
+    counts = streams.histogram(symbols)
+    return Coded(shapes, rows, context, predictions, offsets, values, leaves, symbols, counts)
 
 
 def check(target: np.ndarray, module: str) -> None:
@@ -253,10 +260,13 @@ def module_bits(coded: Coded) -> np.ndarray:
     each = context_bits(coded.counts)
     position = {n: m for m, n in enumerate(coded.shapes)}
     out = np.zeros(len(position))
-    for row, context, found in zip(coded.pieces, coded.contexts, coded.predictions, strict=True):
-        out[position[row.module]] += row.length * each[context].sum() + 4 * np.count_nonzero(context)
+    for row, context, offset, found in zip(
+        coded.pieces, coded.contexts, coded.offsets, coded.predictions, strict=True
+    ):
+        out[position[row.module]] += each[syntax.code_contexts([row], [context], [offset])].sum()
+        out[position[row.module]] += 4 * np.count_nonzero(context) + 2 * np.count_nonzero(offset)
         if found is not None:
-            energy = (found.coefficients[:, found.used].astype(np.float64) ** 2).sum(0)
+            energy = 4**prediction.UNIT * (found.coefficients[:, found.used].astype(np.float64) ** 2).sum(0)
             bits = prediction.coefficient_bits(energy, np.array(len(found.coefficients)))
             out[position[row.module]] += bits.sum()
     return out
@@ -272,9 +282,16 @@ def sides(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> dict[str, 
             [coded.pieces[i] for i in members],
             [coded.contexts[i] for i in members],
             [coded.predictions[i] for i in members],
-            b"" if task is None or task not in gains else syntax.pack_gains(gains[task]),
+            [coded.offsets[i] for i in members],
+            b"" if task is None or task not in gains else packed_gains(coded, task, gains[task]),
         )
     return out
+
+
+def packed_gains(coded: Coded, task: int, gains: Sequence[np.ndarray]) -> bytes:
+    """The bytes of a task's gains."""
+    sums = syntax.direction_contexts(coded.shapes, coded.pieces, coded.contexts, task).values()
+    return syntax.pack_gains(join(gains, np.float32), join([x[x > 0] for x in sums], np.int64))
 
 
 def serialize(
@@ -319,9 +336,7 @@ def checked(
     found = decode_leaves(leaves, coded.shapes, sorted(gains), frequencies)
     same = all(np.array_equal(x, y) for x, y in zip(found.values, coded.values, strict=True) if x is not None)
     for task, mine in gains.items():
-        same &= np.array_equal(
-            join(found.gains[task], np.float32), join(syntax.round_gains(mine), np.float32)
-        )
+        same &= np.array_equal(join(found.gains[task], np.float32), join(mine, np.float32))
     if not same or any(x is None for x in found.values):
         raise RuntimeError("coded factors decode to others: please report this collection as a bug")
     return found

@@ -5,7 +5,8 @@ A vector is predicted as
     sum_s c[s] * 2^-e[s] * v[s]        rounded to multiples of 1/16 step
 
 where the `v[s]` are the decoded vectors of the base, the coefficients `c[s]` whole numbers, and `2^e[s]` is
-about the length of `v[s]`, so that a coefficient counts in about whole steps. All products and sums are
+about half the length of `v[s]`, so that a coefficient counts in about two steps: what its rounding leaves,
+`2^2 / 12` squared steps, costs less in the codes than finer coefficients would. All products and sums are
 multiples of one power of two and fit the 53 bits of a float64: their order does not matter.
 
 These are the coordinates of joint diagonalization and of Share, with what they miss coded on top.
@@ -23,6 +24,8 @@ from hydraopt_jax.codec.bitstream import Damaged, Reader, pack_planes, unpack_pl
 # side information of a vector beside its coefficients, in bits
 VECTOR_BITS = 8
 RIDGE = 1e-3
+# steps that a coefficient counts in, as a power of two, and what its rounding costs in the codes, in bits
+UNIT, ROUNDING_BITS = 1, 1.0
 # decoded vectors are multiples of this many steps
 GRID = 1 / 16
 # bits that sums of products may take
@@ -42,18 +45,18 @@ class Prediction(NamedTuple):
 
 
 def exponents(base: np.ndarray) -> np.ndarray:
-    """`e: [D]` of the vectors `[n, D]`: `2^e` is their length up to a factor of about 1.5.
+    """`e: [D]` of the vectors `[n, D]`: `2^e` is half their length up to a factor of about 1.5.
 
     Taken from the sum of absolute values, an integer, so that every machine finds the same.
     """
     size = np.abs(np.rint(base.astype(np.float64) / GRID)).astype(np.int64).sum(0)
     # the mean square of a Gaussian is pi / 2 times the square of its mean magnitude
     square = [(int(x) ** 2 * 3 // (2 * len(base))).bit_length() for x in size]
-    return np.array(square, np.int64) // 2 + int(np.log2(GRID))
+    return np.array(square, np.int64) // 2 + int(np.log2(GRID)) - UNIT
 
 
 def scaled(base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors at about length 1, float64, and their exponents."""
+    """The vectors at about length 2, float64, and their exponents."""
     e = exponents(base)
     return np.ldexp(base.astype(np.float64), -e), e
 
@@ -78,13 +81,14 @@ def weigh(base: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
 
 
 def coefficient_bits(energy: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Bits of `count` coefficients of a given energy in squared steps, in whole steps, and of their vector.
+    """Bits of `count` coefficients that explain some energy in squared steps, and of their vector.
 
     >>> print(coefficient_bits(np.array(0.0), np.array(0)))
     8.0
     """
-    variance = energy / np.maximum(count, 1)
-    return 0.5 * count * np.log2(2 * np.pi * np.e * (variance + 1 / 12)) + VECTOR_BITS
+    variance = energy / np.maximum(count, 1) / 4**UNIT
+    each = 0.5 * np.log2(2 * np.pi * np.e * (variance + 1 / 12)) + ROUNDING_BITS
+    return count * each + VECTOR_BITS
 
 
 def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np.ndarray, float]:
@@ -108,7 +112,7 @@ def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np
         return nothing
     guess = weigh(base, rounded)
     before, after = (target**2).mean(0), ((target - guess) ** 2).mean(0)
-    spent = coefficient_bits((rounded.astype(np.float64) ** 2).sum(0), np.array(len(gram)))
+    spent = coefficient_bits(4**UNIT * (rounded.astype(np.float64) ** 2).sum(0), np.array(len(gram)))
     saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent
     used = (saved > 0) & target.any(0)
     if not used.any():

@@ -9,7 +9,7 @@ Lanes are decoded side by side, one symbol of each per step, each from a word po
 lanes of any number of streams share one loop. The table of a symbol is that of its context and quantizer; the
 quantizer follows from the parities p before it (`trellis`), and begins anew every `PERIOD` steps:
 
-    q[i + 1] = q[i - 1] xor q[i - 2] xor p[i]
+    q[i] = q[i - 3] xor q[i - 5] xor p[i - 2]
 
 Reference: J. Duda, Asymmetric numeral systems, arXiv 1311.2540; F. Giesen, Interleaved entropy coders,
 arXiv 1402.3392.
@@ -60,16 +60,16 @@ def decode(
     row = np.maximum(lookup.row, 0).astype(np.uint32)
     slot, entry, part = (np.empty(len(x), np.uint32) for _ in range(3))
     short = np.empty(len(x), bool)
-    previous = [np.zeros(len(x), np.uint32) for _ in range(3)]
+    # what is known of the quantizers of this step and of the four after it, as a table's offset
+    ahead = [np.zeros(len(x), np.uint32) for _ in range(5)]
     for step, lanes, rows in active(lengths, context, row):
         if step % PERIOD == 0:
-            for q in previous:
+            for q in ahead:
                 q[:] = 0
-        # the quantizers of this step and of the two before it, as a table's offset
-        q0, q1, q2 = (q[:lanes] for q in previous)
+        now, second, third = ahead[0][:lanes], ahead[2][:lanes], ahead[3][:lanes]
         s, e, p, y = slot[:lanes], entry[:lanes], part[:lanes], x[:lanes]
         np.bitwise_and(y, SLOTS - 1, out=s)
-        np.bitwise_or(s, q0, out=s)
+        np.bitwise_or(s, now, out=s)
         np.add(s, rows, out=s)
         np.take(lookup.entry, s, out=e, mode="clip")
         np.take(lookup.value, s, out=out[step, :lanes], mode="clip")
@@ -79,9 +79,9 @@ def decode(
         np.bitwise_and(e, SLOTS - 1, out=p)
         np.add(y, p, out=y)
         np.bitwise_and(e, SLOTS, out=p)
-        np.bitwise_xor(q1, q2, out=q2)
-        np.bitwise_xor(q2, p, out=q2)
-        previous = [previous[2], previous[0], previous[1]]
+        np.bitwise_xor(second, p, out=second)
+        np.bitwise_xor(third, now, out=third)
+        ahead.append(ahead.pop(0))
         np.less(y, LOW, out=short[:lanes])
         (refill,) = short[:lanes].nonzero()
         where = at[refill]

@@ -4,8 +4,10 @@ A leaf holds the factors, here called pieces, that one set of tasks reads (`layo
 
     tables                     in the shared leaf only (`tables.pack`)
     side information           deflated: the context of each vector of each piece, a byte each; then for each
-                               piece that may be predicted a bit for each vector, whether it is
+                               piece that may be predicted a bit for each vector, whether it is; then for each
+                               piece of more than one block likewise whether its blocks have contexts
     coefficients               of the predicted vectors (`prediction.pack`), where there are any
+    offsets                    of the contexts of such blocks, zigzag in byte planes, where there are any
     gains                      their bytes as a number, then `pack_gains`; in a task's own leaf only
     stream                     codes of all vectors of a context other than 0, vector after vector (`streams`)
 """
@@ -16,8 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax.codec import prediction
-from hydraopt_jax.codec.bitstream import Damaged, Reader, deflate, inflate, number
-from hydraopt_jax.codec.contexts import COUNT
+from hydraopt_jax.codec.bitstream import (
+    Damaged,
+    Reader,
+    deflate,
+    inflate,
+    number,
+    pack_planes,
+    unpack_planes,
+    unzigzag,
+    zigzag,
+)
+from hydraopt_jax.codec.contexts import BLOCK, COUNT, FARTHEST, PER_OCTAVE, PER_SIDE, blocks, shifted
 from hydraopt_jax.codec.layout import Piece, TermShape
 from hydraopt_jax.codec.prediction import Prediction
 
@@ -34,9 +46,19 @@ def join(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
 
 
-def code_contexts(rows: Sequence[Piece], contexts: Sequence[np.ndarray]) -> np.ndarray:
-    """The context of every code of a leaf, `[N]` uint8."""
-    return join([np.repeat(x[x > 0], row.length) for row, x in zip(rows, contexts, strict=True)], np.uint8)
+def code_contexts(
+    rows: Sequence[Piece], contexts: Sequence[np.ndarray], offsets: Sequence[np.ndarray]
+) -> np.ndarray:
+    """The context of every code of a leaf, `[N]` uint8: `contexts` `[S]`, `offsets` `[S, blocks]`."""
+    parts = []
+    for row, context, offset in zip(rows, contexts, offsets, strict=True):
+        live = context > 0
+        if offset.any():
+            each = shifted(context[live, None], offset[live]).astype(np.uint8)
+            parts.append(np.repeat(each, BLOCK, 1)[:, : row.length].ravel())
+        else:
+            parts.append(np.repeat(context[live].astype(np.uint8), row.length))
+    return join(parts, np.uint8)
 
 
 def take_codes(codes: np.ndarray, at: int, piece: Piece, context: np.ndarray) -> tuple[np.ndarray, int]:
@@ -48,6 +70,24 @@ def take_codes(codes: np.ndarray, at: int, piece: Piece, context: np.ndarray) ->
     return out, end
 
 
+def direction_contexts(
+    shapes: Mapping[str, tuple[TermShape, ...]],
+    rows: Sequence[Piece],
+    contexts: Sequence[np.ndarray],
+    task: int,
+) -> dict[tuple[str, int], np.ndarray]:
+    """For each (module, term) of a task the sum of the contexts of each direction's two vectors, each counted
+    from the first of its side; 0 for a direction without either, and so without a gain: `[S]`."""
+    of = {(x.module, x.term, x.side, x.factor): i for i, x in enumerate(rows)}
+    out = {}
+    for name, terms in shapes.items():
+        for k, term in enumerate(terms):
+            if term.a_of[task] >= 0:
+                a, b = contexts[of[name, k, 0, term.a_of[task]]], contexts[of[name, k, 1, term.b_of[task]]]
+                out[name, k] = np.where((a > 0) & (b > 0), a % PER_SIDE + b % PER_SIDE, 0).astype(np.int64)
+    return out
+
+
 def live_directions(
     shapes: Mapping[str, tuple[TermShape, ...]],
     rows: Sequence[Piece],
@@ -55,43 +95,68 @@ def live_directions(
     task: int,
 ) -> dict[tuple[str, int], np.ndarray]:
     """For each (module, term) the directions that a task has on both sides, and so a gain for: `[S]` bool."""
-    of = {(x.module, x.term, x.side, x.factor): i for i, x in enumerate(rows)}
-    out = {}
-    for name, terms in shapes.items():
-        for k, term in enumerate(terms):
-            if term.a_of[task] >= 0:
-                a, b = contexts[of[name, k, 0, term.a_of[task]]], contexts[of[name, k, 1, term.b_of[task]]]
-                out[name, k] = (a > 0) & (b > 0)
-    return out
+    return {k: x > 0 for k, x in direction_contexts(shapes, rows, contexts, task).items()}
 
 
-def pack_gains(gains: Sequence[np.ndarray]) -> bytes:
-    """Gains of one task in half precision times one unit: the largest gain over 2^14."""
-    flat = join(gains, np.float64)
-    unit = np.float32(max(np.abs(flat).max(initial=0.0), 1e-30) / 2**14)
-    return unit.tobytes() + (flat / unit).astype("<f2").tobytes()
+def round_gains(gains: Sequence[np.ndarray], bits: int) -> list[np.ndarray]:
+    """The gains in float32 with so many bits behind the leading one.
 
-
-def round_gains(gains: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The gains as they will be read."""
-    flat = unpack_gains(pack_gains(gains))
+    >>> print(round_gains([np.array([1.3, -200.0])], 2))
+    [array([   1.25, -192.  ], dtype=float32)]
+    """
+    raw = join(gains, np.float32).view(np.int32).astype(np.int64)
+    cut = 23 - bits
+    rounded = (raw + (1 << cut >> 1)) >> cut << cut
+    flat = rounded.astype(np.int32).view(np.float32)
     return np.split(flat, np.cumsum([len(x) for x in gains])[:-1]) if gains else []
 
 
-def unpack_gains(data: bytes) -> np.ndarray:
+def expected_difference(contexts: np.ndarray, bits: int) -> np.ndarray:
+    """What a gain's number is expected to differ by from the one before it, `[n]`, the first from 0.
+
+    Both vectors of a direction grow with its singular value and the gain falls with it, so that the
+    logarithm of a gain is about minus the mean of those of the two vectors' rms, which their contexts say.
+    """
+    return np.diff(contexts, prepend=0) * -(1 << bits) // (2 * PER_OCTAVE)
+
+
+def pack_gains(gains: np.ndarray, contexts: np.ndarray) -> bytes:
+    """Gains of one task.
+
+    A gain is a float32 whose sign, exponent and leading bits are a number, about linear in its logarithm.
+
+    Args:
+      gains: `[n]` float32; what is not zero in them decides how many bits are kept.
+      contexts: `[n]` sum of the contexts of each gain's two vectors, each counted from the first of its side.
+    """
+    if not len(gains):
+        return b""
+    raw = np.asarray(gains, np.float32).view(np.int32).astype(np.int64)
+    lowest = int(np.bitwise_or.reduce(raw)) & ((1 << 23) - 1) | 1 << 23
+    bits = 23 - min((lowest & -lowest).bit_length() - 1, 23)
+    rest = np.diff(raw >> (23 - bits), prepend=0) - expected_difference(contexts, bits)
+    return bytes([bits]) + pack_planes(zigzag(rest))
+
+
+def unpack_gains(data: bytes, contexts: np.ndarray) -> np.ndarray:
     """The inverse of `pack_gains`, float32.
 
     Raises:
-      Damaged: gains that are not finite, or half a gain.
+      Damaged: bytes that `pack_gains` does not write.
     """
     reader = Reader(data)
-    unit = reader.array("<f4", 1)
-    if len(data) % 2:
-        raise Damaged("half a gain")
-    with np.errstate(over="ignore", invalid="ignore"):
-        out = reader.array("<f2", (len(data) - 4) // 2).astype(np.float32) * unit
-    if not np.isfinite(out).all():
-        raise Damaged("gains that are not finite")
+    if not len(contexts):
+        if data:
+            raise Damaged("gains of a task without directions")
+        return np.zeros(0, np.float32)
+    (bits,) = reader.take(1)
+    if bits > 23:
+        raise Damaged(f"gains of {bits} bits")
+    rest = unzigzag(unpack_planes(reader, len(contexts)))
+    raw = np.cumsum(rest + expected_difference(contexts, bits)) << (23 - bits)
+    out = raw.astype(np.int32).view(np.float32)
+    if (raw != raw.astype(np.int32)).any() or not np.isfinite(out).all() or reader.rest():
+        raise Damaged("gains that are not finite, or more than there are directions")
     return out
 
 
@@ -99,6 +164,7 @@ def pack_side(
     rows: Sequence[Piece],
     contexts: Sequence[np.ndarray],
     predictions: Sequence[Prediction | None],
+    offsets: Sequence[np.ndarray],
     gains: bytes,
 ) -> bytes:
     """A leaf's bytes between its tables and its stream."""
@@ -106,9 +172,15 @@ def pack_side(
     conditional = [(row, x) for row, x in zip(rows, predictions, strict=True) if row.base >= 0]
     for row, x in conditional:
         body += np.packbits(np.zeros(row.rank, bool) if x is None else x.used).tobytes()
+    shifts = np.zeros(0, np.int32)
+    for row, offset in zip(rows, offsets, strict=True):
+        if blocks(row.length):
+            body += np.packbits(offset.any(1)).tobytes()
+            shifts = np.append(shifts, offset[offset.any(1)].ravel().astype(np.int32))
     packed = deflate(body)
     coefficients = prediction.pack([x for _, x in conditional])
-    return number(len(packed)) + packed + coefficients + number(len(gains)) + gains
+    moved = pack_planes(zigzag(shifts)) if len(shifts) else b""
+    return number(len(packed)) + packed + coefficients + moved + number(len(gains)) + gains
 
 
 class Side(NamedTuple):
@@ -118,14 +190,16 @@ class Side(NamedTuple):
       contexts: of each piece `[S]` int64.
       used: of each piece that may be predicted the predicted vectors `[S]` bool; None for others.
       weights: of each such piece its coefficients `[D, vectors]`; None for others.
-      gains: of its task, or None.
+      offsets: of each piece those of its blocks' contexts, `[S, blocks]`.
+      gains: bytes of its task's, see `unpack_gains`.
       stream: the bytes that follow.
     """
 
     contexts: list[np.ndarray]
     used: list[np.ndarray | None]
     weights: list[np.ndarray | None]
-    gains: np.ndarray | None
+    offsets: list[np.ndarray]
+    gains: bytes
     stream: bytes
 
 
@@ -144,7 +218,8 @@ def unpack_side(
       Damaged: bytes that `pack_side` does not write.
     """
     flags = [-(-x.rank // 8) if x.base >= 0 else 0 for x in rows]
-    size = sum(x.rank for x in rows) + sum(flags)
+    marks = [-(-x.rank // 8) if blocks(x.length) else 0 for x in rows]
+    size = sum(x.rank for x in rows) + sum(flags) + sum(marks)
     body = Reader(inflate(reader.take(reader.number()), size))
     contexts = [body.array("u1", x.rank).astype(np.int64) for x in rows]
     if any(x.max(initial=0) >= COUNT for x in contexts):
@@ -153,6 +228,10 @@ def unpack_side(
     used = [
         np.unpackbits(body.array("u1", count))[: row.rank].astype(bool) if count else None
         for row, count in zip(rows, flags, strict=True)
+    ]
+    moved = [
+        np.unpackbits(body.array("u1", count))[: row.rank].astype(bool)
+        for row, count in zip(rows, marks, strict=True)
     ]
     sizes = []
     for row, mask in zip(rows, used, strict=True):
@@ -166,6 +245,26 @@ def unpack_side(
         None if mask is None else part.reshape(s, d).T
         for mask, part, (d, s) in zip(used, parts, sizes, strict=True)
     ]
-    length = reader.number()
-    gains = unpack_gains(reader.take(length)) if length else None
-    return Side(contexts, used, weights, gains, reader.rest())
+    offsets = unpack_offsets(reader, rows, moved)
+    gains = reader.take(reader.number())
+    return Side(contexts, used, weights, offsets, gains, reader.rest())
+
+
+def unpack_offsets(reader: Reader, rows: Sequence[Piece], moved: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Offsets `[S, blocks]` of the contexts of each piece's blocks; `moved` says which vectors have any.
+
+    Raises:
+      Damaged: an offset that is too large.
+    """
+    counts = [int(x.sum()) * blocks(row.length) for row, x in zip(rows, moved, strict=True)]
+    flat = unzigzag(unpack_planes(reader, sum(counts))) if any(counts) else np.zeros(0, np.int64)
+    if np.abs(flat).max(initial=0) > FARTHEST:
+        raise Damaged("an offset of a context that is too large")
+    out, at = [], 0
+    for row, mask, count in zip(rows, moved, counts, strict=True):
+        found = np.zeros((row.rank, blocks(row.length)), np.int64)
+        if count:
+            found[mask] = flat[at : at + count].reshape(-1, blocks(row.length))
+        out.append(found)
+        at += count
+    return out

@@ -21,6 +21,9 @@ SAMPLE_CODES = 1 << 21
 LEAST_MODULES = 2
 # weight of the prior in fitted tables
 PRIOR_COUNTS = 8
+# share of a task's error that the rounding of its gains adds, about
+ROUNDED = 3e-4
+LEAST_GAIN_BITS, MOST_GAIN_BITS = 3, 20
 
 
 class Trial(NamedTuple):
@@ -199,7 +202,7 @@ def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.
             start = sum(y.rank for y in coded.shapes[name][:k])
             mine = solved[name][0][t, start : start + coded.shapes[name][k].rank]
             rows.append(mine[live[t][name, k]] * x.scales[m, t])
-        gains[t] = syntax.round_gains(rows)
+        gains[t] = syntax.round_gains(rows, gain_bits([x for n, x in solved.items() if (n, 0) in live[t]], t))
     errors = np.full((len(problem.order), tasks), np.nan)
     readers = {t: iter(gains[t]) for t in range(tasks)}
     for row, name in enumerate(problem.order):
@@ -223,6 +226,24 @@ def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.
                 left = float((np.asarray(x.deltas.s[m, t], np.float64) ** 2).sum())
             errors[row, t] = max(left, 0.0) / problem.weights[row, t]
     return gains, errors
+
+
+def gain_bits(solved: Sequence[tuple[np.ndarray, ...]], task: int) -> int:
+    """Bits of a task's gains behind the leading one, so few that their rounding adds `ROUNDED` to its error.
+
+    Args:
+      solved: of each module gains, quadratic form and energies of `solve_gains`.
+      task: its position.
+    """
+    error = energy = 0.0
+    for gains, gram, cross, energies, *_ in solved:
+        g = gains[task]
+        error += max(float(energies[task] - 2 * g @ cross[task] + g @ gram[task] @ g), 0.0)
+        energy += float(g**2 @ np.diagonal(gram[task]))
+    if not min(error, energy) > 0:
+        return MOST_GAIN_BITS if energy > 0 else LEAST_GAIN_BITS
+    wanted = np.ceil(np.log2(energy / (12 * ROUNDED * error)) / 2)
+    return int(np.clip(wanted, LEAST_GAIN_BITS, MOST_GAIN_BITS))
 
 
 def task_errors(errors: np.ndarray) -> np.ndarray:

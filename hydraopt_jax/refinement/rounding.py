@@ -26,6 +26,8 @@ Modules = Mapping[str, tuple[Factors, ...]]
 TABLE_ROUNDS = 3
 # bytes kept free for the account of a refinement in the index
 SPARE = 96
+# bits of a gain behind the leading one
+GAIN_BITS = 10
 # share of the bytes kept free while factors move: the estimate of a size is good to less
 MARGIN = 0.002
 # least and largest price of a bit while factors move, of the usual one
@@ -98,7 +100,8 @@ def gains_of(coded: Coded, modules: Modules, tasks: int) -> dict[int, list[np.nd
     gains = {}
     for t in range(tasks):
         live = syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t)
-        gains[t] = syntax.round_gains([np.asarray(modules[n][k].core)[t][x] for (n, k), x in live.items()])
+        own = [np.asarray(modules[n][k].core)[t][x] for (n, k), x in live.items()]
+        gains[t] = syntax.round_gains(own, GAIN_BITS)
     return gains
 
 

@@ -1,7 +1,8 @@
 """Write the test vectors of docs/format.md: `python tests/codec/make_vectors.py`.
 
 Each vector is a JSON file: the structure of the terms, the leaves in base 64, and what they decode to. They
-cover narrow and wide contexts, escapes, prediction, head leaves, several lanes and an absent task.
+cover narrow and wide contexts, those of blocks, escapes, prediction, head leaves, several lanes and an absent
+task.
 """
 
 import base64
@@ -50,6 +51,13 @@ def heads(rng):
     return {"q": (target(TermShape((0, 0, 0, 0), (0, 1, 1, 0), 500, 6, 700, 0), a, b),)}
 
 
+def blocks(rng):
+    """One task whose output side has heads of different sizes, and so contexts of its own for each block."""
+    sizes = np.repeat([1.0, 30.0, 4.0, 0.2], 64)[:210, None]
+    a, b = rng.normal(size=(1, 64, 3)) * 9, rng.normal(size=(1, 210, 3)) * 3 * sizes
+    return {"q": (target(TermShape((0,), (0,), 64, 3, 210, 0), a, b),)}
+
+
 def target(shape, a, b):
     """A term to be coded."""
     return encode.Target(shape, np.asarray(a, np.float32), np.asarray(b, np.float32))
@@ -61,10 +69,13 @@ def describe(name, make):
     coded = encode.quantize(make(rng), contexts.gaussian())
     tasks = range(max(len(x.a_of) for terms in coded.shapes.values() for x in terms))
     gains = {
-        t: [
-            rng.normal(size=int(x.sum()))
-            for x in syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t).values()
-        ]
+        t: syntax.round_gains(
+            [
+                rng.normal(size=int(x.sum()))
+                for x in syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t).values()
+            ],
+            6 + t,
+        )
         for t in tasks
     }
     leaves = encode.serialize(coded, gains)
@@ -90,7 +101,7 @@ def main():
     """Write them all; lanes are short, so that there are several."""
     FOLDER.mkdir(exist_ok=True)
     streams.LANE_BYTES, streams.LANE_CODES = 300, 500
-    for make in (plain, predicted, escapes, heads):
+    for make in (plain, predicted, escapes, heads, blocks):
         text = json.dumps(describe(make.__name__, make), separators=(",", ":"))
         (FOLDER / f"{make.__name__}.json").write_text(text + "\n")
 

@@ -188,11 +188,13 @@ def test_viterbi_is_optimal_against_all_paths():
 
 def test_the_trellis_is_a_shift_register():
     rng = np.random.default_rng(3)
-    state, q, parities = 0, [0, 0, 0], rng.integers(2, size=50)
-    for p in parities:
-        assert q[-1] == state % 2
-        q.append(q[-2] ^ q[-3] ^ p)
-        state = trellis.NEXT[state, p]
+    state, q, parities = 0, [], [0, 0, *rng.integers(2, size=50)]
+    for i in range(50):
+        # parities begin two places before the quantizers
+        known = (q[i - 3] if i >= 3 else 0) ^ (q[i - 5] if i >= 5 else 0) ^ (parities[i] if i >= 2 else 0)
+        assert state % 2 == known
+        q.append(known)
+        state = trellis.NEXT[state, parities[i + 2]]
 
 
 def test_tables_sum_and_keep_what_occurs():

@@ -111,16 +111,17 @@ def codes_of(data, contexts, tables):
     found, n = [], -(-len(contexts) // lanes)
     for lane in range(lanes):
         words = list(struct.unpack(f"<{words_of[lane]}H", data.take(2 * words_of[lane])))
-        x, q0, q1, q2 = states[lane], 0, 0, 0
+        x = states[lane]
         for i, context in enumerate(contexts[lane * n : (lane + 1) * n]):
             if i % 4096 == 0:
-                q0 = q1 = q2 = 0
+                q0 = q1 = q2 = q3 = q4 = 0
             symbol, sign, first, slots = lookup[context, q0][x % 4096]
             x = slots * (x // 4096) + x % 4096 - first
             if x < 65536:
                 x = 65536 * x + words.pop(0)
             found.append((symbol, sign, q0))
-            q0, q1, q2 = q1 ^ q2 ^ (symbol + (sign if raw_of(context) else 0)) % 2, q0, q1
+            parity = (symbol + (sign if raw_of(context) else 0)) % 2
+            q0, q1, q2, q3, q4 = q1, q2 ^ parity, q3 ^ q0, q4, q0
         assert (x, words) == (65536, [])
     total = sum(raw_of(c) for c in contexts)
     bits = "".join(f"{x:08b}" for x in data.take(-(-total // 8)))
@@ -140,10 +141,32 @@ def codes_of(data, contexts, tables):
     return out
 
 
+def signed(code):
+    return -(code + 1) // 2 if code % 2 else code // 2
+
+
+def context_of(context, offset):
+    first = context // 76 * 76 + 1
+    return min(max(context + offset, first), first + 74)
+
+
+def gains_of(data, sums):
+    """A task's gains, given the sums of the contexts of each direction's vectors."""
+    if not sums:
+        return []
+    bits = data.take(1)[0]
+    out, number, before = [], 0, 0
+    for code, total in zip(data.planes(len(sums)), sums, strict=True):
+        number += signed(code) + -(2**bits) * (total - before) // 6
+        before = total
+        out.append(struct.unpack("<f", struct.pack("<i", number << (23 - bits)))[0])
+    return out
+
+
 def test_a_decoder_written_from_the_page(vector):
     leaves = {k: Bytes(base64.b64decode(v)) for k, v in vector["leaves"].items()}
     tables = tables_of(leaves["shared"])
-    contexts, values, flags = {}, {}, {}
+    contexts, values, flags, length, gains = {}, {}, {}, {}, {}
     for name in sorted(leaves, key=lambda x: (x != "shared", x)):
         mine = [i for i, x in enumerate(vector["pieces"]) if x["leaf"] == name]
         term = {
@@ -156,18 +179,29 @@ def test_a_decoder_written_from_the_page(vector):
             if term[i]["predicted"] == "projected" and vector["pieces"][i]["factor"]:
                 bits = "".join(f"{x:08b}" for x in side.take(-(-term[i]["rank"] // 8)))
                 flags[i] = [x == "1" for x in bits[: term[i]["rank"]]]
+        length |= {i: term[i]["outputs" if vector["pieces"][i]["side"] else "inputs"] for i in mine}
+        moved = []
+        for i in (i for i in mine if length[i] > 64):
+            bits = "".join(f"{x:08b}" for x in side.take(-(-term[i]["rank"] // 8)))
+            moved += [(i, s) for s in range(term[i]["rank"]) if bits[s] == "1"]
         assert not side.data
         base = {i: i - vector["pieces"][i]["factor"] for i in mine if i in flags}
         counts = {i: sum(flags[i]) * sum(c > 0 for c in contexts[base[i]]) for i in base}
         flat = leaves[name].planes(sum(counts.values())) if sum(counts.values()) else []
-        flat = [-(x + 1) // 2 if x % 2 else x // 2 for x in flat]
-        gains = leaves[name].take(leaves[name].number())
-        want = [x for row in vector["gains"].get(name.removeprefix("task_"), []) for x in row]
-        unit = struct.unpack("<f", gains[:4])[0] if gains else 0
-        mine_gains = np.frombuffer(gains[4:], "<f2").astype(np.float32) * np.float32(unit)
-        np.testing.assert_array_equal(mine_gains, np.array(want, np.float32))
-        length = {i: term[i]["outputs" if vector["pieces"][i]["side"] else "inputs"] for i in mine}
-        every = [c for i in mine for c in contexts[i] if c for _ in range(length[i])]
+        flat = [signed(x) for x in flat]
+        blocks = {i: -(-length[i] // 64) for i in mine}
+        shifts = leaves[name].planes(sum(blocks[i] for i, _ in moved)) if moved else []
+        offsets = {}
+        for i, s in moved:
+            offsets[i, s], shifts = [signed(x) for x in shifts[: blocks[i]]], shifts[blocks[i] :]
+        gains[name] = Bytes(leaves[name].take(leaves[name].number()))
+        every = [
+            context_of(c, offsets[i, s][n // 64]) if (i, s) in offsets else c
+            for i in mine
+            for s, c in enumerate(contexts[i])
+            if c
+            for n in range(length[i])
+        ]
         codes = codes_of(leaves[name], every, tables)
         assert not leaves[name].data
         for i in mine:
@@ -181,7 +215,7 @@ def test_a_decoder_written_from_the_page(vector):
             exponents = []
             for v in known:
                 size = int(sum(abs(16 * x) for x in v))
-                exponents.append((3 * size**2 // (2 * len(v))).bit_length() // 2 - 4)
+                exponents.append((3 * size**2 // (2 * len(v))).bit_length() // 2 - 5)
             for s, used in enumerate(flags.get(i, [])):
                 if used:
                     weights, flat = flat[: len(known)], flat[len(known) :]
@@ -195,3 +229,15 @@ def test_a_decoder_written_from_the_page(vector):
         assert not flat
     for i, piece in enumerate(vector["pieces"]):
         np.testing.assert_array_equal(np.array(values[i]) * 16, piece["values_times_16"])
+    fields = ("module", "term", "side", "factor")
+    place = {tuple(x[k] for k in fields): i for i, x in enumerate(vector["pieces"])}
+    for task, rows in vector["gains"].items():
+        sums = []
+        for name, terms in vector["modules"].items():
+            for k, x in enumerate(terms):
+                used = x["a_of"][int(task)], x["b_of"][int(task)]
+                if used[0] >= 0:
+                    pair = (contexts[place[name, k, side, f]] for side, f in enumerate(used))
+                    sums += [a % 76 + b % 76 for a, b in zip(*pair, strict=True) if a and b]
+        found = gains_of(gains.get(f"task_{task}"), sums)
+        np.testing.assert_array_equal(found, np.array([x for row in rows for x in row], np.float32))

@@ -1,0 +1,171 @@
+"""What each part of the coder saves, and what ideas that were not kept would have cost.
+
+    python -m experiments.frontier.ablation gpt2=FOLDER forty=FOLDER llm=FOLDER \
+        --json experiments/frontier/ablation.json
+
+One part at a time is turned off, or replaced by another. Bytes at the same error, over those of the coder as
+it is, from the local slope of the curve; positive where the coder as it is needs fewer. Processor seconds of
+the search on the whole collection, over those of the coder as it is. Needs no model.
+"""
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax import adapters, formats
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.codec import contexts, encode, prediction, trellis
+from hydraopt_jax.rate_control import coding, mode_decision, search
+from hydraopt_jax.rate_control.problem import Problem, prepare
+
+BUDGETS = (0.125, 0.03)
+NEARBY = 1.05
+Patch = Callable[[], None]
+
+
+def eight_states() -> None:
+    """The trellis of 8 states that stores had before, `q[i + 1] = q[i - 1] xor q[i - 2] xor p[i]`."""
+    table = [[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]]
+    trellis.STATES, trellis.NEXT = 8, np.array(table, np.int32)
+    ways = [[(s, p) for s in range(8) for p in range(2) if table[s][p] == d] for d in range(8)]
+    trellis.FROM = np.array([[s for s, _ in x] for x in ways], np.int32)
+    trellis.BRANCH = np.array([[2 * (s % 2) + p for s, p in x] for x in ways])
+
+
+def constants(**values: Any) -> Patch:
+    """Other values of constants, named `module__CONSTANT`."""
+    rooms = {
+        "contexts": contexts,
+        "prediction": prediction,
+        "coding": coding,
+        "encode": encode,
+        "mode_decision": mode_decision,
+    }
+
+    def patch() -> None:
+        for key, value in values.items():
+            room, name = key.split("__")
+            setattr(rooms[room], name, value)
+
+    return patch
+
+
+def price(multiplier: float, distortion: float) -> Patch:
+    """Another price of a bit."""
+
+    def patch() -> None:
+        for room in (encode, mode_decision):
+            room.MULTIPLIER, room.DISTORTION = multiplier, distortion  # type: ignore[attr-defined]
+        encode.quantize.__defaults__ = (multiplier,)
+
+    return patch
+
+
+def lossy_estimate() -> None:
+    """A mode decision that counts what the trellis loses against the rate-distortion function, most of it at
+    about one step: 0.09 bits a code, and 0.17 more there."""
+
+    def cost(count: int, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        loss = 0.09 + 0.17 * np.exp(-((np.log2(np.maximum(variance, 1e-9)) / 1.2) ** 2))
+        bits = 0.5 * np.log2(np.maximum(variance / encode.DISTORTION, 1)) + loss
+        paid = encode.DISTORTION + encode.MULTIPLIER * bits
+        return count * np.minimum(paid, variance), count * np.where(paid < variance, bits, 0)
+
+    mode_decision.cost = cost
+
+
+OFF = {
+    "trellis of 8 states": eight_states,
+    "one context per vector": constants(contexts__LEAST_SAVED=np.inf),
+    "gains of 10 bits and an exponent": constants(coding__LEAST_GAIN_BITS=10, coding__MOST_GAIN_BITS=10),
+    "coefficients in whole steps": constants(prediction__UNIT=0, prediction__ROUNDING_BITS=0.0),
+    "coefficients in four steps": constants(prediction__UNIT=2, prediction__ROUNDING_BITS=1.0),
+    "price of a bit 0.31": price(0.31, 0.24),
+    "price of a bit 0.56": price(0.56, 0.30),
+    "losses of the trellis estimated": lossy_estimate,
+}
+
+
+@contextlib.contextmanager
+def patched(patch: Patch) -> Iterator[None]:
+    """The coder with something else in it."""
+    rooms = (contexts, prediction, coding, encode, mode_decision, trellis)
+    before = [(room, dict(vars(room))) for room in rooms]
+    defaults = encode.quantize.__defaults__
+    trellis.quantize.clear_cache()  # type: ignore[attr-defined]
+    patch()
+    try:
+        yield
+    finally:
+        for room, names in before:
+            vars(room).update(names)
+        encode.quantize.__defaults__ = defaults
+        trellis.quantize.clear_cache()  # type: ignore[attr-defined]
+
+
+def measure(problem: Problem, size: float) -> dict[str, float]:
+    """Logarithms of bytes and error near `size` bytes, the slope there, and processor seconds."""
+    began = time.process_time()
+    start = search.first_step(problem, size)
+    found = search.find_step(problem, lambda x: float(np.log(x.bytes / size)), -1.0, start)
+    spent = time.process_time() - began
+    last = found.last
+    near = coding.encode_at_step(problem, NEARBY * last.step, found.frequencies)
+    errors = [float(np.log(np.nanmean(x.errors))) for x in (last, near)]
+    slope = (errors[1] - errors[0]) / float(np.log(near.bytes / last.bytes))
+    return {"bytes": float(np.log(last.bytes)), "error": errors[0], "slope": slope, "seconds": spent}
+
+
+def saved(own: dict[str, float], other: dict[str, float]) -> float:
+    """Share of the other's bytes that the coder as it is saves at the same error."""
+    return 1 - float(np.exp(own["bytes"] - other["bytes"] - (own["error"] - other["error"]) / other["slope"]))
+
+
+def ablate(collection: list[Adapter], budgets: tuple[float, ...] = BUDGETS) -> dict[str, Any]:
+    """Every row at every budget."""
+    stacked, names = adapters.stack(collection), tuple(adapters.check(collection))
+    size = 2 * sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
+    whole = prepare(stacked, names, np.ones(len(collection)))
+    alone = prepare(stacked, names, np.ones(len(collection)), share=False)
+    result: dict[str, Any] = {}
+    for budget in budgets:
+        measure(whole, budget * size)
+        own = measure(whole, budget * size)
+        rows = {"nothing shared": measure(alone, budget * size)}
+        for name, patch in OFF.items():
+            with patched(patch):
+                measure(whole.take(whole.order[:1]), budget * size / len(whole.order))
+                rows[name] = measure(whole, budget * size)
+        error = own["error"] - own["slope"] * (own["bytes"] - np.log(budget * size))
+        result[f"{budget:g}"] = {"error": float(f"{np.exp(error):.4g}")} | {
+            k: {"saved": round(saved(own, x), 4), "seconds": round(x["seconds"] / own["seconds"], 2)}
+            for k, x in rows.items()
+        }
+        print(json.dumps(result), flush=True)
+    return result
+
+
+def main() -> None:
+    """Measure the collections that are named."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("collections", nargs="+", metavar="NAME=FOLDER", help="folder of adapter folders")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args()
+    result = {}
+    for name, _, folder in (x.partition("=") for x in options.collections):
+        found = [formats.read_adapter(x) for x in sorted(Path(folder).iterdir()) if x.is_dir()]
+        result[name] = ablate([x.replace(extras={}) for x in found])
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
