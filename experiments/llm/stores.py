@@ -92,7 +92,7 @@ def export(folder: Path, task: str, target: Path) -> None:
 def load_served(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, Any], list[int]]:
     """A store's modules on the device, for `serve`, and the ids of `tasks` in it."""
     kept = store.open(folder)
-    return serving.load(kept), [kept.tasks.index(task) for task in tasks]
+    return serving.load(kept, dtype=jnp.float32), [kept.tasks.index(task) for task in tasks]
 
 
 def serve(x: jax.Array, modules: Mapping[str, Any], name: str, ids: jax.Array) -> jax.Array:

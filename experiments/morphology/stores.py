@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.morphology.config import Data, Refining
@@ -97,7 +98,7 @@ def fill(
             keep(
                 name,
                 size,
-                serving.load(store),
+                serving.load(store, dtype=jnp.float32),
                 error=round(float(np.nanmean(store.errors)), 6),
                 forms=store.report.get("forms", {}),
                 refinement=store.report.get("refinement"),
@@ -145,7 +146,7 @@ def run(
         base,
         list(collection),
         heard,
-        lambda store: float(evaluate(base, serving.load(store), few).exact.mean()),
+        lambda store: float(evaluate(base, serving.load(store, dtype=jnp.float32), few).exact.mean()),
         out / "refining",
     )
     rows = {k: x for k, x in plan(setting, settings).items() if only in k}

@@ -1,17 +1,34 @@
-"""Stores inside JAX programs: mixed batches, Flax NNX layers, one task into a model's own LoRA parameters."""
+"""Stores inside JAX programs: mixed batches, slots for the tasks in use, Flax NNX layers.
 
-from hydraopt_jax.serving.apply import Module, apply, branches, dequantize, load, shape
-from hydraopt_jax.serving.layers import Served, Stored, load_task, set_task_ids, task_ids, wrap
+One task goes into a model's own LoRA parameters, too.
+"""
+
+from hydraopt_jax.serving.apply import Module, apply, branches, dequantize, shape
+from hydraopt_jax.serving.layers import (
+    Served,
+    Stored,
+    load_task,
+    set_modules,
+    set_task_ids,
+    task_ids,
+    wrap,
+)
+from hydraopt_jax.serving.loading import Shardings, load
+from hydraopt_jax.serving.slots import Slots, State
 
 __all__ = [
     "Module",
     "Served",
+    "Shardings",
+    "Slots",
+    "State",
     "Stored",
     "apply",
     "branches",
     "dequantize",
     "load",
     "load_task",
+    "set_modules",
     "set_task_ids",
     "shape",
     "task_ids",

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
@@ -22,58 +21,9 @@ from hydraopt_jax.codec.fixed_rate import Packed
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.grouped import by_blocks, check_method, choose, dot, product
-from hydraopt_jax.store import Store, decode_terms
 
 # one module on the device; factors are arrays, or `fixed_rate.Packed` codes of vectors along the last axis
 Module = tuple[Factors, ...]
-
-
-def load(store: Store, *, dtype: Any = None, bits: int | None = None) -> dict[str, Module]:
-    """A store's modules on the device.
-
-    Entropy-coded factors are decoded on the host. `bits` quantizes the factors anew at a fixed rate
-    and keeps packed codes in device memory; `apply` dequantizes them on the fly, `dequantize` once.
-
-    Args:
-      store: from `compress` or `open`; `store.select` takes some of its tasks.
-      dtype: of the factors; None for the one they have. Cores stay float32.
-      bits: 2 to 8 for codes of so many bits and a half-precision scale a vector; None for none.
-
-    Returns:
-      Module name -> its terms; a module that no task of the store has is left out.
-
-    Raises:
-      HydraOptError: values that overflow the dtype, dtype and bits given together, an unknown width.
-    """
-    if bits is not None and dtype is not None:
-        raise HydraOptError("dtype and bits: give one; dequantize takes the dtype of quantized factors")
-    out = {}
-    for name, terms in decode_terms(store).items():
-        used = [x for x in terms if np.any((np.asarray(x.a_of) >= 0) & (np.asarray(x.b_of) >= 0))]
-        if used:
-            out[name] = tuple(_device(name, term, dtype, bits) for term in used)
-    return out
-
-
-def _device(name: str, term: Factors, dtype: Any, bits: int | None) -> Factors:
-    sides: list[Any] = []
-    for stack in (term.a, term.b):
-        host = np.asarray(stack)
-        with np.errstate(over="ignore"):
-            host = host.astype(jnp.dtype(dtype or host.dtype))
-        if not np.isfinite(host.astype(np.float32)).all():
-            raise HydraOptError(f"{name}: its factors overflow {host.dtype}: choose bfloat16 or float32")
-        sides.append(host)
-    a, b = sides
-    if bits is None:
-        a, b = jnp.asarray(a), jnp.asarray(b)
-    else:
-        a, b = (fixed_rate.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
-    a_of, b_of = (jnp.asarray(np.asarray(x), jnp.int32) for x in (term.a_of, term.b_of))
-    core = term.core
-    if core is not None:
-        core = jnp.asarray(core, jnp.float32)
-    return Factors(a, b, a_of, b_of, core)
 
 
 def dequantize(module: Module, dtype: Any = jnp.float32) -> Module:

@@ -48,12 +48,21 @@ class Served(nnx.Module):
     Attributes:
       base: an `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum`.
       stored: the factors, a `serving.Module`.
+      name: of the module in the store.
       task_ids: integers that broadcast to the axes of `x` that are not contracted, see `serving.apply`.
     """
 
-    def __init__(self, base: nnx.Module, module: Module, task_ids: TaskIds, *, method: str | None = None):
-        check_shape("layer", base, module)
-        self.base = base
+    def __init__(
+        self,
+        base: nnx.Module,
+        module: Module,
+        task_ids: TaskIds,
+        *,
+        name: str = "",
+        method: str | None = None,
+    ):
+        check_shape(name or "layer", base, module)
+        self.base, self.name = base, name
         self.stored = Stored(module)
         self.task_ids = task_ids
         self.method = method
@@ -181,7 +190,7 @@ def wrap(
 
     Args:
       model: the model; its `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` layers can be wrapped.
-      modules: `serving.load(store)`.
+      modules: `serving.load(store)`, or those of a `serving.Slots`' state.
       patterns: shell patterns of dotted module paths, such as `"layers.*.q_proj"`; None for every module of
         the store, none of which may then be without a layer.
       rename: model path -> the store's module name, where they differ.
@@ -217,7 +226,8 @@ def wrap(
     ids = TaskIds(jnp.array(-1, jnp.int32))
     for path in chosen:
         keys, base = layers[path]
-        replace(model, keys, Served(base, modules[served[path]], ids, method=method))
+        name = served[path]
+        replace(model, keys, Served(base, modules[name], ids, name=name, method=method))
     return chosen
 
 
@@ -239,20 +249,44 @@ def set_task_ids(model: nnx.Module, task_ids: Any) -> None:
     Raises:
       HydraOptError: the model has no such layer.
     """
-    ids = [x.task_ids for _, x in nnx.iter_modules(model) if isinstance(x, Served)]
-    if not ids:
+    for layer in served_layers(model):
+        layer.task_ids.set_value(jnp.asarray(task_ids))
+
+
+def served_layers(model: nnx.Module) -> list[Served]:
+    """The layers that `wrap` made.
+
+    Raises:
+      HydraOptError: the model has none.
+    """
+    layers = [x for _, x in nnx.iter_modules(model) if isinstance(x, Served)]
+    if not layers:
         raise HydraOptError("the model serves no store: call serving.wrap first")
-    for variable in ids:
-        variable.set_value(jnp.asarray(task_ids))
+    return layers
 
 
-def task_ids(store: Store, names: Sequence[str]) -> np.ndarray:
-    """Task names as ids, `[N]` int32.
+def set_modules(model: nnx.Module, modules: Mapping[str, Module]) -> None:
+    """Give all layers that `wrap` made other factors, such as those of slots after a load; shapes stay.
+
+    Raises:
+      HydraOptError: the model has no such layer, a layer without a module, shapes that differ.
+    """
+    for layer in served_layers(model):
+        if layer.name not in modules:
+            raise HydraOptError(f"{layer.name}: no such module: near names are {near(layer.name, modules)}")
+        check_shape(layer.name, layer.base, modules[layer.name])
+    for layer in served_layers(model):
+        layer.stored.set_value(modules[layer.name])
+
+
+def task_ids(tasks: Store | Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Task names as ids, `[N]` int32: positions among a store's tasks, or among those that were loaded.
 
     Raises:
       HydraOptError: an unknown name; near names are listed.
     """
-    return np.array([stores.task_index(store.tasks, name) for name in names], np.int32)
+    known = tasks.tasks if isinstance(tasks, Store) else tasks
+    return np.array([stores.task_index(known, name) for name in names], np.int32)
 
 
 def load_task(

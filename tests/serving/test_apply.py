@@ -273,7 +273,7 @@ def test_a_store_serves_what_it_exports(tmp_path):
     )
     hydra.save(tmp_path / "store", plain_store("abcde", {"q": terms}))
     kept = hydra.open(tmp_path / "store")
-    compare(kept, serving.load(kept), 1e-5)
+    compare(kept, serving.load(kept, dtype=jnp.float32), 1e-5)
 
 
 def test_a_store_under_a_budget_serves_what_it_decodes_to(tmp_path):
@@ -282,13 +282,13 @@ def test_a_store_under_a_budget_serves_what_it_decodes_to(tmp_path):
     several = synthetic.collection(0, tasks=3, modules=modules, rank=4, likeness=0.9, dtype="float32")
     hydra.save(tmp_path / "store", hydra.compress(several, budget=0.5))
     kept = hydra.open(tmp_path / "store")
-    compare(kept, serving.load(kept), 1e-5)
+    compare(kept, serving.load(kept, dtype=jnp.float32), 1e-5)
 
 
 def test_codes_are_dequantized_on_the_fly_or_once():
     kept = plain_store("abcde", {"q": (term("hydra", inputs=16),)})
     x, ids = jax.random.normal(jax.random.key(2), (40, 16)), jnp.arange(40) % T
-    want = apply(x, serving.load(kept)["q"], ids)
+    want = apply(x, serving.load(kept, dtype=jnp.float32)["q"], ids)
     coded = serving.load(kept, bits=4)["q"]
     fly = apply(x, coded, ids)
     assert 0 < np.linalg.norm(fly - want) < 0.25 * np.linalg.norm(want)

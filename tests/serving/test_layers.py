@@ -76,7 +76,7 @@ def test_a_wrapped_model_serves_each_row_its_task(kept):
     model = Small(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 5, 12))
     plain = run(model, x)
-    assert sorted(serving.wrap(model, serving.load(kept))) == sorted(SHAPES)
+    assert sorted(serving.wrap(model, serving.load(kept, dtype=jnp.float32))) == sorted(SHAPES)
     graph, state = nnx.split(model)
     traces = []
 
@@ -100,7 +100,7 @@ def test_a_wrapped_model_serves_each_row_its_task(kept):
 
 def test_tokens_of_one_sequence_may_differ(kept):
     model = Small(nnx.Rngs(0))
-    serving.wrap(model, serving.load(kept), ["layers.*"])
+    serving.wrap(model, serving.load(kept, dtype=jnp.float32), ["layers.*"])
     x = jax.random.normal(jax.random.key(0), (1, 5, 12))
     ids = jnp.array([0, 2, -1, 1, 1])
     got = model.layers[0](x, task_ids=ids)[0]
@@ -112,7 +112,7 @@ def test_tokens_of_one_sequence_may_differ(kept):
 
 def test_patterns_choose_layers_and_rename_finds_them(kept):
     model = Small(nnx.Rngs(0))
-    modules = {f"base.{name}": value for name, value in serving.load(kept).items()}
+    modules = {f"base.{name}": value for name, value in serving.load(kept, dtype=jnp.float32).items()}
     rename = lambda path: f"base.{path}"  # noqa: E731
     assert serving.wrap(model, modules, ["layers.*", "*.out"], rename=rename) == [
         "attention.out",
@@ -126,7 +126,7 @@ def test_patterns_choose_layers_and_rename_finds_them(kept):
 def test_the_factors_are_no_parameters_but_can_be_trained(kept):
     model = Small(nnx.Rngs(0))
     count = len(jax.tree.leaves(nnx.state(model, nnx.Param)))
-    serving.wrap(model, serving.load(kept))
+    serving.wrap(model, serving.load(kept, dtype=jnp.float32))
     assert len(jax.tree.leaves(nnx.state(model, nnx.Param))) == count
     serving.set_task_ids(model, jnp.int32(0))
     x = jax.random.normal(jax.random.key(1), (2, 3, 12))
@@ -222,7 +222,7 @@ def test_one_task_in_the_model_s_own_lora(kept):
 
 
 def test_bad_wrapping_is_named(kept):
-    modules = serving.load(kept)
+    modules = serving.load(kept, dtype=jnp.float32)
     with pytest.raises(
         hydra.HydraOptError, match=r"pattern 'layer\.\*' matches no layer: near paths are 'layers"
     ):
@@ -254,7 +254,7 @@ def shipped():
 def test_the_shipped_transformer_serves_a_mixed_batch(shipped):
     base = assets.load_base()
     model = bind(base)
-    serving.wrap(model, serving.load(shipped), ["layers.*"])
+    serving.wrap(model, serving.load(shipped, dtype=jnp.float32), ["layers.*"])
     tokens = jax.random.randint(jax.random.key(0), (4, 6), 5, 60)
     positions = jnp.broadcast_to(jnp.arange(6), (4, 6))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((6, 6), bool)), (4, 6, 6))
@@ -274,7 +274,7 @@ def test_answers_of_a_mixed_batch_are_right(shipped):
     ids = np.repeat(np.arange(3), 16)
     order = np.random.default_rng(0).permutation(48)
     prompts, targets = (np.asarray(x).reshape(48, -1)[order] for x in (held.prompts, held.targets))
-    served = serving.branches(serving.load(shipped), jnp.asarray(ids[order])[:, None])
+    served = serving.branches(serving.load(shipped, dtype=jnp.float32), jnp.asarray(ids[order])[:, None])
     answers = np.asarray(jax.jit(lambda p: greedy(assets.load_base(), served, p, targets.shape[1]))(prompts))
     exact = (answers == targets).all(1)
     assert np.mean(exact) > 0.7

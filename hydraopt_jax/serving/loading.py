@@ -1,0 +1,135 @@
+"""A store's factors on devices: in which precision, and how they lie on a mesh."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.serving.apply import Module
+from hydraopt_jax.store import Store, decode_terms, select
+
+# of layers' kernels as matrices `[I, O]`: one for all modules, or module name -> its own; None: one device
+Shardings: TypeAlias = NamedSharding | Callable[[str], NamedSharding | None] | None
+
+
+def load(
+    store: Store,
+    *,
+    tasks: Sequence[str] | None = None,
+    dtype: Any = None,
+    bits: int | None = None,
+    shardings: Shardings = None,
+) -> dict[str, Module]:
+    """A store's modules on the device.
+
+    Entropy-coded factors are decoded on the host. `bits` quantizes the factors anew at a fixed rate
+    and keeps packed codes in device memory; `apply` dequantizes them on the fly, `dequantize` once.
+
+    Args:
+      store: from `compress` or `open`.
+      tasks: names of those to load; their ids are then positions among these names. None for all.
+      dtype: of the factors. None for what the store keeps where that takes two bytes, bfloat16 otherwise:
+        coded factors are numbers of quantizer steps, which bfloat16 holds exactly up to 256. Cores, which
+        have the steps, stay float32.
+      bits: 2 to 8 for codes of so many bits and a half-precision scale per vector; None for none.
+      shardings: of the layers' kernels as matrices `[I, O]`, one for all modules or by name: `a` is split
+        over inputs and `b` over outputs as the kernel is. None for one device.
+
+    Returns:
+      Module name -> its terms; a module that none of the tasks has is left out.
+
+    Raises:
+      HydraOptError: an unknown task, values that overflow the dtype, a sharding that does not fit, options
+        that exclude each other, an unknown width.
+    """
+    if bits is not None and dtype is not None:
+        raise HydraOptError("dtype and bits: give one; dequantize takes the dtype of quantized factors")
+    if bits is not None and shardings is not None:
+        raise HydraOptError("shardings and bits: give one; packed codes are not split over devices")
+    out = {}
+    for name, terms in decode_terms(store if tasks is None else select(store, tasks)).items():
+        used = [x for x in terms if np.any((np.asarray(x.a_of) >= 0) & (np.asarray(x.b_of) >= 0))]
+        if used:
+            split = kernel_sharding(shardings, name)
+            out[name] = tuple(_device(name, term, dtype, bits, split) for term in used)
+    return out
+
+
+def _device(name: str, term: Factors, dtype: Any, bits: int | None, kernel: NamedSharding | None) -> Factors:
+    a: Any = np.asarray(term.a)
+    b: Any = np.asarray(term.b)
+    core = None if term.core is None else np.asarray(term.core, np.float32)
+    rest = {"a_of": np.asarray(term.a_of, np.int32), "b_of": np.asarray(term.b_of, np.int32), "core": core}
+    if bits is None:
+        a, b = (cast(name, x, serving_dtype(x.dtype, dtype)) for x in (a, b))
+        return place(name, Factors(a, b, **rest), kernel)
+    a, b = (fixed_rate.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
+    return Factors(a, b, **jax.tree.map(jnp.asarray, rest))
+
+
+def serving_dtype(stored: Any, asked: Any = None) -> np.dtype:
+    """The dtype of factors on the device, from that in the store and the one asked for.
+
+    >>> serving_dtype("float32").name, serving_dtype("float16").name, serving_dtype("float16", "float32").name
+    ('bfloat16', 'float16', 'float32')
+    """
+    stored = np.dtype(stored)
+    return jnp.dtype(asked if asked is not None else stored if stored.itemsize <= 2 else jnp.bfloat16)
+
+
+def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An array of a module in a dtype.
+
+    Raises:
+      HydraOptError: it overflows.
+    """
+    with np.errstate(over="ignore"):
+        out = x.astype(dtype)
+    if not np.isfinite(out.astype(np.float32)).all():
+        raise HydraOptError(f"{name}: its factors overflow {out.dtype}: choose bfloat16 or float32")
+    return out
+
+
+def kernel_sharding(shardings: Shardings, name: str) -> NamedSharding | None:
+    """The sharding of a module's kernel."""
+    return shardings(name) if callable(shardings) else shardings
+
+
+def place(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
+    """A term on the devices of a layer's kernel, split as it is.
+
+    Args:
+      name: of the module.
+      term: on the host, or as shapes and dtypes only.
+      kernel: sharding of `[I, O]`; None for one device.
+
+    Raises:
+      HydraOptError: a sharding that does not divide the axes, or of more than two.
+    """
+    if kernel is None:
+        return jax.tree.map(jnp.asarray, term)
+    return jax.tree.map(jax.device_put, term, split(name, term, kernel))
+
+
+def split(name: str, term: Factors, kernel: NamedSharding) -> Factors:
+    """The shardings of a term's arrays, from that of its layer's kernel `[I, O]`; as `place`."""
+    size = term.a.shape[-2], term.b.shape[-1]
+    try:
+        kernel.shard_shape(size)
+    except ValueError as error:
+        what = " ".join(str(error).split())[:160]
+        raise HydraOptError(
+            f"{name}: its [in, out] = {list(size)} cannot be split as {kernel.spec}: {what}"
+        ) from None
+    inputs, outputs = (*kernel.spec, None, None)[:2]
+    on = lambda *axes: NamedSharding(kernel.mesh, PartitionSpec(*axes))  # noqa: E731
+    a, b = (
+        on(*[None] * (x.ndim - 2), *axes) for x, axes in ((term.a, (inputs, None)), (term.b, (None, outputs)))
+    )
+    return Factors(a, b, on(), on(), None if term.core is None else on())

@@ -1,0 +1,312 @@
+"""A fixed number of slots on the device for the tasks of a store: the least recently used make room.
+
+Every module has one pair of factors per slot, `a: [K, I, S]` and `b: [K, S, O]`, whose rank S is the widest
+of any task of the store, so that tasks come and go without a new shape: nothing is compiled again. `apply`,
+`branches` and `wrap` take the modules as they take those of `load`; ids are slots.
+
+Reference: Sheng et al., S-LoRA: serving thousands of concurrent LoRA adapters, 2023, arXiv 2311.03285.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import times
+from hydraopt_jax.formats.server import cut
+from hydraopt_jax.forms import Factors
+from hydraopt_jax.serving.apply import Module
+from hydraopt_jax.serving.loading import Shardings, cast, kernel_sharding, place, serving_dtype, split
+from hydraopt_jax.store import Store, decode_terms, task_index
+from hydraopt_jax.store.schema import PlainShape
+
+EMPTY = -1
+
+
+class State(NamedTuple):
+    """What is in the slots: a pytree of arrays, always of the same structure and shapes.
+
+    Attributes:
+      modules: module name -> its factors, one term of K pairs: what `apply`, `branches` and `wrap` take.
+      tasks: `[K]` int32, position in the store of the task in each slot, -1 for none.
+      order: `[K]` int32, slots from the one used longest ago to the one used last.
+    """
+
+    modules: Mapping[str, Module]
+    tasks: Any
+    order: Any
+
+
+class Shape(NamedTuple):
+    """What a slot holds of one module.
+
+    Attributes:
+      inputs, rank, outputs: I, S, O.
+      dtype: of the factors in the store.
+      steps: whether a direction has a factor of its own in float32, such as a quantizer step.
+    """
+
+    inputs: int
+    rank: int
+    outputs: int
+    dtype: np.dtype
+    steps: bool
+
+
+class Row(NamedTuple):
+    """One task in one module.
+
+    Attributes:
+      a, b: `[I, S]`, `[S, O]`, filled up with zeros.
+      core: `[S]` float32, or None.
+      present: whether the task has the module.
+    """
+
+    a: Any
+    b: Any
+    core: Any
+    present: Any
+
+
+def slot_shapes(store: Store) -> dict[str, Shape]:
+    """Module -> what a slot holds of it, the widest of any task, from the store's schema alone."""
+    out: dict[str, Shape] = {}
+    ranks: dict[str, dict[str, int]] = {}
+    for x in store.segments:
+        for name, terms in x.modules.items():
+            for term in terms:
+                plain = isinstance(term, PlainShape)
+                kind = np.dtype(term.b_dtype if plain and term.a_dtype == term.b_dtype else np.float32)
+                steps = not plain or term.core in ("diagonal", "scale")
+                known = out.get(name, Shape(term.inputs, 0, term.outputs, kind, False))
+                # different half precisions have none in common
+                kind = kind if kind == known.dtype else np.dtype(np.float32)
+                out[name] = known._replace(dtype=kind, steps=known.steps or steps)
+                mine = ranks.setdefault(name, {})
+                for k in x.live:
+                    if term.a_of[k] >= 0 and term.b_of[k] >= 0:
+                        mine[x.tasks[k]] = mine.get(x.tasks[k], 0) + term.rank
+    for name, mine in ranks.items():
+        widest = max(mine.values(), default=0)
+        out[name] = out[name]._replace(rank=min(widest, out[name].inputs, out[name].outputs))
+    return {name: out[name] for name in store.shapes if out[name].rank}
+
+
+def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype: np.dtype) -> Row:
+    """One task in one module as a slot holds it: its terms side by side, directions that are zero left out.
+
+    Args:
+      name: of the module.
+      terms: decoded; none where the task has no such module.
+      place: of the task in them.
+      shape: of the slots.
+      dtype: of the factors on the device.
+    """
+    left, right, steps = [], [], []
+    for term in terms:
+        if term.a_of[place] < 0 or term.b_of[place] < 0:
+            continue
+        a = np.asarray(term.a[int(term.a_of[place])])
+        b = np.asarray(term.b[int(term.b_of[place])])
+        step: np.ndarray = np.ones(a.shape[1], np.float32)
+        if term.core is not None:
+            core = np.asarray(term.core[place], np.float32)
+            if core.ndim == 1:
+                step = core
+            else:
+                b = times(core, b.astype(np.float32))
+        used = (step != 0) & a.any(0) & b.any(1)
+        left.append(a[:, used])
+        right.append(b[used])
+        steps.append(step[used])
+    a, b, core = (
+        np.concatenate([zero, *parts], axis)
+        for zero, parts, axis in (
+            (np.zeros((shape.inputs, 0), np.float32), left, 1),
+            (np.zeros((0, shape.outputs), np.float32), right, 0),
+            (np.zeros(0, np.float32), steps, 0),
+        )
+    )
+    if a.shape[1] > shape.rank:
+        # more directions than the matrix has
+        a, b, _ = cut(a, core[:, None] * b, shape.rank)
+        core = np.ones(shape.rank, np.float32)
+    more = shape.rank - a.shape[1]
+    a, b, core = np.pad(a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0))), np.pad(core, (0, more))
+    if not shape.steps:
+        b = core[:, None] * b
+    return Row(
+        cast(name, a, dtype), cast(name, b, dtype), core if shape.steps else None, np.bool_(bool(left))
+    )
+
+
+def put(modules: Mapping[str, Module], slot: Array, rows: Mapping[str, Row]) -> dict[str, Module]:
+    """The modules with another task in a slot; pure, of one shape for all tasks.
+
+    Args:
+      modules: of a `State`.
+      slot: int scalar.
+      rows: module name -> the task in it.
+    """
+    out: dict[str, Module] = {}
+    for name, (term,) in modules.items():
+        row = rows[name]
+        of = term.a_of.at[slot].set(jnp.where(row.present, slot, EMPTY))
+        core = None if term.core is None else term.core.at[slot].set(row.core)
+        out[name] = (Factors(term.a.at[slot].set(row.a), term.b.at[slot].set(row.b), of, of, core),)
+    return out
+
+
+def assign(
+    tasks: np.ndarray, order: np.ndarray, wanted: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
+    """Which slot each wanted task gets; pure, on the host.
+
+    Args:
+      tasks: `[K]` the task in each slot, -1 for none.
+      order: `[K]` slots, the one used longest ago first.
+      wanted: tasks of one batch; -1 for none.
+
+    Returns:
+      `tasks` and `order` after it, and slot -> task of those to be loaded. An empty slot is taken first, then
+      the one used longest ago, none that the batch uses.
+
+    Raises:
+      HydraOptError: more different tasks than slots.
+
+    >>> tasks, order, loads = assign(np.array([7, 8, -1]), np.array([0, 2, 1]), [8, 5, 9])
+    >>> tasks.tolist(), order.tolist(), loads
+    ([9, 8, 5], [1, 2, 0], {2: 5, 0: 9})
+    """
+    distinct = [t for t in dict.fromkeys(wanted) if t != EMPTY]
+    if len(distinct) > len(tasks):
+        raise HydraOptError(
+            f"{len(distinct)} different tasks in one batch, and {len(tasks)} slots: split the batch, or make "
+            "more slots"
+        )
+    place = {int(t): k for k, t in enumerate(tasks) if t != EMPTY}
+    kept = {place[t] for t in distinct if t in place}
+    # stable: of empty slots, and of others, the one used longest ago comes first
+    free = iter(sorted((int(k) for k in order if k not in kept), key=lambda k: tasks[k] != EMPTY))
+    loads = {next(free): t for t in distinct if t not in place}
+    after = tasks.copy()
+    for slot, task in loads.items():
+        after[slot] = task
+    slot_of = {int(t): k for k, t in enumerate(after)}
+    now = [slot_of[t] for t in distinct]
+    return after, np.array([*(k for k in order if k not in now), *now], np.int32), loads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slots:
+    """Slots for some of a store's tasks at a time; what is in them is in a `State`.
+
+    Attributes:
+      store: from `compress` or `open`; tasks are decoded, on the host, when they are first asked for.
+      count: K, how many different tasks a batch may mix.
+      dtype: of the factors, as `load` has it.
+      shardings: of the layers' kernels, as `load` has it.
+
+    Raises:
+      HydraOptError: a count below 1.
+    """
+
+    store: Store
+    count: int
+    _: dataclasses.KW_ONLY
+    dtype: Any = None
+    shardings: Shardings = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise HydraOptError(f"{self.count} slots: make at least 1")
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Module -> what a slot holds of it."""
+        return slot_shapes(self.store)
+
+    def init(self) -> State:
+        """Empty slots: every row is the base model's.
+
+        Raises:
+          HydraOptError: a sharding that does not fit a module.
+        """
+        modules = {
+            name: (place(name, self._empty(name), kernel_sharding(self.shardings, name)),)
+            for name in self.shapes
+        }
+        return State(modules, np.full(self.count, EMPTY, np.int32), np.arange(self.count, dtype=np.int32))
+
+    def load(self, state: State, names: Sequence[str | None]) -> tuple[State, np.ndarray]:
+        """The state with the tasks of a batch in it, and the slot of each row.
+
+        The factors of `state` are given up to the new one, as of a donated argument: do not use it again.
+
+        Args:
+          state: of `init` or `load`.
+          names: task of each row of the batch; None for the base model.
+
+        Returns:
+          The state, and `[N]` int32 ids for `apply`, -1 where there is no task.
+
+        Raises:
+          HydraOptError: an unknown task (near names are listed), more different tasks than slots, a task that
+            cannot be decoded: `state` is then as it was.
+        """
+        if len(state.tasks) != self.count:
+            raise HydraOptError(f"the state has {len(state.tasks)} slots, these are {self.count}")
+        known = {t: k for k, t in enumerate(self.store.tasks)}
+        wanted = [EMPTY if x is None else known.get(x, EMPTY) for x in names]
+        for x in names:
+            if x is not None and x not in known:
+                task_index(self.store.tasks, x)
+        tasks, order, loads = assign(np.asarray(state.tasks), np.asarray(state.order), wanted)
+        rows = self._rows(list(loads.values()))
+        modules = state.modules
+        for slot, mine in zip(loads, rows, strict=True):
+            modules = self._put(modules, np.int32(slot), mine)
+        slot_of = {int(t): k for k, t in enumerate(tasks) if t != EMPTY}
+        ids = np.array([slot_of.get(t, EMPTY) for t in wanted], np.int32)
+        return State(modules, tasks, order), ids
+
+    def _rows(self, tasks: Sequence[int]) -> list[dict[str, Row]]:
+        """Tasks as slots hold them; all are decoded before any is loaded."""
+        terms = decode_terms(self.store, [self.store.tasks[t] for t in tasks]) if tasks else {}
+        dtypes = {name: serving_dtype(x.dtype, self.dtype) for name, x in self.shapes.items()}
+        return [
+            {name: row_of(name, terms.get(name, ()), k, x, dtypes[name]) for name, x in self.shapes.items()}
+            for k in range(len(tasks))
+        ]
+
+    @functools.cached_property
+    def _put(self) -> Any:
+        """`put`, compiled once; where factors are split over devices they stay so."""
+        shardings = None
+        if self.shardings is not None:
+            kernels = {name: kernel_sharding(self.shardings, name) for name in self.shapes}
+            shardings = {
+                name: (None if kernel is None else split(name, self._empty(name), kernel),)
+                for name, kernel in kernels.items()
+            }
+        return jax.jit(put, donate_argnums=0, out_shardings=shardings)
+
+    def _empty(self, name: str) -> Factors:
+        """What the slots hold of a module where they are empty, on the host."""
+        shape = self.shapes[name]
+        dtype = serving_dtype(shape.dtype, self.dtype)
+        none: np.ndarray = np.full(self.count, EMPTY, np.int32)
+        core = np.zeros((self.count, shape.rank), np.float32) if shape.steps else None
+        return Factors(
+            np.zeros((self.count, shape.inputs, shape.rank), dtype),
+            np.zeros((self.count, shape.rank, shape.outputs), dtype),
+            none,
+            none.copy(),
+            core,
+        )
