@@ -53,14 +53,14 @@ class Source(NamedTuple):
 
     Attributes:
       label: for messages.
-      size: in bytes.
-      version: commit on the hub, entity tag elsewhere; what tells it from others.
+      size: in bytes; None where the place does not say.
+      version: commit on the hub, entity tag or generation elsewhere; what tells it from others.
       read: `(start, stop)` -> those of its bytes.
       path: of its copy in the hub's cache, None where it is not there.
     """
 
     label: str
-    size: int
+    size: int | None
     version: str
     read: Callable[[int, int], bytes]
     path: Path | None = None

@@ -12,7 +12,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from hydraopt_jax import calibration, compression, report
+from hydraopt_jax import buckets, calibration, compression, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli.common import (
     as_json_option,
@@ -124,8 +124,7 @@ def compress(adapters: Sequence[str], out: str, **given: Any) -> None:
 
     Without any of these it takes a quarter of the factors' bytes.
     """
-    path = files.located(out)
-    files.check_target(path, given["overwrite"])
+    files.check_target(out, given["overwrite"])
     asked = asked_of(given, len(adapters))
     alone = {"--skip-bad": "skip_bad", "--dry-run": "dry_run", "--coordinator": "coordinator"}
     if given["refine"] is not None:
@@ -133,11 +132,20 @@ def compress(adapters: Sequence[str], out: str, **given: Any) -> None:
             raise HydraOptError(
                 f"{name}: --refine holds the whole collection in memory; leave one of them out"
             )
-        with job.alone(path):
-            refined(path, adapters, asked, given)
-        return
-    with stoppable(path):
-        streamed(path, adapters, asked, given)
+    if given["coordinator"] is not None and buckets.is_bucket(out):
+        raise HydraOptError(
+            "--coordinator: its processes share a folder: give one as --out, then pack or unpack it"
+        )
+    given["out"] = str(files.located(out))
+    with files.staged(out, given["overwrite"]) as path:
+        if given["refine"] is not None:
+            with job.alone(path):
+                shown = refined(path, adapters, asked, given)
+        else:
+            with stoppable(path):
+                shown = streamed(path, adapters, asked, given)
+    if shown is not None:
+        say(given["as_json"], *shown)
 
 
 def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
@@ -199,8 +207,8 @@ def as_text(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in asked.items() if k != "calibration"}, "calibration": known}
 
 
-def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Compress what need not fit in memory, and print; only the plan with `--dry-run`."""
+def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """Compress what need not fit in memory; what to print, only the plan with `--dry-run`."""
     as_json = given["as_json"]
     sources = [split_name(x) for x in adapters]
     who = hosts.join(given["coordinator"], given["processes"], given["process_id"])
@@ -217,9 +225,8 @@ def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], give
         named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
         check_same_base(named, any_base=given["any_base"], base_suffixes=tuple(given["base_suffix"]))
         if given["dry_run"]:
-            show_plan(path, found, asked, bad, as_json)
             job.clear_if_empty(path)
-            return
+            return shown_plan(given["out"], found, asked, bad)
         store = job.run(
             path,
             found,
@@ -232,12 +239,11 @@ def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], give
             left_out=bad,
             progress=progress.to_stderr(),
         )
-    if store is not None:
-        show_store(path, store, found.size, given)
+    return None if store is None else shown_store(path, store, found.size, given)
 
 
-def refined(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Compress in memory, refine, save and print."""
+def refined(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """Compress in memory, refine and save; what to print."""
     from hydraopt_jax import refinement
 
     as_json, steps = given["as_json"], given["refine"]
@@ -254,24 +260,24 @@ def refined(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given
     gained = {"refinement": clean({"before": found.before, "after": found.after, "steps": steps})}
     loss = "output error" if moments is not None else "error of delta"
     note = f"refined: {loss} {found.before:.4e} before, {found.after:.4e} after {steps} steps"
-    show_store(path, files.open(path), before, given, gained, [note])
+    return shown_store(path, files.open(path), before, given, gained, [note])
 
 
-def show_store(
+def shown_store(
     path: Path,
     store: Store,
     before: int,
     given: Mapping[str, Any],
     gained: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
-) -> None:
-    """Print what a store that was just written is."""
+) -> Any:
+    """What to print of a store that was just written: its JSON object and tables."""
     after = files.size_on_disk(path)
-    payload = describe(given.get("out", str(path)), store) | dict(gained or {})
-    payload |= {"store": str(path), "bytes_before": before, "bytes_after": after}
+    payload = describe(given["out"], store) | dict(gained or {})
+    payload |= {"bytes_before": before, "bytes_after": after}
     payload["ratio"] = clean(after / before)
     parts = payload["bytes_of"] = files.account(path, store)._asdict()
-    table = Table("on disk", "before", "after", "ratio", title=str(path))
+    table = Table("on disk", "before", "after", "ratio", title=given["out"])
     table.add_row(
         "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
     )
@@ -284,27 +290,16 @@ def show_store(
     left += map(escape, calibration_notes(store))
     if all(given[k] is None for k in ("budget", "max_error", "max_task_error", "form")):
         left.append(DEFAULT_NOTE)
-    say(
-        given["as_json"],
-        payload,
-        table,
-        bytes_table(parts, store),
-        *chosen,
-        *notes,
-        *left,
-        error_table(store),
-    )
+    return payload, table, bytes_table(parts, store), *chosen, *notes, *left, error_table(store)
 
 
-def show_plan(
-    path: Path, found: Any, asked: Mapping[str, Any], bad: Mapping[str, str], as_json: bool
-) -> None:
-    """Print what a job will take."""
+def shown_plan(out: str, found: Any, asked: Mapping[str, Any], bad: Mapping[str, str]) -> Any:
+    """What to print of what a job will take."""
     if "form" in asked:
         plan = estimate.form_costs(found, asked["form"], asked["dtype"])
     else:
         plan = estimate.target_costs(found, Options(**asked))
-    table = Table("estimate", "", title=f"{path}: not written")
+    table = Table("estimate", "", title=f"{out}: not written")
     for name, value in (
         ("input", report.format_bytes(found.size)),
         ("read", report.format_bytes(plan.read)),
@@ -316,8 +311,4 @@ def show_plan(
         *(("left out", f"{x}: {why}") for x, why in bad.items()),
     ):
         table.add_row(name, value)
-    say(
-        as_json,
-        {"plan": clean(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)},
-        table,
-    )
+    return {"plan": clean(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)}, table

@@ -211,7 +211,7 @@ def names_of(x: store.Segment) -> list[str]:
 @as_json_option
 def pack(path: str, file: str, overwrite: bool, as_json: bool) -> None:
     """Write STORE as one FILE, whose name ends in .safetensors."""
-    if not files.is_file(Path(file)):
+    if not files.is_file(file):
         raise HydraOptError(f"{file}: the name of a portable store ends in {portable.SUFFIX}")
     copy(path, file, overwrite, as_json)
 
@@ -223,7 +223,7 @@ def pack(path: str, file: str, overwrite: bool, as_json: bool) -> None:
 @as_json_option
 def unpack(path: str, folder: str, overwrite: bool, as_json: bool) -> None:
     """Write STORE as a FOLDER."""
-    if files.is_file(Path(folder)):
+    if files.is_file(folder):
         raise HydraOptError(f"{folder}: a store of that name is one file: name a folder")
     copy(path, folder, overwrite, as_json)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydraopt_jax import network, remote
+from hydraopt_jax import buckets, network, remote
 from hydraopt_jax.deferred import bytes_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft, peft_config, server
@@ -143,7 +143,7 @@ class TaskFolders:
 
     def _replaced(self, state: State, n: int) -> bool:
         """Whether the store is another one than before the n-th try."""
-        if not remote.is_address(self.path):
+        if isinstance(self.path, Path):
             return stamp(self.path) != state.stamp
         if n == 0:
             # what is elsewhere does not tell: it is opened anew, once
@@ -172,7 +172,9 @@ class TaskFolders:
 
 def store_path(store: str | os.PathLike[str]) -> Path | str:
     """The absolute path of a store, or its address."""
-    return store if isinstance(store, str) and remote.is_address(store) else Path(store).absolute()
+    if isinstance(store, str) and (remote.is_address(store) or buckets.is_bucket(store)):
+        return store
+    return Path(store).absolute()
 
 
 def stamp(path: Path | str) -> Any:

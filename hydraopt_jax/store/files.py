@@ -1,21 +1,24 @@
-"""Stores on disk: opened, saved, changed, verified. A folder, or one `.safetensors` file, by its name.
+"""Stores: opened, saved, changed, verified. A folder, or one `.safetensors` file, by its name.
 
-A file may be elsewhere (`remote`): it is then read, in part, and not changed.
+Both may be in a bucket (`bucket`). A file may be elsewhere (`remote`): it is then read, in part, and not
+changed.
 """
 
 import functools
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydraopt_jax import network, remote
+from hydraopt_jax import buckets, network, remote
 from hydraopt_jax.deferred import Deferred, bytes_of, size_of
 from hydraopt_jax.errors import HydraOptError, TooLarge
 from hydraopt_jax.locks import locked
-from hydraopt_jax.store import folder, manifest, portable, segment_data
+from hydraopt_jax.store import bucket, folder, manifest, portable, segment_data
 from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.folder import MANIFEST
 from hydraopt_jax.store.store import Segment, Store, select
@@ -25,11 +28,11 @@ Path_ = str | os.PathLike
 
 def is_file(path: Path_) -> bool:
     """Whether a path is that of a portable file, here or elsewhere."""
-    return remote.is_address(path) or Path(path).suffix == portable.SUFFIX
+    return remote.is_address(path) or portable.named(path)
 
 
-def located(path: Path_) -> Path:
-    """The absolute path of a store that can be written.
+def located(path: Path_) -> Path | str:
+    """The absolute path of a store that can be written, or its address in a bucket.
 
     Raises:
       HydraOptError: it is elsewhere.
@@ -38,15 +41,16 @@ def located(path: Path_) -> Path:
         raise HydraOptError(
             f"{network.redact(str(path))}: only read, never changed there: pull it, change it, and push it"
         )
-    return Path(path).absolute()
+    return buckets.address(str(path)) if buckets.is_bucket(path) else Path(path).absolute()
 
 
 def open(path: Path_) -> Store:
     """A store on disk; its leaves are read, and checked, when they are asked for.
 
     Args:
-      path: a folder, a `.safetensors` file, or the address of one (`hf:ORG/NAME[@REVISION]`, `https://...`),
-        of which only what is asked for is fetched.
+      path: a folder or a `.safetensors` file, here or in a bucket (`s3://BUCKET/NAME`, `gs://...`), or the
+        address of a file (`hf:ORG/NAME[@REVISION]`, `https://...`). Of what is elsewhere only what is asked
+        for is fetched.
 
     Raises:
       HydraOptError: no store there, a damaged one, or one of another version. Leaves raise it, too, when they
@@ -54,11 +58,11 @@ def open(path: Path_) -> Store:
     """
     if remote.is_address(path):
         return portable.open_remote(str(path))
-    at = Path(path).absolute()
+    at = located(path)
     for _ in range(RETRIES):
         before = stamp(at)
         try:
-            found = portable.open_portable(at) if is_file(at) else folder.open_folder(at)
+            found = open_at(at)
         except HydraOptError:
             if stamp(at) == before:
                 raise
@@ -67,7 +71,14 @@ def open(path: Path_) -> Store:
     raise HydraOptError(f"{at}: is replaced faster than it can be read: try again")
 
 
-def watched(path: Path, store: Store, opened: Any) -> Store:
+def open_at(at: Path | str) -> Store:
+    """As `open`, once, of a `located` store."""
+    if isinstance(at, str):
+        return bucket.open_bucket(at)
+    return portable.open_portable(at) if is_file(at) else folder.open_folder(at)
+
+
+def watched(path: Path | str, store: Store, opened: Any) -> Store:
     """The store, whose leaves, where they cannot be read, say so if it was replaced since it was opened.
 
     Args:
@@ -80,7 +91,7 @@ def watched(path: Path, store: Store, opened: Any) -> Store:
         if stamp(path) == opened:
             return False
         # an `add` replaces the manifest, too, and leaves the segments
-        return is_file(path) or all(x["id"] != segment for x in folder.read_manifest(path)["segments"])
+        return is_file(path) or all(x["id"] != segment for x in read_manifest(path)["segments"])
 
     def read(leaf: Deferred, start: int, stop: int) -> Any:
         try:
@@ -97,8 +108,10 @@ def watched(path: Path, store: Store, opened: Any) -> Store:
     return store.replace(segments=tuple(segments))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a folder or a file."""
+def read_manifest(path: Path | str) -> dict[str, Any]:
+    """The manifest of a folder or a file, here or in a bucket."""
+    if isinstance(path, str):
+        return bucket.read_manifest(path)
     return portable.read_header(path)[0] if is_file(path) else folder.read_manifest(path)
 
 
@@ -106,8 +119,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 RETRIES = 20
 
 
-def stamp(path: Path) -> Any:
-    """What tells one state of a store from another."""
+def stamp(path: Path | str) -> Any:
+    """What tells one state of a store from another; None where there is none."""
+    if isinstance(path, str):
+        return bucket.stamp(path)
     file = path if is_file(path) else path / MANIFEST
     try:
         found = file.stat()
@@ -120,7 +135,7 @@ def stamp(path: Path) -> Any:
 def check_target(path: Path_, overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a store that may be replaced, or an unfinished job's."""
     at = located(path)
-    if not at.exists() or folder.unfinished(at):
+    if bucket.stamp(at) is None if isinstance(at, str) else not at.exists() or folder.unfinished(at):
         return
     if not overwrite:
         raise HydraOptError(f"{at}: exists; choose another --out or give --overwrite")
@@ -133,7 +148,7 @@ def save(
     """Write a store: at once or not at all, and never over anything unless told.
 
     Args:
-      path: a new folder, or a new file whose name ends in `.safetensors`.
+      path: a new folder, or a new file whose name ends in `.safetensors`; or an address in a bucket.
       store: what to write; its leaves may be on disk.
       overwrite: replace an existing store (nothing else is ever replaced).
       limit: most bytes the store may take on disk; a larger one is not kept.
@@ -145,12 +160,67 @@ def save(
     """
     at = located(path)
     check_target(at, overwrite)
+    if isinstance(at, str):
+        upload(at, store, bucket.stamp(at), limit, zstd)
+        return
     with locked(at, again=True):
         check_target(at, overwrite)
         if is_file(at):
             write_file(at, store, limit)
         else:
             write_folder(at, store, limit, zstd)
+
+
+@contextmanager
+def staged(path: Path_, overwrite: bool) -> Iterator[Path]:
+    """Where a job on this machine makes a store: in its place, or where it is uploaded from after the body.
+
+    Raises:
+      HydraOptError: as `save`; a store that could not be uploaded stays where it was made, and is named.
+    """
+    at = located(path)
+    if not isinstance(at, str):
+        yield at
+        return
+    check_target(at, overwrite)
+    before, here = bucket.stamp(at), bucket.staging(at)
+    if here.exists() and not folder.unfinished(here):
+        # made by a job whose upload failed
+        shutil.rmtree(here.parent)
+    yield here
+    if not here.exists():
+        return
+    try:
+        bucket.publish(here, at, before)
+    except HydraOptError as error:
+        raise HydraOptError(f"{error} (the store itself is made: hydraopt unpack or pack {here})") from None
+    shutil.rmtree(here.parent)
+
+
+def upload(
+    at: str,
+    store: Store,
+    before: bytes | None,
+    limit: int | None = None,
+    zstd: bool = True,
+    rows: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a store on this machine, what is new of it, and put it into a bucket.
+
+    Args:
+      at: its address.
+      store: what to write.
+      before: `stamp` of what it replaces.
+      limit, zstd: as `save`.
+      rows: rows, by id, of the segments that lie there and may stay.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        here = Path(work) / at.split("/")[-1]
+        if is_file(at):
+            write_file(here, store, limit)
+        else:
+            write_folder(here, store, limit, zstd, rows, home=at, mark=bucket.new_mark())
+        bucket.publish(here, at, before)
 
 
 def update(path: Path_, change: Callable[[Store], Store]) -> Store:
@@ -163,6 +233,13 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
       HydraOptError: as `open` and `save`, and whatever `change` raises: the store is then as it was.
     """
     at = located(path)
+    if isinstance(at, str):
+        # nobody else is kept from writing: who is overtaken fails
+        before = bucket.stamp(at)
+        changed = change(open(at))
+        there = {} if is_file(at) else {x["id"]: x for x in bucket.read_manifest(at)["segments"]}
+        upload(at, changed, before, rows=there)
+        return open(at)
     open(at)
     with locked(at):
         changed = change(open(at))
@@ -190,12 +267,12 @@ def write_file(path: Path, store: Store, limit: int | None = None) -> None:
 ROW = ("id", "bytes", "header", "sha256", "arrays", "files")
 
 
-def kept_row(segment: Segment, path: Path, rows: Mapping[str, Any]) -> dict[str, Any] | None:
+def kept_row(segment: Segment, home: str, rows: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest's row of a segment that lies in the folder as it is; None for one to be written."""
     origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
     origin = origins.pop() if len(origins) == 1 else None
     name = ""
-    if origin is not None and origin[0] == str(path) and origin[2] == len(segment.leaves):
+    if origin is not None and origin[0] == home and origin[2] == len(segment.leaves):
         name = origin[1]
     elif not any(isinstance(x, Deferred) for x in segment.leaves.values()):
         # the same bytes may be there, under the name that they give
@@ -209,6 +286,8 @@ def write_folder(
     limit: int | None = None,
     zstd: bool = True,
     known: Mapping[str, Any] | None = None,
+    home: str | None = None,
+    mark: str = "",
 ) -> None:
     """Write the segments that are not there, then the manifest; what it does not name goes.
 
@@ -216,7 +295,10 @@ def write_folder(
       path: the folder.
       store: what to write.
       limit, zstd: as `save`.
-      known: of a job: rows, by id, of segments that lie there already, beside those of the manifest.
+      known: rows, by id, of segments that lie there already, beside those of the manifest: of a job, or those
+        in the bucket that the folder is written for.
+      home: where those lie, if it is not the folder.
+      mark: what ends the names of new segments, where others may write the same at the same time.
     """
     fresh = not path.exists() or (known is None and folder.unfinished(path))
     before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
@@ -229,15 +311,16 @@ def write_folder(
         (path / folder.SEGMENTS).mkdir(exist_ok=True)
         written = []
         for x in store.segments:
-            row = kept_row(x, path, rows)
+            row = kept_row(x, home or str(path), rows)
             if row is None:
-                row = folder.write_segment(path, x, zstd=None if zstd else False)
+                name = f"{segment_data.entry_of(x).id}-{mark}" if mark else None
+                row = folder.write_segment(path, x, name=name, zstd=None if zstd else False)
                 added.append(row["id"])
             written.append(row)
         said = manifest.as_json(store, written, path.name)
         if limit is not None:
             size = len(manifest.gzipped(manifest.to_text(said))) + sum(
-                size_on_disk(path / folder.SEGMENTS / x["id"]) for x in written
+                folder.tree_bytes(path / folder.SEGMENTS / x["id"]) for x in written
             )
             if size > limit:
                 raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
@@ -263,13 +346,14 @@ def verify(path: Path_) -> int:
     """
     if remote.is_address(path):
         return check_leaves(open(path))
-    at = Path(path).absolute()
+    at = located(path)
     for _ in range(RETRIES):
         before = stamp(at)
         try:
             leaves = check_leaves(open(at))
             if not is_file(at):
-                folder.check_files(at, folder.read_manifest(at))
+                check = bucket.check_files if isinstance(at, str) else folder.check_files
+                check(at, read_manifest(at))  # type: ignore[arg-type]
         except HydraOptError:
             if stamp(at) == before:
                 raise
@@ -333,9 +417,14 @@ def account(path: Path_, store: Store) -> Account:
 
 
 def size_on_disk(path: Path_) -> int:
-    """Bytes of a file, here or elsewhere, or of all files below a path, as a user counts them."""
+    """Bytes of a file, here or elsewhere, or of all files below a path, as a user counts them.
+
+    Of a folder in a bucket: of its manifest and, before compression, of its arrays.
+    """
     if remote.is_address(path):
-        return remote.find(str(path)).size
+        return portable.size_of(remote.find(str(path)))
+    if buckets.is_bucket(path):
+        return bucket.size(buckets.address(str(path)))
     at = Path(path)
     if at.is_file():
         return at.stat().st_size
@@ -347,7 +436,7 @@ def name_there(segment: Segment, path: Path_ | None) -> str:
     for x in segment.leaves.values():
         if isinstance(x, Deferred) and x.origin is not None and path is not None:
             where, name, _ = x.origin
-            return str(name) if where == str(Path(path).absolute()) else ""
+            return str(name) if where == str(located(path)) else ""
     return ""
 
 

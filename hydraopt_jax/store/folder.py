@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from hydraopt_jax import buckets
 from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import manifest, segment_data
@@ -101,20 +102,26 @@ def unfinished(path: Path) -> bool:
     return any((path / x).exists() for x in (JOB, NEW)) or not any(path.iterdir())
 
 
-def open_array(path: Path, folder: Path, size: int) -> Any:
-    """An array of `size` bytes, opened with TensorStore."""
+def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any:
+    """An array of `size` bytes, opened with TensorStore.
+
+    Args:
+      path: of the store, for messages.
+      name: of the array in it.
+      place: where its files are, as TensorStore has it.
+      size: of the array.
+    """
     import tensorstore
 
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/"}}
+    spec = {"driver": "zarr", "kvstore": dict(place)}
     try:
         array = tensorstore.open(spec, context=shared_context(), open=True, read=True).result()
         (chunk,) = array.chunk_layout.read_chunk.shape or (0,)
         sane = array.shape == (size,) and array.dtype.name == "uint8" and 0 < (chunk or 0) <= size
     except (ValueError, OSError) as error:
-        what = " ".join(str(error).split())[:120]
-        raise damaged(path, f"{folder.relative_to(path)} cannot be opened ({what})") from None
+        raise unreadable(path, f"{name} cannot be opened", error) from None
     if not sane:
-        raise damaged(path, f"{folder.relative_to(path)} is not the array that the manifest describes")
+        raise damaged(path, f"{name} is not the array that the manifest describes")
     return array
 
 
@@ -129,11 +136,21 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
         raise damaged(path, f"segment {entry.id} is missing") from None
     if entry.bytes > ROOM + EXPANSION * stored or not held(entry.bytes, [n for _, n in arrays]):
         raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
-    starts = list(itertools.accumulate((n for _, n in arrays), initial=0))
 
     @functools.lru_cache
     def opened(k: int) -> Any:
-        return open_array(path, folder / arrays[k][0], arrays[k][1])
+        where = folder / arrays[k][0]
+        name = where.relative_to(path).as_posix()
+        return open_array(path, name, {"driver": "file", "path": f"{where}/"}, arrays[k][1])
+
+    return run_reader(path, entry, [n for _, n in arrays], opened)
+
+
+def run_reader(
+    path: Any, entry: Entry, sizes: Sequence[int], opened: Callable[[int], Any]
+) -> Callable[[int, int], np.ndarray]:
+    """As `reader`, from the sizes of the arrays and a function that opens each."""
+    starts = list(itertools.accumulate(sizes, initial=0))
 
     def read(start: int, stop: int) -> np.ndarray:
         out: np.ndarray = np.empty(stop - start, np.uint8)
@@ -144,14 +161,20 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
                 try:
                     part = array[low - at : high - at].read().result()
                 except (ValueError, OSError) as error:
-                    what = " ".join(str(error).split())[:120]
-                    raise damaged(path, f"segment {entry.id} cannot be read ({what})") from None
+                    raise unreadable(path, f"segment {entry.id} cannot be read", error) from None
                 if high - low == stop - start:
                     return np.asarray(part)
                 out[low - start : high - start] = part
         return out
 
     return read
+
+
+def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
+    """The error for an array that TensorStore does not read: a damaged store, or a service that fails."""
+    if isinstance(path, str) and (meant := buckets.meaning(error)):
+        return HydraOptError(f"{path}: {what}: {meant}")
+    return damaged(path, f"{what} ({' '.join(str(error).split())[:120]})")
 
 
 def tree_bytes(folder: Path | str) -> int:
@@ -315,11 +338,17 @@ def checksum(folder: Path, arrays: Sequence[str]) -> str:
     whole = hashlib.sha256()
     for x in sorted(x for name in arrays for x in (folder / name).rglob("*")):
         if x.is_file():
-            whole.update(f"{x.relative_to(folder).as_posix()}\n{x.stat().st_size}\n".encode())
             with x.open("rb") as file:
-                while piece := file.read(1 << 20):
-                    whole.update(piece)
+                pieces = iter(functools.partial(file.read, 1 << 20), b"")
+                hash_file(whole, x.relative_to(folder).as_posix(), x.stat().st_size, pieces)
     return whole.hexdigest()[:16]
+
+
+def hash_file(whole: Any, name: str, size: int, pieces: Iterable[bytes]) -> None:
+    """Add a file to a checksum: its name in the checkpoint, its size, and its bytes in pieces."""
+    whole.update(f"{name}\n{size}\n".encode())
+    for piece in pieces:
+        whole.update(piece)
 
 
 def check_files(path: Path, said: Mapping[str, Any]) -> None:

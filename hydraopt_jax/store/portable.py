@@ -26,6 +26,13 @@ SUFFIX = ".safetensors"
 KEY, SEAL = "hydraopt", "hydraopt_sha256"
 # most bytes of a header, as the format has it
 MAX_HEADER = 100_000_000
+# most bytes of a file whose place does not say how many it has
+MAX_BYTES = 1 << 43
+
+
+def named(path: Any) -> bool:
+    """Whether a path, or an address in a bucket, has the name of a portable file."""
+    return str(path).endswith(SUFFIX)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
@@ -89,19 +96,40 @@ def open_remote(address: str) -> Store:
 
 def open_source(source: remote.Source) -> Store:
     """As `open_remote`, of a version that was found."""
+    return opened_at(source.label, *source_header(source), source.read)
+
+
+def size_of(source: remote.Source) -> int:
+    """Bytes of a version of a file, by its header where its place does not say."""
+    if source.size is not None:
+        return source.size
+    rows, _, length = header_rows(source)
+    return 8 + length + max((row["data_offsets"][1] for row in rows.values()), default=0)
+
+
+def source_header(source: remote.Source) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """As `read_header`, of a version of a file elsewhere."""
+    rows, said, length = header_rows(source)
+    return manifest_of(source.label, said.get(KEY), said.get(SEAL), rows, length)
+
+
+def header_rows(source: remote.Source) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The header's rows, checked, its metadata, and its length."""
     label = source.label
     length = int.from_bytes(source.read(0, 8), "little")
-    if not 2 <= length <= min(source.size - 8, MAX_HEADER):
+    most = MAX_HEADER if source.size is None else min(source.size - 8, MAX_HEADER)
+    if not 2 <= length <= most:
         raise damaged(label, "not a whole safetensors file (no header)")
+    end = MAX_BYTES if source.size is None else source.size - 8 - length
     try:
         rows = strict_json.loads(source.read(8, 8 + length))
         said = rows.pop("__metadata__", {})
-        text, seal = said.get(KEY), said.get(SEAL)
+        text = said.get(KEY)
         if not isinstance(text, str | None):
             raise ValueError("metadata that is no text")
         for name, row in rows.items():
             low, high = row["data_offsets"]
-            if not (type(low) is type(high) is int and 0 <= low <= high <= source.size - 8 - length):
+            if not (type(low) is type(high) is int and 0 <= low <= high <= end):
                 raise ValueError(f"the offsets of {name}")
             if (
                 row != {"dtype": "U8", "shape": [high - low], "data_offsets": [low, high]}
@@ -111,7 +139,7 @@ def open_source(source: remote.Source) -> Store:
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         what = " ".join(str(error).split())[:120]
         raise damaged(label, f"not a whole safetensors file ({what})") from None
-    return opened_at(label, *manifest_of(label, text, seal, rows, length), source.read)
+    return rows, said, length
 
 
 def opened_at(

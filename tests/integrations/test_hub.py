@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import served
 from hub_server import ROUTES, FileHandler, Hub, HubHandler, running
 
-from hydraopt_jax import changes, compression, formats, store, synthetic
+from hydraopt_jax import changes, compression, formats, remote, store, synthetic
 from hydraopt_jax.integrations.model_card import BEGIN, bytes_of_tasks
 from hydraopt_jax.store import files
 
@@ -39,16 +42,22 @@ def fresh(server):
 
 
 @pytest.fixture
-def run(server, tmp_path):
-    """The command: `run(arguments, **environment)` gives exit status, output and errors."""
+def environment(server, tmp_path):
+    """That of a process which takes the server for the hub."""
     known = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS"))}
-    known |= {
+    return known | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.port}",
         "HF_HOME": str(tmp_path / "home"),
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
     }
+
+
+@pytest.fixture
+def run(environment, tmp_path):
+    """The command: `run(arguments, **environment)` gives exit status, output and errors."""
+    known = environment
 
     def call(*arguments, poison=POISON, **environment):
         code = f"{poison}from hydraopt_jax.cli import main\nmain({[str(x) for x in arguments]!r})\n"
@@ -352,3 +361,49 @@ def test_adapters_of_the_hub_are_of_one_commit(server, kept, ok, tmp_path):
     done = ok("push", store_file, "org/store")
     assert done["licenses"] == {"one": "gpl-3.0"}
     assert b"license: gpl-3.0" in server.repositories["org/store"][done["revision"]]["README.md"]
+
+
+VLLM = """
+import asyncio, sys
+import fake_vllm
+sys.modules.update(fake_vllm.modules())
+from hydraopt_jax.integrations import vllm
+vllm.register()
+resolver = sys.modules["vllm.lora.resolver"].LoRAResolverRegistry.get_resolver("hydraopt")
+for task in sys.argv[1:]:
+    found = asyncio.run(resolver.resolve_lora("org/base", task))
+    print(found and found.lora_path)
+resolver.close()
+"""
+
+
+def test_vllm_serves_tasks_of_a_store_on_the_hub(server, environment, tmp_path):
+    """HYDRAOPT_STORE=hf:ORG/NAME: a request fetches its task alone; an unknown one is a line in the log."""
+    tasks = [f"task {n}" for n in range(200)]
+    content = served.make(tasks)
+    store.save(tmp_path / "s.safetensors", content)
+    data = (tmp_path / "s.safetensors").read_bytes()
+    server.commit("org/name", {"store.safetensors": data})
+    here = Path(__file__).parent
+    environment |= {
+        "HYDRAOPT_STORE": "hf:org/name",
+        "HYDRAOPT_CACHE": str(tmp_path / "tasks"),
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parents[1])]),
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", VLLM, "task 7", "task 500"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    path, none = found.stdout.splitlines()
+    assert none == "None"
+    assert "no task 'task 500' in the store: did you mean 'task 50'" in found.stderr
+    folder, wanted = formats.read_adapter(path), store.decode(content, "task 7")
+    for name in wanted.a:
+        np.testing.assert_allclose(
+            folder.a[name] @ folder.b[name], wanted.a[name] @ wanted.b[name], atol=1e-5
+        )
+    header = 8 + int.from_bytes(data[:8], "little")
+    assert server.kept.sent < 1.05 * header + 3 * bytes_of_tasks(content)["task 7"] + remote.FIRST < len(data)

@@ -1,0 +1,190 @@
+"""A store in a bucket: an object for each of a folder's files, or one for the one file.
+
+What is new is written on this machine, by the writers of folders and files, and uploaded; then the manifest,
+or the one object, is replaced by one request on the condition that nobody has replaced it since it was read.
+"""
+
+import functools
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax import buckets, remote
+from hydraopt_jax.errors import HydraOptError, damaged
+from hydraopt_jax.store import folder, manifest, portable
+from hydraopt_jax.store.folder import ARRAY_BYTES, MANIFEST, SEGMENTS
+from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.store import Store
+
+# what a writer marks its segments with: when it began, in seconds, and a number of its own
+MARK = re.compile(r".*-([0-9a-f]{8})[0-9a-f]{8}")
+# seconds after which a segment that no manifest names is a dead writer's
+DEAD = 86400
+
+
+def new_mark() -> str:
+    """What tells segments of one writer from those of others, so that none is ever written twice."""
+    return f"{int(time.time()):08x}{secrets.token_hex(4)}"
+
+
+def whole(at: str) -> str:
+    """The object whose replacement is the change of a store: its manifest, or the one file."""
+    return at if portable.named(at) else f"{at}/{MANIFEST}"
+
+
+def stamp(at: str) -> bytes | None:
+    """What tells one state of a store from another; None where there is none."""
+    found = buckets.read(whole(at), 0, 1) if portable.named(at) else buckets.read(whole(at))
+    return found.version if found.data is not None else None
+
+
+def read_manifest(at: str) -> dict[str, Any]:
+    """The manifest of a store.
+
+    Raises:
+      HydraOptError: no store there, no right to it, a damaged one, or one of another version.
+    """
+    if portable.named(at):
+        return portable.source_header(source(at))[0]
+    data = buckets.read(whole(at)).data
+    if data is None:
+        raise HydraOptError(f"{at}: no store there")
+    return manifest.parse(at, manifest.gunzipped(at, data))
+
+
+def source(at: str) -> remote.Source:
+    """The one file as a version that can be read in part."""
+    read = buckets.one_version(at)
+    first = buckets.read(at, 0, 1)
+    if first.data is None:
+        raise HydraOptError(f"{at}: no store there")
+    return remote.Source(at, None, first.version.hex(), read)
+
+
+def open_bucket(at: str) -> Store:
+    """A store whose leaves are read when they are asked for."""
+    if portable.named(at):
+        return portable.open_source(source(at))
+    said = read_manifest(at)
+    chunks = segment_keys(at)
+    return folder.opened(at, said, lambda row: reader(at, manifest.entry_of(row), row["arrays"], chunks))
+
+
+def segment_keys(at: str) -> dict[str, list[str]]:
+    """Segment -> its objects, below it."""
+    out: dict[str, list[str]] = {}
+    for key in buckets.keys(f"{at}/{SEGMENTS}/"):
+        name, _, rest = key.partition("/")
+        out.setdefault(name, []).append(rest)
+    return out
+
+
+def reader(
+    at: str, entry: Entry, arrays: Any, known: Mapping[str, list[str]]
+) -> Callable[[int, int], np.ndarray]:
+    """`(start, stop)` -> those bytes of a segment's run, see `folder.reader`."""
+    if entry.id not in known:
+        raise damaged(at, f"segment {entry.id} is missing")
+    if entry.bytes > ARRAY_BYTES * len(known[entry.id]) or not folder.held(
+        entry.bytes, [n for _, n in arrays]
+    ):
+        raise damaged(at, f"segment {entry.id} claims what its objects cannot hold")
+
+    @functools.lru_cache
+    def opened(k: int) -> Any:
+        where = f"{SEGMENTS}/{entry.id}/{arrays[k][0]}"
+        return folder.open_array(at, where, buckets.spec(f"{at}/{where}/"), arrays[k][1])
+
+    return folder.run_reader(at, entry, [n for _, n in arrays], opened)
+
+
+def check_files(at: str, said: Mapping[str, Any]) -> None:
+    """Compare the objects of every segment with the checksum of the manifest.
+
+    Raises:
+      HydraOptError: some object of a segment is not as it was written.
+    """
+    known = segment_keys(at)
+    for row in said["segments"]:
+        place = f"{at}/{SEGMENTS}/{row['id']}"
+        inside = tuple(f"{x}/" for x, _ in row["arrays"])
+        found = hashlib.sha256()
+        for key in sorted((x for x in known[row["id"]] if x.startswith(inside)), key=lambda x: x.split("/")):
+            data = buckets.read(f"{place}/{key}").data or b""
+            folder.hash_file(found, key, len(data), [data])
+        if found.hexdigest()[:16] != row["files"]:
+            raise damaged(at, f"an object of segment {row['id']} does not match its checksum")
+
+
+def size(at: str) -> int:
+    """Bytes of the file; of a folder those of its manifest and, before compression, of its arrays."""
+    if portable.named(at):
+        return portable.size_of(source(at))
+    data = buckets.read(whole(at)).data
+    if data is None:
+        raise HydraOptError(f"{at}: no store there")
+    said = manifest.parse(at, manifest.gunzipped(at, data))
+    return len(data) + sum(n for row in said["segments"] for _, n in row["arrays"])
+
+
+def publish(written: Path, at: str, before: bytes | None) -> None:
+    """Upload what was written on this machine, then replace the store, unless another has replaced it.
+
+    Args:
+      written: the file; or the folder: its manifest, and those of its segments that are new.
+      at: the address.
+      before: `stamp` of the store that is replaced, None for none.
+
+    Raises:
+      HydraOptError: it was replaced meanwhile, or cannot be written: the store is then as it was.
+    """
+    state = buckets.read(whole(at), 0, 1).version if before is None else before
+    if portable.named(at):
+        if not buckets.write(at, written.read_bytes(), state):
+            raise overtaken(at)
+        return
+    old = read_manifest(at) if before is not None else {"segments": []}
+    segments = f"{at}/{SEGMENTS}/"
+    new = {x.relative_to(written / SEGMENTS).as_posix(): x for x in (written / SEGMENTS).rglob("*")}
+    new = {key: x for key, x in sorted(new.items()) if x.is_file()}
+    data = (written / MANIFEST).read_bytes()
+    try:
+        buckets.upload(segments, {key: x.read_bytes for key, x in new.items()})
+        if not buckets.write(whole(at), data, state):
+            raise overtaken(at)
+    except BaseException:
+        named = {x["id"] for x in old["segments"]}
+        buckets.remove(segments, [key for key in new if key.partition("/")[0] not in named])
+        raise
+    remove_unnamed(at, manifest.parse(at, manifest.gunzipped(at, data)), old)
+
+
+def overtaken(at: str) -> HydraOptError:
+    """The error of a writer whose store another has replaced."""
+    return HydraOptError(f"{at}: another process has changed it meanwhile: nothing was written: try again")
+
+
+def remove_unnamed(at: str, said: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+    """Remove the segments that were replaced, and those that a writer has left who died long ago."""
+    named, replaced = ({x["id"] for x in y["segments"]} for y in (said, old))
+    gone = []
+    for name, rest in segment_keys(at).items():
+        began = MARK.fullmatch(name)
+        dead = began is not None and time.time() - int(began[1], 16) > DEAD
+        if name not in named and (name in replaced or dead):
+            gone += [f"{name}/{x}" for x in rest]
+    buckets.remove(f"{at}/{SEGMENTS}/", gone)
+
+
+def staging(at: str) -> Path:
+    """Where a job on this machine makes a store for a bucket: always the same place, to go on there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    own = hashlib.sha256(at.encode()).hexdigest()[:16]
+    return cache / "hydraopt_jax" / "uploads" / own / at.split("/")[-1]
