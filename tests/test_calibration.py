@@ -1,5 +1,7 @@
 """Second moments: accumulation is the definition, files come back."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,3 +103,21 @@ def test_the_command_says_what_falls_back(made, tmp_path, capsys):
         capsys, "verify", given[1], *given[0], "--calibration", tmp_path / "c.safetensors"
     )
     assert (status, error) == (0, "")
+
+
+def test_a_task_that_is_added_says_what_the_calibration_lacks(made, tmp_path, capsys):
+    """A module that only the new task has; before, its errors counted as errors of weights in silence."""
+    known = {n: moment(0, i) for n, (i, _) in SHAPES.items()}
+    calibration.save(tmp_path / "c.safetensors", known)
+    more = synthetic.collection(5, tasks=["c"], modules={**SHAPES, "layers.2.v": (12, 8)}, rank=2)[0]
+    for x in (*made, more):
+        formats.write_adapter(tmp_path / x.task, x)
+    given = ["--calibration", tmp_path / "c.safetensors"]
+    store = tmp_path / "store.safetensors"
+    assert run(capsys, "compress", tmp_path / "a", tmp_path / "b", "--out", store, *given)[0] == 0
+    status, said, error = run(capsys, "add", store, tmp_path / "c", *given)
+    assert status == 0, error
+    line = "layers.2.v: no second moment in the calibration: their errors count as errors of weights"
+    assert line in " ".join(said.split())
+    status, said, error = run(capsys, "inspect", store, "--json")
+    assert json.loads(said)["uncalibrated"] == ["layers.2.v"]

@@ -20,7 +20,7 @@ from hydraopt_jax.deferred import bytes_of, joined
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, gains_and_errors, targets_at_step
 from hydraopt_jax.rate_control.errors_of import with_errors
-from hydraopt_jax.rate_control.metrics import metrics_of
+from hydraopt_jax.rate_control.metrics import metrics_of, uncovered
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, references, tensors
@@ -69,11 +69,17 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
         segment = coded(store, new, calibration)
     else:
         segment = joined_to(store, new)
+    report = changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values())))
+    if calibration is not None and store.report["options"].get("calibrated"):
+        # modules whose errors are those of weights, as `compress` names them
+        known = report.get("uncalibrated", ())
+        without = [x for x in uncovered(adapters.module_shapes(new), calibration) if x not in known]
+        report = report.replace(uncalibrated=[*known, *without]) if without else report
     return store.replace(
         segments=(*store.segments, segment.with_tensors([carried])),
         tasks=(*store.tasks, new.task),
         sources=(*store.sources, source),
-        report=changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values()))),
+        report=report,
     )
 
 

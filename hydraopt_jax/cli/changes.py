@@ -14,6 +14,7 @@ from hydraopt_jax import report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli.common import (
     as_json_option,
+    calibration_notes,
     clean,
     held_notes,
     load_moments,
@@ -104,6 +105,7 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
         "bytes_after": files.size_on_disk(path),
         "bytes_held": sum(x.bytes for x in held),
         "held": [x._asdict() for x in held],
+        "uncalibrated": list(content.report.get("uncalibrated", ())),
         "error": {"mean": clean(float(own.mean()))},
     }
     then = [] if found is None else ["a refit at these bytes"]
@@ -124,7 +126,7 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
     for name, now, other in rows:
         table.add_row(Text(name), f"{now:.3e}", *([] if other is None else [f"{other:.3e}"]))
     sizes = (report.format_bytes(x) for x in (payload["bytes_before"], payload["bytes_after"]))
-    notes = [f"{' before, '.join(sizes)} after"]
+    notes = [f"{' before, '.join(sizes)} after", *calibration_notes(content)]
     if held:
         notes += [*held_notes(held), f"to be rid of that: hydraopt remove {path} --purge"]
     if found is not None and found.due:

@@ -54,6 +54,10 @@ DEFAULT_NOTE = (
     "no target was given: a quarter of the factors' fp16 bytes (--budget, --max-error or --form hydra say "
     "otherwise)"
 )
+REFINE_NOTE = (
+    "--refine lowers {what}, which the fit has made small already: expect little or nothing. To gain it needs "
+    "a model: in Python, hydra.refine with forward= and batches= lowers the divergence of its outputs"
+)
 
 
 class Terminated(click.ClickException):
@@ -247,6 +251,10 @@ def refined(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given
     from hydraopt_jax import refinement
 
     as_json, steps = given["as_json"], given["refine"]
+    calibrated = asked.get("calibration") is not None
+    what = "errors of the calibrated outputs" if calibrated else "errors of weights"
+    if not as_json:
+        click.echo(REFINE_NOTE.format(what=what), err=True)
     collection = read_all(adapters, given["any_base"], given["base_suffix"], as_json)
     store = compression.compress(collection, **asked)
     moments = asked.get("calibration")
