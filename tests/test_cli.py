@@ -105,7 +105,7 @@ def test_refine_says_what_it_needs_before_it_runs(folders, tmp_path, capsys, mon
     status, out, said = run(capsys, "compress", *folders, "--refine", "5", "--out", tmp_path / "store")
     assert (status, out) == (2, "")
     note, end = said.splitlines()
-    assert note.startswith("--refine lowers errors of weights, which the fit has made small already")
+    assert note.startswith("--refine lowers errors of weights, which the fit has made small")
     assert "needs a model: in Python, hydra.refine with forward=" in note
     assert "here it would begin" in end
 

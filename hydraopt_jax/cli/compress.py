@@ -55,7 +55,7 @@ DEFAULT_NOTE = (
     "otherwise)"
 )
 REFINE_NOTE = (
-    "--refine lowers {what}, which the fit has made small already: expect little or nothing. To gain it needs "
+    "--refine lowers {what}, which the fit has made small: expect little or nothing. To gain it needs "
     "a model: in Python, hydra.refine with forward= and batches= lowers the divergence of its outputs"
 )
 

@@ -39,9 +39,14 @@ def whole(at: str) -> str:
     return at if portable.named(at) else f"{at}/{MANIFEST}"
 
 
+def state(at: str) -> buckets.Found:
+    """The state of a store: what tells it from another, its absence too."""
+    return buckets.read(whole(at), 0, 1)
+
+
 def stamp(at: str) -> bytes | None:
     """What tells one state of a store from another; None where there is none."""
-    found = buckets.read(whole(at), 0, 1) if portable.named(at) else buckets.read(whole(at))
+    found = state(at)
     return found.version if found.data is not None else None
 
 
@@ -134,30 +139,29 @@ def size(at: str) -> int:
     return len(data) + sum(n for row in said["segments"] for _, n in row["arrays"])
 
 
-def publish(written: Path, at: str, before: bytes | None) -> None:
+def publish(written: Path, at: str, before: bytes) -> None:
     """Upload what was written on this machine, then replace the store, unless another has replaced it.
 
     Args:
       written: the file; or the folder: its manifest, and those of its segments that are new.
       at: the address.
-      before: `stamp` of the store that is replaced, None for none.
+      before: version of the `state` that is replaced, also where that is no store.
 
     Raises:
       HydraOptError: it was replaced meanwhile, or cannot be written: the store is then as it was.
     """
-    state = buckets.read(whole(at), 0, 1).version if before is None else before
     if portable.named(at):
-        if not buckets.write(at, written.read_bytes(), state):
+        if not buckets.write(at, written.read_bytes(), before):
             raise overtaken(at)
         return
-    old = read_manifest(at) if before is not None else {"segments": []}
+    old = read_manifest(at) if state(at).data is not None else {"segments": []}
     segments = f"{at}/{SEGMENTS}/"
     new = {x.relative_to(written / SEGMENTS).as_posix(): x for x in (written / SEGMENTS).rglob("*")}
     new = {key: x for key, x in sorted(new.items()) if x.is_file()}
     data = (written / MANIFEST).read_bytes()
     try:
         buckets.upload(segments, {key: x.read_bytes for key, x in new.items()})
-        if not buckets.write(whole(at), data, state):
+        if not buckets.write(whole(at), data, before):
             raise overtaken(at)
     except BaseException:
         named = {x["id"] for x in old["segments"]}

@@ -159,10 +159,12 @@ def save(
       TooLarge: the store would exceed `limit`.
     """
     at = located(path)
-    check_target(at, overwrite)
     if isinstance(at, str):
-        upload(at, store, bucket.stamp(at), limit, zstd)
+        before = bucket.state(at).version
+        check_target(at, overwrite)
+        upload(at, store, before, limit, zstd)
         return
+    check_target(at, overwrite)
     with locked(at, again=True):
         check_target(at, overwrite)
         if is_file(at):
@@ -182,8 +184,8 @@ def staged(path: Path_, overwrite: bool) -> Iterator[Path]:
     if not isinstance(at, str):
         yield at
         return
+    before, here = bucket.state(at).version, bucket.staging(at)
     check_target(at, overwrite)
-    before, here = bucket.stamp(at), bucket.staging(at)
     if here.exists() and not folder.unfinished(here):
         # made by a job whose upload failed
         shutil.rmtree(here.parent)
@@ -200,7 +202,7 @@ def staged(path: Path_, overwrite: bool) -> Iterator[Path]:
 def upload(
     at: str,
     store: Store,
-    before: bytes | None,
+    before: bytes,
     limit: int | None = None,
     zstd: bool = True,
     rows: Mapping[str, Any] | None = None,
@@ -210,7 +212,7 @@ def upload(
     Args:
       at: its address.
       store: what to write.
-      before: `stamp` of what it replaces.
+      before: version of the `state` that it replaces.
       limit, zstd: as `save`.
       rows: rows, by id, of the segments that lie there and may stay.
     """
@@ -235,7 +237,7 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
     at = located(path)
     if isinstance(at, str):
         # nobody else is kept from writing: who is overtaken fails
-        before = bucket.stamp(at)
+        before = bucket.state(at).version
         changed = change(open(at))
         there = {} if is_file(at) else {x["id"]: x for x in bucket.read_manifest(at)["segments"]}
         upload(at, changed, before, rows=there)
