@@ -1,8 +1,9 @@
 """The clouds' services on this machine: moto's S3, a Google emulator, and a proxy that notes what is asked.
 
-The emulator knows neither generations of what is downloaded nor conditions of what is uploaded, and takes no
-empty object. The proxy adds the first two, as Google documents them (x-goog-generation, ifGenerationMatch),
-and puts a line's end into the last, which nobody reads.
+The emulator knows neither generations of what is downloaded, nor conditions of what is uploaded, nor parts of
+listings, and takes no empty object. The proxy adds the first three as Google documents them
+(x-goog-generation, ifGenerationMatch, startOffset and endOffset), and puts a line's end into the last, which
+nobody reads.
 """
 
 import http.client
@@ -98,6 +99,11 @@ class Handler(BaseHTTPRequestHandler):
         status, found, data = self.server.forward(self.command, self.path, body, headers)
         if self.server.google and asked.get("alt") == "media" and status in (200, 206):
             found["x-goog-generation"] = self.server.generation(unquote(parts.path.rpartition("/o/")[2]))
+        if self.server.google and "startOffset" in asked:
+            low, high = asked["startOffset"], asked.get("endOffset", chr(0x10FFFF))
+            listing = json.loads(data)
+            listing["items"] = [x for x in listing.get("items", ()) if low <= x["name"] < high]
+            data = json.dumps(listing).encode()
         return status, found, data
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
