@@ -4,6 +4,13 @@ import os
 import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Tests compile much and compute little: LLVM's optimizations and XLA's fusion through MLIR take most of the
+# time and change no semantics. `XLA_FLAGS= pytest` has them, and CI where results depend on rounding.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 # one cache for the whole run: tests compile the same small shapes again and again
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
     tempfile.gettempdir(), "hydraopt-tests-" + os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))

@@ -10,7 +10,7 @@ from derivative_cases import CASES
 from jax import export
 
 import hydraopt_jax
-from hydraopt_jax import adapters, compression, forms, synthetic, tradeoff
+from hydraopt_jax import adapters, compression, forms, refinement, serving, synthetic, tradeoff
 from hydraopt_jax.collection import in_memory
 from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.forms import similarity
@@ -61,7 +61,9 @@ def test_what_the_engines_jit_lowers(monkeypatch):
         for module, key in where:
             monkeypatch.setattr(module, key, record)
     few = synthetic.collection(tasks=5, modules={"q": (96, 64), "k": (64, 96)}, rank=3)
-    compression.compress(few, max_error=0.01)
+    coded = compression.compress(few, max_error=0.01)
+    refinement.refine(coded, few, steps=1)
+    serving.load(coded, on_device=True)
     explicit.compress_in_form(in_memory(few), forms.Hydra(heads=2, rank=3), Memory())
     # all heads: exact errors where nothing is lost, and sums over more tasks than a side is long
     explicit.compress_in_form(

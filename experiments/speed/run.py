@@ -32,6 +32,7 @@ from safetensors.numpy import load_file
 from experiments.peers.measure import watched
 from experiments.scale import generated
 from hydraopt_jax import calibration, formats, store
+from hydraopt_jax.codec import lanes
 from hydraopt_jax.store import files
 
 HERE = Path(__file__).parent
@@ -153,10 +154,12 @@ def decode(spare: Path, options: argparse.Namespace) -> Rows:
     numbers = len(fp16_bytes(few)) // 2
     factors = least(lambda: store.decode_terms(content, [task])) / numbers
     adapter = least(lambda: store.decode(content, task)) / numbers
+    compiled = least(lambda: store.decode_terms(content, [task], decode_lanes=lanes.decode)) / numbers
     each = min(each, unit(few))
     rows = [
         row("zlib level 6, nanoseconds per number", each * 1e9),
         row("decode one task's factors, warm, NumPy, over zlib -6", factors / each, 1.2),
+        row("decode one task's factors, warm, JAX on this processor, over zlib -6", compiled / each, 0.3),
         row("decode one adapter, balanced, warm, NumPy, over zlib -6", adapter / each),
     ]
     (whole,) = made(spare, 1, options.layers)

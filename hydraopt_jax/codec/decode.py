@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.codec import prediction, streams, syntax, tables
+from hydraopt_jax.codec import prediction, rans, streams, syntax, tables
 from hydraopt_jax.codec.bitstream import Damaged, Reader
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.syntax import SHARED, Side
@@ -32,6 +32,7 @@ def decode_leaves(
     shapes: Mapping[str, tuple[TermShape, ...]],
     tasks: Sequence[int],
     frequencies: np.ndarray | None = None,
+    decode_lanes: rans.DecodeLanes = rans.decode,
 ) -> Decoded:
     """Factors and gains of some tasks.
 
@@ -40,6 +41,7 @@ def decode_leaves(
       shapes: module -> structure of its terms.
       tasks: positions of the tasks whose gains are wanted.
       frequencies: tables, where the shared leaf has none of its own.
+      decode_lanes: see `streams.decode`.
 
     Raises:
       Damaged: leaves that no encoder writes.
@@ -65,6 +67,7 @@ def decode_leaves(
             for n in order
         ],
         table,
+        decode_lanes,
     )
     values: list[np.ndarray | None] = [None] * len(rows)
     for name, flat in zip(order, codes, strict=True):

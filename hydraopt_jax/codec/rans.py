@@ -15,7 +15,7 @@ Reference: J. Duda, Asymmetric numeral systems, arXiv 1311.2540; F. Giesen, Inte
 arXiv 1402.3392.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -27,6 +27,9 @@ LOW = 1 << 16
 PERIOD = 4096
 # steps whose table rows are looked up at once
 ROWS = 64
+
+# `decode`, or what does the same elsewhere (`lanes`)
+DecodeLanes = Callable[..., np.ndarray]
 
 
 def decode(

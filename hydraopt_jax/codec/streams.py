@@ -257,7 +257,10 @@ def parse(data: bytes, context: np.ndarray) -> Parsed:
 
 
 def decode(
-    data: Sequence[bytes], contexts: Sequence[np.ndarray], frequencies: np.ndarray
+    data: Sequence[bytes],
+    contexts: Sequence[np.ndarray],
+    frequencies: np.ndarray,
+    decode_lanes: rans.DecodeLanes = rans.decode,
 ) -> list[np.ndarray]:
     """Values in steps of each stream, `[N]` int32.
 
@@ -265,6 +268,7 @@ def decode(
       data: bytes of each stream.
       contexts: of its codes, `[N]` uint8.
       frequencies: `[COUNT, 2, SYMBOLS]`.
+      decode_lanes: `rans.decode`, or `lanes.decode` for JAX's default device.
 
     Raises:
       Damaged: bytes that `encode` does not write.
@@ -287,7 +291,7 @@ def decode(
     state, first, last = (np.empty_like(x) for x in (np.concatenate([x.state for x in parsed]), begin, begin))
     state[place] = np.concatenate([x.state for x in parsed])
     first[place], last[place] = begin, begin + count
-    values = rans.decode(
+    values = decode_lanes(
         state,
         np.concatenate([x.words for x in parsed]),
         first,

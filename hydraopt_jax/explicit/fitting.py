@@ -29,8 +29,11 @@ def fit_closed(deltas: Svd, *, heads: int, rank: int, side: str, cores: bool) ->
     return jax.vmap(solve)(deltas)
 
 
-def fit_optax(a: jax.Array, b: jax.Array, deltas: Svd, solver: Gradient, **form: Any) -> tuple[Factors, Info]:
-    """`gradient.hydra` for modules of one shape, vmapped and jitted."""
+@functools.partial(jax.jit, static_argnames=("solver", "heads", "rank", "side", "cores"))
+def fit_optax(
+    a: jax.Array, b: jax.Array, deltas: Svd, *, solver: Gradient, **form: Any
+) -> tuple[Factors, Info]:
+    """`gradient.hydra` for modules of one shape, whose optimizer must be hashable, as those of Optax are."""
 
     def solve(a: jax.Array, b: jax.Array, deltas: Svd) -> tuple[Factors, Info]:
         return gradient.hydra(
@@ -43,7 +46,7 @@ def fit_optax(a: jax.Array, b: jax.Array, deltas: Svd, solver: Gradient, **form:
             **form,
         )
 
-    return jax.jit(jax.vmap(solve))(a, b, deltas)
+    return jax.vmap(solve)(a, b, deltas)
 
 
 def entries(tasks: int, heads: int, rank: int, shape: tuple[int, int], side: str) -> int:
@@ -71,7 +74,7 @@ def fit(a: jax.Array, b: jax.Array, asked: Hydra, heads: int, rank: int) -> list
         if asked.solver is None:
             found = fit_closed(deltas, **form)
         else:
-            found = fit_optax(a, b, deltas, asked.solver, **form)
+            found = fit_optax(a, b, deltas, solver=asked.solver, **form)
         solutions.append(jax.device_get(found))
     losses = np.array([(info.weights * info.error).sum(-1) for _, info in solutions])
     return [

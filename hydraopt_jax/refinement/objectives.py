@@ -50,26 +50,36 @@ def quadratic(metrics: Mapping[str, Metrics] | None = None) -> Callable[[Lora, L
     over the sum of `tr(C delta G delta.T)`, so that a module weighs what it matters.
     """
     metrics = metrics or {}
-    roots = {n: [None if y is None else y.root for y in x] for n, x in metrics.items()}
-    scales = {n: x[0].scale * x[1].scale for n, x in metrics.items() if x[0] and x[1]}
+    roots = {
+        n: tuple(None if y is None else jnp.asarray(y.root, jnp.float32) for y in x)
+        for n, x in metrics.items()
+    }
+    scales = {n: jnp.float32(x[0].scale * x[1].scale) for n, x in metrics.items() if x[0] and x[1]}
+    # a pytree, whose function is the same in every call: what is compiled for one loss serves the next
+    return jax.tree_util.Partial(_quadratic, roots, scales)
 
+
+def _quadratic(
+    roots: Mapping[str, tuple[Array | None, Array | None]],
+    scales: Mapping[str, Array],
+    stored: Lora,
+    original: Lora,
+    batch: Any = None,
+) -> Array:
     def weigh(name: str, a: Array, b: Array) -> tuple[Array, Array]:
         left, right = roots.get(name, (None, None))
-        a = a if left is None else decompose.matmul(jnp.asarray(left, jnp.float32), a)
-        return a, b if right is None else decompose.matmul(b, jnp.asarray(right, jnp.float32))
+        a = a if left is None else decompose.matmul(left, a)
+        return a, b if right is None else decompose.matmul(b, right)
 
-    def loss(stored: Lora, original: Lora, batch: Any = None) -> Array:
-        lost, whole = [], []
-        for name, pair in original.items():
-            a, b = weigh(name, *pair)
-            energy = jnp.maximum(decompose.inner(a, b, a, b), 0.0)
-            error = losses.squared_errors(a, b, *weigh(name, *stored[name]))
-            unit = scales[name] if scales else decompose.task_weights(energy)
-            lost.append(error * unit)
-            whole.append(energy * unit)
-        return jnp.sum(jnp.stack(lost)) / jnp.sum(jnp.stack(whole))
-
-    return loss
+    lost, whole = [], []
+    for name, pair in original.items():
+        a, b = weigh(name, *pair)
+        energy = jnp.maximum(decompose.inner(a, b, a, b), 0.0)
+        error = losses.squared_errors(a, b, *weigh(name, *stored[name]))
+        unit = scales[name] if scales else decompose.task_weights(energy)
+        lost.append(error * unit)
+        whole.append(energy * unit)
+    return jnp.sum(jnp.stack(lost)) / jnp.sum(jnp.stack(whole))
 
 
 def divergence(

@@ -12,6 +12,7 @@ distributions from the original ones', on unlabeled batches (distillation).
 Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from hydraopt_jax.forms import descent
 from hydraopt_jax.rate_control.errors_of import error_table, segment_terms
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
 from hydraopt_jax.refinement import rounding
-from hydraopt_jax.refinement.objectives import Forward, divergence, originals, quadratic, stacked
+from hydraopt_jax.refinement.objectives import Forward, Lora, divergence, originals, quadratic, stacked
 from hydraopt_jax.refinement.rounding import Modules, arrays, with_arrays
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Segment, Store, plain
@@ -74,9 +75,47 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return rounded, slope * tangents[0]
 
 
+@functools.lru_cache(maxsize=64)
 def default_optimizer(steps: int, rate: float = LEARNING_RATE) -> optax.GradientTransformation:
-    """Adam with a cosine decay to zero; the rate is in quantizer steps (coded) or in a factor's rms."""
+    """Adam with a cosine decay to zero; the rate is in quantizer steps (coded) or in a factor's rms.
+
+    The same object for the same arguments, so that a second refinement compiles nothing.
+    """
     return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
+
+
+@functools.lru_cache(maxsize=64)
+def accumulating(optimizer: optax.GradientTransformation, batches: int) -> optax.MultiSteps:
+    """The optimizer, which moves once in so many batches; the same object for the same arguments."""
+    return optax.MultiSteps(optimizer, batches)
+
+
+def value(loss: Any, like: Modules, original: Lora, moved: Any, batch: Any) -> Array:
+    """The loss of factors that were moved, indices as `like` has them."""
+    return loss(stacked(with_arrays(like, moved)), original, batch)
+
+
+def step(
+    chain: optax.MultiSteps,
+    loss: Any,
+    like: Modules,
+    original: Lora,
+    slope: Any,
+    state: descent.State,
+    moved: Any,
+    batch: Any,
+) -> tuple[descent.State, Array]:
+    """One step of `chain` on unrounded factors, by the gradient at the rounded ones, `moved`."""
+
+    def through(factors: Any, moved: Any, batch: Any) -> Array:
+        straight = jax.tree.map(straight_through, factors, moved, slope)
+        return value(loss, like, original, straight, batch)
+
+    return descent.step(through, chain, state, moved, batch)
+
+
+value_of_weights = jax.jit(value)
+step_of_weights = jax.jit(step, static_argnums=0)
 
 
 def units(modules: Modules, coded: bool) -> Any:
@@ -165,7 +204,7 @@ def refine(
         batch_at=batch_at,
         mask=mask,
         check=batch_at(0) if check is None else check,
-        optimizer=optax.MultiSteps(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate),
+        optimizer=accumulating(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate),
         steps=steps,
         accumulate=accumulate,
         at_once=at_once,
@@ -249,11 +288,14 @@ def refine_segment(
     if given.calibration is not None:
         shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items()}
         metrics = metrics_of(shapes, given.calibration)
-    loss = (
-        divergence(given.forward, given.mask, at_once=given.at_once)
-        if given.forward is not None
-        else quadratic(metrics)
-    )
+    loss: Any
+    if given.forward is None:
+        loss, measure, take = quadratic(metrics), value_of_weights, step_of_weights
+    else:
+        # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
+        loss = jax.tree_util.Partial(divergence(given.forward, given.mask, at_once=given.at_once))
+        measure = jax.jit(lambda *x: value(*x))
+        take = jax.jit(lambda *x: step(*x), static_argnums=0)
     original, unit = originals(ordered), units(kept, segment.coded)
     if segment.coded:
         rounded, begin = rounding.coding(segment, kept), rounding.unrounded(kept, ordered, metrics)
@@ -266,18 +308,12 @@ def refine_segment(
     slope = jax.tree.map(lambda u, x: jnp.asarray(u * x, jnp.float32), unit, live)
     chain = given.optimizer
 
-    def value(moved: Any, batch: Any) -> Array:
-        return loss(stacked(with_arrays(kept, moved)), original, batch)
-
-    def through(factors: Any, moved: Any, batch: Any) -> Array:
-        return value(jax.tree.map(straight_through, factors, moved, slope), batch)
-
-    @jax.jit
-    def step(state: descent.State, moved: Any, batch: Any) -> tuple[descent.State, Array]:
-        return descent.step(through, chain, state, moved, batch)
-
-    measure = jax.jit(value)
-    before = float(measure(wide(arrays(kept)), given.check))
+    # its indices, without the factors
+    like = {
+        n: tuple(x._replace(a=(), b=(), core=None if x.core is None else ()) for x in t)
+        for n, t in kept.items()
+    }
+    before = float(measure(loss, like, original, wide(arrays(kept)), given.check))
     factors = jax.tree.map(lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), arrays(begin), unit)
     state, done, trace = resume(State(factors, chain.init(factors), rounded.tables), folder)
     moved: Any = None
@@ -286,16 +322,17 @@ def refine_segment(
             whole = with_arrays(kept, scaled(state.factors, unit))
             found, tables = rounded.round(whole, state.tables, i >= SETTLED * given.steps)
             state, moved = state._replace(tables=tables), wide(arrays(found))
-        (factors, memory, _), lost = step(
-            descent.State(state.factors, state.optimizer), moved, given.batch_at(i)
-        )
+        at = descent.State(state.factors, state.optimizer)
+        (factors, memory, _), lost = take(chain, loss, like, original, slope, at, moved, given.batch_at(i))
         state = State(factors, memory, state.tables)
         trace.append(float(lost))
         given.progress(trace[-1])
         if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
             keep(state, i + 1, trace, folder)
     modules, leaves = rounded.finish(with_arrays(kept, scaled(state.factors, unit)), state.tables)
-    after = float(measure(wide(arrays(modules)), given.check)) if modules else float("inf")
+    after = float("inf")
+    if modules:
+        after = float(measure(loss, like, original, wide(arrays(modules)), given.check))
     if not after < before:
         return segment, Refined(before, before, np.array(trace))
     return with_factors(segment, modules, leaves, ordered, metrics), Refined(before, after, np.array(trace))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hydraopt_jax.codec import fixed_rate
+from hydraopt_jax.codec import fixed_rate, lanes, rans
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.apply import Module
@@ -25,11 +25,13 @@ def load(
     dtype: Any = None,
     bits: int | None = None,
     shardings: Shardings = None,
+    on_device: bool | None = None,
 ) -> dict[str, Module]:
     """A store's modules on the device.
 
-    Entropy-coded factors are decoded on the host. `bits` quantizes the factors anew at a fixed rate
-    and keeps packed codes in device memory; `apply` dequantizes them on the fly, `dequantize` once.
+    Entropy-coded factors are decoded once, on the host or by JAX, to the same numbers. `bits` quantizes the
+    factors anew at a fixed rate and keeps packed codes in device memory; `apply` dequantizes them on the fly,
+    `dequantize` once.
 
     Args:
       store: from `compress` or `open`.
@@ -40,6 +42,8 @@ def load(
       bits: 2 to 8 for codes of so many bits and a half-precision scale per vector; None for none.
       shardings: of the layers' kernels as matrices `[I, O]`, one for all modules or by name: `a` is split
         over inputs and `b` over outputs as the kernel is. None for one device.
+      on_device: decode entropy-coded factors by JAX, the lanes of all tasks at once; None for True where the
+        default backend is an accelerator.
 
     Returns:
       Module name -> its terms; a module that none of the tasks has is left out.
@@ -52,8 +56,12 @@ def load(
         raise HydraOptError("dtype and bits: give one; dequantize takes the dtype of quantized factors")
     if bits is not None and shardings is not None:
         raise HydraOptError("shardings and bits: give one; packed codes are not split over devices")
+    if on_device is None:
+        on_device = jax.default_backend() != "cpu"
+    decode_lanes = lanes.decode if on_device else rans.decode
+    chosen = store if tasks is None else select(store, tasks)
     out = {}
-    for name, terms in decode_terms(store if tasks is None else select(store, tasks)).items():
+    for name, terms in decode_terms(chosen, decode_lanes=decode_lanes).items():
         used = [x for x in terms if np.any((np.asarray(x.a_of) >= 0) & (np.asarray(x.b_of) >= 0))]
         if used:
             split = kernel_sharding(shardings, name)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.codec import bitstream
+from hydraopt_jax.codec import bitstream, rans
 from hydraopt_jax.codec.decode import Decoded, decode_leaves
 from hydraopt_jax.codec.layout import Piece, TermShape
 from hydraopt_jax.codec.syntax import live_directions
@@ -98,23 +98,31 @@ def all_terms(
     }
 
 
-def decode_segment(segment: Segment, places: Sequence[int], table: np.ndarray | None = None) -> Decoded:
+def decode_segment(
+    segment: Segment,
+    places: Sequence[int],
+    table: np.ndarray | None = None,
+    decode_lanes: rans.DecodeLanes = rans.decode,
+) -> Decoded:
     """What is coded in a segment for the tasks at some places.
 
     Args:
       segment: coded.
       places: of tasks.
       table: frequencies, where it uses an earlier segment's.
+      decode_lanes: see `codec.streams.decode`.
 
     Raises:
       Damaged: leaves that no encoder writes.
     """
     wanted = schema.leaves_of(segment.modules, places)
     blobs = {k: bytes(bytes_of(v)) for k, v in segment.leaves.items() if k in wanted}
-    return decode_leaves(blobs, segment.modules, places, table)
+    return decode_leaves(blobs, segment.modules, places, table, decode_lanes)
 
 
-def decode_segments(store: Store, wanted: Mapping[int, Sequence[int]]) -> dict[int, Terms]:
+def decode_segments(
+    store: Store, wanted: Mapping[int, Sequence[int]], decode_lanes: rans.DecodeLanes = rans.decode
+) -> dict[int, Terms]:
     """Segment -> its terms for the tasks at some places (-1 for none), in the order of the places."""
     needed = closure(store.segments, {n: {k for k in v if k >= 0} for n, v in wanted.items()})
     out: dict[int, Terms] = {}
@@ -132,7 +140,7 @@ def decode_segments(store: Store, wanted: Mapping[int, Sequence[int]]) -> dict[i
         if x.tables >= 0:
             table = references.frequencies(bytes(bytes_of(store.segments[x.tables].leaves["shared"])))
         own = sorted(k for k in needed[n] if k != SHARED)
-        found = decode_segment(x, own, table)
+        found = decode_segment(x, own, table, decode_lanes)
         out[n] = terms_of(found, x.modules, wanted.get(n, own))
         every = {k: terms_of(found, x.modules, [k]) for k in own} if mine or x.references else {}
         if x.references:
@@ -166,10 +174,17 @@ def borrowing(store: Store, n: int) -> plain.Borrow:
     return borrow
 
 
-def decode_terms(store: Store, tasks: Sequence[str] | None = None) -> Terms:
+def decode_terms(
+    store: Store, tasks: Sequence[str] | None = None, *, decode_lanes: rans.DecodeLanes = rans.decode
+) -> Terms:
     """The factors of some tasks of a store, all where None: module -> terms, whose tasks are in that order.
 
     A delta is the sum of its terms' `a @ core @ b`. Modules that none of the tasks has are left out.
+
+    Args:
+      store: to read.
+      tasks: their names.
+      decode_lanes: see `codec.streams.decode`.
 
     Raises:
       HydraOptError: an unknown task, or leaves that cannot be decoded.
@@ -179,7 +194,7 @@ def decode_terms(store: Store, tasks: Sequence[str] | None = None) -> Terms:
         task_index(store.tasks, task)
     wanted = places_of(store, names)
     try:
-        found = decode_segments(store, wanted)
+        found = decode_segments(store, wanted, decode_lanes)
     except HydraOptError:
         raise
     except bitstream.Damaged as error:

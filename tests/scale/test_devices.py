@@ -76,14 +76,16 @@ def compress(found, **more):
 def run(path):
     with job.alone(path):
         job.run(path, found, compress, {})
+# each device compiles everything for itself: three of eight, not the first ones
 every = jax.local_devices()
 assert len(every) == 8
+jax.local_devices = lambda: every[::3]
 engine.encode_at_step = code
-run(folder / "eight")
+run(folder / "three")
 assert len(used) == 3, used
 engine.encode_at_step, jax.local_devices = before, lambda: every[:1]
 run(folder / "one")
-assert leaves(folder / "eight") == leaves(folder / "one")
+assert leaves(folder / "three") == leaves(folder / "one")
 print(len(leaves(folder / "one")))
 """
 
@@ -91,7 +93,7 @@ print(len(leaves(folder / "one")))
 def on_eight_devices(script, *arguments):
     """What a script prints."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
@@ -109,7 +111,7 @@ def test_eight_devices_give_the_singular_vectors(tmp_path):
     assert [x.split()[0] for x in on_eight_devices(SCRIPT, tmp_path).splitlines()] == ["in", "out"]
 
 
-def test_segments_coded_on_eight_devices_are_those_of_one(tmp_path):
+def test_segments_coded_on_several_devices_are_those_of_one(tmp_path):
     assert int(on_eight_devices(CODED, tmp_path)) > 8
 
 

@@ -1,4 +1,4 @@
-"""Two real processes of one job, of four devices each."""
+"""Two real processes of one job, of several devices each."""
 
 import functools
 import json
@@ -60,13 +60,13 @@ def collection(sources):
 FORM = ["--form", "hydra", "--rank", "3", "--side", "in"]
 
 
-def company(sources, out, last="", form=FORM):
-    """Exit status, standard output and standard error of each of two processes, of four devices each."""
+def company(sources, out, last="", form=FORM, devices=4):
+    """Exit status, standard output and standard error of each of two processes, of so many devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
     }
     form = [*form, "--force", "--json"]
@@ -129,7 +129,7 @@ def test_the_death_of_the_first_process_ends_the_other_with_a_message(sources, t
 
 
 def test_two_processes_code_the_segments_of_one(sources, tmp_path):
-    first, second = company(sources, tmp_path / "two", form=["--max-error", "0.05"])
+    first, second = company(sources, tmp_path / "two", form=["--max-error", "0.05"], devices=2)
     assert (first[0], second[:2]) == (0, (0, "")), (first, second)
     compress = functools.partial(engine.compress_to_target, options=Options(max_error=0.05), segment_bytes=1)
     one, two = work(tmp_path / "one", collection(sources), compress, {}), store.open(tmp_path / "two")

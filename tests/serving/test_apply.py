@@ -342,7 +342,8 @@ def test_eight_devices_share_the_rows_or_the_outputs():
             np.testing.assert_allclose(got, want, atol=2e-5)
         print("eight agree")
     """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    eight = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    flags = {"XLA_FLAGS": eight, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [
             sys.executable,
