@@ -6,12 +6,36 @@ returns what does not depend on that choice.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from derivative_inputs import (
+    FACTORS,
+    LABELS,
+    SQUARE,
+    TALL,
+    TASKS,
+    VALUES,
+    WEIGHTS,
+    A,
+    B,
+    Case,
+    I,
+    O,
+    R,
+    T,
+    X,
+    dense,
+    fit,
+    normal,
+    seen,
+    symmetric,
+    turned,
+)
+from derivative_merging import CASES as MERGING
 
 from hydraopt_jax import forms
 from hydraopt_jax.forms import (
@@ -76,63 +100,9 @@ EXEMPT = {
     "similarity.summarize": "host code",
 }
 
-T, I, O, R = 3, 9, 8, 2
-LABELS = jnp.array([0, 1, 0])
-TASKS = jnp.array([2, 0, 1, 1, -1])
-
-
-class Case(NamedTuple):
-    """A function of arrays and where it is differentiated; `plain` where `jnp.linalg` has the derivative."""
-
-    function: Callable[..., Any]
-    args: tuple[np.ndarray, ...]
-    step: float = 1e-2
-    tolerance: float = 1e-2
-    plain: bool = True
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-A, B = normal(1, T, I, R), normal(2, T, R, O)
-WEIGHTS = np.array([0.9, 1.4, 0.6], np.float32)
-X = normal(3, 5, I)
-TALL, SQUARE = normal(4, 2, 7, 4), normal(5, 2, 5, 5)
-VALUES = np.array([[3.0, 1.2, 0.4, 0.1], [2.0, 1.0, 0.3, 0.2]], np.float32)
-
-
-def symmetric(x: jax.Array) -> jax.Array:
-    return (x + x.mT) / 2
-
-
-def turned(u: jax.Array, keep: int = 1) -> jax.Array:
-    """The projector on the first columns: what does not depend on their signs."""
-    return matmul(u[..., :keep], u[..., :keep].mT)
-
-
-def seen(found: Svd) -> Any:
-    """What a decomposition determines: values, the product of leading parts, projectors."""
-    lead = matmul(found.u[..., :1] * found.s[..., None, :1], found.v[..., :1, :])
-    return found.s, lead, turned(found.u), turned(found.v.mT)
-
-
-def dense(factors: Factors) -> jax.Array:
-    return matmul(*forms.pair(factors))
-
-
-def fit(found: tuple[Factors, forms.Info]) -> Any:
-    """Deltas of the fit, and the numbers of its Info."""
-    factors, info = found
-    return dense(factors), info.error, info.energy, info.bound, info.trace
-
 
 def on_deltas(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda a, b, w: fit(function(decompose.svd(a, b), weights=w, **options))
-
-
-def merged(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return lambda a, b, w: matmul(*function(a, b, w, **options))
 
 
 def reduced(a: jax.Array, b: jax.Array) -> tuple[Any, ...]:
@@ -225,8 +195,6 @@ def by_blocks(x: jax.Array, w: jax.Array) -> Any:
     return grouped.by_blocks(x, TASKS % T, T, lambda rows, owner: rows @ w[owner])
 
 
-KEY = jax.random.key(0)
-FACTORS = (A, B, WEIGHTS)
 GROUPED = (X, normal(6, T, I, 4))
 
 CASES = {
@@ -323,57 +291,6 @@ CASES = {
     "forms.transpose": Case(
         lambda a, b, c: forms.transpose(Factors(a, b, LABELS, LABELS, c))[:2], (A, B, normal(7, T, R, R))
     ),
-    "merging.activations.regmean": Case(
-        lambda a, b, w, m: matmul(
-            *activations.regmean(a, b, w, rank=2, moments=[x @ x.T + jnp.eye(I) for x in m])
-        ),
-        (*FACTORS, normal(15, T, I, I)),
-    ),
-    "merging.compressors.joint": Case(
-        lambda a, b, w: dense(compressors.joint(a, b, w, rank=2, clusters=2)), FACTORS, tolerance=3e-2
-    ),
-    "merging.compressors.k_merge": Case(lambda a, b, w: dense(compressors.k_merge(a, b, w, rank=2)), FACTORS),
-    "merging.compressors.separate": Case(
-        lambda a, b, w: dense(compressors.separate(a, b, w, rank=1)), FACTORS
-    ),
-    "merging.compressors.share": Case(lambda a, b, w: dense(compressors.share(a, b, w, rank=2)), FACTORS),
-    "merging.sparse.breadcrumbs": Case(
-        merged(sparse.breadcrumbs, rank=2, density=0.6, outliers=0.1), FACTORS, 2e-4, 5e-2
-    ),
-    "merging.sparse.combine": Case(
-        lambda x, w: [sparse.combine(x, w, lambda y: y, lambda y, t: y, e) for e in (None, "total")],
-        (normal(16, T, 4, 5), WEIGHTS),
-        2e-4,
-        5e-2,
-    ),
-    "merging.sparse.dare": Case(merged(sparse.dare, rank=2, key=KEY), FACTORS),
-    "merging.sparse.dare_ties": Case(merged(sparse.dare_ties, rank=2, key=KEY), FACTORS, 2e-4, 5e-2),
-    "merging.sparse.della": Case(merged(sparse.della, rank=2, key=KEY), FACTORS, 2e-4, 5e-2),
-    "merging.sparse.magnitude": Case(merged(sparse.magnitude, rank=2, density=0.5), FACTORS, 2e-4, 5e-2),
-    "merging.sparse.ties": Case(merged(sparse.ties, rank=2, density=0.5), FACTORS, 2e-4, 5e-2),
-    "merging.sparse.trim": Case(lambda x: sparse.trim(x, 0.5), (TALL,), 2e-4, 5e-2),
-    "merging.spectral.core_space": Case(
-        merged(spectral.core_space, rank=2, density=1.0), FACTORS, 1e-3, 3e-2
-    ),
-    "merging.spectral.iso_c": Case(merged(spectral.iso_c, rank=3), FACTORS),
-    "merging.spectral.knots": Case(merged(spectral.knots, rank=2, density=1.0), FACTORS, 1e-3, 3e-2),
-    "merging.spectral.polar": Case(spectral.polar, (TALL[0],)),
-    "merging.spectral.rows_svd": Case(lambda x: seen(spectral.rows_svd(x.T)), (TALL[0],)),
-    "merging.spectral.tsv_m": Case(merged(spectral.tsv_m, rank=2), FACTORS),
-    "merging.sums.concatenation": Case(merged(sums.concatenation), FACTORS),
-    "merging.sums.linear": Case(merged(sums.linear, rank=2), FACTORS),
-    "merging.sums.linear_factors": Case(merged(sums.linear_factors), FACTORS),
-    "merging.sums.side_by_side": Case(sums.side_by_side, FACTORS),
-    "merging.truncation.from_rows": Case(
-        lambda x, y: matmul(*truncation.from_rows(x, decompose.orthonormal(y), 2)), (TALL[0], TALL[1])
-    ),
-    "merging.truncation.onto": Case(truncation.onto, (A, normal(17, R, 1))),
-    "merging.truncation.self_product": Case(truncation.self_product, (TALL[0],)),
-    "merging.truncation.split": Case(
-        lambda a, b: matmul(*truncation.split(decompose.svd(a, b), 1)), (A[0], B[0])
-    ),
-    "merging.truncation.truncate": Case(lambda a, b: matmul(*truncation.truncate(a, b, 1)), (A[0], B[0])),
-    "merging.truncation.truncate_dense": Case(lambda x: matmul(*truncation.truncate_dense(x, 2)), (TALL[0],)),
     "losses.squared_errors": Case(losses.squared_errors, (A, B, normal(7, T, I, R), normal(8, T, R, O))),
     "losses.weighted_error": Case(
         losses.weighted_error, (A, B, normal(7, T, I, R), normal(8, T, R, O), WEIGHTS)
@@ -403,4 +320,5 @@ CASES = {
         lambda x: similarity.principal_cosines(decompose.orthonormal(x), jnp.array([2, 3])), (TALL,)
     ),
     "similarity.similarity": Case(lambda a, b: similarity.similarity(a[None], b[None]), (A, B)),
+    **MERGING,
 }

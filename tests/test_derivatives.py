@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from derivative_cases import CASES, EXEMPT, GROUPED, MODULES, A, B, Case, I, R, T
+from derivative_cases import CASES, EXEMPT, GROUPED, MODULES
+from derivative_inputs import A, B, Case, I, R, T
 
 from hydraopt_jax import forms
 from hydraopt_jax.forms import descent

@@ -18,7 +18,7 @@ from hydraopt_jax.codec.rans import LOW, PERIOD
 from hydraopt_jax.codec.tables import SLOT_BITS, SLOTS, Lookup
 
 # symbols of a lane that one turn of the compiled loop takes
-UNROLL = 8
+UNROLL = 4
 
 
 def padded(count: int) -> int:
