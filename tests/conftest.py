@@ -1,7 +1,6 @@
 """Shared inputs: strict numerics, seeded collections, and real adapters where they are at hand."""
 
 import os
-import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tests compile much and compute little: LLVM's optimizations and XLA's fusion through MLIR take most of the
@@ -10,10 +9,6 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
-)
-# one cache for the whole run: tests compile the same small shapes again and again
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
-    tempfile.gettempdir(), "hydraopt-tests-" + os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
@@ -30,6 +25,13 @@ os.fsync = lambda handle: None
 SHARED = Path(__file__).parents[2] / "shared" / "adapters"
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+def pytest_configure(config):
+    """Processes and runs share what is compiled, beside what pytest keeps; `--cache-clear` drops it."""
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = str(config.cache.mkdir("jax"))
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 @pytest.fixture(scope="session")
