@@ -54,21 +54,22 @@ def scan(
     """
 
     def step(carry: Any, each: tuple[Array, Array]) -> tuple[Any, Array]:
-        x, at, *previous = carry
+        x, at, *ahead = carry
         index, context = each
-        q0, q1, q2 = (jnp.where(index % PERIOD == 0, jnp.uint32(0), q) for q in previous)
+        # what is known of the quantizers of this step and of the four after it
+        q0, q1, q2, q3, q4 = (jnp.where(index % PERIOD == 0, jnp.uint32(0), q) for q in ahead)
         slot = row[context] + ((x & (SLOTS - 1)) | q0).astype(jnp.int32)
         found = entry[slot]
         y = (x >> SLOT_BITS) * (found >> (SLOT_BITS + 1)) + (found & (SLOTS - 1))
         coded = index < lengths
         short = coded & (y < LOW)
         y = jnp.where(short, y << 16 | words.at[at].get(mode="clip").astype(jnp.uint32), y)
-        kept = jnp.where(coded, y, x), at + short, q1 ^ q2 ^ (found & SLOTS), q0, q1
+        kept = jnp.where(coded, y, x), at + short, q1, q2 ^ (found & SLOTS), q3 ^ q0, q4, q0
         return kept, jnp.where(coded, value[slot], jnp.int16(0))
 
     zero = jnp.zeros_like(state)
     steps = jnp.arange(len(context), dtype=jnp.int32)
-    (x, at, *_), values = lax.scan(step, (state, at, zero, zero, zero), (steps, context), unroll=UNROLL)
+    (x, at, *_), values = lax.scan(step, (state, at, *[zero] * 5), (steps, context), unroll=UNROLL)
     return values, x, at
 
 
