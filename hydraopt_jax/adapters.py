@@ -6,6 +6,7 @@ rank, S stored rank, K heads. A module's kernel is `[I, O]` (`y = x @ kernel`), 
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -203,3 +204,13 @@ def stack(collection: Sequence[Adapter]) -> Adapters:
             fill(collection, name, a[m], b[m])
         buckets.append(Bucket(tuple(names), a, b, ranks))
     return Adapters(tuple(x.task for x in collection), tuple(buckets))
+
+
+def layer_kind(module: str) -> str:
+    """A module's kind: the last component that is more than digits, digits removed.
+
+    >>> layer_kind("model.layers.3.self_attn.q_proj"), layer_kind("encoder.blocks.fc1"), layer_kind("heads.2")
+    ('q_proj', 'fc', 'heads')
+    """
+    parts = [re.sub(r"\d+", "", x) for x in module.split(".")]
+    return next((x for x in reversed(parts) if x), module)

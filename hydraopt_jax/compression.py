@@ -36,6 +36,7 @@ def compress(
     progress: Progress | None = None,
     processes: Processes | None = None,
     left_out: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Store:
     """Compress adapters of one base model into a store.
 
@@ -57,6 +58,7 @@ def compress(
       place: where finished segments are kept meanwhile, see `jobs`; None for memory.
       progress, processes: see `rate_control.work`.
       left_out: adapters that were not taken, with the reason, for the report.
+      provenance: how the store is made, for the report, see `provenance`; None says nothing.
 
     Returns:
       Store.
@@ -71,7 +73,8 @@ def compress(
     """
     found = adapters if isinstance(adapters, Collection) else in_memory(adapters)
     place = Memory() if place is None else place
-    common: dict[str, Any] = {"progress": progress, "processes": processes, "left_out": left_out}
+    common: dict[str, Any] = {"progress": progress, "processes": processes}
+    common |= {"left_out": left_out, "provenance": provenance}
     targets = {"budget": budget, "max_error": max_error, "max_task_error": max_task_error}
     if form is not None:
         idle = targets | {"weights": weights, "calibration": calibration, "share=False": None if share else 1}

@@ -10,7 +10,82 @@ from hydraopt_jax.formats import check_same_base, read_adapter
 from hydraopt_jax.formats.image_files import file_of
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
 from hydraopt_jax.store.decoding import decode
+from hydraopt_jax.store.folder import MANIFEST
 from hydraopt_jax.store.store import Store
+
+# files that make a folder an adapter, though one of them may be missing
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether a path is an adapter, whole or not: a PEFT folder, or a LoRA file of diffusers or kohya."""
+    return any((path / x).is_file() for x in (CONFIG_FILE, *WEIGHTS)) or file_of(path) is not None
+
+
+def inside(folder: Path) -> list[str]:
+    """The adapters that lie in a folder, by name.
+
+    Raises:
+      HydraOptError: none does: the line says what was found in their place.
+    """
+    found = [str(x) for x in sorted(folder.iterdir()) if holds_adapter(x)]
+    if found:
+        return found
+    if (folder / MANIFEST).is_file():
+        raise HydraOptError(
+            f"{folder}: is a store, not an adapter: hydraopt export writes its adapters as folders"
+        )
+    deeper = next(folder.glob(f"*/*/{CONFIG_FILE}"), None)
+    if deeper is not None:
+        raise HydraOptError(
+            f"{folder}: its adapters lie deeper, such as {deeper.parent}: name the folders that they lie in"
+        )
+    raise HydraOptError(
+        f"{folder}: no adapter (no {CONFIG_FILE} in it, or in a folder in it): give a folder that PEFT's "
+        "save_pretrained wrote, or a folder of such folders"
+    )
+
+
+def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> list[tuple[str, str | None]]:
+    """Where each adapter is and its task's name, None for the folder's own.
+
+    Args:
+      given: PEFT folders, folders of such folders, LoRA files of diffusers or kohya, patterns of all these
+        (`"adapters/*"`), `hf:ORG/NAME` ids, each adapter also as NAME=SOURCE; or one of these. Those of a
+        folder or a pattern are sorted by name.
+      strict: refuse a folder without any adapter here, and not where it is read.
+
+    Raises:
+      HydraOptError: a pattern or a folder without any adapter, or a name for several.
+    """
+    out: list[tuple[str, str | None]] = []
+    for text in map(str, [given] if isinstance(given, str | Path) else given):
+        path, task = Path(text), None
+        if not path.exists():
+            if glob.has_magic(text) and "=" not in text:
+                found = [x for x in sorted(glob.glob(text)) if holds_adapter(Path(x))]
+                if not found:
+                    raise HydraOptError(f"{text}: no folder of that pattern holds an adapter")
+                out += [(x, None) for x in found]
+                continue
+            name, sep, rest = text.partition("=")
+            path, task, text = (Path(rest), name, rest) if sep else (path, None, text)
+        if not path.is_dir() or holds_adapter(path):
+            out.append((text, task))
+            continue
+        try:
+            found = inside(path)
+        except (HydraOptError, OSError) as error:
+            if strict and isinstance(error, HydraOptError):
+                raise
+            # who reads it says what is wrong
+            found = [text]
+        if task is not None and len(found) > 1:
+            raise HydraOptError(
+                f"{task}={text}: one name for the {len(found)} adapters in it: leave the name out"
+            )
+        out += [(x, task) for x in found]
+    return out
 
 
 def read(
@@ -22,8 +97,7 @@ def read(
     """Read adapters of one base model.
 
     Args:
-      sources: PEFT folders, LoRA files of diffusers or kohya, patterns of them (`"adapters/*"`, sorted by
-        name), `hf:ORG/NAME` ids, each also as NAME=SOURCE for another name of the task; or one of these.
+      sources: see `locate`: folders, folders of folders, files, patterns, ids of the hub.
       any_base: accept adapters of differently named base models.
       base_suffixes: suffixes of a quantized mirror's base name to ignore.
 
@@ -33,19 +107,7 @@ def read(
     Raises:
       HydraOptError: a source that is no adapter, two tasks of one name, or different base models.
     """
-    given = [sources] if isinstance(sources, str | Path) else list(sources)
-    out = []
-    for source in given:
-        text = str(source)
-        folders = [x for x in sorted(glob.glob(text)) if (Path(x) / CONFIG_FILE).is_file() or file_of(x)]
-        if glob.has_magic(text) and not Path(text).exists():
-            if not folders:
-                raise HydraOptError(f"{text}: no folder of that pattern holds an adapter")
-            out += [read_adapter(x) for x in folders]
-            continue
-        task, sep, path = text.partition("=")
-        named = bool(sep) and not Path(text).exists()
-        out.append(read_adapter(path, task=task) if named else read_adapter(text))
+    out = [read_adapter(path, task=task) for path, task in locate(sources)]
     check_same_base(out, any_base=any_base, base_suffixes=base_suffixes)
     check(out)
     return out

@@ -30,6 +30,8 @@ from hydraopt_jax.store import count, files
 from hydraopt_jax.store.store import task_errors
 
 FRACTIONS = (0.5, 0.25, 0.125, 0.0625, 0.03)
+HYDRAOPT = "HydraOpt, fp16"
+"""Label of the paper's form."""
 # bit widths of the plain per-adapter SVD
 WIDTHS = (16, 8, 4)
 
@@ -62,6 +64,7 @@ class Frontier(NamedTuple):
 
     Attributes:
       reference: the fp16 bytes of the factors.
+      fractions: budgets that were asked for, of the reference, the largest first.
       curves: methods, that of budgets first.
       estimates: curves that Gaussian models expect (`estimates`); no bounds.
       delta_rate: Bjontegaard-delta rate of the curve of budgets against every other one, per cent; None where
@@ -69,6 +72,7 @@ class Frontier(NamedTuple):
     """
 
     reference: int
+    fractions: tuple[float, ...]
     curves: tuple[Curve, ...]
     estimates: tuple[Curve, ...]
     delta_rate: dict[str, float | None]
@@ -130,7 +134,7 @@ def hydra(collection: Sequence[Adapter], heads: Sequence[int]) -> Curve:
     for k in heads:
         kept = compress(collection, form=Hydra(heads=k), dtype="float16")
         points.append(summary(f"K = {k}", 2 * count(kept), kept.errors))
-    return Curve("HydraOpt, fp16", tuple(points))
+    return Curve(HYDRAOPT, tuple(points))
 
 
 @jax.jit
@@ -178,6 +182,16 @@ def budgets(
     return Curve("hydraopt_jax" if share else "hydraopt_jax, nothing shared", tuple(points))
 
 
+def at_errors_of(collection: Sequence[Adapter], other: Curve) -> list[Point]:
+    """Stores at the least and the largest error of another curve's envelope, below 1."""
+    errors = [p.mean for p in lower_envelope(other.points) if 0 < p.mean < 1]
+    points = []
+    for error in sorted({errors[0], errors[-1]} if errors else ()):
+        kept = engine.compress_to_target(in_memory(collection), Options(max_error=error), Memory())
+        points.append(summary(f"error {error:.3g}", files.measure_size(kept), kept.errors))
+    return points
+
+
 def cuts(tasks: int) -> tuple[int, ...]:
     """Numbers of heads worth trying: all up to 8 tasks, powers of two and all tasks beyond."""
     if tasks <= 8:
@@ -190,7 +204,7 @@ def bjontegaard(curve: Curve, other: Curve) -> float | None:
 
     Both curves are interpolated as log bytes over log error, monotone piecewise cubics, and integrated over
     the common range; -50 means half the bytes at the same error. A point of error 0 is lossless: with its
-    bytes a curve reaches every error below its least positive one. Curves that meet at error 0 only are
+    bytes a curve reaches every error below its least positive one. Curves that meet at one error only are
     compared there; None where they have no error in common.
 
     Reference: G. Bjontegaard, Calculation of average PSNR differences between RD-curves, VCEG-M33, 2001.
@@ -211,9 +225,20 @@ def bjontegaard(curve: Curve, other: Curve) -> float | None:
             log_bytes(rows, lossless, low, high) for rows, lossless in zip(lossy, exact, strict=True)
         )
         return float(100 * (np.exp((mine - theirs) / (high - low)) - 1))
+    if low == high:
+        return float(100 * (np.exp(log_bytes_at(lossy[0], low) - log_bytes_at(lossy[1], low)) - 1))
     if exact[0] is not None and exact[1] is not None:
         return float(100 * (exact[0] / exact[1] - 1))
     return None
+
+
+def log_bytes_at(points: Sequence[Point], x: float) -> float:
+    """Log bytes at the log error `x`, which the points reach."""
+    from scipy.interpolate import PchipInterpolator
+
+    if len(points) == 1:
+        return float(np.log(points[0].bytes))
+    return float(PchipInterpolator(np.log([p.mean for p in points]), np.log([p.bytes for p in points]))(x))
 
 
 def log_bytes(points: Sequence[Point], lossless: float | None, low: float, high: float) -> float:
@@ -280,7 +305,13 @@ def frontier(
         for name, values in found.items()
     ]
     rates = {x.label: bjontegaard(mine, x) for x in curves[1:]}
-    return Frontier(reference, tuple(curves), tuple(expected), rates)
+    if rates[HYDRAOPT] is None:
+        # budgets at which no error is HydraOpt's: compress to some that are
+        paper = next(x for x in curves if x.label == HYDRAOPT)
+        extended = mine._replace(points=mine.points + tuple(at_errors_of(collection, paper)))
+        rates[HYDRAOPT] = bjontegaard(extended, paper)
+    ordered = tuple(sorted({float(x) for x in fractions}, reverse=True))
+    return Frontier(reference, ordered, tuple(curves), tuple(expected), rates)
 
 
 def relative_deltas(deltas: Svd) -> Svd:
@@ -301,6 +332,7 @@ def as_dict(x: Frontier) -> dict[str, Any]:
 
     return {
         "fp16_bytes": x.reference,
+        "fractions": list(x.fractions),
         "curves": rows(x.curves),
         "estimates": rows(x.estimates),
         "bjontegaard_delta_rate_percent": x.delta_rate,

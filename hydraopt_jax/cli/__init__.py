@@ -20,13 +20,22 @@ from hydraopt_jax.errors import HydraOptError, TooLarge
 LESS = "give fewer adapters or tasks at once, or a machine with more"
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Verbs,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Begin with: hydraopt compress FOLDER_OF_ADAPTERS --out store. Options: hydraopt VERB --help",
+)
 @click.version_option(package_name="hydraopt-jax")
-def cli() -> None:
-    """Keep many LoRA adapters in little storage.
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Store many LoRA adapters of one base model in few bytes.
 
-    ADAPTER is a PEFT folder, NAME=FOLDER, hf:ORG/NAME, or a LoRA file of diffusers or kohya.
+    An ADAPTER is a PEFT folder, a folder of such folders, a LoRA file of diffusers or kohya, or hf:ORG/NAME;
+    NAME=ADAPTER names its task. A STORE is a folder or a .safetensors file.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"{error}; --force keeps it", 1)
     except HydraOptError as error:
         fail(str(error), 2)
+    except click.UsageError as error:
+        where = "" if error.ctx is None else f" (options: {error.ctx.command_path} --help)"
+        fail(f"{error.format_message().rstrip('.')}{where}", error.exit_code)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -6,22 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import report, store
+from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.cli.common import (
-    as_json_option,
-    calibration_notes,
-    clean,
-    held_notes,
-    load_moments,
-    read_all,
-    say,
-    with_adapters,
-)
+from hydraopt_jax.cli import recipes
+from hydraopt_jax.cli.common import Place, load_moments, read_all, with_adapters
+from hydraopt_jax.cli.output import clean, output_options, say
+from hydraopt_jax.cli.tables import calibration_notes, held_notes, sentence
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
 from hydraopt_jax.store import Store, files, removal, task_index
@@ -65,7 +57,7 @@ def refitted(content: Store, given: Sequence[Adapter], moments: Mapping[str, np.
             f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
             f"give --original {absent[0]}=FOLDER"
         )
-    return refitting.refit(content, collection, moments)
+    return provenance.carried(content, refitting.refit(content, collection, moments))
 
 
 def estimated(
@@ -80,22 +72,26 @@ def estimated(
 def options(command: Any) -> Any:
     """What both verbs take."""
     for decorate in (
-        as_json_option,
+        output_options,
         click.option(
             "--calibration", type=click.Path(), help="what the store was made with, where it is needed"
         ),
-        click.option("--estimate", is_flag=True, help="say what a refit of all tasks would give"),
+        click.option("--estimate", is_flag=True, help="print what a refit of all tasks would give"),
         click.option(
-            "--original", "known", multiple=True, help="NAME=FOLDER, a task's original that has moved"
+            "--original",
+            "known",
+            multiple=True,
+            metavar="NAME=FOLDER",
+            help="a task's original that has moved; may be repeated",
         ),
-        click.option("--refit", is_flag=True, help="fit all tasks anew, from their originals"),
+        click.option("--refit", is_flag=True, help="fit all tasks again, from their originals"),
     ):
         command = decorate(command)
     return command
 
 
 def account(path: str, before: int, content: Store, found: "Refit | None", task: str | None) -> Any:
-    """The JSON object and the table of a change."""
+    """The JSON object, the table and notes, and the last sentence of a change."""
     own = task_errors(content.errors)
     held = removal.held(content)
     payload: dict[str, Any] = {
@@ -108,54 +104,47 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
         "uncalibrated": list(content.report.get("uncalibrated", ())),
         "error": {"mean": clean(float(own.mean()))},
     }
-    then = [] if found is None else ["a refit at these bytes"]
-    table = Table("", "now", *then, title=str(path))
-    rows = [("mean error of weights", float(own.mean()), None if found is None else found.mean)]
+    then = [] if found is None else [">refit"]
+    table = report.columns("error of weights", ">now", *then)
+    rows = [("mean", float(own.mean()), None if found is None else found.mean)]
     if task is not None:
         payload["error"]["task"] = clean(float(own[task_index(content.tasks, task)]))
-        rows.insert(
-            0,
-            (
-                f"error of the weights of {task}",
-                payload["error"]["task"],
-                None if found is None else found.task,
-            ),
-        )
+        rows.insert(0, (task, payload["error"]["task"], None if found is None else found.task))
     if found is not None:
         payload["refit"] = clean(found._asdict())
     for name, now, other in rows:
-        table.add_row(Text(name), f"{now:.3e}", *([] if other is None else [f"{other:.3e}"]))
-    sizes = (report.format_bytes(x) for x in (payload["bytes_before"], payload["bytes_after"]))
-    notes = [f"{' before, '.join(sizes)} after", *calibration_notes(content)]
+        then = [] if other is None else [report.format_error(other)]
+        table.add_row(Text(report.shorten(name)), report.format_error(now), *then)
+    notes = calibration_notes(content)
     if held:
         notes += [*held_notes(held), f"to be rid of that: hydraopt remove {path} --purge"]
     if found is not None and found.due:
-        notes.append("a refit is due: --refit would lower the mean error by more than a tenth")
-    return payload, (table, *map(escape, notes))
+        notes.append("A refit is due: --refit would lower the mean error by more than a tenth.")
+    return payload, (table, *notes), sentence(content, before, payload["bytes_after"])
 
 
 @click.command()
-@click.argument("path", metavar="STORE")
-@click.argument("adapter")
+@click.argument("path", metavar="STORE", type=Place())
+@click.argument("adapter", type=Place())
 @with_adapters
 @options
+@click.pass_context
 def add(
+    context: click.Context,
     path: str,
     adapter: str,
     any_base: bool,
     base_suffix: Sequence[str],
     known: Sequence[str],
-    as_json: bool,
     **given: Any,
 ) -> None:
-    """Add ADAPTER to a store; what it holds of the other tasks stays bit for bit as it was.
+    """Add ADAPTER to STORE; the other tasks stay bit for bit as they are.
 
-    Nothing of what is there is read but what predicts the new task. With --estimate it is also said what
-    fitting all tasks anew would give, which takes as long as that; --refit does it.
+    --refit fits all tasks again, which may lower the errors; --estimate prints by how much and takes as long.
     """
     content = store.open(path)
     moments = moments_of(content, path, given["calibration"])
-    new, *originals = read_all([adapter, *known], any_base, base_suffix, as_json)
+    new, *originals = read_all([adapter, *known], any_base, base_suffix)
     before = files.size_on_disk(path)
     found: list[Refit] = []
 
@@ -171,29 +160,31 @@ def add(
             found.append(estimated(grown, [*originals, new], new.task, moments))
         return grown
 
-    content = store.update(path, change)
-    payload, shown = account(path, before, content, found[0] if found else None, new.task)
-    say(as_json, payload | {"added": new.task}, *shown)
+    said = provenance.entry("add", recipes.recorded(context))
+    content = store.update(path, lambda x: provenance.changed(change(x), said))
+    payload, shown, last = account(path, before, content, found[0] if found else None, new.task)
+    say(payload | {"added": new.task}, *shown, last)
 
 
-def moments_of(content: Store, path: str, file: str | None) -> dict[str, np.ndarray] | None:
+def moments_of(content: Store, path: str, file: str | None) -> Mapping[str, np.ndarray] | None:
     """The second moments of `--calibration`."""
     return None if file is None else load_moments(content, path, file)
 
 
 @click.command()
-@click.argument("path", metavar="STORE")
+@click.argument("path", metavar="STORE", type=Place())
 @click.argument("task", required=False)
-@click.option("--purge", is_flag=True, help="code again what removed tasks have left their mark on")
+@click.option("--purge", is_flag=True, help="leave nothing of removed tasks: code again what depends on them")
 @options
+@click.pass_context
 def remove(
-    path: str, task: str | None, purge: bool, known: Sequence[str], as_json: bool, **given: Any
+    context: click.Context, path: str, task: str | None, purge: bool, known: Sequence[str], **given: Any
 ) -> None:
-    """Remove TASK from a store; what it holds of the others stays bit for bit as it was.
+    """Remove TASK from STORE; the other tasks stay bit for bit as they are.
 
-    Vectors that others are predicted from, or share with the task, stay, and are named. With --purge these
-    others are coded again, from their originals where those are at hand, else from what the store holds:
-    nothing of the task is left then. Without TASK, --purge does so for tasks that were removed before.
+    Vectors of the task that predict others stay, and are named. --purge codes these others again, from their
+    originals where those are at hand, else from the store: nothing of the task is left. Without TASK, --purge
+    does so for tasks that were removed before.
     """
     if task is None and not purge:
         raise HydraOptError("remove: name the TASK, or give --purge for what removed tasks have left")
@@ -205,7 +196,7 @@ def remove(
         )
     content = store.open(path)
     moments = moments_of(content, path, given["calibration"])
-    originals = read_all(known, True, (), as_json) if known else []
+    originals = read_all(known, True, ()) if known else []
     before = files.size_on_disk(path)
     found: list[Refit] = []
     again: list[str] = []
@@ -221,15 +212,16 @@ def remove(
             found.append(estimated(left, originals, None, moments))
         return left
 
-    content = store.update(path, change)
-    payload, shown = account(path, before, content, found[0] if found else None, None)
+    said = provenance.entry("remove", recipes.recorded(context))
+    content = store.update(path, lambda x: provenance.changed(change(x), said))
+    payload, shown, last = account(path, before, content, found[0] if found else None, None)
     payload |= {"removed": task, "coded_again": again, "bounded": content.report.get("bounded", [])}
     if again:
-        shown = (*shown, escape(f"coded again: {', '.join(again)}"))
+        shown = (*shown, f"coded again: {', '.join(again)}")
     if payload["bounded"]:
         names = ", ".join(payload["bounded"])
-        shown = (*shown, escape(f"errors are upper bounds, as the originals were not at hand: {names}"))
-    say(as_json, payload, *shown)
+        shown = (*shown, f"errors are upper bounds, as the originals were not at hand: {names}")
+    say(payload, *shown, last)
 
 
 def purged(

@@ -5,46 +5,67 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.table import Table
 
 from hydraopt_jax import merging, report, tradeoff
 from hydraopt_jax.adapters import stack
-from hydraopt_jax.cli.common import as_json_option, clean, read_all, say, with_adapters
+from hydraopt_jax.cli.common import Place, read_all, with_adapters
+from hydraopt_jax.cli.output import clean, output_options, progress, say
 from hydraopt_jax.demo import main as demonstration
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms.similarity import summarize
+from hydraopt_jax.forms.similarity import cluster_order, nearest_pairs, summarize
 from hydraopt_jax.rate_control.budget import parse_budget
+
+PAIRS = 12
+LEGEND = (
+    "a, b: cosines of the factors, high where adapters were trained from one initialization. delta: cosine "
+    "of a @ b. span: overlap of the subspaces, from 0 to 1."
+)
 
 
 @click.command("similarity")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True, type=Place())
 @with_adapters
 @click.option("--plot", type=click.Path(dir_okay=False), help="write heat maps to this PNG, PDF or SVG")
-@as_json_option
-def similarity(
-    adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], plot: str | None, as_json: bool
-) -> None:
-    """How alike the adapters are: factors, deltas and subspaces, per layer kind and task by task."""
-    summary = summarize(stack(read_all(adapters, any_base, base_suffix, as_json)))
+@output_options
+def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], plot: str | None) -> None:
+    """How alike ADAPTERS are: factors, deltas and subspaces, per layer kind and task by task."""
+    summary = summarize(stack(read_all(adapters, any_base, base_suffix)))
     if plot:
         report.plot_similarity(plot, summary)
+    matrix = np.asarray(summary.mean.delta)
+    pairs = nearest_pairs(matrix, PAIRS)
     payload = {
         "tasks": list(summary.tasks),
+        "order": [summary.tasks[t] for t in cluster_order(matrix)],
+        "nearest": [
+            {"tasks": [summary.tasks[s], summary.tasks[t]], "delta": clean(value)} for s, t, value in pairs
+        ],
         "mean": {k: clean(np.asarray(v)) for k, v in summary.mean._asdict().items()},
         "modules": {
             m: {k: clean(np.asarray(v)) for k, v in x._asdict().items()} for m, x in summary.modules.items()
         },
     }
-    say(as_json, payload, report.kinds_table(summary), report.task_table(summary))
+    last = f"{len(summary.tasks)} adapters, mean similarity of deltas {report.off_diagonal(matrix):.3f}"
+    if pairs:
+        s, t, value = pairs[0]
+        last += f"; most alike: {summary.tasks[s]} and {summary.tasks[t]}, {value:.3f}"
+    tables = (report.kinds_table(summary), LEGEND, report.task_table(summary))
+    say(payload, *tables, report.nearest_table(summary, count=PAIRS), last)
 
 
 @click.command("frontier")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True, type=Place())
 @with_adapters
-@click.option("--budget", "budgets", multiple=True, help="a fraction of the fp16 bytes; may be repeated")
-@click.option("--baselines", help="merging methods to measure too: all, or names with commas")
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    metavar="SHARE",
+    help="share of the factors' fp16 bytes, such as 0.125; may be repeated",
+)
+@click.option("--baselines", metavar="NAMES", help="merging methods to add: all, or names with commas")
 @click.option("--plot", type=click.Path(dir_okay=False), help="write the plot to this PNG, PDF or SVG")
-@as_json_option
+@output_options
 def frontier(
     adapters: Sequence[str],
     any_base: bool,
@@ -52,43 +73,66 @@ def frontier(
     budgets: Sequence[str],
     baselines: str | None,
     plot: str | None,
-    as_json: bool,
 ) -> None:
-    """The whole trade-off: bytes against error, with HydraOpt, merging, plain SVDs and Gaussian estimates."""
+    """The whole trade-off of ADAPTERS: bytes against error, with HydraOpt, merging, SVDs and estimates.
+
+    --verbose lists every point of every method.
+    """
     fractions = [parse_budget(x) for x in budgets] or list(tradeoff.FRACTIONS)
     if any(isinstance(x, int) for x in fractions):
-        raise HydraOptError("frontier: --budget takes fractions of the fp16 bytes, such as 0.125")
+        raise HydraOptError("frontier: --budget takes shares of the fp16 bytes, such as 0.125")
     names = merging.curves.parse(baselines) if baselines else ()
-    collection = read_all(adapters, any_base, base_suffix, as_json)
-    with report.progress("compressing", 2 * len(fractions) + len(names), not as_json) as advance:
+    collection = read_all(adapters, any_base, base_suffix)
+    runs = len(fractions) * (2 if len(collection) > 1 else 1)
+    with progress("compressing", runs + len(names)) as advance:
         others = merging.curves.curves_of(stack(collection), names, advance)
         found = tradeoff.frontier(collection, fractions, baselines=others, progress=advance)
     if plot:
         report.plot_frontier(plot, found)
-    say(as_json, clean(tradeoff.as_dict(found)), report.frontier_table(found), report.rates_table(found))
+    payload = clean(tradeoff.as_dict(found))
+    say(payload, report.frontier_table(found), against_hydraopt(found), more=[report.points_table(found)])
+
+
+def against_hydraopt(found: tradeoff.Frontier) -> str:
+    """The comparison with the paper's form in one sentence."""
+    value = found.delta_rate[tradeoff.HYDRAOPT]
+    if value is None:
+        return "HydraOpt's form has no error below 100% that a store could have, too: no rate against it"
+    less = "fewer" if value < 0 else "more"
+    return f"At the same error {abs(value):.1f}% {less} bytes than HydraOpt's form (Bjontegaard-delta rate)"
 
 
 @click.command()
 @click.option("--out", default="hydraopt-demo", show_default=True, type=click.Path(), help="folder to write")
-@as_json_option
-def demo(out: str, as_json: bool) -> None:
-    """Forty trained adapters at three budgets: bytes and scores before and after."""
+@output_options
+def demo(out: str) -> None:
+    """Compress forty trained adapters at three budgets, and score them before and after."""
     budgets = demonstration.BUDGETS
-    with report.progress("demo", demonstration.stages(budgets), not as_json) as advance:
+    with progress("scoring and compressing", demonstration.stages(budgets)) as advance:
         result = demonstration.run(Path(out), advance)
-    table = Table("what is kept", "bytes", "of fp16", "error of delta", "exact match", "of own")
+    table = report.columns("what is kept", ">bytes", ">of fp16", ">error", ">exact match", ">of own")
     own = result["own_adapters"]["score"]
     none = result["without_adapters"]["score"]
     size = result["bytes_fp16"]
-    table.add_row("no adapter", "0", "0", "", f"{none:.3f}", f"{none / own:.3f}")
-    table.add_row("40 adapters, fp16", report.format_bytes(size), "1", "", f"{own:.3f}", "1")
+    share = report.format_share
+    table.add_row("no adapter", "0 B", "0%", "100%", share(none), share(none / own))
+    table.add_row("40 adapters, fp16", report.format_bytes(size), "100%", "", share(own), "100%")
     for row in result["stores"]:
         table.add_row(
             f"store, budget {row['budget']:g}",
             report.format_bytes(row["bytes"]),
-            f"{row['fraction']:.4f}",
-            f"{row['error']:.2e}",
-            f"{row['score']:.3f}",
-            f"{row['score'] / own:.3f}",
+            share(row["fraction"]),
+            report.format_error(row["error"]),
+            share(row["score"]),
+            share(row["score"] / own),
         )
-    say(as_json, clean(result), table, f"PEFT folders, stores and {result['plot']} are in {out}")
+    last = result["stores"][-1]
+    plot = "the plot, " if result["plot"] else ""
+    kept = f"{report.times_smaller(size, last['bytes'])} than fp16, {share(last['score'] / own)} of the score"
+    say(
+        clean(result),
+        table,
+        f"{out} has {plot}the adapters as PEFT folders, the stores, and one task exported again.",
+        None if result["plot"] else "For the plot: pip install 'hydraopt-jax[plot]'",
+        f"{len(result['tasks'])} adapters in {report.format_bytes(last['bytes'])}: {kept}",
+    )

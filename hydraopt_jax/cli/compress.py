@@ -4,37 +4,35 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from hydraopt_jax import buckets, calibration, compression, report
+from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.cli.common import (
-    as_json_option,
+from hydraopt_jax.cli import recipes
+from hydraopt_jax.cli.common import Place, Source, parse_numbers, read_beside, with_adapters
+from hydraopt_jax.cli.output import clean, mode, output_options, say, shown
+from hydraopt_jax.cli.output import progress as stage
+from hydraopt_jax.cli.tables import (
     bytes_table,
     calibration_notes,
-    clean,
     describe,
-    error_table,
+    errors_table,
     forms_table,
-    parse_weights,
-    read_all,
-    say,
-    split_name,
-    with_adapters,
+    sentence,
 )
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, suggest
 from hydraopt_jax.formats import check_same_base
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.forms.asked import check_form
 from hydraopt_jax.jobs import estimate, headers, hosts, job, progress
 from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
 from hydraopt_jax.rate_control.options import Options, check_options
+from hydraopt_jax.reading import locate
 from hydraopt_jax.store import Store, files
 from hydraopt_jax.store.folder import JOB
 from hydraopt_jax.store.tensors import check_dtype
@@ -51,8 +49,7 @@ FORM = {
     "dtype": None,
 }
 DEFAULT_NOTE = (
-    "no target was given: a quarter of the factors' fp16 bytes (--budget, --max-error or --form hydra say "
-    "otherwise)"
+    "No target was given: a quarter of the factors' fp16 bytes. Others: --budget, --max-error, --form hydra."
 )
 REFINE_NOTE = (
     "--refine lowers {what}, which the fit has made small: expect little or nothing. To gain it needs "
@@ -86,50 +83,66 @@ def stoppable(path: Path) -> Iterator[None]:
 
 
 @click.command("compress")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True, type=Place())
 @with_adapters
 @click.option("--out", required=True, type=click.Path(), help="the store: a new folder or .safetensors file")
 @click.option(
     "--budget",
-    help="a fraction of the factors' fp16 bytes (0.125, 12.5%), bytes of all (3MB), or 1: lossless",
+    metavar="SIZE",
+    help="share of the factors' fp16 bytes (0.125 or 12.5%), bytes of all (3MB), or 1: lossless",
 )
-@click.option("--max-error", type=float, help="largest mean relative squared error")
+@click.option("--max-error", type=float, help="largest mean relative squared error, such as 0.01")
 @click.option("--max-task-error", type=float, help="largest relative squared error of any task")
-@click.option("--weight", "weights", multiple=True, help="NAME=NUMBER, weight of a task's error")
-@click.option("--calibration", type=click.Path(), help="second moments of the modules' inputs, safetensors")
-@click.option("--alone", is_flag=True, help="under a budget or target: share nothing between tasks")
-@click.option("--form", type=click.Choice(["hydra"]), help="an explicit form, stored as plain factors")
-@click.option("--heads", type=int, help="hydra: K, heads per module; all tasks where not given")
-@click.option("--rank", type=int, help="hydra: S, width of the shared factor; the adapters' where not given")
-@click.option("--side", default="auto", help="hydra: which side is shared: in, out or auto")
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="weight of a task's error, 1 if not given; may be repeated",
+)
+@click.option("--calibration", type=click.Path(), help="file with second moments of the modules' inputs")
+@click.option("--alone", is_flag=True, help="share nothing between tasks")
+@click.option("--form", type=click.Choice(["hydra"]), help="HydraOpt's own form, as plain factors")
+@click.option("--heads", type=int, help="hydra: K, heads per module; default: one per task")
+@click.option("--rank", type=int, help="hydra: S, width of the shared factor; default: the adapters' rank")
+@click.option("--side", default="auto", metavar="SIDE", help="hydra: shared side: in, out or auto")
 @click.option("--cores", is_flag=True, help="hydra: give each task an S x S core")
-@click.option("--solver", default="closed", help="hydra: closed or optax")
-@click.option("--start", default="closed", help="hydra: start of the optax solver: closed or mean")
-@click.option("--steps", type=int, default=1000, help="hydra: upper limit of Optax steps")
-@click.option("--dtype", help="hydra: float32, float16 or bfloat16; as it came where not given")
+@click.option("--solver", default="closed", metavar="SOLVER", help="hydra: closed or optax")
+@click.option("--start", default="closed", metavar="START", help="hydra, optax: begin at closed or mean")
+@click.option("--steps", type=int, default=1000, help="hydra, optax: upper limit of steps")
+@click.option(
+    "--dtype", metavar="DTYPE", help="hydra: float32, float16 or bfloat16; default: the adapters' own"
+)
 @click.option(
     "--extras-dtype",
-    help="dtype of full tensors (heads): float32, float16 or bfloat16; as they came where not given",
+    metavar="DTYPE",
+    help="dtype of full tensors (heads): float32, float16 or bfloat16; default: their own",
 )
 @click.option(
-    "--refine", type=click.IntRange(min=1), help="Optax steps with the rounding in the loop, after all"
+    "--refine", type=click.IntRange(min=1), metavar="STEPS", help="then refine by so many Optax steps"
 )
+@click.option("--recipe", type=click.Path(), is_eager=True, callback=recipes.apply, help=recipes.HELP)
 @click.option("--no-zstd", is_flag=True, help="write plain factors without compression")
 @click.option("--overwrite", is_flag=True, help="replace an existing store")
 @click.option("--force", is_flag=True, help="keep a store that is larger than its input")
 @click.option("--skip-bad", is_flag=True, help="leave out adapters that cannot be read, and list them")
-@click.option("--dry-run", is_flag=True, help="say what memory, time and store it takes, and stop")
-@click.option("--coordinator", help="ADDRESS:PORT of process 0, or auto on TPU pods and SLURM")
+@click.option("--dry-run", is_flag=True, help="print memory, time and size to expect, and stop")
+@click.option(
+    "--coordinator", metavar="ADDRESS:PORT", help="of process 0 of several; auto on TPU pods and SLURM"
+)
 @click.option("--processes", type=int, help="with --coordinator: how many processes take part")
-@click.option("--process-id", type=int, help="with --coordinator: which process this is, from 0")
-@as_json_option
-def compress(adapters: Sequence[str], out: str, **given: Any) -> None:
-    """Compress ADAPTERS into one store: to a budget, to an error, or in a form that you choose.
+@click.option("--process-id", type=int, help="with --coordinator: number of this process, from 0")
+@output_options
+@click.pass_context
+def compress(context: click.Context, adapters: Sequence[str], out: str, **given: Any) -> None:
+    """Compress ADAPTERS into one store: to a budget, to an error, or in HydraOpt's form.
 
-    Without any of these it takes a quarter of the factors' bytes.
+    Without a target the store takes a quarter of the bytes that the factors take in fp16.
     """
     files.check_target(out, given["overwrite"])
-    asked = asked_of(given, len(adapters))
+    sources = locate(adapters, strict=not given["skip_bad"])
+    asked = asked_of(given, len(sources))
+    made = {"made": provenance.entry("compress", recipes.recorded(context))}
     alone = {"--skip-bad": "skip_bad", "--dry-run": "dry_run", "--coordinator": "coordinator"}
     if given["refine"] is not None:
         for name in (k for k, v in alone.items() if given[v]):
@@ -144,12 +157,12 @@ def compress(adapters: Sequence[str], out: str, **given: Any) -> None:
     with files.staged(out, given["overwrite"]) as path:
         if given["refine"] is not None:
             with job.alone(path):
-                shown = refined(path, adapters, asked, given)
+                tell = refined(path, sources, asked, given, made)
         else:
             with stoppable(path):
-                shown = streamed(path, adapters, asked, given)
-    if shown is not None:
-        say(given["as_json"], *shown)
+                tell = streamed(path, sources, asked, given, made)
+    if tell is not None:
+        tell()
 
 
 def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
@@ -174,7 +187,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
         budget=None if given["budget"] is None else parse_budget(given["budget"]),
         max_error=given["max_error"],
         max_task_error=given["max_task_error"],
-        weights=parse_weights(given["weights"]),
+        weights=parse_numbers("--weight", given["weights"]),
         calibration=None if given["calibration"] is None else calibration.load(given["calibration"]),
         share=not given["alone"],
         extras_dtype=given["extras_dtype"],
@@ -191,7 +204,7 @@ def form_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     """As `asked_of`, of an explicit form."""
     idle = {"start": "closed", "steps": 1000}
     if given["solver"] not in ("closed", "optax"):
-        raise HydraOptError(f"solver = {given['solver']!r}: must be one of closed, optax")
+        raise HydraOptError(f"solver = {given['solver']!r}: {suggest(given['solver'], ['closed', 'optax'])}")
     for name in (k for k, v in idle.items() if given["solver"] == "closed" and given[k] != v):
         raise HydraOptError(
             f"{name} = {given[name]!r}: does nothing with solver = 'closed': give solver = 'optax', or leave "
@@ -211,14 +224,18 @@ def as_text(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in asked.items() if k != "calibration"}, "calibration": known}
 
 
-def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """Compress what need not fit in memory; what to print, only the plan with `--dry-run`."""
-    as_json = given["as_json"]
-    sources = [split_name(x) for x in adapters]
+def streamed(
+    path: Path,
+    sources: Sequence[Source],
+    asked: Mapping[str, Any],
+    given: Mapping[str, Any],
+    made: Mapping[str, Any],
+) -> Callable[[], None] | None:
+    """Compress what need not fit in memory; what prints the result, only the plan with `--dry-run`."""
     who = hosts.join(given["coordinator"], given["processes"], given["process_id"])
     with job.alone(path, who.rank):
         who.wait("alone")
-        with report.progress("checking", len(sources), not as_json and who.rank == 0) as advance:
+        with stage("checking", len(sources), who.rank == 0) as advance:
             found, bad = headers.look(
                 sources,
                 files.job_home(path) / JOB,
@@ -228,37 +245,48 @@ def streamed(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], give
             )
         named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
         check_same_base(named, any_base=given["any_base"], base_suffixes=tuple(given["base_suffix"]))
+        recipes.check(given["recipe"], {x.task: x.digest for x in found.cards})
         if given["dry_run"]:
             job.clear_if_empty(path)
             return shown_plan(given["out"], found, asked, bad)
-        store = job.run(
-            path,
-            found,
-            functools.partial(compression.compress, **asked),
-            as_text(asked),
-            overwrite=given["overwrite"],
-            limit=None if given["force"] or keeps_all(asked.get("budget")) else found.size,
-            zstd=not given["no_zstd"],
-            processes=who,
-            left_out=bad,
-            progress=progress.to_stderr(),
-        )
+        with progress.to_stderr(who.rank == 0 and not mode().quiet) as told:
+            store = job.run(
+                path,
+                found,
+                functools.partial(compression.compress, **asked),
+                as_text(asked),
+                overwrite=given["overwrite"],
+                limit=None if given["force"] or keeps_all(asked.get("budget")) else found.size,
+                zstd=not given["no_zstd"],
+                processes=who,
+                provenance=made,
+                left_out=bad,
+                progress=told,
+            )
     return None if store is None else shown_store(path, store, found.size, given)
 
 
-def refined(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """Compress in memory, refine and save; what to print."""
+def refined(
+    path: Path,
+    sources: Sequence[Source],
+    asked: Mapping[str, Any],
+    given: Mapping[str, Any],
+    made: Mapping[str, Any],
+) -> Callable[[], None]:
+    """Compress in memory, refine and save; what prints the result."""
     from hydraopt_jax import refinement
 
-    as_json, steps = given["as_json"], given["refine"]
+    steps = given["refine"]
     calibrated = asked.get("calibration") is not None
-    what = "errors of the calibrated outputs" if calibrated else "errors of weights"
-    if not as_json:
+    if shown():
+        what = "errors of the calibrated outputs" if calibrated else "errors of weights"
         click.echo(REFINE_NOTE.format(what=what), err=True)
-    collection = read_all(adapters, given["any_base"], given["base_suffix"], as_json)
-    store = compression.compress(collection, **asked)
+    collection = read_beside([], sources, given["any_base"], given["base_suffix"])
+    recipes.check(given["recipe"], {x.task: x.digest for x in collection})
+    with progress.to_stderr(shown()) as told:
+        store = compression.compress(collection, provenance=made, progress=told, **asked)
     moments = asked.get("calibration")
-    with report.progress("refining", steps, not as_json) as advance:
+    with stage("refining", steps) as advance:
         store, found = refinement.refine(
             store, collection, calibration=moments, steps=steps, progress=lambda loss: advance(1)
         )
@@ -266,9 +294,11 @@ def refined(path: Path, adapters: Sequence[str], asked: Mapping[str, Any], given
     limit = None if given["force"] else before
     files.save(path, store, overwrite=given["overwrite"], zstd=not given["no_zstd"], limit=limit)
     gained = {"refinement": clean({"before": found.before, "after": found.after, "steps": steps})}
-    loss = "output error" if moments is not None else "error of delta"
-    note = f"refined: {loss} {found.before:.4e} before, {found.after:.4e} after {steps} steps"
-    return shown_store(path, files.open(path), before, given, gained, [note])
+    loss = "output error" if moments is not None else "error of weights"
+    low, high = (report.format_error(x) for x in (found.after, found.before))
+    return shown_store(
+        path, files.open(path), before, given, gained, [f"{steps} steps: {loss} {high} -> {low}"]
+    )
 
 
 def shown_store(
@@ -278,45 +308,49 @@ def shown_store(
     given: Mapping[str, Any],
     gained: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
-) -> Any:
-    """What to print of a store that was just written: its JSON object and tables."""
+) -> Callable[[], None]:
+    """What prints a store that was just written; the last line says it all."""
     after = files.size_on_disk(path)
+    parts = files.account(path, store)._asdict()
     payload = describe(given["out"], store) | dict(gained or {})
-    payload |= {"bytes_before": before, "bytes_after": after}
-    payload["ratio"] = clean(after / before)
-    parts = payload["bytes_of"] = files.account(path, store)._asdict()
-    table = Table("on disk", "before", "after", "ratio", title=given["out"])
-    table.add_row(
-        "all files", report.format_bytes(before), report.format_bytes(after), f"{after / before:.3f}"
-    )
-    chosen: list[Any] = [forms_table(store)] if "forms" in store.report else []
+    payload |= {
+        "bytes_before": before,
+        "bytes_after": after,
+        "ratio": clean(after / before),
+        "bytes_of": parts,
+    }
     left = [f"left out: {x}: {why}" for x, why in store.report.get("left_out", {}).items()]
     if "factor_bytes" in payload:
         size = payload["factor_bytes"]
-        share = size / (2 * store.report["entries"])
-        left.insert(0, f"as they came: {size:,} bytes of factors, {share:.3f} of their fp16 bytes")
-    left += map(escape, calibration_notes(store))
+        share = report.format_share(size / (2 * store.report["entries"]))
+        left.insert(
+            0, f"factors, bit for bit as they came: {report.format_bytes(size)}, {share} of their fp16 bytes"
+        )
+    left += calibration_notes(store)
     if all(given[k] is None for k in ("budget", "max_error", "max_task_error", "form")):
         left.append(DEFAULT_NOTE)
-    return payload, table, bytes_table(parts, store), *chosen, *notes, *left, error_table(store)
+    tables = (errors_table(store), bytes_table(parts, store))
+    last = sentence(store, before, after)
+    return functools.partial(say, payload, *tables, *notes, *left, last, more=[forms_table(store)])
 
 
-def shown_plan(out: str, found: Any, asked: Mapping[str, Any], bad: Mapping[str, str]) -> Any:
-    """What to print of what a job will take."""
+def shown_plan(out: str, found: Any, asked: Mapping[str, Any], bad: Mapping[str, str]) -> Callable[[], None]:
+    """What prints what a job will take."""
     if "form" in asked:
         plan = estimate.form_costs(found, asked["form"], asked["dtype"])
     else:
         plan = estimate.target_costs(found, Options(**asked))
-    table = Table("estimate", "", title=f"{out}: not written")
+    table = report.columns("to expect", ">")
     for name, value in (
         ("input", report.format_bytes(found.size)),
-        ("read", report.format_bytes(plan.read)),
+        ("bytes read", report.format_bytes(plan.read)),
         ("store, before zstd", report.format_bytes(plan.store)),
         ("memory beside Python and JAX", report.format_bytes(plan.memory)),
         ("floating-point operations", f"{plan.flops:.2e}"),
-        ("time", f"{plan.time_class}, about {plan.seconds:.2g} s on one such machine"),
+        ("time on one machine like this", f"{plan.time_class}, about {plan.seconds:.2g} s"),
         ("groups of modules", str(plan.groups)),
-        *(("left out", f"{x}: {why}") for x, why in bad.items()),
     ):
-        table.add_row(name, value)
-    return {"plan": clean(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)}, table
+        table.add_row(name, Text(value))
+    left = [f"left out: {x}: {why}" for x, why in bad.items()]
+    payload = {"plan": clean(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)}
+    return functools.partial(say, payload, table, *left, f"{out}: nothing was written")

@@ -5,52 +5,54 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from rich.table import Table
 from rich.text import Text
 
 from hydraopt_jax import report
-from hydraopt_jax.cli.common import as_json_option, say
+from hydraopt_jax.cli.common import Place
+from hydraopt_jax.cli.output import output_options, say, shown
 from hydraopt_jax.integrations import hub
 
 
 @click.command()
-@click.argument("path", metavar="STORE")
+@click.argument("path", metavar="STORE", type=Place())
 @click.argument("name", metavar="ORG/NAME")
 @click.option("--private/--public", default=None, help="of a repository that is made")
-@click.option("--revision", help="branch, made where there is none; main where not given")
-@click.option("--message", default="", help="of the commit")
-@click.option("--license", help="of the whole; that of the adapters' own cards where not given")
-@as_json_option
-def push(path: str, name: str, as_json: bool, **given: Any) -> None:
+@click.option("--revision", metavar="BRANCH", help="made where there is none; default: main")
+@click.option("--message", default="", metavar="TEXT", help="of the commit")
+@click.option("--license", metavar="NAME", help="of the whole; default: that of the adapters' own cards")
+@output_options
+def push(path: str, name: str, **given: Any) -> None:
     """Write STORE to the Hugging Face hub, as one file with a model card.
 
     The token is HF_TOKEN's or that of `hf auth login`.
     """
-    done = hub.push(path, name, progress=shown(as_json), **given)
-    table = Table("what", "", title=done.url)
+    done = hub.push(path, name, progress=on_terminal(), **given)
+    table = report.columns("pushed", "")
     table.add_row("commit", done.revision)
-    table.add_row("bytes", report.format_bytes(done.bytes))
     table.add_row("base model", Text(", ".join(done.base_models) or "not named"))
     licenses = ", ".join(dict.fromkeys(done.licenses.values()))
     table.add_row("licenses of the adapters", Text(licenses or "not known"))
-    say(as_json, {"store": str(path), **done._asdict()}, table)
+    say(
+        {"store": str(path), **done._asdict()},
+        table,
+        f"{path}: {report.format_bytes(done.bytes)} at {done.url}",
+    )
 
 
 @click.command()
 @click.argument("name", metavar="ORG/NAME[@REVISION]")
-@click.argument("path", metavar="STORE")
-@click.option("--task", "tasks", multiple=True, help="fetch this one only; may be repeated")
-@click.option("--base", help="the base model that the adapters must be of")
+@click.argument("path", metavar="STORE", type=Place())
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="fetch this task only; may be repeated")
+@click.option("--base", metavar="NAME", help="the base model that the adapters must be of")
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")
-@as_json_option
-def pull(name: str, path: str, tasks: Sequence[str], as_json: bool, **given: Any) -> None:
+@output_options
+def pull(name: str, path: str, tasks: Sequence[str], **given: Any) -> None:
     """Write a store of the Hugging Face hub to STORE, a folder or a .safetensors file."""
-    done = hub.pull(name, path, tasks=tasks, progress=shown(as_json), **given)
-    table = Table("store", "tasks", "bytes", "commit", title=done.source)
-    table.add_row(Text(done.store), str(len(done.tasks)), report.format_bytes(done.bytes), done.revision)
-    say(as_json, done._asdict(), table)
+    done = hub.pull(name, path, tasks=tasks, progress=on_terminal(), **given)
+    count = f"{len(done.tasks)} adapter{'s' * (len(done.tasks) != 1)}"
+    say(done._asdict(), f"{done.store}: {count}, {report.format_bytes(done.bytes)}, of {done.source}")
 
 
-def shown(as_json: bool) -> bool:
+def on_terminal() -> bool:
     """Whether progress is shown."""
-    return not as_json and sys.stderr.isatty()
+    return shown() and sys.stderr.isatty()

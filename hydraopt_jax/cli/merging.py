@@ -6,51 +6,63 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.table import Table
 from rich.text import Text
 
 from hydraopt_jax import calibration, merging, report
 from hydraopt_jax.adapters import Adapter, check
-from hydraopt_jax.cli.common import as_json_option, clean, read_all, say, with_adapters
+from hydraopt_jax.cli.common import Place, check_task, parse_files, parse_numbers, read_beside, with_adapters
+from hydraopt_jax.cli.output import clean, output_options, progress, say, warn
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.merging import collection as merged_collection
 from hydraopt_jax.merging import registry
+from hydraopt_jax.reading import locate
 from hydraopt_jax.store.store import task_errors
 from hydraopt_jax.store.tensors import check_dtype
 
+# methods that make one adapter; the others are baselines of frontier
+SINGLE = [name for name, x in registry.METHODS.items() if x.single]
+WORSE = (
+    "An error of 100% is that of no adapter at all; above it the merged delta is farther from the task's own "
+    "than zero is."
+)
 
-def parse_weight_list(text: str) -> list[float]:
-    """Weights in the adapters' order, separated by commas.
 
-    >>> parse_weight_list("1,0.5, -2")
-    [1.0, 0.5, -2.0]
-    """
-    try:
-        return [float(x) for x in text.split(",")]
-    except ValueError:
-        raise HydraOptError(
-            f"weights {text!r}: give one number an adapter, in their order: 0.5,0.3,0.2"
-        ) from None
+def weights_of(rows: Sequence[str], method: str, tasks: Sequence[str]) -> list[float] | None:
+    """One weight per task; the method's own for those that are not named, None where none is."""
+    given = parse_numbers("--weight", rows)
+    if not given:
+        return None
+    for task in given:
+        check_task("--weight", f"{task}={given[task]:g}", task, tasks)
+    own = merged_collection.check_weights(None, registry.find(method), len(tasks))
+    return [given.get(t, float(x)) for t, x in zip(tasks, own, strict=True)]
 
 
 def read_moments(rows: Sequence[str], tasks: Sequence[str]) -> list[Mapping[str, np.ndarray]]:
     """Second moments of each task's inputs, given as NAME=FILE, in the order of `tasks`."""
-    files = {}
-    for row in rows:
-        name, sep, path = row.rpartition("=")
-        if not sep or name not in tasks:
-            raise HydraOptError(f"moments {row!r}: give NAME=FILE, NAME one of {', '.join(tasks)}")
-        files[name] = path
+    files = parse_files("--moments", rows, tasks)
     missing = [x for x in tasks if x not in files]
     if missing:
-        raise HydraOptError(f"moments: none for {', '.join(missing)}: give --moments NAME=FILE for each")
+        raise HydraOptError(f"--moments: none for {', '.join(missing)}: give --moments NAME=FILE for each")
     return [calibration.load(files[x]) for x in tasks]
 
 
-def warn(message: str) -> None:
-    """One line on standard error."""
-    click.echo(f"hydraopt: warning: {message}", err=True)
+def parse_scale(text: str) -> float | None:
+    """A factor; None for `auto`.
+
+    >>> parse_scale("0.5"), parse_scale("auto")
+    (0.5, None)
+    """
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise HydraOptError(f"--scale {text}: give a number, or auto for the one of least mean error")
+    return value
 
 
 def warnings(collection: Sequence[Adapter], method: str) -> None:
@@ -60,86 +72,122 @@ def warnings(collection: Sequence[Adapter], method: str) -> None:
     extras = sorted({name for x in collection for name in x.extras})
     if extras:
         shown = ", ".join(extras[:3]) + (", ..." if len(extras) > 3 else "")
-        warn(f"left out {len(extras)} tensors that belong to one task each: {shown}")
+        count = f"{len(extras)} tensor{'s' * (len(extras) > 1)}"
+        warn(f"left out {count} that a task has for itself, such as a head: {shown}")
 
 
 @click.command("merge")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True, type=Place())
 @with_adapters
 @click.option("--out", required=True, type=click.Path(), help="the PEFT folder to write")
-@click.option("--method", default="linear", show_default=True, help=f"one of {', '.join(registry.METHODS)}")
-@click.option("--weights", help="one number an adapter, in their order, separated by commas")
-@click.option("--rank", type=int, help="S; the adapters' largest rank where not given")
+@click.option("--method", default="linear", show_default=True, help=f"one of {', '.join(SINGLE)}")
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="weight of a task; default: 1 / T where the method adds, else 1; may be repeated",
+)
+@click.option(
+    "--scale",
+    default="1",
+    metavar="NUMBER",
+    help="factor of the merged delta (lambda of task arithmetic and TIES); auto: the one of least mean error",
+)
+@click.option("--rank", type=int, help="of the merged adapter; default: the adapters' largest")
 @click.option("--density", type=float, help="fraction of entries kept, in (0, 1]")
 @click.option("--epsilon", type=float, help="della: width of the range of probabilities")
 @click.option("--outliers", type=float, help="breadcrumbs: fraction of largest entries dropped")
-@click.option("--elect", help="signs by total or by frequency")
-@click.option("--keep", type=int, help="tsv-m: singular directions a task")
+@click.option("--elect", metavar="RULE", help="ties and others: signs by total or by frequency")
+@click.option("--keep", type=int, help="tsv-m: singular directions per task")
 @click.option("--off-diagonal", type=float, help="regmean: factor of the moments' off-diagonal entries")
-@click.option("--moments", multiple=True, help="regmean: NAME=FILE, second moments of a task's inputs")
+@click.option(
+    "--moments",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="regmean: second moments of a task's inputs; repeated for each task",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="of random masks")
-@click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; as they came where not given")
+@click.option("--dtype", metavar="DTYPE", help="on disk: float32, float16 or bfloat16; default: as they came")
 @click.option("--overwrite", is_flag=True, help="replace what is there")
-@as_json_option
+@output_options
 def merge(
     adapters: Sequence[str],
     any_base: bool,
     base_suffix: Sequence[str],
     out: str,
     method: str,
-    weights: str | None,
+    weights: Sequence[str],
+    scale: str,
     rank: int | None,
     moments: Sequence[str],
     seed: int,
     dtype: str | None,
     overwrite: bool,
-    as_json: bool,
     **given: Any,
 ) -> None:
-    """Merge ADAPTERS into one adapter, a PEFT folder, by a published method."""
+    """Merge ADAPTERS into one adapter, a PEFT folder, by a published method.
+
+    Errors say how far the merged delta is from each task's own: 0 is equal, 100% as far as no adapter.
+    """
     options = {k: v for k, v in given.items() if v is not None}
-    numbers = None if weights is None else parse_weight_list(weights)
+    factor = parse_scale(scale)
     merged_collection.check_single(method)
     registry.check_options(
         method,
         options | ({} if rank is None else {"rank": rank}) | ({"moments": moments} if moments else {}),
     )
-    merged_collection.check_weights(numbers, registry.find(method), len(adapters))
+    parse_numbers("--weight", weights)
     check_dtype(dtype)
     if Path(out).exists() and not overwrite:
         raise HydraOptError(f"{out}: exists; choose another --out or give --overwrite")
-    collection = read_all(adapters, any_base, base_suffix, as_json)
+    collection = read_beside([], locate(adapters), any_base, base_suffix)
+    tasks = [x.task for x in collection]
+    numbers = weights_of(weights, method, tasks)
     if moments:
-        options["moments"] = read_moments(moments, [x.task for x in collection])
-    with report.progress(f"merging by {method}", len(check(collection)), not as_json) as advance:
+        options["moments"] = read_moments(moments, tasks)
+    with progress(f"merging by {method}", len(check(collection))) as advance:
         merged = merging.merge_adapters(
             collection,
             method,
             weights=numbers,
             rank=rank,
+            scale=1.0 if factor is None else factor,
             seed=seed,
             task=Path(out).name,
             progress=advance,
             **options,
         )
+    best, least = merging.best_scale(collection, merged)
+    if factor is None:
+        factor = best
+        merged = merged.replace(b={k: v * np.float32(best) for k, v in merged.b.items()})
+        best = 1.0
     errors = merging.merged_errors(collection, merged)
     write_adapter(out, merged, dtype=dtype, overwrite=overwrite)
     warnings(collection, method)
-    per_task = dict(zip([x.task for x in collection], task_errors(errors).tolist(), strict=True))
+    per_task = dict(zip(tasks, task_errors(errors).tolist(), strict=True))
+    mean, worst = float(np.nanmean(errors)), max(per_task.values())
     payload = {
         "out": str(out),
         "method": method,
         "options": clean({k: v for k, v in options.items() if k != "moments"}),
         "weights": dict(zip(per_task, numbers, strict=True)) if numbers else None,
+        "scale": clean(factor),
+        "best": clean({"scale": factor * best, "mean": least}),
         "modules": len(merged.a),
         "rank": max(x.shape[1] for x in merged.a.values()),
-        "error": {
-            "per_task": clean(per_task),
-            "mean": clean(float(np.nanmean(errors))),
-            "worst": clean(max(per_task.values())),
-        },
+        "error": {"per_task": clean(per_task), "mean": clean(mean), "worst": clean(worst)},
     }
-    table = Table("task", "relative squared error", title=f"{out}: {method}, rank {payload['rank']}")
+    table = report.columns("task", ">error")
     for task, value in per_task.items():
-        table.add_row(Text(task), f"{value:.3e}")
-    say(as_json, payload, table)
+        table.add_row(Text(report.shorten(task)), report.format_error(value))
+    notes = []
+    if worst > 1:
+        notes.append(WORSE)
+    if least < 0.99 * mean:
+        low = report.format_error(least)
+        notes.append(f"The scale of least mean error is {factor * best:.3g}, with {low}: --scale auto")
+    how = f"{method}, rank {payload['rank']}, scale {factor:.3g}"
+    last = f"{out}: {len(tasks)} adapters merged by {how}, mean error {report.format_error(mean)}"
+    say(payload, table, *notes, last)

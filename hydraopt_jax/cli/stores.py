@@ -6,25 +6,22 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax import report, store
-from hydraopt_jax.adapters import Adapter, module_shapes
-from hydraopt_jax.cli.common import (
-    CheckFailed,
-    as_json_option,
+from hydraopt_jax import provenance, report, store
+from hydraopt_jax.adapters import Adapter, layer_kind, module_shapes
+from hydraopt_jax.cli.common import CheckFailed, Place, load_moments, read_in_batches, with_adapters
+from hydraopt_jax.cli.output import clean, mode, output_options, progress, say
+from hydraopt_jax.cli.tables import (
     bytes_table,
     calibration_notes,
-    clean,
+    claims_of,
     describe,
-    error_table,
+    forms_table,
     held_notes,
-    load_moments,
-    read_in_batches,
-    say,
-    with_adapters,
+    most_telling,
+    sentence,
 )
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
@@ -37,45 +34,113 @@ from hydraopt_jax.store.tensors import check_dtype
 
 
 @click.command()
-@click.argument("path", metavar="STORE")
-@as_json_option
-def inspect(path: str, as_json: bool) -> None:
-    """What is in a store: tasks, modules, form, bytes a leaf, error a task."""
+@click.argument("path", metavar="STORE", type=Place())
+@click.option(
+    "--recipe", type=click.Path(), help="write what compresses the adapters again to this .json or .yaml file"
+)
+@output_options
+def inspect(path: str, recipe: str | None) -> None:
+    """What is in STORE: tasks with bytes, errors and sources, then modules; --verbose lists every leaf."""
     content = store.open(path)
+    if recipe is not None:
+        provenance.write_recipe(recipe, provenance.recipe_of(content))
+    own = files.task_bytes(content)
     rows = [
         {"tasks": names_of(x), "leaves": {k: size_of(v) for k, v in x.leaves.items()}}
         for x in content.segments
     ]
-    payload = describe(path, content) | {"leaves": rows, "bytes": files.size_on_disk(path)}
-    parts = payload["bytes_of"] = files.account(path, content)._asdict()
-    table = Table(
-        "segment", "leaf", "bytes", title=f"{path}: {report.format_bytes(payload['bytes'])} on disk"
-    )
-    shape = Table("module", "[in, out]", "rank", "inputs", "outputs")
-    for n, x in enumerate(content.segments):
-        for leaf, value in x.leaves.items():
-            table.add_row(str(n + 1), leaf, f"{size_of(value):,}")
+    size, parts = files.size_on_disk(path), files.account(path, content)._asdict()
+    held, kinds = removal.held(content), kinds_of(content)
+    payload = describe(path, content) | {"leaves": rows, "bytes": size, "bytes_of": parts}
+    payload |= {"task_bytes": own, "kinds": kinds, "held": [x._asdict() for x in held]}
+    payload["sources"] = {
+        t: {"origin": x.origin, "digest": x.digest, "dtype": x.dtype}
+        for t, x in zip(content.tasks, content.sources, strict=True)
+    }
+    kind_table = report.columns("layer kind", ">modules", ">in x out", ">rank")
+    for kind, x in kinds.items():
+        shapes = [f"{low} x {high}" for low, high in x["shapes"]]
+        shape = shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
+        low, high = x["ranks"]
+        ranks = str(low) if low == high else f"{low} to {high}"
+        kind_table.add_row(Text(report.shorten(kind)), str(x["modules"]), shape, ranks)
+    notes = [*held_notes(held), *calibration_notes(content), *provenance.sentences(content)]
+    tables: tuple[Any, ...] = (tasks_table(content, own), kind_table, bytes_table(parts, content))
+    if mode().verbose:
+        tables = (*tables, forms_table(content), modules_table(content), leaves_table(content))
+    say(payload, *tables, *notes, sentence(content, 0, size))
+
+
+def tasks_table(content: store.Store, own: Mapping[str, int]) -> Table:
+    """The tasks: bytes of their own, errors, and where they came from."""
+    claims = claims_of(content)
+    heads = ["error"] if len(claims) == 1 else ["of weights", "of outputs"]
+    table = report.columns("task", ">own bytes", *(f">{x}" for x in heads), "source")
+    per_task = [task_errors(x) for x in claims.values()]
+    bounds = content.report.get("bounded", ())
+    chosen = most_telling(per_task)
+    for t in chosen:
+        task = content.tasks[t]
+        errors = (f"{'<= ' * (task in bounds)}{report.format_error(float(x[t]))}" for x in per_task)
+        source = Text(report.shorten_path(content.sources[t].origin, 26))
+        table.add_row(Text(report.shorten(task, 24)), report.format_bytes(own[task]), *errors, source)
+    if len(chosen) < len(content.tasks):
+        table.add_row(f"and {len(content.tasks) - len(chosen)} others")
+    table.add_section()
+    table.add_row("shared by several tasks", report.format_bytes(files.shared_bytes(content)))
+    table.add_row("mean", "", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
+    return table
+
+
+def kinds_of(content: store.Store) -> dict[str, Any]:
+    """Layer kind -> how many modules, their shapes and the lowest and highest rank."""
+    out: dict[str, Any] = {}
+    ranks: dict[str, int] = {}
+    for x in content.segments:
+        for name, terms in x.modules.items():
+            ranks[name] = max(ranks.get(name, 0), sum(term.rank for term in terms))
+    for name, shape in content.shapes.items():
+        found = out.setdefault(layer_kind(name), {"modules": 0, "shapes": [], "ranks": []})
+        found["modules"] += 1
+        found["shapes"] += [] if list(shape) in found["shapes"] else [list(shape)]
+        found["ranks"].append(ranks.get(name, 0))
+    for found in out.values():
+        found["ranks"] = [min(found["ranks"]), max(found["ranks"])]
+    return out
+
+
+def modules_table(content: store.Store) -> Table:
+    """Every module: shape, rank, and how many factors of either side it has."""
+    table = report.columns("module", ">in x out", ">rank", ">inputs", ">outputs")
+    for x in content.segments:
         for name, terms in x.modules.items():
             for term in terms:
                 counts = (str(max(of, default=-1) + 1) for of in (term.a_of, term.b_of))
-                shape.add_row(Text(name), f"{term.inputs} x {term.outputs}", str(term.rank), *counts)
-    held = removal.held(content)
-    payload["held"] = [x._asdict() for x in held]
-    notes = [*map(escape, [*held_notes(held), *calibration_notes(content)])]
-    say(as_json, payload, bytes_table(parts, content), table, shape, error_table(content), *notes)
+                shape = f"{term.inputs} x {term.outputs}"
+                table.add_row(Text(report.shorten(name, 40)), shape, str(term.rank), *counts)
+    return table
+
+
+def leaves_table(content: store.Store) -> Table:
+    """Every leaf of every segment."""
+    table = report.columns(">segment", "leaf", ">bytes")
+    for n, x in enumerate(content.segments):
+        for leaf, value in x.leaves.items():
+            table.add_row(str(n + 1), leaf, f"{size_of(value):,}")
+    return table
 
 
 @click.command()
-@click.argument("path", metavar="STORE")
-@click.option("--task", "tasks", multiple=True, help="task to export; may be repeated")
+@click.argument("path", metavar="STORE", type=Place())
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="a task to export; may be repeated")
 @click.option("--all", "everything", is_flag=True, help="export every task, each to OUT/<its name>")
 @click.option("--out", required=True, type=click.Path(), help="folder to write")
-@click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; as it came where not given")
+@click.option("--dtype", metavar="DTYPE", help="on disk: float32, float16 or bfloat16; default: as it came")
 @click.option("--overwrite", is_flag=True, help="replace what is there")
-@click.option("--rank", type=int, help="cut wider modules to the nearest product of this rank")
+@click.option("--rank", type=int, help="truncate wider modules to this rank")
 @click.option("--pad", is_flag=True, help="fill narrower modules with zeros, up to --rank where given")
-@click.option("--profile", help="what the server vllm loads: one rank, one scale, no patterns")
-@as_json_option
+@click.option("--profile", metavar="SERVER", help="vllm: one rank, one scale, no patterns")
+@output_options
 def export(
     path: str,
     tasks: Sequence[str],
@@ -86,9 +151,8 @@ def export(
     rank: int | None,
     pad: bool,
     profile: str | None,
-    as_json: bool,
 ) -> None:
-    """Write tasks of a store as PEFT folders."""
+    """Write tasks of STORE as PEFT folders."""
     if bool(tasks) == everything:
         raise HydraOptError("export: give either --task NAME or --all")
     check_dtype(dtype)
@@ -105,7 +169,7 @@ def export(
         x = whole.sources[whole.tasks.index(t)]
         server.check_task(profile, t, tensors_of(whole, t), x.config, x.layout)
     ranks, cut = {}, {}
-    with report.progress("exporting", len(folders), not as_json) as advance:
+    with progress("exporting", len(folders)) as advance:
         for content in files.batches(whole, list(folders)):
             for found in decode_all(content):
                 task = found.task
@@ -117,34 +181,35 @@ def export(
                     cut[task] = {"modules": len(errors), "mean": float(np.mean(errors)), "worst": max(errors)}
                 advance()
     written = {task: str(f) for task, f in folders.items()}
-    table = Table("task", "folder", "rank")
+    table = report.columns("task", "folder", ">rank")
     for task, folder_text in written.items():
-        table.add_row(Text(task), Text(folder_text), str(ranks[task]))
+        folder = Text(report.shorten_path(folder_text, 34))
+        table.add_row(Text(report.shorten(task)), folder, str(ranks[task]))
     notes = [
-        f"{escape(task)}: {x['modules']} modules were cut, relative squared error of their deltas "
-        f"{x['mean']:.3e}, worst {x['worst']:.3e}"
+        f"{task}: {x['modules']} modules were truncated, error {report.format_error(x['mean'])}, worst "
+        f"{report.format_error(x['worst'])}"
         for task, x in cut.items()
     ]
-    say(as_json, {"exported": written, "ranks": ranks, "cut": clean(cut)}, table, *notes)
+    last = f"{len(written)} adapter{'s' * (len(written) != 1)} written to {out}"
+    say({"exported": written, "ranks": ranks, "cut": clean(cut)}, table, *notes, last)
 
 
 @click.command()
-@click.argument("path", metavar="STORE")
-@click.argument("adapters", nargs=-1)
+@click.argument("path", metavar="STORE", type=Place())
+@click.argument("adapters", nargs=-1, type=Place())
 @with_adapters
 @click.option(
-    "--calibration", type=click.Path(), help="what the store was made with: check output errors, too"
+    "--calibration", type=click.Path(), help="what the store was made with: check errors of outputs, too"
 )
-@as_json_option
+@output_options
 def verify(
     path: str,
     adapters: Sequence[str],
     any_base: bool,
     base_suffix: Sequence[str],
     calibration: str | None,
-    as_json: bool,
 ) -> None:
-    """Check a store's checksums; with ADAPTERS, measure the true errors against them.
+    """Check STORE's checksums; with ADAPTERS, its originals, measure the errors and check its claims.
 
     Errors of weights, and with --calibration those of the modules' outputs, each against its own claim.
     """
@@ -162,7 +227,7 @@ def verify(
         claims["output_error"] = content.output_errors
     if adapters:
         measured: dict[str, dict[str, float]] = {k: {} for k in claims}
-        for few in read_in_batches(adapters, any_base, base_suffix, as_json):
+        for few in read_in_batches(adapters, any_base, base_suffix):
             for key, found in measured.items():
                 found |= true_errors(content, few, moments if key != "error" else None)
         for key, found in measured.items():
@@ -172,20 +237,24 @@ def verify(
             over = {t: x - claimed[t] if t in bounds else abs(x - claimed[t]) for t, x in found.items()}
             wrong += [t for t, x in over.items() if not x <= 1e-6 + 0.01 * claimed[t]]
         payload["ok"] = not wrong
-    table = Table("check", "result", title=str(path))
-    table.add_row("checksums", f"ok, {leaves} leaves")
+    table = report.columns("task", "error", ">measured", ">claimed") if adapters else None
     for key, label in ERRORS.items():
         for task, pair in payload.get(key, {}).items():
-            claim = f"claimed {'at most ' * (task in bounds)}{pair['claimed']:.3e}"
-            table.add_row(Text(task), f"{label} {pair['measured']:.3e}, {claim}")
-    say(as_json, payload, table)
+            claim = f"{'at most ' * (task in bounds)}{report.format_error(pair['claimed'])}"
+            real = report.format_error(pair["measured"])
+            assert table is not None
+            table.add_row(Text(report.shorten(task)), label, real, claim)
+    told = f"{path}: checksums of {leaves} leaves are right"
+    if adapters and not wrong:
+        told += f"; the errors of {len(payload['error'])} tasks are as claimed"
+    say(payload, table, told)
     if wrong:
         names = ", ".join(dict.fromkeys(wrong))
         raise CheckFailed(f"{path}: the errors of {names} differ from what the store claims")
 
 
 # what is claimed, and what it is called
-ERRORS = {"error": "error of weights", "output_error": "error of outputs"}
+ERRORS = {"error": "of weights", "output_error": "of outputs"}
 
 
 def true_errors(
@@ -205,34 +274,33 @@ def names_of(x: store.Segment) -> list[str]:
 
 
 @click.command()
-@click.argument("path", metavar="STORE")
-@click.argument("file")
+@click.argument("path", metavar="STORE", type=Place())
+@click.argument("file", type=Place())
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")
-@as_json_option
-def pack(path: str, file: str, overwrite: bool, as_json: bool) -> None:
+@output_options
+def pack(path: str, file: str, overwrite: bool) -> None:
     """Write STORE as one FILE, whose name ends in .safetensors."""
     if not files.is_file(file):
         raise HydraOptError(f"{file}: the name of a portable store ends in {portable.SUFFIX}")
-    copy(path, file, overwrite, as_json)
+    copy(path, file, overwrite)
 
 
 @click.command()
-@click.argument("path", metavar="STORE")
-@click.argument("folder")
+@click.argument("path", metavar="STORE", type=Place())
+@click.argument("folder", type=Place())
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")
-@as_json_option
-def unpack(path: str, folder: str, overwrite: bool, as_json: bool) -> None:
+@output_options
+def unpack(path: str, folder: str, overwrite: bool) -> None:
     """Write STORE as a FOLDER."""
     if files.is_file(folder):
         raise HydraOptError(f"{folder}: a store of that name is one file: name a folder")
-    copy(path, folder, overwrite, as_json)
+    copy(path, folder, overwrite)
 
 
-def copy(path: str, out: str, overwrite: bool, as_json: bool) -> None:
+def copy(path: str, out: str, overwrite: bool) -> None:
     """Write a store somewhere else, as a folder or a file by its name."""
     store.save(out, store.open(path), overwrite=overwrite)
-    sizes = {"bytes_before": files.size_on_disk(path), "bytes_after": files.size_on_disk(out)}
-    table = Table("store", "bytes on disk")
-    for name, size in zip((path, out), sizes.values(), strict=True):
-        table.add_row(Text(str(name)), report.format_bytes(size))
-    say(as_json, {"store": str(out), **sizes}, table)
+    before, after = files.size_on_disk(path), files.size_on_disk(out)
+    sizes = f"{report.format_bytes(before)}, and {out}, {report.format_bytes(after)}"
+    payload = {"store": str(out), "bytes_before": before, "bytes_after": after}
+    say(payload, f"The same store is in {path}, {sizes}")

@@ -4,6 +4,8 @@ import importlib
 
 import click
 
+from hydraopt_jax.errors import suggest
+
 # verb -> module and name of its command, and its line in the help
 VERBS = {
     "similarity": ("collections", "similarity", "How alike adapters are: factors, deltas, subspaces."),
@@ -36,6 +38,14 @@ class Verbs(click.Group):
             return None
         module, name, _ = VERBS[cmd_name]
         return getattr(importlib.import_module(f"hydraopt_jax.cli.{module}"), name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The verb that was typed, or an error that names near ones."""
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            raise click.UsageError(f"No such command {args[0]!r}: {suggest(args[0], VERBS)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The verbs with a line each."""

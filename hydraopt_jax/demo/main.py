@@ -28,6 +28,7 @@ from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import Store, task_factors
 
 BUDGETS = (0.25, 0.125, 0.0625)
+PLOT = "tradeoff.png"
 # words of each task that are scored
 ITEMS = 24
 
@@ -56,8 +57,8 @@ def run(
 
     Returns:
       JSON-able: for each budget the bytes on disk, their share of the fp16 bytes, the error and the scores;
-      scores of the adapters themselves and of the model without any; the path of the plot. Also written
-      to `out/demo.json`.
+      scores of the adapters themselves and of the model without any; the path of the plot, None where
+      matplotlib is not installed. Also written to `out/demo.json`.
 
     Raises:
       HydraOptError: `out` exists or cannot be written.
@@ -73,7 +74,7 @@ def run(
         new = work / "new"
         new.mkdir()  # with the usual permissions, which the temporary folder has not
         result = build(new, advance, tasks, budgets, items)
-        result["plot"] = str(out / "tradeoff.png")
+        result["plot"] = str(out / PLOT) if (new / PLOT).exists() else None
         (new / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
         os.replace(new, out)
     finally:
@@ -145,16 +146,17 @@ def build(
     write_adapter(work / "exported" / tasks[0], store.decode(content, tasks[0]))
     back = read_adapter(work / "exported" / tasks[0])
     measured = errors_of.measure(content, collection)
-    report.plot_tradeoff(
-        work / "tradeoff.png",
-        {
-            "stores": [(x["fraction"], x["score"]) for x in rows],
-            "own adapters, fp16": [(1.0, float(np.mean(list(before.values()))))],
-        },
-        bytes_label="bytes on disk / fp16 bytes of the adapters",
-        error_label="exact match, mean over tasks",
-        logarithmic=False,
-    )
+    if report.can_plot():
+        report.plot_tradeoff(
+            work / PLOT,
+            {
+                "stores": [(x["fraction"], x["score"]) for x in rows],
+                "own adapters, fp16": [(1.0, float(np.mean(list(before.values()))))],
+            },
+            bytes_label="bytes on disk / fp16 bytes of the adapters",
+            error_label="exact match, mean over tasks",
+            logarithmic=False,
+        )
     advance()
     mean = lambda x: float(np.mean(list(x.values())))  # noqa: E731
     return {

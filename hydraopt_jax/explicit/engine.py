@@ -50,6 +50,7 @@ def compress_in_form(
     dtype: str | None = None,
     extras_dtype: str | None = None,
     left_out: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     processes: Processes | None = None,
     group_bytes: int = GROUP_BYTES,
@@ -62,7 +63,7 @@ def compress_in_form(
       place: where segments are kept; those that it has already are not made again.
       dtype: of the stored factors; None for the widest that came in.
       extras_dtype: full tensors that are wider are rounded to it; None keeps them.
-      left_out: adapters that were not taken, with the reason, for the report.
+      left_out, provenance: for the report, see `compression.compress`.
       progress: what to tell while at work.
       processes: who takes part; all return the same store.
       group_bytes: factors, as they are on disk, that are read and solved together.
@@ -99,8 +100,7 @@ def compress_in_form(
         "entries": found.entries(),
         "bound": {name: float(f"{bounds[name]:.6g}") for name in found.shapes if name in bounds},
     }
-    if left_out:
-        report["left_out"] = dict(left_out)
+    report |= {k: dict(v) for k, v in {"left_out": left_out, "provenance": provenance}.items() if v}
     if carried:
         segments = [segments[0].with_tensors(carried)]
     return bundled(Store((*segments, *heads), found.tasks, found.sources, Static(report)), list(found.shapes))

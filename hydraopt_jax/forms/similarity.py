@@ -1,6 +1,5 @@
 """How alike the adapters of a collection are: factors, deltas and the subspaces they span."""
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax.adapters import Adapters
+from hydraopt_jax.adapters import Adapters, layer_kind
 from hydraopt_jax.linalg import decompose
 
 
@@ -262,16 +261,6 @@ def similarity(a: Array, b: Array) -> Similarity:
     return _batched_measure(jnp.asarray(a), jnp.asarray(b), _decompose(a, b))
 
 
-def layer_kind(module: str) -> str:
-    """A module's kind: the last component that is more than digits, digits removed.
-
-    >>> layer_kind("model.layers.3.self_attn.q_proj"), layer_kind("encoder.blocks.fc1"), layer_kind("heads.2")
-    ('q_proj', 'fc', 'heads')
-    """
-    parts = [re.sub(r"\d+", "", x) for x in module.split(".")]
-    return next((x for x in reversed(parts) if x), module)
-
-
 def average(parts: list[Similarity]) -> Similarity:
     """Mean over modules, for each pair of tasks over the modules that both adapt (0 where there is none).
 
@@ -313,3 +302,38 @@ def summarize(adapters: Adapters) -> Summary:
     return Summary(
         adapters.tasks, modules, {k: average(v) for k, v in kinds.items()}, average(list(modules.values()))
     )
+
+
+def cluster_order(matrix: np.ndarray) -> list[int]:
+    """Positions of the T tasks of a similarity `[T, T]` so that alike ones stand side by side.
+
+    Leaves of the average-linkage tree over `1 - similarity`, in the order that brings neighbors nearest.
+
+    Reference: Z. Bar-Joseph et al., Fast optimal leaf ordering for hierarchical clustering, 2001.
+
+    >>> cluster_order(np.array([[1.0, 0.1, 0.9], [0.1, 1.0, 0.2], [0.9, 0.2, 1.0]]))
+    [0, 2, 1]
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    tasks = len(matrix)
+    if tasks < 3:
+        return list(range(tasks))
+    far = np.maximum(1.0 - (matrix + matrix.T) / 2, 0.0).astype(np.float64)
+    np.fill_diagonal(far, 0.0)
+    order = leaves_list(linkage(squareform(far, checks=False), "average", optimal_ordering=True)).tolist()
+    # of the two directions the one that begins with the earlier task
+    return order if order[0] < order[-1] else order[::-1]
+
+
+def nearest_pairs(matrix: np.ndarray, count: int) -> list[tuple[int, int, float]]:
+    """The `count` pairs of tasks that a similarity `[T, T]` has highest, `(s, t, value)` with s < t.
+
+    >>> nearest_pairs(np.array([[1.0, 0.1, 0.9], [0.1, 1.0, 0.2], [0.9, 0.2, 1.0]]), 2)
+    [(0, 2, 0.9), (1, 2, 0.2)]
+    """
+    s, t = np.triu_indices(len(matrix), 1)
+    values = np.asarray(matrix)[s, t]
+    chosen = np.argsort(-values, kind="stable")[:count]
+    return [(int(s[k]), int(t[k]), float(values[k])) for k in chosen]

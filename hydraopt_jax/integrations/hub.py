@@ -81,9 +81,15 @@ def check_base(label: str, store: Store, model: str | None) -> None:
 
 
 def without_paths(store: Store) -> Store:
-    """The store with nothing said of where its adapters lay on this machine but the folders' names."""
+    """The store with nothing said of where files lay on this machine but the names of files and folders."""
     own = lambda x: x if x.startswith(remote.HUB) else Path(x).name  # noqa: E731
-    return store.replace(sources=tuple(x._replace(origin=own(x.origin)) for x in store.sources))
+    known = {}
+    for key, said in store.report.get("provenance", {}).items():
+        paths = {k: own(v) for k, v in said["options"].items() if k == "calibration"}
+        known[key] = {**said, "options": {**said["options"], **paths}}
+    report = store.report.replace(provenance=known) if known else store.report
+    sources = tuple(x._replace(origin=own(x.origin)) for x in store.sources)
+    return store.replace(sources=sources, report=report)
 
 
 def push(

@@ -87,6 +87,7 @@ def run(
     limit: int | None = None,
     zstd: bool = True,
     processes: Processes | None = None,
+    provenance: Mapping[str, Any] | None = None,
     **common: Any,
 ) -> Store | None:
     """Compress a collection into a store on disk.
@@ -98,6 +99,7 @@ def run(
       asked: all that the result depends on, JSON-able.
       overwrite, limit, zstd: as `store.save`.
       processes: who takes part.
+      provenance: as in `compression.compress`; that of the job's begin, where it goes on.
       **common: for `compress`.
 
     Returns:
@@ -113,7 +115,12 @@ def run(
     place = Folder(at, fingerprint(found, asked), zstd, processes.size > 1)
     if processes.rank == 0:
         place.enter()
+        if provenance is not None and place.note("provenance") is None:
+            place.keep_note("provenance", provenance)
     processes.wait("entered")
+    if provenance is not None:
+        # one day for all processes, and for those that go on
+        common["provenance"] = place.note("provenance")
     store = compress(found, place=place, processes=processes, **common)
     processes.leave()
     if processes.rank:

@@ -1,8 +1,10 @@
-"""Progress of a job on standard error: a line every two seconds on a terminal, once a minute elsewhere."""
+"""Progress of a job on standard error: a bar on a terminal, a line once a minute elsewhere."""
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from hydraopt_jax import report
 from hydraopt_jax.rate_control.work import Progress
@@ -47,16 +49,45 @@ class Lines:
         rate = (self.done - self.before) / max(seconds, 1e-9)
         left = (self.total - self.done) / rate if rate else float("inf")
         return (
-            f"{self.done} of {self.total} modules, {60 * rate:.3g} a minute, "
+            f"{self.done} of {self.total} modules, {60 * rate:.3g} per minute, "
             f"about {left / 60:.1f} minutes left, {report.format_bytes(self.bytes)} read"
         )
 
 
-def to_stderr(every: float | None = None) -> Progress:
-    """A progress that prints lines: often on a terminal, once a minute elsewhere."""
-    terminal = sys.stderr.isatty()
-    lines = Lines(
-        lambda text: print(f"hydraopt: {text}", file=sys.stderr, flush=True),
-        every if every is not None else 2.0 if terminal else EVERY,
-    )
-    return Progress(lines.start, lines.step, lines.read)
+class Bar:
+    """A bar for each stage of a job: the analysis, then one pass over the modules after the other."""
+
+    def __init__(self, bars: Any) -> None:
+        self.bars, self.stage, self.bytes = bars, 0, 0
+        self.task = bars.add_task("analyzing", total=None)
+
+    def start(self, total: int, done: int) -> None:
+        """A stage begins: modules in all and done before."""
+        self.stage += 1
+        self.bars.remove_task(self.task)
+        self.task = self.bars.add_task(f"pass {self.stage}, modules", total=total, completed=done)
+
+    def step(self, done: int) -> None:
+        """Modules just done."""
+        self.bars.update(self.task, advance=done)
+
+    def read(self, count: int) -> None:
+        """Bytes just read."""
+        self.bytes += count
+        self.bars.update(
+            self.task, description=f"pass {self.stage}, modules, {report.format_bytes(self.bytes)} read"
+        )
+
+
+@contextmanager
+def to_stderr(enabled: bool = True, every: float = EVERY) -> Iterator[Progress]:
+    """A progress that is shown: as a bar on a terminal, as a line once in a while elsewhere."""
+    if not enabled:
+        yield Progress()
+    elif sys.stderr.isatty():
+        with report.bars() as bars:
+            bar = Bar(bars)
+            yield Progress(bar.start, bar.step, bar.read)
+    else:
+        lines = Lines(lambda text: print(f"hydraopt: {text}", file=sys.stderr, flush=True), every)
+        yield Progress(lines.start, lines.step, lines.read)

@@ -2,7 +2,7 @@
 
 from hydraopt_jax.merging import curves
 from hydraopt_jax.merging.activations import regmean
-from hydraopt_jax.merging.collection import merge_adapters, merge_stacked, merged_errors
+from hydraopt_jax.merging.collection import best_scale, merge_adapters, merge_stacked, merged_errors
 from hydraopt_jax.merging.compressors import assign, joint, k_merge, separate, share
 from hydraopt_jax.merging.registry import METHODS, Method
 from hydraopt_jax.merging.sparse import breadcrumbs, dare, dare_ties, della, magnitude, ties
@@ -13,6 +13,7 @@ __all__ = [
     "METHODS",
     "Method",
     "assign",
+    "best_scale",
     "breadcrumbs",
     "concatenation",
     "core_space",

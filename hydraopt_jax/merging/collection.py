@@ -1,6 +1,7 @@
 """A whole collection merged into one adapter: host code around the methods of one module."""
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -194,6 +195,7 @@ def merge_adapters(
     *,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
+    scale: float = 1.0,
     seed: int = 0,
     task: str = "merged",
     progress: Callable[[], Any] = lambda: None,
@@ -208,8 +210,9 @@ def merge_adapters(
     Args:
       collection: the adapters.
       method: a name in `METHODS` that makes a single adapter.
-      weights: one a task; None for 1 / T with methods that add and 1 with those that average.
+      weights: one per task; None for 1 / T with methods that add and 1 with those that average.
       rank: S; None for the largest rank that an adapter has in the module.
+      scale: factor of the merged delta, such as the lambda of task arithmetic and TIES; see `best_scale`.
       seed: of random masks.
       task: name of the result.
       progress: called after each module.
@@ -228,6 +231,8 @@ def merge_adapters(
     {(64, 2)}
     """
     check_single(method)
+    if not math.isfinite(scale):
+        raise HydraOptError(f"scale = {scale}: must be a finite number")
     shapes = adapters.check(collection)
     tasks = [x.task for x in collection]
     chosen, w, given = _prepare(tasks, shapes, method, weights, rank, options)
@@ -236,7 +241,7 @@ def merge_adapters(
     for module, (left, right) in found.items():
         used = (np.abs(left).max(0) > 0) & (np.abs(right).max(1) > 0)
         used[0] |= not used.any()
-        a[module], b[module] = left[:, used], right[used]
+        a[module], b[module] = left[:, used], right[used] * np.float32(scale)
         owner = next(x for x in collection if module in x.a)
         if module in owner.layout:
             layout[module] = owner.layout[module]
@@ -256,3 +261,37 @@ def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:
     modules = stream(collection, adapters.check(collection))
     rows = relative_errors(modules, lambda m, a, b: squared_errors(a, b, merged.a[m], merged.b[m]))
     return np.stack([rows[module] for module in merged.a])
+
+
+@jax.jit
+def projections(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array) -> tuple[Any, Any, Any]:
+    """`<delta_t, M>`, `||M||^2` and `||delta_t||^2`, `[T]` each, of one adapter `M` for all tasks."""
+    tasks = a.shape[0]
+    left, right = (jnp.broadcast_to(x, (tasks, *x.shape)) for x in (left, right))
+    inner = decompose.inner
+    return inner(a, b, left, right), inner(left, right, left, right), inner(a, b, a, b)
+
+
+def best_scale(collection: Sequence[Adapter], merged: Adapter) -> tuple[float, float]:
+    """The factor of a merged adapter that gives the least mean error, and that error.
+
+    The error of a task's module is `||delta_t - s M||^2 / ||delta_t||^2 = 1 - 2 s p + s^2 q`: its mean over
+    modules and tasks is least at `s = mean(p) / mean(q)`.
+
+    >>> from hydraopt_jax import synthetic
+    >>> given = synthetic.collection(tasks=1)
+    >>> scale, error = best_scale(given, merge_adapters(given, "linear", scale=4.0))
+    >>> round(scale, 4), round(error, 4)
+    (0.25, 0.0)
+    """
+    p, q = [], []
+    for module, a, b, ranks in stream(collection, adapters.check(collection)):
+        cross, own, energy = (np.asarray(x) for x in projections(a, b, merged.a[module], merged.b[module]))
+        there = (ranks > 0) & (energy > 0)
+        p += (cross[there] / energy[there]).tolist()
+        q += (own[there] / energy[there]).tolist()
+    size = float(np.mean(q)) if q else 0.0
+    if size <= 0:
+        return 1.0, 1.0
+    scale = float(np.mean(p)) / size
+    return scale, max(1.0 - scale * float(np.mean(p)), 0.0)

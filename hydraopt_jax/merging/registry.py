@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, suggest
 from hydraopt_jax.merging import activations, compressors, sparse, spectral, sums
 
 
@@ -72,10 +72,10 @@ def find(name: str) -> Method:
     """The method of a name.
 
     Raises:
-      HydraOptError: unknown; the line lists the known ones.
+      HydraOptError: unknown; the line names near ones, or all.
     """
     if name not in METHODS:
-        raise HydraOptError(f"method {name!r}: must be one of {', '.join(METHODS)}")
+        raise HydraOptError(f"method {name!r}: {suggest(name, METHODS)}")
     return METHODS[name]
 
 

@@ -67,6 +67,7 @@ def compress_to_target(
     place: Place,
     *,
     left_out: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     processes: Processes | None = None,
     segment_bytes: int = SEGMENT_BYTES,
@@ -78,7 +79,7 @@ def compress_to_target(
       found: the collection.
       options: what to reach.
       place: where segments are kept; those that it has already are not made again.
-      left_out: adapters that were not taken, with the reason, for the report.
+      left_out, provenance: for the report, see `compression.compress`.
       progress: what to tell while at work.
       processes: who takes part; all return the same store.
       segment_bytes: half-precision bytes of the factors that are coded together.
@@ -93,7 +94,8 @@ def compress_to_target(
     options = check_options(options)
     progress, processes = progress or Progress(), processes or Processes()
     parts = parts_of(found, segment_bytes)
-    said = {"left_out": dict(left_out)} if left_out else {}
+    beside = {"left_out": left_out, "provenance": provenance}
+    said = {k: dict(v) for k, v in beside.items() if v}
     task_weights(found.tasks, options)
     if options.calibration is not None:
         uncovered(found.shapes, options.calibration)

@@ -74,6 +74,7 @@ def check_manifest(said: Any) -> None:
     report = said["report"]
     need(isinstance(report["form"], str) and isinstance(report["options"], dict), "report")
     need(whole(report["entries"], 0, 1 << 60) and isinstance(report["bound"], dict), "report")
+    check_provenance(report.get("provenance", {}))
     ids = set()
     for n, x in enumerate(said["segments"]):
         need(isinstance(x["id"], str) and x["id"] not in ids, "ids of segments")
@@ -92,6 +93,13 @@ def check_manifest(said: Any) -> None:
         for name, size in x.get("arrays", ()):
             need(isinstance(name, str) and ".." not in name and name[:1] != "/", "arrays of a segment")
             need(whole(size, 1, 2 * x["bytes"] + 1), "arrays of a segment")
+
+
+def check_provenance(said: Any) -> None:
+    """Check what a store says of how it was made; a store may say nothing."""
+    for x in said.values():
+        need(all(isinstance(x[k], str) for k in ("verb", "version", "date")), "provenance")
+        need(all(isinstance(k, str) for k in x["options"]), "provenance")
 
 
 def check_sources(merged: Mapping[str, Any], tasks: int) -> None:

@@ -418,6 +418,30 @@ def account(path: Path_, store: Store) -> Account:
     return Account(factors, heads, whole - factors - heads)
 
 
+def owner(segment: Segment, leaf: str) -> int:
+    """The place in a segment whose task alone a leaf is of; -1 for several tasks."""
+    kind, _, number = leaf.rpartition("_")
+    if len(segment.tasks) == 1:
+        return 0
+    return int(number) if kind in ("task", "tensors") and number.isdecimal() else -1
+
+
+def task_bytes(store: Store) -> dict[str, int]:
+    """Task -> bytes of the leaves that are of no other task."""
+    out = dict.fromkeys(store.tasks, 0)
+    for x in store.segments:
+        for name, leaf in x.leaves.items():
+            place = owner(x, name)
+            if place in x.live:
+                out[x.tasks[place]] += size_of(leaf)
+    return out
+
+
+def shared_bytes(store: Store) -> int:
+    """Bytes of the leaves that are of several tasks."""
+    return sum(size_of(v) for x in store.segments for k, v in x.leaves.items() if owner(x, k) < 0)
+
+
 def size_on_disk(path: Path_) -> int:
     """Bytes of a file, here or elsewhere, or of all files below a path, as a user counts them.
 

@@ -98,6 +98,11 @@ def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
             label = "separate, predicted from a removed task" if mine else label
             forms[label] = forms.get(label, 0) + count
         out["forms"] = forms
+    made = report.get("provenance", {}).get("made")
+    if made is not None and "weights" in made["options"]:
+        rows = [x for x in made["options"]["weights"] if x.rpartition("=")[0] != task]
+        options = {**made["options"], "weights": rows}
+        out["provenance"] = {**report["provenance"], "made": {**made, "options": options}}
     if "bounded" in report:
         out["bounded"] = [t for t in report["bounded"] if t != task]
     return out

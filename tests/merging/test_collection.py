@@ -100,7 +100,7 @@ def test_embeddings_keep_their_layout(tmp_path):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("linear", ["--weights", "1,0.5,0.2,-0.1", "--rank", "3"]),
+        ("linear", ["--rank", "3", "--scale", "0.5"]),
         ("ties", ["--density", "0.5", "--elect", "frequency"]),
         ("della", ["--density", "0.6", "--epsilon", "0.3", "--seed", "4"]),
         ("tsv-m", ["--keep", "2", "--rank", "8"]),
@@ -113,15 +113,51 @@ def test_merge_writes_what_the_library_makes(capsys, small, folders, tmp_path, m
     said = json.loads(said)
     assert set(said["error"]["per_task"]) == {x.task for x in small}
     read = dict(zip(options[::2], options[1::2], strict=True))
-    known = {
-        k[2:]: {"--elect": str, "--weights": lambda x: [float(y) for y in x.split(",")]}.get(k, json.loads)(v)
-        for k, v in read.items()
-    }
+    known = {k[2:]: {"--elect": str}.get(k, json.loads)(v) for k, v in read.items()}
     want = merging.merge_adapters(small, method, **known)
     got = formats.read_adapter(out)
     for name in want.a:
         np.testing.assert_allclose(got.a[name] @ got.b[name], want.a[name] @ want.b[name], atol=1e-6)
     assert said["error"]["mean"] == pytest.approx(np.nanmean(merging.merged_errors(small, got)), rel=1e-4)
+
+
+def test_weights_of_some_tasks_leave_the_others_theirs(capsys, small, folders, tmp_path):
+    given = ["--weight", "one=1", "--weight", "a.b=-0.1", "--rank", "3", "--out", tmp_path / "m", "--json"]
+    code, said, _ = run(capsys, "merge", *folders, *given)
+    assert code == 0
+    weights = [1.0, 0.25, -0.1, 0.25]
+    assert list(json.loads(said)["weights"].values()) == pytest.approx(weights)
+    want = merging.merge_adapters(small, "linear", weights=weights, rank=3)
+    got = formats.read_adapter(tmp_path / "m")
+    for name in want.a:
+        np.testing.assert_allclose(got.a[name] @ got.b[name], want.a[name] @ want.b[name], atol=1e-6)
+
+
+def test_the_best_scale_is_the_best(small):
+    """No other scale has a lower mean error, and that of the best is the one that is promised."""
+    merged = merging.merge_adapters(small, "ties")
+    scale, error = merging.best_scale(small, merged)
+
+    def mean(factor):
+        return np.nanmean(merging.merged_errors(small, merging.merge_adapters(small, "ties", scale=factor)))
+
+    assert mean(scale) == pytest.approx(error, rel=1e-4)
+    assert all(mean(scale * x) > error for x in (0.9, 1.1))
+
+
+def test_errors_above_one_are_explained(capsys, folders, tmp_path):
+    """A sum of many tasks is too long: the line says what 100% is, and which scale is the best."""
+    given = ["merge", *folders, "--method", "ties"]
+    code, said, _ = run(capsys, *given, "--scale", "4", "--out", tmp_path / "m")
+    text = " ".join(said.split())
+    assert code == 0
+    assert "100% is that of no adapter" in text
+    assert "--scale auto" in text
+    _, said, _ = run(capsys, *given, "--scale", "auto", "--out", tmp_path / "n", "--json")
+    found = json.loads(said)
+    assert found["error"]["mean"] == pytest.approx(found["best"]["mean"], rel=1e-3)
+    assert found["scale"] == pytest.approx(found["best"]["scale"])
+    assert found["error"]["mean"] <= 1
 
 
 def test_regmean_takes_a_file_of_moments_a_task(capsys, small, folders, tmp_path):
@@ -165,9 +201,14 @@ def test_merge_warns_of_factors_and_of_what_it_leaves_out(capsys, small, tmp_pat
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--weights", "1,2"], "2 weights for 4 adapters"),
-        (["--weights", "1,2,3,x"], "1,2,3,x"),
-        (["--weights", "1,2,3,nan"], "finite"),
+        (["--weight", "1"], "--weight 1: give NAME=NUMBER"),
+        (["--weight", "one=x"], "--weight one=x: give NAME=NUMBER"),
+        (["--weight", "one=1", "--weight", "one=2"], "was given before"),
+        (["--weight", "onr=1"], "did you mean 'one'"),
+        (["--weight", "one=nan"], "finite"),
+        (["--scale", "x"], "--scale x: give a number, or auto"),
+        (["--scale", "inf"], "--scale inf"),
+        (["--method", "tie"], "method 'tie': did you mean 'ties'?"),
         (["--method", "ties", "--density", "0"], "(0, 1]"),
         (["--method", "ties", "--density", "1.5"], "(0, 1]"),
         (["--method", "ties", "--density", "nan"], "(0, 1]"),

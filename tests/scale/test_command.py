@@ -100,8 +100,8 @@ def test_progress_speaks_once_a_minute():
         lines.step(1)
     assert said == [
         "going on: 2 of 10 modules were done before",
-        "4 of 10 modules, 1.97 a minute, about 3.0 minutes left, 5.00 MB read",
-        "6 of 10 modules, 1.97 a minute, about 2.0 minutes left, 5.00 MB read",
+        "4 of 10 modules, 1.97 per minute, about 3.0 minutes left, 5.00 MB read",
+        "6 of 10 modules, 1.97 per minute, about 2.0 minutes left, 5.00 MB read",
     ]
 
 

@@ -1,125 +1,25 @@
-"""Tables, figures and progress bars for people. Nothing here computes anything."""
+"""Figures: heat maps of similarities, and trade-offs on the paper's axes. They need matplotlib."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
 
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.report.tables import MEASURES
 
 if TYPE_CHECKING:
-    from hydraopt_jax.forms.similarity import Similarity, Summary
+    from hydraopt_jax.forms.similarity import Summary
     from hydraopt_jax.tradeoff import Frontier
 
-MEASURES = {
-    "input_factor": "input factor",
-    "output_factor": "output factor",
-    "delta": "delta",
-    "input_subspace": "input subspace",
-    "output_subspace": "output subspace",
-}
-"""Field of Similarity -> its heading."""
 
-
-def format_bytes(count: float) -> str:
-    """A byte count for people, in decimal units as disks and file managers count.
-
-    >>> format_bytes(999), format_bytes(47_535_094), format_bytes(2e9)
-    ('999 B', '47.5 MB', '2.00 GB')
-    """
-    units = ["B", "kB", "MB", "GB", "TB"]
-    size = float(count)
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    digits = 0 if units[0] == "B" or size >= 99.95 else 1 if size >= 9.995 else 2
-    return f"{size:.{digits}f} {units[0]}"
-
-
-def format_error(value: float) -> str:
-    """An error for people: empty where it is not known.
-
-    >>> format_error(0.0), format_error(0.00123456), format_error(float("nan"))
-    ('lossless', '1.235e-03', '')
-    """
-    return "" if not np.isfinite(value) else "lossless" if value == 0 else f"{value:.3e}"
-
-
-def off_diagonal(matrix: np.ndarray) -> float:
-    """Mean over pairs of different tasks of a `[T, T]` matrix; its only entry where T = 1.
-
-    >>> off_diagonal(np.array([[1.0, 0.2], [0.4, 1.0]]))
-    0.3
-    """
-    tasks = len(matrix)
-    other = ~np.eye(tasks, dtype=bool)
-    return float(round(float(matrix[other].mean() if tasks > 1 else matrix[0, 0]), 7))
-
-
-def kinds_table(summary: Summary) -> Table:
-    """Table of layer kinds by measure: means over pairs of tasks and modules."""
-    table = Table(title="Similarity by layer kind (mean over pairs of tasks)", title_justify="left")
-    table.add_column("layer kind")
-    for heading in MEASURES.values():
-        table.add_column(heading, justify="right")
-    for kind, value in summary.kinds.items():
-        table.add_row(Text(kind), *_means(value))
-    table.add_section()
-    table.add_row("all modules", *_means(summary.mean), style="bold")
-    return table
-
-
-def _means(value: Similarity) -> list[str]:
-    return [f"{off_diagonal(np.asarray(getattr(value, field))):.3f}" for field in MEASURES]
-
-
-# tasks whose table a terminal still holds, and how many near ones are named of each beyond that
-WIDE = 16
-NEAREST = 3
-
-
-def task_table(summary: Summary, measure: str = "delta") -> Table:
-    """Task-by-task table of one measure, averaged over modules; columns carry the tasks' numbers.
-
-    Of more than `WIDE` tasks, which no terminal holds, each task's `NEAREST` nearest ones.
-
-    Raises:
-      HydraOptError: `measure` is not a field of Similarity.
-    """
-    if measure not in MEASURES:
-        raise HydraOptError(f"measure: {measure!r} is not one of {', '.join(MEASURES)}")
-    table = Table(title=f"Similarity of tasks: {MEASURES[measure]}", title_justify="left")
-    if len(summary.tasks) > WIDE:
-        matrix = np.asarray(getattr(summary.mean, measure))
-        for heading in ("task", *("near" for _ in range(NEAREST))):
-            table.add_column(heading)
-        for t, task in enumerate(summary.tasks):
-            order = [u for u in np.argsort(-matrix[t], kind="stable") if u != t][:NEAREST]
-            table.add_row(Text(task), *(Text(f"{matrix[t, u]:.2f} {summary.tasks[u]}") for u in order))
-        return table
-    table.add_column("", justify="right")
-    table.add_column("task")
-    for t in range(len(summary.tasks)):
-        table.add_column(str(t + 1), justify="right")
-    # Text, not str: a task's name may hold what rich would read as markup.
-    for t, (task, row) in enumerate(zip(summary.tasks, getattr(summary.mean, measure), strict=True)):
-        table.add_row(str(t + 1), Text(task), *(f"{x:.2f}" for x in row))
-    return table
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _figure(path: str | Path, width: float, height: float) -> Any:
@@ -296,55 +196,3 @@ def plot_frontier(path: str | Path, found: Frontier) -> None:
         dashed=worst,
         gray={c.label: mean(c) for c in found.estimates},
     )
-
-
-def frontier_table(found: Frontier) -> Table:
-    """Every point of every curve: bytes, share of the fp16 bytes, mean and worst-task error."""
-    table = Table("method", "setting", "bytes", "of fp16", "mean error", "worst task")
-    for curve in (*found.curves, *found.estimates):
-        for p in curve.points:
-            share = f"{p.bytes / found.reference:.4f}"
-            errors = (format_error(x) for x in (p.mean, p.worst))
-            table.add_row(Text(curve.label), p.setting, format_bytes(p.bytes), share, *errors)
-        table.add_section()
-    return table
-
-
-def rates_table(found: Frontier) -> Table:
-    """Bjontegaard-delta rates of the curve of budgets."""
-    table = Table("against", "bytes at the same error", title="Bjontegaard-delta rate")
-    for name, value in found.delta_rate.items():
-        table.add_row(Text(name), "no error in common" if value is None else f"{value:+.1f} %")
-    return table
-
-
-@contextmanager
-def progress(
-    description: str, total: int | None = None, enabled: bool = True
-) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; nothing where that is no terminal or `enabled` is False.
-
-    Args:
-      description: what is being done.
-      total: count of steps; a spinner where None.
-      enabled: False under `--json`.
-
-    Yields:
-      `advance(steps=1, description=None)`, to call after each step.
-
-    >>> with progress("Reading", 2, enabled=False) as advance:
-    ...     advance()
-    """
-    if not (enabled and sys.stderr.isatty()):
-        yield lambda steps=1, description=None: None
-        return
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        # Markup off by escaping: descriptions name tasks and files.
-        task = bar.add_task(description.replace("[", r"\["), total=total)
-
-        def advance(steps: int = 1, description: str | None = None) -> None:
-            text = None if description is None else description.replace("[", r"\[")
-            bar.update(task, advance=steps, description=text)
-
-        yield advance

@@ -1,0 +1,118 @@
+"""What a verb prints: one JSON object, tables and sentences, or nothing; and how it shows that it works."""
+
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+from rich.console import Console
+
+from hydraopt_jax import report
+
+# versions of the JSON objects; a field that is added leaves its version, any other change raises it
+VERSIONS: Mapping[str, int] = {}
+
+
+class Mode(NamedTuple):
+    """What was asked for.
+
+    Attributes:
+      json: one JSON object on standard output and nothing else.
+      quiet: nothing but errors.
+      verbose: every table.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+def mode() -> Mode:
+    """The mode of the verb that runs."""
+    context = click.get_current_context(silent=True)
+    given = {} if context is None else context.meta.get(__name__, {})
+    return Mode(**given)
+
+
+def keep(context: click.Context, option: click.Parameter, value: bool) -> None:
+    """Keep a mode for `mode`."""
+    if value:
+        context.meta.setdefault(__name__, {})[option.name] = True
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every verb has."""
+    for names, text in (
+        (("--verbose", "-v"), "print every table"),
+        (("--quiet", "-q"), "print nothing but errors"),
+        (("--json",), "print one JSON object, and nothing else on standard output"),
+    ):
+        command = click.option(*names, is_flag=True, expose_value=False, callback=keep, help=text)(command)
+    return command
+
+
+def shown() -> bool:
+    """Whether people read along: progress, tables and warnings are for them."""
+    return not (mode().json or mode().quiet)
+
+
+@contextmanager
+def progress(stage: str, total: int | None = None, enabled: bool = True) -> Iterator[Callable[..., None]]:
+    """`report.progress` where people read along."""
+    with report.progress(stage, total, enabled and shown()) as advance:
+        yield advance
+
+
+def warn(message: str) -> None:
+    """One line on standard error, unless nothing but errors is to be printed."""
+    if not mode().quiet:
+        click.echo(f"hydraopt: warning: {message}", err=True)
+
+
+def say(payload: Mapping[str, Any], *parts: Any, more: Sequence[Any] = ()) -> None:
+    """Print the JSON object, or tables and sentences.
+
+    Args:
+      payload: the object; the name of its schema is put before it.
+      *parts: tables, and sentences as text; None is left out.
+      more: what comes before them with `--verbose`.
+    """
+    if mode().json:
+        context = click.get_current_context()
+        name = f"hydraopt.{context.info_name}/{VERSIONS.get(str(context.info_name), 1)}"
+        click.echo(json.dumps({"schema": name, **payload}, allow_nan=False))
+        return
+    if mode().quiet:
+        return
+    console = Console(highlight=False)
+    for part in (*(more if mode().verbose else ()), *parts):
+        if isinstance(part, str):
+            click.echo(wrapped(part, console.width))
+        elif part is not None:
+            if part.title:
+                # a table breaks its title where it ends itself
+                click.echo(wrapped(str(part.title), console.width))
+                part.title = None
+            console.print(part)
+            click.echo()
+
+
+def wrapped(sentence: str, width: int) -> str:
+    """A sentence in lines that break between words only."""
+    return textwrap.fill(sentence, width, break_long_words=False, break_on_hyphens=False)
+
+
+def clean(values: Any) -> Any:
+    """Numbers as JSON has them: six significant digits, null for what is not a number."""
+    if isinstance(values, dict):
+        return {k: clean(v) for k, v in values.items()}
+    if isinstance(values, list | tuple):
+        return [clean(v) for v in values]
+    if isinstance(values, np.ndarray):
+        return clean(values.tolist())
+    if isinstance(values, float | np.floating):
+        return float(f"{float(values):.6g}") if np.isfinite(values) else None
+    return values

@@ -1,0 +1,63 @@
+"""Recipes on the command line: the options that a file gives, and those that a store keeps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from hydraopt_jax import provenance
+
+HELP = "take adapters and options from this .json or .yaml file, see inspect --recipe"
+# what a recipe does not hold: where to write, what to print, who takes part
+BESIDE = {
+    *(
+        "adapters",
+        "out",
+        "recipe",
+        "path",
+        "adapter",
+        "task",
+        "known",
+        "overwrite",
+        "force",
+        "dry_run",
+        "json",
+        "quiet",
+        "verbose",
+        "help",
+    ),
+    *("coordinator", "processes", "process_id"),
+}
+
+
+def names_of(command: click.Command) -> list[str]:
+    """Names of the options that make a store what it is."""
+    return [x.name for x in command.params if x.name and x.name not in BESIDE]
+
+
+def apply(context: click.Context, option: click.Parameter, path: str | None) -> dict[str, Any] | None:
+    """Read a recipe, whose values stand where the command line gives none."""
+    if path is None:
+        return None
+    found = provenance.read_recipe(path, names_of(context.command))
+    adapters = [f"{x['task']}={x['source']}" for x in found["adapters"]]
+    context.default_map = {**found["options"], **({"adapters": adapters} if adapters else {})}
+    return {"path": path, **found}
+
+
+def check(recipe: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
+    """Refuse adapters, by task, that are not those of the recipe."""
+    if recipe is not None:
+        provenance.check_digests(recipe["path"], recipe, digests)
+
+
+def recorded(context: click.Context) -> dict[str, Any]:
+    """The options that were given, by name, JSON-able."""
+    given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT)
+    out = {}
+    for name in names_of(context.command):
+        value = context.params.get(name)
+        if context.get_parameter_source(name) in given and value not in (None, (), False):
+            out[name] = list(value) if isinstance(value, tuple) else value
+    return out

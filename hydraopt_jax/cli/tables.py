@@ -1,0 +1,180 @@
+"""What is said of a store: the JSON description, its tables, and one sentence that says it all."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from hydraopt_jax import report
+from hydraopt_jax.cli.output import clean, mode
+from hydraopt_jax.store import Store, count, manifest
+from hydraopt_jax.store.removal import Held
+from hydraopt_jax.store.store import task_errors
+
+# tasks that a table names unless every one is asked for
+ROWS = 20
+ESTIMATES = {
+    "separate": "Gaussian estimate at this size, nothing shared",
+    "joint": "Gaussian estimate at this size, sides shared",
+}
+"""Model of `estimates` -> its heading; neither is a bound."""
+
+
+def describe(path: str, content: Store) -> dict[str, Any]:
+    """What a store is, JSON-able."""
+    bound = list(content.report["bound"].values())
+    claims: dict[str, Any] = {"error": errors_of(content, content.errors) | {"of": "weights"}}
+    if content.output_errors is not None:
+        claims["output_error"] = errors_of(content, content.output_errors) | {"of": "outputs"}
+    # a form's bound is of what was made small
+    for key, x in claims.items():
+        x["bound"] = clean(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
+    chosen = {
+        k: content.report[k]
+        for k in ("forms", "estimate", "step", "left_out", "factor_bytes", "uncalibrated")
+        if k in content.report
+    }
+    return {
+        "store": str(path),
+        "version": manifest.VERSION,
+        "tasks": list(content.tasks),
+        "modules": len(content.shapes),
+        "segments": len(content.segments),
+        "form": content.report["form"],
+        "options": content.report["options"],
+        "provenance": content.report.get("provenance"),
+        **claims,
+        "bounded": list(content.report.get("bounded", ())),
+        "entries": {"before": content.report["entries"], "after": count(content)},
+        **clean(chosen),
+    }
+
+
+def errors_of(content: Store, errors: np.ndarray) -> dict[str, Any]:
+    """A table of errors `[M, T]` task by task, mean and worst, JSON-able."""
+    per_task = task_errors(errors)
+    return {
+        "per_task": clean(dict(zip(content.tasks, per_task.tolist(), strict=True))),
+        "mean": clean(float(np.nanmean(errors))),
+        "worst": clean(float(np.max(per_task))),
+    }
+
+
+def bytes_table(parts: Mapping[str, int], content: Store) -> Table:
+    """What takes the bytes of a store, see `files.account`."""
+    table = report.columns("bytes on disk", ">", ">of the factors in fp16")
+    whole = 2 * max(content.report["entries"], 1)
+    names = {
+        "factors": "factors",
+        "heads": "full tensors (heads)",
+        "metadata": "manifest, headers, checksums",
+    }
+    for key, name in names.items():
+        share = "" if key == "heads" else report.format_share(parts[key] / whole)
+        table.add_row(name, report.format_bytes(parts[key]), share)
+    return table
+
+
+def claims_of(content: Store) -> dict[str, np.ndarray]:
+    """Heading -> errors `[M, T]`: of weights, and of calibrated outputs where the store has them."""
+    claims = {"error of weights": content.errors}
+    if content.output_errors is not None:
+        claims["error of outputs"] = content.output_errors
+    return claims
+
+
+def most_telling(per_task: Sequence[np.ndarray]) -> list[int]:
+    """The tasks that a table names: all if few or if every one is asked for, else the worst."""
+    tasks = len(per_task[0])
+    if tasks <= ROWS or mode().verbose:
+        return list(range(tasks))
+    return np.argsort(-per_task[-1], kind="stable")[: ROWS // 2].tolist()
+
+
+def errors_table(content: Store) -> Table:
+    """Relative squared errors of each task; mean, worst, bound and estimates."""
+    claims = claims_of(content)
+    table = report.columns("task", *(f">{x}" for x in claims))
+    per_task = [task_errors(x) for x in claims.values()]
+    bounds = content.report.get("bounded", ())
+    chosen = most_telling(per_task)
+    for t in chosen:
+        task = content.tasks[t]
+        low = "at most " * (task in bounds)
+        values = (low + report.format_error(float(x[t])) for x in per_task)
+        table.add_row(Text(report.shorten(task)), *values)
+    if len(chosen) < len(content.tasks):
+        table.add_row(f"{len(content.tasks) - len(chosen)} tasks with less: --verbose")
+    table.add_section()
+    table.add_row("mean", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
+    table.add_row("worst task", *(report.format_error(float(x.max())) for x in per_task))
+    # of what was made small
+    last = [""] * (len(claims) - 1)
+    bound = list(content.report["bound"].values())
+    if bound:
+        table.add_row("least error of this form and rank", *last, report.format_error(float(np.mean(bound))))
+    for name, value in content.report.get("estimate", {}).items():
+        table.add_row(ESTIMATES.get(name, name), *last, report.format_error(value))
+    return table
+
+
+def forms_table(content: Store) -> Table | None:
+    """How many modules took which form."""
+    if "forms" not in content.report:
+        return None
+    table = report.columns("form of a module", ">modules")
+    for name, modules in sorted(content.report["forms"].items(), key=lambda x: -x[1]):
+        table.add_row(Text(report.shorten(name, 60)), str(modules))
+    return table
+
+
+def sentence(content: Store, before: int, after: int) -> str:
+    """A store in one sentence that can be repeated.
+
+    Args:
+      content: the store.
+      before: bytes of the adapters' files; 0 where they are not known.
+      after: bytes of the store on disk.
+
+    Its estimate is the lower one of `ESTIMATES`.
+    """
+    tasks = len(content.tasks)
+    size = report.format_bytes(after)
+    if before:
+        size = f"{report.format_bytes(before)} -> {size} ({report.times_smaller(before, after)})"
+    claims = claims_of(content)
+    heading, errors = list(claims.items())[-1]
+    mean = float(np.nanmean(errors))
+    named = heading if len(claims) > 1 else "error"
+    said = "lossless" if mean == 0 else f"{named} {report.format_error(mean)}"
+    estimates = list(content.report.get("estimate", {}).values())
+    bound = list(content.report["bound"].values())
+    if estimates and mean:
+        said += f"; estimate {report.format_error(min(estimates))}"
+    elif bound and mean:
+        said += f"; least of this form {report.format_error(float(np.mean(bound)))}"
+    return f"{tasks} adapter{'s' * (tasks != 1)}, {size}, {said}"
+
+
+def calibration_notes(content: Store) -> list[str]:
+    """What a calibration said nothing of."""
+    without = content.report.get("uncalibrated", [])
+    more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+    said = "no second moment in the calibration: their errors count as errors of weights"
+    return [f"{without[0]}{more}: {said}"] if without else []
+
+
+def held_notes(held: Sequence[Held]) -> list[str]:
+    """What a store still holds of removed tasks, a line each."""
+    out = []
+    for x in held:
+        why = []
+        if x.bytes:
+            names = ", ".join(x.needed_by)
+            why.append(f"{report.format_bytes(x.bytes)} are kept, because {names} are predicted from them")
+        if x.fitted:
+            why.append("vectors that the others share were fitted to it, too")
+        out.append(f"of {x.task}, which was removed, {'; and '.join(why)}")
+    return out

@@ -1,0 +1,194 @@
+"""Where a store comes from: the command, the version and the date, and a recipe that makes it again.
+
+A store's report has it under `provenance`: `made`, and `changed` of the last change; the adapters' digests
+are in the store's sources. A recipe is a file of JSON or YAML:
+
+    recipe: 1
+    adapters:
+      - {task: legal, source: adapters/legal, digest: 9f2c...}
+    options: {budget: "0.125"}
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydraopt_jax import strict_json
+from hydraopt_jax.errors import HydraOptError, suggest
+from hydraopt_jax.static import Static
+from hydraopt_jax.store.store import Store
+
+KEY = "provenance"
+RECIPE = 1
+FIELDS = ("recipe", "version", "adapters", "options")
+
+
+def version() -> str:
+    """This package's version."""
+    try:
+        return importlib.metadata.version("hydraopt-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def today() -> str:
+    """The day, UTC, or that of SOURCE_DATE_EPOCH: stores of one day are the same to the last byte."""
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    seconds = int(given) if given.isdecimal() else None
+    now = (
+        datetime.datetime.now(datetime.UTC)
+        if seconds is None
+        else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    )
+    return now.date().isoformat()
+
+
+def entry(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a verb of the command did."""
+    return {"verb": verb, "options": dict(options), "version": version(), "date": today()}
+
+
+def carried(before: Store, after: Store) -> Store:
+    """A store that was made from another one, with what that one says of how it was made."""
+    known = before.report.get(KEY)
+    return after if known is None else after.replace(report=Static({**after.report, KEY: known}))
+
+
+def changed(store: Store, said: Mapping[str, Any]) -> Store:
+    """A store after a change, which says what the last change was."""
+    known = {**store.report.get(KEY, {}), "changed": dict(said)}
+    return store.replace(report=Static({**store.report, KEY: known}))
+
+
+def command(said: Mapping[str, Any]) -> str:
+    """An entry as it is typed.
+
+    >>> command({"verb": "compress", "options": {"max_error": 0.01, "weights": ["a=2"], "alone": True}})
+    'hydraopt compress ADAPTERS --max-error 0.01 --weight a=2 --alone'
+    """
+    words = ["hydraopt", str(said["verb"])] + (["ADAPTERS"] if said["verb"] == "compress" else [])
+    for name, value in said["options"].items():
+        option = "--weight" if name == "weights" else "--" + name.replace("_", "-")
+        for x in value if isinstance(value, list | tuple) else [value]:
+            words += [option] if x is True else [option, str(x)]
+    return shlex.join(words)
+
+
+def sentences(store: Store) -> list[str]:
+    """What a store says of where it comes from."""
+    known = store.report.get(KEY, {})
+    out = []
+    for key, verb in (("made", "made"), ("changed", "last changed")):
+        if key in known:
+            x = known[key]
+            out.append(f"{verb} {x['date']} by version {x['version']}: {command(x)}")
+    return out
+
+
+def recipe_of(store: Store) -> dict[str, Any]:
+    """What compresses a store's adapters again.
+
+    Raises:
+      HydraOptError: the store does not say how it was made.
+    """
+    made = store.report.get(KEY, {}).get("made")
+    if made is None:
+        raise HydraOptError("the store does not say how it was made: only those of hydraopt compress do")
+    adapters = [
+        {"task": t, "source": x.origin, "digest": x.digest}
+        for t, x in zip(store.tasks, store.sources, strict=True)
+    ]
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in made["options"].items()}
+    return {"recipe": RECIPE, "version": made["version"], "options": options, "adapters": adapters}
+
+
+def write_recipe(path: str | Path, recipe: Mapping[str, Any]) -> None:
+    """Write a recipe, YAML or JSON by the file's name.
+
+    Raises:
+      HydraOptError: the file exists or cannot be written.
+    """
+    at = Path(path)
+    if is_yaml(at):
+        import yaml
+
+        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    else:
+        text = json.dumps(recipe, indent=1) + "\n"
+    try:
+        with at.open("x", encoding="utf-8") as sink:
+            sink.write(text)
+    except FileExistsError:
+        raise HydraOptError(f"{path}: exists; choose another file") from None
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def is_yaml(path: Path) -> bool:
+    """Whether a file's name says YAML."""
+    return path.suffix.lower() in (".yaml", ".yml")
+
+
+def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
+    """Read a recipe.
+
+    Args:
+      path: of the file.
+      known: names of the options that it may have.
+
+    Raises:
+      HydraOptError: no such file, or no recipe; the line names the field.
+    """
+    at = Path(path)
+    try:
+        text = at.read_bytes()
+    except OSError as error:
+        raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        if is_yaml(at):
+            import yaml
+
+            said = yaml.safe_load(text)
+        else:
+            said = strict_json.loads(text)
+    except Exception as error:
+        why = " ".join(str(error).split())[:120]
+        raise HydraOptError(f"{path}: no {'YAML' if is_yaml(at) else 'JSON'}: {why}") from None
+    if not isinstance(said, dict) or said.get("recipe") != RECIPE:
+        raise HydraOptError(f"{path}: no recipe of this version: it begins with recipe: {RECIPE}")
+    for name in (x for x in said if x not in FIELDS):
+        raise HydraOptError(f"{path}: {name}: {suggest(str(name), FIELDS)}")
+    options, rows, names = said.get("options", {}), said.get("adapters", []), list(known)
+    if not isinstance(options, dict) or not isinstance(rows, list):
+        raise HydraOptError(f"{path}: options are a mapping, adapters a list")
+    for name in (x for x in options if x not in names):
+        raise HydraOptError(f"{path}: options: {name}: {suggest(str(name), names)}")
+    for row in rows:
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("task", "source")):
+            raise HydraOptError(f"{path}: adapters: give task and source of each, not {str(row)[:80]}")
+    return {"recipe": RECIPE, "options": options, "adapters": rows}
+
+
+def check_digests(path: str | Path, recipe: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Refuse adapters that are not those of a recipe.
+
+    Args:
+      path: of the recipe.
+      recipe: from `read_recipe`.
+      found: task -> digest of what was read.
+
+    Raises:
+      HydraOptError: a digest differs.
+    """
+    for row in recipe["adapters"]:
+        known = row.get("digest")
+        if known and found.get(row["task"], known) != known:
+            raise HydraOptError(
+                f"{row['task']}: has changed since {path} was written (digest {found[row['task']][:12]}, not "
+                f"{str(known)[:12]}): restore it, or take digest out of the recipe"
+            )

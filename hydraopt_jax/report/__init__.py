@@ -1,0 +1,47 @@
+"""Text, tables, figures and progress bars for people. Nothing here computes anything."""
+
+from hydraopt_jax.report.figures import can_plot, plot_frontier, plot_similarity, plot_tradeoff
+from hydraopt_jax.report.progress import bars, progress
+from hydraopt_jax.report.tables import (
+    MEASURES,
+    frontier_table,
+    kinds_table,
+    nearest_table,
+    points_table,
+    task_table,
+)
+from hydraopt_jax.report.text import (
+    columns,
+    format_bytes,
+    format_error,
+    format_rate,
+    format_share,
+    off_diagonal,
+    shorten,
+    shorten_path,
+    times_smaller,
+)
+
+__all__ = [
+    "MEASURES",
+    "bars",
+    "can_plot",
+    "columns",
+    "format_bytes",
+    "format_error",
+    "format_rate",
+    "format_share",
+    "frontier_table",
+    "kinds_table",
+    "nearest_table",
+    "off_diagonal",
+    "plot_frontier",
+    "plot_similarity",
+    "plot_tradeoff",
+    "points_table",
+    "progress",
+    "shorten",
+    "shorten_path",
+    "task_table",
+    "times_smaller",
+]

@@ -1,0 +1,146 @@
+"""Tables of similarities and of trade-offs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.report.text import (
+    columns,
+    format_brief,
+    format_bytes,
+    format_error,
+    format_rate,
+    format_share,
+    off_diagonal,
+    shorten,
+)
+
+if TYPE_CHECKING:
+    from hydraopt_jax.forms.similarity import Similarity, Summary
+    from hydraopt_jax.tradeoff import Curve, Frontier
+
+MEASURES = {
+    "input_factor": "input factor",
+    "output_factor": "output factor",
+    "delta": "delta",
+    "input_subspace": "input subspace",
+    "output_subspace": "output subspace",
+}
+"""Field of Similarity -> its heading."""
+SHORT = ("a", "b", "delta", "span of a", "span of b")
+
+# tasks whose similarities a terminal shows in per cent, and in tenths
+HUNDREDTHS, TENTHS = 16, 56
+
+
+def kinds_table(summary: Summary) -> Table:
+    """Table of layer kinds by measure: means over pairs of tasks and modules."""
+    table = columns(
+        "layer kind", *(f">{x}" for x in SHORT), title="Similarity by layer kind, mean over pairs of tasks"
+    )
+    for kind, value in summary.kinds.items():
+        table.add_row(Text(shorten(kind)), *_means(value))
+    table.add_section()
+    table.add_row("all modules", *_means(summary.mean), style="bold")
+    return table
+
+
+def _means(value: Similarity) -> list[str]:
+    return [f"{off_diagonal(np.asarray(getattr(value, field))):.3f}" for field in MEASURES]
+
+
+def cell(value: float, width: int) -> str:
+    """A similarity in a cell: hundredths of 1, or in one character tenths, `.` near 0 and `-` below.
+
+    >>> cell(0.684, 3), cell(0.684, 1), cell(0.03, 1), cell(-0.2, 1), cell(0.99, 1)
+    (' 68', '7', '.', '-', '9')
+    """
+    if width > 1:
+        return f"{round(100 * value):{width}d}"
+    return "-" if value < -0.05 else "." if value < 0.05 else str(min(round(10 * value), 9))
+
+
+def task_table(summary: Summary, measure: str = "delta") -> Table | None:
+    """Task-by-task table of one measure, averaged over modules, alike tasks side by side.
+
+    In hundredths up to `HUNDREDTHS` tasks, in tenths up to `TENTHS`; None beyond, which no terminal holds.
+
+    Raises:
+      HydraOptError: `measure` is not a field of Similarity.
+    """
+    from hydraopt_jax.forms.similarity import cluster_order
+
+    if measure not in MEASURES:
+        raise HydraOptError(f"measure: {measure!r} is not one of {', '.join(MEASURES)}")
+    if len(summary.tasks) > TENTHS:
+        return None
+    width, unit = (3, "hundredths") if len(summary.tasks) <= HUNDREDTHS else (1, "tenths, . below 0.05")
+    matrix = np.asarray(getattr(summary.mean, measure))
+    order = cluster_order(matrix)
+    table = columns(
+        "", "task", "", title=f"Similarity of {MEASURES[measure]}s, {unit}; alike tasks side by side"
+    )
+    # of one character each, the columns are counted by their last digit
+    table.columns[2].header = "".join(
+        f"{n + 1:3d}" if width > 1 else str((n + 1) % 10) for n in range(len(order))
+    )
+    for n, t in enumerate(order):
+        cells = "".join(" " * (width - 1) + "*" if s == t else cell(matrix[t, s], width) for s in order)
+        # Text, not str: a task's name may hold what rich would read as markup.
+        table.add_row(str(n + 1), Text(shorten(summary.tasks[t], 18)), Text(cells))
+    return table
+
+
+def nearest_table(summary: Summary, measure: str = "delta", count: int = 12) -> Table:
+    """The pairs of tasks that are most alike."""
+    from hydraopt_jax.forms.similarity import nearest_pairs
+
+    table = columns(f">{measure}", "task", "task", title="")
+    pairs = nearest_pairs(np.asarray(getattr(summary.mean, measure)), count)
+    table.title = f"The {len(pairs)} most similar pairs of tasks"
+    for s, t, value in pairs:
+        table.add_row(f"{value:.3f}", Text(shorten(summary.tasks[s])), Text(shorten(summary.tasks[t])))
+    return table
+
+
+def best_below(curve: Curve, size: float) -> str:
+    """The least mean error of a curve at no more than some bytes; a dash where none is so small."""
+    errors = [p.mean for p in curve.points if p.bytes <= size]
+    return format_brief(min(errors)) if errors else "-"
+
+
+# shares that a line of 80 columns has room for
+SHARES = 6
+
+
+def frontier_table(found: Frontier) -> Table:
+    """A row per method: its least mean error within each share of the bytes, and the rate against it."""
+    ours = found.curves[0]
+    shares = found.fractions[:SHARES]
+    title = "Least mean error within a share of the factors' fp16 bytes, and our bytes at the same error"
+    table = columns("method", *(f">{100 * f:.3g}%" for f in shares), ">our bytes", title=title)
+    for curve in (*found.curves, *found.estimates):
+        known = curve is not ours and curve.label in found.delta_rate
+        rate = found.delta_rate[curve.label] if known else None
+        # a budget's own bytes may pass its share by a rounding
+        cells = (best_below(curve, 1.001 * f * found.reference) for f in shares)
+        said = "" if not known else "-" if rate is None else format_rate(rate)
+        table.add_row(Text(shorten(curve.label, 28 if len(shares) < 6 else 20)), *cells, said)
+    return table
+
+
+def points_table(found: Frontier) -> Table:
+    """Every point of every curve: bytes, share of the fp16 bytes, mean and worst-task error."""
+    table = columns("method", "setting", ">bytes", ">of fp16", ">mean error", ">worst task")
+    for curve in (*found.curves, *found.estimates):
+        for p in curve.points:
+            share = format_share(p.bytes / found.reference)
+            errors = (format_error(x) for x in (p.mean, p.worst))
+            table.add_row(Text(shorten(curve.label, 27)), p.setting, format_bytes(p.bytes), share, *errors)
+        table.add_section()
+    return table
