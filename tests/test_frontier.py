@@ -125,21 +125,38 @@ def test_frontier_as_plot_and_tables(found, tmp_path):
     report.plot_frontier(tmp_path / "f.svg", found)
     text = (tmp_path / "f.svg").read_text()
     assert text.count("<path") > 20
-    rows = sum(len(c.points) for c in (*found.curves, *found.estimates))
-    assert report.frontier_table(found).row_count == rows
+    every = (*found.curves, *found.estimates)
+    assert report.frontier_table(found).row_count == len(every)
+    assert report.points_table(found).row_count == sum(len(c.points) for c in every)
     said = json.loads(json.dumps(tradeoff.as_dict(found), allow_nan=False))
     assert said["curves"]["HydraOpt, fp16"][0]["setting"] == "K = 1"
     assert set(said["estimates"]) == {"Gaussian estimate, separate", "Gaussian estimate, joint"}
 
 
 def test_lossless_points_in_plot_and_table(tmp_path):
-    exact = tradeoff.Frontier(100, (Curve("a", LOSSLESS),), (Curve("e", LOSSLESS),), {"b": None, "c": -5.0})
+    curves = (Curve("a", LOSSLESS), Curve("b", LOSSLESS), Curve("c", LOSSLESS))
+    rates = {"b": None, "c": -5.0}
+    exact = tradeoff.Frontier(100, (1.0, 0.5, 0.1), curves, (Curve("e", LOSSLESS),), rates)
     report.plot_frontier(tmp_path / "f.svg", exact)
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(report.frontier_table(exact), report.rates_table(exact))
-    text = console.export_text()
-    assert text.count("lossless") == 4
-    assert "no error in common" in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.points_table(exact))
+    assert console.export_text().count("lossless") == 8
+    console.print(report.frontier_table(exact))
+    rows = [x.split() for x in console.export_text().splitlines()]
+    assert ["b", "0%", "10%", "-", "-"] in rows
+    assert ["c", "0%", "10%", "-", "-5.0%"] in rows
+
+
+def test_curves_that_meet_at_one_error_are_compared_there():
+    single = Curve("", (Point("", 8.0, 1.0, 0.0),))
+    assert tradeoff.bjontegaard(line(1.0), single) == pytest.approx(100 * (1 / 8 - 1))
+
+
+def test_budgets_beside_the_paper_s_errors_still_have_a_rate(many):
+    """At a budget of 0.9 this package's only error is far below all of HydraOpt's."""
+    alone = tradeoff.frontier(many, (0.9,), heads=(1,))
+    assert alone.delta_rate[tradeoff.HYDRAOPT] < 0
+    assert [len(c.points) for c in alone.curves[:1]] == [1]
 
 
 def test_budgets_must_be_positive(many):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from rich.text import Text
 
 from hydraopt_jax import adapters, report, synthetic
 from hydraopt_jax.errors import HydraOptError
@@ -157,16 +156,6 @@ def test_tables_and_figures(tmp_path):
     report.plot_similarity(tmp_path / "s.png", summary, title="100% of $x")
     report.plot_tradeoff(tmp_path / "t.png", {"one": [(0.5, 0.1), (1.0, 0.0)], "two": [(0.2, 0.3)]})
     assert min((tmp_path / x).stat().st_size for x in ("s.png", "t.png")) > 5000
-
-
-def test_many_tasks_are_named_by_their_nearest():
-    names = [f"task {t}" for t in range(report.WIDE + 1)]
-    alike = np.full((len(names), len(names)), 0.1)
-    alike[0, 5] = 0.7
-    mean = similarity.Similarity(*(alike for _ in report.MEASURES))
-    table = report.task_table(similarity.Summary(tuple(names), {}, {}, mean))
-    assert [next(c.cells) for c in table.columns][:2] == [Text("task 0"), Text("0.70 task 5")]
-    assert len(table.columns) == 1 + report.NEAREST
 
 
 def test_report_bad_input(tmp_path):
