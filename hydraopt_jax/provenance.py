@@ -1,7 +1,7 @@
 """Where a store comes from: the command, the version and the date, and a recipe that makes it again.
 
 A store's report has it under `provenance`: `made`, and `changed` of the last change; the adapters' digests
-are in the store's sources. A recipe is a file of JSON or YAML:
+are in the store's sources. A recipe is a file of JSON or YAML::
 
     recipe: 1
     adapters:
