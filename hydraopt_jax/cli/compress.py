@@ -154,6 +154,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
             "--coordinator: its processes share a folder: give one as --out, then pack or unpack it"
         )
     given["out"] = str(files.located(out))
+    tell: Callable[[], None] | None
     with files.staged(out, given["overwrite"]) as path:
         if given["refine"] is not None:
             with job.alone(path):
