@@ -74,7 +74,7 @@ def test_output_of_the_demo(tmp_path, monkeypatch):
     said = demo.run(tmp_path / "demo", tasks=["inflect-en", "inflect-de"], budgets=(0.5,), items=2)
     assert said["plot"] is None
     assert not (tmp_path / "demo" / "tradeoff.png").exists()
-    assert formats.read_adapter(tmp_path / "demo" / "exported" / "inflect-de").a
+    assert formats.read_adapter(tmp_path / "demo" / "exported" / said["exported"]["task"]).a
     check("demo", {"schema": "hydraopt.demo/1", **said})
 
 
