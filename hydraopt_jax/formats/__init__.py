@@ -11,18 +11,26 @@ from hydraopt_jax.formats.peft_config import base_name, check_same_base
 
 if TYPE_CHECKING:
     from hydraopt_jax.formats.dialects import DIALECTS
+    from hydraopt_jax.formats.model_maps import from_library, hugging_face_name, to_library
     from hydraopt_jax.formats.orbax_trees import read_checkpoint, write_checkpoint
-    from hydraopt_jax.formats.trees import read_tree, write_tree
+    from hydraopt_jax.formats.trained import read_trained, write_trained
+    from hydraopt_jax.formats.trees import fit_tree, read_tree, write_tree
 
 __all__ = [
     "DIALECTS",
     "base_name",
     "check_same_base",
+    "fit_tree",
+    "from_library",
+    "hugging_face_name",
     "read_adapter",
     "read_checkpoint",
+    "read_trained",
     "read_tree",
+    "to_library",
     "write_adapter",
     "write_checkpoint",
+    "write_trained",
     "write_tree",
 ]
 
@@ -30,7 +38,13 @@ _HOMES = {
     "DIALECTS": "dialects",
     "read_checkpoint": "orbax_trees",
     "write_checkpoint": "orbax_trees",
+    "fit_tree": "trees",
+    "from_library": "model_maps",
+    "hugging_face_name": "model_maps",
+    "read_trained": "trained",
     "read_tree": "trees",
+    "to_library": "model_maps",
+    "write_trained": "trained",
     "write_tree": "trees",
 }
 

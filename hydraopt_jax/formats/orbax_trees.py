@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,26 @@ from hydraopt_jax.formats.trees import Scale, flatten, is_factor, leaves, place,
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
+def described_by(folder: Path) -> Any:
+    """What a checkpoint says of itself.
+
+    Raises:
+      HydraOptError: no Orbax checkpoint of a tree.
+    """
+    try:
+        return ocp.metadata(folder.absolute())
+    except UNREADABLE as error:
+        raise HydraOptError(
+            f"{folder}: no readable Orbax checkpoint of a tree ({one_line(error)[:120]}): pass the folder "
+            "that was saved, such as RUN/STEP of a checkpoint manager"
+        ) from None
+
+
+def metadata_of(folder: Path) -> dict[str, Any]:
+    """What was kept beside a checkpoint's parameters."""
+    return dict(described_by(folder).custom_metadata or {})
+
+
 def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, Any]:
     """The LoRA leaves of a checkpoint as nested dicts of NumPy arrays; the base model's stay on disk.
 
@@ -29,13 +50,7 @@ def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, An
       HydraOptError: no Orbax checkpoint of a tree, none with LoRA leaves, or a damaged one.
     """
     folder = Path(path).absolute()
-    try:
-        described = ocp.metadata(folder).metadata
-    except UNREADABLE as error:
-        raise HydraOptError(
-            f"{path}: no readable Orbax checkpoint of a tree ({one_line(error)[:120]}): pass the folder that "
-            "was saved, such as RUN/STEP of a checkpoint manager"
-        ) from None
+    described = described_by(folder).metadata
     want: dict[Any, Any] = {}
     root = [part for part in within.split("/") if part]
     for keys, leaf in flatten(described):
@@ -55,6 +70,12 @@ def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, An
         raise HydraOptError(f"{path}: damaged checkpoint: {one_line(error)[:200]}") from None
 
 
+def latest_step(path: Path) -> Path:
+    """The checkpoint of the last step in a run's folder; the folder itself where it has none."""
+    steps = [x for x in path.iterdir() if x.name.isdecimal() and x.is_dir()] if path.is_dir() else []
+    return max(steps, key=lambda x: int(x.name), default=path)
+
+
 def read_checkpoint(
     path: str | os.PathLike[str],
     name: str,
@@ -67,7 +88,7 @@ def read_checkpoint(
     """`read_tree` of an Orbax checkpoint, of either of Orbax's interfaces.
 
     Args:
-      path: the checkpoint's folder.
+      path: the checkpoint's folder, or that of a run, whose last step is read.
       name, scale, stack: see `trees.read_tree`.
       task: the task's name; None for the folder's.
       within: path of the subtree to read, such as "params" of a train state.
@@ -78,15 +99,20 @@ def read_checkpoint(
     Raises:
       HydraOptError: see `load_factors` and `trees.read_tree`.
     """
-    tree = load_factors(path, within)
+    tree = load_factors(latest_step(Path(path)), within)
     source = os.fspath(path)
     adapter = read_tree(tree, name, task=task or Path(path).name, scale=scale, stack=stack, source=source)
+    return adapter.replace(digest=digest_of(tree))
+
+
+def digest_of(tree: Any) -> str:
+    """SHA-256 of a tree's leaves, hexadecimal."""
     digest = hashlib.sha256()
     for keys, leaf in sorted(flatten(tree), key=lambda x: str(x[0])):
         digest.update(
             repr((keys, leaf.dtype.name, leaf.shape)).encode() + np.ascontiguousarray(leaf).tobytes()
         )
-    return adapter.replace(digest=digest.hexdigest())
+    return digest.hexdigest()
 
 
 def write_checkpoint(
@@ -97,6 +123,8 @@ def write_checkpoint(
     scale: Scale | None = None,
     rank: int | None = None,
     dtype: str | None = None,
+    item: str = "state",
+    metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """`write_tree` into an Orbax checkpoint, atomically.
@@ -104,6 +132,9 @@ def write_checkpoint(
     Args:
       path: a new folder.
       adapter, name, scale, rank, dtype: see `trees.write_tree`.
+      item: the parameters' name in the checkpoint; Tunix' `CheckpointManager` reads "model_params", of a
+        folder named by a number.
+      metadata: what to keep beside them, JSON-able.
       overwrite: replace an Orbax checkpoint that is there.
 
     Raises:
@@ -118,6 +149,8 @@ def write_checkpoint(
     for keys, value in leaves(adapter, name, scale, rank, dtype):
         place(tree, [str(key) for key in keys], value)
     try:
-        ocp.save(folder, tree, overwrite=overwrite)
+        ocp.save(
+            folder, tree, checkpointable_name=item, overwrite=overwrite, custom_metadata=dict(metadata or {})
+        )
     except (OSError, ValueError) as error:
         raise HydraOptError(f"{path}: cannot be written: {one_line(error)}") from None

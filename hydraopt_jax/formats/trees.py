@@ -4,8 +4,9 @@ One contract for every dialect of `dialects`: a tree and a scale in, an `Adapter
 adapter came from is kept in its layout, so that a store exports it under the same keys with the same axes.
 """
 
+import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
-from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.adapters import Adapter, module_shapes
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.dialects import Dialect, dialect
 from hydraopt_jax.formats.tensor_files import FLOATS, cast, disk_dtype
@@ -206,11 +207,14 @@ def write_tree(
     scale: Scale | None = None,
     rank: int | None = None,
     dtype: str | None = None,
+    like: Any = None,
+    rename: Callable[[str], str] = lambda module: module,
+    stack: int | str | None = "ask",
 ) -> dict[Any, Any]:
     """One adapter as a library's parameters, a tree to merge into its model's.
 
     Factors that came from a tree of the same dialect go back under their keys with their axes; others, such
-    as PEFT's, go where the library would keep those of the module's path.
+    as PEFT's, go where the library would keep those of the module's path, or where `like` has them.
 
     Args:
       adapter: from `store.adapter` or any reader.
@@ -218,6 +222,7 @@ def write_tree(
       scale: what the library will multiply by, or module -> scale; `b` is divided by it.
       rank: pad all factors with zeros to this rank; None for each module's own.
       dtype: of the arrays; None for the one they had.
+      like, rename, stack: see `fit_tree`; None for no such tree.
 
     Returns:
       A nested dict of NumPy arrays (flat for Keras and levanter). Positions in lists are integers.
@@ -230,11 +235,74 @@ def write_tree(
     array([[0.5, 0.5]], dtype=float32)
     """
     tree: dict[Any, Any] = {}
+    if like is not None:
+        adapter = fit_tree(adapter, name, like, rename=rename, stack=stack)
     for path, value in leaves(adapter, name, scale, rank, dtype):
         whole = len(path) == 1
         keys = path[:-1] if not whole and path[-1] == BOX else path
         place(tree, keys if whole else [int(k) if str(k).isdigit() else k for k in keys], value)
     return tree
+
+
+def fit_tree(
+    adapter: Adapter,
+    name: str,
+    like: Any,
+    *,
+    rename: Callable[[str], str] = lambda module: module,
+    stack: int | str | None = "ask",
+) -> Adapter:
+    """The adapter under the names, with the axes and the ranks of a model's LoRA parameters.
+
+    Args:
+      adapter: modules of any names.
+      name: the library: a key of `dialects.DIALECTS`.
+      like: the model, its parameters, or their shapes; read as `read_tree` reads them.
+      rename: module as `read_tree` would call it -> the adapter's name for it.
+      stack: see `read_tree`.
+
+    Returns:
+      All modules of `like`; those that the adapter lacks are zero.
+
+    Raises:
+      HydraOptError: a module that `like` lacks, other sizes, a rank too small; see `read_tree`.
+    """
+    shapes: dict[Any, Any] = {}
+    for path, leaf in flatten(like):
+        if is_factor(path):
+            place(shapes, path, np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape))
+    want = read_tree(shapes, name, task=adapter.task, scale=1.0, stack=stack, source="the model")
+    names = {module: rename(module) for module in want.a}
+    for module in adapter.a:
+        if module not in names.values():
+            raise HydraOptError(
+                f"{module}: the model has no LoRA layer there (near: {near(module, names)}): give rename"
+            )
+    a: dict[str, np.ndarray] = {module: np.zeros(x.shape, np.float32) for module, x in want.a.items()}
+    b: dict[str, np.ndarray] = {module: np.zeros(x.shape, np.float32) for module, x in want.b.items()}
+    have, sizes = module_shapes(adapter), module_shapes(want)
+    for module, own in names.items():
+        if own not in have:
+            continue
+        if have[own] != sizes[module]:
+            raise HydraOptError(
+                f"{module}: the model's LoRA layer has [in, out] = {list(sizes[module])}, {own} of "
+                f"{adapter.task!r} {list(have[own])}: it is of another base model"
+            )
+        rank, room = adapter.a[own].shape[1], a[module].shape[1]
+        if rank > room:
+            raise HydraOptError(
+                f"{module}: the model's LoRA layer has rank {room}, {adapter.task!r} needs {rank}: make the "
+                f"model with rank {rank}"
+            )
+        a[module][:, :rank], b[module][:rank] = adapter.a[own], adapter.b[own]
+    return adapter.replace(a=a, b=b, dtype=want.dtype, layout=want.layout, config={}, raw={})
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Names to offer in an error."""
+    names = list(known)
+    return ", ".join(map(repr, difflib.get_close_matches(name, names, 3, 0.3) or names[:3])) or "none"
 
 
 def place(tree: dict[Any, Any], path: Any, value: np.ndarray) -> None:

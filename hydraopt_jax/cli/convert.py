@@ -1,0 +1,81 @@
+"""The verb that converts one adapter between formats: convert."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.cli.common import as_json_option, say
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import read_adapter, read_trained, write_adapter, write_trained
+from hydraopt_jax.formats.families import FAMILIES, LIBRARIES
+from hydraopt_jax.formats.image_files import file_of
+from hydraopt_jax.formats.peft_config import CONFIG_FILE
+from hydraopt_jax.store.tensors import check_dtype
+
+
+def is_peft(source: str) -> bool:
+    """Whether an adapter is PEFT's or a LoRA file, and no Orbax checkpoint."""
+    return source.startswith("hf:") or (Path(source) / CONFIG_FILE).exists() or file_of(source) is not None
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out", type=click.Path())
+@click.option("--to", default="peft", show_default=True, type=click.Choice(["peft", *LIBRARIES]))
+@click.option("--family", required=True, type=click.Choice(list(FAMILIES)), help="the base model's family")
+@click.option("--from", "library", type=click.Choice(list(LIBRARIES)), help="what wrote a checkpoint; found")
+@click.option("--scale", type=float, help="alpha / rank of the checkpoint, read or written")
+@click.option("--head-dim", type=int, help="size of a head, as in the base model's config.json")
+@click.option("--rank", type=int, help="rank to write; the widest module's where not given")
+@click.option("--scan", is_flag=True, help="write layers stacked, as MaxText's scan_layers")
+@click.option("--layers", type=int, help="count of layers to stack")
+@click.option("--step", type=int, default=0, show_default=True, help="number of the checkpoint to write")
+@click.option("--base", help="name of the base model, for PEFT's configuration")
+@click.option("--prefix", default="model.layers", show_default=True, help="what PEFT's names begin with")
+@click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; as it came where not given")
+@click.option("--overwrite", is_flag=True, help="replace what is there")
+@as_json_option
+def convert(source: str, out: str, to: str, as_json: bool, **options: Any) -> None:
+    """Convert the adapter SOURCE, a PEFT folder or an Orbax checkpoint, to OUT."""
+    check_dtype(options["dtype"])
+    adapter = read(source, to, **options)
+    if to == "peft":
+        write_adapter(out, adapter, dtype=options["dtype"], overwrite=options["overwrite"])
+        rank, scale = max(x.shape[1] for x in adapter.a.values()), 1.0
+    else:
+        names = ("rank", "head_dim", "scan", "layers", "step", "dtype", "overwrite")
+        scale = (options["scale"] if is_peft(source) else None) or 1.0
+        rank = write_trained(
+            out, adapter, options["family"], to, scale=scale, **{k: options[k] for k in names}
+        )
+    table = Table("adapter", "modules", "rank", "alpha")
+    table.add_row(Text(out), str(len(adapter.a)), str(rank), f"{rank * scale:g}")
+    payload = {"out": out, "to": to, "modules": len(adapter.a), "rank": rank, "alpha": rank * scale}
+    note = "" if to in ("peft", "gemma") else "make the model with this rank and alpha"
+    say(as_json, payload, table, escape(note))
+
+
+def read(source: str, to: str, **options: Any) -> Adapter:
+    """The adapter, under Hugging Face's names."""
+    if is_peft(source):
+        if to == "peft":
+            raise HydraOptError(f"{source}: is PEFT's already: give --to {', --to '.join(LIBRARIES)}")
+        if options["library"]:
+            raise HydraOptError(f"{source}: is no checkpoint of {options['library']}'s: leave --from out")
+        return read_adapter(source)
+    if not Path(source).is_dir():
+        raise HydraOptError(f"{source}: no such folder: pass a PEFT folder or an Orbax checkpoint")
+    found = read_trained(
+        source,
+        options["family"],
+        options["library"],
+        scale=options["scale"],
+        head_dim=options["head_dim"],
+        prefix=options["prefix"],
+    )
+    return found.replace(config={"base_model_name_or_path": options["base"]} if options["base"] else {})

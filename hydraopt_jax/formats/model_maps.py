@@ -1,0 +1,296 @@
+"""Adapters between Hugging Face's module names and shapes and those of JAX libraries, by `families`.
+
+Modules with Hugging Face's names are the form in between: PEFT writes them, stores hold them, and each
+library is one table away.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.families import FAMILIES, LIBRARIES, Library, Row, Table
+from hydraopt_jax.formats.trees import near
+
+_LAYER = re.compile(r"(?:.*\.)?layers\.(?P<n>\d+)\.(?P<module>.+)")
+_STACKED = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\]")
+
+
+class Found(NamedTuple):
+    """A module of a library: its row, its layer, and whether that counts from the end of the stacks."""
+
+    row: Row
+    n: int
+    behind: bool = False
+
+
+def table_of(family: str, library: str) -> tuple[Table, Library]:
+    """The table of a family in a library.
+
+    Raises:
+      HydraOptError: an unknown one; the known ones are listed.
+    """
+    if family not in FAMILIES:
+        raise HydraOptError(f"family {family!r}: must be one of {', '.join(FAMILIES)}")
+    if library not in FAMILIES[family]:
+        raise HydraOptError(
+            f"library {library!r} has no table of family {family!r}: must be one of "
+            f"{', '.join(FAMILIES[family])}"
+        )
+    return FAMILIES[family][library], LIBRARIES[library]
+
+
+def dotted(path: str) -> str:
+    """The name that `trees` gives the module of a parameter's path.
+
+    >>> dotted("attn/q_proj/w"), dotted("mlp/wo/kernel")
+    ('attn.q_proj.w', 'mlp.wo')
+    """
+    return path.removesuffix("/kernel").replace("/", ".")
+
+
+def heads(name: str, side: str, size: int, head_dim: int | None) -> list[int]:
+    """Count and size of the heads of one side."""
+    if head_dim is None:
+        raise HydraOptError(f"{name}: its {side}puts are split into heads: give head_dim, the heads' size")
+    if head_dim < 1 or size % head_dim:
+        raise HydraOptError(
+            f"{name}: head_dim = {head_dim}: its {size} {side}puts are no whole heads of that size"
+        )
+    return [size // head_dim, head_dim]
+
+
+def rotated(row: Row, b: np.ndarray, head_dim: int | None, name: str, back: bool) -> np.ndarray:
+    """Output-side factors `[R, O]` as the library orders and scales heads, or back as Hugging Face does."""
+    if not (row.interleaved or row.scaled):
+        return b
+    size = heads(name, "out", b.shape[1], head_dim)[1]
+    if row.interleaved:
+        halves = (size // 2, 2) if back else (2, size // 2)
+        b = b.reshape(b.shape[0], -1, *halves).swapaxes(-1, -2).reshape(b.shape)
+    return b * np.float32(size ** (0.5 if back else -0.5)) if row.scaled else b
+
+
+def to_library(
+    adapter: Adapter,
+    family: str,
+    library: str,
+    *,
+    head_dim: int | None = None,
+    scan: bool = False,
+    layers: int | None = None,
+) -> Adapter:
+    """The adapter under a library's names with its axes, for `write_tree` and `write_checkpoint`.
+
+    Modules that share a parameter there (keys and values) are put side by side: their ranks add up, unless
+    they have one input-side factor.
+
+    Args:
+      adapter: modules as Hugging Face names them, `model.layers.0.self_attn.q_proj`.
+      family: a key of `families.FAMILIES`.
+      library: a key of that: "tunix", "maxtext" or "gemma".
+      head_dim: size of an attention head, as in the base model's config.json.
+      scan: whether the library's model has its layers stacked (MaxText's `scan_layers`).
+      layers: count of the model's layers, where stacked; by default up to the last that the adapter has.
+
+    Raises:
+      HydraOptError: an unknown family, library or module, sizes that are no whole heads, or a model that the
+        library does not stack.
+    """
+    table, kept = table_of(family, library)
+    if scan and not table.scanned:
+        raise HydraOptError(f"{library} has no stacked layers of family {family!r}: leave scan out")
+    parts: dict[str, tuple[dict[str, Any], list[tuple[Row, str]]]] = {}
+    named = {name: _split(name, library, family, table) for name in adapter.a}
+    count = max([*(n + 1 for n, _ in named.values()), layers or 0])
+    if layers is not None and count > layers:
+        raise HydraOptError(f"layers = {layers}: the adapter has modules of layer {count - 1}")
+    equal = _fused_layers(adapter, named)
+    for name, (n, module) in named.items():
+        rows = (*(table.fused if n in equal else ()), *table.rows)
+        row = next(x for x in rows if x.module == module)
+        path, stack = place_of(table, row, n, count if scan else 0)
+        factors = {s: kept.factor.format(path=path, side=s).split("/") for s in "ab"}
+        layout: dict[str, Any] = {s: [*x, "value"] if kept.boxed else x for s, x in factors.items()}
+        key = dotted(path)
+        if stack is not None:
+            layout["stack"] = stack
+            key += f"[{stack[1]}]"
+        parts.setdefault(key, (layout, []))[1].append((row, name))
+    a, b, layouts = {}, {}, {}
+    for key, (layout, members) in parts.items():
+        row, name = members[0]
+        inputs, outputs = adapter.a[name].shape[0], adapter.b[name].shape[1]
+        axes = {
+            "in": heads(name, "in", inputs, head_dim) if row.inputs == "N H" else [inputs],
+            "out": heads(name, "out", outputs, head_dim) if row.outputs == "N H" else [outputs],
+        }
+        for member_row, member in members:
+            sizes = [adapter.a[member].shape[0], adapter.b[member].shape[1]]
+            if sizes != [inputs, outputs]:
+                raise HydraOptError(
+                    f"{member}: [in, out] = {sizes} beside {name}'s {[inputs, outputs]}: one parameter of "
+                    f"{library}'s {family!r} holds both: name another family"
+                )
+            b[member] = rotated(member_row, adapter.b[member], head_dim, member, back=False)
+        low, high = side_by_side(members, adapter.a, b) if row.slots else (adapter.a[name], b[name])
+        for _, member in members:
+            del b[member]
+        a[key], b[key] = low, high
+        axes["out"] = [*([row.slots] if row.slots else []), *axes["out"]]
+        layouts[key] = layout | {k: v for k, v in axes.items() if len(v) > 1}
+    return adapter.replace(a=a, b=b, layout=layouts, config={}, raw={})
+
+
+def _split(name: str, library: str, family: str, table: Table) -> tuple[int, str]:
+    """Layer and module of a name of Hugging Face's."""
+    match = _LAYER.fullmatch(name)
+    known = [x.module for x in table.rows]
+    if match is None or match["module"] not in known:
+        offered = near(match["module"] if match else name, known)
+        raise HydraOptError(
+            f"{name}: {library}'s {family!r} has no layer for it (near: {offered}): leave it out of the "
+            "adapter, or name another family"
+        )
+    return int(match["n"]), match["module"]
+
+
+def _fused_layers(adapter: Adapter, named: Mapping[str, tuple[int, str]]) -> set[int]:
+    """Layers whose keys have as many heads as their queries."""
+    width = {key: adapter.b[name].shape[1] for name, key in named.items()}
+    return {
+        n
+        for n, module in width
+        if module == "self_attn.q_proj"
+        and width[n, module] in (width.get((n, f"self_attn.{x}_proj")) for x in "kv")
+    }
+
+
+def place_of(table: Table, row: Row, n: int, scanned: int) -> tuple[str, list[int] | None]:
+    """Path of layer n's parameter, and `[axis, index, length]` where it is one of a stack.
+
+    Args:
+      scanned: count of stacked layers, 0 where they are not.
+    """
+    block, slot = divmod(n, table.period)
+    blocks = scanned // table.period
+    fields = {"n": n, "block": block, "slot": slot, "kind": table.kinds[slot % len(table.kinds)]}
+    layer, stack = table.layer, None
+    if scanned:
+        layer, stack = (table.scanned, [1, block, blocks]) if block < blocks else (table.remainder, None)
+    if not layer:
+        raise HydraOptError(f"layers = {scanned}: no whole blocks of {table.period} layers: give layers")
+    return f"{layer}/{row.path}".format(**fields), stack
+
+
+def side_by_side(
+    members: list[tuple[Row, str]], a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors `[I, R]` and `[R, slots * O]` of modules that share a parameter."""
+    first = a[members[0][1]]
+    shared = all(a[name].shape == first.shape and (a[name] == first).all() for _, name in members)
+    ranks = [0 if shared else a[name].shape[1] for _, name in members]
+    starts = np.cumsum([0, *ranks])
+    width = b[members[0][1]].shape[1]
+    high = np.zeros((first.shape[1] if shared else int(starts[-1]), members[0][0].slots, width), np.float32)
+    for (row, name), start in zip(members, starts, strict=False):
+        high[start : start + b[name].shape[0], row.slot] = b[name]
+    low = first if shared else np.concatenate([a[name] for _, name in members], axis=1)
+    return low, high.reshape(high.shape[0], -1)
+
+
+def from_library(
+    adapter: Adapter, family: str, library: str, *, head_dim: int | None = None, prefix: str = "model.layers"
+) -> Adapter:
+    """The adapter under Hugging Face's names, as PEFT and stores have them: the inverse of `to_library`.
+
+    Args:
+      adapter: from `read_tree` or `read_checkpoint`.
+      family, library: as in `to_library`.
+      head_dim: size of an attention head, where the library keeps heads in another order and its factors
+        have no axis of that length.
+      prefix: what precedes the number of a layer.
+
+    Raises:
+      HydraOptError: an unknown family, library or module, or a size of heads that is needed.
+    """
+    table, _ = table_of(family, library)
+    patterns = list(_patterns(table))
+    blocks = max((v["stack"][2] for v in adapter.layout.values() if "stack" in v), default=0)
+    a, b = {}, {}
+    for name, low in adapter.a.items():
+        layout = adapter.layout.get(name) or {}
+        founds = _find(table, patterns, name)
+        if not founds:
+            known = {dotted(place_of(table, row, 0, 0)[0]) for row in (*table.fused, *table.rows)}
+            raise HydraOptError(
+                f"{name}: no LoRA layer of {library}'s {family!r} (near: {near(name, known)}): name another "
+                "family or library"
+            )
+        own = layout.get("out", [])
+        size = head_dim or (own[-1] if len(own) > 1 else None)
+        for row, n, behind in founds:
+            high = adapter.b[name]
+            left = low
+            if row.slots:
+                if high.shape[1] % row.slots:
+                    raise HydraOptError(f"{name}: its {high.shape[1]} outputs are no {row.slots} modules")
+                high = high.reshape(high.shape[0], row.slots, -1)[:, row.slot]
+                used = high.any(axis=1)  # directions of the modules beside it, and padding, are zero here
+                left, high = low[:, used], high[used]
+            key = f"{prefix}.{n + blocks * table.period * behind}.{row.module}"
+            if key in a:
+                raise HydraOptError(f"{name}: {key} is there twice: stacked and by itself?")
+            a[key], b[key] = left, rotated(row, high, size, name, back=True)
+    return adapter.replace(a=a, b=b, layout={}, config={}, raw={})
+
+
+def _patterns(table: Table) -> Iterator[tuple[Row, str, re.Pattern[str]]]:
+    """Rows with the expressions that their modules' names match, and what kind of place each is."""
+    numbers = {"{n}": r"(?P<n>\d+)", "{block}": r"(?P<block>\d+)", "{slot}": r"(?P<slot>\d+)"}
+    for row in (*table.fused, *table.rows):
+        for layer in filter(None, (table.layer, table.scanned, table.remainder)):
+            for kind in table.kinds:
+                text = re.escape(dotted(f"{layer}/{row.path}".replace("{kind}", kind)))
+                for field, pattern in numbers.items():
+                    text = text.replace(re.escape(field), pattern)
+                where = "stack" if layer == table.scanned else "behind" if layer == table.remainder else ""
+                yield row, f"{where}:{kind}", re.compile(rf"(?:.+\.)?{text}")
+
+
+def _find(table: Table, patterns: list[tuple[Row, str, re.Pattern[str]]], name: str) -> list[Found]:
+    """The modules of Hugging Face's that a library's module is."""
+    stacked = _STACKED.fullmatch(name)
+    out = []
+    for row, where, pattern in patterns:
+        place, _, kind = where.partition(":")
+        match = pattern.fullmatch(stacked["name"] if stacked else name)
+        if match is None or (place == "stack") != bool(stacked):
+            continue
+        fields = match.groupdict()
+        slot = int(fields.get("slot") or table.kinds.index(kind))
+        block = int(stacked["index"]) if stacked else int(fields.get("block") or 0)
+        n = int(fields["n"]) if "n" in fields else block * table.period + slot
+        out.append(Found(row, n, place == "behind"))
+    return out
+
+
+def hugging_face_name(family: str, library: str) -> Any:
+    """A function from the path of a library's module to Hugging Face's name, for `rename=` of `serving`.
+
+    Modules that the table does not have, and those that share a parameter, keep their path.
+
+    >>> hugging_face_name("qwen", "tunix")("layers.3.attn.o_proj")
+    'model.layers.3.self_attn.o_proj'
+    """
+    table, _ = table_of(family, library)
+    patterns = list(_patterns(table))
+
+    def rename(path: str) -> str:
+        founds = [x for end in ("", ".w") for x in _find(table, patterns, path + end)]
+        return f"model.layers.{founds[0].n}.{founds[0].row.module}" if len(founds) == 1 else path
+
+    return rename

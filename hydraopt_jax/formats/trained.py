@@ -1,0 +1,134 @@
+"""Checkpoints of trained adapters as Tunix, MaxText and gemma write and restore them, by model family.
+
+Modules have Hugging Face's names outside of these files, so that what comes out of one goes into a store,
+into a PEFT folder, or into another library.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import orbax_trees, trees
+from hydraopt_jax.formats.families import FAMILIES, LIBRARIES
+from hydraopt_jax.formats.model_maps import from_library, table_of, to_library
+
+# the axis of MaxText's stacked layers; no other factor of these libraries has extra axes on both sides
+STACK = 1
+
+
+def read_trained(
+    path: str | os.PathLike[str],
+    family: str,
+    library: str | None = None,
+    *,
+    task: str | None = None,
+    scale: float | None = None,
+    head_dim: int | None = None,
+    prefix: str = "model.layers",
+) -> Adapter:
+    """Read a library's checkpoint of a LoRA run, under Hugging Face's names.
+
+    Args:
+      path: the folder of a run, whose last step is read, or of one step.
+      family: a key of `families.FAMILIES`.
+      library: a key of that; None for the one whose names the checkpoint has.
+      task: the task's name; None for the folder's.
+      scale: alpha / rank of the run; None where the checkpoint says it (MaxText's does) or the library has
+        none (gemma).
+      head_dim, prefix: see `model_maps.from_library`.
+
+    Raises:
+      HydraOptError: no such checkpoint, no scale, or names of no library's table.
+    """
+    source = os.fspath(path)
+    if library is not None or family not in FAMILIES:
+        table_of(family, str(library))
+    folder = orbax_trees.latest_step(Path(path))
+    said = orbax_trees.metadata_of(folder).get("lora")
+    said = said if isinstance(said, Mapping) else {}
+    tree = orbax_trees.load_factors(folder)
+    failures = []
+    for name in [library] if library is not None else FAMILIES[family]:
+        dialect = LIBRARIES[name].dialect
+        found = scale_of(said) if scale is None else scale
+        try:
+            adapter = trees.read_tree(
+                tree,
+                dialect,
+                task=task or Path(path).resolve().name,
+                scale=1.0 if found is None and name == "gemma" else found,
+                stack=STACK,
+                source=source,
+            )
+            adapter = from_library(
+                adapter, family, name, head_dim=head_dim or said.get("head_dim"), prefix=prefix
+            )
+        except HydraOptError as error:
+            failures.append(error)
+            continue
+        return adapter.replace(digest=orbax_trees.digest_of(tree))
+    if len(failures) == 1 or any("no scale" in str(x) for x in failures):
+        raise next((x for x in failures if "no scale" in str(x)), failures[0])
+    raise HydraOptError(f"{source}: of no library of family {family!r}: {'; '.join(map(str, failures))}")
+
+
+def scale_of(said: Mapping[str, Any]) -> float | None:
+    """The scale that a checkpoint's metadata says."""
+    rank, alpha = said.get("lora_rank"), said.get("lora_alpha")
+    return alpha / rank if isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) else None
+
+
+def write_trained(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    family: str,
+    library: str,
+    *,
+    scale: float = 1.0,
+    rank: int | None = None,
+    head_dim: int | None = None,
+    scan: bool = False,
+    layers: int | None = None,
+    step: int = 0,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a checkpoint that a library restores into its model's LoRA parameters.
+
+    Args:
+      path: the run's folder; the checkpoint is its folder `step`, or for gemma, which numbers none, itself.
+      adapter: modules as Hugging Face names them.
+      family, library, head_dim, scan, layers: see `model_maps.to_library`.
+      scale: alpha / rank of the library's model; gemma has none: 1.
+      rank: of the library's model; by default the widest module's, which modules that share a parameter
+        widen.
+      step: the checkpoint's number.
+      dtype: of the factors; None for the one they had.
+      overwrite: replace a checkpoint that is there.
+
+    Returns:
+      The rank: make the model with it and with alpha = rank * scale.
+
+    Raises:
+      HydraOptError: the path exists or cannot be written; see `model_maps.to_library`, `trees.write_tree`.
+    """
+    kept = table_of(family, library)[1]
+    if library == "gemma" and scale != 1:
+        raise HydraOptError(f"scale = {scale}: gemma multiplies by none: leave it at 1")
+    found = to_library(adapter, family, library, head_dim=head_dim, scan=scan, layers=layers)
+    width = rank or max(x.shape[1] for x in found.a.values())
+    orbax_trees.write_checkpoint(
+        Path(path) / str(step) if kept.numbered else path,
+        found,
+        kept.dialect,
+        scale=scale,
+        rank=width,
+        dtype=dtype,
+        item=kept.item,
+        metadata={"lora": {"lora_rank": width, "lora_alpha": width * scale, "head_dim": head_dim}},
+        overwrite=overwrite,
+    )
+    return width
