@@ -18,7 +18,18 @@ from jax import Array
 from hydraopt_jax.calibration.moments import OUTPUT
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.linalg.decompose import matmul
-from hydraopt_jax.serving.layers import WRAPPABLE, contraction, dotted, labels, matrix, near, replace, roles
+from hydraopt_jax.serving.layers import (
+    contraction,
+    dotted,
+    is_layer,
+    kernel_of,
+    kernel_shape,
+    labels,
+    matrix,
+    near,
+    replace,
+    roles,
+)
 
 
 class Sum(nnx.Variable):
@@ -98,14 +109,15 @@ def note(rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Arra
     return identity(y, cell, weights)
 
 
-def output_rows(base: nnx.Module, y: Array, ndim: int, equation: str | None) -> Array:
+def output_rows(base: Any, y: Array, ndim: int, equation: str | None) -> Array:
     """A layer's output as rows `[..., O]` of its matrix, for an input of `ndim` axes."""
-    if isinstance(base, nnx.Einsum):
-        inputs, kernel, out = labels(equation or base.einsum_str, ndim)
+    equation = equation or getattr(base, "einsum_str", None)
+    if equation:
+        inputs, kernel, out = labels(equation, ndim)
         free, _, made = roles(inputs, kernel, out)
         rows = jnp.einsum(f"{out}->{free}{made}", y)
         return rows.reshape(*rows.shape[: len(free)], -1)
-    if isinstance(base, nnx.LinearGeneral):
+    if hasattr(base, "axis"):
         return y.reshape(*y.shape[: y.ndim - len(base.out_features)], -1)
     return y
 
@@ -123,25 +135,25 @@ def tapped(
       HydraOptError: a module without a layer, no layer at all, or one that is stacked.
     """
     copy = nnx.merge(*nnx.split(model), copy=True)
-    layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(copy) if isinstance(x, WRAPPABLE)}
+    layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(copy) if is_layer(x)}
     names = {path: rename(path) for path in layers}
     if modules is not None:
         wanted = set(modules)
         for name in sorted(wanted - set(names.values())):
             raise HydraOptError(
-                f"{name}: the model has no such Linear, LinearGeneral or Einsum (near paths are "
+                f"{name}: the model has no such layer (near paths are "
                 f"{near(name, layers)}): give rename, from the model's paths to the adapters' names"
             )
         names = {path: name for path, name in names.items() if name in wanted}
     if not names:
-        raise HydraOptError("the model has no Linear, LinearGeneral or Einsum: there is nothing to collect")
+        raise HydraOptError("the model has no layer of one kernel: there is nothing to collect")
     counted = Counted(jnp.ones(()))
     for path in names:
         keys, base = layers[path]
-        kernel = base.kernel.get_value()
-        if kernel.ndim != kernel_axes(base):
+        shape = kernel_of(base).get_value().shape
+        if len(shape) != kernel_axes(base):
             raise HydraOptError(
-                f"{path}: its kernel has shape {list(kernel.shape)}, layers stacked by scan or vmap: collect "
+                f"{path}: its kernel has shape {list(shape)}, layers stacked by scan or vmap: collect "
                 "from the model with its layers one by one"
             )
         replace(copy, keys, Tapped(base, names[path], counted, diagonal, outputs))
@@ -150,11 +162,9 @@ def tapped(
 
 def kernel_axes(base: Any) -> int:
     """Axes of the kernel of a layer that is not stacked."""
-    if isinstance(base, nnx.Einsum):
-        return len(base.kernel_shape)
-    if isinstance(base, nnx.LinearGeneral):
+    if hasattr(base, "axis"):
         return len(base.in_features) + len(base.out_features)
-    return 2
+    return len(kernel_shape(base)) if hasattr(base, "einsum_str") else 2
 
 
 def collect(

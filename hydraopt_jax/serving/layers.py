@@ -13,11 +13,10 @@ A batch that mixes tasks::
         return model(tokens)
 """
 
-import difflib
 import fnmatch
 import math
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,12 +25,17 @@ from flax import nnx
 from jax import Array
 
 from hydraopt_jax import store as stores
+from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats import trees
+from hydraopt_jax.formats.dialects import DIALECTS
+from hydraopt_jax.formats.trees import near
 from hydraopt_jax.serving.apply import Module, apply, shape
 from hydraopt_jax.store import Store
 
-WRAPPABLE = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 Path = tuple[Any, ...]
+# what libraries call the kernel of a layer
+KERNELS = ("kernel", "w")
 
 
 class Stored(nnx.Variable):
@@ -46,7 +50,7 @@ class Served(nnx.Module):
     """A layer plus the delta of each row's task: `base(x) + x @ delta[task_ids]`.
 
     Attributes:
-      base: an `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum`.
+      base: a layer, see `wrap`; what is asked of this one and is not here is asked of it.
       stored: the factors, a `serving.Module`.
       name: of the module in the store.
       task_ids: integers that broadcast to the axes of `x` that are not contracted, see `serving.apply`.
@@ -67,6 +71,11 @@ class Served(nnx.Module):
         self.task_ids = task_ids
         self.method = method
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "base" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
+
     def __call__(self, x: Array, *args: Any, task_ids: Any = None, **options: Any) -> Array:
         """The base layer's output plus the tasks' deltas; `task_ids` given here go before the model's."""
         y = self.base(x, *args, **options)
@@ -77,19 +86,39 @@ class Served(nnx.Module):
         return y + restore(delta).astype(y.dtype)
 
 
-def contraction(
-    base: nnx.Module, x: Array, equation: str | None = None
-) -> tuple[Array, Callable[[Array], Array]]:
+def kernel_of(base: Any) -> Any:
+    """The variable of a layer's kernel; None where it has none."""
+    found = (getattr(base, name, None) for name in KERNELS)
+    return next((x for x in found if isinstance(x, nnx.Variable)), None)
+
+
+def kernel_shape(base: Any) -> tuple[int, ...]:
+    """Shape of a layer's kernel, a stack's axis left out where the layer says so; () where it has none."""
+    kernel = kernel_of(base)
+    return tuple(getattr(base, "kernel_shape", () if kernel is None else kernel.get_value().shape))
+
+
+def is_layer(base: Any) -> bool:
+    """Whether a module says how it multiplies by its kernel; see `wrap`."""
+    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if isinstance(getattr(base, "einsum_str", None), str) and kernel_shape(base):
+        return True
+    plain = kernel_shape(base)[-2:] == sizes and not hasattr(base, "kernel_size")
+    return None not in sizes and (plain or hasattr(base, "axis"))
+
+
+def contraction(base: Any, x: Array, equation: str | None = None) -> tuple[Array, Callable[[Array], Array]]:
     """`x` as rows `[..., I]` of a layer's matrix, and how rows `[..., O]` become the layer's output."""
-    if isinstance(base, nnx.Einsum):
-        lhs, kernel, out = labels(equation or base.einsum_str, x.ndim)
+    equation = equation or getattr(base, "einsum_str", None)
+    if equation:
+        lhs, kernel, out = labels(equation, x.ndim)
         free, contracted, made = roles(lhs, kernel, out)
         rows = jnp.einsum(f"{lhs}->{free}{contracted}", x)
-        size = dict(zip(kernel, base.kernel_shape, strict=True))
+        size = dict(zip(kernel, kernel_shape(base), strict=True))
         lead, features = rows.shape[: len(free)], [size[c] for c in made]
         rows = rows.reshape(*lead, -1)
         return rows, lambda y: jnp.einsum(f"{free}{made}->{out}", y.reshape(*lead, *features))
-    if isinstance(base, nnx.LinearGeneral):
+    if hasattr(base, "axis"):
         axes = sorted(a % x.ndim for a in base.axis)  # Flax takes them in this order
         rows = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
         lead = rows.shape[: x.ndim - len(axes)]
@@ -127,26 +156,25 @@ def roles(inputs: str, kernel: str, outputs: str) -> tuple[str, str, str]:
     return free, contracted, made
 
 
-def matrix(base: nnx.Module) -> tuple[int, int]:
+def matrix(base: Any) -> tuple[int, int]:
     """I and O of a layer's kernel as a matrix.
 
     Raises:
       HydraOptError: a layer that is no single matrix.
     """
-    if isinstance(base, nnx.Einsum):
+    if not is_layer(base):
+        raise HydraOptError(f"a {type(base).__name__} does not say how it multiplies: see serving.wrap")
+    if hasattr(base, "einsum_str"):
         inputs, kernel, outputs = labels(base.einsum_str, len(base.einsum_str.split(",")[0]))
-        size = dict(zip(kernel, base.kernel_shape, strict=True))
+        size = dict(zip(kernel, kernel_shape(base), strict=True))
         _, contracted, made = roles(inputs, kernel, outputs)
         return math.prod(size[c] for c in contracted), math.prod(size[c] for c in made)
-    if isinstance(base, nnx.LinearGeneral):
-        if base.batch_axis:
-            raise HydraOptError(
-                "a LinearGeneral with batch_axis is no single matrix: leave it out of the patterns"
-            )
-        return math.prod(base.in_features), math.prod(base.out_features)
-    if isinstance(base, nnx.Linear):
-        return base.in_features, base.out_features
-    raise HydraOptError(f"a {type(base).__name__} is not served: wrap Linear, LinearGeneral or Einsum")
+    if getattr(base, "batch_axis", None):
+        raise HydraOptError(
+            f"a {type(base).__name__} with batch_axis is no single matrix: leave it out of the patterns"
+        )
+    inputs, outputs = (np.atleast_1d(x).tolist() for x in (base.in_features, base.out_features))
+    return math.prod(inputs), math.prod(outputs)
 
 
 def check_shape(path: str, base: nnx.Module, module: Module) -> None:
@@ -172,12 +200,6 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """Names to offer in an error."""
-    names = list(known)
-    return ", ".join(map(repr, difflib.get_close_matches(name, names, 3, 0.3) or names[:3])) or "none"
-
-
 def wrap(
     model: nnx.Module,
     modules: Mapping[str, Module],
@@ -189,11 +211,14 @@ def wrap(
     """Replace a model's layers, in place, by ones that serve every task of a store.
 
     Args:
-      model: the model; its `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` layers can be wrapped.
+      model: the model. A layer of any class can be wrapped that has a parameter `kernel` or `w` and says what
+        it does with it: by an `einsum_str` (`nnx.Einsum`, Tunix' layers), or by `in_features` and
+        `out_features`, with an `axis` where these are several (`nnx.Linear`, `nnx.LinearGeneral`).
       modules: `serving.load(store)`, or those of a `serving.Slots`' state.
       patterns: shell patterns of dotted module paths, such as `"layers.*.q_proj"`; None for every module of
         the store, none of which may then be without a layer.
-      rename: model path -> the store's module name, where they differ.
+      rename: model path -> the store's module name, where they differ; `formats.hugging_face_name` makes it
+        for the families that it knows.
       method: see `serving.apply`.
 
     Returns:
@@ -203,7 +228,7 @@ def wrap(
       HydraOptError: a pattern that matches no layer of the store, a module without a layer, shapes that
         differ.
     """
-    layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(model) if isinstance(x, WRAPPABLE)}
+    layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(model) if is_layer(x)}
     served = {path: rename(path) for path in layers if rename(path) in modules}
     matches = lambda path, pattern: fnmatch.fnmatchcase(path, pattern)  # noqa: E731
     for pattern in patterns or ():
@@ -217,8 +242,8 @@ def wrap(
         for name in modules:
             if name not in served.values():
                 raise HydraOptError(
-                    f"{name}: the model has no such Linear, LinearGeneral or Einsum (near paths are "
-                    f"{near(name, layers)}): give patterns or rename"
+                    f"{name}: the model has no such layer (near paths are {near(name, layers)}): give "
+                    "patterns or rename"
                 )
     chosen = [p for p in served if patterns is None or any(matches(p, x) for x in patterns)]
     for path in chosen:
@@ -290,57 +315,49 @@ def task_ids(tasks: Store | Sequence[str], names: Sequence[str]) -> np.ndarray:
 
 
 def load_task(
-    model: nnx.Module, store: Store, task: str, *, rename: Callable[[str], str] = lambda path: path
+    model: nnx.Module,
+    store: Store,
+    task: str,
+    *,
+    rename: Callable[[str], str] = lambda path: path,
+    convert: Callable[[Adapter], Adapter] = lambda adapter: adapter,
+    scale: float = 1.0,
+    stack: int | str | None = "ask",
 ) -> list[str]:
-    """Load one task, in place, into a model's own `nnx.LoRA` and `nnx.LoRALinear` parameters.
+    """Load one task, in place, into a model's own LoRA parameters: those of Flax, or those that qwix made.
 
-    Flax has no LoRA scale: `b` holds it. A task of a lower rank than the model's is padded with zeros, and a
-    LoRA layer that the task has no module for is set to a zero delta.
+    A task of a lower rank than the model's is padded with zeros, and a LoRA layer that the task has no module
+    for is set to a zero delta.
 
     Args:
       model: the model.
       store: the store.
       task: the task's name.
-      rename: model path of the layer (without a last `lora`) -> the store's module name, where they differ.
+      rename: path of a layer's LoRA (without a last `lora` or `kernel`) -> the store's module name, where
+        they differ.
+      convert: of the decoded task, before; `formats.to_library` where a family's names and shapes differ.
+      scale: what the model multiplies by: alpha / rank of qwix, 1 of Flax. `b` is divided by it.
+      stack: see `formats.read_tree`.
 
     Returns:
       Paths of the layers loaded.
 
     Raises:
-      HydraOptError: an unknown task, a module without a LoRA layer, shapes that differ, a rank too small.
+      HydraOptError: an unknown task, a model without LoRA parameters, a module without a LoRA layer, shapes
+        that differ, a rank too small.
     """
-    factors = stores.decode(store, task)
-    layers = {}
-    for keys, x in nnx.iter_modules(model):
-        if isinstance(x, nnx.LoRA):
-            layers[dotted(keys[:-1] if keys and keys[-1] == "lora" else keys)] = x
-    names = {path: rename(path) for path in layers}
-    for name in factors.a:
-        if name not in names.values():
-            raise HydraOptError(
-                f"{name}: the model has no nnx.LoRA or nnx.LoRALinear there; near paths are "
-                f"{near(name, layers)}"
-            )
-    values = {}
-    for path, layer in layers.items():
-        a, b = (np.zeros(x.shape, np.float32) for x in (layer.lora_a, layer.lora_b))
-        if names[path] in factors.a:
-            left, right = factors.a[names[path]], factors.b[names[path]]
-            want, have = [a.shape[0], b.shape[1]], [left.shape[0], right.shape[1]]
-            rank = left.shape[1]
-            if want != have:
-                raise HydraOptError(
-                    f"{path}: the model's LoRA layer has [in, out] = {want}, the store's module {have}: the "
-                    "store is of another base model"
-                )
-            if rank > a.shape[1]:
-                raise HydraOptError(
-                    f"{path}: the model's LoRA layer has rank {a.shape[1]}, task {task!r} needs {rank}: make "
-                    f"the model with lora_rank={rank}"
-                )
-            a[:, :rank], b[:rank] = left, right
-        values[path] = a, b
-    for path, layer in layers.items():
-        for variable, value in zip((layer.lora_a, layer.lora_b), values[path], strict=True):
-            variable.set_value(jnp.asarray(value, variable.dtype))
-    return [path for path in layers if names[path] in factors.a]
+    adapter = convert(stores.decode(store, task))
+    variables = {keys: x for keys, x in nnx.iter_graph(model) if isinstance(x, nnx.LoRAParam)}
+    if not variables:
+        raise HydraOptError("the model has no LoRA parameters: make them with Flax or qwix first")
+    names = ["flax_nnx", "qwix"]
+    fits = (n for n in names if all(DIALECTS[n].key.fullmatch(trees.text(keys)) for keys in variables))
+    name = next(fits, names[0])
+    like: dict[Any, Any] = {}
+    for keys, variable in variables.items():
+        trees.place(like, keys, variable.get_value())
+    fitted = trees.fit_tree(adapter, name, like, rename=rename, stack=stack)
+    for keys, value in trees.leaves(fitted, name, scale, None, "float32"):
+        variable = variables[keys]
+        variable.set_value(jnp.asarray(value, variable.get_value().dtype))
+    return [module for module in fitted.a if rename(module) in adapter.a]
