@@ -221,6 +221,57 @@ def test_one_task_in_the_model_s_own_lora(kept):
         serving.load_task(model, mine, "legal")
 
 
+class Projection(nnx.Module):
+    """A layer of another library's class, as Tunix' are, with the LoRA parameters that qwix adds."""
+
+    def __init__(self, equation, shape, lora, rngs):
+        self.einsum_str, self.shape = equation, shape
+        self.w = nnx.Param(rngs.params.normal(shape))
+        if lora:
+            self.w_lora_a, self.w_lora_b = (nnx.LoRAParam(jnp.ones(x, jnp.bfloat16)) for x in lora)
+
+    def __call__(self, x):
+        y = jnp.einsum(self.einsum_str, x, self.w.get_value())
+        if hasattr(self, "w_lora_a"):
+            low, high = (x.get_value().astype(jnp.float32) for x in (self.w_lora_a, self.w_lora_b))
+            delta = jnp.tensordot(low, high, 1)
+            y = y + 0.5 * jnp.einsum(self.einsum_str, x, delta)
+        return y
+
+
+class Projections(nnx.Module):
+    def __init__(self, rngs, lora=0):
+        pairs = (((12, lora), (lora, 2, 4)), ((2, 4, lora), (lora, 12))) if lora else ((), ())
+        self.query = Projection("BTD,DNH->BTNH", (12, 2, 4), pairs[0], rngs)
+        self.out = Projection("BTNH,NHD->BTD", (2, 4, 12), pairs[1], rngs)
+
+    def __call__(self, x):
+        return self.out(self.query(x)).reshape(*x.shape[:2], self.query.shape[1] * 6)
+
+
+def test_layers_of_another_librarys_class_are_served_and_loaded(kept):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    modules = {f"attention.{n}": decode_terms(kept)[f"attention.{n}"] for n in ("query", "out")}
+    mine = plain_store(TASKS, modules)
+    model = Projections(nnx.Rngs(0))
+    rename = lambda path: f"attention.{path.removesuffix('.w')}"  # noqa: E731
+    assert sorted(serving.wrap(model, serving.load(mine), rename=rename)) == ["out", "query"]
+    own = Projections(nnx.Rngs(0), lora=5)
+    for n, task in enumerate(TASKS):
+        want = Projections(nnx.Rngs(0))
+        for name, (a, b) in task_factors(mine, task).items():
+            w = getattr(want, name.split(".")[1]).w
+            w.set_value(w.get_value() + (a @ b).reshape(w.get_value().shape))
+        serving.set_task_ids(model, jnp.int32(n))
+        np.testing.assert_allclose(run(model, x), want(x), atol=1e-4)
+        assert sorted(serving.load_task(own, mine, task, rename=rename, scale=0.5)) == ["out.w", "query.w"]
+        # the parameters are bfloat16 and stay so
+        assert own.query.w_lora_a.get_value().dtype == jnp.bfloat16
+        np.testing.assert_allclose(own(x), want(x), atol=0.05 * np.abs(want(x)).max())
+    with pytest.raises(hydra.HydraOptError, match=r"the model has no LoRA parameters: make them"):
+        serving.load_task(Projections(nnx.Rngs(0)), mine, "legal")
+
+
 def test_bad_wrapping_is_named(kept):
     modules = serving.load(kept, dtype=jnp.float32)
     with pytest.raises(
