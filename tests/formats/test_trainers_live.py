@@ -247,7 +247,7 @@ def test_gemma(kv_heads, tmp_path):
     one = trainers.adapter(2, kv_heads)
     one = one.replace(b={k: 0.3 * v for k, v in one.b.items()})
     rank = formats.write_trained(tmp_path / "out", one, "gemma", "gemma", head_dim=DIM)
-    model = gm.nn.LoRA(rank=rank, model=Transformer(), dtype=jnp.float32)
+    model = gm.nn.LoRA(rank=rank, model=Transformer(dtype=jnp.float32), dtype=jnp.float32)
     params = model.init(jax.random.key(0), TOKENS)["params"]
     base, lora = peft.split_params(params)
     # as gm.ckpts.load_params does, which gemma 3.3.0 cannot import beside kauldron 1.4
@@ -269,6 +269,6 @@ def test_gemma(kv_heads, tmp_path):
             order = ["q_proj", "k_proj", "v_proj"] if kv_heads == 4 else ["k_proj", "v_proj"]
             place = order.index(module) if module in order else ...
             block[key]["w"] = block[key]["w"].at[place].add(heads)
-    want = Transformer().apply({"params": base}, TOKENS).logits
+    want = Transformer(dtype=jnp.float32).apply({"params": base}, TOKENS).logits
     np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
     trainers.check_same(formats.read_trained(tmp_path / "out", "gemma"), one, rtol=1e-4)
