@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
+from hydraopt_jax import report
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.cli.common import as_json_option, say
+from hydraopt_jax.cli.output import output_options, say
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, read_trained, write_adapter, write_trained
 from hydraopt_jax.formats.families import FAMILIES, LIBRARIES
@@ -39,8 +38,8 @@ def is_peft(source: str) -> bool:
 @click.option("--prefix", default="model.layers", show_default=True, help="what PEFT's names begin with")
 @click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; as it came where not given")
 @click.option("--overwrite", is_flag=True, help="replace what is there")
-@as_json_option
-def convert(source: str, out: str, to: str, as_json: bool, **options: Any) -> None:
+@output_options
+def convert(source: str, out: str, to: str, **options: Any) -> None:
     """Convert the adapter SOURCE, a PEFT folder or an Orbax checkpoint, to OUT."""
     check_dtype(options["dtype"])
     adapter = read(source, to, **options)
@@ -53,11 +52,11 @@ def convert(source: str, out: str, to: str, as_json: bool, **options: Any) -> No
         rank = write_trained(
             out, adapter, options["family"], to, scale=scale, **{k: options[k] for k in names}
         )
-    table = Table("adapter", "modules", "rank", "alpha")
-    table.add_row(Text(out), str(len(adapter.a)), str(rank), f"{rank * scale:g}")
+    table = report.columns("adapter", ">modules", ">rank", ">alpha")
+    table.add_row(Text(report.shorten(out)), str(len(adapter.a)), str(rank), f"{rank * scale:g}")
     payload = {"out": out, "to": to, "modules": len(adapter.a), "rank": rank, "alpha": rank * scale}
-    note = "" if to in ("peft", "gemma") else "make the model with this rank and alpha"
-    say(as_json, payload, table, escape(note))
+    note = None if to in ("peft", "gemma") else "Make the model with this rank and alpha."
+    say(payload, table, note)
 
 
 def read(source: str, to: str, **options: Any) -> Adapter:

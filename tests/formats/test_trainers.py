@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import trainers
@@ -102,6 +103,8 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
     options = ["--family", "qwen", "--head-dim", DIM, "--scale", 2, "--json"]
     status, said, _ = run(capsys, "convert", "peft", "run", "--to", "tunix", *options)
     assert (status, json.loads(said)["rank"], json.loads(said)["alpha"]) == (0, 3, 6.0)
+    schemas = json.loads((Path(__file__).parents[2] / "docs" / "schemas.json").read_text())
+    jsonschema.Draft202012Validator({**schemas, "$ref": "#/$defs/convert"}).validate(json.loads(said))
     assert (Path("run") / "0" / "model_params").is_dir()
     assert run(capsys, "convert", "run", "back", "--family", "qwen", "--base", "org/base")[0] == 0
     back = formats.read_adapter("back")
