@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 COLORS = {"--budget": "#0b5fa5", "calibrated": "#1b8a5a", "refined": "#7a3fa0", "HydraOpt": "#c2410c"}
 OTHERS = "#666666"
+MARKERS = ("s", "D", "^", "v", "P", "X", "*")
 TICKS = (0.015, 0.03, 0.0625, 0.125, 0.25, 0.5)
 
 
@@ -31,10 +32,14 @@ def group_of(row: str) -> str:
 
     >>> group_of("budget 0.03"), group_of("budget 0.03, calibrated"), group_of("HydraOpt K = 16, closed form")
     ('--budget', '--budget, calibrated', 'HydraOpt, closed form')
-    >>> group_of("jd-full")
-    'jd-full'
+    >>> group_of("jd-full"), group_of("SVD rank 4, 4 bits"), group_of("merged, ties")
+    ('jd-full', 'SVD, 4 bits', 'one merged adapter')
     """
     head, _, tail = row.partition(", ")
+    if head == "merged":
+        return "one merged adapter"
+    if head.startswith("SVD rank"):
+        return f"SVD, {tail}"
     if head.startswith("budget "):
         return f"--budget, {tail}" if tail else "--budget"
     return f"HydraOpt, {tail}" if head.startswith("HydraOpt") else row
@@ -46,29 +51,41 @@ def color_of(group: str) -> str:
 
 
 def draw(axes: Axes, points: list[Point], *, gain: bool) -> None:
-    """One panel of scores, or of kept gains: a line per method, its name beside its last point."""
+    """One panel of scores, or of kept gains: the names of lines of color stand at their last points, those of
+    other methods in a legend."""
     groups: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda x: x.share):
         groups.setdefault(group_of(point.row), []).append(point)
+    others = [name for name in groups if color_of(name) == OTHERS]
     for name, mine in groups.items():
         color = color_of(name)
         shares, values = [x.share for x in mine], [x.gain if gain else x.score for x in mine]
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.4, "color": color}
+        if name in others:
+            style |= {"marker": MARKERS[others.index(name) % len(MARKERS)], "linewidth": 0.8, "label": name}
+        if name == "one merged adapter":
+            style["linewidth"] = 0
         if gain:
             axes.plot(shares, values, **style)
         else:
             spread = [[x.score - x.low for x in mine], [x.high - x.score for x in mine]]
             axes.errorbar(shares, values, spread, elinewidth=0.6, capsize=2, **style)
-        left = shares[-1] > 0.2
+        if name in others:
+            continue
+        long = len(mine) > 2 and name.startswith("HydraOpt")
+        at = len(mine) // 2 if long else -1
+        left, above = shares[at] > 0.2, name.endswith("refined")
         axes.annotate(
             name if len(mine) > 1 or not name.startswith("HydraOpt") else mine[0].row,
-            (shares[-1], values[-1]),
-            xytext=(-6 if left else 6, 5),
+            (shares[at], values[at]),
+            xytext=(4 if left else 6, 6 if above else -12),
             textcoords="offset points",
             fontsize=7.5,
             color=color,
             ha="right" if left else "left",
         )
+    if others:
+        axes.legend(fontsize=7, frameon=False, loc="lower right", labelcolor=OTHERS)
 
 
 def plot(panels: dict[str, list[Point]], path: Path) -> None:
