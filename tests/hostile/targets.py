@@ -13,7 +13,7 @@ import numpy as np
 
 from hydraopt_jax import compression, formats, merging, store, synthetic
 from hydraopt_jax.changes import add
-from hydraopt_jax.cli.common import parse_weights
+from hydraopt_jax.cli.common import parse_numbers
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control.budget import parse_budget
@@ -224,7 +224,7 @@ def portable(data: bytes) -> None:
 def options(data: bytes) -> None:
     """Option strings."""
     text = data.decode(errors="replace")
-    for parse in (parse_budget, lambda x: parse_weights([x]), merging.curves.parse):
+    for parse in (parse_budget, lambda x: parse_numbers("--weight", [x]), merging.curves.parse):
         guarded(functools.partial(parse, text))
 
 
