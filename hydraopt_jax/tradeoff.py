@@ -26,7 +26,7 @@ from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.errors_of import relative
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory
-from hydraopt_jax.store import count, files
+from hydraopt_jax.store import count, sizes
 from hydraopt_jax.store.store import task_errors
 
 FRACTIONS = (0.5, 0.25, 0.125, 0.0625, 0.03)
@@ -112,7 +112,7 @@ def separate(collection: Adapters, bits: int) -> Curve:
     """Each adapter's own truncated SVD at ranks 1 to R, one bit width, a scale a vector."""
     rank = max(x.a.shape[3] for x in collection.buckets)
     errors: list[list[np.ndarray]] = [[] for _ in range(rank)]
-    sizes = np.zeros(rank)
+    taken = np.zeros(rank)
     for bucket in collection.buckets:
         deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
         squared = np.asarray(prefix_errors(deltas, *rounded_directions(deltas, bits)))
@@ -123,8 +123,8 @@ def separate(collection: Adapters, bits: int) -> Curve:
             lost = relative(squared[..., kept - 1], energy)
             errors[s].append(np.where(bucket.ranks > 0, lost, np.nan))
             vectors = int(np.minimum(bucket.ranks, s + 1).sum())
-            sizes[s] += fixed_rate.size(vectors, inputs, bits) + fixed_rate.size(vectors, outputs, bits)
-    points = [summary(f"rank {s + 1}", sizes[s], np.concatenate(errors[s])) for s in range(rank)]
+            taken[s] += fixed_rate.size(vectors, inputs, bits) + fixed_rate.size(vectors, outputs, bits)
+    points = [summary(f"rank {s + 1}", taken[s], np.concatenate(errors[s])) for s in range(rank)]
     return Curve(f"separate SVD, {bits} bits", tuple(points))
 
 
@@ -178,7 +178,7 @@ def budgets(
             continue
         finally:
             progress(1)
-        points.append(summary(f"budget {fraction:g}", files.measure_size(kept), kept.errors))
+        points.append(summary(f"budget {fraction:g}", sizes.measure_size(kept), kept.errors))
     return Curve("hydraopt_jax" if share else "hydraopt_jax, nothing shared", tuple(points))
 
 
@@ -189,7 +189,7 @@ def at_errors_of(collection: Sequence[Adapter], other: Curve) -> list[Point]:
     # a store is a little better than it need be
     for error in (errors[0], 1.3 * errors[-1]) if errors else ():
         kept = engine.compress_to_target(in_memory(collection), Options(max_error=error), Memory())
-        points.append(summary(f"error {error:.3g}", files.measure_size(kept), kept.errors))
+        points.append(summary(f"error {error:.3g}", sizes.measure_size(kept), kept.errors))
     return points
 
 

@@ -7,7 +7,7 @@ from hydraopt_jax import changes, forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import errors_of
-from hydraopt_jax.store import files, removal
+from hydraopt_jax.store import removal, sizes
 from hydraopt_jax.store.store import task_errors, tensors_of
 
 MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
@@ -86,10 +86,10 @@ def test_remove_frees_bytes_and_leaves_the_others(made, tmp_path):
     assert all(same(grown, rest, x) for x in rest.tasks)
     back = saved(changes.remove(changes.remove(rest, "t3"), "t2"), tmp_path, "back")
     assert same(made, back, "t0")
-    sizes = [files.measure_size(x) for x in (grown, rest, back)]
+    taken = [sizes.measure_size(x) for x in (grown, rest, back)]
     # what predicts others stays, and its task's name with it
-    assert sizes[1] < sizes[0] + 40
-    assert sizes[0] - sizes[2] > 300
+    assert taken[1] < taken[0] + 40
+    assert taken[0] - taken[2] > 300
     np.testing.assert_allclose(task_errors(back.errors), task_errors(made.errors)[:1], rtol=2e-3, atol=1e-9)
     with pytest.raises(HydraOptError, match="only task"):
         changes.remove(back, "t0")
@@ -118,7 +118,7 @@ def test_a_store_fitted_at_once_is_its_own_refit():
     assert found.task == pytest.approx(np.nanmean(content.errors[:, 2]), rel=0.2)
     assert found.stand_ins == ()
     again = changes.refit(content, many)
-    assert files.measure_size(again) == pytest.approx(files.measure_size(content), rel=0.02)
+    assert sizes.measure_size(again) == pytest.approx(sizes.measure_size(content), rel=0.02)
 
 
 def test_a_refit_that_is_due_is_told():
@@ -133,14 +133,14 @@ def test_a_refit_that_is_due_is_told():
 
 
 def test_like_tasks_cost_less_to_add():
-    sizes = []
+    taken = []
     for likeness in (0.0, 0.9):
         many = collection(likeness, 4)
         content = compress(many[:3], max_error=0.01)
         grown = changes.add(content, many[3])
         assert task_errors(grown.errors)[3] < 0.03
-        sizes.append(sum(map(np.size, grown.segments[-1].leaves.values())))
-    assert sizes[1] < 0.9 * sizes[0]
+        taken.append(sum(map(np.size, grown.segments[-1].leaves.values())))
+    assert taken[1] < 0.9 * taken[0]
 
 
 @pytest.mark.parametrize("form", ["lossless", "two heads, cores"])
@@ -151,7 +151,7 @@ def test_refit_keeps_the_form(form):
     assert again.tasks == grown.tasks
     assert again.report["form"] == grown.report["form"]
     assert np.nanmean(again.errors) < 0.15
-    assert files.measure_size(again) < 1.05 * files.measure_size(grown)
+    assert sizes.measure_size(again) < 1.05 * sizes.measure_size(grown)
     found = changes.estimate_refit(grown, {"t3": many[3]}, "t3")
     assert found.stand_ins == ("t0", "t1", "t2")
 

@@ -10,7 +10,7 @@ import pytest
 from hydraopt_jax import forms, store
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.store import files, folder, portable, segment_data
+from hydraopt_jax.store import folder, portable, segment_data, sizes
 from hydraopt_jax.store.folder import CHUNK as CHUNK_BYTES
 from hydraopt_jax.store.folder import MANIFEST, SEGMENTS
 from hydraopt_jax.store.store import make_segment
@@ -255,7 +255,7 @@ def test_both_containers_hold_the_same(coded, tmp_path):
     assert names[0] == names[1]
     said = portable.read_header(tmp_path / "s.safetensors")[0]
     assert [x["id"] for x in said["segments"]] == names[0]
-    assert files.size_on_disk(tmp_path / "s.safetensors") < files.size_on_disk(tmp_path / "s") + 4000
+    assert sizes.size_on_disk(tmp_path / "s.safetensors") < sizes.size_on_disk(tmp_path / "s") + 4000
 
 
 def test_all_arrays_share_one_cache_of_chunks(plain, tmp_path, cut, monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from hydraopt_jax import changes, formats, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.jobs import headers, job
-from hydraopt_jax.store import files, lossless
+from hydraopt_jax.store import lossless, sizes
 
 KEY = "base_model.model.{}.lora_{}.weight"
 HALF, BRAIN, SINGLE = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -79,7 +79,7 @@ def test_a_command_gives_back_the_very_tensors(capsys, tmp_path, sets, options):
         said = json.loads(said)
         assert said["form"] == "lossless"
         assert said["error"]["worst"] == 0
-        assert said["bytes_after"] == files.size_on_disk(root / "s")
+        assert said["bytes_after"] == sizes.size_on_disk(root / "s")
         factors = sum(
             v.nbytes
             for p in paths
@@ -129,7 +129,7 @@ def test_fp16_takes_little_more_than_its_bytes(capsys, tmp_path):
     )
     assert (status, error) == (0, "")
     size = 2 * 8 * 300
-    assert size < files.size_on_disk(tmp_path / "s") < size + 4000
+    assert size < sizes.size_on_disk(tmp_path / "s") < size + 4000
     assert "as they came: 4,800 bytes of factors, 1.000 of their fp16 bytes" in " ".join(said.split())
 
 

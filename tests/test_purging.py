@@ -14,7 +14,7 @@ from hydraopt_jax.rate_control import engine, errors_of, parts
 from hydraopt_jax.rate_control.metrics import metrics_of
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory
-from hydraopt_jax.store import files, manifest, removal, segment_data
+from hydraopt_jax.store import manifest, removal, segment_data, sizes
 from hydraopt_jax.store.store import task_errors
 
 MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
@@ -274,4 +274,4 @@ def test_options_of_remove_that_do_nothing_are_refused(many, tmp_path, capsys, a
     assert (code, out) == (2, "")
     assert words in err
     assert store.open(tmp_path / "s").tasks == ("legal", "medical")
-    assert files.size_on_disk(tmp_path / "s") > 0
+    assert sizes.size_on_disk(tmp_path / "s") > 0

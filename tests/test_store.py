@@ -11,7 +11,7 @@ from hydraopt_jax import forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError, TooLarge
 from hydraopt_jax.rate_control import errors_of
-from hydraopt_jax.store import files, folder, manifest
+from hydraopt_jax.store import folder, manifest, sizes
 from hydraopt_jax.store.store import tensors_of
 
 FORMS = {
@@ -71,8 +71,8 @@ def test_some_tasks_are_a_store_of_their_own(kept, tmp_path, name):
         assert again.tasks == ("four", "one")
         assert all(same(kept, again, task) for task in again.tasks)
         np.testing.assert_array_equal(again.errors, kept.errors[:, [3, 0]])
-        sizes = [files.size_on_disk(tmp_path / f"{x}-{name}") for x in (path, "whole")]
-        assert sizes[0] <= sizes[1]
+        mine = [sizes.size_on_disk(tmp_path / f"{x}-{name}") for x in (path, "whole")]
+        assert mine[0] <= mine[1]
 
 
 def test_one_task_reads_only_its_leaves(kept, tmp_path, monkeypatch):
@@ -158,10 +158,10 @@ def test_a_store_costs_little_beside_its_factors(tmp_path, name, options):
     made = synthetic.collection(tasks=8, modules=synthetic.transformer_modules(4, 256, 64), rank=8)
     kept = compress(made, **options)
     store.save(tmp_path / name, kept, zstd=False)
-    size = files.size_on_disk(tmp_path / name)
+    size = sizes.size_on_disk(tmp_path / name)
     assert leaf_bytes(kept) <= size <= 1.01 * leaf_bytes(kept) + 4000
     if name == "s":
-        assert size <= files.measure_size(kept, tmp_path / name) <= size + 40
+        assert size <= sizes.measure_size(kept, tmp_path / name) <= size + 40
 
 
 def test_refuses_to_overwrite(small, kept, tmp_path):

@@ -13,7 +13,7 @@ from hydraopt_jax.compression import compress
 from hydraopt_jax.forms import compound
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.rate_control import errors_of
-from hydraopt_jax.store import files, task_factors
+from hydraopt_jax.store import sizes, task_factors
 from hydraopt_jax.store.store import task_errors
 
 MODULES = {"layers.0.q": (192, 128), "layers.1.q": (192, 128)}
@@ -31,7 +31,7 @@ def collection(likeness, seed=0, tasks=3, rank=4):
 
 
 def fraction(kept):
-    return files.measure_size(kept) / (2 * kept.report["entries"])
+    return sizes.measure_size(kept) / (2 * kept.report["entries"])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_store_on_disk_meets_its_budget_and_its_claims(alike, budget, tmp_path):
     kept = compress(alike, budget=budget)
     store.save(tmp_path / "store", kept)
     back = store.open(tmp_path / "store")
-    size = files.size_on_disk(tmp_path / "store")
+    size = sizes.size_on_disk(tmp_path / "store")
     assert 0.96 * budget < size / (2 * kept.report["entries"]) <= budget
     measured = errors_of.measure(back, alike)
     claimed = task_errors(kept.errors)
@@ -59,7 +59,7 @@ def test_error_is_never_below_the_bound_of_its_ranks(alike, share):
 
 def test_budget_in_bytes(alike):
     kept = compress(alike, budget=9000)
-    assert 8500 < files.measure_size(kept) <= 9000
+    assert 8500 < sizes.measure_size(kept) <= 9000
 
 
 def test_one_task_of_a_coded_store_is_the_same_as_all(alike, tmp_path):
@@ -134,7 +134,7 @@ def almost_one(seed, tasks=3):
 def test_never_worse_than_a_compound_form(make, budget):
     many = make(0)
     kept = compress(many, budget=budget)
-    rivals = [error for size, error in compound_rivals(many) if size + BESIDE <= files.measure_size(kept)]
+    rivals = [error for size, error in compound_rivals(many) if size + BESIDE <= sizes.measure_size(kept)]
     assert np.nanmean(kept.errors) <= min(rivals) + 2e-7
 
 
@@ -151,7 +151,7 @@ def test_never_worse_than_a_plain_form(likeness, seed, budget):
     stacked = adapters.stack(many)
     plain = [tradeoff.separate(stacked, bits) for bits in (16, 8, 6, 5, 4, 3)]
     plain += [tradeoff.merged(stacked), tradeoff.hydra(many, [1, 2, 3])]
-    size = files.measure_size(kept)
+    size = sizes.measure_size(kept)
     rivals = [p.mean for curve in plain for p in curve.points if p.bytes + BESIDE <= size]
     assert np.nanmean(kept.errors) <= min(rivals, default=np.inf) + 2e-7
 
@@ -160,8 +160,8 @@ def test_identical_adapters_cost_little_more_than_one():
     one, many = collection(1.0, tasks=1), collection(1.0, tasks=4)
     alone = compress(one, max_error=1e-3)
     together = compress(many, max_error=1e-3)
-    extra = files.measure_size(together) - files.measure_size(alone)
-    assert extra < 0.5 * files.measure_size(alone)
+    extra = sizes.measure_size(together) - sizes.measure_size(alone)
+    assert extra < 0.5 * sizes.measure_size(alone)
 
 
 @pytest.mark.parametrize("target", [0.1, 0.003])
@@ -228,8 +228,8 @@ def test_mixed_ranks_missing_modules_and_zero_deltas(tmp_path):
 def test_order_of_tasks_does_not_matter(alike):
     forward = compress(alike, max_error=0.01)
     backward = compress(alike[::-1], max_error=0.01)
-    sizes = [files.measure_size(x) for x in (forward, backward)]
-    assert abs(sizes[0] - sizes[1]) < 0.03 * sizes[0]
+    taken = [sizes.measure_size(x) for x in (forward, backward)]
+    assert abs(taken[0] - taken[1]) < 0.03 * taken[0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.formats.peft_collection import collection, open_adapter
 from hydraopt_jax.jobs import job
 from hydraopt_jax.rate_control import carried, engine
-from hydraopt_jax.store import files, tensors
+from hydraopt_jax.store import sizes, tensors
 from hydraopt_jax.store.store import tensors_of
 
 MODULES = {f"layer.{n}.q": (192, 192) for n in range(3)}
@@ -39,7 +39,7 @@ def headed():
 
 
 def account(path):
-    return files.account(path, store.open(path))
+    return sizes.account(path, store.open(path))
 
 
 def fraction(path, content):
@@ -89,7 +89,7 @@ def test_a_fraction_is_of_the_factors_whatever_the_heads(headed, tmp_path, make)
     parts = account(tmp_path / "s")
     raw = sum(x.nbytes for a in headed for x in a.extras.values())
     assert 0.75 * raw < parts.heads < 0.9 * raw
-    assert sum(parts) == files.size_on_disk(tmp_path / "s")
+    assert sum(parts) == sizes.size_on_disk(tmp_path / "s")
     back = store.open(tmp_path / "s")
     for x in headed:
         assert {k: (v.dtype, v.tobytes()) for k, v in tensors_of(back, x.task).items()} == {

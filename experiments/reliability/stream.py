@@ -18,7 +18,7 @@ from hydraopt_jax import adapters, changes, formats
 from hydraopt_jax.compression import compress
 from hydraopt_jax.demo import assets
 from hydraopt_jax.merging import curves
-from hydraopt_jax.store import Store, files
+from hydraopt_jax.store import Store, sizes
 
 TASKS, FIRST, ERROR = 12, 4, 0.01
 ORDERS = 3
@@ -49,7 +49,7 @@ def main() -> None:
         order = np.random.default_rng(seed).permutation(len(many))
         arrived = [many[k] for k in order]
         content, seconds = stream(arrived)
-        size = files.measure_size(content)
+        size = sizes.measure_size(content)
         found = changes.estimate_refit(content, {x.task: x for x in many})
         whole = compress(arrived, budget=size)
         curve = curves.curves_of(adapters.stack(arrived), ["k-merge"])[0]

@@ -28,7 +28,7 @@ from hydraopt_jax.jobs import estimate, job
 from hydraopt_jax.rate_control import parts
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Progress
-from hydraopt_jax.store import files
+from hydraopt_jax.store import sizes
 
 FORM = Hydra(rank=16)
 
@@ -74,7 +74,7 @@ def main() -> None:
         start = time.perf_counter(), time.process_time()
         content = job.run(out, found, compress, asked, progress=progress)
         total, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-        highest, size = peak(), files.size_on_disk(out)
+        highest, size = peak(), sizes.size_on_disk(out)
         assert content is not None
         errors = content.errors
     result = {

@@ -33,7 +33,7 @@ from experiments.peers.measure import watched
 from experiments.scale import generated
 from hydraopt_jax import calibration, formats, store
 from hydraopt_jax.codec import lanes
-from hydraopt_jax.store import files
+from hydraopt_jax.store import sizes
 
 HERE = Path(__file__).parent
 OUT = HERE / "results.json"
@@ -166,7 +166,7 @@ def decode(spare: Path, options: argparse.Namespace) -> Rows:
     at = spare / ("few" if whole == few else "whole")
     if whole != few:
         command(*compressing([whole], at))
-    small, large = len(fp16_bytes(whole)), files.size_on_disk(at)
+    small, large = len(fp16_bytes(whole)), sizes.size_on_disk(at)
     text = "from hydraopt_jax import store; s = store.open({!r}); {}"
     opened, decoded = (
         command(sys.executable, "-c", text.format(str(at), x), runs=2)

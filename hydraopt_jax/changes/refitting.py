@@ -12,7 +12,7 @@ from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory
-from hydraopt_jax.store import files, lossless
+from hydraopt_jax.store import lossless, sizes
 from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.store import Store, task_errors, task_index, tensors_of
 
@@ -97,7 +97,7 @@ def estimate_refit(
         bare = [x.replace(extras={}) for x in collection]
         heads = sum(tensors_of(store, t).nbytes for t in store.tasks)
         options = options_of(store)._replace(
-            budget=files.measure_size(store) - heads,
+            budget=sizes.measure_size(store) - heads,
             max_error=None,
             max_task_error=None,
             calibration=calibration,

@@ -16,7 +16,7 @@ from hydraopt_jax.cli.output import clean, output_options, say
 from hydraopt_jax.cli.tables import calibration_notes, held_notes, sentence
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
-from hydraopt_jax.store import Store, files, removal, task_index
+from hydraopt_jax.store import Store, removal, sizes, task_index
 from hydraopt_jax.store.store import task_errors
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
         "store": str(path),
         "tasks": list(content.tasks),
         "bytes_before": before,
-        "bytes_after": files.size_on_disk(path),
+        "bytes_after": sizes.size_on_disk(path),
         "bytes_held": sum(x.bytes for x in held),
         "held": [x._asdict() for x in held],
         "uncalibrated": list(content.report.get("uncalibrated", ())),
@@ -145,7 +145,7 @@ def add(
     content = store.open(path)
     moments = moments_of(content, path, given["calibration"])
     new, *originals = read_all([adapter, *known], any_base, base_suffix)
-    before = files.size_on_disk(path)
+    before = sizes.size_on_disk(path)
     found: list[Refit] = []
 
     def change(content: Store) -> Store:
@@ -197,7 +197,7 @@ def remove(
     content = store.open(path)
     moments = moments_of(content, path, given["calibration"])
     originals = read_all(known, True, ()) if known else []
-    before = files.size_on_disk(path)
+    before = sizes.size_on_disk(path)
     found: list[Refit] = []
     again: list[str] = []
 

@@ -33,7 +33,7 @@ from hydraopt_jax.jobs import estimate, headers, hosts, job, progress
 from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
 from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.reading import locate
-from hydraopt_jax.store import Store, files
+from hydraopt_jax.store import Store, files, sizes
 from hydraopt_jax.store.folder import JOB
 from hydraopt_jax.store.tensors import check_dtype
 
@@ -291,7 +291,7 @@ def refined(
         store, found = refinement.refine(
             store, collection, calibration=moments, steps=steps, progress=lambda loss: advance(1)
         )
-    before = sum(files.size_on_disk(x.source) for x in collection)
+    before = sum(sizes.size_on_disk(x.source) for x in collection)
     limit = None if given["force"] else before
     files.save(path, store, overwrite=given["overwrite"], zstd=not given["no_zstd"], limit=limit)
     gained = {"refinement": clean({"before": found.before, "after": found.after, "steps": steps})}
@@ -311,8 +311,8 @@ def shown_store(
     notes: Sequence[str] = (),
 ) -> Callable[[], None]:
     """What prints a store that was just written; the last line says it all."""
-    after = files.size_on_disk(path)
-    parts = files.account(path, store)._asdict()
+    after = sizes.size_on_disk(path)
+    parts = sizes.account(path, store)._asdict()
     payload = describe(given["out"], store) | dict(gained or {})
     payload |= {
         "bytes_before": before,

@@ -27,7 +27,7 @@ from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import server, write_adapter
 from hydraopt_jax.formats.adapter_folder import folder_name
-from hydraopt_jax.store import files, portable, removal
+from hydraopt_jax.store import files, portable, removal, sizes
 from hydraopt_jax.store.decoding import decode_all
 from hydraopt_jax.store.store import task_errors, tensors_of
 from hydraopt_jax.store.tensors import check_dtype
@@ -44,12 +44,12 @@ def inspect(path: str, recipe: str | None) -> None:
     content = store.open(path)
     if recipe is not None:
         provenance.write_recipe(recipe, provenance.recipe_of(content))
-    own = files.task_bytes(content)
+    own = sizes.task_bytes(content)
     rows = [
         {"tasks": names_of(x), "leaves": {k: size_of(v) for k, v in x.leaves.items()}}
         for x in content.segments
     ]
-    size, parts = files.size_on_disk(path), files.account(path, content)._asdict()
+    size, parts = sizes.size_on_disk(path), sizes.account(path, content)._asdict()
     held, kinds = removal.held(content), kinds_of(content)
     payload = describe(path, content) | {"leaves": rows, "bytes": size, "bytes_of": parts}
     payload |= {"task_bytes": own, "kinds": kinds, "held": [x._asdict() for x in held]}
@@ -87,7 +87,7 @@ def tasks_table(content: store.Store, own: Mapping[str, int]) -> Table:
     if len(chosen) < len(content.tasks):
         table.add_row(f"and {len(content.tasks) - len(chosen)} others")
     table.add_section()
-    table.add_row("shared by several tasks", report.format_bytes(files.shared_bytes(content)))
+    table.add_row("shared by several tasks", report.format_bytes(sizes.shared_bytes(content)))
     table.add_row("mean", "", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
     return table
 
@@ -300,7 +300,7 @@ def unpack(path: str, folder: str, overwrite: bool) -> None:
 def copy(path: str, out: str, overwrite: bool) -> None:
     """Write a store somewhere else, as a folder or a file by its name."""
     store.save(out, store.open(path), overwrite=overwrite)
-    before, after = files.size_on_disk(path), files.size_on_disk(out)
-    sizes = f"{report.format_bytes(before)}, and {out}, {report.format_bytes(after)}"
+    before, after = sizes.size_on_disk(path), sizes.size_on_disk(out)
+    said = f"{report.format_bytes(before)}, and {out}, {report.format_bytes(after)}"
     payload = {"store": str(out), "bytes_before": before, "bytes_after": after}
-    say(payload, f"The same store is in {path}, {sizes}")
+    say(payload, f"The same store is in {path}, {said}")

@@ -63,7 +63,7 @@ def errors_of(content: Store, errors: np.ndarray) -> dict[str, Any]:
 
 
 def bytes_table(parts: Mapping[str, int], content: Store) -> Table:
-    """What takes the bytes of a store, see `files.account`."""
+    """What takes the bytes of a store, see `sizes.account`."""
     table = report.columns("bytes on disk", ">", ">of the factors in fp16")
     whole = 2 * max(content.report["entries"], 1)
     names = {

@@ -13,7 +13,7 @@ from hydraopt_jax import network, remote
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.peft_config import base_name, same_base
 from hydraopt_jax.integrations import model_card
-from hydraopt_jax.store import Store, files, portable, removal
+from hydraopt_jax.store import Store, files, portable, removal, sizes
 
 CARD = "README.md"
 
@@ -207,4 +207,4 @@ def pull(
         check_base(address.label, content, base)
     pinned = address._replace(revision=source.version)
     files.save(path, content, overwrite=overwrite)
-    return Pulled(pinned.text, source.version, str(path), content.tasks, files.size_on_disk(path))
+    return Pulled(pinned.text, source.version, str(path), content.tasks, sizes.size_on_disk(path))

@@ -47,7 +47,7 @@ from hydraopt_jax.rate_control.segments import (
 )
 from hydraopt_jax.rate_control.work import Memory, Place, Processes, Progress
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import files, lossless, plain, tensors
+from hydraopt_jax.store import lossless, plain, sizes, tensors
 from hydraopt_jax.store.store import Segment, Store, make_segment, task_errors
 from hydraopt_jax.store.tensors import Tensors
 
@@ -111,7 +111,7 @@ def compress_to_target(
     goal = search.target_of(found, options, size, len(parts))
     if keeps_all or (goal.sign < 0 and search.least_lossless(found) <= goal.limit):
         kept = as_they_are(found, options, heads, carried, said)
-        if keeps_all or files.measure_size(kept, place.path) <= goal.limit + size:
+        if keeps_all or sizes.measure_size(kept, place.path) <= goal.limit + size:
             return kept
     analyses = {} if cache is None else cache
     run = Run(found, options, parts, place, progress, processes, analyses, {}, carried)

@@ -22,7 +22,7 @@ from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.search import Pass, Target
 from hydraopt_jax.rate_control.work import Place, Processes, Progress
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import files
+from hydraopt_jax.store import sizes
 from hydraopt_jax.store.store import Segment, Store, make_segment
 from hydraopt_jax.store.tensors import Tensors
 
@@ -181,7 +181,7 @@ def pass_of(step: float, store: Store, goal: Target, place: Place) -> Pass:
         errors = store.errors if store.output_errors is None else store.output_errors
         found = search.value(errors, goal.worst)
         return Pass(step, float(np.log(max(found, 1e-30) / goal.limit)), found)
-    size = files.measure_size(store, place.path) - goal.heads
+    size = sizes.measure_size(store, place.path) - goal.heads
     codes = sum(
         size_of(v) for x in store.segments for k, v in x.leaves.items() if k.startswith(FACTOR_LEAVES)
     )

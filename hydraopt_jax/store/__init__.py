@@ -6,10 +6,12 @@
 - `tensors`: full tensors beside the factors.
 - `segment_data`, `manifest`, `checks`: bytes and JSON, written, read and not believed blindly.
 - `folder`, `portable`: a folder of Orbax checkpoints, one safetensors file; `files`: either, by its name.
+- `sizes`: what a store takes on disk, and what of it is whose.
 """
 
 from hydraopt_jax.store.decoding import decode, decode_terms, task_factors
-from hydraopt_jax.store.files import open, save, size_on_disk, update, verify
+from hydraopt_jax.store.files import open, save, update, verify
+from hydraopt_jax.store.sizes import size_on_disk
 from hydraopt_jax.store.store import (
     Reference,
     Segment,

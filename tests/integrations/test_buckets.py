@@ -13,7 +13,7 @@ from commands import run
 import hydraopt_jax as hydra
 from hydraopt_jax import buckets, formats, synthetic
 from hydraopt_jax.integrations import TaskFolders
-from hydraopt_jax.store import bucket, files
+from hydraopt_jax.store import bucket, files, sizes
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 NAMES = ("store", "store.safetensors")
@@ -118,7 +118,7 @@ def test_one_task_fetches_its_bytes_and_no_other(place, tmp_path):
     )
     at, server = f"{place[0]}/store.safetensors", place[1]
     hydra.save(at, kept)
-    whole = files.size_on_disk(at)
+    whole = sizes.size_on_disk(at)
     assert whole == len(buckets.read(at).data)
     server.log.clear()
     found = hydra.open(at)

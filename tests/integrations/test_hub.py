@@ -14,7 +14,7 @@ from hub_server import ROUTES, FileHandler, Hub, HubHandler, running
 
 from hydraopt_jax import changes, compression, formats, remote, store, synthetic
 from hydraopt_jax.integrations.model_card import BEGIN, bytes_of_tasks
-from hydraopt_jax.store import files
+from hydraopt_jax.store import sizes
 
 pytest.importorskip("huggingface_hub")
 TOKEN = "hf_secretSecretSecret"
@@ -207,7 +207,7 @@ def test_one_task_is_read_by_ranges(server, kept, ok, tmp_path, pushed):
     assert all((found.a[m] == store.decode(content, "four").a[m]).all() for m in found.a)
     # segments' own headers and digests are a small part
     assert server.kept.sent <= 1.05 * (8 + length + bytes_of_tasks(content)["four"]) + 4096
-    assert server.kept.sent < files.size_on_disk(kept / "s.safetensors")
+    assert server.kept.sent < sizes.size_on_disk(kept / "s.safetensors")
     # the token is the hub's only, not the host's that keeps its files
     secret = lambda headers: f"Bearer {TOKEN}" in headers.values()  # noqa: E731
     assert all(secret(headers) for *_, headers, _ in server.log)
@@ -221,7 +221,7 @@ def test_one_task_is_pulled_alone(server, kept, ok, tmp_path, pushed):
     ok("pull", "org/name", tmp_path / "some.safetensors", "--task", "four", "--base", "base-1b")
     assert store.open(tmp_path / "some.safetensors").tasks == ("four",)
     assert same(tmp_path / "some.safetensors", kept / "s")
-    assert server.kept.sent < files.size_on_disk(kept / "s.safetensors")
+    assert server.kept.sent < sizes.size_on_disk(kept / "s.safetensors")
     assert store.verify(tmp_path / "some.safetensors") > 0
 
 

@@ -11,7 +11,7 @@ from hydraopt_jax.factors import Factors
 from hydraopt_jax.formats import read_adapter
 from hydraopt_jax.integrations import TaskFolders
 from hydraopt_jax.integrations.model_card import bytes_of_tasks
-from hydraopt_jax.store import files, portable
+from hydraopt_jax.store import files, portable, sizes
 
 pytest.importorskip("huggingface_hub")
 
@@ -93,7 +93,7 @@ def test_a_task_costs_its_leaves_and_those_that_predict_it(server, predicted, tm
 
 def test_what_verbs_that_read_ask_for(server, predicted, tmp_path):
     address, data = served(server, predicted, tmp_path)
-    assert files.size_on_disk(address) == len(data)
+    assert sizes.size_on_disk(address) == len(data)
     assert store.verify(address) == store.verify(tmp_path / "s.safetensors")
     assert store.open(address).load().tasks == predicted.tasks
     store.save(tmp_path / "copy.safetensors", store.open(address))

@@ -16,7 +16,7 @@ from hydraopt_jax.formats import peft_collection
 from hydraopt_jax.rate_control import engine, errors_of, parts, search
 from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.rate_control.work import Processes, Progress
-from hydraopt_jax.store import files, folder, removal, task_factors
+from hydraopt_jax.store import folder, removal, sizes, task_factors
 from hydraopt_jax.store.store import task_errors
 
 MODULES = {f"layers.{n}.{p}": (192, o) for n in range(2) for p, o in (("q", 192), ("up", 256))}
@@ -221,7 +221,7 @@ def test_tasks_come_and_go_and_the_others_stay_bit_for_bit(given, kept, tmp_path
     error = errors_of.measure(back, [read[1]])[read[1].task]
     assert error == pytest.approx(np.nanmean(back.errors[:, -1]), rel=2e-3)
     assert error < 2 * np.nanmean(whole.errors[:, 1])
-    assert files.measure_size(fewer) < files.measure_size(whole)
+    assert sizes.measure_size(fewer) < sizes.measure_size(whole)
 
 
 @pytest.mark.parametrize(
