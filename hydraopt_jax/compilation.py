@@ -33,7 +33,7 @@ def keep(folder: str | os.PathLike[str] | None = None) -> Path | None:
     # read when JAX is imported, which a verb may never do
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(path)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(LEAST)
-    if "jax" in sys.modules:
+    if sys.modules.get("jax") is not None:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", str(path))

@@ -130,7 +130,7 @@ def test_fp16_takes_little_more_than_its_bytes(capsys, tmp_path):
     assert (status, error) == (0, "")
     size = 2 * 8 * 300
     assert size < sizes.size_on_disk(tmp_path / "s") < size + 4000
-    assert "as they came: 4,800 bytes of factors, 1.000 of their fp16 bytes" in " ".join(said.split())
+    assert "bit for bit as they came: 4.80 kB, 100% of their fp16 bytes" in " ".join(said.split())
 
 
 def test_the_large_path_writes_the_same_store(tmp_path):

@@ -251,8 +251,8 @@ def test_commands_say_what_is_left_and_are_rid_of_it(many, tmp_path, capsys):
     originals = [f"{others[0]}={moved}", folders[NAMES.index(others[1])]]
     code, words, _ = run(capsys, "verify", out, *originals)
     assert code == 0
-    assert "claimed at most" in " ".join(words.split())
-    assert "at most" in run(capsys, "inspect", out)[1]
+    assert "at most" in " ".join(words.split())
+    assert "<= " in run(capsys, "inspect", out)[1]
     wrong = many[NAMES.index(others[0])]
     formats.write_adapter(tmp_path / "wrong", wrong.replace(b={k: 2 * v for k, v in wrong.b.items()}))
     assert run(capsys, "verify", out, f"{others[0]}={tmp_path / 'wrong'}")[0] == 1

@@ -142,7 +142,7 @@ WAYS = {
     "from the face": "from hydraopt_jax import formats; x = formats.peft.Adapter('x', {}, {})",
     "synthetic": "from hydraopt_jax.synthetic import collection; x = collection(tasks=1)[0]",
     "compression": "from hydraopt_jax.compression import Adapter; x = Adapter('x', {}, {})",
-    "serving": "from hydraopt_jax.serving.apply import Store; x = Store((), (), (), {})",
+    "serving": "from hydraopt_jax.serving.loading import Store; x = Store((), (), (), {})",
 }
 
 

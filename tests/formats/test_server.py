@@ -129,7 +129,7 @@ def test_the_command_says_what_was_cut(kept, tmp_path, capsys):
     assert payload["cut"]["one"]["modules"] == 1
     assert 0 < payload["cut"]["one"]["mean"] == payload["cut"]["one"]["worst"] < 1
     status, said, _ = run(capsys, *asked, "--overwrite")
-    assert "one: 1 modules were cut" in " ".join(said.split())
+    assert "one: 1 modules were truncated" in " ".join(said.split())
     status, said, _ = run(
         capsys, "export", kept, "--task", "two", "--rank", "8", "--pad", "--out", tmp_path / "p"
     )

@@ -77,8 +77,8 @@ def done(out):
     ("array_bytes", "module", "name", "count", "kept"),
     [
         (folder.ARRAY_BYTES, place, "write_json", 2, 0),
-        (folder.ARRAY_BYTES, place, "write_json", 4, 1),
         (folder.ARRAY_BYTES, place, "write_json", 5, 1),
+        (folder.ARRAY_BYTES, place, "write_json", 6, 1),
         (folder.ARRAY_BYTES, folder, "write_segment", 4, 3),
         (folder.ARRAY_BYTES, folder, "write_manifest", 1, 3),
         (500, ocp.partial, "save", 2, 0),
@@ -122,7 +122,7 @@ def test_a_job_killed_after_its_manifest_leaves_a_whole_store(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "count"), [(place, "write_json", 4), (folder, "write_manifest", 1)]
+    ("module", "name", "count"), [(place, "write_json", 5), (folder, "write_manifest", 1)]
 )
 def test_a_store_that_is_there_stays_whole_until_its_successor_is(job, tmp_path, module, name, count):
     out = tmp_path / "store"
@@ -143,7 +143,7 @@ def test_a_store_that_is_there_stays_whole_until_its_successor_is(job, tmp_path,
 def test_sigterm_ends_a_job_with_a_message(job, tmp_path):
     ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     out = tmp_path / "store"
-    with before(place, "write_json", 6, lambda: signal.raise_signal(signal.SIGTERM)):
+    with before(place, "write_json", 7, lambda: signal.raise_signal(signal.SIGTERM)):
         code, said, err = job(out, "--json")
     assert signal.signal(signal.SIGTERM, ignored) == signal.SIG_IGN
     assert (code, said) == (143, "")
@@ -171,7 +171,7 @@ def test_an_unfinished_overwrite_does_not_ask_to_delete_the_store(job, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "count", "kept"), [(place, "write_json", 4, 1), (folder, "write_manifest", 1, 3)]
+    ("module", "name", "count", "kept"), [(place, "write_json", 5, 1), (folder, "write_manifest", 1, 3)]
 )
 def test_a_full_disk_is_one_clear_line_and_keeps_what_is_done(job, tmp_path, module, name, count, kept):
     out = tmp_path / "store"
