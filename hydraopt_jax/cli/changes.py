@@ -16,7 +16,7 @@ from hydraopt_jax.cli.output import clean, output_options, say
 from hydraopt_jax.cli.tables import calibration_notes, held_notes, sentence
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
-from hydraopt_jax.store import Store, removal, sizes, task_index
+from hydraopt_jax.store import Store, files, removal, sizes, task_index
 from hydraopt_jax.store.store import task_errors
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def add(
 
     --refit fits all tasks again, which may lower the errors; --estimate prints by how much and takes as long.
     """
+    files.located(path)
     content = store.open(path)
     moments = moments_of(content, path, given["calibration"])
     new, *originals = read_all([adapter, *known], any_base, base_suffix)
@@ -194,6 +195,7 @@ def remove(
         raise HydraOptError(
             "--calibration: only --purge, --refit and --estimate code anything with it; leave it out"
         )
+    files.located(path)
     content = store.open(path)
     moments = moments_of(content, path, given["calibration"])
     originals = read_all(known, True, ()) if known else []
