@@ -42,7 +42,7 @@ def fresh(server):
 
 
 @pytest.fixture
-def environment(server, tmp_path):
+def of_the_hub(server, tmp_path):
     """That of a process which takes the server for the hub."""
     known = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS"))}
     return known | {
@@ -55,9 +55,9 @@ def environment(server, tmp_path):
 
 
 @pytest.fixture
-def run(environment, tmp_path):
+def run(of_the_hub, tmp_path):
     """The command: `run(arguments, **environment)` gives exit status, output and errors."""
-    known = environment
+    known = of_the_hub
 
     def call(*arguments, poison=POISON, **environment):
         code = f"{poison}from hydraopt_jax.cli import main\nmain({[str(x) for x in arguments]!r})\n"
@@ -377,7 +377,7 @@ resolver.close()
 """
 
 
-def test_vllm_serves_tasks_of_a_store_on_the_hub(server, environment, tmp_path):
+def test_vllm_serves_tasks_of_a_store_on_the_hub(server, of_the_hub, tmp_path):
     """HYDRAOPT_STORE=hf:ORG/NAME: a request fetches its task alone; an unknown one is a line in the log."""
     tasks = [f"task {n}" for n in range(200)]
     content = served.make(tasks)
@@ -385,7 +385,7 @@ def test_vllm_serves_tasks_of_a_store_on_the_hub(server, environment, tmp_path):
     data = (tmp_path / "s.safetensors").read_bytes()
     server.commit("org/name", {"store.safetensors": data})
     here = Path(__file__).parent
-    environment |= {
+    environment = of_the_hub | {
         "HYDRAOPT_STORE": "hf:org/name",
         "HYDRAOPT_CACHE": str(tmp_path / "tasks"),
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parents[1])]),
