@@ -6,7 +6,7 @@ import pytest
 import hydraopt_jax as hydra
 from hydraopt_jax import HydraOptError, formats, store
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.store.files import measure_size
+from hydraopt_jax.store.sizes import measure_size
 
 
 def one(task="one", shape=(48, 32), rank=3, size=1.0, seed=0, dtype="float32"):

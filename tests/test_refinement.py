@@ -8,7 +8,7 @@ import pytest
 import hydraopt_jax as hydra
 from hydraopt_jax import HydraOptError, refinement, synthetic
 from hydraopt_jax.store import decode_terms
-from hydraopt_jax.store.files import measure_size
+from hydraopt_jax.store.sizes import measure_size
 
 NAMES = ["one", "two", "three"]
 MODULES = ["k", "o", "q", "v"]
