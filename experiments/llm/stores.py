@@ -26,7 +26,8 @@ from hydraopt_jax.compression import compress
 from hydraopt_jax.explicit import fitting
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.merging import compressors, curves
+from hydraopt_jax.merging import collection as merged_collection
+from hydraopt_jax.merging import compressors
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory
@@ -259,7 +260,7 @@ def _merged(collection: Sequence[Adapter], name: str, folder: Path) -> Row:
     """One adapter for all tasks, at the scale of least weight error, see `SCALES`."""
     stacked = adapters.stack(collection)
     found = merging.merge_stacked(stacked, name)
-    scale = np.float32(curves.best_scale(stacked, found))
+    scale = np.float32(merged_collection.scale_of(merged_collection.modules_of(stacked), found)[0])
     pairs = {
         module: (np.asarray(a, np.float16), np.asarray(scale * b, np.float16))
         for module, (a, b) in found.items()

@@ -23,7 +23,7 @@ from hydraopt_jax.demo.model import Base, forward
 from hydraopt_jax.demo.outputs import Sequences
 from hydraopt_jax.explicit import fitting
 from hydraopt_jax.forms import Factors, Gradient, Hydra
-from hydraopt_jax.merging import curves
+from hydraopt_jax.merging import collection as merged_collection
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.errors_of import error_table
 from hydraopt_jax.rate_control.options import Options
@@ -160,10 +160,10 @@ def merged(setting: Setting, settings: Refining) -> dict[str, Maker]:
 def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store:
     """One adapter for all tasks, at the best of a few scales on dev items.
 
-    Scales are multiples of the one of least weight error, see `merging.curves.best_scale`.
+    Scales are multiples of the one of least weight error, see `merging.collection.scale_of`.
     """
     found = merging.merge_stacked(stacked, method, seed=seed)
-    least = curves.best_scale(stacked, found)
+    least, _ = merged_collection.scale_of(merged_collection.modules_of(stacked), found)
     everywhere = np.zeros(len(stacked.tasks), np.int32)
     tries = []
     for scale in SCALES:

@@ -10,8 +10,8 @@ from hydraopt_jax import provenance
 
 HELP = "take adapters and options from this .json or .yaml file, see inspect --recipe"
 # what a recipe does not hold: where to write, what to print, who takes part
-BESIDE = {
-    *(
+BESIDE = frozenset(
+    [
         "adapters",
         "out",
         "recipe",
@@ -26,9 +26,11 @@ BESIDE = {
         "quiet",
         "verbose",
         "help",
-    ),
-    *("coordinator", "processes", "process_id"),
-}
+        "coordinator",
+        "processes",
+        "process_id",
+    ]
+)
 
 
 def names_of(command: click.Command) -> list[str]:

@@ -102,6 +102,6 @@ def split_gains(
     Raises:
       Damaged: bytes that no encoder writes.
     """
-    sums = [x[x > 0] for x in syntax.direction_contexts(shapes, rows, contexts, task).values()]
+    sums = syntax.gain_contexts(shapes, rows, contexts, task)
     found = syntax.unpack_gains(data, syntax.join(sums, np.int64))
     return np.split(found, np.cumsum([len(x) for x in sums])[:-1]) if sums else []

@@ -266,9 +266,7 @@ def module_bits(coded: Coded) -> np.ndarray:
         out[position[row.module]] += each[syntax.code_contexts([row], [context], [offset])].sum()
         out[position[row.module]] += 4 * np.count_nonzero(context) + 2 * np.count_nonzero(offset)
         if found is not None:
-            energy = 4**prediction.UNIT * (found.coefficients[:, found.used].astype(np.float64) ** 2).sum(0)
-            bits = prediction.coefficient_bits(energy, np.array(len(found.coefficients)))
-            out[position[row.module]] += bits.sum()
+            out[position[row.module]] += prediction.spent(found.coefficients[:, found.used]).sum()
     return out
 
 
@@ -290,8 +288,8 @@ def sides(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> dict[str, 
 
 def packed_gains(coded: Coded, task: int, gains: Sequence[np.ndarray]) -> bytes:
     """The bytes of a task's gains."""
-    sums = syntax.direction_contexts(coded.shapes, coded.pieces, coded.contexts, task).values()
-    return syntax.pack_gains(join(gains, np.float32), join([x[x > 0] for x in sums], np.int64))
+    sums = syntax.gain_contexts(coded.shapes, coded.pieces, coded.contexts, task)
+    return syntax.pack_gains(join(gains, np.float32), join(sums, np.int64))
 
 
 def serialize(

@@ -91,6 +91,12 @@ def coefficient_bits(energy: np.ndarray, count: np.ndarray) -> np.ndarray:
     return count * each + VECTOR_BITS
 
 
+def spent(coefficients: np.ndarray) -> np.ndarray:
+    """Bits of the coefficients `[D, S]` of each vector, and of the vector, `[S]`."""
+    energy = 4**UNIT * (coefficients.astype(np.float64) ** 2).sum(0)
+    return coefficient_bits(energy, np.array(len(coefficients)))
+
+
 def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np.ndarray, float]:
     """Least-squares prediction of vectors from a decoded base, where it saves more bits than it costs.
 
@@ -112,8 +118,7 @@ def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np
         return nothing
     guess = weigh(base, rounded)
     before, after = (target**2).mean(0), ((target - guess) ** 2).mean(0)
-    spent = coefficient_bits(4**UNIT * (rounded.astype(np.float64) ** 2).sum(0), np.array(len(gram)))
-    saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent
+    saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent(rounded)
     used = (saved > 0) & target.any(0)
     if not used.any():
         return nothing

@@ -88,6 +88,16 @@ def direction_contexts(
     return out
 
 
+def gain_contexts(
+    shapes: Mapping[str, tuple[TermShape, ...]],
+    rows: Sequence[Piece],
+    contexts: Sequence[np.ndarray],
+    task: int,
+) -> list[np.ndarray]:
+    """`direction_contexts` of the directions that a task has a gain for, term by term."""
+    return [x[x > 0] for x in direction_contexts(shapes, rows, contexts, task).values()]
+
+
 def live_directions(
     shapes: Mapping[str, tuple[TermShape, ...]],
     rows: Sequence[Piece],

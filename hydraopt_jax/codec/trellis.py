@@ -1,8 +1,8 @@
 """Dependent quantization: a 32-state trellis over two interleaved scalar quantizers.
 
 Quantizer Q0 reconstructs `2 k`, Q1 `sign(k) (2 |k| - 1)` (0 for k = 0), in steps; the parity of k drives the
-state, and the state says which quantizer is next. The union is a denser packing than either: about 1.15 dB
-less error than a scalar quantizer at the same rate. The Viterbi algorithm picks the codes of least
+state, and the state says which quantizer is next. The union is a denser packing than either, with more
+than 1 dB less error than a scalar quantizer at the same rate. The Viterbi algorithm picks the codes of least
 `error + multiplier * bits`.
 
 The quantizers follow from the parities p by Ungerboeck's code with the parity check polynomials (45, 10), in

@@ -264,19 +264,43 @@ def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:
 
 
 @jax.jit
-def projections(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array) -> tuple[Any, Any, Any]:
-    """`<delta_t, M>`, `||M||^2` and `||delta_t||^2`, `[T]` each, of one adapter `M` for all tasks."""
-    tasks = a.shape[0]
-    left, right = (jnp.broadcast_to(x, (tasks, *x.shape)) for x in (left, right))
-    inner = decompose.inner
-    return inner(a, b, left, right), inner(left, right, left, right), inner(a, b, a, b)
+def products(
+    a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`<delta_t, merged>`, `||delta_t||^2`, both `[T]`, and `||merged||^2`."""
+    return (
+        decompose.inner(a, b, left, right),
+        decompose.inner(a, b, a, b),
+        decompose.inner(left, right, left, right),
+    )
+
+
+def scale_of(modules: Iterable[Module], found: Mapping[str, tuple[Any, Any]]) -> tuple[float, float]:
+    """The factor on one merged adapter that makes its mean relative squared error least, and that error.
+
+    The papers tune a scale of the merged adapter on data. Here it has a closed form: the error of a task's
+    module is `||delta - s M||^2 / ||delta||^2 = 1 - 2 s p + s^2 q`, whose mean over modules and tasks is
+    least at `s = mean(p) / mean(q)`.
+
+    Args:
+      modules: of the collection, see `stream` and `modules_of`.
+      found: module -> the merged adapter's `(a: [I, S], b: [S, O])`.
+    """
+    p = q = 0.0
+    count = 0
+    for module, a, b, _ in modules:
+        cross, energy, own = (np.asarray(x, np.float64) for x in products(a, b, *found[module]))
+        inverse = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
+        p += float((cross * inverse).sum())
+        q += float((own * inverse).sum())
+        count += int(np.count_nonzero(energy > 0))
+    if not q > 0:
+        return 1.0, 1.0
+    return p / q, max(1.0 - p * p / (q * count), 0.0)
 
 
 def best_scale(collection: Sequence[Adapter], merged: Adapter) -> tuple[float, float]:
-    """The factor of a merged adapter that gives the least mean error, and that error.
-
-    The error of a task's module is `||delta_t - s M||^2 / ||delta_t||^2 = 1 - 2 s p + s^2 q`: its mean over
-    modules and tasks is least at `s = mean(p) / mean(q)`.
+    """`scale_of` a merged adapter for the adapters of a collection.
 
     >>> from hydraopt_jax import synthetic
     >>> given = synthetic.collection(tasks=1)
@@ -284,14 +308,5 @@ def best_scale(collection: Sequence[Adapter], merged: Adapter) -> tuple[float, f
     >>> round(scale, 4), round(error, 4)
     (0.25, 0.0)
     """
-    p, q = [], []
-    for module, a, b, ranks in stream(collection, adapters.check(collection)):
-        cross, own, energy = (np.asarray(x) for x in projections(a, b, merged.a[module], merged.b[module]))
-        there = (ranks > 0) & (energy > 0)
-        p += (cross[there] / energy[there]).tolist()
-        q += (own[there] / energy[there]).tolist()
-    size = float(np.mean(q)) if q else 0.0
-    if size <= 0:
-        return 1.0, 1.0
-    scale = float(np.mean(p)) / size
-    return scale, max(1.0 - scale * float(np.mean(p)), 0.0)
+    found = {module: (merged.a[module], merged.b[module]) for module in merged.a}
+    return scale_of(stream(collection, adapters.check(collection)), found)

@@ -1,6 +1,6 @@
 """Merging methods as curves of the frontier: bytes of half-precision factors against errors of delta."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,13 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, registry
-from hydraopt_jax.merging.collection import merge_stacked, modules_of, relative_errors, squared_errors
+from hydraopt_jax.merging.collection import (
+    merge_stacked,
+    modules_of,
+    relative_errors,
+    scale_of,
+    squared_errors,
+)
 from hydraopt_jax.tradeoff import Curve, Point, cuts, summary
 
 # "separate" is on every frontier, at three bit widths; what needs data is not in a collection
@@ -44,39 +50,10 @@ def kept_errors(a: Array, b: Array, factors: Factors) -> tuple[Array, Array]:
     return decompose.residual_energy(a, b, *forms.pair(factors)), decompose.inner(a, b, a, b)
 
 
-@jax.jit
-def products(a: Array, b: Array, left: Array, right: Array) -> tuple[Array, Array, Array]:
-    """`<delta_t, merged>`, `||delta_t||^2`, both `[T]`, and `||merged||^2`."""
-    return (
-        decompose.inner(a, b, left, right),
-        decompose.inner(a, b, a, b),
-        decompose.inner(left, right, left, right),
-    )
-
-
-def best_scale(stacked: Adapters, found: Mapping[str, tuple[Any, Any]]) -> float:
-    """The factor on one merged adapter that makes its mean relative squared error least.
-
-    The papers tune a scale of the merged adapter on data. Here it has a closed form: with sums over modules
-    and tasks, `scale = sum(<delta, merged> / ||delta||^2) / sum(||merged||^2 / ||delta||^2)`.
-
-    Args:
-      stacked: the collection.
-      found: module -> the merged adapter's `(a: [I, S], b: [S, O])`.
-    """
-    above = below = 0.0
-    for module, a, b, _ in modules_of(stacked):
-        cross, energy, own = (np.asarray(x, np.float64) for x in products(a, b, *found[module]))
-        inverse = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
-        above += float((cross * inverse).sum())
-        below += float((own * inverse).sum())
-    return above / below if below > 0 else 1.0
-
-
 def single(stacked: Adapters, name: str) -> Point:
-    """One adapter for all tasks, at its `best_scale`."""
+    """One adapter for all tasks, at its best scale, see `scale_of`."""
     found = merge_stacked(stacked, name)
-    scale = best_scale(stacked, found)
+    scale, _ = scale_of(modules_of(stacked), found)
     scaled = {module: (left, right * np.float32(scale)) for module, (left, right) in found.items()}
     rows = relative_errors(modules_of(stacked), lambda m, a, b: squared_errors(a, b, *scaled[m]))
     size = sum(2 * (left.size + right.size) for left, right in found.values())

@@ -58,10 +58,19 @@ def read_manifest(at: str) -> dict[str, Any]:
     """
     if portable.named(at):
         return portable.source_header(source(at))[0]
+    return manifest.parse(at, manifest.gunzipped(at, manifest_data(at)))
+
+
+def manifest_data(at: str) -> bytes:
+    """The manifest of a folder, as it is kept.
+
+    Raises:
+      HydraOptError: no store there.
+    """
     data = buckets.read(whole(at)).data
     if data is None:
         raise HydraOptError(f"{at}: no store there")
-    return manifest.parse(at, manifest.gunzipped(at, data))
+    return data
 
 
 def source(at: str) -> remote.Source:
@@ -132,9 +141,7 @@ def size(at: str) -> int:
     """Bytes of the file; of a folder those of its manifest and, before compression, of its arrays."""
     if portable.named(at):
         return portable.size_of(source(at))
-    data = buckets.read(whole(at)).data
-    if data is None:
-        raise HydraOptError(f"{at}: no store there")
+    data = manifest_data(at)
     said = manifest.parse(at, manifest.gunzipped(at, data))
     return len(data) + sum(n for row in said["segments"] for _, n in row["arrays"])
 
