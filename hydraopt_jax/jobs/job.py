@@ -122,6 +122,8 @@ def run(
         # one day for all processes, and for those that go on
         common["provenance"] = place.note("provenance")
     store = compress(found, place=place, processes=processes, **common)
+    # the first removes what the others may still be reading
+    processes.wait("compressed")
     processes.leave()
     if processes.rank:
         return None

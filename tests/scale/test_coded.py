@@ -3,7 +3,9 @@
 import errno
 import functools
 import os
+import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -204,6 +206,31 @@ def test_two_processes_make_the_same_store(given, tmp_path):
     assert said[0].report == one.report
     assert leaves(tmp_path / "two") == leaves(tmp_path / "one")
     assert {x.name for x in (tmp_path / "two").iterdir()} == {"manifest.json.gz", "segments"}
+
+
+def test_the_first_process_ends_the_job_when_all_have_read_it(given, kept, tmp_path):
+    """It removes the notes that the others read."""
+    barrier, ends = threading.Barrier(2, timeout=120), queue.Queue()
+    seen = []
+
+    def compress(found, *, place, processes):
+        if processes.rank:
+            # the last to be done: the first waits for it, or has gone on
+            seen.append(ends.get(timeout=120))
+        return store.open(kept[0]).load()
+
+    def one(rank):
+        def wait(name):
+            if rank == 0 and name == "compressed":
+                ends.put("waits")
+            barrier.wait()
+
+        leave = (lambda: None) if rank else (lambda: ends.put("left"))
+        work(tmp_path / "s", given[1], compress, {}, Processes(rank, 2, wait, leave))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, range(2)))
+    assert seen == ["waits"]
 
 
 def test_tasks_come_and_go_and_the_others_stay_bit_for_bit(given, kept, tmp_path):
