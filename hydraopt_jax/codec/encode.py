@@ -27,10 +27,10 @@ MULTIPLIER = 0.38
 DISTORTION = 0.26
 # lanes that are quantized side by side, of few widths, for few compilations: the trellis keeps some thirty
 # bytes of every symbol until it has decided, so a CPU takes a few lanes at a time
-BLOCKS = {"cpu": (8, 32, 128)}
+BLOCKS = {"cpu": (32,)}
 ELSEWHERE = (128, 1 << 14)
 # least steps of a trellis, so that few shapes are compiled
-LEAST_STEPS = 256
+LEAST_STEPS = 1024
 
 
 class Target(NamedTuple):

@@ -57,8 +57,8 @@ def costs(frequencies: np.ndarray) -> np.ndarray:
     return bits.astype(np.float32)
 
 
-def nearest(value: Array, quantizer: Array | int, parity: Array | int) -> Array:
-    """The magnitude of a parity whose reconstruction is next to a value of `[n, L]`."""
+def nearest(value: Array, quantizer: Array, parity: Array) -> Array:
+    """The magnitude of a parity whose reconstruction is next to a value; all of one shape."""
     near = jnp.round(((value + quantizer) * 0.5 - parity) * 0.5).astype(jnp.int32) * 2 + parity
     return jnp.maximum(near, parity)
 
@@ -69,19 +69,18 @@ def branches(value: Array, context: Array, bits: Array, multiplier: Array | floa
     Returns:
       Least costs `[n, 4, L]` by quantizer and parity, and whether the magnitude below the nearest one has it.
     """
+    value, context = value[:, None], context[:, None]
     low, table = jnp.asarray(RAW_BITS, jnp.int32)[context], bits.reshape(-1)
-    paid, below = [], []
-    for q in range(2):
-        row = (2 * context + q) * SYMBOLS
-        for parity in range(2):
-            near = nearest(value, q, parity)
-            tried = []
-            for k in (near, jnp.maximum(near - 2, parity)):
-                symbol = jnp.minimum((k >> (low + 1)) * 2, ESCAPE) + parity
-                tried.append((value - (2 * k - q * (k > 0))) ** 2 + multiplier * table[row + symbol])
-            paid.append(jnp.minimum(*tried))
-            below.append(tried[1] < tried[0])
-    return jnp.stack(paid, 1), jnp.stack(below, 1)
+    quantizer, parity = (jnp.asarray(x, jnp.int32)[:, None] for x in ((0, 0, 1, 1), (0, 1, 0, 1)))
+    row = (2 * context + quantizer) * SYMBOLS + parity
+
+    def cost(k: Array) -> Array:
+        symbol = row + jnp.minimum((k >> (low + 1)) * 2, ESCAPE)
+        return (value - (2 * k - quantizer * (k > 0))) ** 2 + multiplier * table[symbol]
+
+    near = nearest(value, quantizer, parity)
+    at, below = cost(near), cost(jnp.maximum(near - 2, parity))
+    return jnp.minimum(at, below), below < at
 
 
 @jax.jit

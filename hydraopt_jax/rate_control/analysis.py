@@ -80,6 +80,12 @@ def squared_cosines(x: Array, references: Array) -> Array:
     return jnp.einsum("mtir,mcis->mtrcs", x, references, precision="highest") ** 2
 
 
+@jax.jit
+def inner_products(deltas: Svd) -> Array:
+    """Of every two tasks' deltas, module by module: `[M, T, T]` from `u: [M, T, I, R]`."""
+    return jax.vmap(lambda x: decompose.gram(x.u * x.s[:, None, :], x.v))(deltas)
+
+
 def spectrum(
     modules: Sequence[str],
     deltas: Svd,
@@ -100,26 +106,26 @@ def spectrum(
       deep: whether joint bases are looked for as well, or references only; their cost grows with the cube of
         T R.
     """
-    norms = np.asarray(jnp.sqrt(deltas.energy))
+    host = Svd(*(np.asarray(x) for x in deltas))  # type: ignore[arg-type]
+    norms = np.sqrt((host.s**2).sum(-1))
     root = np.sqrt(weights)
     scales = norms / root
-    s = deltas.s * jnp.asarray(np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0))[..., None]
+    s = host.s * np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)[..., None]
     # directions at round-off are none
-    s = jnp.where(s > 1e-6 * s[..., :1], s, 0.0)
-    relative = Svd(deltas.u, s, deltas.v)
+    s = np.where(s > 1e-6 * s[..., :1], s, 0.0).astype(np.float32)
+    host = Svd(host.u, s, host.v)  # type: ignore[arg-type]
     tasks = norms.shape[1]
-    host = Svd(*(np.asarray(x) for x in relative))  # type: ignore[arg-type]
     if not share or tasks == 1:
         empty = np.zeros((*s.shape, 0, s.shape[-1]), np.float32)
         return Spectrum(tuple(modules), host, norms, scales, (empty, empty), (), None)
-    gram = np.asarray(jax.vmap(lambda x: decompose.gram(x.u * x.s[:, None, :], x.v))(relative))
+    gram = np.asarray(inner_products(Svd(deltas.u, jnp.asarray(s), deltas.v)))
     central = np.argsort(-(gram**2).sum((0, 2)), kind="stable")[:REFERENCES]
     left, right = (squared_cosines(x, x[:, central]) for x in map(jnp.asarray, coded))
     joint = []
     for vectors in coded if deep else ():
-        rank = relative.s.shape[-1]
+        rank = s.shape[-1]
         width = min(tasks * rank, vectors.shape[-2], SHARED_WIDTH * rank)
-        joint.append(jax.device_get(joint_bases(jnp.asarray(vectors), relative.s, width)))
+        joint.append(jax.device_get(joint_bases(jnp.asarray(vectors), jnp.asarray(s), width)))
     return Spectrum(
         tuple(modules),
         host,

@@ -11,14 +11,16 @@ from hydraopt_jax.factors import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.rate_control import mode_decision, targets
 from hydraopt_jax.rate_control.metrics import Metric, Metrics, unweigh
+from hydraopt_jax.rate_control.parts import spread
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.decoding import all_terms
 
-# rate-distortion decisions and the tables they are charged by shape each other: rounds until they agree,
-# on modules of about this many entries, at least so many modules
-ROUNDS = 5
-SAMPLE_CODES = 1 << 21
-LEAST_MODULES = 2
+# rate-distortion decisions and the tables they are charged by shape each other: rounds until they agree, on
+# modules of about this many entries, at least so many modules; how much faster than its counts a symbol's
+# charge may move in a round
+ROUNDS, FASTEST = 8, 2.0
+TABLE_CODES = 1 << 18
+LEAST_MODULES = 3
 # weight of the prior in fitted tables
 PRIOR_COUNTS = 8
 # share of a task's error that the rounding of its gains adds, about
@@ -79,13 +81,13 @@ def solve_gains(
 
 
 def targets_at_step(
-    problem: Problem, step: float
+    problem: Problem, step: float, modes_at: float | None = None
 ) -> tuple[dict[str, tuple[encode.Target, ...]], dict[str, mode_decision.Choice]]:
-    """What is to be coded at a step, module by module, and the form chosen for it."""
+    """What is to be coded at a step, module by module, and the form chosen for it, or for `modes_at`."""
     goals: dict[str, tuple[encode.Target, ...]] = {}
     choices: dict[str, mode_decision.Choice] = {}
     for x in problem.spectra:
-        chosen = mode_decision.decide_modes(x, step, problem.no_joint)
+        chosen = mode_decision.decide_modes(x, modes_at or step, problem.no_joint)
         for name, terms in targets.targets(x, chosen, step).items():
             left, right = problem.metrics.get(name, (None, None))
             goals[name] = tuple(
@@ -113,18 +115,29 @@ def fitted_tables(counts: np.ndarray) -> np.ndarray:
     return counts + PRIOR_COUNTS * prior_tables()
 
 
-def fit_tables(problem: Problem, step: float) -> np.ndarray:
-    """Frequencies to decide with at a step: quantization and counting alternate on some of the modules."""
-    few = problem.take(sample(problem))
+def fit_tables(problem: Problem, step: float, rounds: int = ROUNDS) -> np.ndarray:
+    """Frequencies to decide with at a step: quantization and counting alternate on some of the modules.
+
+    What a symbol is charged moves by twice what its counts do, in logarithms, so that half the rounds do.
+    """
+    few = problem.take(sample(problem, TABLE_CODES))
     goals, _ = targets_at_step(few, step)
-    frequencies = prior_tables()
-    for _ in range(ROUNDS):
-        frequencies = fitted_tables(encode.quantize(goals, frequencies).counts)
+    frequencies = fitted_tables(encode.quantize(goals, prior_tables()).counts)
+    for _ in range(rounds - 1):
+        counted = fitted_tables(encode.quantize(goals, frequencies).counts)
+        change = shares(counted) / shares(frequencies)
+        frequencies = counted * np.clip(change, 1 / FASTEST, FASTEST)
     return frequencies
 
 
-def sample(problem: Problem, codes: int = SAMPLE_CODES) -> list[str]:
-    """Every n-th module, so many that their vectors have about so many entries; at least `LEAST_MODULES`."""
+def shares(frequencies: np.ndarray) -> np.ndarray:
+    """Frequencies over their sum in each context and quantizer; positive."""
+    floor = np.maximum(frequencies, 1e-9)
+    return floor / floor.sum(-1, keepdims=True)
+
+
+def sample(problem: Problem, codes: int) -> list[str]:
+    """Some modules, so many that their vectors have about so many entries; at least `LEAST_MODULES`."""
     rank = max(x.deltas.s.shape[-1] for x in problem.spectra)
     sizes = {
         n: x.norms.shape[1] * rank * (x.deltas.u.shape[-2] + x.deltas.v.shape[-1])
@@ -132,14 +145,24 @@ def sample(problem: Problem, codes: int = SAMPLE_CODES) -> list[str]:
         for n in x.modules
     }
     wanted = max(LEAST_MODULES, round(len(sizes) * codes / max(sum(sizes.values()), 1)))
-    return list(problem.order)[:: max(len(sizes) // wanted, 1)]
+    return spread(problem.order, wanted)
 
 
-def encode_at_step(problem: Problem, step: float, frequencies: np.ndarray | None = None) -> Trial:
-    """Code the collection at one step and measure it; tables are fitted for it where none are given."""
+def encode_at_step(
+    problem: Problem, step: float, frequencies: np.ndarray | None = None, modes_at: float | None = None
+) -> Trial:
+    """Code the collection at one step and measure it.
+
+    Args:
+      problem: the collection.
+      step: the quantizer step.
+      frequencies: what the quantizer is charged; None fits them for the step.
+      modes_at: the step that forms are chosen for, where it is another: bytes and errors of the same forms
+        are smooth in the step.
+    """
     if frequencies is None:
         frequencies = fit_tables(problem, step)
-    goals, choices = targets_at_step(problem, step)
+    goals, choices = targets_at_step(problem, step, modes_at)
     coded = encode.quantize(goals, frequencies)
     gains, errors = gains_and_errors(problem, coded)
     return Trial(step, coded, gains, errors, encode.sizes(coded, gains), choices)

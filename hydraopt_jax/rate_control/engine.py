@@ -51,8 +51,8 @@ from hydraopt_jax.store import lossless, plain, sizes, tensors
 from hydraopt_jax.store.store import Segment, Store, make_segment, task_errors
 from hydraopt_jax.store.tensors import Tensors
 
-# parts whose analysis is kept from pass to pass
-CACHED = 2
+# parts whose analysis, and what was encoded last, are kept from pass to pass
+CACHED = 4
 # bytes that stay free once a store was larger than its draft
 SPARE = 4
 # entries of a sample of a collection that is one part
@@ -115,7 +115,7 @@ def compress_to_target(
             return kept
     analyses = {} if cache is None else cache
     run = Run(found, options, parts, place, progress, processes, analyses, {}, carried)
-    if len(parts) > 1 or processes.size > 1:
+    if len(parts) > CACHED or processes.size > 1:
         return passes(run, goal, heads, said)
     drafts = run._replace(place=Memory(place.path), drafts={})
     return passes(drafts, goal, heads, said, place)
@@ -188,8 +188,10 @@ def passes(
             if chosen is not None and place is not None and run.drafts is not None:
                 draft = made[chosen]
                 assert draft is not None
-                made[chosen] = store = finished(run, f"pass-{numbers[chosen]}-0", draft, place, bias)
-                drafted, done[chosen] = done[chosen], pass_of(done[chosen].step, store, goal, place)
+                made[chosen] = store = finished(run, numbers[chosen], draft, place, bias)
+                drafted = done[chosen]
+                again = pass_of(drafted.step, store, goal, place)
+                done[chosen] = again._replace(forms=drafted.forms)
                 if done[chosen].miss > 0 and goal.sign < 0:
                     # names and headers are longer than they were counted
                     short = max(done[chosen].value - drafted.value, 0) + SPARE
@@ -206,11 +208,12 @@ def passes(
                 raise search.unmet(done, goal, run.found.entries(), mean)
             if done:
                 step = search.next_step(done, known["slope"], goal)
-            counted = encode_parts(run, number, step, frequencies, weights, known, bias)
-            # tables stay as they are in the end, so that the search sees a smooth curve
+            # tables and forms stay as they are in the end, so that the search sees a smooth curve
+            forms = search.forms_of(done, goal)
+            counted = encode_parts(run, number, step, frequencies, weights, known, bias, forms)
             frequencies = counted if number < goal.settling else frequencies
             found, passed, mean = outcome(run, number, step, aim, heads, said)
-            done.append(passed)
+            done.append(passed._replace(forms=forms))
             made.append(found)
             numbers.append(number)
             number += 1
@@ -272,7 +275,8 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
             start = search.first_step(whole, room)
             miss = functools.partial(bytes_miss, whole=whole, problem=problem, room=room)
         else:
-            start = float(np.sqrt(goal.limit)) * 0.2
+            present = sum(x.norms[x.norms > 0].size for x in problem.spectra)
+            start = search.first_step(problem, goal.limit * present, goal.sign)
             miss = functools.partial(error_miss, goal=goal)
         found = search.find_step(problem, miss, goal.sign, start)
         run.place.keep_note(
@@ -296,8 +300,8 @@ def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -
     take as Gaussian estimates do."""
     scale = 1.0
     if whole is not problem:
-        few = max(search.gaussian_bytes(problem, trial.step), 1.0)
-        scale = max(search.gaussian_bytes(whole, trial.step), 1.0) / few
+        few = max(search.gaussian(problem, trial.step).bytes, 1.0)
+        scale = max(search.gaussian(whole, trial.step).bytes, 1.0) / few
     return float(np.log(trial.bytes * scale / room))
 
 
@@ -347,9 +351,10 @@ def encode_parts(
     weights: np.ndarray,
     known: Mapping[str, Any],
     bias: Sequence[float] = (1.0,),
+    modes_at: float | None = None,
 ) -> np.ndarray:
-    """Encode this process's parts that are not done, as many at once as it has devices; of a run with drafts
-    their bytes are estimated, times the last `bias`.
+    """Encode this process's parts that are not done, as many at once as it has devices, in the forms of the
+    step `modes_at`; of a run with drafts their bytes are estimated, times the last `bias`.
 
     Returns:
       Frequencies for the next pass, from what all parts have counted.
@@ -369,7 +374,7 @@ def encode_parts(
             problem = disable_joint(problem, step, frequencies)
         else:
             problem = problem._replace(no_joint=frozenset(before["no_joint"]))
-        trial = encode_at_step(problem, step, frequencies)
+        trial = encode_at_step(problem, step, frequencies, modes_at)
         if run.drafts is None:
             segment = coded_segment(run, n, problem, trial, given)
         else:

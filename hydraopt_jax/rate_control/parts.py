@@ -20,7 +20,8 @@ SEGMENT_BYTES = 1 << 24
 # the time
 DIRECTIONS = 512
 # modules of a pilot, at least
-LEAST_MODULES = 2
+LEAST_MODULES = 3
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Part(NamedTuple):
@@ -67,11 +68,22 @@ def pilot_part(found: Collection, limit: int = SEGMENT_BYTES) -> Part:
     """A part to begin with: modules and tasks from all over the collection."""
     tasks, names = len(found.cards), list(found.shapes)
     few = list(range(0, tasks, max(tasks // span(found), 1)))[: span(found)]
-    modules = names[:: max(len(names) // LEAST_MODULES, 1)]
+    modules = spread(names, LEAST_MODULES)
     weigh = lambda: 2 * sum(found.rank(m, t) * sum(found.shapes[m]) for m in modules for t in few)  # noqa: E731
     while weigh() > limit and len(few) > 1:
         few = few[::2]
     return part(found, [m for m in modules if any(found.rank(m, t) for t in few)], few)
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """About so many names from all over, in order: multiples of the golden ratio, as every n-th would be of
+    one kind where kinds take turns.
+
+    >>> spread("qkvoqkvo", 3), spread("qkvo", 4)
+    (['q', 'q', 'v'], ['q', 'k', 'v', 'o'])
+    """
+    places = {int((0.5 + k * GOLDEN) % 1 * len(names)) for k in range(count)}
+    return [names[i] for i in sorted(places)] if count < len(names) else list(names)
 
 
 def read(found: Collection, wanted: Part, count: Callable[[int], None] = lambda size: None) -> list[Adapter]:

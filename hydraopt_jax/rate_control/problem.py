@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax.adapters import Adapters
@@ -67,7 +66,7 @@ def prepare(
     for bucket in inputs.buckets:
         deltas = decompose.batched_svd(*weighed(metrics, bucket.modules, bucket.a, bucket.b))
         decomposed.append(deltas)
-        norms = np.asarray(jnp.sqrt(deltas.energy))
+        norms = np.sqrt((np.asarray(deltas.s) ** 2).sum(-1))
         important |= dict(zip(bucket.modules, importance(metrics, bucket.modules, norms), strict=True))
     table = np.stack([important[n] for n in order])
     unit = unit or (float(table[table > 0].mean()) if (table > 0).any() else 1.0)

@@ -1,35 +1,42 @@
 """Which step meets a target: found on a sample first, then corrected from pass to pass over the whole."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from hydraopt_jax.codec.encode import MULTIPLIER
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import budget, mode_decision
-from hydraopt_jax.rate_control.coding import Trial, encode_at_step, fitted_tables, prior_tables
+from hydraopt_jax.rate_control.coding import Trial, encode_at_step, fit_tables, fitted_tables
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.store import task_errors
 
 # share of a target that may stay unused: of a collection in few parts, and where a pass takes long
-SLACK, WIDE_SLACK, FEW_PARTS = 0.003, 0.01, 4
+SLACK, WIDE_SLACK, FEW_PARTS = 0.002, 0.01, 4
 # passes over the collection until the target is met
 PASSES = 12
 # trials on the sample, at least so many, and how near it has to come: the sample is not the whole
-TRIALS, SETTLED, NEAR = 8, 5, 0.01
+TRIALS, SETTLED, NEAR = 8, 2, 0.01
 # about what the smallest store takes beside its codes, and each of its segments, to start from
 LEAST_OVERHEAD, SEGMENT_OVERHEAD = 700, 1200
 # the finest and the coarsest step, relative to the norm of a delta
 STEPS = (1e-6, 0.7)
 STEPS_LOG = (float(np.log(STEPS[0])), float(np.log(STEPS[1])))
-# how bytes and errors move with the step, all in logarithms, about; what is believed of a secant, times that:
-# of one on the sample, whose tables change, and the least of one between passes with the same tables (at fine
-# steps bytes fall as the logarithm of the step, by less than a tenth of it)
-SLOPES = {-1.0: 0.8, 1.0: 1.5}
-FLATTEST, STEEPEST = 0.4, 2.0
-FLATTEST_PASS = 0.08
+# how bytes and errors move with the step, all in logarithms: least and most that is believed, the change of
+# the step that estimates of it are made with, and what a secant between passes may differ by from that
+SLOPES = {-1.0: (0.05, 3.0), 1.0: (0.2, 4.0)}
+CHANGE = 0.1
+BELIEVED = (0.4, 1.6)
+# a pass whose forms the next ones keep: logarithms of its miss, or of how near another one's step is across a
+# jump
+CLOSE, NARROW = 0.03, 0.02
+# where between two passes the next one lies, at most; and passes so near each other, over the slack, that the
+# curve has a step between them
+INSIDE, TIGHT = (0.15, 0.85), 1.0
 
 
 class Unmet(HydraOptError):
@@ -53,7 +60,7 @@ class Target(NamedTuple):
     heads: int = 0
     worst: bool = False
     slack: float = SLACK
-    settling: int = 2
+    settling: int = 1
 
 
 class Pass(NamedTuple):
@@ -64,11 +71,13 @@ class Pass(NamedTuple):
       miss: log of what came out over the target: of the codes, over the room that all else leaves for them,
         or of the error.
       value: what came out: bytes without the full tensors, or the error.
+      forms: the step that forms were chosen for, where it is another.
     """
 
     step: float
     miss: float
     value: float
+    forms: float | None = None
 
 
 def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -> Target:
@@ -77,7 +86,7 @@ def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -
     Raises:
       HydraOptError: a budget that the adapters as they are would fit into.
     """
-    slack, settling = (SLACK, 2) if parts <= FEW_PARTS else (WIDE_SLACK, 0)
+    slack, settling = (SLACK, 1) if parts <= FEW_PARTS else (WIDE_SLACK, 0)
     if options.max_task_error is not None:
         return Target(1.0, options.max_task_error, heads, True, slack, settling)
     if options.max_error is not None:
@@ -118,25 +127,50 @@ class Found(NamedTuple):
     last: Trial
 
 
-def gaussian_bytes(problem: Problem, step: float) -> float:
-    """Bytes that Gaussian coefficients would take at a step, by the modes decided for it."""
-    return sum(float(mode_decision.decide_modes(x, step).bytes.sum()) for x in problem.spectra)
+class Estimate(NamedTuple):
+    """What Gaussian coefficients would take at a step, by the modes decided for it.
+
+    Attributes:
+      bytes: their bytes.
+      error: relative squared error, summed over modules and tasks with their weights.
+    """
+
+    bytes: float
+    error: float
 
 
-def first_step(problem: Problem, room: float) -> float:
-    """The step whose Gaussian estimate takes so many bytes."""
+def gaussian(problem: Problem, step: float) -> Estimate:
+    """What to expect of a step without coding anything."""
+    plans = [mode_decision.decide_modes(x, step) for x in problem.spectra]
+    size = sum(float(x.bytes.sum()) for x in plans)
+    cost = sum(float(x.cost.sum()) for x in plans)
+    return Estimate(size, max(cost - 8 * MULTIPLIER * size, 0.0) * step**2)
+
+
+def first_step(problem: Problem, goal: float, sign: float = -1.0) -> float:
+    """The step whose Gaussian estimate takes so many bytes (`sign` -1), or has so large an error (+1)."""
     low, high = STEPS_LOG
     for _ in range(14):
         middle = (low + high) / 2
-        size = gaussian_bytes(problem, float(np.exp(middle)))
-        low, high = (middle, high) if size > room else (low, middle)
-    return float(np.exp(high))
+        found = gaussian(problem, float(np.exp(middle)))
+        fine = found.bytes > goal if sign < 0 else found.error < goal
+        low, high = (middle, high) if fine else (low, middle)
+    return float(np.exp(high if sign < 0 else low))
+
+
+def slope_at(problem: Problem, step: float, sign: float) -> float:
+    """How the logarithm of bytes (`sign` -1) or of the error (+1) moves with that of the step, by Gaussian
+    estimates."""
+    two = [gaussian(problem, float(step * np.exp(x))) for x in (-CHANGE, CHANGE)]
+    fine, coarse = (max(x.bytes if sign < 0 else x.error, 1e-30) for x in two)
+    return sign * float(np.clip(sign * np.log(coarse / fine) / (2 * CHANGE), *SLOPES[sign]))
 
 
 def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, start: float) -> Found:
-    """Find the step whose trial on a sample has `miss(trial)` about 0, by a secant in logarithms.
+    """Find the step whose trial on a sample has `miss(trial)` about 0, by Newton's method in logarithms.
 
-    Every trial is coded with the tables that the one before has counted, so that both settle together.
+    Every trial is coded with the tables that the one before has counted, so that both settle together; slopes
+    are those of Gaussian estimates, as differences between trials show their tables as well.
 
     Args:
       problem: the sample.
@@ -144,58 +178,65 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
       sign: -1 where a larger step lowers the quantity (bytes), +1 where it raises it (error).
       start: first step.
     """
-    x, frequencies, slope = float(np.log(start)), prior_tables(), sign * SLOPES[sign]
-    done: list[tuple[float, float]] = []
-    for _ in range(TRIALS):
-        trial = encode_at_step(problem, float(np.exp(x)), frequencies)
+    step, frequencies = start, fit_tables(problem, start)
+    for n in range(TRIALS):
+        trial = encode_at_step(problem, step, frequencies)
         frequencies = fitted_tables(trial.coded.counts)
-        done.append((x, miss(trial)))
-        if len(done) > 2:
-            slope = secant(done[-2], done[-1], sign)
-        following = float(np.clip(x - done[-1][1] / slope, *STEPS_LOG))
-        if len(done) >= SETTLED and (abs(done[-1][1]) < NEAR or following == x):
+        missed, slope = miss(trial), slope_at(problem, step, sign)
+        before, step = step, float(np.exp(np.clip(np.log(step) - missed / slope, *STEPS_LOG)))
+        if n + 1 >= SETTLED and (abs(missed) < NEAR or step == before):
             break
-        x = following
-    return Found(float(np.exp(np.clip(x - done[-1][1] / slope, *STEPS_LOG))), slope, frequencies, trial)
+    return Found(step, slope, frequencies, trial)
 
 
-def secant(
-    one: tuple[float, float], two: tuple[float, float], sign: float, flattest: float = FLATTEST
-) -> float:
-    """Slope between two (log step, miss), as far as it can be believed."""
-    (x0, m0), (x1, m1) = one, two
-    found = sign * (m1 - m0) / (x1 - x0) if x1 != x0 else SLOPES[sign]
-    return sign * float(np.clip(found, flattest * SLOPES[sign], STEEPEST * SLOPES[sign]))
+def forms_of(done: Sequence[Pass], goal: Target) -> float | None:
+    """The step whose forms the following passes keep, None for the forms of their own step.
+
+    Bytes and errors jump where modules change their form, and are smooth in the step as long as none does. A
+    pass that is close is the one to go on from, or that which meets the target next to such a jump. From a
+    pass below an error target it is met at a coarser step, from one above perhaps at none.
+    """
+    own = [x for x in done[goal.settling :] if x.forms is None]
+    close = [x for x in own if abs(x.miss) < CLOSE and (goal.sign < 0 or x.miss <= 0)]
+    if close:
+        return close[0].step
+    ends = bracket(own)
+    if ends is not None and np.log(ends[1].step / ends[0].step) < NARROW:
+        return min(ends, key=lambda x: x.miss).step
+    return None
+
+
+def bracket(done: Sequence[Pass]) -> tuple[Pass, Pass] | None:
+    """The two passes next to each other between which the target lies, by their steps; None for none."""
+    rows = sorted(done, key=lambda x: x.step)
+    found = [(x, y) for x, y in itertools.pairwise(rows) if (x.miss > 0) != (y.miss > 0) and x.step < y.step]
+    return min(found, key=lambda pair: pair[1].step / pair[0].step) if found else None
 
 
 def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
-    """The step of the next pass: a secant in logarithms that aims at the middle of the slack, inside what is
-    known to be too fine and too coarse.
+    """The step of the next pass, which aims at the middle of the slack: between what is known to be too fine
+    and too coarse, or by Newton's method in logarithms.
 
     Args:
       done: the passes so far.
       slope: of the sample.
       goal: what is to be met.
     """
-    last = done[-1]
-    if len(done) > goal.settling + 1:
-        # earlier passes had other tables, and another curve
-        one, two = ((float(np.log(x.step)), x.miss) for x in done[-2:])
-        slope = secant(one, two, goal.sign, FLATTEST_PASS)
-    aim = np.log(last.step) - (last.miss + goal.slack / 2) / slope
+    forms = forms_of(done, goal)
+    # earlier passes had other tables or other forms, and another curve
     known = done[goal.settling :] if len(done) > goal.settling else done[-1:]
-    over = [np.log(x.step) for x in known if x.miss > 0]
-    under = [np.log(x.step) for x in known if x.miss <= 0]
-    low, high = STEPS_LOG
-    if goal.sign < 0:
-        low, high = max([low, *over]), min([high, *under])
-    else:
-        low, high = max([low, *under]), min([high, *over])
-    if low < high and not low < aim < high:
-        edge = 0.02 * (high - low)
-        aim = np.clip(
-            aim, low + (edge if low > STEPS_LOG[0] else 0), high - (edge if high < STEPS_LOG[1] else 0)
-        )
+    known = [x for x in known if x.forms == forms or x.step == forms]
+    ends = bracket(known)
+    if ends is not None:
+        one, two = ends
+        share = float(np.clip((one.miss + goal.slack / 2) / (one.miss - two.miss), *INSIDE))
+        return float(np.exp((1 - share) * np.log(one.step) + share * np.log(two.step)))
+    last = known[-1]
+    if len(known) > 1:
+        (x0, m0), (x1, m1) = ((float(np.log(x.step)), x.miss) for x in known[-2:])
+        secant = (m1 - m0) / (x1 - x0) if x1 != x0 else slope
+        slope *= float(np.clip(secant / slope, *BELIEVED))
+    aim = np.log(last.step) - (last.miss + goal.slack / 2) / slope
     return float(np.exp(np.clip(aim, *STEPS_LOG)))
 
 
@@ -210,7 +251,7 @@ def met(done: Sequence[Pass], goal: Target) -> int | None:
         return close[-1]
     best = max(fits, key=lambda k: done[k].miss) if fits else None
     tight = best is not None and any(
-        x.miss > 0 and abs(np.log(x.step / done[best].step)) < 1e-4 for x in done
+        x.miss > 0 and abs(np.log(x.step / done[best].step)) < TIGHT * goal.slack for x in done
     )
     return best if best is not None and (len(done) >= PASSES or tight) else None
 

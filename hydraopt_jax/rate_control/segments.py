@@ -48,8 +48,8 @@ class Run(NamedTuple):
       cache: part -> its problem.
       metrics: module -> its metrics, made when they are first asked for.
       carried: full tensors of each task, where the collection is one part.
-      drafts: where the collection is one part, what was encoded and is not in bytes: only a pass that meets
-        the target is; None else.
+      drafts: where the parts are few, what was encoded and is not in bytes: only a pass that meets the target
+        is; None else.
     """
 
     found: Collection
@@ -99,15 +99,20 @@ def sized_segment(run: Run, n: int, problem: Problem, trial: Trial, bias: float)
     )
 
 
-def finished(run: Run, name: str, draft: Store, place: Place, bias: list[float]) -> Store:
+def finished(run: Run, number: int, draft: Store, place: Place, bias: list[float]) -> Store:
     """The store of a pass of drafts, in bytes; `bias` learns what the estimate was off by."""
     assert run.drafts is not None
-    problem, trial, given = run.drafts.pop(name)
-    segment = coded_segment(run, 0, problem, trial, given)
-    codes = sum(np.size(v) for k, v in segment.leaves.items() if k.startswith(FACTOR_LEAVES))
-    bias.append(codes / trial.bytes * (1 + MARGIN))
-    place.keep(name, segment)
-    return draft.replace(segments=(kept_segment(place, name), *draft.segments[1:]))
+    segments, codes, estimated = [], 0, 0.0
+    for n in range(len(run.parts)):
+        name = f"pass-{number}-{n}"
+        problem, trial, given = run.drafts.pop(name)
+        segment = coded_segment(run, n, problem, trial, given)
+        codes += sum(size_of(v) for k, v in segment.leaves.items() if k.startswith(FACTOR_LEAVES))
+        estimated += trial.bytes
+        place.keep(name, segment)
+        segments.append(kept_segment(place, name))
+    bias.append(codes / estimated * (1 + MARGIN))
+    return draft.replace(segments=(*segments, *draft.segments[len(segments) :]))
 
 
 def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> dict[str, Any]:

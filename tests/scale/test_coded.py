@@ -15,7 +15,7 @@ from hydraopt_jax import compression, formats, refinement, store, synthetic
 from hydraopt_jax.changes import add
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft_collection
-from hydraopt_jax.rate_control import engine, errors_of, parts, search
+from hydraopt_jax.rate_control import engine, errors_of, parts, search, segments
 from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.rate_control.work import Processes, Progress
 from hydraopt_jax.store import folder, removal, sizes, task_factors
@@ -41,9 +41,10 @@ def given(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow():
-    """Segments of at most three tasks."""
+    """Segments of at most three tasks, each written as it is encoded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "DIRECTIONS", 12)
+        patch.setattr(engine, "CACHED", 1)
         yield
 
 
@@ -265,14 +266,62 @@ def test_targets_that_cannot_be_met_say_so(given, tmp_path, target, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_bytes_that_hardly_fall_with_the_step_are_met():
-    """Near the adapters' own bytes each code takes its bits, and halving the step one bit more."""
-    goal, done, step = search.Target(-1.0, 9676), [], 6e-5
+def test_few_parts_are_written_once(given, kept, tmp_path, monkeypatch):
+    """What misses the target is estimated, and never in bytes."""
+    written = []
+    monkeypatch.setattr(engine, "CACHED", 99)
+    monkeypatch.setattr(segments, "coded_segment", watched(written, segments.coded_segment))
+    few = code(tmp_path / "few", given[1])
+    assert len(written) > 1
+    assert written == list(range(len(few.segments)))
+    assert few.report["forms"] == kept[1].report["forms"]
+    size, limit = sizes.size_on_disk(tmp_path / "few"), 0.5 * 2 * given[1].entries()
+    assert (1 - search.WIDE_SLACK) * limit < size <= limit
+    assert np.nanmean(few.errors) == pytest.approx(np.nanmean(kept[1].errors), rel=0.05)
+
+
+def watched(seen, of):
+    """`of`, which notes the part it is called for."""
+
+    def call(run, n, *rest):
+        seen.append(n)
+        return of(run, n, *rest)
+
+    return call
+
+
+def rounds(curve, goal, step, slope):
+    """Passes over a curve `(step, forms) -> value`, until the target is met."""
+    done = []
     while search.met(done, goal) is None:
         assert not (done and search.hopeless(done, goal))
-        size = 1900 + 5500 / 8 * (np.log2(1 / step) - 2.5)
-        done.append(search.Pass(step, float(np.log(size / goal.limit)), size))
-        step = search.next_step(done, -0.32, goal)
+        forms = search.forms_of(done, goal)
+        value = curve(step, step if forms is None else forms)
+        miss = np.log(value / goal.limit)
+        done.append(search.Pass(step, float(miss), value, forms))
+        step = search.next_step(done, slope, goal)
+    return done, search.met(done, goal)
+
+
+@pytest.mark.parametrize("jump", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("start", [0.01, 0.013, 0.0171, 0.03])
+def test_targets_inside_a_jump_are_met_by_the_forms_beside_it(jump, start):
+    """Bytes fall with the step, and by `jump` where all modules change their form, at a step of 0.017."""
+    curve = lambda step, forms: 1e6 * step**-0.7 * (1 - jump * (forms > 0.017))  # noqa: E731
+    limit = curve(0.017, 0.017) * (1 - jump / 2)
+    done, chosen = rounds(curve, search.Target(-1.0, limit), start, -0.7)
+    assert (1 - search.SLACK) * limit < done[chosen].value <= limit
+    error = lambda step, forms: step**2 * (1 + jump * (forms > 0.017))  # noqa: E731
+    limit = error(0.017, 0.017) * (1 + jump / 2)
+    done, chosen = rounds(error, search.Target(1.0, limit), start, 2.0)
+    assert (1 - search.SLACK) * limit < done[chosen].value <= limit
+
+
+@pytest.mark.parametrize("slope", [-0.07, -0.1, -0.15])
+def test_bytes_that_hardly_fall_with_the_step_are_met(slope):
+    """Near the adapters' own bytes each code takes its bits, and halving the step one bit more."""
+    curve = lambda step, forms: 1900 + 5500 / 8 * (np.log2(1 / step) - 2.5)  # noqa: E731
+    done, _ = rounds(curve, search.Target(-1.0, 9676), 6e-5, slope)
     assert len(done) < 7
 
 
