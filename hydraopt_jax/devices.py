@@ -1,5 +1,6 @@
 """Devices of this process: as a named mesh, modules on one axis and tasks on the other, or each by itself."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,21 @@ def spread(
                 served.result()
         finally:
             stop.set()
+
+
+def together(calls: Sequence[Callable[[], Item]]) -> list[Item]:
+    """Results of calls, in order: as many at once as the processor has cores, on the caller's device."""
+    workers = min(len(calls), os.cpu_count() or 1)
+    if workers < 2:
+        return [call() for call in calls]
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+
+    def here(call: Callable[[], Item]) -> Item:
+        with jax.default_device(device):
+            return call()
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(here, calls))
 
 
 def padded(count: int, parts: int) -> int:

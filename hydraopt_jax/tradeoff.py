@@ -5,6 +5,7 @@ which flatters them; the curve of budgets counts every byte on disk.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax import adapters
+from hydraopt_jax import adapters, devices
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.collection import in_memory
@@ -31,6 +32,7 @@ from hydraopt_jax.store.store import task_errors
 
 FRACTIONS = (0.5, 0.25, 0.125, 0.0625, 0.03)
 HYDRAOPT = "HydraOpt, fp16"
+OURS, ALONE = "hydraopt_jax", "hydraopt_jax, nothing shared"
 """Label of the paper's form."""
 # bit widths of the plain per-adapter SVD
 WIDTHS = (16, 8, 4)
@@ -128,13 +130,10 @@ def separate(collection: Adapters, bits: int) -> Curve:
     return Curve(f"separate SVD, {bits} bits", tuple(points))
 
 
-def hydra(collection: Sequence[Adapter], heads: Sequence[int]) -> Curve:
-    """The paper's form at numbers of heads, closed form, half precision, the adapters' rank."""
-    points = []
-    for k in heads:
-        kept = compress(collection, form=Hydra(heads=k), dtype="float16")
-        points.append(summary(f"K = {k}", 2 * count(kept), kept.errors))
-    return Curve(HYDRAOPT, tuple(points))
+def hydra(collection: Sequence[Adapter], heads: int) -> Point:
+    """The paper's form at a number of heads, closed form, half precision, the adapters' rank."""
+    kept = compress(collection, form=Hydra(heads=heads), dtype="float16")
+    return summary(f"K = {heads}", 2 * count(kept), kept.errors)
 
 
 @jax.jit
@@ -162,24 +161,47 @@ def merged(collection: Adapters) -> Curve:
     return Curve("merged (mean delta)", (summary("one adapter", size, np.concatenate(errors)),))
 
 
-def budgets(
-    collection: Sequence[Adapter], fractions: Sequence[float], share: bool, progress: Callable[[int], None]
-) -> Curve:
-    """Stores under a byte budget, every byte on disk counted."""
-    points = []
-    cache: dict[int, Any] = {}
-    found = in_memory(collection)
-    for fraction in fractions:
-        options = Options(budget=float(fraction), share=share)
-        try:
-            kept = engine.compress_to_target(found, options, Memory(), cache=cache)
-        except HydraOptError:
-            # a budget below the smallest store is no point of the curve
-            continue
-        finally:
+def under_budget(
+    collection: Sequence[Adapter], fraction: float, share: bool, cache: dict[int, Any]
+) -> Point | None:
+    """A store under a byte budget, every byte on disk counted; None below the smallest store."""
+    options = Options(budget=float(fraction), share=share)
+    try:
+        kept = engine.compress_to_target(in_memory(collection), options, Memory(), cache=cache)
+    except HydraOptError:
+        return None
+    return summary(f"budget {fraction:g}", sizes.measure_size(kept), kept.errors)
+
+
+def compressed(
+    collection: Sequence[Adapter],
+    fractions: Sequence[float],
+    heads: Sequence[int],
+    progress: Callable[[int], None],
+) -> list[Curve]:
+    """The curves of stores under budgets, and that of the paper's form, which is last."""
+    turn = threading.Lock()
+    labels = {True: OURS, **({False: ALONE} if len(collection) > 1 else {})}
+    caches: dict[bool, dict[int, Any]] = {share: {} for share in labels}
+
+    def point(share: bool, fraction: float) -> Point | None:
+        found = under_budget(collection, fraction, share, caches[share])
+        with turn:
             progress(1)
-        points.append(summary(f"budget {fraction:g}", sizes.measure_size(kept), kept.errors))
-    return Curve("hydraopt_jax" if share else "hydraopt_jax, nothing shared", tuple(points))
+        return found
+
+    # the first point of a curve leaves its analysis to the others
+    first = devices.together([functools.partial(point, x, fractions[0]) for x in labels])
+    calls: list[Callable[[], Point | None]] = [
+        functools.partial(point, x, f) for x in labels for f in fractions[1:]
+    ]
+    calls += [functools.partial(hydra, collection, k) for k in heads]
+    found = devices.together(calls)
+    mine, more = [], len(fractions) - 1
+    for n, (label, start) in enumerate(zip(labels.values(), first, strict=True)):
+        points = [start, *found[n * more : (n + 1) * more]]
+        mine.append(Curve(label, tuple(x for x in points if x is not None)))
+    return [*mine, Curve(HYDRAOPT, tuple(x for x in found[len(labels) * more :] if x is not None))]
 
 
 def at_errors_of(collection: Sequence[Adapter], other: Curve) -> list[Point]:
@@ -285,11 +307,8 @@ def frontier(
         raise HydraOptError("budgets of the frontier must be positive fractions of the fp16 bytes")
     collection = [x.replace(extras={}) for x in collection]
     stacked = adapters.stack(collection)
-    mine = budgets(collection, fractions, True, progress)
-    curves = [mine]
-    if len(collection) > 1:
-        curves.append(budgets(collection, fractions, False, progress))
-    curves.append(hydra(collection, heads or cuts(len(collection))))
+    curves = compressed(collection, fractions, heads or cuts(len(collection)), progress)
+    ours = curves[0]
     curves += [separate(stacked, bits) for bits in WIDTHS]
     curves += [merged(stacked), *baselines]
     reference = 2 * stacked.size
@@ -305,11 +324,11 @@ def frontier(
         )
         for name, values in found.items()
     ]
-    rates = {x.label: bjontegaard(mine, x) for x in curves[1:]}
+    rates = {x.label: bjontegaard(ours, x) for x in curves[1:]}
     if rates[HYDRAOPT] is None:
         # budgets at which no error is HydraOpt's: compress to some that are
         paper = next(x for x in curves if x.label == HYDRAOPT)
-        extended = mine._replace(points=mine.points + tuple(at_errors_of(collection, paper)))
+        extended = ours._replace(points=ours.points + tuple(at_errors_of(collection, paper)))
         rates[HYDRAOPT] = bjontegaard(extended, paper)
     ordered = tuple(sorted({float(x) for x in fractions}, reverse=True))
     return Frontier(reference, ordered, tuple(curves), tuple(expected), rates)

@@ -5,6 +5,7 @@ entropy-coded. The shared leaf is quantized first, because others may be predict
 diagonal core per task, the gains, scales the steps back.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hydraopt_jax import devices
 from hydraopt_jax.codec import contexts, prediction, streams, syntax, tables, trellis
 from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
 from hydraopt_jax.codec.decode import Decoded, decode_leaves
@@ -178,29 +180,35 @@ def quantize_streams(
     magnitude = [np.zeros(x.shape, np.int32) for x in y]
     quantizer = [np.zeros(x.shape, np.uint8) for x in y]
     blocks = BLOCKS.get(jax.default_backend(), ELSEWHERE)
+
+    def one(group: Sequence[tuple[int, int, int, int]], steps: int, block: int) -> None:
+        """Quantize runs of lanes side by side."""
+        part_y = np.zeros((steps, block), np.float32)
+        part_c = np.zeros((steps, block), np.int32)
+        at = 0
+        for k, first, rows, lane in group:
+            width = min(block, lanes[k] - lane)
+            part_y[:rows, at : at + width] = y[k][first : first + rows, lane : lane + width]
+            part_c[:rows, at : at + width] = cls[k][first : first + rows, lane : lane + width]
+            at += width
+        found = trellis.quantize(jnp.asarray(part_y), jnp.asarray(part_c), costs, multiplier)
+        m, q = (np.asarray(x) for x in found)
+        at = 0
+        for k, first, rows, lane in group:
+            width = min(block, lanes[k] - lane)
+            magnitude[k][first : first + rows, lane : lane + width] = m[:rows, at : at + width]
+            quantizer[k][first : first + rows, lane : lane + width] = q[:rows, at : at + width]
+            at += width
+
+    costs, calls = jnp.asarray(bits), []
     for steps in sorted({height(rows) for _, _, rows in chunks}):
         # columns of one height, filled up to whole blocks
         mine = [(k, first, rows) for k, first, rows in chunks if height(rows) == steps]
         count = sum(lanes[k] for k, _, _ in mine)
         block = next((x for x in blocks if x >= count), blocks[-1])
         columns = [(k, first, rows, lane) for k, first, rows in mine for lane in range(0, lanes[k], block)]
-        for group in packed(columns, lanes, block):
-            part_y = np.zeros((steps, block), np.float32)
-            part_c = np.zeros((steps, block), np.int32)
-            at = 0
-            for k, first, rows, lane in group:
-                width = min(block, lanes[k] - lane)
-                part_y[:rows, at : at + width] = y[k][first : first + rows, lane : lane + width]
-                part_c[:rows, at : at + width] = cls[k][first : first + rows, lane : lane + width]
-                at += width
-            found = trellis.quantize(jnp.asarray(part_y), jnp.asarray(part_c), jnp.asarray(bits), multiplier)
-            m, q = (np.asarray(x) for x in found)
-            at = 0
-            for k, first, rows, lane in group:
-                width = min(block, lanes[k] - lane)
-                magnitude[k][first : first + rows, lane : lane + width] = m[:rows, at : at + width]
-                quantizer[k][first : first + rows, lane : lane + width] = q[:rows, at : at + width]
-                at += width
+        calls += [functools.partial(one, group, steps, block) for group in packed(columns, lanes, block)]
+    devices.together(calls)
     return [
         Symbols(streams.from_lanes(m, len(v)), streams.from_lanes(q, len(v)), c.astype(np.uint8), v < 0, n)
         for m, q, c, v, n in zip(magnitude, quantizer, context, values, lanes, strict=True)
