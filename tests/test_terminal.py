@@ -1,6 +1,7 @@
 """What people see: 80 columns, words whole, a last line that can be repeated, no colors but on terminals."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -67,6 +68,25 @@ def test_every_verb_fits_the_terminal(capsys, place, made, tmp_path):
     ok(capsys, "export", s, "--all", "--out", tmp_path / "x")
     ok(capsys, "pack", s, tmp_path / "s.safetensors")
     assert "fewer bytes than HydraOpt" in " ".join(ok(capsys, "frontier", given, "--budget", "0.9").split())
+
+
+def test_inspect_names_and_draws_the_modules_with_the_highest_errors(capsys, made, tmp_path):
+    rows = json.loads(run(capsys, "inspect", made, "--json")[1])["worst_modules"]
+    content = store.open(made)
+    known = {
+        (n, t): content.errors[m, k]
+        for m, n in enumerate(content.shapes)
+        for k, t in enumerate(content.tasks)
+    }
+    errors = [x["error"] for x in rows]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] == pytest.approx(max(known.values()), rel=1e-3)
+    for x in rows:
+        assert x["error"] == pytest.approx(known[x["module"], x["task"]], rel=1e-3)
+    said = ok(capsys, "inspect", made, "--plot", tmp_path / "errors.svg")
+    assert "highest error of a module" in said
+    drawn = (tmp_path / "errors.svg").read_text()
+    assert drawn.count("<use") > len(content.shapes)
 
 
 def test_inspect_begins_with_the_tasks_and_lists_leaves_on_request(capsys, made):

@@ -22,6 +22,7 @@ from hydraopt_jax.cli.tables import (
     held_notes,
     most_telling,
     sentence,
+    worst_modules,
 )
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
@@ -38,10 +39,17 @@ from hydraopt_jax.store.tensors import check_dtype
 @click.option(
     "--recipe", type=click.Path(), help="write what compresses the adapters again to this .json or .yaml file"
 )
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False),
+    help="write the errors by module and task to this PNG, PDF or SVG",
+)
 @output_options
-def inspect(path: str, recipe: str | None) -> None:
+def inspect(path: str, recipe: str | None, plot: str | None) -> None:
     """What is in STORE: tasks with bytes, errors and sources, then modules; --verbose lists every leaf."""
     content = store.open(path)
+    if plot:
+        report.plot_errors(plot, list(claims_of(content).values())[-1], list(content.shapes), content.tasks)
     if recipe is not None:
         provenance.write_recipe(recipe, provenance.recipe_of(content))
     own = sizes.task_bytes(content)
@@ -53,6 +61,7 @@ def inspect(path: str, recipe: str | None) -> None:
     held, kinds = removal.held(content), kinds_of(content)
     payload = describe(path, content) | {"leaves": rows, "bytes": size, "bytes_of": parts}
     payload |= {"task_bytes": own, "kinds": kinds, "held": [x._asdict() for x in held]}
+    payload["worst_modules"] = worst = worst_modules(content)
     payload["sources"] = {
         t: {"origin": x.origin, "digest": x.digest, "dtype": x.dtype}
         for t, x in zip(content.tasks, content.sources, strict=True)
@@ -65,6 +74,9 @@ def inspect(path: str, recipe: str | None) -> None:
         ranks = str(low) if low == high else f"{low} to {high}"
         kind_table.add_row(Text(report.shorten(kind)), str(x["modules"]), shape, ranks)
     notes = [*held_notes(held), *calibration_notes(content), *provenance.sentences(content)]
+    if worst:
+        error = report.format_error(worst[0]["error"])
+        notes.insert(0, f"highest error of a module: {error}, {worst[0]['module']} of {worst[0]['task']}")
     tables: tuple[Any, ...] = (tasks_table(content, own), kind_table, bytes_table(parts, content))
     if mode().verbose:
         tables = (*tables, forms_table(content), modules_table(content), leaves_table(content))

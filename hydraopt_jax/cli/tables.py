@@ -15,6 +15,8 @@ from hydraopt_jax.store.store import task_errors
 
 # tasks that a table names unless every one is asked for
 ROWS = 20
+# modules of tasks with the highest errors that are listed
+WORST = 10
 ESTIMATES = {
     "separate": "Gaussian estimate at this size, nothing shared",
     "joint": "Gaussian estimate at this size, sides shared",
@@ -60,6 +62,19 @@ def errors_of(content: Store, errors: np.ndarray) -> dict[str, Any]:
         "mean": clean(float(np.nanmean(errors))),
         "worst": clean(float(np.max(per_task))),
     }
+
+
+def worst_modules(content: Store) -> list[dict[str, Any]]:
+    """The modules of tasks with the highest errors, of outputs where these are known, JSON-able."""
+    errors = list(claims_of(content).values())[-1]
+    names = list(content.shapes)
+    order = np.argsort(-np.where(np.isnan(errors), -1.0, errors), axis=None, kind="stable")[:WORST]
+    places = [np.unravel_index(x, errors.shape) for x in order]
+    return [
+        {"module": names[m], "task": content.tasks[t], "error": clean(float(errors[m, t]))}
+        for m, t in places
+        if errors[m, t] > 0
+    ]
 
 
 def bytes_table(parts: Mapping[str, int], content: Store) -> Table:

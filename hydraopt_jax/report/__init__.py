@@ -1,6 +1,6 @@
 """Text, tables, figures and progress bars for people. Nothing here computes anything."""
 
-from hydraopt_jax.report.figures import can_plot, plot_frontier, plot_similarity, plot_tradeoff
+from hydraopt_jax.report.figures import can_plot, plot_errors, plot_frontier, plot_similarity, plot_tradeoff
 from hydraopt_jax.report.progress import bars, progress
 from hydraopt_jax.report.tables import (
     MEASURES,
@@ -35,6 +35,7 @@ __all__ = [
     "kinds_table",
     "nearest_table",
     "off_diagonal",
+    "plot_errors",
     "plot_frontier",
     "plot_similarity",
     "plot_tradeoff",

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from hydraopt_jax.tradeoff import Frontier
 
 
+# names that an axis has room for
+LABELS = 200
+
+
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
@@ -95,6 +99,35 @@ def plot_similarity(path: str | Path, summary: Summary, *, title: str = "") -> N
         bar.outline.set_visible(False)
     if title:
         figure.suptitle(_plain(title, 120), fontsize=10)
+    _save(figure, path)
+
+
+def plot_errors(path: str | Path, errors: np.ndarray, modules: Sequence[str], tasks: Sequence[str]) -> None:
+    """A heat map of errors by module and task, on a logarithmic scale; white where a task lacks a module.
+
+    Args:
+      path: PNG, PDF or SVG file to write.
+      errors: `[M, T]` relative squared errors, NaN where absent.
+      modules, tasks: names.
+
+    Raises:
+      HydraOptError: matplotlib is missing, or the file cannot be written.
+    """
+    count, width = errors.shape
+    figure = _figure(path, float(np.clip(0.25 * width, 2, 12)) + 4, float(np.clip(0.11 * count, 2, 24)) + 1.5)
+    axis = figure.subplots()
+    shown = np.log10(np.where(errors > 0, errors, np.nan))
+    image = axis.imshow(shown, cmap="viridis", aspect="auto", interpolation="nearest")
+    every = max(count // LABELS, 1)
+    axis.set_yticks(range(0, count, every), [_plain(x, 40) for x in modules[::every]], fontsize=5)
+    every = max(width // LABELS, 1)
+    axis.set_xticks(range(0, width, every), [_plain(x) for x in tasks[::every]], rotation=90, fontsize=6)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axis, shrink=0.9, pad=0.01, aspect=25)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("log10 of the relative squared error", fontsize=7)
+    bar.outline.set_visible(False)
     _save(figure, path)
 
 
