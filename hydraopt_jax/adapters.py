@@ -16,7 +16,7 @@ from hydraopt_jax import strict_json
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.static import Static
 
-# norms that factors and deltas may have, or zero
+# allowed range of the norms of factors and deltas; zero is allowed too
 NORMS = (1e-15, 1e15)
 
 
@@ -55,7 +55,7 @@ class Adapter:
             object.__setattr__(self, name, Static(getattr(self, name)))
 
     def replace(self, **changes: Any) -> "Adapter":
-        """The same with some attributes changed."""
+        """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -131,7 +131,7 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
 
 
 def check_texts(task: str, source: str, config: Mapping[str, Any]) -> None:
-    """Refuse a task's name and a configuration that a store cannot hold as JSON."""
+    """Raise if a store cannot hold a task's name or configuration as JSON."""
     if strict_json.fault(task):
         raise HydraOptError(f"task name {task!a} is no text in UTF-8: rename it with NAME=ADAPTER")
     found = strict_json.fault(dict(config))
@@ -140,7 +140,7 @@ def check_texts(task: str, source: str, config: Mapping[str, Any]) -> None:
 
 
 def check_size(adapter: Adapter, name: str) -> None:
-    """Refuse factors whose squares float32 cannot hold: errors are sums of squares."""
+    """Raise if float32 cannot hold the squares of the factors: errors are sums of squares."""
     norms = [norm(x[name]) for x in (adapter.a, adapter.b)]
     if any(x and not NORMS[0] < x < NORMS[1] for x in (*norms, norms[0] * norms[1])):
         raise HydraOptError(
@@ -150,7 +150,7 @@ def check_size(adapter: Adapter, name: str) -> None:
 
 
 def norm(x: np.ndarray) -> float:
-    """Frobenius norm; in float64 only where float32 cannot hold its square."""
+    """Frobenius norm, computed in float64 only if float32 cannot hold its square."""
     flat = np.asarray(x, np.float32).ravel()
     square = float(np.vdot(flat, flat))
     if NORMS[0] ** 2 < square < NORMS[1] ** 2:
@@ -207,7 +207,7 @@ def stack(collection: Sequence[Adapter]) -> Adapters:
 
 
 def layer_kind(module: str) -> str:
-    """A module's kind: the last component that is more than digits, digits removed.
+    """The kind of a module: the last part of its name that is not only digits, without digits.
 
     >>> layer_kind("model.layers.3.self_attn.q_proj"), layer_kind("encoder.blocks.fc1"), layer_kind("heads.2")
     ('q_proj', 'fc', 'heads')

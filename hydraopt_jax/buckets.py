@@ -1,9 +1,9 @@
-"""Objects in buckets, `s3://BUCKET/KEY` and `gs://BUCKET/KEY`: read in part, replaced on a condition.
+"""Objects in buckets, `s3://BUCKET/KEY` and `gs://BUCKET/KEY`: partial reads, conditional writes.
 
-By TensorStore, which reads the arrays of stores, too: one library, one set of credentials. Of S3 they are
-what AWS's tools use (AWS_ACCESS_KEY_ID and the others, profiles, a machine's role), and AWS_ENDPOINT_URL
-names another service that speaks S3. Of Google they are its application default credentials, and
-TENSORSTORE_GCS_HTTP_URL names another service.
+TensorStore makes the requests, as it does for the arrays of stores: one library, one set of credentials. For
+S3 these are the credentials of AWS's tools (AWS_ACCESS_KEY_ID and the others, profiles, a machine's role);
+AWS_ENDPOINT_URL names another service with the S3 protocol. For Google they are the application default
+credentials; TENSORSTORE_GCS_HTTP_URL names another service.
 """
 
 import functools
@@ -20,7 +20,7 @@ SCHEMES = ("s3://", "gs://")
 RETRIES = {"max_retries": 4, "initial_delay": "300ms", "max_delay": "2s"}
 # requests at once, and the largest object that one request writes
 REQUESTS, LARGEST = 64, 5 << 30
-# what TensorStore says -> what it means, where nothing is wrong with the object itself
+# text of a TensorStore error -> its meaning, for errors that do not come from the object itself
 MEANINGS = {
     "PERMISSION_DENIED": "no right to it: look at the credentials",
     "UNAUTHENTICATED": "no right to it: look at the credentials",
@@ -35,8 +35,8 @@ class Found(NamedTuple):
     """An object, or some of its bytes.
 
     Attributes:
-      data: the bytes; None where there is no such object.
-      version: what tells one state of it from another, its absence too.
+      data: the bytes; None if the object does not exist.
+      version: identifies the state of the object; absence has a version too.
     """
 
     data: bytes | None
@@ -53,10 +53,10 @@ def is_bucket(path: Any) -> bool:
 
 
 def address(path: str) -> str:
-    """An address without a slash at its end.
+    """The address without trailing slashes.
 
     Raises:
-      HydraOptError: it names no bucket or nothing in it.
+      HydraOptError: the address has no bucket or no key.
 
     >>> address("s3://bucket/some/store/")
     's3://bucket/some/store'
@@ -69,7 +69,7 @@ def address(path: str) -> str:
 
 
 def spec(path: str) -> dict[str, Any]:
-    """What TensorStore opens an address by; keys follow it without a separator."""
+    """The TensorStore specification of an address; keys are appended without a separator."""
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme == "gs":
@@ -87,20 +87,20 @@ def spec(path: str) -> dict[str, Any]:
 
 @functools.lru_cache(16)
 def opened(text: str) -> Any:
-    """A store of keys by its specification in JSON."""
+    """The key-value store of a JSON specification."""
     import tensorstore
 
     return tensorstore.KvStore.open(json.loads(text)).result()
 
 
 def keys_of(path: str) -> Any:
-    """The keys that begin with an address."""
+    """All keys that begin with an address."""
     return opened(json.dumps(spec(path)))
 
 
 @contextmanager
 def explained(label: str, doing: str) -> Iterator[None]:
-    """Turn what TensorStore says into one line."""
+    """Turn errors of TensorStore into one-line errors."""
     try:
         yield
     except HydraOptError:
@@ -112,13 +112,13 @@ def explained(label: str, doing: str) -> Iterator[None]:
 
 
 def meaning(error: Exception) -> str:
-    """What an error of a service or the network means; "" for any other."""
+    """The meaning of an error of a service or the network; "" for other errors."""
     said = str(error)
     return next((v for k, v in MEANINGS.items() if k in said), "")
 
 
 def read(path: str, start: int = 0, stop: int | None = None) -> Found:
-    """An object, or the bytes from `start` to `stop` of it.
+    """An object, or its bytes from `start` to `stop`.
 
     Raises:
       HydraOptError: no connection, no right to it, or fewer bytes than asked for.
@@ -130,10 +130,10 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Found:
 
 
 def write(path: str, data: bytes, version: bytes | None = None) -> bool:
-    """Write an object by one request; with `version` only over that state of it.
+    """Write an object with one request; with `version` only if the object still has that version.
 
     Returns:
-      Whether it was written: False where it is in another state.
+      Whether the object was written; False if it has another version.
 
     Raises:
       HydraOptError: no connection, no right to it, or more bytes than one request takes.
@@ -144,12 +144,12 @@ def write(path: str, data: bytes, version: bytes | None = None) -> bool:
         )
     with explained(path, "written"):
         stamp = keys_of(path).write("", data, if_equal=version).result()
-    # a request that is sent again because its answer was lost meets what it has written
+    # after a lost answer the request is repeated, and then finds the object that it has written
     return bool(stamp.generation) or read(path).data == data
 
 
 def upload(path: str, files: Mapping[str, Any]) -> None:
-    """Write many objects, some at a time: key -> a function that returns its bytes."""
+    """Write many objects, a few at a time: key -> function that returns the bytes."""
     keys, waiting = keys_of(path), []
     with explained(path, "written"):
         for key, data in files.items():
@@ -161,13 +161,13 @@ def upload(path: str, files: Mapping[str, Any]) -> None:
 
 
 def keys(path: str) -> list[str]:
-    """What follows an address in the keys that begin with it."""
+    """All keys that begin with an address, without the address."""
     with explained(path, "read"):
         return sorted(x.decode() for x in keys_of(path).list().result())
 
 
 def remove(path: str, names: Iterable[str]) -> None:
-    """Remove objects, by what follows an address."""
+    """Remove the objects of some keys, given without the address."""
     found = keys_of(path)
     with explained(path, "written"):
         for x in [found.write(name, None) for name in names]:
@@ -175,7 +175,7 @@ def remove(path: str, names: Iterable[str]) -> None:
 
 
 def one_version(path: str) -> Any:
-    """`(start, stop)` -> those bytes of an object, all of the version that the first request shows."""
+    """A function `(start, stop)` -> bytes of an object; all of the version that the first request finds."""
     seen: list[bytes] = []
 
     def part(start: int, stop: int) -> bytes:

@@ -1,7 +1,7 @@
-"""A collection of adapters whose numbers are read when they are asked for, from memory or from files.
+"""A collection of adapters whose factors are read on demand, from memory or from files.
 
-What an adapter holds is known; its factors come module by module. The engine takes nothing else, so that one
-adapter and ten thousand, in memory and on disk, go the same way.
+Names, shapes and sizes are known at once; factors are read module by module. The engine takes only this type,
+so one adapter and ten thousand, in memory or on disk, take the same path.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,12 +18,12 @@ from hydraopt_jax.store import lossless
 from hydraopt_jax.store.lossless import Raw
 from hydraopt_jax.store.store import Source
 
-# one module of one adapter as files have it: `a: [R, I]`, `b: [O, R]` and the scale of the delta
+# one module of one adapter in the files' layout: `a: [R, I]`, `b: [O, R]` and the scale of the delta
 Pair = tuple[np.ndarray, np.ndarray, float]
 
 
 class Entry(NamedTuple):
-    """A module of an adapter: keys of its tensors, sizes, and the scale of `b @ a`."""
+    """One module of an adapter: the keys of its tensors, their sizes, and the scale of `b @ a`."""
 
     key_a: str
     key_b: str
@@ -34,16 +34,16 @@ class Entry(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What is known of an adapter whose factors need not be in memory.
+    """Everything about an adapter except its factors.
 
     Attributes:
       task: its name.
-      modules: module -> entry; one object for all adapters alike.
+      modules: module -> entry; adapters of equal layout share one object.
       extras: table of its full tensors, `[name, dtype, shape]`.
       dtype, config, layout, source, digest: as in `Adapter`.
       file: its weights; "" in memory.
       stamp: bytes and time of the file's last change.
-      places: key of a factor -> where it lies in the file.
+      places: key of a factor -> its position in the file.
     """
 
     task: str
@@ -60,15 +60,15 @@ class Card(NamedTuple):
 
 
 class Collection(NamedTuple):
-    """Adapters of one base model, to be read a group of modules at a time.
+    """Adapters of one base model, read one group of modules at a time.
 
     Attributes:
       cards: one per task.
       shapes: module -> (I, O), in order of appearance.
       read: `(task, modules)` -> one `Pair` per module; safe to call from several threads.
       read_extras: `task` -> its full tensors.
-      raw: `(task, module)` -> the factors bit for bit as they came.
-      size: bytes of all files as they came; of half-precision factors in memory.
+      raw: `(task, module)` -> the factors bit for bit as in the input.
+      size: bytes of all input files; for adapters in memory, of their factors in half precision.
     """
 
     cards: tuple[Card, ...]
@@ -85,7 +85,7 @@ class Collection(NamedTuple):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What the tasks brought along."""
+        """One `Source` per task."""
         return tuple(
             Source(x.dtype, Static(x.config), Static(x.layout), x.source, x.digest) for x in self.cards
         )
@@ -96,16 +96,16 @@ class Collection(NamedTuple):
         return widest_dtype(x.dtype for x in self.cards)
 
     def rank(self, module: str, task: int) -> int:
-        """Rank of a task's module; 0 where it lacks it."""
+        """Rank of a module of a task; 0 if the task lacks the module."""
         entry = self.cards[task].modules.get(module)
         return 0 if entry is None else entry.rank
 
     def entries(self) -> int:
-        """How many numbers the factors hold."""
+        """Number of entries of all factors."""
         return sum(e.rank * (e.inputs + e.outputs) for x in self.cards for e in x.modules.values())
 
     def adapters(self, tasks: Iterable[int], modules: Sequence[str]) -> list[Adapter]:
-        """Some modules of some tasks, read, in float32."""
+        """Adapters with some modules of some tasks, read into memory as float32."""
         out = []
         for t in tasks:
             names = [m for m in modules if m in self.cards[t].modules]
@@ -120,7 +120,7 @@ class Collection(NamedTuple):
 
 
 def widest_dtype(names: Iterable[str]) -> str:
-    """float16 or bfloat16 where all are, float32 else.
+    """float16 or bfloat16 if all adapters have it, else float32.
 
     >>> widest_dtype(["float16", "float16"]), widest_dtype(["float16", "bfloat16"])
     ('float16', 'float32')
@@ -130,7 +130,7 @@ def widest_dtype(names: Iterable[str]) -> str:
 
 
 def check_shapes(cards: Sequence[Card]) -> dict[str, tuple[int, int]]:
-    """As `adapters.check`, from cards: module -> (I, O).
+    """Module -> (I, O), checked as `adapters.check` does, from cards.
 
     Raises:
       HydraOptError: no adapter, equal names, or shapes that disagree.

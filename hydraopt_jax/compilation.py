@@ -1,24 +1,24 @@
-"""Compiled computations kept between runs, in a folder of the user's cache. Off unless asked for."""
+"""A persistent cache of compiled computations, in the user's cache folder. Off by default."""
 
 import os
 import sys
 from pathlib import Path
 
-# seconds that a compilation must take to be kept
+# shortest compilation, in seconds, that is kept
 LEAST = 0.05
 
 
 def keep(folder: str | os.PathLike[str] | None = None) -> Path | None:
-    """Let JAX keep compiled computations in a folder and find them there in later runs.
+    """Make JAX keep compiled computations in a folder and reuse them in later runs.
 
-    The command does this; from Python call it once, before or after JAX is imported. A folder that the user
-    has given JAX by `JAX_COMPILATION_CACHE_DIR` stays.
+    The command does this. From Python call it once, before or after JAX is imported. A folder given by
+    `JAX_COMPILATION_CACHE_DIR` takes precedence.
 
     Args:
-      folder: made where it is missing; None for `hydraopt_jax` in the user's cache.
+      folder: created if missing; None for `hydraopt_jax` in the user's cache.
 
     Returns:
-      The folder; None where it cannot be written, and then nothing is kept.
+      The folder; None if it cannot be written, and nothing is kept.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") and folder is None:
         return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -30,7 +30,7 @@ def keep(folder: str | os.PathLike[str] | None = None) -> Path | None:
         return None
     if not os.access(path, os.W_OK):
         return None
-    # read when JAX is imported, which a verb may never do
+    # JAX reads it when it is imported; some verbs never import JAX
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(path)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(LEAST)
     if sys.modules.get("jax") is not None:

@@ -1,4 +1,4 @@
-"""The verb: adapters in, a store out."""
+"""Compress adapters into a store."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory, Processes, Progress
 from hydraopt_jax.store.store import Store
 
-# what is aimed at where nothing is asked for: a quarter of the bytes
+# default target: a quarter of the bytes
 DEFAULT_BUDGET = 0.25
 
 
@@ -53,18 +53,18 @@ def compress(
       weights: task -> weight of its relative error, 1 where not named.
       calibration: module -> second moment of its inputs, see `calibration`: errors are then the outputs'.
       share: whether tasks may be predicted from one another.
-      dtype: of plain factors: "float32", "float16", "bfloat16"; None for the widest that came in.
-      extras_dtype: full tensors beside the factors that are wider are rounded to it; None keeps them.
-      place: where finished segments are kept meanwhile, see `jobs`; None for memory.
+      dtype: of plain factors: "float32", "float16", "bfloat16"; None for the widest dtype of the input.
+      extras_dtype: full tensors beside the factors are rounded to it if they are wider; None keeps them.
+      place: where finished segments are kept during the job, see `jobs`; None for memory.
       progress, processes: see `rate_control.work`.
-      left_out: adapters that were not taken, with the reason, for the report.
-      provenance: how the store is made, for the report, see `provenance`; None says nothing.
+      left_out: adapters that were skipped, with the reason, for the report.
+      provenance: how the store is made, for the report, see `provenance`; None for no entry.
 
     Returns:
       Store.
 
     Raises:
-      HydraOptError: bad adapters or options, or a target that cannot be met (it says what can).
+      HydraOptError: bad adapters or options, or a target that cannot be met (the message says which can).
 
     >>> from hydraopt_jax.synthetic import collection
     >>> store = compress(collection(tasks=2), budget=0.5)

@@ -1,6 +1,6 @@
-"""Arrays that are read when they are asked for: what a store is can be known without holding it.
+"""Arrays that are read on demand, so that a store can be inspected without loading it.
 
-Shapes and dtypes are in memory, numbers are not. `np.asarray` reads them, every time.
+Shapes and dtypes are in memory, numbers are not. Each `np.asarray` reads them again.
 """
 
 import itertools
@@ -16,13 +16,13 @@ from hydraopt_jax.errors import HydraOptError
 
 
 class Deferred:
-    """An array somewhere else.
+    """An array outside of memory.
 
     Args:
-      shape, dtype: as of any array.
-      read: `(start, stop)` -> those of its bytes, in C order.
-      origin: what it is a whole leaf of, if anything: a container and a name.
-      digest: what its bytes were compared with, whenever they are read; b"" where they are not.
+      shape, dtype: of the array.
+      read: `(start, stop)` -> bytes of the array in C order.
+      origin: container and name, if the array is a whole leaf of a container.
+      digest: the digest that its bytes are compared with at each read; b"" if they are not compared.
 
     >>> numbers = np.arange(3, dtype=np.float32).tobytes()
     >>> x = Deferred((3,), "float32", lambda start, stop: numbers[start:stop])
@@ -66,10 +66,10 @@ class Deferred:
         return out if dtype is None else out.astype(dtype)
 
     def part(self, start: int, shape: Sequence[int], dtype: Any) -> "Deferred":
-        """What lies in it from a byte on, as an array of its own.
+        """A part of the array from a byte offset on, as an array of its own.
 
         Raises:
-          ValueError: it does not lie in it.
+          ValueError: the part exceeds the array.
         """
         out = Deferred(shape, dtype, lambda low, high: self.read(start + low, start + high))
         if start + out.nbytes > self.nbytes:
@@ -78,7 +78,7 @@ class Deferred:
 
 
 def in_file(path: str, offset: int, shape: Sequence[int], dtype: Any) -> Deferred:
-    """An array that lies in a file; one that has become shorter cannot be read."""
+    """An array in a file. Reading it fails if the file has become shorter."""
 
     def read(start: int, stop: int) -> bytes:
         with open(path, "rb") as file:
@@ -92,12 +92,12 @@ def in_file(path: str, offset: int, shape: Sequence[int], dtype: Any) -> Deferre
 
 
 def size_of(part: Any) -> int:
-    """Bytes of an array, deferred or not, or of bytes."""
+    """Size in bytes of an array, deferred or not, or of a bytes object."""
     return len(part) if isinstance(part, bytes) else part.nbytes
 
 
 def bytes_of(part: Any) -> Any:
-    """The bytes of an array, deferred or not, or bytes; no copy of an array that is contiguous.
+    """The bytes of an array, deferred or not, or of a bytes object; contiguous arrays are not copied.
 
     >>> bytes(bytes_of(np.array([[1], [2]], np.uint8))), bytes_of(b"ab")
     (b'\\x01\\x02', b'ab')
@@ -110,7 +110,7 @@ def bytes_of(part: Any) -> Any:
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """The bytes of arrays one after another, `[n]` uint8; deferred where one of them is.
+    """The concatenated bytes of arrays, `[n]` uint8; deferred if one of them is.
 
     >>> joined([np.array([1], np.uint8), np.array([[2, 3]], np.uint8)]).tolist()
     [1, 2, 3]
@@ -133,12 +133,12 @@ def joined(parts: Sequence[Any]) -> Any:
 
 
 def span_of(part: Any, start: int, stop: int) -> Any:
-    """Some of the bytes of an array, deferred or not, or of bytes."""
+    """A range of the bytes of an array, deferred or not, or of a bytes object."""
     return part.read(start, stop) if isinstance(part, Deferred) else bytes_of(part)[start:stop]
 
 
 def part_of(leaf: Any, start: int, shape: Sequence[int], dtype: Any) -> Any:
-    """What lies in a leaf, an array of bytes or a deferred one, from a byte on."""
+    """The array in a leaf (bytes, deferred or not) from a byte offset on."""
     if isinstance(leaf, Deferred):
         return leaf.part(start, shape, dtype)
     size = math.prod(shape) * np.dtype(dtype).itemsize

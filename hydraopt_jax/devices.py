@@ -1,4 +1,4 @@
-"""Devices of this process: as a named mesh, modules on one axis and tasks on the other, or each by itself."""
+"""Devices of this process: a mesh with a module axis and a task axis, or one device per work item."""
 
 import os
 import threading
@@ -17,12 +17,14 @@ Item = TypeVar("Item")
 
 
 def make(modules: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh for groups of at most `modules` modules: modules are independent, so they are spread first; the
-    devices that are left over share the tasks, whose sums then cost a `psum`.
+    """A mesh for groups of at most `modules` modules.
+
+    Modules are independent, so they are spread over devices first. Remaining devices split the tasks, and
+    sums over tasks then need a `psum`.
 
     Args:
-      modules: the most modules that are ever solved together.
-      devices: this process's devices where None.
+      modules: largest number of modules that are solved together.
+      devices: None for the devices of this process.
     """
     found = list(jax.local_devices() if devices is None else devices)
     rows = max(d for d in range(1, len(found) + 1) if len(found) % d == 0 and d <= max(modules, 1))
@@ -38,16 +40,15 @@ def put(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
 def spread(
     work: Callable[[Item], None], items: Iterator[Item], devices: Sequence[jax.Device] | None = None
 ) -> None:
-    """Do `work` for every item: a thread a device takes the next one whenever it is done.
+    """Call `work` for every item. Each device has one thread, which takes the next item when it is free.
 
     Args:
-      work: what an item needs, on JAX's default device.
-      items: asked for by one thread at a time.
-      devices: this process's devices where None.
+      work: processes one item on JAX's default device.
+      items: iterated by one thread at a time.
+      devices: None for the devices of this process.
 
     Raises:
-      Exception: whatever `work` or `items` raise, when what was begun on other devices is done; nothing more
-        is begun.
+      Exception: the first error of `work` or `items`, after running work has ended; no further item starts.
     """
     found = list(jax.local_devices() if devices is None else devices)
     turn, stop = threading.Lock(), threading.Event()
@@ -66,7 +67,7 @@ def spread(
             raise
 
     if len(found) == 1:
-        # what was compiled before would be compiled again for a device that is named
+        # naming the device would recompile what was compiled without a name
         for item in items:
             work(item)
         return
@@ -94,12 +95,12 @@ def together(calls: Sequence[Callable[[], Item]]) -> list[Item]:
 
 
 def padded(count: int, parts: int) -> int:
-    """The least multiple of `parts` that holds `count`."""
+    """The smallest multiple of `parts` that is at least `count`."""
     return -(-count // parts) * parts
 
 
 def even(count: int, most: int) -> int:
-    """Length of parts of at most `most`: as few as that, and all about alike.
+    """Length of the parts when `count` is split into the fewest parts of at most `most`, evenly.
 
     >>> even(10, 4), even(3, 4)
     (4, 3)

@@ -1,4 +1,4 @@
-"""The exception that a caller needs to catch for bad input, and its kinds."""
+"""The exception that callers catch for bad input, and its subclasses."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,15 +6,15 @@ from typing import Any
 
 
 class HydraOptError(ValueError):
-    """Bad input or bad use: one line that names the file, tensor or option and the way out."""
+    """Bad input or bad use. The message is one line: the file, tensor or option, and what to do."""
 
 
 class TooLarge(HydraOptError):
-    """A store that would exceed the bytes it may take."""
+    """A store would exceed its byte limit."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """What to write in place of a name that is not known: near names, or all where none is near.
+    """Advice on an unknown name: similar names, or all names if none is similar.
 
     >>> suggest("tie", ["linear", "ties", "dare"]), suggest("x", ["linear", "ties"])
     ("did you mean 'ties'?", 'must be one of linear, ties')
@@ -27,6 +27,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def damaged(path: Any, what: str) -> HydraOptError:
-    """The error for a store, at a path or None, that is not what was written."""
+    """The error for a damaged store, at a path or None."""
     at = "" if path is None else f"{path}: "
     return HydraOptError(f"{at}damaged store: {what}: restore it from a copy or compress again")

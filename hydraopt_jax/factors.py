@@ -1,4 +1,4 @@
-"""The factors of one module: what every form keeps, and what a store decodes to."""
+"""The factors of one module: the result of every form, and of decoding a store."""
 
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,14 +26,14 @@ class Factors(NamedTuple):
 
 
 def count(factors: Factors) -> int:
-    """How many numbers the factors hold: the form's rate in entries."""
+    """Number of entries of the factors: the rate of the form, in numbers."""
     return sum(int(np.size(x)) for x in (factors.a, factors.b, factors.core) if x is not None)
 
 
 def task_pair(terms: Any, task: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """One task's `a: [I, S]`, `b: [S, O]` in float32 on the host: terms side by side, cores folded in.
+    """One task's `a: [I, S]`, `b: [S, O]` in float32 on the host: terms concatenated, cores folded in.
 
-    None where the task has no delta. Directions that are zero on either side are left out, but for one.
+    None if the task has no delta. Directions that are zero on either side are left out; at least one stays.
     """
     left, right = [], []
     for term in terms:
@@ -63,7 +63,9 @@ def times(core: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same product with both vectors of every direction equally long; what overflows is not finite."""
+    """Factors of the same product in which both vectors of every direction have equal norms.
+
+    Entries that overflow become infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         na, nb = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
         scale = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
@@ -71,7 +73,7 @@ def balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def svd(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thin decomposition of `a @ b` by way of the factors' QR: `u: [I, R]`, `s: [R]`, `v: [R, O]`."""
+    """Thin SVD of `a @ b` through the QR of the factors: `u: [I, R]`, `s: [R]`, `v: [R, O]`."""
     (qa, ra), (qb, rb) = np.linalg.qr(a.astype(np.float64)), np.linalg.qr(b.T.astype(np.float64))
     u, s, v = np.linalg.svd(ra @ rb.T, full_matrices=False)
     return qa @ u, s, v @ qb.T

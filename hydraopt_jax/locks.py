@@ -1,4 +1,4 @@
-"""One writer at a time of what lies at a path."""
+"""A lock that admits one writer per path."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,14 +11,14 @@ from hydraopt_jax.errors import HydraOptError
 
 @contextmanager
 def locked(path: Path, again: bool = False) -> Iterator[None]:
-    """Hold the lock of what is written at a path, `.NAME.lock` beside it, and remove its file after.
+    """Hold the lock file of a path, `.NAME.lock` beside it, and remove the file afterwards.
 
     Args:
       path: what is written.
-      again: whether this thread may hold it already.
+      again: allow a lock that this thread already holds.
 
     Raises:
-      HydraOptError: another process, or another writer in this one, holds it, or the place cannot be written.
+      HydraOptError: another process or another writer in this one holds it, or the place cannot be written.
     """
     file = path.with_name(f".{path.name}.lock")
     try:
@@ -35,7 +35,7 @@ def locked(path: Path, again: bool = False) -> Iterator[None]:
         raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         if lock.lock_counter == 1:
-            # whoever opened it meanwhile sees that it is gone, and opens another
+            # a process that opened it meanwhile sees that it is gone, and opens a new one
             with suppress(OSError):
                 file.unlink()
         lock.release()

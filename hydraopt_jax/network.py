@@ -1,4 +1,4 @@
-"""The hub's client, and errors of the network in one line each, without tokens, passwords and signatures."""
+"""The hub's client, and one-line network errors without tokens, passwords and signatures."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from hydraopt_jax.errors import HydraOptError
 
 
 def redact(text: str) -> str:
-    """A text without tokens, passwords and signatures.
+    """The text with tokens, passwords and signatures removed.
 
     >>> redact("GET https://me:pass@hub.org/x?sig=1 with Bearer hf_abcdefgh failed")
     'GET https://hub.org/x with Bearer *** failed'
@@ -60,11 +60,11 @@ STATUS = {
 
 
 def meaning(error: BaseException) -> str:
-    """What an error of the network or the hub means, on one line, without secrets."""
+    """One line that explains an error of the network or the hub, without secrets."""
     causes = [error]
     while (following := causes[-1].__cause__) is not None and len(causes) < 8:
         causes.append(following)
-    # offline is the cause of whatever else is said
+    # being offline is the cause of any other message
     names = [x.__name__ for y in causes for x in type(y).__mro__]
     if "OfflineModeIsEnabled" in names:
         return MEANINGS["OfflineModeIsEnabled"]
@@ -80,7 +80,7 @@ def meaning(error: BaseException) -> str:
 
 @contextmanager
 def explained(label: str, what: str) -> Iterator[None]:
-    """Turn errors of the network, which the hub's client lets through in many kinds, into one line each."""
+    """Turn network errors, of which the hub's client has many classes, into one-line errors."""
     try:
         yield
     except (HydraOptError, MemoryError):
@@ -91,7 +91,7 @@ def explained(label: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def quiet(progress: bool = False) -> Iterator[None]:
-    """Keep remarks of the hub's client from the user, and its progress bars unless they are asked for."""
+    """Suppress warnings of the hub's client, and its progress bars unless asked for."""
     from huggingface_hub import utils
 
     level, shown = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()

@@ -1,7 +1,7 @@
-"""Where a store comes from: the command, the version and the date, and a recipe that makes it again.
+"""Provenance of a store: command, version and date, and a recipe that makes the store again.
 
-A store's report has it under `provenance`: `made`, and `changed` of the last change; the adapters' digests
-are in the store's sources. A recipe is a file of JSON or YAML::
+The report of a store has the field `provenance` with two entries: `made`, and `changed` for the last change.
+The digests of the adapters are in the store's sources. A recipe is a JSON or YAML file::
 
     recipe: 1
     adapters:
@@ -37,7 +37,7 @@ def version() -> str:
 
 
 def today() -> str:
-    """The day, UTC, or that of SOURCE_DATE_EPOCH: stores of one day are the same to the last byte."""
+    """The date in UTC, or that of SOURCE_DATE_EPOCH; without a time, so that builds of one day are equal."""
     given = os.environ.get("SOURCE_DATE_EPOCH", "")
     seconds = int(given) if given.isdecimal() else None
     now = (
@@ -49,24 +49,24 @@ def today() -> str:
 
 
 def entry(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a verb of the command did."""
+    """The provenance entry of one run of a verb."""
     return {"verb": verb, "options": dict(options), "version": version(), "date": today()}
 
 
 def carried(before: Store, after: Store) -> Store:
-    """A store that was made from another one, with what that one says of how it was made."""
+    """The store with the provenance of the store that it was made from."""
     known = before.report.get(KEY)
     return after if known is None else after.replace(report=Static({**after.report, KEY: known}))
 
 
 def changed(store: Store, said: Mapping[str, Any]) -> Store:
-    """A store after a change, which says what the last change was."""
+    """The store with a `changed` entry for the last change."""
     known = {**store.report.get(KEY, {}), "changed": dict(said)}
     return store.replace(report=Static({**store.report, KEY: known}))
 
 
 def command(said: Mapping[str, Any]) -> str:
-    """An entry as it is typed.
+    """The command line of an entry.
 
     >>> command({"verb": "compress", "options": {"max_error": 0.01, "weights": ["a=2"], "alone": True}})
     'hydraopt compress ADAPTERS --max-error 0.01 --weight a=2 --alone'
@@ -80,7 +80,7 @@ def command(said: Mapping[str, Any]) -> str:
 
 
 def sentences(store: Store) -> list[str]:
-    """What a store says of where it comes from."""
+    """Sentences that describe the provenance of a store."""
     known = store.report.get(KEY, {})
     out = []
     for key, verb in (("made", "made"), ("changed", "last changed")):
@@ -91,10 +91,10 @@ def sentences(store: Store) -> list[str]:
 
 
 def recipe_of(store: Store) -> dict[str, Any]:
-    """What compresses a store's adapters again.
+    """The recipe that compresses a store's adapters again.
 
     Raises:
-      HydraOptError: the store does not say how it was made.
+      HydraOptError: the store has no provenance.
     """
     made = store.report.get(KEY, {}).get("made")
     if made is None:
@@ -108,7 +108,7 @@ def recipe_of(store: Store) -> dict[str, Any]:
 
 
 def write_recipe(path: str | Path, recipe: Mapping[str, Any]) -> None:
-    """Write a recipe, YAML or JSON by the file's name.
+    """Write a recipe as YAML or JSON, depending on the file's name.
 
     Raises:
       HydraOptError: the file exists or cannot be written.
@@ -130,19 +130,19 @@ def write_recipe(path: str | Path, recipe: Mapping[str, Any]) -> None:
 
 
 def is_yaml(path: Path) -> bool:
-    """Whether a file's name says YAML."""
+    """Whether a file has the name of a YAML file."""
     return path.suffix.lower() in (".yaml", ".yml")
 
 
 def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
-    """Read a recipe.
+    """The recipe in a file, checked.
 
     Args:
       path: of the file.
-      known: names of the options that it may have.
+      known: names of the allowed options.
 
     Raises:
-      HydraOptError: no such file, or no recipe; the line names the field.
+      HydraOptError: no such file, or not a recipe; the message names the field.
     """
     at = Path(path)
     try:
@@ -175,7 +175,7 @@ def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
 
 
 def check_digests(path: str | Path, recipe: Mapping[str, Any], found: Mapping[str, str]) -> None:
-    """Refuse adapters that are not those of a recipe.
+    """Raise if an adapter's digest differs from that in a recipe.
 
     Args:
       path: of the recipe.

@@ -1,7 +1,7 @@
 """Registers the package's types with JAX: arrays are leaves, names and shapes are static.
 
-The types themselves need no JAX, so that a store can be read without it. Names of the public face import
-this module; so does every module that traces them.
+The types themselves do not need JAX, so that stores can be read without it. The public names import this
+module, and so does every module that traces the types.
 """
 
 from jax.tree_util import register_dataclass, register_pytree_node

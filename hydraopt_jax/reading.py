@@ -1,4 +1,4 @@
-"""Adapters from wherever they are: one call for forty folders."""
+"""Read adapters from folders, files, patterns and the hub; export tasks of a store."""
 
 import glob
 from collections.abc import Iterable
@@ -13,20 +13,20 @@ from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.folder import MANIFEST
 from hydraopt_jax.store.store import Store
 
-# files that make a folder an adapter, though one of them may be missing
+# names of weight files; a folder with one of them counts as an adapter, even without a configuration
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def holds_adapter(path: Path) -> bool:
-    """Whether a path is an adapter, whole or not: a PEFT folder, or a LoRA file of diffusers or kohya."""
+    """Whether a path is an adapter, complete or not: a PEFT folder, or a LoRA file of diffusers or kohya."""
     return any((path / x).is_file() for x in (CONFIG_FILE, *WEIGHTS)) or file_of(path) is not None
 
 
 def inside(folder: Path) -> list[str]:
-    """The adapters that lie in a folder, by name.
+    """Paths of the adapters in a folder, sorted by name.
 
     Raises:
-      HydraOptError: none does: the line says what was found in their place.
+      HydraOptError: the folder has no adapter; the message says what it has instead.
     """
     found = [str(x) for x in sorted(folder.iterdir()) if holds_adapter(x)]
     if found:
@@ -47,13 +47,13 @@ def inside(folder: Path) -> list[str]:
 
 
 def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> list[tuple[str, str | None]]:
-    """Where each adapter is and its task's name, None for the folder's own.
+    """`(place, task name)` of each adapter; the name is None if the folder's name is to be used.
 
     Args:
       given: PEFT folders, folders of such folders, LoRA files of diffusers or kohya, patterns of all these
         (`"adapters/*"`), `hf:ORG/NAME` ids, each adapter also as NAME=SOURCE; or one of these. Those of a
         folder or a pattern are sorted by name.
-      strict: refuse a folder without any adapter here, and not where it is read.
+      strict: raise here for a folder without adapters, instead of when it is read.
 
     Raises:
       HydraOptError: a pattern or a folder without any adapter, or a name for several.
@@ -78,7 +78,7 @@ def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> lis
         except (HydraOptError, OSError) as error:
             if strict and isinstance(error, HydraOptError):
                 raise
-            # who reads it says what is wrong
+            # the reader reports what is wrong
             found = [text]
         if task is not None and len(found) > 1:
             raise HydraOptError(
@@ -94,7 +94,7 @@ def read(
     any_base: bool = False,
     base_suffixes: tuple[str, ...] = (),
 ) -> list[Adapter]:
-    """Read adapters of one base model.
+    """Adapters of one base model, read into memory.
 
     Args:
       sources: see `locate`: folders, folders of folders, files, patterns, ids of the hub.
@@ -124,21 +124,22 @@ def export(
     padded: bool = False,
     profile: str | None = None,
 ) -> dict[str, float]:
-    """Write a task of a store as a PEFT folder.
+    """Write one task of a store as a PEFT folder; return the error that a cut of the rank caused.
 
     Args:
       store: in memory or on disk.
       task: its name.
       path: the folder.
-      dtype: on disk; None for the one it came in.
-      overwrite: replace what is there.
+      dtype: on disk; None for that of the input adapter.
+      overwrite: replace an existing folder.
       rank, padded, profile: of the server that loads it, see `formats.server.fit`.
 
     Returns:
-      Module -> relative squared error of its delta, of the modules that were cut to a rank.
+      Module -> relative squared error of its delta, for modules whose rank was cut.
 
     Raises:
-      HydraOptError: no such task, what the profile refuses, or a folder that exists or cannot be written.
+      HydraOptError: no such task, a tensor that the profile does not allow, or a folder that exists or cannot
+        be written.
     """
     from hydraopt_jax.formats import server, write_adapter
 

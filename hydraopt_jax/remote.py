@@ -1,9 +1,9 @@
-"""Files elsewhere: addresses, and byte ranges of a pinned version over HTTP.
+"""Remote files: addresses, and byte ranges of a pinned version over HTTP.
 
-`hf:ORG/NAME[/FILE.safetensors][@REVISION]` is a file on the Hugging Face hub, by default `store.safetensors`,
-and `https://...` one anywhere. huggingface_hub is imported when an address is used: its session, cache,
-offline mode (HF_HUB_OFFLINE), endpoint (HF_ENDPOINT) and token (HF_TOKEN) are the user's. A token goes to the
-hub only.
+`hf:ORG/NAME[/FILE.safetensors][@REVISION]` is a file on the Hugging Face hub, by default `store.safetensors`.
+`https://...` is a file on any server. huggingface_hub is imported when an address is used, with the user's
+session, cache, offline mode (HF_HUB_OFFLINE), endpoint (HF_ENDPOINT) and token (HF_TOKEN). A token is sent to
+the hub only.
 """
 
 import re
@@ -16,23 +16,23 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.network import MEANINGS, STATUS, client, explained, meaning, quiet, redact
 
 HUB, WEB = "hf:", ("https://", "http://")
-# name of the store in a repository
+# file name of the store in a repository
 FILE = "store.safetensors"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# bytes of the first request, less than the header of any store of some tasks
+# bytes of the first request, less than the header of any store with several tasks
 FIRST = 1 << 12
-# seconds to wait for the network, and between tries where it or the server fails
+# seconds to wait for the network, and between retries
 TIMEOUT, PAUSES = 30.0, (0.3, 1.0)
 AGAIN = (429, 500, 502, 503, 504)
 
 
 class Address(NamedTuple):
-    """Where a file is.
+    """The address of a file.
 
     Attributes:
       label: for messages, without credentials.
       repository, file, revision: on the hub; "" and None for a URL.
-      url: of the file elsewhere; "" on the hub.
+      url: of a file on another server; "" on the hub.
     """
 
     label: str
@@ -49,14 +49,14 @@ class Address(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A version of a file that can be read in part.
+    """One version of a file, with partial reads.
 
     Attributes:
       label: for messages.
-      size: in bytes; None where the place does not say.
-      version: commit on the hub, entity tag or generation elsewhere; what tells it from others.
-      read: `(start, stop)` -> those of its bytes.
-      path: of its copy in the hub's cache, None where it is not there.
+      size: in bytes; None if the server does not say.
+      version: identifies the version: commit on the hub, entity tag or generation elsewhere.
+      read: `(start, stop)` -> bytes of the file.
+      path: of its copy in the hub's cache; None if there is no copy.
     """
 
     label: str
@@ -76,10 +76,10 @@ def is_address(path: Any) -> bool:
 
 
 def parse(text: str) -> Address:
-    """What an address says.
+    """The parts of an address.
 
     Raises:
-      HydraOptError: it names no file.
+      HydraOptError: the address names no file.
 
     >>> parse("hf:org/name@v1")[1:4], parse("hf:org/name/en.safetensors")[1:4]
     (('org/name', 'store.safetensors', 'v1'), ('org/name', 'en.safetensors', None))
@@ -99,7 +99,7 @@ def parse(text: str) -> Address:
 
 
 def find(text: str) -> Source:
-    """The version of a file that an address names now; a copy in the hub's cache is read there.
+    """The current version of the file at an address; a copy in the hub's cache is preferred.
 
     Raises:
       HydraOptError: no such file, no network, no right to it.
@@ -109,12 +109,12 @@ def find(text: str) -> Source:
 
 
 def on_web(address: Address) -> Source:
-    """A file of a URL, of the version that the first request shows."""
+    """The file at a URL, of the version that the first request finds."""
     return opened(address.label, address.url, {}, "", True)
 
 
 def on_hub(address: Address) -> Source:
-    """A file of a repository at the commit that its revision is now."""
+    """A file of a repository, at the current commit of a revision."""
     hub = client(address.label)
     from huggingface_hub.utils import build_hf_headers
 
@@ -127,7 +127,7 @@ def on_hub(address: Address) -> Source:
                 found = hub.get_hf_file_metadata(hub.hf_hub_url(*name, revision=revision))
                 commit, size = found.commit_hash or "", found.size
             except Exception as error:
-                # no network: what was downloaded of this branch last
+                # no network: the commit of this branch that was downloaded last
                 refused = getattr(getattr(error, "response", None), "status_code", 500) < 500
                 copy = None if refused else cached(hub, name, revision)
                 if copy is None:
@@ -137,7 +137,7 @@ def on_hub(address: Address) -> Source:
         raise HydraOptError(f"{address.label}: cannot be read: its server names no commit: is it a hub's?")
     copy = cached(hub, name, commit)
     if copy is not None and size in (None, copy.stat().st_size):
-        # whoever finds it damaged needs to know where it is
+        # the place is needed in the message if the file is damaged
         label = f"{address.label} (cached at {copy})"
         return Source(label, copy.stat().st_size, commit, reader_of(f"{label}: {copy}", copy), copy)
     url = hub.hf_hub_url(*name, revision=commit)
@@ -145,7 +145,7 @@ def on_hub(address: Address) -> Source:
 
 
 def cached(hub: Any, name: tuple[str, str], revision: str | None) -> Path | None:
-    """The file in the hub's cache, None where it is not there."""
+    """The file in the hub's cache; None if it is not there."""
     found = hub.try_to_load_from_cache(*name, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
@@ -156,7 +156,7 @@ def commit_of(copy: Path, file: str) -> str:
 
 
 def reader_of(label: str, path: Path) -> Callable[[int, int], bytes]:
-    """A reader of a file on disk; `label` names it in errors."""
+    """A function `(start, stop)` -> bytes of a file on disk; `label` names it in errors."""
 
     def read(start: int, stop: int) -> bytes:
         try:
@@ -170,7 +170,7 @@ def reader_of(label: str, path: Path) -> Callable[[int, int], bytes]:
 
 
 def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagged: bool) -> Source:
-    """A file behind a URL; with `tagged` all requests must be answered from the version of the first one."""
+    """The file at a URL; with `tagged` all answers must be of the version of the first one."""
     first, size, tag = fetch(label, url, headers, 0, FIRST)
     pin = tag if tagged else ""
     sent = {**headers, "If-Match": pin} if pin.startswith('"') else dict(headers)
@@ -178,7 +178,7 @@ def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagge
     def read(start: int, stop: int) -> bytes:
         if stop <= len(first):
             return first[start:stop]
-        # what the first request brought is not fetched again
+        # bytes of the first request are not fetched again
         known = first[start:]
         data, now, other = fetch(label, url, sent, start + len(known), stop)
         if now != size or (tagged and other != pin):
@@ -194,10 +194,10 @@ def changed(label: str) -> HydraOptError:
 
 
 def fetch(label: str, url: str, headers: Mapping[str, str], start: int, stop: int) -> tuple[bytes, int, str]:
-    """Some bytes of a file: what there is of them, the file's size, and its tag ("" where it has none).
+    """A byte range of a file (shorter at its end), the file's size, and its tag ("" if it has none).
 
     Raises:
-      HydraOptError: no such file, no network, another version, or a server that knows no ranges.
+      HydraOptError: no such file, no network, another version, or a server without byte ranges.
     """
     session = client(label).get_session()
     sent = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -217,7 +217,7 @@ def fetch(label: str, url: str, headers: Mapping[str, str], start: int, stop: in
 
 
 def body(label: str, response: Any, start: int, stop: int) -> tuple[bytes, int, str]:
-    """What a response to a request of a range holds, as `fetch`; never more than was asked for."""
+    """The result of `fetch` from a response to a range request; never more bytes than requested."""
     status = response.status_code
     if status == 412:
         raise changed(label)
@@ -235,7 +235,7 @@ def body(label: str, response: Any, start: int, stop: int) -> tuple[bytes, int, 
         if len(data) > expected:
             break
     if len(data) != expected:
-        # of a connection that broke: tried again
+        # the connection broke: try again
         raise ConnectionError(f"{len(data)} of {expected} bytes came")
     tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
     return bytes(data), int(said[3]), tag

@@ -4,10 +4,10 @@ from typing import Any
 
 
 class Static(dict):
-    """A mapping that is compared and hashed by value, so that `jax.jit` can take it as static.
+    """A mapping that is compared and hashed by value, so that `jax.jit` accepts it as static.
 
-    It is not to be changed: what holds it is replaced instead. Values may be lists and mappings, which have
-    no hash; equal mappings have equal keys, which is what the hash is of.
+    Do not change it; replace the object that holds it. Values may be lists and mappings, which have no hash,
+    so the hash is that of the keys.
 
     >>> Static(a=[1, 2]) == Static(a=[1, 2]), hash(Static(a=[1])) == hash(Static(a=[2]))
     (True, True)
@@ -17,5 +17,5 @@ class Static(dict):
         return hash(frozenset(self))
 
     def replace(self, **changes: Any) -> "Static":
-        """The same with other values for some keys."""
+        """A copy with other values for some keys."""
         return Static({**self, **changes})

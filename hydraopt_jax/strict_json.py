@@ -1,4 +1,4 @@
-"""JSON as its standard has it: Python's reader also takes NaN, infinities and halves of characters."""
+"""Strict JSON. Python's reader also accepts NaN, infinities and unpaired surrogates; this one does not."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# half of a pair, escaped; whole pairs are found too and are fine
+# an escaped surrogate; complete pairs match too and are accepted
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -14,7 +14,7 @@ def loads(data: bytes | str) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises:
-      ValueError: it is none, or nested too deeply; the message says what is wrong.
+      ValueError: not JSON, or nested too deeply; the message says what is wrong.
 
     >>> loads('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
@@ -27,7 +27,7 @@ def loads(data: bytes | str) -> Any:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    # bytes that UTF-8 does not have were refused above
+    # invalid UTF-8 was refused above
     if isinstance(data, str) or _SURROGATE.search(text):
         found = fault(value)
         if found:
@@ -47,7 +47,7 @@ def _finite(text: str) -> float:
 
 
 def fault(value: Any) -> str:
-    """Which number or text of a value JSON cannot hold, and where it is; "" for none.
+    """The first number or text in a value that JSON cannot represent, with its position; "" for none.
 
     >>> fault({"config": {"dropout": float("nan")}})
     'config.dropout is nan: no finite number'

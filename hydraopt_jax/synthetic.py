@@ -71,7 +71,7 @@ def _factors(
     inputs, outputs = shape
     n = min(inputs, outputs, rank)
     left, right, size = _mixed(name, seed, task, np.sqrt(likeness), (inputs, n), (outputs, n), ())
-    # One turn for all tasks: training moves the factors' frame little from the shared initialization.
+    # One rotation for all tasks: training moves the factors' frame little from the shared initialization.
     (turn,) = _mixed(name, seed, 0, 1.0, (n, rank))
     u, v, w = _orthonormal(left), _orthonormal(right), _orthonormal(turn.T)
     return u @ w.T, (w * spectrum(n, decay) * np.exp(SPREAD * size)) @ v.T
@@ -110,7 +110,8 @@ def collection(
       dtype: what the factors are rounded to and stored as: "bfloat16", "float16" or "float32".
 
     Returns:
-      One Adapter a task, with a PEFT config (scale 2, folded into `b`); factors float32, rounded to `dtype`.
+      One Adapter per task, with a PEFT config (scale 2, folded into `b`); factors float32, rounded to
+      `dtype`.
 
     Raises:
       HydraOptError: a likeness outside [0, 1], a rank or count below 1, an unknown dtype.

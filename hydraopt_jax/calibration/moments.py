@@ -5,9 +5,9 @@ A module's output error on inputs x is `E ||x @ (delta - hat)||^2 = tr(C @ D @ D
 labels drawn from the model itself, and `G = E[g g.T]`, the divergence of the model's outputs is about
 `tr(C @ D @ G @ D.T) / 2`, the Kronecker-factored Fisher information.
 
-A calibration file is a safetensors file with one float32 tensor a module, by the module's name: `[I, I]`, or
-`[I]` where only the diagonal is kept; and, if gradients were seen, one `NAME:output` a module, `[O, O]` or
-`[O]`, in the same units for all modules.
+A calibration file is a safetensors file with one float32 tensor per module under the module's name: `[I, I]`,
+or `[I]` if only the diagonal is kept. If gradients were gathered it also has one `NAME:output` per module,
+`[O, O]` or `[O]`, in the same units for all modules.
 
 Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
 arXiv 1503.05671.
@@ -30,7 +30,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.tensor_files import write_tensors
 from hydraopt_jax.linalg.decompose import matmul
 
-# what follows a module's name where the moment is that of the gradients at its outputs
+# suffix of a module's name for the moment of the gradients at its outputs
 OUTPUT = ":output"
 
 
@@ -39,7 +39,7 @@ class Moment(NamedTuple):
 
     Attributes:
       total: `[I, I]` sum of `x x.T`.
-      count: how many inputs it is of, scalar.
+      count: number of inputs, scalar.
     """
 
     total: Array
@@ -47,12 +47,12 @@ class Moment(NamedTuple):
 
 
 def start(inputs: int) -> Moment:
-    """The moment of no inputs yet."""
+    """The moment of zero inputs."""
     return Moment(jnp.zeros((inputs, inputs)), jnp.zeros(()))
 
 
 def accumulate(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
-    """Add a batch of inputs: `total + sum x x.T`.
+    """The moment after one more batch of inputs: `total + sum x x.T`.
 
     Args:
       moment: what was accumulated before.
@@ -80,7 +80,7 @@ def save(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) -> None:
 
 
 def digest(moments: Mapping[str, np.ndarray]) -> str:
-    """What tells one calibration from another: 16 hexadecimal digits, of float32 numbers as a file has them.
+    """A fingerprint of a calibration: 16 hexadecimal digits of a hash of its float32 numbers.
 
     >>> digest({"q": np.eye(2)}) == digest({"q": np.eye(2, dtype=np.float32)})
     True

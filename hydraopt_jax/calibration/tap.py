@@ -1,9 +1,9 @@
-"""A tap on a Flax NNX model: second moments of its layers' inputs, and of the gradients at their outputs.
+"""Second moments of a Flax NNX model's layer inputs, and of the gradients at the layer outputs.
 
-The layers of a copy of the model, which shares its arrays, are replaced by ones that add `x.T @ x` to a sum
-while they compute what they always do. For output gradients each also passes its output through an identity
-whose second argument is a matrix of zeros and whose derivative for that argument is `g.T @ g`: one backward
-pass gives the sums of all layers, whatever their shapes, however often they are called.
+The model is copied; the copy shares its arrays. In the copy each layer is replaced by one that also adds
+`x.T @ x` to a sum. For output gradients, each layer also passes its output through an identity whose second
+argument is a matrix of zeros and whose derivative with respect to that argument is `g.T @ g`. One backward
+pass then gives the sums of all layers, for any shapes and any number of calls per layer.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,7 +33,7 @@ from hydraopt_jax.serving.layers import (
 
 
 class Sum(nnx.Variable):
-    """`[I, I]` or `[I]`: the sum over a layer's inputs, and behind it how many they are."""
+    """The sum over a layer's inputs, `[I, I]` or `[I]`, and their number."""
 
 
 class Cell(nnx.Variable):
@@ -41,11 +41,11 @@ class Cell(nnx.Variable):
 
 
 class Counted(nnx.Variable):
-    """Which inputs count: `[...]` as the leading axes of a batch, or a scalar for all; one for all layers."""
+    """Weights of the inputs, shared by all layers: `[...]` like the leading axes of a batch, or a scalar."""
 
 
 class Tapped(nnx.Module):
-    """A layer that adds up what it sees."""
+    """A layer that also accumulates the second moment of its inputs."""
 
     def __init__(self, base: nnx.Module, name: str, counted: Counted, diagonal: bool, outputs: bool):
         inputs, features = matrix(base)
@@ -55,7 +55,7 @@ class Tapped(nnx.Module):
         self.cell = Cell(jnp.zeros(shape(features))) if outputs else None
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
-        """What the layer gives."""
+        """The output of the original layer."""
         equation = next((a for a in (*args, options.get("einsum_str")) if isinstance(a, str)), None)
         rows, _ = contraction(self.base, x, equation)
         weights = weigh(self.counted.get_value(), rows.shape[:-1], self.name)
@@ -70,10 +70,10 @@ class Tapped(nnx.Module):
 
 
 def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
-    """Which rows count, `[*lead]` float32, from what says it for a batch.
+    """Weights of rows, `[*lead]` float32, from the weights of a batch.
 
     Raises:
-      HydraOptError: the rows are not laid out as the batch is.
+      HydraOptError: the leading axes of the rows are not those of the batch.
     """
     counted = jnp.asarray(counted, jnp.float32)
     if counted.size == np.prod(lead) and counted.ndim:
@@ -129,10 +129,10 @@ def tapped(
     diagonal: bool,
     outputs: bool,
 ) -> tuple[nnx.Module, dict[str, str]]:
-    """A copy of a model, arrays shared, whose layers add up what they see; and path -> name of each.
+    """A copy of a model with accumulating layers, arrays shared; and path -> module name of each layer.
 
     Raises:
-      HydraOptError: a module without a layer, no layer at all, or one that is stacked.
+      HydraOptError: a module without a layer, no layer at all, or a stacked layer.
     """
     copy = nnx.merge(*nnx.split(model), copy=True)
     layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(copy) if is_layer(x)}
@@ -161,7 +161,7 @@ def tapped(
 
 
 def kernel_axes(base: Any) -> int:
-    """Axes of the kernel of a layer that is not stacked."""
+    """Number of axes of the kernel of a layer that is not stacked."""
     if hasattr(base, "axis"):
         return len(base.in_features) + len(base.out_features)
     return len(kernel_shape(base)) if hasattr(base, "einsum_str") else 2
@@ -181,26 +181,27 @@ def collect(
 ) -> dict[str, np.ndarray]:
     """Second moments of the inputs of a Flax NNX model's layers, for `save` and `compress(calibration=)`.
 
-    The model is not changed. Its `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` layers are looked at;
-    each costs `[I, I]` float32 on the device, `[I]` with `diagonal`, and with `outputs` as much for O.
+    The model is not changed. Its `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` layers are observed. Each
+    takes `[I, I]` float32 on the device (`[I]` with `diagonal`), with `outputs` also `[O, O]` (or `[O]`).
 
     Args:
-      model: in the mode that it is served in: no dropout, and caches of a size that its batches fit in.
-      batches: what `forward` takes; each shape is compiled once. Some thousand tokens of what the model will
-        see, labels not needed.
+      model: in inference mode: no dropout, and caches large enough for the batches.
+      batches: inputs of `forward`; each shape is compiled once. Some thousand tokens that are typical of use
+        suffice; labels are not needed.
       forward: `(model, batch) -> logits`, traced by jit.
-      mask: batch -> `[...]`, which of its tokens count, as the leading axes of the layers' inputs; None for
-        all.
-      modules: names of the modules to look at, such as an adapter's or a store's; None for every layer.
+      mask: batch -> `[...]` bool, the tokens that count, with the leading axes of the layers' inputs; None
+        for all.
+      modules: names of the modules to observe, such as those of an adapter or a store; None for every layer.
       rename: the model's path of a layer (`"layers.0.q_proj"`) -> the adapters' name of the module.
-      diagonal: only variances: much smaller, and errors then count each input alone.
+      diagonal: keep only variances: much smaller, but ignores correlations between inputs.
       outputs: gather `NAME:output` as well: gradients of the log-likelihood of labels that are drawn from the
-        model's predictions, so that errors count by what they do to the model's outputs. `forward` returns
-        logits then.
-      key: draws the labels; that of seed 0 where not given.
+        model's predictions, so that errors are weighted by their effect on the model's outputs. `forward`
+        must then return logits.
+      key: PRNG key that draws the labels; None for seed 0.
 
     Returns:
-      Module's name -> second moment. A layer that `forward` never called is left out, unless it was named.
+      Module name -> second moment. A layer that `forward` never called is left out, unless `modules` names
+      it.
 
     Raises:
       HydraOptError: a module without a layer (near paths are listed), a mask that does not fit, no batches.
@@ -245,7 +246,7 @@ def likelihood(logits: Array, counts: Array, key: Array) -> Array:
 
 
 def moments(model: nnx.Module, names: dict[str, str], named: bool) -> dict[str, np.ndarray]:
-    """What the layers of a tapped model have seen, by name.
+    """Module name -> second moment, from the layers of a tapped model.
 
     Raises:
       HydraOptError: a named layer that was never called, or numbers that are not finite.
