@@ -2,6 +2,8 @@
 
 import re
 
+from docutils import nodes
+
 project = "hydraopt_jax"
 author = "The hydraopt_jax authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
@@ -29,7 +31,15 @@ def skip_fields(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def keep_schemes(app, doctree):
+    """Our SVGs have a dark scheme of their own: the theme leaves images of this class alone."""
+    for image in doctree.findall(nodes.image):
+        if image["uri"].endswith(".svg"):
+            image["classes"].append("dark-light")
+
+
 def setup(app):
+    app.connect("doctree-read", keep_schemes)
     # before napoleon, which takes a colon outside quotes for the end of a type
     app.connect("autodoc-process-docstring", to_literals, priority=400)
     app.connect("autodoc-skip-member", skip_fields)
