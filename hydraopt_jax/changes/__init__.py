@@ -1,7 +1,7 @@
-"""Tasks that come and go: a store with one task more or less, the others bit for bit as they were.
+"""Add and remove tasks of a store; the other tasks stay bit for bit.
 
-`addition` appends a segment, coded or plain (`joining`); `store.removal` drops what nobody else needs and
-says what is left, `purging` is rid of that; `refitting` fits all tasks anew.
+`addition` appends a segment, coded or plain (`joining`). `store.removal` drops the data that no other task
+needs and lists the rest, `purging` removes the rest. `refitting` fits all tasks again.
 """
 
 from hydraopt_jax.changes.addition import add

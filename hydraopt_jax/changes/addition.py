@@ -1,9 +1,8 @@
-"""One task added to a store: a segment of its own, nobody else touched.
+"""Add one task to a store as a new segment; other segments are not touched.
 
-To a coded store the task is coded at the store's quantizer step, so that a bit is spent where it would have
-been in a fit of all at once, and predicted by least squares from the vectors of a few tasks that are there,
-or of the leaf that all of a segment's tasks read. To a plain one it joins module by module, until it has had
-a task's mean share of the store.
+In a coded store the task is coded at the store's quantizer step, as in a fit of all tasks. Its vectors are
+predicted by least squares from those of a few tasks, or from the shared leaf of a segment. In a plain store
+it joins module by module, until it has used the mean number of entries per task of the store.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,26 +29,26 @@ from hydraopt_jax.store.removal import changed
 from hydraopt_jax.store.schema import PlainShape
 from hydraopt_jax.store.store import SHARED, Reference, Segment, Source, Store, count, make_segment
 
-# references of a task: a reader of it reads their leaves too
+# maximum references per task; reading the task reads their leaves too
 MAX_REFERENCES = 4
-# share of the bits that a further reference must save
+# smallest share of the bits that a further reference must save
 WORTH = 0.02
-# an entry, in steps, that keeps a vector alive of which the prediction leaves nothing
+# entry, in steps, that keeps a vector nonzero if its prediction is exact
 TRACE = 1e-3
-# numbers of a store up to which all its tasks are decoded to look for references
+# store size in entries up to which all tasks are decoded to search for references
 SEARCHED = 1 << 26
 
 
 def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | None = None) -> Store:
-    """A store with one task more; what it holds of the others is not touched.
+    """The store with one more task; the data of the other tasks are not touched.
 
     Args:
-      store: any.
-      new: the task.
-      calibration: the second moments that the store was made with, if it was.
+      store: plain, coded or lossless.
+      new: the adapter of the new task.
+      calibration: the second moments that the store was made with, if any.
 
     Raises:
-      HydraOptError: a task of that name is there, shapes that disagree, or a calibration that is missing.
+      HydraOptError: the store has a task of that name, shapes disagree, or the calibration is missing.
     """
     if new.task in store.tasks:
         raise HydraOptError(f"task {new.task!r} is in the store: remove it first, or give NAME=ADAPTER")
@@ -71,7 +70,7 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
         segment = joined_to(store, new)
     report = changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values())))
     if calibration is not None and store.report["options"].get("calibrated"):
-        # modules whose errors are those of weights, as `compress` names them
+        # modules whose errors are those of weights, under the names that `compress` uses
         known = report.get("uncalibrated", ())
         without = [x for x in uncovered(adapters.module_shapes(new), calibration) if x not in known]
         report = report.replace(uncalibrated=[*known, *without]) if without else report
@@ -84,10 +83,10 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
 
 
 def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None) -> None:
-    """Refuse to code for a store whose errors of outputs were made small, without the moments for it.
+    """Raise if the store was made with calibration and none is given.
 
     Raises:
-      HydraOptError: the store was made with calibration, and none is given.
+      HydraOptError: see above.
     """
     if store.report["options"].get("calibrated") and calibration is None:
         raise HydraOptError(
@@ -96,7 +95,7 @@ def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None)
 
 
 def as_it_came(new: Adapter) -> Segment:
-    """The task of a lossless store."""
+    """The segment of a new task in a lossless store."""
     rows = {n: [lossless.raw_of(new, n)] for n, a in new.a.items() if a.shape[1]}
     modules, errors, _ = lossless.modules_of(rows)
     shapes, leaves = plain.to_leaves(modules)
@@ -104,7 +103,7 @@ def as_it_came(new: Adapter) -> Segment:
 
 
 def coded(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | None) -> Segment:
-    """The task at the store's step, predicted from what is there where it is not too much to look through."""
+    """The segment of a task coded at the store's step; in stores that are not large, predicted from others."""
     shapes = {n: (a.shape[0], new.b[n].shape[1]) for n, a in new.a.items()}
     metrics = metrics_of(shapes, calibration) if calibration is not None else {}
     problem = prepare(adapters.stack([new]), tuple(new.a), np.ones(1), metrics, False)
@@ -118,8 +117,7 @@ def coded(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | No
 
 
 def candidates(store: Store) -> tuple[dict[Reference, Vectors], int]:
-    """The vectors of every task in every coded segment, and of the leaves that all of them read; and the
-    segment whose tables are used."""
+    """The vectors of all tasks and shared leaves in coded segments; and the segment whose tables are used."""
     known: dict[Reference, Vectors] = {}
     tables = next(n for n, x in enumerate(store.segments) if x.coded and x.tables < 0)
     for n, x in enumerate(store.segments):
@@ -155,7 +153,7 @@ def predicted(store: Store, new: Adapter, problem: Problem, step: float) -> Segm
                 none = Prediction(np.zeros(target.shape[1], bool), np.zeros((base.shape[1], 0), np.int32))
                 found.append(one or none)
             remains = target - guesses.get((name, side), np.float32(0))
-            # a vector that the prediction meets exactly must not look like one that is not coded
+            # an exactly predicted vector must not look like a vector that is not coded
             remains[0] += TRACE * (target.any(0) & ~remains.any(0))
             left.append(np.where(target.any(0), remains, 0).astype(np.float32))
         rest[name] = (terms[0]._replace(a=left[0][None], b=left[1][None]), *terms[1:]) if terms else ()
@@ -197,10 +195,10 @@ def choose(
 
 
 def joined_to(store: Store, new: Adapter) -> Segment:
-    """The task of a plain store, see `joining`."""
+    """The segment of a new task in a plain store, see `joining`."""
     every: dict[str, list[joining.Term]] = {}
     for n, there in enumerate(store.segments):
-        # factors are looked at one by one: a large store is never in memory
+        # factors are read one by one, so that a large store is never in memory
         terms = plain.from_leaves(there.modules, there.leaves, there.live, borrowing(store, n), lazy=True)
         for name, found in terms.items():
             every.setdefault(name, []).extend(joining.Term(x, n, k) for k, x in enumerate(found) if len(x.a))
@@ -229,7 +227,7 @@ def joined_to(store: Store, new: Adapter) -> Segment:
             rows.append(plain.shape_of(x))
             parts += [x.a[0], x.b[0]]
         if not rows:
-            # nothing is kept of it: a term of no factors says that it is not absent
+            # a term without factors: the module is present with delta zero
             size = new.a[name].shape[0], 1, new.b[name].shape[1]
             rows.append(PlainShape((-1,), (-1,), *size, dtype, dtype))
         shapes[name] = tuple(rows)

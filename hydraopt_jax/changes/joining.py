@@ -1,9 +1,9 @@
-"""How a task joins one module of a plain store: a head that is there, a new head, directions of its own.
+"""Add a task to one module of a plain store: use an existing head, add a head, or add own directions.
 
-The shared factor is as it is, so a new head is a projection, `b = pinv(a) @ delta` (closed form), as is a
-core. What joining leaves is a delta again, of which the leading singular directions may be kept. The ways of
-a module lie on the convex hull of error against numbers stored, and modules spend a common budget by
-gain for a number, as everywhere in the package.
+The shared factor is fixed, so a new head is a projection, `b = pinv(a) @ delta` (closed form), and so is a
+core. The remainder is a delta again; its leading singular directions may be stored too. The options of a
+module are reduced to the convex hull of error against entries stored. Modules share a budget, which is spent
+in order of the error saved per entry.
 """
 
 import heapq
@@ -22,8 +22,8 @@ class Term(NamedTuple):
 
     Attributes:
       factors: decoded, for the live tasks of its segment.
-      segment: its segment's position.
-      position: its own among the module's terms there.
+      segment: position of its segment.
+      position: position among the module's terms in that segment.
     """
 
     factors: Factors
@@ -32,12 +32,12 @@ class Term(NamedTuple):
 
 
 class Way(NamedTuple):
-    """One way to keep a task in a module.
+    """One way to store a task in a module.
 
     Attributes:
-      cost: numbers that it adds.
+      cost: number of added entries.
       error: relative squared error.
-      term: which term it joins, -1 for none.
+      term: index of the term that it joins, -1 for none.
       a, b: a position where it joins a factor, `[I, S]` or `[S, O]` where it opens one.
       core: `[S]` or `[S, S]` where the term has cores.
       own: a pair `[I, r]`, `[r, O]` on top.
@@ -53,7 +53,7 @@ class Way(NamedTuple):
 
 
 def ways(terms: Sequence[Term], a: np.ndarray, b: np.ndarray) -> list[Way]:
-    """Ways to keep `a @ b`, each dearer and better than the one before."""
+    """Ways to store `a @ b`, in order of rising cost and falling error."""
     u, s, v = svd(a, b)
     energy = float((s**2).sum())
     if energy == 0:
@@ -73,7 +73,7 @@ def ways(terms: Sequence[Term], a: np.ndarray, b: np.ndarray) -> list[Way]:
 
 
 def hull(found: Sequence[Way]) -> list[Way]:
-    """The ways on the lower convex hull of error against cost."""
+    """Those ways that lie on the lower convex hull of error against cost."""
     out: list[Way] = []
     for way in sorted(found, key=lambda x: (x.cost, x.error)):
         if out and way.error >= out[-1].error:
@@ -85,12 +85,12 @@ def hull(found: Sequence[Way]) -> list[Way]:
 
 
 def slope(one: Way, two: Way) -> float:
-    """Error saved a number."""
+    """Error saved per entry."""
     return (one.error - two.error) / max(two.cost - one.cost, 1)
 
 
 def joins(k: int, term: Factors, a: np.ndarray, b: np.ndarray) -> list[Way]:
-    """A new head, projected onto the term's shared factor, and the head that suits best."""
+    """Two ways to join a term: a new head, projected onto the shared factor, or the best existing head."""
     if min(len(term.a), len(term.b)) > 1:
         return []
     first_a, first_b = (np.asarray(x[0]).astype(np.float64) for x in (term.a, term.b))
@@ -116,7 +116,7 @@ def joins(k: int, term: Factors, a: np.ndarray, b: np.ndarray) -> list[Way]:
 
 
 def change(left: np.ndarray, own: Any, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """By how much `x = left @ own @ right` changes the squared error of `a @ b`: `|x|^2 - 2 <x, a b>`."""
+    """Change of the squared error of `a @ b` through `x = left @ own @ right`: `|x|^2 - 2 <x, a b>`."""
     scaled = right if own is None else times(own, right)
     square = ((left.T @ left) * (scaled @ scaled.T)).sum()
     return float(square - 2 * ((left.T @ a) * (scaled @ b.T)).sum())
@@ -133,7 +133,7 @@ def core(term: Factors, left: np.ndarray, right: np.ndarray, a: np.ndarray, b: n
 
 
 def minus(terms: Sequence[Term], way: Way, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of what joining leaves of `a @ b`."""
+    """Factors of the remainder of `a @ b` after joining."""
     if way.term < 0:
         return a, b
     term = terms[way.term].factors
@@ -145,7 +145,7 @@ def minus(terms: Sequence[Term], way: Way, a: np.ndarray, b: np.ndarray) -> tupl
 
 
 def spend(found: Mapping[str, Sequence[Way]], budget: float) -> dict[str, Way]:
-    """A way for each module: steps along the hulls by gain for a number, while the budget lasts."""
+    """One way per module: steps along the hulls, by error saved per entry, until the budget is spent."""
     at = dict.fromkeys(found, 0)
     left = budget - sum(x[0].cost for x in found.values())
     steps = [(-slope(x[0], x[1]), n) for n, x in found.items() if len(x) > 1]

@@ -1,8 +1,8 @@
-"""A store without anything of the tasks that were removed from it.
+"""Purge a store: remove all data of removed tasks.
 
-What was coded with such a task is coded again without it, at the store's step, from the originals where they
-are at hand, else from what the store decodes to. The error that is then stated is an upper bound, by the
-triangle inequality, and the task is named in the report's "bounded". All else stays bit for bit.
+Segments that were coded with such a task are coded again without it, at the store's step: from the originals
+if available, else from the decoded store. In the latter case the stated error is an upper bound by the
+triangle inequality, and the report lists the task under "bounded". All other segments stay bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from hydraopt_jax.store import removal
 from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.store import ERRORS, Segment, Store, error_leaf, make_segment, select, tensors_at
 
-# a task's original, or None where it is not at hand
+# task -> original adapter, or None if it is not available
 Original = Callable[[str], Adapter | None]
 
 
@@ -28,12 +28,12 @@ def purge(
     original: Original = lambda task: None,
     calibration: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Store, tuple[str, ...]]:
-    """A store without anything of the tasks that were removed from it.
+    """The store without any data of removed tasks, and the tasks that were coded again.
 
     Args:
       store: its leaves may be on disk.
-      original: a task's original, or None.
-      calibration: what the store was made with, if it was.
+      original: task -> original adapter, or None if it is not available.
+      calibration: the second moments that the store was made with, if any.
 
     Returns:
       The store, and the tasks that were coded again.
@@ -49,7 +49,7 @@ def purge(
         return refitted(store, original)
     dirty = {n for n, _ in left}
     for n, x in enumerate(store.segments):
-        # what is predicted from a segment, or uses its tables, cannot stay without it
+        # segments that are predicted from a segment, or use its tables, cannot stay without it
         if x.tables in dirty or any(r.segment in dirty for r in x.references):
             dirty.add(n)
     out = store.replace(segments=())
@@ -79,7 +79,7 @@ def purge(
 
 
 def at_hand(store: Store, tasks: Iterable[str], original: Original) -> tuple[list[Adapter], list[str]]:
-    """Originals, or what the store holds in their place; and the tasks where it is that."""
+    """Originals, or decoded tasks in their place; and the names of the decoded ones."""
     out, standing = [], []
     for t in tasks:
         found = original(t)
@@ -103,8 +103,7 @@ def coded_again(
     given: Sequence[Adapter],
     calibration: Mapping[str, np.ndarray] | None,
 ) -> Segment:
-    """A segment of the same tasks, coded at the store's step from adapters; predicted from `before` where the
-    old one was predicted."""
+    """A segment of the same tasks, coded at the store's step; predicted from `before` if the old one was."""
     if segment.references and any(x.coded and x.tables < 0 for x in before.segments):
         return addition.coded(before.replace(report=store.report), given[0], calibration)
     options = refitting.options_of(store)._replace(calibration=calibration)
@@ -115,10 +114,10 @@ def coded_again(
 
 
 def bound(before: np.ndarray, again: np.ndarray) -> np.ndarray:
-    """Upper bound of a relative squared error: `before` of what was coded again, `again` relative to that.
+    """Upper bound of a relative squared error after coding twice, with relative errors `before` and `again`.
 
-    With `e` the norm of the first error over that of the original, what was coded again has at most `1 + e`
-    times the original's norm, and `sqrt(error) <= e + (1 + e) sqrt(again)`.
+    Let `e = sqrt(before)`. The first result has at most `1 + e` times the original's norm, hence
+    `sqrt(error) <= e + (1 + e) sqrt(again)`.
 
     >>> float(bound(np.array(0.01), np.array(0.01)).round(4))
     0.0441
@@ -128,7 +127,7 @@ def bound(before: np.ndarray, again: np.ndarray) -> np.ndarray:
 
 
 def stated(store: Store, old: Segment, new: Segment, standing: Sequence[str]) -> Segment:
-    """A segment that was coded again with what is claimed of its errors, and the old one's full tensors."""
+    """A segment that was coded again, with its errors or bounds and the full tensors of the old segment."""
     leaves = dict(new.leaves)
     for name in ERRORS:
         before, again = old.error_table(name), new.error_table(name)
@@ -179,6 +178,6 @@ def refitted(store: Store, original: Original) -> tuple[Store, tuple[str, ...]]:
 
 
 def one_table(store: Store) -> Store:
-    """The errors of a store's segments as if it had one: no factors are in it."""
+    """One segment with the errors of all segments of a store, without factors."""
     shapes = dict.fromkeys(store.shapes, ())
     return store.replace(segments=(make_segment(store.tasks, shapes, {}, store.errors),))

@@ -1,4 +1,4 @@
-"""All tasks of a store fitted at once, by the rule that made it."""
+"""Fit all tasks of a store again, with the options that made it."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,18 +16,18 @@ from hydraopt_jax.store import lossless, sizes
 from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.store import Store, task_errors, task_index, tensors_of
 
-# a refit is due where its mean error, at the same bytes, is lower by this factor
+# a refit is due if its mean error at the same bytes is lower by this factor
 DUE = 1.1
 
 
 class Refit(NamedTuple):
-    """What fitting all tasks at once would give at the bytes that the store has now.
+    """Errors of a fit of all tasks at the present bytes of the store.
 
     Attributes:
       mean: mean relative squared error over modules and tasks.
       task: error of the task in question; NaN for none.
-      due: whether the store's own mean error is more than a tenth above.
-      stand_ins: tasks whose originals were not at hand; what the store holds stood in for them.
+      due: whether the store's mean error is more than a tenth above this mean.
+      stand_ins: tasks without an original, for which the decoded task was used.
     """
 
     mean: float
@@ -37,7 +37,7 @@ class Refit(NamedTuple):
 
 
 def options_of(store: Store) -> Options:
-    """What a coded store was asked for; its calibration is not in it."""
+    """The options of a coded store, without its calibration."""
     asked = {k: v for k, v in store.report["options"].items() if k != "calibrated"}
     weights = {k: v for k, v in asked.get("weights", {}).items() if k in store.tasks}
     return Options(**{**asked, "weights": weights})
@@ -46,12 +46,12 @@ def options_of(store: Store) -> Options:
 def refit(
     store: Store, collection: Sequence[Adapter], calibration: Mapping[str, np.ndarray] | None = None
 ) -> Store:
-    """All tasks fitted at once: at the store's quantizer step, or in its explicit form.
+    """A store of all tasks fitted at once, at the store's quantizer step or in its explicit form.
 
     Args:
-      store: what was asked for.
-      collection: its tasks' adapters.
-      calibration: the second moments that it was made with, if it was.
+      store: its options are used.
+      collection: adapters of its tasks.
+      calibration: the second moments that the store was made with, if any.
 
     Raises:
       HydraOptError: the store was made with calibration, and none is given.
@@ -77,7 +77,7 @@ def refit(
 
 
 def originals(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter], tuple[str, ...]]:
-    """Each task's original where it is given; else what the store holds, and the names of those tasks."""
+    """Each task's original if given, else the decoded task; and the names of the decoded ones."""
     absent = tuple(t for t in store.tasks if t not in given)
     return [given[t] if t in given else decode(store, t) for t in store.tasks], absent
 
@@ -88,7 +88,7 @@ def estimate_refit(
     task: str | None = None,
     calibration: Mapping[str, np.ndarray] | None = None,
 ) -> Refit:
-    """What a fit of all tasks at once would give at the bytes that the store has now; nothing is changed.
+    """Errors of a fit of all tasks at the present bytes of the store; the store is not changed.
 
     A coded store's tasks are compressed together to its bytes. A plain one's are fitted in its form.
     """

@@ -1,12 +1,12 @@
-"""The store: what is kept of a collection, in memory and on disk. Nothing here needs JAX, but for writing.
+"""The store: a compressed collection, in memory and on disk. Only writing needs JAX.
 
 - `store`: the types: segments, names, references; some tasks of a store.
-- `schema`: what the leaves of a segment hold. `plain`, `lossless`: factors that are kept as they are.
+- `schema`: the contents of a segment's leaves. `plain`, `lossless`: factors that are not coded.
 - `decoding`: from leaves back to factors and adapters; `references`: prediction from earlier segments.
 - `tensors`: full tensors beside the factors.
-- `segment_data`, `manifest`, `checks`: bytes and JSON, written, read and not believed blindly.
+- `segment_data`, `manifest`, `checks`: bytes and JSON, written, read and checked.
 - `folder`, `portable`: a folder of Orbax checkpoints, one safetensors file; `files`: either, by its name.
-- `sizes`: what a store takes on disk, and what of it is whose.
+- `sizes`: bytes on disk, in total and per task.
 """
 
 from hydraopt_jax.store.decoding import decode, decode_terms, task_factors

@@ -1,7 +1,7 @@
-"""A store in a bucket: an object for each of a folder's files, or one for the one file.
+"""A store in a bucket: one object per file of a folder, or one object for a single-file store.
 
-What is new is written on this machine, by the writers of folders and files, and uploaded; then the manifest,
-or the one object, is replaced by one request on the condition that nobody has replaced it since it was read.
+New segments are written on this machine by the writers of folders and files, then uploaded. The last request
+replaces the manifest (or the single object), on the condition that nobody has replaced it since it was read.
 """
 
 import functools
@@ -23,29 +23,29 @@ from hydraopt_jax.store.folder import ARRAY_BYTES, MANIFEST, SEGMENTS
 from hydraopt_jax.store.segment_data import Entry
 from hydraopt_jax.store.store import Store
 
-# what a writer marks its segments with: when it began, in seconds, and a number of its own
+# mark of a writer in the names of its segments: its start time in seconds and a random number
 MARK = re.compile(r".*-([0-9a-f]{8})[0-9a-f]{8}")
-# seconds after which a segment that no manifest names is a dead writer's
+# seconds after which a segment that no manifest names is taken for that of a dead writer
 DEAD = 86400
 
 
 def new_mark() -> str:
-    """What tells segments of one writer from those of others, so that none is ever written twice."""
+    """A mark that is unique to a writer, so that no two writers ever write the same segment name."""
     return f"{int(time.time()):08x}{secrets.token_hex(4)}"
 
 
 def whole(at: str) -> str:
-    """The object whose replacement is the change of a store: its manifest, or the one file."""
+    """The object whose replacement changes the store: the manifest or the single file."""
     return at if portable.named(at) else f"{at}/{MANIFEST}"
 
 
 def state(at: str) -> buckets.Found:
-    """The state of a store: what tells it from another, its absence too."""
+    """The version of a store's main object; absence has a version too."""
     return buckets.read(whole(at), 0, 1)
 
 
 def stamp(at: str) -> bytes | None:
-    """What tells one state of a store from another; None where there is none."""
+    """A stamp that changes with the store; None if there is no store."""
     found = state(at)
     return found.version if found.data is not None else None
 
@@ -62,7 +62,7 @@ def read_manifest(at: str) -> dict[str, Any]:
 
 
 def manifest_data(at: str) -> bytes:
-    """The manifest of a folder, as it is kept.
+    """The manifest of a folder, in its stored bytes.
 
     Raises:
       HydraOptError: no store there.
@@ -74,7 +74,7 @@ def manifest_data(at: str) -> bytes:
 
 
 def source(at: str) -> remote.Source:
-    """The one file as a version that can be read in part."""
+    """The single file as a version with partial reads."""
     read = buckets.one_version(at)
     first = buckets.read(at, 0, 1)
     if first.data is None:
@@ -83,7 +83,7 @@ def source(at: str) -> remote.Source:
 
 
 def open_bucket(at: str) -> Store:
-    """A store whose leaves are read when they are asked for."""
+    """A store whose leaves are read on demand."""
     if portable.named(at):
         return portable.open_source(source(at))
     said = read_manifest(at)
@@ -92,7 +92,7 @@ def open_bucket(at: str) -> Store:
 
 
 def segment_keys(at: str) -> dict[str, list[str]]:
-    """Segment -> its objects, below it."""
+    """Segment id -> keys of its objects, relative to the segment."""
     out: dict[str, list[str]] = {}
     for key in buckets.keys(f"{at}/{SEGMENTS}/"):
         name, _, rest = key.partition("/")
@@ -103,7 +103,7 @@ def segment_keys(at: str) -> dict[str, list[str]]:
 def reader(
     at: str, entry: Entry, arrays: Any, known: Mapping[str, list[str]]
 ) -> Callable[[int, int], np.ndarray]:
-    """`(start, stop)` -> those bytes of a segment's run, see `folder.reader`."""
+    """A function `(start, stop)` -> bytes of a segment's run, see `folder.reader`."""
     if entry.id not in known:
         raise damaged(at, f"segment {entry.id} is missing")
     if entry.bytes > ARRAY_BYTES * len(known[entry.id]) or not folder.held(
@@ -123,7 +123,7 @@ def check_files(at: str, said: Mapping[str, Any]) -> None:
     """Compare the objects of every segment with the checksum of the manifest.
 
     Raises:
-      HydraOptError: some object of a segment is not as it was written.
+      HydraOptError: an object of a segment differs from what was written.
     """
     known = segment_keys(at)
     for row in said["segments"]:
@@ -138,7 +138,7 @@ def check_files(at: str, said: Mapping[str, Any]) -> None:
 
 
 def size(at: str) -> int:
-    """Bytes of the file; of a folder those of its manifest and, before compression, of its arrays."""
+    """Bytes of the file, or of a folder's manifest and uncompressed arrays."""
     if portable.named(at):
         return portable.size_of(source(at))
     data = manifest_data(at)
@@ -147,15 +147,15 @@ def size(at: str) -> int:
 
 
 def publish(written: Path, at: str, before: bytes) -> None:
-    """Upload what was written on this machine, then replace the store, unless another has replaced it.
+    """Upload what was written on this machine, then replace the store unless another writer has replaced it.
 
     Args:
-      written: the file; or the folder: its manifest, and those of its segments that are new.
+      written: the file, or a folder with the manifest and the new segments.
       at: the address.
-      before: version of the `state` that is replaced, also where that is no store.
+      before: version of the `state` to replace; absence has one too.
 
     Raises:
-      HydraOptError: it was replaced meanwhile, or cannot be written: the store is then as it was.
+      HydraOptError: another writer has replaced the store, or it cannot be written. The store is unchanged.
     """
     if portable.named(at):
         if not buckets.write(at, written.read_bytes(), before):
@@ -178,12 +178,12 @@ def publish(written: Path, at: str, before: bytes) -> None:
 
 
 def overtaken(at: str) -> HydraOptError:
-    """The error of a writer whose store another has replaced."""
+    """The error for a store that another writer has replaced."""
     return HydraOptError(f"{at}: another process has changed it meanwhile: nothing was written: try again")
 
 
 def remove_unnamed(at: str, said: Mapping[str, Any], old: Mapping[str, Any]) -> None:
-    """Remove the segments that were replaced, and those that a writer has left who died long ago."""
+    """Remove replaced segments, and segments that a dead writer left long ago."""
     named, replaced = ({x["id"] for x in y["segments"]} for y in (said, old))
     gone = []
     for name, rest in segment_keys(at).items():
@@ -195,7 +195,7 @@ def remove_unnamed(at: str, said: Mapping[str, Any], old: Mapping[str, Any]) -> 
 
 
 def staging(at: str) -> Path:
-    """Where a job on this machine makes a store for a bucket: always the same place, to go on there."""
+    """The local folder in which a job makes a store for a bucket; the same in each run, to resume there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     own = hashlib.sha256(at.encode()).hexdigest()[:16]
     return cache / "hydraopt_jax" / "uploads" / own / at.split("/")[-1]

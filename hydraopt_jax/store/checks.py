@@ -1,7 +1,7 @@
-"""Whether a manifest and the headers of segments can be believed, before anything is allocated for them.
+"""Validation of manifests and segment headers, before anything is allocated for them.
 
-They come from files that anybody may have written. Counts, positions and shapes must fit each other and the
-bytes that are there; what remains is caught when the leaves are read.
+The files may come from anybody. Counts, positions and shapes must agree with each other and with the sizes on
+disk. Other damage is found when the leaves are read.
 """
 
 import struct
@@ -16,18 +16,18 @@ from hydraopt_jax.formats.tensor_files import FLOATS
 from hydraopt_jax.store.store import ERRORS, Reference
 from hydraopt_jax.store.tensors import DEFLATE, raw_size
 
-# numbers that a segment may decode to: so many, and so many for each byte that it holds
+# limit on the numbers that a segment decodes to: a constant, plus so many per byte of the segment
 ROOM, EXPANSION = 1 << 22, 4096
 FLOAT_NAMES = {x.name for x in FLOATS}
 LARGEST = 1 << 50
 
 
 class Unbelievable(ValueError):
-    """What is wrong with a description."""
+    """A manifest or header is invalid; the message says why."""
 
 
 def need(holds: bool, what: str) -> None:
-    """Raise `Unbelievable` where something does not hold."""
+    """Raise `Unbelievable` if a condition is false."""
     if not holds:
         raise Unbelievable(what)
 
@@ -39,9 +39,9 @@ def whole(x: Any, low: int, high: int) -> bool:
 
 @contextmanager
 def believing(path: Any, what: str) -> Iterator[None]:
-    """Call a store damaged where a description does not hold or does not fit its data, and nothing else so.
+    """Turn errors that an invalid description causes into the error for a damaged store.
 
-    Memory that is short, on the host or a device, a package that is missing, an interruption: all pass.
+    Other errors pass: out of memory on the host or a device, a missing package, an interruption.
     """
     try:
         yield
@@ -62,10 +62,10 @@ def believing(path: Any, what: str) -> Iterator[None]:
 
 
 def check_manifest(said: Any) -> None:
-    """Check a manifest, but for its format and version.
+    """Check a manifest, except for its format and version.
 
     Raises:
-      Unbelievable, or whatever a part of a wrong type leads to.
+      Unbelievable: or any error that a part of a wrong type causes.
     """
     tasks = said["tasks"]
     need(isinstance(tasks, list) and bool(tasks) and all(isinstance(t, str) for t in tasks), "task names")
@@ -96,14 +96,14 @@ def check_manifest(said: Any) -> None:
 
 
 def check_provenance(said: Any) -> None:
-    """Check what a store says of how it was made; a store may say nothing."""
+    """Check the provenance of a store; it may be missing."""
     for x in said.values():
         need(all(isinstance(x[k], str) for k in ("verb", "version", "date")), "provenance")
         need(all(isinstance(k, str) for k in x["options"]), "provenance")
 
 
 def check_sources(merged: Mapping[str, Any], tasks: int) -> None:
-    """Check what tasks came with."""
+    """Check the sources of the tasks."""
     need(isinstance(merged["common"], dict) and len(merged["own"]) == tasks, "sources")
     for own in merged["own"]:
         row = {**merged["common"], **own}
@@ -119,10 +119,10 @@ def check_segment(
     places: int,
     references: Sequence[Reference],
 ) -> None:
-    """Check the header of a segment against what the manifest says of it.
+    """Check the header of a segment against the manifest.
 
     Raises:
-      As `check_manifest`.
+      Unbelievable: see `check_manifest`.
     """
     sizes = dict(leaves)
     need(len(sizes) == len(leaves), "names of leaves")
@@ -143,7 +143,7 @@ def check_segment(
 
 
 def check_schema(said: Mapping[str, Any], tasks: int, references: int) -> tuple[int, set[bool]]:
-    """Check patterns and modules; returns how many numbers the factors have, and whether they are coded."""
+    """Check patterns and modules; return the number of factor entries, and whether they are coded."""
     counts, kinds = [], set()
     for a_of, b_of, core in said["patterns"]:
         need(len(a_of) == len(b_of) == tasks, "patterns")

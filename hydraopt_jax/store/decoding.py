@@ -1,6 +1,6 @@
-"""From a store back to factors and adapters: the one way to read one. NumPy and integers only.
+"""Decode a store to factors and adapters, with NumPy and integers only.
 
-One task's factors need its own leaves, those that it shares, and those that predict them; no others are read.
+Decoding a task reads its own leaves, the leaves that it shares, and the leaves that predict them.
 """
 
 import functools
@@ -35,10 +35,10 @@ Terms = dict[str, tuple[Factors, ...]]
 
 
 def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places: Sequence[int]) -> Terms:
-    """Decoded pieces as terms in quantizer steps with diagonal cores, for the tasks at some places.
+    """Terms in quantizer steps with diagonal cores, from decoded pieces, for the tasks at some places.
 
     Args:
-      found: with the leaves that these tasks read.
+      found: decoded pieces of the leaves that these tasks read.
       shapes: module -> its coded terms.
       places: one for each task of the result, -1 for a task that is not in the segment.
     """
@@ -71,7 +71,7 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
 
 
 def stacked(values: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.ndarray:
-    """Values of pieces in one array; one that was not read is a damaged store's."""
+    """Values of pieces in one array; a missing piece means a damaged store."""
     if any(x is None for x in values):
         raise bitstream.Damaged("a factor whose leaf is not there")
     return np.stack(values) if values else np.zeros((0, *shape), np.float32)  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def stacked(values: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.n
 def all_terms(
     shapes: Mapping[str, tuple[TermShape, ...]], rows: Sequence[Piece], values: Sequence[np.ndarray]
 ) -> dict[str, list[Factors]]:
-    """Every coded piece as terms in quantizer steps, cores left out: `a: [A, I, S]`, `b: [B, S, O]`."""
+    """All coded pieces as terms in quantizer steps, without cores: `a: [A, I, S]`, `b: [B, S, O]`."""
     of: dict[tuple[str, int, int], list[np.ndarray]] = {}
     for piece, value in zip(rows, values, strict=True):
         of.setdefault((piece.module, piece.term, piece.side), []).append(value)
@@ -104,12 +104,12 @@ def decode_segment(
     table: np.ndarray | None = None,
     decode_lanes: rans.DecodeLanes = rans.decode,
 ) -> Decoded:
-    """What is coded in a segment for the tasks at some places.
+    """Decoded terms of a segment for the tasks at some places.
 
     Args:
       segment: coded.
-      places: of tasks.
-      table: frequencies, where it uses an earlier segment's.
+      places: of the tasks.
+      table: frequencies of an earlier segment, if the segment uses them.
       decode_lanes: see `codec.streams.decode`.
 
     Raises:
@@ -123,7 +123,7 @@ def decode_segment(
 def decode_segments(
     store: Store, wanted: Mapping[int, Sequence[int]], decode_lanes: rans.DecodeLanes = rans.decode
 ) -> dict[int, Terms]:
-    """Segment -> its terms for the tasks at some places (-1 for none), in the order of the places."""
+    """Segment -> its terms, for the tasks at some places (-1 for none) in the order of the places."""
     needed = closure(store.segments, {n: {k for k in v if k >= 0} for n, v in wanted.items()})
     out: dict[int, Terms] = {}
     known: dict[Reference, references.Vectors] = {}
@@ -134,7 +134,7 @@ def decode_segments(
             out[n] = plain.from_leaves(x.modules, x.leaves, wanted.get(n, ()), borrowing(store, n))
             continue
         if n not in wanted and not mine:
-            # only its tables are needed
+            # only the tables of this segment are needed
             continue
         table = None
         if x.tables >= 0:
@@ -160,7 +160,7 @@ def decode_segments(
 
 
 def borrowing(store: Store, n: int) -> plain.Borrow:
-    """What gives a plain segment the factors that it shares with tasks of earlier ones."""
+    """A function that gives a plain segment the factors that it shares with earlier segments."""
 
     @functools.lru_cache
     def lent(reference: int) -> Terms:
@@ -177,7 +177,7 @@ def borrowing(store: Store, n: int) -> plain.Borrow:
 def decode_terms(
     store: Store, tasks: Sequence[str] | None = None, *, decode_lanes: rans.DecodeLanes = rans.decode
 ) -> Terms:
-    """The factors of some tasks of a store, all where None: module -> terms, whose tasks are in that order.
+    """The factors of some tasks (all if None) of a store: module -> terms, tasks in the order given.
 
     A delta is the sum of its terms' `a @ core @ b`. Modules that none of the tasks has are left out.
 
@@ -200,7 +200,7 @@ def decode_terms(
     except bitstream.Damaged as error:
         raise damaged(None, str(error)) from None
     except (LookupError, TypeError, OverflowError) as error:
-        # checksums hold, and the schema was believed: a forgery, or a fault of ours
+        # checksums and schema are valid: this is a forgery or a fault of this package
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise HydraOptError(
             f"the store cannot be read ({what}), though its checksums hold: report this as a fault of "
@@ -218,7 +218,7 @@ def decode_terms(
 
 
 def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """One task's factors, module -> `(a: [I, S], b: [S, O])` in float32, terms side by side, cores folded in.
+    """One task's factors, module -> `(a: [I, S], b: [S, O])` in float32, terms concatenated, cores folded in.
 
     Raises:
       HydraOptError: the store has no such task (near names are listed).
@@ -228,10 +228,10 @@ def task_factors(store: Store, task: str) -> dict[str, tuple[np.ndarray, np.ndar
 
 
 def decode(store: Store, task: str) -> Adapter:
-    """One task back as an `Adapter`, ready for any writer in `formats`.
+    """One task as an `Adapter`, ready for any writer in `formats`.
 
-    Only its leaves are read. Its factors are balanced, but for those of a lossless store, which are as they
-    came.
+    Only the leaves of the task are read. The factors are balanced; those of a lossless store are bit for bit
+    those of the input.
 
     Raises:
       HydraOptError: the store has no such task, or its leaves cannot be decoded.
@@ -240,12 +240,12 @@ def decode(store: Store, task: str) -> Adapter:
 
 
 def decode_all(store: Store, tasks: Sequence[str] | None = None) -> Iterator[Adapter]:
-    """Some tasks as `decode` gives them, all where None: what several of them read is decoded once.
+    """Some tasks (all if None) as `decode` returns them; leaves that several tasks read are decoded once.
 
-    The factors of all are in memory, see `files.batches`.
+    The factors of all these tasks are in memory at once, see `files.batches`.
 
     Raises:
-      HydraOptError: as `decode`.
+      HydraOptError: see `decode`.
     """
     names = store.tasks if tasks is None else tuple(tasks)
     terms = decode_terms(store, names)
@@ -254,7 +254,7 @@ def decode_all(store: Store, tasks: Sequence[str] | None = None) -> Iterator[Ada
 
 
 def adapter_of(store: Store, task: str, terms: Terms, place: int) -> Adapter:
-    """A task as an adapter, from terms that have it at some place."""
+    """The adapter of the task at one place of some terms."""
     source = store.sources[task_index(store.tasks, task)]
     came: dict[str, Any] = {
         "dtype": source.dtype,

@@ -1,7 +1,7 @@
-"""Stores: opened, saved, changed, verified. A folder, or one `.safetensors` file, by its name.
+"""Open, save, change and verify stores: a folder, or one `.safetensors` file, depending on the name.
 
-Both may be in a bucket (`bucket`). A file may be elsewhere (`remote`): it is then read, in part, and not
-changed.
+Both may be in a bucket (`bucket`). A file may also be on a web server or the hub (`remote`); it is then read
+in part and cannot be changed.
 """
 
 import functools
@@ -26,7 +26,7 @@ Path_ = str | os.PathLike
 
 
 def is_file(path: Path_) -> bool:
-    """Whether a path is that of a portable file, here or elsewhere."""
+    """Whether a path is that of a single-file store, local or remote."""
     return remote.is_address(path) or portable.named(path)
 
 
@@ -34,7 +34,7 @@ def located(path: Path_) -> Path | str:
     """The absolute path of a store that can be written, or its address in a bucket.
 
     Raises:
-      HydraOptError: it is elsewhere.
+      HydraOptError: the store is on a web server or the hub.
     """
     if remote.is_address(path):
         raise HydraOptError(
@@ -44,16 +44,16 @@ def located(path: Path_) -> Path | str:
 
 
 def open(path: Path_) -> Store:
-    """A store on disk; its leaves are read, and checked, when they are asked for.
+    """A store on disk. Its leaves are read and checked on demand.
 
     Args:
-      path: a folder or a `.safetensors` file, here or in a bucket (`s3://BUCKET/NAME`, `gs://...`), or the
-        address of a file (`hf:ORG/NAME[@REVISION]`, `https://...`). Of what is elsewhere only what is asked
-        for is fetched.
+      path: a folder or a `.safetensors` file, local or in a bucket (`s3://BUCKET/NAME`, `gs://...`), or the
+        address of a file (`hf:ORG/NAME[@REVISION]`, `https://...`). Of a remote store only the bytes that are
+        needed are fetched.
 
     Raises:
-      HydraOptError: no store there, a damaged one, or one of another version. Leaves raise it, too, when they
-        are read: a damaged one, or where the store was replaced meanwhile.
+      HydraOptError: no store there, a damaged store, or a store of another version. Reading a leaf raises it
+        too, if the leaf is damaged or the store was replaced meanwhile.
     """
     if remote.is_address(path):
         return portable.open_remote(str(path))
@@ -71,19 +71,19 @@ def open(path: Path_) -> Store:
 
 
 def open_at(at: Path | str) -> Store:
-    """As `open`, once, of a `located` store."""
+    """One attempt of `open`, at the result of `located`."""
     if isinstance(at, str):
         return bucket.open_bucket(at)
     return portable.open_portable(at) if is_file(at) else folder.open_folder(at)
 
 
 def watched(path: Path | str, store: Store, opened: Any) -> Store:
-    """The store, whose leaves, where they cannot be read, say so if it was replaced since it was opened.
+    """The store, with leaves whose read errors say if the store was replaced since it was opened.
 
     Args:
-      path: where it lies.
-      store: as it was opened from there.
-      opened: its `stamp` before.
+      path: of the store.
+      store: opened from this path.
+      opened: its `stamp` before opening.
     """
 
     def replaced(segment: str) -> bool:
@@ -108,18 +108,18 @@ def watched(path: Path | str, store: Store, opened: Any) -> Store:
 
 
 def read_manifest(path: Path | str) -> dict[str, Any]:
-    """The manifest of a folder or a file, here or in a bucket."""
+    """The manifest of a folder or a file, local or in a bucket."""
     if isinstance(path, str):
         return bucket.read_manifest(path)
     return portable.read_header(path)[0] if is_file(path) else folder.read_manifest(path)
 
 
-# how often a reader begins anew when writers replace the store under it
+# how often a reader starts again when writers replace the store while it is opened
 RETRIES = 20
 
 
 def stamp(path: Path | str) -> Any:
-    """What tells one state of a store from another; None where there is none."""
+    """A stamp that changes with the store; None if there is no store."""
     if isinstance(path, str):
         return bucket.stamp(path)
     file = path if is_file(path) else path / MANIFEST
@@ -132,7 +132,7 @@ def stamp(path: Path | str) -> Any:
 
 
 def check_target(path: Path_, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it is a store that may be replaced, or an unfinished job's."""
+    """Raise if an output exists, unless it is a store that may be replaced, or one of an unfinished job."""
     at = located(path)
     if bucket.stamp(at) is None if isinstance(at, str) else not at.exists() or folder.unfinished(at):
         return
@@ -144,13 +144,13 @@ def check_target(path: Path_, overwrite: bool) -> None:
 def save(
     path: Path_, store: Store, *, overwrite: bool = False, limit: int | None = None, zstd: bool = True
 ) -> None:
-    """Write a store: at once or not at all, and never over anything unless told.
+    """Write a store completely or not at all; existing stores are replaced only with `overwrite`.
 
     Args:
       path: a new folder, or a new file whose name ends in `.safetensors`; or an address in a bucket.
-      store: what to write; its leaves may be on disk.
-      overwrite: replace an existing store (nothing else is ever replaced).
-      limit: most bytes the store may take on disk; a larger one is not kept.
+      store: the store; its leaves may be on disk.
+      overwrite: replace an existing store (anything else is never replaced).
+      limit: most bytes that the store may take on disk; a larger store is not written.
       zstd: let Orbax compress plain factors in a folder.
 
     Raises:
@@ -174,10 +174,10 @@ def save(
 
 @contextmanager
 def staged(path: Path_, overwrite: bool) -> Iterator[Path]:
-    """Where a job on this machine makes a store: in its place, or where it is uploaded from after the body.
+    """A context with the path where a local job makes a store; its end uploads a store for a bucket.
 
     Raises:
-      HydraOptError: as `save`; a store that could not be uploaded stays where it was made, and is named.
+      HydraOptError: see `save`. A store that could not be uploaded stays in the local folder, which is named.
     """
     at = located(path)
     if not isinstance(at, str):
@@ -186,7 +186,7 @@ def staged(path: Path_, overwrite: bool) -> Iterator[Path]:
     before, here = bucket.state(at).version, bucket.staging(at)
     check_target(at, overwrite)
     if here.exists() and not folder.unfinished(here):
-        # made by a job whose upload failed
+        # left by a job whose upload failed
         shutil.rmtree(here.parent)
     yield here
     if not here.exists():
@@ -206,14 +206,14 @@ def upload(
     zstd: bool = True,
     rows: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a store on this machine, what is new of it, and put it into a bucket.
+    """Write the new segments of a store on this machine and upload them to a bucket.
 
     Args:
-      at: its address.
-      store: what to write.
-      before: version of the `state` that it replaces.
-      limit, zstd: as `save`.
-      rows: rows, by id, of the segments that lie there and may stay.
+      at: address of the store.
+      store: the store.
+      before: version of the `state` that is replaced.
+      limit, zstd: see `save`.
+      rows: segment id -> manifest row of the segments that are in the bucket and may stay.
     """
     with tempfile.TemporaryDirectory() as work:
         here = Path(work) / at.split("/")[-1]
@@ -225,17 +225,17 @@ def upload(
 
 
 def update(path: Path_, change: Callable[[Store], Store]) -> Store:
-    """Change a store on disk, with nobody writing between; segments that stay are not touched.
+    """Apply a function to a store on disk, under its lock; segments that stay are not touched.
 
     Returns:
-      The store as it was written.
+      The store as written.
 
     Raises:
-      HydraOptError: as `open` and `save`, and whatever `change` raises: the store is then as it was.
+      HydraOptError: see `open` and `save`; and every error of `change`. The store is then unchanged.
     """
     at = located(path)
     if isinstance(at, str):
-        # nobody else is kept from writing: who is overtaken fails
+        # there is no lock in a bucket: a writer whose store was replaced fails
         before = bucket.state(at).version
         changed = change(open(at))
         there = {} if is_file(at) else {x["id"]: x for x in bucket.read_manifest(at)["segments"]}
@@ -252,12 +252,12 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
 
 
 def job_home(path: Path) -> Path:
-    """The folder in which a job that makes a store keeps what is done: the store's, or one beside a file."""
+    """The folder in which a job keeps finished segments: the store's folder, or one beside a single file."""
     return path.with_name(path.name + ".job") if is_file(path) else path
 
 
 def write_file(path: Path, store: Store, limit: int | None = None) -> None:
-    """Write a portable file; what a job that was to make one has left beside it goes, as in a folder."""
+    """Write a single-file store, and remove the leftovers of an unfinished job beside it."""
     portable.write_portable(path, store, limit)
     left = job_home(path)
     if folder.unfinished(left):
@@ -269,14 +269,14 @@ ROW = ("id", "bytes", "header", "sha256", "arrays", "files")
 
 
 def kept_row(segment: Segment, home: str, rows: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest's row of a segment that lies in the folder as it is; None for one to be written."""
+    """The manifest row of a segment that is in the folder already; None for a segment to be written."""
     origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
     origin = origins.pop() if len(origins) == 1 else None
     name = ""
     if origin is not None and origin[0] == home and origin[2] == len(segment.leaves):
         name = origin[1]
     elif not any(isinstance(x, Deferred) for x in segment.leaves.values()):
-        # the same bytes may be there, under the name that they give
+        # equal bytes may be there under the name that is made of their checksum
         name = segment_data.entry_of(segment).id
     return {k: rows[name][k] for k in ROW} if name in rows else None
 
@@ -290,16 +290,16 @@ def write_folder(
     home: str | None = None,
     mark: str = "",
 ) -> None:
-    """Write the segments that are not there, then the manifest; what it does not name goes.
+    """Write missing segments, then the manifest; then remove files that the manifest does not name.
 
     Args:
       path: the folder.
-      store: what to write.
-      limit, zstd: as `save`.
-      known: rows, by id, of segments that lie there already, beside those of the manifest: of a job, or those
+      store: the store.
+      limit, zstd: see `save`.
+      known: segment id -> manifest row of existing segments that the manifest lacks: those of a job, or those
         in the bucket that the folder is written for.
-      home: where those lie, if it is not the folder.
-      mark: what ends the names of new segments, where others may write the same at the same time.
+      home: where those segments are, if not in the folder.
+      mark: suffix of the names of new segments, where others may write the same ones at the same time.
     """
     fresh = not path.exists() or (known is None and folder.unfinished(path))
     before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
@@ -330,7 +330,7 @@ def write_folder(
         if fresh:
             shutil.rmtree(path, ignore_errors=True)
         elif known is not None:
-            # what the job has done is gone on with
+            # keep the segments of the job
             for name in set(added) - set(rows):
                 shutil.rmtree(path / folder.SEGMENTS / name, ignore_errors=True)
         else:
@@ -340,10 +340,10 @@ def write_folder(
 
 
 def verify(path: Path_) -> int:
-    """Read a store whole: every leaf against its checksum, every task decoded; returns the number of leaves.
+    """Number of leaves of a store, after all were compared with their checksums and all tasks decoded.
 
     Raises:
-      HydraOptError: as `open`; a flipped bit, a truncated or a missing file is named.
+      HydraOptError: see `open`. A changed, truncated or missing file is named.
     """
     if remote.is_address(path):
         return check_leaves(open(path))
@@ -364,7 +364,7 @@ def verify(path: Path_) -> int:
 
 
 def check_leaves(store: Store) -> int:
-    """Read every leaf and decode every task of a store; returns the number of leaves."""
+    """Number of leaves of a store, after all leaves were read and all tasks decoded."""
     leaves = 0
     for x in store.segments:
         for leaf in x.leaves.values():
@@ -375,15 +375,15 @@ def check_leaves(store: Store) -> int:
     return leaves
 
 
-# float32 bytes of factors that are decoded at once where tasks can be read one after the other
+# float32 bytes of factors that are decoded at once, if tasks can be read one after the other
 BATCH = 1 << 28
 
 
 def batches(store: Store, tasks: Any = None, limit: int = BATCH) -> Iterator[Store]:
-    """A store as stores of some tasks each, in order, as many as take about `limit` bytes in float32."""
+    """The store in pieces of consecutive tasks, each of about `limit` bytes in float32."""
     names = store.tasks if tasks is None else tuple(tasks)
     length = max(limit * len(store.tasks) // max(4 * store.report.get("entries", 0), 1), 1)
-    # whole segments, where they fit: each is then decoded once
+    # whole segments if they fit: each is then decoded once
     span = max((len(x.tasks) for x in store.segments), default=1)
     length -= length % span if length > span else 0
     for at in range(0, len(names), length):

@@ -1,11 +1,11 @@
 """A store as a folder: immutable segments, each an Orbax checkpoint, and a manifest that names them.
 
-    STORE/manifest.json.gz      what there is
-    STORE/segments/ID/          one Orbax checkpoint of bytes, never changed once it is there
+    STORE/manifest.json.gz      names of tasks and segments
+    STORE/segments/ID/          one Orbax checkpoint of bytes, immutable
 
-Changing a store is writing new segments, then replacing the manifest by one rename: a reader sees the old
-store or the new one, and a crash leaves at worst segments that no manifest names, which the next writer
-removes. Segments are written by Orbax and read through TensorStore, without JAX.
+A change writes new segments, then replaces the manifest with one rename. A reader sees the old store or the
+new one. A crash can leave segments that no manifest names; the next writer removes them. Segments are written
+by Orbax and read through TensorStore, without JAX.
 """
 
 import functools
@@ -33,38 +33,38 @@ from hydraopt_jax.store.store import Reference, Segment, Store
 
 MANIFEST = "manifest.json.gz"
 SEGMENTS = "segments"
-# what the next manifest is called before it is whole; without a manifest, the mark of a store being written
+# temporary name of the next manifest; without a manifest it marks a store that is being written
 NEW = f".{MANIFEST}.new"
-# of an unfinished job, see `jobs`, and of one that is being removed
+# folders of an unfinished job, see `jobs`, and of a job that is being removed
 JOB, GONE = "job", ".job.gone"
-# bytes of a chunk, and the most chunks of an array: small chunks waste fewer bytes when one task is read
+# chunk size in bytes, and maximum chunks per array: small chunks waste fewer bytes when one task is read
 CHUNK, MAX_CHUNKS = 1 << 16, 256
-# most bytes of an array, which a writer holds twice: its own and Orbax's copy
+# maximum bytes per array; a writer holds an array twice, its own and Orbax's copy
 ARRAY_BYTES = 1 << 26
-# bytes of chunks that all readers together keep
+# size in bytes of the chunk cache of all readers together
 CACHE_BYTES = 1 << 24
 # what a checkpoint takes beside its chunks and the path in its commit marker, and what a path is counted as
 # where it is not known
 CHECKPOINT_BYTES, PATH_BYTES = 735, 128
-# what an array may claim to hold: so many bytes, and so many for each on disk (zstd of zeros)
+# limit on the size that an array may claim: a constant, plus so many bytes per byte on disk (zstd of zeros)
 ROOM, EXPANSION = 1 << 22, 1000
-# segments whose headers are read at once
+# number of segments whose headers are read at once
 READERS = 8
 # Orbax numbers its operations for the whole process: two threads may not save at once
 WRITING = threading.Lock()
-# what TensorStore says of an error of the system, such as a full disk
+# texts of TensorStore for errors of the system, such as a full disk
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def read_file(path: Path, name: str) -> bytes:
-    """A file of a store."""
+    """The content of a file of a store."""
     try:
         return (path / name).read_bytes()
     except MISSING as error:
         raise damaged(path, f"{name} is missing or cannot be read ({error.strerror})") from None
     except OSError as error:
-        # no permission, no memory, a disk that is gone: nothing is wrong with the store
+        # no permission, no memory, a lost disk: the store itself is not damaged
         raise HydraOptError(f"{path}: {name} cannot be read: {error.strerror or error}") from None
 
 
@@ -89,14 +89,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def shared_context() -> Any:
-    """What all open arrays of this process share: the chunks that stay in memory once they were read."""
+    """The TensorStore context that all open arrays of this process share, with one cache of chunks."""
     import tensorstore
 
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
 def unfinished(path: Path) -> bool:
-    """Whether a folder is empty, or what a stopped writer has left of a store that never was."""
+    """Whether a folder is empty or has only the leftovers of a stopped writer."""
     if not path.is_dir() or (path / MANIFEST).exists():
         return False
     return any((path / x).exists() for x in (JOB, NEW)) or not any(path.iterdir())
@@ -126,7 +126,7 @@ def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any
 
 
 def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callable[[int, int], np.ndarray]:
-    """`(start, stop)` -> those bytes of a segment's run."""
+    """A function `(start, stop)` -> bytes of a segment's run."""
     folder = path / SEGMENTS / entry.id
     if not folder.is_dir():
         raise damaged(path, f"segment {entry.id} is missing")
@@ -149,7 +149,7 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
 def run_reader(
     path: Any, entry: Entry, sizes: Sequence[int], opened: Callable[[int], Any]
 ) -> Callable[[int, int], np.ndarray]:
-    """As `reader`, from the sizes of the arrays and a function that opens each."""
+    """The function of `reader`, from the sizes of the arrays and a function that opens each of them."""
     starts = list(itertools.accumulate(sizes, initial=0))
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -171,14 +171,14 @@ def run_reader(
 
 
 def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
-    """The error for an array that TensorStore does not read: a damaged store, or a service that fails."""
+    """The error for an array that TensorStore cannot read: a damaged store or a failed service."""
     if isinstance(path, str) and (meant := buckets.meaning(error)):
         return HydraOptError(f"{path}: {what}: {meant}")
     return damaged(path, f"{what} ({' '.join(str(error).split())[:120]})")
 
 
 def tree_bytes(folder: Path | str) -> int:
-    """Bytes of all files below a folder, as a user counts them."""
+    """Sum of the sizes of all files below a folder, in bytes."""
     total = 0
     with os.scandir(folder) as found:
         for x in found:
@@ -190,7 +190,7 @@ def tree_bytes(folder: Path | str) -> int:
 
 
 def held(total: int, sizes: Sequence[int]) -> bool:
-    """Whether arrays are those of a run of so many bytes: the last one may have some more.
+    """Whether array sizes fit a run of so many bytes; the last array may be longer.
 
     >>> held(10, [4, 8]), held(10, [4, 4]), held(3, [4, 4])
     (True, False, False)
@@ -199,10 +199,10 @@ def held(total: int, sizes: Sequence[int]) -> bool:
 
 
 def open_folder(path: Path) -> Store:
-    """A store whose leaves are read when they are asked for.
+    """A store whose leaves are read on demand.
 
     Raises:
-      HydraOptError: as `read_manifest`, or a segment that is missing or damaged.
+      HydraOptError: see `read_manifest`; or a missing or damaged segment.
     """
     return opened(path, read_manifest(path), lambda row: reader(path, manifest.entry_of(row), row["arrays"]))
 
@@ -227,10 +227,10 @@ def opened(
 
 
 def division(total: int) -> list[tuple[int, int]]:
-    """Arrays of a run of so many bytes: bytes of each, and of its chunks.
+    """How a run of so many bytes is split into arrays: size of each array, and of its chunks.
 
-    An array is a whole number of chunks, the last one filled up with zeros: Orbax makes chunks that divide an
-    array, of one byte where no other number does.
+    An array is a whole number of chunks; the last chunk is padded with zeros. Without padding Orbax would
+    choose a chunk size that divides the array, which may be one byte.
     """
     out = []
     for at in range(0, total, ARRAY_BYTES):
@@ -242,13 +242,13 @@ def division(total: int) -> list[tuple[int, int]]:
 
 
 def segment_size(total: int, path_bytes: int = PATH_BYTES) -> int:
-    """Bytes on disk of a segment whose run has so many, without compression."""
+    """Bytes on disk of a segment, without compression, from the bytes of its run."""
     parts = division(total)
     return sum(size for size, _ in parts) + CHECKPOINT_BYTES + path_bytes + 350 * (len(parts) - 1)
 
 
 def arrays_of(pieces: Iterable[Any], parts: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
-    """A run in pieces as arrays; an array is gone when the next one is asked for."""
+    """The arrays of a run, from its pieces. An array is valid until the next one is requested."""
     sizes = iter(parts)
     buffer, at = np.empty(next(sizes)[0], np.uint8), 0
     for piece in pieces:
@@ -270,17 +270,17 @@ def arrays_of(pieces: Iterable[Any], parts: Sequence[tuple[int, int]]) -> Iterat
 def write_segment(
     store: Path, segment: Segment, *, name: str | None = None, zstd: bool | None = None
 ) -> dict[str, Any]:
-    """Write a segment into a store's folder, whole or not at all.
+    """Write a segment into a store's folder, completely or not at all; return its row of the manifest.
 
     Args:
       store: the folder.
-      segment: whose leaves may be deferred: those of one array are in memory at a time.
-      name: of the segment; None for one that its bytes give, where the same bytes are then written once.
+      segment: its leaves may be deferred; those of one array are in memory at a time.
+      name: of the segment; None for the start of its checksum, so that equal bytes are written once.
       zstd: compress; None for plain factors only, as coded ones do not get smaller.
 
     Returns:
-      Its row in the manifest: its entry, "arrays" with the path and bytes of each, and "files", a checksum of
-      all its files.
+      The manifest row: the entry, "arrays" with the path and bytes of each array, and "files", a checksum of
+      all files.
     """
     import jax
     from orbax.checkpoint import v1 as ocp
@@ -296,7 +296,7 @@ def write_segment(
     found: list[Entry] = []
     name = name or segment_data.entry_of(segment).id
     folder = store / SEGMENTS / name
-    # what is there without being named by a manifest is a dead writer's
+    # a segment that no manifest names was left by a dead writer
     shutil.rmtree(folder, ignore_errors=True)
     context = ocp.Context()
     context.array.saving.use_compression = zstd
@@ -333,7 +333,7 @@ def write_segment(
 def checksum(folder: Path, arrays: Sequence[str]) -> str:
     """The first 16 digits of a SHA-256 over names, sizes and bytes of all files of a checkpoint's arrays.
 
-    What Orbax says beside them, of when and where, is nothing of the store's.
+    Orbax's own files with times and paths do not count.
     """
     whole = hashlib.sha256()
     for x in sorted(x for name in arrays for x in (folder / name).rglob("*")):
@@ -355,7 +355,7 @@ def check_files(path: Path, said: Mapping[str, Any]) -> None:
     """Compare the files of every segment with the checksum of the manifest.
 
     Raises:
-      HydraOptError: some file of a segment is not as it was written.
+      HydraOptError: a file of a segment differs from what was written.
     """
     for row in said["segments"]:
         folder = path / SEGMENTS / row["id"]
@@ -364,14 +364,14 @@ def check_files(path: Path, said: Mapping[str, Any]) -> None:
 
 
 def locate(folder: Path, name: str) -> str:
-    """Where Orbax has put an array, relative to its checkpoint."""
+    """The path of an array that Orbax has written, relative to its checkpoint."""
     (found,) = folder.glob(f"*/{name}")
     return found.relative_to(folder).as_posix()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Orbax's remarks on small files and a format without a database from the user."""
+    """Suppress Orbax's warnings about small files and the format without a database."""
 
     logger = logging.getLogger("absl")
 
@@ -386,7 +386,7 @@ def quiet() -> Iterator[None]:
 
 
 def write_manifest(path: Path, said: Mapping[str, Any]) -> None:
-    """Replace the manifest by one rename: from here on the store is the new one."""
+    """Replace the manifest with one rename, which makes the new store current."""
     new = path / NEW
     new.write_bytes(manifest.gzipped(manifest.to_text(said, path.name)))
     sync(new)
@@ -395,8 +395,8 @@ def write_manifest(path: Path, said: Mapping[str, Any]) -> None:
 
 
 def remove_unnamed(path: Path, said: Mapping[str, Any] | None) -> None:
-    """Remove segments that no manifest names, and what a job has left."""
-    # a job first: it must not be gone on with when its segments are not there any more
+    """Remove segments that the manifest does not name, and the folder of an unfinished job."""
+    # the job first: it must not be resumed after its segments are gone
     remove_job(path)
     named = {x["id"] for x in said["segments"]} if said is not None else set()
     folder = path / SEGMENTS
@@ -408,7 +408,7 @@ def remove_unnamed(path: Path, said: Mapping[str, Any] | None) -> None:
 
 
 def remove_job(path: Path) -> None:
-    """Remove what a job keeps beside its segments, by one rename: half of it would be taken for the whole."""
+    """Remove the folder of a job, after a rename: a partly removed one would be resumed."""
     shutil.rmtree(path / GONE, ignore_errors=True)
     with suppress(OSError):
         os.replace(path / JOB, path / GONE)

@@ -1,7 +1,7 @@
-"""Adapters kept as they came: every tensor bit for bit in its dtype, its scale beside it.
+"""Lossless storage: every tensor bit for bit in its dtype, with the scale beside it.
 
-A delta is `scale * a @ b`. A scale folded into a half-precision `b` would be rounded, so it is kept apart, as
-a diagonal core in float32.
+A delta is `scale * a @ b`. Folding the scale into a half-precision `b` would round it, so it is stored
+separately, as a diagonal core in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ FORM = "lossless"
 
 
 class Raw(NamedTuple):
-    """One module of one task as its file has it: `a: [I, R]`, `b: [R, O]`, and the scale of `a @ b`.
+    """One module of one task as in its file: `a: [I, R]`, `b: [R, O]`, and the scale of `a @ b`.
 
     The arrays may be deferred.
     """
@@ -35,14 +35,14 @@ class Raw(NamedTuple):
 
 
 def raw_of(adapter: Adapter, module: str) -> Raw:
-    """A module's factors in the narrowest form that gives `adapter.a` and `adapter.b` back bit for bit.
+    """A module's factors in the narrowest dtype that restores `adapter.a` and `adapter.b` bit for bit.
 
-    `b` is `fl(B * scale)` in float32 where a reader folded the scale into it. Of a half-precision B, which
-    has half of float32's digits, rounding `b / scale` gives B itself; whatever came, it is checked.
+    If a reader folded the scale into `b`, then `b` is `fl(B * scale)` in float32. For a half-precision B,
+    which has half of float32's digits, rounding `b / scale` gives B itself. The result is always checked.
     """
     a, b = np.asarray(adapter.a[module]), np.asarray(adapter.b[module])
     kept = narrow(a, adapter.dtype)
-    # an adapter of another format has its scale nowhere else than in b
+    # other formats have the scale only in b
     said = [module_scale(adapter.config, module)] if adapter.config.get("peft_type") == "LORA" else []
     for scale in (*said, 1.0):
         factor = np.float32(scale)
@@ -55,7 +55,7 @@ def raw_of(adapter: Adapter, module: str) -> Raw:
 
 
 def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`x` in a narrower dtype where that loses nothing, else as it is."""
+    """`x` in a narrower dtype if that is lossless, else unchanged."""
     if np.dtype(dtype).itemsize >= x.dtype.itemsize:
         return x
     with np.errstate(all="ignore"):
@@ -64,12 +64,12 @@ def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether arrays of one dtype are equal bit for bit: also the signs of zeros."""
+    """Whether arrays of one dtype are equal bit for bit, including signs of zeros."""
     return x.dtype == y.dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()
 
 
 def terms(rows: Sequence[Raw | None]) -> tuple[Factors, ...]:
-    """The terms of a module, one for each rank and dtypes; None for a task that lacks it."""
+    """The terms of a module, one per combination of rank and dtypes; rows are None for absent tasks."""
     alike: dict[Any, list[int]] = {}
     for t, x in enumerate(rows):
         if x is not None:
@@ -87,14 +87,14 @@ def terms(rows: Sequence[Raw | None]) -> tuple[Factors, ...]:
 
 
 def stack(arrays: Sequence[Any]) -> Any:
-    """Arrays in one; a list of those that may be deferred."""
+    """Arrays stacked into one, or as a list if some are deferred."""
     return np.stack(arrays) if all(isinstance(x, np.ndarray) for x in arrays) else list(arrays)
 
 
 def modules_of(
     rows: Mapping[str, Sequence[Raw | None]],
 ) -> tuple[dict[str, tuple[Factors, ...]], np.ndarray, dict[str, Any]]:
-    """Terms and errors `[M, T]` of all modules, and what the report says of them."""
+    """Terms and errors `[M, T]` of all modules, and their part of the report."""
     made = {name: terms(x) for name, x in rows.items()}
     errors = np.array([[np.nan if x is None else 0.0 for x in row] for row in rows.values()])
     size = sum(x.nbytes for row in rows.values() for x in row if x is not None)
@@ -110,7 +110,7 @@ def keep(collection: Sequence[Adapter]) -> tuple[dict[str, tuple[Factors, ...]],
 
 
 def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str, Raw] | None:
-    """A task's factors as `terms` keeps them, module -> `Raw`; None where there are others."""
+    """Module -> `Raw` of a task that `terms` stored; None for a task that was stored otherwise."""
     out = {}
     for name, every in modules.items():
         mine = [x for x in every if x.a_of[task] >= 0]
@@ -126,6 +126,6 @@ def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str
 
 
 def folded(raw: Mapping[str, Raw]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """`a` as it came and `b` in float32 with the scale folded in, as a reader of adapters gives them."""
+    """`a` unchanged and `b` in float32 with the scale folded in, as a reader of adapters returns them."""
     a = {n: x.a for n, x in raw.items()}
     return a, {n: np.asarray(x.b, np.float32) * np.float32(x.scale) for n, x in raw.items()}

@@ -1,4 +1,4 @@
-"""The manifest: what a store says of itself beside its segments, as JSON (`docs/format.md`, "Manifest")."""
+"""The manifest of a store as JSON: tasks, sources, report, segments (`docs/format.md`, "Manifest")."""
 
 import gzip
 import json
@@ -22,12 +22,12 @@ def as_json(store: Store, written: Sequence[Mapping[str, Any]], name: str = "") 
     """The manifest of a store.
 
     Args:
-      store: what it holds.
-      written: an `Entry` as a mapping for each segment, and what its container has to say of it.
+      store: the store.
+      written: for each segment its `Entry` as a mapping, with fields of the container.
       name: of the store, for messages.
 
     Raises:
-      HydraOptError: what the store says of itself is no JSON.
+      HydraOptError: the report or a source cannot be written as JSON.
     """
     position = {t: k for k, t in enumerate(store.tasks)}
     rows = []
@@ -61,7 +61,7 @@ def to_text(said: Mapping[str, Any], name: str = "") -> bytes:
 
 
 def gzipped(text: bytes) -> bytes:
-    """The text as a gzip file, the same whenever it is written."""
+    """The text as a gzip file, without a time, so that equal texts give equal bytes."""
     return gzip.compress(text, 9, mtime=0)
 
 
@@ -69,7 +69,7 @@ def gunzipped(path: Any, data: bytes) -> bytes:
     """The inverse of `gzipped`.
 
     Raises:
-      HydraOptError: no gzip file, or one that does not match its checksum.
+      HydraOptError: not a gzip file, or one with a wrong checksum.
     """
     try:
         size = int.from_bytes(data[-4:], "little")
@@ -85,7 +85,7 @@ def parse(path: Any, text: bytes) -> dict[str, Any]:
     """A manifest, checked.
 
     Raises:
-      HydraOptError: no manifest of a store, a damaged one, or one of another version.
+      HydraOptError: not a manifest, a damaged one, or one of another version.
     """
     try:
         said = strict_json.loads(text)
@@ -117,17 +117,17 @@ def old(path: Any, version: Any) -> HydraOptError:
 
 
 def entry_of(row: Mapping[str, Any]) -> Entry:
-    """A segment's entry."""
+    """The `Entry` of a segment."""
     return Entry(row["id"], row["bytes"], (row["header"][0], row["header"][1]), row["sha256"])
 
 
 def readable(path: str) -> str:
-    """A path as text: bytes of a file's name that are no UTF-8 are spelled out."""
+    """A path as text; bytes that are not UTF-8 are escaped."""
     return path.encode(errors="backslashreplace").decode()
 
 
 def merge_sources(sources: Sequence[Source]) -> dict[str, Any]:
-    """Sources as one common part and what each task differs in, so that 40 alike configs cost one."""
+    """Sources as a common part and the differences of each task, so that 40 equal configurations cost one."""
     rows: list[dict[str, Any]] = [
         {"dtype": x.dtype, "origin": readable(x.origin), "digest": x.digest, "layout": dict(x.layout)}
         | {f"config.{k}": v for k, v in x.config.items()}

@@ -13,8 +13,10 @@ from hydraopt_jax.store.store import renumber
 
 
 def shape_of(term: Factors) -> PlainShape:
-    """The schema of a term; factors may be lists of deferred arrays. A diagonal core in another dtype than
-    `b` is a scale."""
+    """The schema of a term, whose factors may be lists of deferred arrays.
+
+    A diagonal core with another dtype than `b` is a scale.
+    """
     a, b = term.a[0], term.b[0]
     core = ""
     if term.core is not None:
@@ -28,7 +30,7 @@ def shape_of(term: Factors) -> PlainShape:
 def to_leaves(
     modules: Mapping[str, Sequence[Factors]],
 ) -> tuple[dict[str, tuple[PlainShape, ...]], dict[str, Any]]:
-    """Terms as a schema and leaves; of deferred arrays none is read."""
+    """Terms as a schema and leaves; deferred arrays are not read."""
     shapes = {name: tuple(shape_of(x) for x in terms) for name, terms in modules.items()}
     rows, _, names = plain_parts(shapes)
     leaves: dict[str, list[Any]] = {}
@@ -48,17 +50,17 @@ def from_leaves(
     borrow: Borrow | None = None,
     lazy: bool = False,
 ) -> dict[str, tuple[Factors, ...]]:
-    """Terms for the tasks at some places; only the parts of leaves that they read are read.
+    """Terms for the tasks at some places, from the parts of the leaves that these tasks need.
 
     Args:
       modules: the schema.
       leaves: name -> bytes, at least those of `schema.leaves_of`; may be deferred.
-      places: one for each task of the result, -1 for a task that is not in the segment.
-      borrow: gives factors that references have.
-      lazy: factors are lists of arrays that are read when they are asked for, where the leaves are.
+      places: one per task of the result, -1 for a task that is not in the segment.
+      borrow: returns factors of the references.
+      lazy: if the leaves are deferred, return factors as lists of deferred arrays.
 
     Raises:
-      ValueError: a leaf that is shorter than the schema says.
+      ValueError: a leaf is shorter than the schema says.
     """
     rows, shapes, names = plain_parts(modules)
     at = dict.fromkeys(names, 0)

@@ -1,6 +1,7 @@
-"""A store as one safetensors file: the manifest in its header, a tensor of bytes for each segment.
+"""A store as one safetensors file: the manifest in its header, and one tensor of bytes per segment.
 
-The same content as a folder, for hubs, phones and servers: one task needs the header and a few byte ranges.
+It has the content of a folder, for hubs, phones and servers. Reading a task takes the header and a few byte
+ranges.
 """
 
 import hashlib
@@ -24,22 +25,22 @@ from hydraopt_jax.store.store import Store
 SUFFIX = ".safetensors"
 # keys of the manifest in the header's metadata, and of its checksum
 KEY, SEAL = "hydraopt", "hydraopt_sha256"
-# most bytes of a header, as the format has it
+# maximum bytes of a header, set by the format
 MAX_HEADER = 100_000_000
-# most bytes of a file whose place does not say how many it has
+# maximum bytes of a file whose server does not say its size
 MAX_BYTES = 1 << 43
 
 
 def named(path: Any) -> bool:
-    """Whether a path, or an address in a bucket, has the name of a portable file."""
+    """Whether a path or an address in a bucket has the name of a single-file store."""
     return str(path).endswith(SUFFIX)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """The manifest, and name of each tensor -> where its bytes lie in the file.
+    """The manifest, and tensor name -> position of its bytes in the file.
 
     Raises:
-      HydraOptError: no such file, no safetensors file, or none of a store.
+      HydraOptError: no such file, not a safetensors file, or not a store.
     """
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -61,7 +62,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
 def manifest_of(
     path: Any, text: str | None, seal: str | None, rows: Mapping[str, Any], length: int
 ) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """As `read_header`, from the manifest's text, its checksum, and the header's rows and length."""
+    """The result of `read_header`, from the manifest's text and checksum and the header's rows and length."""
     if text is None:
         raise HydraOptError(f"{path}: not a store (a safetensors file without a manifest of one)")
     places = {
@@ -79,28 +80,28 @@ def manifest_of(
 
 
 def open_portable(path: Path) -> Store:
-    """A store whose leaves are read from the file when they are asked for."""
+    """A store whose leaves are read from the file on demand."""
     return opened_at(path, *read_header(path), remote.reader_of(str(path), path))
 
 
 def open_remote(address: str) -> Store:
-    """A store behind an address: its header is read, and byte ranges when they are asked for.
+    """A store at an address: its header is read now, byte ranges on demand.
 
-    All of them are of one version of the file: a commit on the hub, an entity tag elsewhere.
+    All ranges are of one version of the file: a commit on the hub, an entity tag elsewhere.
 
     Raises:
-      HydraOptError: no such file, no network, no store, or one that changed while it was read.
+      HydraOptError: no such file, no network, not a store, or a store that changed while it was read.
     """
     return open_source(remote.find(address))
 
 
 def open_source(source: remote.Source) -> Store:
-    """As `open_remote`, of a version that was found."""
+    """The result of `open_remote`, for a version that was found already."""
     return opened_at(source.label, *source_header(source), source.read)
 
 
 def size_of(source: remote.Source) -> int:
-    """Bytes of a version of a file, by its header where its place does not say."""
+    """Size in bytes of a version of a file; computed from its header if the server does not say it."""
     if source.size is not None:
         return source.size
     rows, _, length = header_rows(source)
@@ -108,13 +109,13 @@ def size_of(source: remote.Source) -> int:
 
 
 def source_header(source: remote.Source) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """As `read_header`, of a version of a file elsewhere."""
+    """The result of `read_header`, for a version of a remote file."""
     rows, said, length = header_rows(source)
     return manifest_of(source.label, said.get(KEY), said.get(SEAL), rows, length)
 
 
 def header_rows(source: remote.Source) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The header's rows, checked, its metadata, and its length."""
+    """The rows of the header, checked; its metadata; its length."""
     label = source.label
     length = int.from_bytes(source.read(0, 8), "little")
     most = MAX_HEADER if source.size is None else min(source.size - 8, MAX_HEADER)
@@ -148,7 +149,7 @@ def opened_at(
     places: Mapping[str, tuple[int, int]],
     read: Callable[[int, int], bytes],
 ) -> Store:
-    """A store from its manifest, its segments' places, and a reader of the file."""
+    """A store from its manifest, the positions of its segments, and a reader of the file."""
 
     def reader(row: Any) -> Callable[[int, int], np.ndarray]:
         begin = places[row["id"]][0]
@@ -165,7 +166,7 @@ def opened_at(
 
 
 def header(store: Store, entries: list[Entry], name: str) -> bytes:
-    """The header of the file, with its length, padded to eight bytes as the format asks."""
+    """The header of the file, preceded by its length, padded to eight bytes as the format requires."""
     text = manifest.to_text(manifest.as_json(store, [x._asdict() for x in entries], name), name).decode()
     seal = hashlib.sha256(text.encode()).hexdigest()
     rows: dict[str, Any] = {"__metadata__": {KEY: text, SEAL: seal}}
@@ -179,11 +180,11 @@ def header(store: Store, entries: list[Entry], name: str) -> bytes:
 
 
 def write_portable(path: Path, store: Store, limit: int | None = None) -> None:
-    """Write the file, whole or not at all; leaves are read twice where they are deferred.
+    """Write the file completely or not at all. Deferred leaves are read twice.
 
     Raises:
-      HydraOptError: it cannot be written.
-      TooLarge: it would exceed `limit` bytes.
+      HydraOptError: the file cannot be written.
+      TooLarge: the file would exceed `limit` bytes.
     """
     entries = [segment_data.entry_of(x) for x in store.segments]
     head = header(store, entries, path.name)

@@ -1,9 +1,8 @@
 """Segments that are predicted from earlier ones, as a P-frame is from its I-frame. NumPy only.
 
-Each vector of such a segment is predicted by least squares from the vectors that its references have of the
-same module and side, laid side by side in the order of the references; the codec codes what is left. Its
-symbols use the tables of an earlier segment, because tables of its own would cost some hundred bytes and say
-much the same.
+Each vector of such a segment is predicted by least squares from the vectors of its references for the same
+module and side, concatenated in the order of the references. The codec codes the difference. Its symbols use
+the tables of an earlier segment: tables of its own would cost some hundred bytes and be nearly equal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,8 +44,7 @@ def from_leaf(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]
 
 
 def frequencies(shared: bytes) -> np.ndarray:
-    """Integer frequencies for a predicted segment from an earlier one's shared leaf: that one's own, and a
-    little of every other symbol.
+    """Integer frequencies of a predicted segment: those of an earlier shared leaf, mixed with a Gaussian.
 
     All counts are integers before they are scaled, so that every machine has the same tables.
     """
@@ -55,7 +53,7 @@ def frequencies(shared: bytes) -> np.ndarray:
 
 
 def task_vectors(modules: Terms, task: int) -> dict[tuple[str, int], np.ndarray]:
-    """The coded vectors of a task in steps, the ones that are not zero."""
+    """The coded nonzero vectors of a task, in steps."""
     out: dict[tuple[str, int], np.ndarray] = {}
     for name, terms in modules.items():
         sides: list[list[np.ndarray]] = [[], []]
@@ -70,7 +68,7 @@ def task_vectors(modules: Terms, task: int) -> dict[tuple[str, int], np.ndarray]
 
 
 def shared_vectors(decoded: Decoded) -> dict[tuple[str, int], np.ndarray]:
-    """The coded vectors of the leaf that all tasks read."""
+    """The coded vectors of the shared leaf."""
     found: dict[tuple[str, int], list[np.ndarray]] = {}
     for x, value in zip(decoded.pieces, decoded.values, strict=True):
         if x.leaf == "shared" and value is not None:
@@ -81,7 +79,7 @@ def shared_vectors(decoded: Decoded) -> dict[tuple[str, int], np.ndarray]:
 def base_of(
     known: Mapping[Reference, Vectors], references: Sequence[Reference], key: tuple[str, int]
 ) -> np.ndarray | None:
-    """The vectors of some references for one side of a module, `[n, D]`; None where they have none."""
+    """The vectors of some references for one side of a module, `[n, D]`; None if there are none."""
     parts = [known[r][key] for r in references if key in known[r]]
     return np.concatenate(parts, 1) if parts else None
 
@@ -92,10 +90,10 @@ def add_predictions(
     references: Sequence[Reference],
     known: Mapping[Reference, Vectors],
 ) -> dict[str, tuple[Factors, ...]]:
-    """The terms of a predicted segment from what was coded of them.
+    """The terms of a predicted segment: decoded differences plus predictions.
 
     Args:
-      terms: decoded, of one task.
+      terms: decoded differences of one task.
       packed: its `prediction` leaf.
       references: of the segment.
       known: vectors of each reference.

@@ -1,8 +1,8 @@
-"""One task removed from a store, and what the store still holds of those that were.
+"""Remove a task from a store, and find what is left of removed tasks.
 
-A task's own leaves go with it, but for what others need: vectors that theirs are predicted from, and vectors
-that were fitted to several tasks, it among them. The coder's tables, counts of the symbols of all tasks, are
-nobody's vectors.
+Removing a task removes its own leaves, except for vectors that other tasks need: those that predict them, and
+those that were fitted to several tasks including the removed one. The coder's tables are counts of symbols of
+all tasks and do not count as vectors of a task.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,13 +19,13 @@ from hydraopt_jax.store.store import SHARED, Segment, Store, closure, select, ta
 
 
 class Held(NamedTuple):
-    """A removed task of which something is left.
+    """A removed task of which the store still has vectors.
 
     Attributes:
       task: its name.
-      bytes: about what vectors of its own take, which no task of the store reads for itself.
-      needed_by: tasks of the store that are predicted from these vectors, or lie in one leaf with them.
-      fitted: whether vectors that tasks of the store share were fitted to it, too.
+      bytes: approximate size of its own vectors.
+      needed_by: tasks of the store that are predicted from these vectors or share a leaf with them.
+      fitted: whether vectors that tasks of the store share were also fitted to the removed task.
     """
 
     task: str
@@ -39,9 +39,9 @@ class Trace(NamedTuple):
 
     Attributes:
       own: bytes of its own leaf.
-      among: bytes, about, of its vectors in leaves that others read, too.
-      needed_by: places of the segment's tasks that need those.
-      fitted: as `Held`.
+      among: approximate bytes of its vectors in leaves that other tasks also read.
+      needed_by: places of the segment's tasks that need these vectors.
+      fitted: see `Held`.
     """
 
     own: int
@@ -51,13 +51,13 @@ class Trace(NamedTuple):
 
 
 def remove(store: Store, task: str) -> Store:
-    """A store with one task less; what it holds of the others is not touched.
+    """The store without one task; the data of the other tasks are not touched.
 
-    What others are predicted from, or share with the task, stays: `held` says what, `purging.purge` is rid of
-    it.
+    Vectors that predict other tasks, or that other tasks share, stay. `held` lists them; `purging.purge`
+    removes them.
 
     Raises:
-      HydraOptError: no such task, or it is the only one.
+      HydraOptError: no such task, or the only task.
     """
     task_index(store.tasks, task)
     if len(store.tasks) == 1:
@@ -66,7 +66,7 @@ def remove(store: Store, task: str) -> Store:
 
 
 def keep(store: Store, tasks: Sequence[str]) -> Store:
-    """A store of some tasks, in the order given; what it holds of them is not touched.
+    """The store with some tasks only, in the order given; their data are not touched.
 
     Raises:
       HydraOptError: no such task.
@@ -80,13 +80,13 @@ def keep(store: Store, tasks: Sequence[str]) -> Store:
 
 
 def changed(report: Static, entries: int) -> Static:
-    """The report after a change: what is said of the collection as it was compressed goes."""
+    """The report after a change, without statements about the collection as it was compressed."""
     kept = {k: v for k, v in report.items() if k not in ("estimate", "refinement")}
     return Static({**kept, "entries": report["entries"] + entries, "bound": {}})
 
 
 def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Those parts of a report that name tasks, without a removed one."""
+    """The parts of a report that name tasks, without a removed task."""
     out: dict[str, Any] = {}
     if "weights" in report["options"]:
         weights = {k: v for k, v in report["options"]["weights"].items() if k != task}
@@ -109,7 +109,7 @@ def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def trace(segment: Segment, gone: int, live: Iterable[int]) -> Trace:
-    """What is left of the task at a place of a segment, where those at `live` places are needed."""
+    """What a segment has of the task at one place, if the tasks at `live` places must stay."""
     if segment.coded:
         return coded_trace(segment.modules, segment.leaves, gone, set(live))
     living = set(live)
@@ -123,7 +123,7 @@ def trace(segment: Segment, gone: int, live: Iterable[int]) -> Trace:
 
 
 def coded_trace(modules: schema.Schema, leaves: Mapping[str, Any], gone: int, living: set[int]) -> Trace:
-    """As `trace`, of a coded segment."""
+    """The result of `trace` for a coded segment."""
     rows, _ = pieces(modules)  # type: ignore[arg-type]
     users = [schema.readers(modules, x) for x in rows]
     whole: dict[str, int] = {}
@@ -143,14 +143,14 @@ def coded_trace(modules: schema.Schema, leaves: Mapping[str, Any], gone: int, li
         elif users[i] & living and gone in users[i]:
             fitted = True
         elif not users[i] and after and modules[x.module][x.term].a_of[gone] >= 0:
-            # a basis of all, which none reads for itself
+            # a basis of all tasks, which no task owns
             fitted = True
     own = size_of(leaves.get(f"task_{gone}", b""))
     return Trace(own, int(np.ceil(among)), frozenset(needed), fitted)
 
 
 def traces(store: Store) -> dict[tuple[int, int], Trace]:
-    """(segment, place) of every removed task that is still named -> what is left of it there."""
+    """(segment, place) of every removed task that is still named -> its `Trace` there."""
     needed = closure(store.segments, {n: set(x.live) for n, x in enumerate(store.segments)})
     out = {}
     for n, x in enumerate(store.segments):
@@ -164,7 +164,7 @@ def traces(store: Store) -> dict[tuple[int, int], Trace]:
 
 
 def held(store: Store) -> tuple[Held, ...]:
-    """The removed tasks of which a store still holds something."""
+    """The removed tasks of which a store still has vectors."""
     out: dict[str, Held] = {}
     for (n, k), found in traces(store).items():
         x = store.segments[n]
@@ -181,8 +181,10 @@ def held(store: Store) -> tuple[Held, ...]:
 
 
 def followers(store: Store, segment: int, place: int, shared: bool) -> list[str]:
-    """The store's tasks that are predicted from a place of a segment, by way of others too; `shared` where
-    the leaf that all read has vectors of it."""
+    """The store's tasks that are predicted from a place of a segment, directly or through other tasks.
+
+    With `shared`, also those predicted from the shared leaf.
+    """
     out = []
     for n, x in enumerate(store.segments):
         if n <= segment or not x.live:
@@ -195,7 +197,7 @@ def followers(store: Store, segment: int, place: int, shared: bool) -> list[str]
 
 
 def clean(store: Store) -> Store:
-    """The store without the names of removed tasks of which nothing is left."""
+    """The store without the names of removed tasks that left no vectors."""
     left = traces(store)
     segments = []
     for n, x in enumerate(store.segments):

@@ -1,7 +1,7 @@
-"""The schema of a segment: what its leaves hold, JSON-able.
+"""The schema of a segment: a JSON-able description of its leaves.
 
-Every module has terms; a term says which factor each task uses, and its sizes. `TermShape` (of the codec) is
-a coded term, `PlainShape` one whose factors are kept as they are.
+Every module has terms. A term says which factor each task uses, and the sizes of the factors. `TermShape` (of
+the codec) describes a coded term, `PlainShape` a plain one.
 """
 
 import math
@@ -15,16 +15,16 @@ from hydraopt_jax.static import Static
 
 
 class PlainShape(NamedTuple):
-    """A term whose factors are stored as they are.
+    """A plain term: its factors are stored as arrays.
 
     Attributes:
       a_of, b_of: `[T]` which factor each task uses, -1 where the task has no delta.
       inputs, rank, outputs: I, S, O.
       a_dtype, b_dtype: of the factors.
       core: "" for none, "diagonal" `[S]` or "full" `[S, S]` in the dtype of `b`, "scale" `[S]` in float32.
-      a_from, b_from: which of the segment's references has the only `a` or `b`, as the factor that its task
-        uses; -1 where it is stored here.
-      term: position of the term it is then taken from, among the module's in the referenced segment.
+      a_from, b_from: position of the reference whose task's factor is the only `a` or `b` of this term; -1 if
+        the factor is stored here.
+      term: position of the term that this factor is taken from, among the module's terms in that segment.
     """
 
     a_of: tuple[int, ...]
@@ -41,12 +41,12 @@ class PlainShape(NamedTuple):
 
     @property
     def core_shape(self) -> tuple[int, ...]:
-        """Of one task's core."""
+        """Shape of one task's core."""
         return {"": (), "full": (self.rank, self.rank)}.get(self.core, (self.rank,))
 
     @property
     def core_dtype(self) -> str:
-        """Of the cores."""
+        """Dtype of the cores."""
         return "float32" if self.core == "scale" else self.b_dtype
 
 
@@ -61,7 +61,7 @@ def is_coded(modules: Schema) -> bool:
 
 
 def plain_parts(modules: Schema) -> tuple[list[tuple[str, int, str, int]], list[tuple[int, ...]], list[str]]:
-    """Every stored array of a plain segment in canonical order: module, term, inputs, outputs, cores.
+    """All stored arrays of a plain segment in canonical order: module, term, inputs, outputs, cores.
 
     Returns:
       (module, term, "a", "b" or "core", its index), the shape of each, and the leaf that holds it.
@@ -128,14 +128,14 @@ def leaves_of(modules: Schema, places: Sequence[int]) -> set[str]:
 
 
 def readers(modules: Schema, x: Piece) -> set[int]:
-    """Places of the tasks whose own factor a coded piece is."""
+    """Places of the tasks that read a coded piece as their own factor."""
     term = modules[x.module][x.term]
     of = term.b_of if x.side else term.a_of
     return {t for t, k in enumerate(of) if k == x.factor}
 
 
 def as_json(modules: Schema) -> dict[str, Any]:
-    """A schema, JSON-able: patterns of use, equal ones written once, and rows that name their pattern."""
+    """A JSON-able schema: patterns of use, each written once, and rows that refer to them."""
     patterns: list[Any] = []
 
     def number(use: Any) -> int:
@@ -148,7 +148,7 @@ def as_json(modules: Schema) -> dict[str, Any]:
         sizes: list[Any] = [use, x.inputs, x.rank, x.outputs]
         if isinstance(x, TermShape):
             return [*sizes, KINDS[x.predicted]]
-        # one dtype as a rule; adapters kept as they came may have two
+        # usually one dtype; lossless adapters may have two
         sizes.append(" ".join(dict.fromkeys([x.a_dtype, x.b_dtype])))
         return sizes if max(x.a_from, x.b_from) < 0 else [*sizes, x.a_from, x.b_from, x.term]
 
@@ -157,7 +157,7 @@ def as_json(modules: Schema) -> dict[str, Any]:
 
 
 def from_json(said: Mapping[str, Any]) -> Static:
-    """The inverse of `as_json`; `checks.check_schema` says whether it can be believed."""
+    """The inverse of `as_json`; `checks.check_schema` validates the input."""
     out = Static()
     for name, row in said["modules"]:
         terms: list[Shape] = []

@@ -1,11 +1,11 @@
-"""A segment as one run of bytes, and back: `docs/format.md`, section "Segments".
+"""A segment as one run of bytes, and its inverse: `docs/format.md`, section "Segments".
 
     header      deflated JSON: schema, tables of full tensors, names and sizes of the leaves
     leaves      one after another
     digests     the first 16 bytes of each leaf's SHA-256
 
-The manifest has the sizes of the header and the SHA-256 of header and digests together, so that a leaf can be
-read, and checked, without the others.
+The manifest has the sizes of the header, and the SHA-256 of header and digests together. So one leaf can be
+read and checked without the others.
 """
 
 import functools
@@ -25,13 +25,13 @@ from hydraopt_jax.store.store import Reference, Segment
 from hydraopt_jax.store.tensors import DEFLATE, inflate
 
 DIGEST = 16
-# leaves whose bytes stay in memory once they were read, and the bytes that a writer hashes at once
+# number of leaves in the cache of read leaves, and bytes that a writer hashes at once
 CACHED = 4
 PIECE = 1 << 24
 
 
 class Entry(NamedTuple):
-    """What a manifest says of a segment.
+    """The entry of a segment in a manifest.
 
     Attributes:
       id: name of the segment.
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
 
 def header_of(segment: Segment) -> tuple[bytes, int]:
-    """The header, deflated, and how many bytes it inflates to."""
+    """The deflated header, and its size when inflated."""
     said = {
         **schema.as_json(segment.modules),
         "places": len(segment.tasks),
@@ -65,9 +65,9 @@ def size(segment: Segment) -> int:
 
 
 def run(segment: Segment, done: Callable[[Entry], None]) -> Iterator[Any]:
-    """The run of a segment in pieces, deferred leaves read as they come; at its end `done` is told.
+    """The run of a segment in pieces; deferred leaves are read one by one.
 
-    The id in the entry is what the bytes give: the first 16 digits of the checksum.
+    `done` receives the entry at the end. The id in the entry is the first 16 digits of the checksum.
     """
     packed, raw = header_of(segment)
     yield packed
@@ -84,13 +84,13 @@ def run(segment: Segment, done: Callable[[Entry], None]) -> Iterator[Any]:
 
 
 def pieces_of(leaf: Any) -> Iterator[Any]:
-    """The bytes of a leaf, some at a time."""
+    """The bytes of a leaf in pieces."""
     for start in range(0, size_of(leaf), PIECE):
         yield span_of(leaf, start, min(start + PIECE, size_of(leaf)))
 
 
 def known_digest(leaf: Any) -> bytes:
-    """The digest of a leaf that is in a store already, which reading it compares it with; b"" of others."""
+    """The digest of a leaf that is in a store already and is checked when read; b"" for other leaves."""
     return leaf.digest if isinstance(leaf, Deferred) else b""
 
 
@@ -105,19 +105,19 @@ def digest_of(leaf: Any) -> bytes:
 
 
 def sealed(segment: Segment, packed: bytes, raw: int, digests: bytes) -> Entry:
-    """The entry of a segment, from its header, deflated, the header's size inflated, and the digests."""
+    """The entry of a segment, from its deflated header, the inflated size of the header, and the digests."""
     sha = hashlib.sha256(packed + digests).hexdigest()
     total = len(packed) + sum(map(size_of, segment.leaves.values())) + len(digests)
     return Entry(sha[:16], total, (len(packed), raw), sha)
 
 
 def entry_of(segment: Segment) -> Entry:
-    """The entry of a segment; leaves whose digests are known are not read."""
+    """The entry of a segment; leaves with known digests are not read."""
     return sealed(segment, *header_of(segment), b"".join(map(digest_of, segment.leaves.values())))
 
 
 def likely_entry(segment: Segment, n: int) -> Entry:
-    """An entry as long as that of the segment, without reading it: for counting bytes."""
+    """An entry of the same length as that of the segment, for counting bytes without reading leaves."""
     packed, raw = header_of(segment)
     leaves = sum(map(size_of, segment.leaves.values())) + DIGEST * len(segment.leaves)
     sha = hashlib.sha256(n.to_bytes(4, "little")).hexdigest()
@@ -133,16 +133,16 @@ def open_segment(
     references: tuple[Reference, ...] = (),
     tables: int = -1,
 ) -> Segment:
-    """A segment whose leaves are read, and compared with their checksums, when they are asked for.
+    """A segment whose leaves are read and compared with their checksums on demand.
 
     Args:
       path: of the store, for messages.
       entry: of the manifest.
-      read: `(start, stop)` -> those bytes of the run.
-      tasks, removed, references, tables: as `Segment`.
+      read: `(start, stop)` -> bytes of the run.
+      tasks, removed, references, tables: see `Segment`.
 
     Raises:
-      HydraOptError: the run is not the one that the manifest describes.
+      HydraOptError: the run is not that of the manifest.
     """
     (packed, raw), name = entry.header, f"segment {entry.id}"
     if packed > entry.bytes or raw > DEFLATE * packed:

@@ -1,4 +1,4 @@
-"""Sizes: what a store takes on disk and what of it is whose; arithmetic, without writing anything."""
+"""Bytes of a store on disk, in total and per task, computed without writing anything."""
 
 import hashlib
 import os
@@ -14,12 +14,12 @@ Path_ = str | os.PathLike
 
 
 class Account(NamedTuple):
-    """What takes the bytes of a store on disk; the three add up to all of it.
+    """Bytes of a store on disk in three parts, which add up to the whole.
 
     Attributes:
-      factors: of the factors, after all compression.
-      heads: of the full tensors beside them, which a fraction as a budget does not count.
-      metadata: of all else: manifest, headers, errors, checksums, and what checkpoints take.
+      factors: compressed factors.
+      heads: full tensors beside the factors, which a budget given as a fraction does not count.
+      metadata: the rest: manifest, headers, errors, checksums, and overhead of checkpoints.
     """
 
     factors: int
@@ -28,20 +28,20 @@ class Account(NamedTuple):
 
 
 def account(path: Path_, store: Store) -> Account:
-    """What takes the bytes of a store, which was opened from there."""
+    """The `Account` of a store that was opened from a path."""
     whole = size_on_disk(path)
     heads = factors = 0
     for x in store.segments:
         for name, leaf in x.leaves.items():
             heads += size_of(leaf) if name.startswith("tensors_") else 0
             factors += size_of(leaf) if name.startswith(("shared", "task_", "head_", "prediction")) else 0
-    # plain factors may have become smaller
+    # plain factors may be compressed on disk
     factors = min(factors, whole - heads)
     return Account(factors, heads, whole - factors - heads)
 
 
 def owner(segment: Segment, leaf: str) -> int:
-    """The place in a segment whose task alone a leaf is of; -1 for several tasks."""
+    """The place of the only task that a leaf belongs to; -1 for several tasks."""
     kind, _, number = leaf.rpartition("_")
     if len(segment.tasks) == 1:
         return 0
@@ -49,7 +49,7 @@ def owner(segment: Segment, leaf: str) -> int:
 
 
 def task_bytes(store: Store) -> dict[str, int]:
-    """Task -> bytes of the leaves that are of no other task."""
+    """Task -> bytes of the leaves that only this task reads."""
     out = dict.fromkeys(store.tasks, 0)
     for x in store.segments:
         for name, leaf in x.leaves.items():
@@ -60,14 +60,14 @@ def task_bytes(store: Store) -> dict[str, int]:
 
 
 def shared_bytes(store: Store) -> int:
-    """Bytes of the leaves that are of several tasks."""
+    """Bytes of the leaves that several tasks read."""
     return sum(size_of(v) for x in store.segments for k, v in x.leaves.items() if owner(x, k) < 0)
 
 
 def size_on_disk(path: Path_) -> int:
-    """Bytes of a file, here or elsewhere, or of all files below a path, as a user counts them.
+    """Bytes of a file, local or remote, or of all files below a path.
 
-    Of a folder in a bucket: of its manifest and, before compression, of its arrays.
+    For a folder in a bucket: bytes of its manifest and uncompressed arrays.
     """
     if remote.is_address(path):
         return portable.size_of(remote.find(str(path)))
@@ -80,7 +80,7 @@ def size_on_disk(path: Path_) -> int:
 
 
 def name_there(segment: Segment, path: Path_ | None) -> str:
-    """The name of a segment that lies in a folder, which may be longer than one that its bytes give."""
+    """The name of a segment in a folder; it may be longer than the start of its checksum."""
     for x in segment.leaves.values():
         if isinstance(x, Deferred) and x.origin is not None and path is not None:
             where, name, _ = x.origin
@@ -89,11 +89,11 @@ def name_there(segment: Segment, path: Path_ | None) -> str:
 
 
 def measure_size(store: Store, path: Path_ | None = None) -> int:
-    """Bytes that the store takes as a folder, plain factors uncompressed; nothing is written or read.
+    """Bytes of the store as a folder with uncompressed plain factors, computed without writing or reading.
 
     Args:
       store: in memory.
-      path: of the folder, which a few bytes depend on; None for one of a usual length.
+      path: of the folder, on which a few bytes depend; None for a path of typical length.
     """
     entries = []
     for n, x in enumerate(store.segments):

@@ -1,4 +1,4 @@
-"""The store: a list of segments, names, and what is said of them. Nothing decoded is in it."""
+"""The store: segments, task names, sources and a report. It holds no decoded factors."""
 
 import dataclasses
 import difflib
@@ -14,20 +14,20 @@ from hydraopt_jax.static import Static
 from hydraopt_jax.store import schema
 from hydraopt_jax.store.tensors import Tensors
 
-# leaves of a segment that hold tables of errors: of weights, and of outputs where there was a calibration
+# leaves with tables of errors: of weights, and with calibration also of outputs
 ERRORS = ("errors", "output_errors")
 # the leaf that all tasks of a segment read, as a reference
 SHARED = -1
 
 
 class Source(NamedTuple):
-    """What a task brought along and gets back on export.
+    """Attributes of an input adapter that are restored on export.
 
     Attributes:
-      dtype: dtype its factors had on disk.
-      config: its format's configuration.
+      dtype: dtype of the factors on disk.
+      config: configuration in the adapter's format.
       layout: module -> how the format names and shapes the factors.
-      origin: path or id.
+      origin: path or id of the adapter.
       digest: SHA-256 of its weights.
     """
 
@@ -59,10 +59,10 @@ class Segment:
         `prediction`: coefficients along the references. `tensors_k`: full tensors of the task at place k.
         `errors`, `output_errors`: see `error_table`.
       tasks: name of the task at each place.
-      removed: places whose tasks are not in the store any more.
+      removed: places of removed tasks.
       modules: module -> its terms (`schema`).
       tensors: table of the full tensors at each place, see `tensors.Tensors`.
-      references: what its vectors are predicted from.
+      references: the vectors that predict those of this segment.
       tables: position of the segment whose coding tables it uses, -1 for its own.
     """
 
@@ -81,18 +81,18 @@ class Segment:
 
     @property
     def coded(self) -> bool:
-        """Whether its factors are entropy-coded."""
+        """Whether the factors are entropy-coded."""
         return schema.is_coded(self.modules)
 
     def error_table(self, name: str = "errors") -> np.ndarray | None:
-        """Relative squared errors `[M, T]` of its modules and tasks, NaN where absent; None if not known."""
+        """Relative squared errors `[M, T]` of modules and tasks, NaN for absent ones; None if unknown."""
         if name not in self.leaves:
             return None
         roots = np.frombuffer(bytes(bytes_of(self.leaves[name])), np.float16)
         return roots.reshape(len(self.modules), len(self.tasks)).astype(np.float32) ** 2
 
     def with_errors(self, errors: np.ndarray | None, output_errors: np.ndarray | None = None) -> "Segment":
-        """The same with other tables of errors `[M, T]`, of weights and of outputs; None where not known."""
+        """A copy with other tables of errors `[M, T]`, of weights and of outputs; None if unknown."""
         leaves = {k: v for k, v in self.leaves.items() if k not in ERRORS}
         for name, table in zip(ERRORS, (errors, output_errors), strict=True):
             if table is not None and np.size(table):
@@ -100,7 +100,7 @@ class Segment:
         return self.replace(leaves=leaves)
 
     def with_tensors(self, carried: Sequence[Tensors]) -> "Segment":
-        """The same with other full tensors: those of the task at each place."""
+        """A copy with other full tensors, given for the task at each place."""
         leaves = {k: v for k, v in self.leaves.items() if not k.startswith("tensors_")}
         leaves |= {f"tensors_{k}": as_bytes(x.blob) for k, x in enumerate(carried) if x.nbytes}
         return self.replace(leaves=leaves, tensors=tuple(x.table for x in carried))
@@ -111,7 +111,7 @@ class Segment:
 
 
 def error_leaf(errors: np.ndarray) -> np.ndarray:
-    """The leaf of a table of errors: their roots in half precision, which has room for them."""
+    """The leaf of a table of errors: square roots in half precision, whose range suffices for them."""
     return np.sqrt(np.asarray(errors, np.float64)).astype(np.float16).reshape(-1).view(np.uint8)
 
 
@@ -126,15 +126,15 @@ def make_segment(
     references: Sequence[Reference] = (),
     tables: int = -1,
 ) -> Segment:
-    """A segment of all its tasks.
+    """A segment with the factors, errors and full tensors of its tasks.
 
     Args:
       tasks: names.
       modules: its schema.
       factors: leaves of the factors, as bytes or arrays of bytes.
-      errors, output_errors: `[M, T]`; None where not known.
-      tensors: full tensors of each task; none where empty.
-      references, tables: as `Segment`.
+      errors, output_errors: `[M, T]`; None if unknown.
+      tensors: full tensors of each task; empty if no task has any.
+      references, tables: see `Segment`.
     """
     leaves = {k: as_bytes(v) for k, v in factors.items() if size_of(v)}
     bare = Segment(leaves, tuple(tasks), frozenset(), Static(modules), (), tuple(references), tables)
@@ -143,7 +143,7 @@ def make_segment(
 
 
 def as_bytes(x: Any) -> Any:
-    """A leaf from bytes; arrays, deferred ones too, are as they are."""
+    """A leaf from bytes; arrays, also deferred ones, are returned unchanged."""
     return np.frombuffer(x, np.uint8) if isinstance(x, bytes) else x
 
 
@@ -152,10 +152,10 @@ class Store:
     """A compressed collection; a pytree whose leaves are arrays of bytes.
 
     Attributes:
-      segments: what holds the factors. One names only earlier ones as references.
+      segments: contain the factors. A segment refers to earlier segments only.
       tasks: names of the T tasks.
       sources: one `Source` per task.
-      report: JSON-able account: what was asked for, entries before, bounds, forms.
+      report: JSON-able account: target, number of input entries, bounds, forms, provenance.
     """
 
     segments: tuple[Segment, ...]
@@ -181,11 +181,11 @@ class Store:
 
     @property
     def output_errors(self) -> np.ndarray | None:
-        """The same of each module's outputs, in the coordinates of the calibration; None without one."""
+        """`[M, T]` relative squared error of each module's outputs; None without calibration."""
         return self.error_table("output_errors")
 
     def error_table(self, name: str) -> np.ndarray | None:
-        """A table of errors `[M, T]` put together from the segments'; None where none has it."""
+        """A table of errors `[M, T]`, assembled from those of the segments; None if no segment has it."""
         row = {n: m for m, n in enumerate(self.shapes)}
         column = {t: k for k, t in enumerate(self.tasks)}
         out: np.ndarray = np.full((len(row), len(column)), np.nan, np.float32)
@@ -207,7 +207,7 @@ class Store:
         return dataclasses.replace(self, **changes)
 
     def load(self) -> "Store":
-        """The store with all its leaves in memory."""
+        """A copy with all leaves in memory."""
         return self.replace(
             segments=tuple(
                 x.replace(leaves={k: np.asarray(v) for k, v in x.leaves.items()}) for x in self.segments
@@ -228,7 +228,7 @@ class Store:
 
 
 def counted(n: int, noun: str) -> str:
-    """A number of things in words.
+    """A count with its noun, in singular or plural.
 
     >>> counted(1, "task"), counted(2, "task")
     ('1 task', '2 tasks')
@@ -237,7 +237,7 @@ def counted(n: int, noun: str) -> str:
 
 
 def task_index(tasks: Sequence[str], task: str) -> int:
-    """Position of a task by name, or an error that lists near names."""
+    """Position of a task by name; an unknown name raises an error that lists similar names."""
     if task in tasks:
         return list(tasks).index(task)
     near = difflib.get_close_matches(task, tasks, 3) or list(tasks[:3])
@@ -245,7 +245,7 @@ def task_index(tasks: Sequence[str], task: str) -> int:
 
 
 def count(store: Store) -> int:
-    """How many numbers the factors of the store's segments hold."""
+    """Number of entries of all factors in the store."""
     total = 0
     for x in store.segments:
         for term in (term for terms in x.modules.values() for term in terms):
@@ -261,10 +261,10 @@ def count(store: Store) -> int:
 
 
 def select(store: Store, tasks: Sequence[str]) -> Store:
-    """The store with some of its tasks, in the order given: leaves that none of them needs are gone.
+    """The store with some of its tasks, in the order given, without leaves that none of them needs.
 
-    Nothing is decoded. What the tasks are predicted from, or share with others, stays, under the names of
-    the tasks that it was coded with.
+    Nothing is decoded. Vectors that predict these tasks, or that they share with others, stay under the names
+    of the tasks that they were coded with.
 
     Raises:
       HydraOptError: an unknown task.
@@ -302,7 +302,7 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
 
 
 def without(table: np.ndarray | None, places: Sequence[int]) -> np.ndarray:
-    """A table of errors that says nothing of some places."""
+    """A table of errors with NaN at some places."""
     assert table is not None
     out = table.copy()
     out[:, list(places)] = np.nan
@@ -310,7 +310,7 @@ def without(table: np.ndarray | None, places: Sequence[int]) -> np.ndarray:
 
 
 def closure(segments: Sequence[Segment], wanted: Mapping[int, set[int]]) -> dict[int, set[int]]:
-    """Segment -> places whose leaves are needed, also those that others are predicted from."""
+    """Segment -> places whose leaves are needed, directly or to predict others."""
     out = {n: set(places) for n, places in wanted.items()}
     for n in range(len(segments) - 1, -1, -1):
         if n not in out:
@@ -324,13 +324,13 @@ def closure(segments: Sequence[Segment], wanted: Mapping[int, set[int]]) -> dict
 
 
 def task_errors(errors: np.ndarray) -> np.ndarray:
-    """Mean over the modules that a task has, `[M, T] -> [T]`; 0 for a task with none."""
+    """Mean error over the modules of each task, `[M, T] -> [T]`; 0 for a task without modules."""
     present = ~np.isnan(errors)
     return np.where(present, errors, 0.0).sum(0) / np.maximum(present.sum(0), 1)
 
 
 def places_of(store: Store, tasks: Sequence[str]) -> dict[int, list[int]]:
-    """Segment -> the place of each of some tasks in it, -1 where it is not there; only segments with any."""
+    """Segment -> place of each of some tasks, -1 for absent tasks; segments without any are left out."""
     out = {}
     for n, x in enumerate(store.segments):
         place = {x.tasks[k]: k for k in x.live}
@@ -355,18 +355,18 @@ def tensors_at(segment: Segment, place: int) -> Tensors:
 
 
 def select_term(term: Factors, chosen: Sequence[int]) -> Factors:
-    """A term for the chosen tasks: their factors alone, renumbered; -1 for a task that it has not."""
+    """A term with the factors of the chosen tasks only, renumbered; -1 for a task that it lacks."""
     (a, a_of), (b, b_of) = (renumber(of, chosen) for of in (term.a_of, term.b_of))
     core = None if term.core is None else np.asarray(term.core)[list(chosen)]
     return Factors(np.asarray(term.a)[a], np.asarray(term.b)[b], a_of, b_of, core)
 
 
 def renumber(of: Any, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which factors of a stack the chosen tasks read, and the place of each task's own among them.
+    """The factors of a stack that the chosen tasks read, and the position of each task's factor among them.
 
     Args:
-      of: `[T]` which factor a task reads, -1 for none.
-      chosen: tasks; -1 for one that is not there.
+      of: `[T]` index of the factor that a task reads, -1 for none.
+      chosen: tasks; -1 for an absent one.
 
     >>> [x.tolist() for x in renumber([5, 0, -1, 5], [3, 2, -1, 1])]
     [[0, 5], [1, -1, -1, 0]]

@@ -1,7 +1,7 @@
-"""Full tensors that tasks carry beside their factors (classifier heads, biases): deflated byte planes.
+"""Full tensors of tasks beside the factors (classifier heads, biases), stored as deflated byte planes.
 
-A tensor's bytes are sorted by significance and deflated: exponents are alike, mantissas are noise. What the
-tensors take does not depend on the factors' budget, and is known before anything is fitted.
+The bytes of a tensor are sorted by significance and deflated: exponents are similar, mantissas are noise. The
+size of the tensors does not depend on the budget of the factors, and is known before any fit.
 """
 
 import itertools
@@ -19,16 +19,16 @@ from hydraopt_jax.errors import HydraOptError
 DTYPES = ("float32", "float16", "bfloat16")
 # deflate cannot expand further
 DEFLATE = 1040
-# names of tensors in a message
+# maximum number of tensor names in a message
 SHOWN = 3
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """Coded tensors by name; each is decoded when it is asked for.
+    """Coded tensors by name; each is decoded on demand.
 
     Args:
       table: `(name, dtype, shape, coded bytes)` of each tensor.
-      blob: their bytes one after another, which may be deferred.
+      blob: their concatenated bytes, possibly deferred.
 
     >>> x = coded({"score.weight": np.ones((2, 3), np.float16)})
     >>> x["score.weight"].tolist(), len(x), x.nbytes < 30
@@ -55,22 +55,22 @@ class Tensors(Mapping[str, np.ndarray]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them as they are stored."""
+        """Stored bytes of all tensors."""
         return size_of(self.blob)
 
 
 def raw_size(row: Sequence[Any]) -> int:
-    """Bytes of a tensor of a table, decoded."""
+    """Decoded bytes of a tensor of a table."""
     return math.prod(row[2]) * np.dtype(row[1]).itemsize
 
 
 def stored_size(row: Sequence[Any]) -> int:
-    """Bytes of a tensor of a table, as they are stored."""
+    """Stored bytes of a tensor of a table."""
     return row[3]
 
 
 def coded(tensors: Mapping[str, np.ndarray], dtype: str | None = None) -> Tensors:
-    """Tensors, coded; floating-point ones wider than `dtype` are rounded to it, None keeps all as they came.
+    """Coded tensors. Floating-point tensors wider than `dtype` are rounded to it; None rounds nothing.
 
     Raises:
       HydraOptError: a value that overflows the dtype.
@@ -87,7 +87,7 @@ def coded(tensors: Mapping[str, np.ndarray], dtype: str | None = None) -> Tensor
 
 
 def narrows(kind: str, dtype: str | None) -> bool:
-    """Whether tensors of a dtype are rounded to another one.
+    """Whether tensors of one dtype are rounded to another.
 
     >>> narrows("float32", "bfloat16"), narrows("float16", "bfloat16"), narrows("int64", "float16")
     (True, False, False)
@@ -98,7 +98,7 @@ def narrows(kind: str, dtype: str | None) -> bool:
 
 
 def rounded(name: str, x: np.ndarray, dtype: str | None) -> np.ndarray:
-    """A tensor in the dtype that it is stored in."""
+    """A tensor in its stored dtype."""
     if dtype is None or not narrows(x.dtype.name, dtype):
         return x
     with np.errstate(over="ignore"):
@@ -109,7 +109,7 @@ def rounded(name: str, x: np.ndarray, dtype: str | None) -> np.ndarray:
 
 
 def encode_tensor(x: np.ndarray) -> bytes:
-    """A tensor's bytes by significance, Huffman-coded: what differs has no repeats to look for."""
+    """A tensor's bytes sorted by significance, Huffman-coded only: there are no repeats to search for."""
     flat = np.ascontiguousarray(x).reshape(-1)
     planes = flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
     coder = zlib.compressobj(6, strategy=zlib.Z_HUFFMAN_ONLY)
@@ -120,7 +120,7 @@ def decode_tensor(row: Sequence[Any], data: bytes) -> np.ndarray:
     """The tensor of a row of a table.
 
     Raises:
-      HydraOptError: what is there is not what the table says.
+      HydraOptError: the bytes do not match the table.
     """
     name, dtype, shape = row[:3]
     kind, size = np.dtype(dtype), raw_size(row)
@@ -140,13 +140,13 @@ def inflate(data: bytes, limit: int) -> bytes:
 
 
 def check_dtype(dtype: str | None, option: str = "dtype") -> None:
-    """Refuse what is no dtype of stored numbers, naming the option."""
+    """Raise if a name is not a dtype of stored numbers; the message names the option."""
     if dtype is not None and dtype not in DTYPES:
         raise HydraOptError(f"{option} = {dtype!r}: must be one of {', '.join(DTYPES)}")
 
 
 def check_room(budget: Any, collection: Sequence[Tensors], dtype: str | None) -> None:
-    """Refuse a budget in bytes that the tensors alone take, naming them.
+    """Raise if the tensors alone exceed a budget in bytes; the message names them.
 
     Args:
       budget: bytes, or a fraction, which counts the factors alone and is never refused here.
