@@ -1,7 +1,8 @@
-"""Forms: what may stand in for T deltas of one module, and how near it comes. Pure, differentiable.
+"""Forms: approximations of the T deltas of one module, with their errors. Pure and differentiable.
 
-`closed_form` has HydraOpt's form and each task's own SVD, `compound` forms made of these, `gradient` the
-joint Optax loop for any `losses`; `similarity` and `estimates` say what can be expected.
+`closed_form` has HydraOpt's form and each task's own SVD, `compound` combinations of these, `gradient` the
+joint Optax loop for any of the `losses`. `similarity` and `estimates` predict what sharing and coding can
+reach.
 """
 
 from hydraopt_jax.factors import Factors, count

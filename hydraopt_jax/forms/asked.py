@@ -1,4 +1,4 @@
-"""How an explicit form is asked for: hyper-parameters, no arrays."""
+"""Hyper-parameters of explicit forms; no arrays."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ class Gradient(NamedTuple):
     Attributes:
       optimizer: an `optax.GradientTransformation`; None for `gradient.default_optimizer`.
       start: "closed" for the closed form, "mean" for the mean of the `a`s (the published method).
-      steps: most steps.
+      steps: maximum number of steps.
     """
 
     optimizer: Any = None
@@ -42,10 +42,10 @@ class Hydra(NamedTuple):
 
 
 def check_form(form: Hydra, tasks: int) -> None:
-    """Refuse an unknown or impossible value, naming it.
+    """Raise for an unknown or impossible value; the message names it.
 
     Raises:
-      HydraOptError: such a value, or one that would do nothing beside the others.
+      HydraOptError: such a value, or one that has no effect together with the others.
     """
     solver = form.solver or Gradient()
     for name, value, known in (("side", form.side, SIDES), ("start", solver.start, STARTS)):

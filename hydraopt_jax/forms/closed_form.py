@@ -1,7 +1,7 @@
-"""Forms: what is kept of one module's T deltas. One contract for all of them.
+"""Forms in closed form: approximations of the T deltas of one module, all with one contract.
 
-Every form is `delta[t] ~= a[a_of[t]] @ core[t] @ b[b_of[t]]` and differs only in how many factors a side
-has, and in the core:
+Every form is `delta[t] ~= a[a_of[t]] @ core[t] @ b[b_of[t]]`. Forms differ in the number of factors per side
+and in the core:
 
 ===================  =====  =====  =======================  ==========================================
 form                 a      b      core                     what it is
@@ -12,8 +12,8 @@ hydra, side "out"    K      1      none, or S x S per task  one shared output fa
 joint_diagonal       1      1      S x S, or a diagonal     two shared factors, a core per task
 ===================  =====  =====  =======================  ==========================================
 
-A shared part plus a remainder for each task is the sum of two of these. Functions are written for one
-module; vmap them over modules of one shape.
+A shared part plus a remainder per task is the sum of two of these. Functions take one module; vmap them over
+modules of one shape.
 """
 
 from typing import Any, NamedTuple
@@ -30,12 +30,12 @@ from hydraopt_jax.linalg.decompose import Svd, matmul
 
 # beyond this many tasks partitions are searched by reduced k-means instead of enumerated
 EXHAUSTIVE_TASKS = 8
-# partitions solved exactly a module; the others are excluded by their scatter where it suffices
+# maximum partitions solved exactly per module; the scatter excludes others where it suffices
 EXHAUSTIVE_LIMIT = 512
 
 
 class Info(NamedTuple):
-    """What a fit achieved; arrays, so that it can leave a jitted computation.
+    """Errors and bounds of a fit, as arrays, so that a jitted computation can return them.
 
     Attributes:
       error: `[T]` squared error `||delta_t - fit_t||^2`.
@@ -80,7 +80,7 @@ def errors(deltas: Svd, factors: Factors) -> Array:
 
 
 def present(deltas: Svd, index: Array) -> Array:
-    """`index` where the task has a delta, -1 elsewhere."""
+    """`index`, with -1 for tasks without a delta."""
     return jnp.where(deltas.energy > 0, index, -1).astype(jnp.int32)
 
 
@@ -92,7 +92,7 @@ def separate(deltas: Svd, *, rank: int) -> tuple[Factors, Info]:
       rank: S, singular directions kept.
 
     Returns:
-      Factors with one `a` and one `b` a task, singular values split evenly; Info whose bound is the
+      Factors with one `a` and one `b` per task, singular values split evenly; Info whose bound is the
       sum of the squared singular values left out.
     """
     s = min(rank, deltas.s.shape[-1])
@@ -154,7 +154,7 @@ def hydra(
     weights = decompose.task_weights(deltas.energy) if weights is None else weights
     weights = jnp.where(deltas.energy > 0, weights, 0.0)
     if tasks == 1:
-        # one task shares with nobody: the same optimum, in fewer roundings
+        # a single task shares with no other: the same optimum with fewer roundings
         factors, info = separate(deltas, rank=rank)
         bound = jnp.sum(weights * info.error)
         return factors, info._replace(weights=weights, bound=bound, trace=bound[None])
@@ -193,9 +193,10 @@ def hydra(
 
 
 def sure_tail(eigenvalues: Array, rank: int) -> Array:
-    """`decompose.eigen_tail` less what float32 eigenvalues may be off by, so that it stays a lower bound.
+    """`decompose.eigen_tail` minus the error of float32 eigenvalues, so that it stays a lower bound.
 
-    N eigenvalues of a matrix that is known to eps times its largest one are off by N eps of that in sum.
+    If each of N eigenvalues has an error of at most eps times the largest one, their sum has at most N times
+    that.
 
     >>> print(sure_tail(jnp.array([1.0, 1e-8, 0.0]), 1), sure_tail(jnp.array([1.0, 0.5, 0.0]), 1).round(5))
     0.0 0.5
@@ -207,7 +208,7 @@ def sure_tail(eigenvalues: Array, rank: int) -> Array:
 def partition(
     reduced: Array, deltas: Svd, weights: Array, heads: int, rank: int, steps: int
 ) -> clustering.Partition:
-    """The best partition of tasks into heads that can be found."""
+    """The best partition of tasks into heads that the search finds."""
     gram = decompose.gram(deltas.u * deltas.s[:, None, :], deltas.v)
     if reduced.shape[0] <= EXHAUSTIVE_TASKS:
         return clustering.exhaustive(reduced, deltas.v, gram, weights, heads, rank, EXHAUSTIVE_LIMIT)
@@ -216,7 +217,7 @@ def partition(
 
 
 def add_cores(deltas: Svd, factors: Factors, weights: Array, steps: int) -> tuple[Factors, Array]:
-    """Give each task a core: alternate the shared factor and the heads' row spaces, the partition fixed.
+    """Factors with a core per task: alternate the shared factor and the heads' row spaces, partition fixed.
 
     `core[t] = a.T delta_t b[k].T` with orthonormal `a`, `b[k]`; each half-step is an eigenproblem, so the
     loss never rises (higher-order orthogonal iteration, De Lathauwer et al. 2000). It runs in reduced

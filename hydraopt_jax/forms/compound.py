@@ -1,6 +1,6 @@
-"""Forms made of others: a shared part plus a remainder a task, and joint diagonalization.
+"""Compound forms: a shared part plus a remainder per task, and joint diagonalization.
 
-Same contract as `forms`: decompositions of one module's T deltas in, factors and `Info` out.
+They have the contract of `forms`: decompositions of one module's T deltas in, factors and `Info` out.
 """
 
 from typing import Any
@@ -25,10 +25,10 @@ def residual(
     side: str = "in",
     weights: Array | None = None,
 ) -> tuple[tuple[Factors, Factors], Info]:
-    """HydraOpt's form plus each task's truncated SVD of what it misses: `delta[t] ~= a @ b[k] + x[t] @ y[t]`.
+    """HydraOpt's form plus a truncated SVD of each task's remainder: `delta[t] ~= a @ b[k] + x[t] @ y[t]`.
 
-    The curve runs from one merged adapter (K = 1, no remainder) to lossless. The second term is optimal
-    for the first; both are not optimized jointly.
+    The curve runs from one merged adapter (K = 1, no remainder) to lossless. The second term is optimal given
+    the first; the two are not optimized jointly.
 
     Args:
       deltas: T decompositions of one module.
@@ -65,7 +65,7 @@ def joint_diagonal(
     weights: Array | None = None,
     steps: int = 20,
 ) -> tuple[Factors, Info]:
-    """Both sides shared, a core a task: `delta[t] ~= a @ core[t] @ b`, the core full or diagonal.
+    """Both sides shared, a core per task: `delta[t] ~= a @ core[t] @ b`, the core full or diagonal.
 
     Full cores: higher-order orthogonal iteration (`forms.add_cores` with one head), the better of two starts.
     Diagonal ones: the canonical polyadic decomposition by alternating least squares. The loss never rises.
@@ -102,8 +102,8 @@ def joint_diagonal(
 def full_cores(deltas: Svd, common: Array, weights: Array, steps: int) -> tuple[Factors, Info]:
     """One head with cores; a single task is its own truncated SVD.
 
-    Started from the mean's directions, and from those that all tasks together have most of (`common:
-    [1, I, S]`, the higher-order SVD's): the former is better for like tasks, the latter for unlike ones.
+    Two starts: the directions of the mean, and the leading directions of all tasks together (`common: [1, I,
+    S]`, as in the higher-order SVD). The former is better for similar tasks, the latter for dissimilar ones.
     """
     rank = common.shape[-1]
     if deltas.s.shape[0] == 1:

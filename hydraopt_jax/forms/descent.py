@@ -1,8 +1,8 @@
 """Gradient descent with Optax: one step, and a loop of it in one compiled computation.
 
-A loss takes the parameters and whatever else it is given, in this order: a batch, a PRNG key, and auxiliary
-state, which it then returns beside its value. `minimize` loops on the device; `refinement` takes the same
-`step` in a loop of the host, which rounds factors between steps.
+A loss takes the parameters and optionally, in this order, a batch, a PRNG key and auxiliary state. With
+auxiliary state it returns the pair of its value and the new state. `minimize` loops on the device.
+`refinement` uses the same `step` in a loop on the host, which rounds factors between steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Params = Any
 
 
 class State(NamedTuple):
-    """What a step changes: parameters, the optimizer's state, and the loss's auxiliary state or None."""
+    """State of a descent: parameters, optimizer state, and the loss's auxiliary state or None."""
 
     params: Params
     opt_state: optax.OptState
@@ -30,7 +30,7 @@ class Trace(NamedTuple):
     """Diagnostics of a run.
 
     Attributes:
-      loss: of the returned parameters; of the last step where losses are of batches or random.
+      loss: of the returned parameters; of the last step if the loss takes batches or a key.
       trace: `[steps]` loss of every step, NaN after the stop.
       steps: steps taken.
       converged: whether it stopped because the loss no longer fell.
@@ -45,7 +45,7 @@ class Trace(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What `minimize` carries: the state, the best parameters, and the stop rule's."""
+    """Carry of the loop in `minimize`: the state, the best parameters, and the state of the stop rule."""
 
     state: State
     best: Params
@@ -59,13 +59,13 @@ class Run(NamedTuple):
 def step(
     loss: Callable[..., Any], optimizer: optax.GradientTransformation, state: State, *given: Any
 ) -> tuple[State, Array]:
-    """One step of the optimizer.
+    """The state after one step of the optimizer, and the loss before it.
 
     Args:
       loss: `(params, *given) -> scalar`; with auxiliary state `(params, *given, aux) -> (scalar, aux)`.
       optimizer: any `optax.GradientTransformation`.
       state: before.
-      given: what the loss takes beside, such as a batch.
+      given: further arguments of the loss, such as a batch.
 
     Returns:
       The state after, and the loss before the step.
@@ -92,19 +92,19 @@ def minimize(
     tolerance: float = 1e-5,
     patience: int = 100,
 ) -> tuple[Params, Trace]:
-    """Minimize a loss with Optax in one `while_loop`.
+    """Parameters that minimize a loss, found with Optax in one `while_loop`; and a trace.
 
-    A loss of the parameters alone is the same at every step: the best parameters met are returned, the start
-    among them, and it stops when the best loss has fallen by less than `tolerance` of itself in `patience`
-    steps. With batches or a key it differs from step to step: all steps are taken, and the last parameters
-    are returned.
+    Without batches and key the loss is a fixed function. The best parameters found are returned (the start is
+    a candidate), and the loop stops when the best loss has fallen by less than `tolerance`, relative, in
+    `patience` steps. With batches or a key the loss changes from step to step. Then all steps are taken, and
+    the last parameters are returned.
 
-    Derivatives are those of the iterates, for the start and for what `loss` and `optimizer` close over; in
-    reverse mode the states of all steps are kept.
+    Derivatives are those of the iterates, with respect to the start and to values that `loss` and `optimizer`
+    close over. Reverse mode keeps the states of all steps.
 
     Args:
-      loss: `(params, [batch], [key], [aux]) -> scalar`, of the last three those that are given here; with
-        `aux` it returns `(scalar, aux)`. Traced once.
+      loss: `(params, [batch], [key], [aux]) -> scalar`, with those of the optional arguments that are given
+        here; with `aux` it returns `(scalar, aux)`. Traced once.
       params: pytree of arrays, the start.
       optimizer: any `optax.GradientTransformation`.
       steps: upper limit.
@@ -112,7 +112,7 @@ def minimize(
       key: step i takes `jax.random.fold_in(key, i)`.
       aux: pytree of arrays, the loss's own state, such as running means.
       tolerance: relative fall of the loss below which progress has ended.
-      patience: steps between two looks at progress.
+      patience: number of steps after which progress is checked.
 
     Returns:
       `(params, trace)`.
@@ -160,7 +160,7 @@ def minimize(
         jnp.array(0),
         jnp.full(steps, jnp.nan),
     )
-    # what the loss closes over becomes an argument: custom derivatives see their arguments alone
+    # values that the loss closes over become arguments: custom derivatives only see arguments
     closed, shape = jax.make_jaxpr(body, return_shape=True)(start)
     end = _descend(
         partial(_evaluate, closed.jaxpr, jax.tree.structure(shape)), steps, patience, start, closed.consts
@@ -192,7 +192,7 @@ def _descend(
 def _descend_jvp(
     body: Callable[..., Run], steps: int, patience: int, primals: Any, tangents: Any
 ) -> tuple[Run, Run]:
-    """A while loop has no transpose: tangents come from a scan that stands still after the stop."""
+    """Tangents from a scan that does nothing after the stop, because a while loop has no transpose."""
 
     def scanned(start: Run, captured: Sequence[Array]) -> Run:
         def move(run: Run, _: None) -> tuple[Run, None]:

@@ -1,20 +1,20 @@
-"""What errors to expect at a size: reverse water-filling under Gaussian models of a collection.
+"""Expected errors at a given size: reverse water-filling under Gaussian models of a collection.
 
-For independent Gaussian components, n_i samples of variance v_i each, the least distortion at a rate is that
-of one water level `w`: `D = sum n_i min(v_i, w)`, `R = sum n_i / 2 log2(max(v_i / w, 1))` bits.
+For independent Gaussian components, n_i samples of variance v_i each, the least distortion at a rate is
+reached by one water level `w`: `D = sum n_i min(v_i, w)`, `R = sum n_i / 2 log2(max(v_i / w, 1))` bits.
 
 A singular direction of energy e is a product of two vectors. Coded with relative distortions p and q it
 keeps `e (1 - p) (1 - q)`, and costs `I / 2 log2(1 / p) + O / 2 log2(1 / q)` bits if its entries are Gaussian.
 Two models:
 
-- `separate`: every task's directions on their own, nothing is shared.
-- `joint`: on each side the T R scaled singular vectors of a module are correlated; their components are the
-  eigenvalues of the T R x T R Gram matrix, what any linear sharing or prediction between tasks could reach
-  if the transform itself cost nothing.
+- `separate`: every task's directions are independent; nothing is shared.
+- `joint`: on each side the T R scaled singular vectors of a module are correlated. The variances of their
+  components are the eigenvalues of the T R x T R Gram matrix. Any linear sharing or prediction between tasks
+  could reach this if the transform itself cost nothing.
 
-Both are estimates, not bounds. A bound of rate-distortion theory holds for the mean over a source; here is
-one collection, whose vectors need not be Gaussian, and a coder may fall below either estimate. `joint` treats
-the two sides of a delta apart and can lie above `separate`. For bounds see `forms.Info`.
+Both are estimates, not bounds. A bound of rate-distortion theory holds for the mean over a source. Here is
+one collection, whose vectors need not be Gaussian, so a coder may have less error than either estimate.
+`joint` treats the two sides of a delta separately and can lie above `separate`. For bounds see `forms.Info`.
 
 Reference: Cover and Thomas, Elements of Information Theory, 2nd edition, section 10.3.
 """
@@ -41,7 +41,7 @@ class Directions(NamedTuple):
 
     Attributes:
       energy: `[N]`.
-      inputs, outputs: `[N]` samples on either side.
+      inputs, outputs: `[N]` number of samples on either side.
     """
 
     energy: Array
@@ -64,12 +64,12 @@ class Sides(NamedTuple):
 
 
 def separate_curve(x: Directions, level: Array) -> tuple[Array, Array]:
-    """Distortion and bits of directions on their own at a water level (distortion a sample).
+    """Distortion and bits of independent directions at a water level (distortion per sample).
 
-    Stationary points of `e (1 - p) (1 - q) - 2 level R` with `R` in nats: `p = I level / (e (1 - q))` and
-    alike for q; a direction without one, or worth less than its bits, is left out.
+    Stationary points of `e (1 - p) (1 - q) - 2 level R` with `R` in nats satisfy `p = I level / (e (1 - q))`
+    and the same for q. A direction without one, or one that saves less than its bits cost, is left out.
     """
-    # of a direction below the level nothing is kept, and a larger ratio would overflow in derivatives
+    # a direction below the level is left out; a larger ratio would overflow in derivatives
     above = x.energy > level
     unit = jnp.where(above, level / jnp.where(above, x.energy, 1.0), 1.0)
 
@@ -90,8 +90,8 @@ def separate_curve(x: Directions, level: Array) -> tuple[Array, Array]:
 def joint_curve(x: Sides, level: Array) -> tuple[Array, Array]:
     """Distortion and bits of correlated factors at a water level.
 
-    Components below the level are missing, the others noisy. What the two sides miss is taken to be the
-    same part of the delta (the best case); their noise is independent.
+    Components below the level are missing, the others are noisy. The parts that the two sides miss are
+    assumed to coincide (the best case). The noise of the sides is independent.
     """
     energy = jnp.maximum(x.left.sum(-1), 1e-30)
     bits, most, clean = jnp.zeros(()), jnp.zeros_like(energy), jnp.ones_like(energy)
@@ -108,8 +108,8 @@ def joint_curve(x: Sides, level: Array) -> tuple[Array, Array]:
 def water_fill(curve: Callable[[Array], tuple[Array, Array]], bits: Array) -> Array:
     """Distortion at a rate: bisection of the water level of a `(distortion, bits)` curve.
 
-    Derivatives are the implicit function's: of the level at which the bits stay what they are. They are 0 for
-    the level where the bits do not depend on it (a rate of 0, or beyond what the levels searched can spend).
+    Derivatives are those of the implicit function, the level at fixed bits. Where the bits do not depend on
+    the level (a rate of 0, or a rate beyond the range of the search) the derivative of the level is 0.
 
     >>> one = lambda w: (jnp.minimum(4.0, w), 0.5 * jnp.log2(jnp.maximum(4.0 / w, 1.0)))
     >>> print(water_fill(one, jnp.array(1.0)).round(4))
@@ -137,13 +137,13 @@ def water_fill(curve: Callable[[Array], tuple[Array, Array]], bits: Array) -> Ar
 
 @jax.jit
 def separate_estimate(x: Directions, bits: Array) -> Array:
-    """Distortion `[P]` at numbers of bits `[P]`, nothing shared."""
+    """Distortion `[P]` at rates `[P]` in bits, nothing shared."""
     return jax.lax.map(lambda b: water_fill(lambda w: separate_curve(x, w), b), bits)
 
 
 @jax.jit
 def joint_estimate(x: Sequence[Sides], bits: Array) -> Array:
-    """Distortion `[P]` at numbers of bits `[P]`, anything shared."""
+    """Distortion `[P]` at rates `[P]` in bits, with joint coding of all tasks."""
 
     def total(level: Array) -> tuple[Array, Array]:
         parts = [joint_curve(y, level) for y in x]
@@ -154,7 +154,7 @@ def joint_estimate(x: Sequence[Sides], bits: Array) -> Array:
 
 @jax.jit
 def _sides(deltas: Svd) -> tuple[Array, Array]:
-    """Eigenvalues of the Gram matrices of all tasks' scaled singular vectors, `[M, T * R]` a side."""
+    """Eigenvalues of the Gram matrices of all tasks' scaled singular vectors, `[M, T * R]` per side."""
 
     def one(x: Svd) -> tuple[Array, Array]:
         left = decompose.wide(x.u * x.s[:, None, :])
@@ -168,7 +168,7 @@ def _sides(deltas: Svd) -> tuple[Array, Array]:
 
 
 def estimates(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean relative squared error that each model expects at numbers of bytes: estimates, not bounds.
+    """Mean relative squared error that each model predicts at given sizes: estimates, not bounds.
 
     Args:
       deltas: for the modules of each shape, decompositions `[M, T, ...]` of relative deltas (norm 1, times
@@ -176,7 +176,7 @@ def estimates(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]
       sizes: `[P]` bytes.
 
     Returns:
-      `separate` and `joint`, each `[P]`: mean over the (task, module) pairs there are.
+      `separate` and `joint`, each `[P]`: mean over the existing (task, module) pairs.
     """
     alone, sides, pairs = [], [], 0
     for x in deltas:

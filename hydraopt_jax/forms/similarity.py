@@ -87,8 +87,8 @@ def cosine(gram: Array) -> Array:
 def factor_cosine(x: Array) -> Array:
     """Cosine of flattened factors, `<x_s, x_t> / (||x_s|| ||x_t||)`: the paper's measure.
 
-    It depends on the gauge: `(a @ g, inv(g) @ b)` is the same adapter as `(a, b)` with other cosines. It
-    tells something where the tasks were trained from one initialization; `Similarity.delta` always does.
+    It depends on the gauge: `(a @ g, inv(g) @ b)` is the same adapter as `(a, b)` with other cosines. It is
+    meaningful for tasks trained from one initialization; `Similarity.delta` is meaningful for all.
 
     Args:
       x: `[T, ...]`, the `a`s or the `b`s of one module.
@@ -139,7 +139,7 @@ def numerical_rank(s: Array) -> Array:
     >>> print(numerical_rank(jnp.array([[2.0, 1.0, 1e-9], [0.0, 0.0, 0.0]])))
     [2 0]
     """
-    # Factors of R columns and a few hundred rows lose up to some tens of units in the last place.
+    # With R columns and a few hundred rows, rounding errors reach some tens of units in the last place.
     return jnp.sum(s > 1e-5 * s[..., :1], -1)
 
 
@@ -159,13 +159,13 @@ def principal_cosines(u: Array, rank: Array) -> Array:
     >>> print(principal_cosines(jnp.eye(3)[None, :, :2], jnp.array([1]))[0, 0])
     [1. 0.]
     """
-    # A direction of numerically zero energy is arbitrary: it is no part of the subspace.
+    # A direction of numerically zero energy is arbitrary and does not belong to the subspace.
     kept = u * (jnp.arange(u.shape[-1]) < rank[:, None])[:, None, :]
     return jax.vmap(lambda x: jax.vmap(partial(decompose.subspace_cosines, x))(kept))(kept)
 
 
 def mean_squared_cosine(cosines: Array, rank: Array) -> Array:
-    """One number for principal angles, `sum_j cos_j^2 / min(rank_s, rank_t)`; 0 where a rank is 0.
+    """Mean squared cosine of principal angles, `sum_j cos_j^2 / min(rank_s, rank_t)`; 0 where a rank is 0.
 
     Args:
       cosines: `[T, T, R]`.
@@ -185,9 +185,9 @@ def mean_squared_cosine(cosines: Array, rank: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
-    """Scale each task's factor to a largest entry of 1, so that no square overflows or underflows.
+    """Each task's factor scaled to a largest entry of 1, so that no square overflows or underflows.
 
-    What follows does not depend on the scale: for derivatives it is a constant.
+    Later results do not depend on the scale, so derivatives treat it as a constant.
     """
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), keepdims=True))
     return x / jnp.where(size > 0, size, 1.0)
@@ -218,7 +218,7 @@ _batched_measure = jax.jit(jax.vmap(_measure))
 
 
 def _decompose(a: Array, b: Array) -> decompose.Svd:
-    """Decompositions of deltas of one scale: their ranks and directions do not depend on it."""
+    """Decompositions of rescaled deltas; ranks and directions do not depend on the scale."""
     scale = jax.vmap(jax.vmap(lambda x: _unit(x[None])[0]))
     return decompose.batched_svd(scale(jnp.asarray(a, jnp.float32)), scale(jnp.asarray(b, jnp.float32)))
 
@@ -226,8 +226,8 @@ def _decompose(a: Array, b: Array) -> decompose.Svd:
 def principal_angles(a: Array, b: Array) -> Angles:
     """Principal angles between the tasks' input and output subspaces.
 
-    Those of the deltas' column and row spaces, hence gauge-invariant; padding with zero columns or rows, or
-    a column of `a` that meets a zero row of `b`, adds no direction.
+    They are those of the deltas' column and row spaces, hence gauge-invariant. Padding with zero columns or
+    rows, or a column of `a` that is multiplied with a zero row of `b`, adds no direction.
 
     Args:
       a: `[M, T, I, R]`.
@@ -262,7 +262,7 @@ def similarity(a: Array, b: Array) -> Similarity:
 
 
 def average(parts: list[Similarity]) -> Similarity:
-    """Mean over modules, for each pair of tasks over the modules that both adapt (0 where there is none).
+    """Mean similarity over modules; for each pair of tasks over the modules that both adapt (0 if none).
 
     Args:
       parts: Similarities of `[T, T]` arrays.
@@ -271,7 +271,7 @@ def average(parts: list[Similarity]) -> Similarity:
       Similarity of `[T, T]` NumPy arrays.
     """
     stacked = [np.stack([np.asarray(getattr(x, field)) for x in parts]) for field in Similarity._fields]
-    # A present task's subspace is all of itself, so the diagonal tells who is there.
+    # The subspace cosine of a present task with itself is 1, so the diagonal says which tasks are present.
     present = np.diagonal(stacked[Similarity._fields.index("input_subspace")], axis1=1, axis2=2) > 0
     count = np.maximum((present[:, :, None] & present[:, None, :]).sum(0), 1)
     return Similarity(*(x.sum(0) / count for x in stacked))
@@ -305,9 +305,9 @@ def summarize(adapters: Adapters) -> Summary:
 
 
 def cluster_order(matrix: np.ndarray) -> list[int]:
-    """Positions of the T tasks of a similarity `[T, T]` so that alike ones stand side by side.
+    """An order of the T tasks of a similarity `[T, T]` in which similar tasks are neighbors.
 
-    Leaves of the average-linkage tree over `1 - similarity`, in the order that brings neighbors nearest.
+    It is the optimal order of the leaves of the average-linkage tree over `1 - similarity`.
 
     Reference: Z. Bar-Joseph et al., Fast optimal leaf ordering for hierarchical clustering, 2001.
 
@@ -323,12 +323,12 @@ def cluster_order(matrix: np.ndarray) -> list[int]:
     far = np.maximum(1.0 - (matrix + matrix.T) / 2, 0.0).astype(np.float64)
     np.fill_diagonal(far, 0.0)
     order = leaves_list(linkage(squareform(far, checks=False), "average", optimal_ordering=True)).tolist()
-    # of the two directions the one that begins with the earlier task
+    # the order can be reversed: take the direction that begins with the earlier task
     return order if order[0] < order[-1] else order[::-1]
 
 
 def nearest_pairs(matrix: np.ndarray, count: int) -> list[tuple[int, int, float]]:
-    """The `count` pairs of tasks that a similarity `[T, T]` has highest, `(s, t, value)` with s < t.
+    """The `count` most similar pairs of tasks of a similarity `[T, T]`: `(s, t, value)` with s < t.
 
     >>> nearest_pairs(np.array([[1.0, 0.1, 0.9], [0.1, 1.0, 0.2], [0.9, 0.2, 1.0]]), 2)
     [(0, 2, 0.9), (1, 2, 0.2)]

@@ -1,5 +1,5 @@
-"""Linear algebra of low-rank deltas: pure, differentiable, and never of the deltas themselves.
+"""Linear algebra on factors of deltas: pure and differentiable; the deltas themselves are never formed.
 
 `decompose` has decompositions and norms of products of factors, `factorizations` their derivative rules,
-`clustering` the partitions of tasks.
+`clustering` partitions of tasks.
 """

@@ -1,4 +1,4 @@
-"""Which tasks share a head: partitions of tasks, Ward's hierarchy, and reduced k-means.
+"""Partitions of tasks into groups that share a head: enumeration, Ward's hierarchy, reduced k-means.
 
 All costs follow from Gram matrices of the reduced input-side coordinates `c: [T, N, R]` (scaled by the
 singular values) and the output-side products `v v.T`; nothing of size I or O appears.
@@ -17,7 +17,7 @@ from hydraopt_jax.linalg.decompose import eigen_tail, eigvalsh, matmul, top_eige
 
 @lru_cache(maxsize=64)
 def partitions(tasks: int, heads: int) -> np.ndarray:
-    """Every partition of `tasks` items into exactly `heads` sets, as label rows `[P, tasks]`.
+    """All partitions of `tasks` items into exactly `heads` sets, as label rows `[P, tasks]`.
 
     P is the Stirling number of the second kind; rows are restricted growth strings.
 
@@ -127,10 +127,10 @@ class Partition(NamedTuple):
 def exhaustive(
     c: Array, v: Array, gram: Array, weights: Array, heads: int, rank: int, limit: int
 ) -> Partition:
-    """The best of all partitions into K heads; the scatter, a lower bound of the loss, orders the search.
+    """The best partition into K heads by search in order of the scatter, a lower bound of the loss.
 
-    Only the `limit` partitions of least scatter are solved; the result is certified when the next
-    scatter is no less than the best loss found.
+    Only the `limit` partitions of least scatter are solved. The result is certified if the next scatter is
+    not below the best loss found.
     """
     table = jnp.asarray(partitions(c.shape[0], heads))
     floor = jax.vmap(lambda x: scatter(gram, x, weights, heads))(table)
@@ -152,10 +152,10 @@ def reduced_kmeans(
 ) -> Partition:
     """Reduced k-means (De Soete and Carroll 1994): alternate the eigen-step and the assignment.
 
-    The loss `scatter + tau(between, rank)` never rises; it stops moving when no task changes its head.
+    The loss `scatter + tau(between, rank)` never rises. It is constant once no task changes its head.
 
     Args:
-      c, v, gram, weights, heads: as in `between` and `scatter`.
+      c, v, gram, weights, heads: see `between` and `scatter`.
       rank: S, width of the shared factor.
       labels: `[T]` start.
       steps: alternations.
@@ -183,7 +183,7 @@ def reduced_kmeans(
 
 
 def fill_empty(distance: Array, weights: Array) -> Array:
-    """Nearest head of each task from distances `[T, K]`; a head left empty takes the worst-served task."""
+    """Nearest head of each task, from distances `[T, K]`; an empty head takes the task with largest distance."""
     labels = jnp.argmin(distance, -1).astype(jnp.int32)
     tasks = jnp.arange(labels.shape[0])
 

@@ -1,8 +1,7 @@
 """Linear algebra on low-rank factors. No function here forms a delta.
 
-Everything takes factors `a: [..., I, R]`, `b: [..., R, O]` of `delta = a @ b` and works in float32 at the
-highest matmul precision. Factorizations go through `factorizations`, whose derivatives are defined for every
-input and which on a CPU loop over a batch.
+Functions take factors `a: [..., I, R]`, `b: [..., R, O]` of `delta = a @ b` and compute in float32 at the
+highest matmul precision. They use `factorizations`, whose derivatives are defined for every input.
 """
 
 from typing import Any, NamedTuple
@@ -75,7 +74,7 @@ class Svd(NamedTuple):
 
     @property
     def mT(self) -> "Svd":
-        """The decomposition of the transposed delta: input and output side change places."""
+        """The decomposition of the transposed delta: input and output side are exchanged."""
         return Svd(self.v.mT, self.s, self.u.mT)
 
 
@@ -139,7 +138,7 @@ def residual_energy(a: Array, b: Array, a_hat: Array, b_hat: Array) -> Array:
     """`||a @ b - a_hat @ b_hat||^2` without the cancellation of the expanded square.
 
     The residual is `[a, -a_hat] @ [b; b_hat]`; with `[a, -a_hat] = Q R` its norm is that of `R @ [b; b_hat]`.
-    All derivatives are those of the polynomial that it is, whatever the factors' ranks.
+    It is a polynomial in the factors, and all its derivatives are exact, for any ranks of the factors.
 
     Args:
       a, b: `[..., I, R]`, `[..., R, O]`.
@@ -198,7 +197,7 @@ def top_eigenvectors(matrix: Array, rank: int) -> tuple[Array, Array]:
 
 
 def wide(u: Array) -> Array:
-    """Per-task factors side by side: `[T, I, R] -> [I, T * R]`."""
+    """The factors of all tasks concatenated: `[T, I, R] -> [I, T * R]`."""
     return jnp.moveaxis(u, 0, 1).reshape(u.shape[1], -1)
 
 
@@ -228,7 +227,7 @@ def leading(x: Array, rank: int) -> Array:
 
 
 def balance(a: Array, b: Array) -> tuple[Array, Array]:
-    """Give column j of `a` and row j of `b` equal norms; the product is unchanged.
+    """Factors of the same product in which column j of `a` and row j of `b` have equal norms.
 
     Half-precision storage then neither overflows nor loses small directions to denormals.
 
@@ -246,7 +245,7 @@ def subspace_cosines(x: Array, y: Array) -> Array:
     """Cosines of the principal angles between column spaces, descending.
 
     Args:
-      x: `[I, R]`, orthonormal columns (zero columns allowed: they are no direction).
+      x: `[I, R]`, orthonormal columns; zero columns are allowed and are not directions.
       y: `[I, R]`, likewise.
 
     Returns:

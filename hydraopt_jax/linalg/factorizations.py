@@ -1,15 +1,16 @@
 """Matrix factorizations that compose under jit, vmap, jvp and grad in any order.
 
-Primals: LAPACK through `jnp.linalg`, on a CPU one matrix after another: two batched LAPACK calls that run at
-once each wait for the thread pool the other one holds, and the computation hangs for ever (seen with jax
-0.10.2 on two cores). Tangents: matrix products of what the primal returns, so that nothing is factorized in a
-backward pass and reverse mode is the transpose of a few products.
+Primals: LAPACK through `jnp.linalg`, on a CPU one matrix after another. Two concurrent batched LAPACK calls
+can
+deadlock: each waits for the thread pool that the other one holds (seen with jax 0.10.2 on two cores).
+Tangents: matrix products of the primal results, so that a backward pass factorizes nothing and reverse mode
+is the transpose of a few products.
 
 Where a factorization is not differentiable its tangents are finite by convention:
 
 - Values (singular values, eigenvalues, columns of a QR) that agree to `TOLERANCE` of the largest count as
-  equal. Tangents do not rotate vectors of equal values among each other, which is the gauge in which any
-  function of the space they span is differentiated exactly. How a perturbation splits equal values is lost.
+  equal. Tangents do not rotate vectors of equal values among each other. In this gauge any function of the
+  space that they span is differentiated exactly. How a perturbation splits equal values is not represented.
 - Singular values below `TOLERANCE` of the largest count as zero. Their vectors are arbitrary and move only
   within the span of the others; the values themselves have the one-sided tangent `u.T @ dx @ v`.
 - A QR of dependent columns keeps the tangents of `q @ q.T` on independent ones and of `r.T @ r` on all.
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# of the largest value; about eight units in the last place of float32
+# relative to the largest value; about eight units in the last place of float32
 TOLERANCE = 1e-6
 
 _product = partial(jnp.matmul, precision="highest")
@@ -61,7 +62,7 @@ _thin_svd = _looped_on_cpu(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False
 
 
 def safe_inverse(x: Array, least: Array | float = 0.0) -> Array:
-    """`1 / x`, and 0 (with derivative 0) where `|x|` is at most `least`.
+    """`1 / x`; 0 with derivative 0 where `|x|` is at most `least`.
 
     >>> print(safe_inverse(jnp.array([4.0, 0.0])))
     [0.25 0.  ]
@@ -93,12 +94,12 @@ def _least(values: Array) -> Array:
 def svd_tangents(u: Array, s: Array, v: Array, across: Array, along: Array) -> tuple[Array, Array, Array]:
     """Tangents of a thin singular value decomposition `x = (u * s) @ v` from the images of `dx`.
 
-    With `p = u.T dx v.T` parted into symmetric `p+` and antisymmetric `p-`, and elementwise products:
+    With `p = u.T dx v.T`, its symmetric part `p+`, its antisymmetric part `p-`, and elementwise products:
 
         ds = diag(p),   k = p+ / (s_j - s_i) + p- / (s_j + s_i),   l = p+ / (s_j - s_i) - p- / (s_j + s_i)
         du = u k + (1 - u u.T) dx v.T / s,   dv.T = v.T l + (1 - v.T v) dx.T u / s
 
-    Quotients are 0 where the divisor counts as zero, see the module.
+    Quotients are 0 where the divisor counts as zero, see the module docstring.
 
     Args:
       u, s, v: `[..., I, N]`, `[..., N]`, `[..., N, O]`.
