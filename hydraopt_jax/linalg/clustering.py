@@ -183,7 +183,7 @@ def reduced_kmeans(
 
 
 def fill_empty(distance: Array, weights: Array) -> Array:
-    """Nearest head of each task, from distances `[T, K]`; an empty head takes the task with largest distance."""
+    """Nearest head of each task, from distances `[T, K]`; an empty head takes the most distant task."""
     labels = jnp.argmin(distance, -1).astype(jnp.int32)
     tasks = jnp.arange(labels.shape[0])
 

@@ -1,4 +1,4 @@
-"""Merging methods, the baselines of every trade-off: pure functions on deltas, and a table by name."""
+"""Merging methods: pure functions on the factors of one module, and a registry by name."""
 
 from hydraopt_jax.merging import curves
 from hydraopt_jax.merging.activations import regmean

@@ -1,4 +1,4 @@
-"""RegMean: the merged delta whose outputs are nearest to every task's own on that task's inputs."""
+"""RegMean: the merged delta whose outputs are closest to each task's outputs on that task's inputs."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.merging.truncation import truncate
 
-# of the mean eigenvalue, so that directions no input excites have a solution
+# ridge relative to the mean eigenvalue, so that directions without inputs have a solution
 RIDGE = 1e-6
 
 
@@ -26,8 +26,8 @@ def regmean(
 ) -> tuple[Array, Array]:
     """`(sum_t w_t C_t)^-1 sum_t w_t C_t delta_t`, which minimizes `sum_t w_t E_t ||x (delta - delta_t)||^2`.
 
-    `C_t = E[x x.T]` is the second moment of the module's inputs on task t, its off-diagonal entries scaled
-    down as in the paper. The base's weights cancel. The right-hand side stays in factors,
+    `C_t = E[x x.T]` is the second moment of the module's inputs on task t, with off-diagonal entries scaled
+    down as in the paper. The base model's weights cancel. The right-hand side is kept as factors,
     `[C_1 a_1, ...] @ [b_1; ...]`, and moments are added one at a time.
 
     Args:
@@ -42,7 +42,7 @@ def regmean(
       `(a: [I, S], b: [S, O])`.
 
     Raises:
-      HydraOptError: not one moment a task, or of another size.
+      HydraOptError: the number of moments is not T, or a moment has another size.
 
     Reference: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, 2022,
     arXiv 2212.09849.

@@ -1,4 +1,4 @@
-"""A whole collection merged into one adapter: host code around the methods of one module."""
+"""Merge a collection into one adapter: host code around the methods for one module."""
 
 import functools
 import math
@@ -21,12 +21,12 @@ from hydraopt_jax.rate_control.errors_of import relative
 # name, `a: [T, I, R]`, `b: [T, R, O]`, ranks `[T]`
 Module = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
-# fields of a PEFT configuration that say which modules are adapted, wrong once modules of several are joined
+# fields of a PEFT configuration that select modules; they are wrong for the union of several adapters
 _TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 def check_single(name: str) -> None:
-    """Refuse a method that keeps something of every task."""
+    """Raise for a method that keeps factors of every task."""
     if not registry.find(name).single:
         raise HydraOptError(
             f"method {name!r} keeps a part for each task and makes no single adapter: see hydraopt "
@@ -35,10 +35,10 @@ def check_single(name: str) -> None:
 
 
 def check_weights(weights: Sequence[float] | None, method: Method, tasks: int) -> np.ndarray:
-    """One weight a task; the method's own where None.
+    """One weight per task; the method's default if None.
 
     Raises:
-      HydraOptError: not as many weights as adapters, or one that is no number.
+      HydraOptError: the number of weights is not that of adapters, or a weight is not a finite number.
     """
     if weights is None:
         return np.full(tasks, 1.0 / tasks if method.mean and method.single else 1.0, np.float32)
@@ -58,27 +58,27 @@ def _jitted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -
 def solve(
     method: Method, module: str, a: jax.Array, b: jax.Array, weights: jax.Array, options: Mapping[str, Any]
 ) -> Any:
-    """One module by one method, jitted where its arguments allow; masks are keyed by the module's name."""
+    """The result of a method for one module, jitted if possible; masks depend on the module's name."""
     known = method.options
     traced: dict[str, Any] = {k: v for k, v in options.items() if k in ("key", "gram", "moments")}
     static = tuple(sorted((k, v) for k, v in options.items() if k in known and k not in traced))
     if "key" in known:
         traced["key"] = jax.random.fold_in(options["key"], zlib.crc32(module.encode()))
     if "moments" in traced:
-        # one moment at a time, not all of them on the device
+        # one moment at a time on the device
         rows = [x[module] for x in traced.pop("moments")]
         return method.function(a, b, weights, moments=rows, **dict(static))
     return _jitted(method.function, static)(a, b, weights, **{k: v for k, v in traced.items() if k in known})
 
 
 def modules_of(stacked: Adapters) -> Iterator[Module]:
-    """The modules of a stacked collection, in its order."""
+    """The modules of a stacked collection, in order."""
     for bucket in stacked.buckets:
         yield from zip(bucket.modules, bucket.a, bucket.b, bucket.ranks, strict=True)
 
 
 def stream(collection: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> Iterator[Module]:
-    """The modules of a collection, each stacked when its turn comes; those of one shape share their R."""
+    """The modules of a collection, stacked one at a time; modules of one shape have one R."""
     ranks = {name: np.array(adapters.module_ranks(collection, name)) for name in shapes}
     width: dict[tuple[int, int], int] = {}
     for name, shape in shapes.items():
@@ -131,7 +131,7 @@ def merge_stacked(
     progress: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Module name -> what a method makes of it, NumPy `(a, b)` or Factors; see `merge_adapters`."""
+    """Module name -> merged NumPy `(a, b)`, or Factors for methods that keep them; see `merge_adapters`."""
     names = [x for bucket in stacked.buckets for x in bucket.modules]
     method, w, given = _prepare(stacked.tasks, names, name, weights, rank, options)
     if "gram" in method.options:
@@ -147,7 +147,7 @@ def _prepare(
     rank: int | None,
     options: Mapping[str, Any],
 ) -> tuple[Method, jax.Array, dict[str, Any]]:
-    """The method, its weights and its options, all checked."""
+    """The checked method, weights and options."""
     method = registry.find(name)
     given = {k: v for k, v in options.items() if v is not None}
     registry.check_options(name, given | ({} if rank is None else {"rank": rank}))
@@ -201,26 +201,26 @@ def merge_adapters(
     progress: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> Adapter:
-    """Merge adapters of one base model into one, in the memory of one module's deltas.
+    """One adapter merged from several of one base model; memory is that of one module's deltas.
 
-    Ranks may differ, and a task may lack modules: its delta is zero there. Classifier heads and other full
-    tensors are left out, since a mean of heads answers for no task. "linear-factors" averages factors and not
-    deltas, see `sums.linear_factors`.
+    Ranks may differ. A task without a module has delta zero there. Classifier heads and other full tensors
+    are left out, because a mean of heads is of no use. "linear-factors" averages factors instead of deltas,
+    see `sums.linear_factors`.
 
     Args:
       collection: the adapters.
       method: a name in `METHODS` that makes a single adapter.
       weights: one per task; None for 1 / T with methods that add and 1 with those that average.
-      rank: S; None for the largest rank that an adapter has in the module.
+      rank: S; None for the largest rank of the adapters in the module.
       scale: factor of the merged delta, such as the lambda of task arithmetic and TIES; see `best_scale`.
       seed: of random masks.
       task: name of the result.
       progress: called after each module.
-      **options: of the method, such as density; None counts as not given. For "regmean", moments: one
-        mapping, module -> second moment, a task.
+      **options: of the method, such as density; None means the default. "regmean" needs moments: one mapping
+        per task, module -> second moment.
 
     Returns:
-      Adapter, with the configuration of the first one and the dtype they have in common.
+      Adapter, with the configuration of the first adapter and the common dtype.
 
     Raises:
       HydraOptError: bad weights, options or method, or adapters that do not fit together.
@@ -276,10 +276,10 @@ def products(
 
 
 def scale_of(modules: Iterable[Module], found: Mapping[str, tuple[Any, Any]]) -> tuple[float, float]:
-    """The factor on one merged adapter that makes its mean relative squared error least, and that error.
+    """The scale of a merged adapter with the least mean relative squared error, and that error.
 
-    The papers tune a scale of the merged adapter on data. Here it has a closed form: the error of a task's
-    module is `||delta - s M||^2 / ||delta||^2 = 1 - 2 s p + s^2 q`, whose mean over modules and tasks is
+    The papers tune this scale on data. For the error of weights it has a closed form. The error of a module
+    of a task is `||delta - s M||^2 / ||delta||^2 = 1 - 2 s p + s^2 q`; its mean over modules and tasks is
     least at `s = mean(p) / mean(q)`.
 
     Args:
@@ -300,7 +300,7 @@ def scale_of(modules: Iterable[Module], found: Mapping[str, tuple[Any, Any]]) ->
 
 
 def best_scale(collection: Sequence[Adapter], merged: Adapter) -> tuple[float, float]:
-    """`scale_of` a merged adapter for the adapters of a collection.
+    """The scale of a merged adapter with the least mean error over a collection, and that error.
 
     >>> from hydraopt_jax import synthetic
     >>> given = synthetic.collection(tasks=1)

@@ -1,7 +1,7 @@
-"""Baselines that keep something of every task: slots, joint diagonalization, shared bases, own SVDs.
+"""Baselines that keep factors of every task: slots, joint diagonalization, shared bases, own SVDs.
 
 Contract: `(a: [T, I, R], b: [T, R, O], weights: [T], *, rank, ...)` of one module to `forms.Factors`. Weights
-count a task's error against the others'.
+multiply the tasks' errors.
 """
 
 import jax
@@ -23,21 +23,22 @@ def separate(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
 
 
 def assign(gram: Array, slots: int, threshold: float = 1.0) -> Array:
-    """K-Merge's slots: which of K stored adapters each arriving one is merged into.
+    """The slot of each adapter in K-Merge.
 
-    Adapters arrive in order. One whose cosine with every stored mean is below `threshold` takes a new slot
-    while there is one; any other is merged into the nearest slot's running mean. Inner products suffice.
+    Adapters arrive in order. If the cosine with every stored mean is below `threshold` and a slot is free,
+    the adapter takes a new slot. Otherwise it is merged into the running mean of the nearest slot. Only inner
+    products are needed.
 
     Args:
       gram: `[T, T]` inner products of whole adapters (summed over modules).
       slots: K.
-      threshold: cosine from which an adapter is merged although slots are free; 1 fills the slots first.
+      threshold: cosine from which an adapter is merged even if slots are free; 1 fills the slots first.
 
     Returns:
       `[T]` int, slot of each task.
 
     Raises:
-      HydraOptError: no slot.
+      HydraOptError: fewer than one slot.
 
     >>> gram = jnp.array([[1.0, 0.0, 0.9], [0.0, 1.0, 0.1], [0.9, 0.1, 1.0]])
     >>> print(assign(gram, 2))
@@ -75,20 +76,20 @@ def k_merge(
 ) -> Factors:
     """K-Merge: K slots, each the mean delta of the adapters merged into it, cut to rank S; see `assign`.
 
-    The running mean `(n mean + delta) / (n + 1)` is the mean of the slot's members; it is cut to its rank
-    once, at the end.
+    The running mean `(n mean + delta) / (n + 1)` is the mean of the slot's members. It is cut to rank S once,
+    at the end.
 
     Args:
       a: `[T, I, R]`, in the order of arrival.
       b: `[T, R, O]`.
-      weights: `[T]`, of the tasks in their slot's mean.
+      weights: `[T]`, of the tasks in the mean of their slot.
       rank: S.
       slots: K.
       threshold: see `assign`.
-      gram: `[T, T]` inner products of whole adapters; this module's alone where None.
+      gram: `[T, T]` inner products of whole adapters; None for those of this module only.
 
     Returns:
-      Factors with one `a` and one `b` a slot.
+      Factors with one `a` and one `b` per slot.
 
     Reference: Shenaj et al., K-Merge: Online Continual Merging of Adapters for On-device Large Language
     Models, 2025, arXiv 2510.13537.
@@ -106,18 +107,19 @@ def joint(
 ) -> Factors:
     """Joint diagonalization, `delta[t] ~= a[k] @ core[t] @ b[k]`, within each of `clusters` groups of tasks.
 
-    Groups are Ward's (`clustering.ward`); each is `compound.joint_diagonal` with the other tasks at weight 0.
+    Groups are those of `clustering.ward`. Each is fitted by `compound.joint_diagonal` with weight 0 for the
+    other tasks.
 
     Args:
       a: `[T, I, R]`.
       b: `[T, R, O]`.
-      weights: `[T]`, times `1 / ||delta_t||^2`.
+      weights: `[T]`, multiplied with `1 / ||delta_t||^2`.
       rank: S.
       clusters: 1 to T.
       diagonal: whether cores are diagonal (JD-Diag) or full (JD-Full).
 
     Returns:
-      Factors with one `a` and `b` a cluster and a core a task.
+      Factors with one `a` and `b` per cluster and a core per task.
 
     Raises:
       HydraOptError: clusters outside 1..T.
@@ -145,13 +147,12 @@ def joint(
 
 
 def share(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
-    """Share: one basis a side for all tasks, from the factors, and each task's coefficients in them.
+    """Share: one basis per side for all tasks, and a core per task.
 
-    The bases are the S leading left singular vectors of the tasks' input-side factors side by side and of
-    their output-side factors; a task keeps `core[t] = basis_a.T delta_t basis_b`, which is the product of its
-    two factors' coefficients `[S, R]`, `[R, S]`, kept as whichever is smaller. The split of each delta
-    into factors is the even one of its SVD, so that the result depends on the deltas alone; no mean is
-    subtracted.
+    The bases are the S leading left singular vectors of the concatenated input-side factors, and of the
+    concatenated output-side factors. A task stores `core[t] = basis_a.T delta_t basis_b`, or the coefficients
+    `[S, R]`, `[R, S]` of its two factors if these are smaller. Each delta is split into factors evenly by its
+    SVD, so the result depends only on the deltas. No mean is subtracted.
 
     Args:
       a: `[T, I, R]`.
@@ -160,7 +161,7 @@ def share(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
       rank: S; at most min(T * R, I) and min(T * R, O) are used.
 
     Returns:
-      Factors with one `a`, one `b` and a full core a task.
+      Factors with one `a`, one `b` and a full core per task.
 
     Reference: Kaushik et al., Shared LoRA Subspaces for almost Strict Continual Learning, 2026,
     arXiv 2602.06043.
@@ -176,10 +177,10 @@ def share(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
 
 
 def entries(factors: Factors, rank: int) -> int:
-    """Numbers to store; a task's full core as its two sides `[S, R]`, `[R, S]` where that is less.
+    """Number of entries to store; a full core counts as its two sides `[S, R]`, `[R, S]` if that is less.
 
     Args:
-      factors: what is kept.
+      factors: the factors.
       rank: R, the adapters' rank.
     """
     if factors.core is None or factors.core.ndim == 2:

@@ -1,4 +1,4 @@
-"""Merging methods as curves of the frontier: bytes of half-precision factors against errors of delta."""
+"""Curves of merging methods for the frontier: bytes of half-precision factors against errors of deltas."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,17 +22,17 @@ from hydraopt_jax.merging.collection import (
 )
 from hydraopt_jax.tradeoff import Curve, Point, cuts, summary
 
-# "separate" is on every frontier, at three bit widths; what needs data is not in a collection
+# "separate" is on every frontier already, at three bit widths; methods that need data are left out
 BASELINES = tuple(k for k, v in registry.METHODS.items() if k != "separate" and not v.needs)
-# widths of the shared bases, times the adapters' rank
+# widths of the shared bases, as multiples of the adapters' rank
 WIDTHS = (1, 2, 4)
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """Names of baselines: `all`, or a list with commas.
+    """Names of baselines from text: `all`, or names separated by commas.
 
     Raises:
-      HydraOptError: unknown, or one that needs more than the adapters.
+      HydraOptError: an unknown method, or one that needs more than the adapters.
 
     >>> parse("ties, knots")
     ('ties', 'knots')
@@ -46,12 +46,12 @@ def parse(text: str) -> tuple[str, ...]:
 
 @jax.jit
 def kept_errors(a: Array, b: Array, factors: Factors) -> tuple[Array, Array]:
-    """Squared errors of factors that keep something of every task, and the energies, `[T]` each."""
+    """Squared errors of factors that keep every task, and the energies of the deltas, `[T]` each."""
     return decompose.residual_energy(a, b, *forms.pair(factors)), decompose.inner(a, b, a, b)
 
 
 def single(stacked: Adapters, name: str) -> Point:
-    """One adapter for all tasks, at its best scale, see `scale_of`."""
+    """The point of a method with one adapter for all tasks, at its best scale, see `scale_of`."""
     found = merge_stacked(stacked, name)
     scale, _ = scale_of(modules_of(stacked), found)
     scaled = {module: (left, right * np.float32(scale)) for module, (left, right) in found.items()}
@@ -61,7 +61,7 @@ def single(stacked: Adapters, name: str) -> Point:
 
 
 def kept(stacked: Adapters, name: str, setting: str, **options: Any) -> Point:
-    """A method that keeps something of every task, at one setting."""
+    """The point of a method that keeps factors of every task, at one setting."""
     found = merge_stacked(stacked, name, **options)
     rows = relative_errors(modules_of(stacked), lambda m, a, b: kept_errors(a, b, found[m]))
     size = sum(compressors.entries(found[m], int(ranks.max())) for m, _, _, ranks in modules_of(stacked))
@@ -69,7 +69,7 @@ def kept(stacked: Adapters, name: str, setting: str, **options: Any) -> Point:
 
 
 def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:
-    """What a method that keeps something of every task is tried at: name of the setting -> options."""
+    """Settings of a method that keeps factors of every task: name of the setting -> options."""
     tasks = len(stacked.tasks)
     rank = max(int(x.ranks.max()) for x in stacked.buckets)
     if name == "k-merge":

@@ -1,4 +1,4 @@
-"""Merging methods by name, what they make and which options they take."""
+"""Registry of merging methods: name, kind of result, options."""
 
 import functools
 import inspect
@@ -15,10 +15,9 @@ class Method(NamedTuple):
 
     Attributes:
       function: of one module, see `sums` and `compressors`.
-      mean: whether weights are 1 / T where none are given (the method adds), or 1 (it averages, or its
-        paper sums).
-      single: whether it makes one adapter for all tasks, or keeps `forms.Factors`.
-      needs: arguments that have no default and that a caller must have, beside the rank and a key.
+      mean: whether default weights are 1 / T (the method adds) or 1 (it averages, or its paper sums).
+      single: whether it returns one adapter for all tasks, or `forms.Factors`.
+      needs: required arguments without a default, beside the rank and a key.
     """
 
     function: Callable[..., Any]
@@ -63,7 +62,7 @@ METHODS: Mapping[str, Method] = {
 }
 """Name -> method."""
 
-# options that count something, and those that are fractions: (lowest, whether it is allowed, highest)
+# options that are counts, and options that are fractions: (lowest, whether the lowest is allowed, highest)
 COUNTS = ("rank", "keep", "slots", "clusters")
 FRACTIONS = {"density": (0.0, False, 1.0), "outliers": (0.0, True, 1.0), "off_diagonal": (0.0, True, 1.0)}
 
@@ -72,7 +71,7 @@ def find(name: str) -> Method:
     """The method of a name.
 
     Raises:
-      HydraOptError: unknown; the line names near ones, or all.
+      HydraOptError: an unknown name; the message lists similar names, or all.
     """
     if name not in METHODS:
         raise HydraOptError(f"method {name!r}: {suggest(name, METHODS)}")
@@ -80,10 +79,10 @@ def find(name: str) -> Method:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that a method does not take, or values that none can have.
+    """Raise for options that a method does not take, and for values out of range.
 
     Raises:
-      HydraOptError: naming the option.
+      HydraOptError: the message names the option.
     """
     method = find(name)
     for option, value in options.items():

@@ -1,10 +1,10 @@
-"""Elementwise methods: entries of each delta are dropped, signs elected, the rest added.
+"""Elementwise methods: drop entries of each delta, elect signs, add the rest.
 
-These look at single entries, so that a delta must be formed. One is at a time: `combine` streams the tasks
-and holds a handful of matrices `[I, O]` whatever T is. The result is cut to
-rank S by `truncation.truncate_dense`; PEFT's `..._svd` methods do the same with all deltas in memory.
+These methods need single entries, so deltas must be formed. `combine` forms one at a time and holds a few
+matrices `[I, O]` for any T. The result is cut to rank S by `truncation.truncate_dense`. PEFT's `..._svd`
+methods do the same with all deltas in memory.
 
-Trimming is a module at a time, as PEFT does it; TIES's own code trims over all modules at once.
+Trimming is per module as in PEFT; the original TIES code trims over all modules together.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def combine(
     if elect is None:
         return jax.lax.scan(add, zero, (parts, tasks, weights))[0]
 
-    # sums and counts of either sign, so that one pass over the tasks is enough
+    # sums and counts per sign, so that one pass over the tasks suffices
     def ballot(state: tuple[Array, ...], x: Any) -> tuple[tuple[Array, ...], None]:
         vote, above, below, voters_above, voters_below = state
         part, t, w = x
@@ -88,7 +88,7 @@ def combine(
 def nth_largest(x: Array, n: Array | int) -> Array:
     """The n-th largest magnitude in `x`, found bit by bit: 31 counts instead of a sort.
 
-    Magnitudes of floats are ordered as their bit patterns are. For derivatives it is a constant.
+    Magnitudes of floats are ordered like their bit patterns. Derivatives treat the result as a constant.
 
     >>> print(nth_largest(jnp.array([0.5, -3.0, 2.0]), 2))
     2.0
@@ -103,12 +103,12 @@ def nth_largest(x: Array, n: Array | int) -> Array:
 
 
 def trim(x: Array, density: float, size: Array | int | None = None) -> Array:
-    """Keep the `floor(density * size)` largest magnitudes, at least one, and any equal to the last.
+    """`x` with only its `floor(density * size)` largest magnitudes, at least one, and ties of the last.
 
     Args:
       x: any shape.
       density: fraction kept, in (0, 1].
-      size: of how many entries; all of `x` where None.
+      size: number of entries that `density` refers to; None for the size of `x`.
     """
     if size is None:
         kept: Any = max(int(density * x.size), 1)
@@ -120,7 +120,7 @@ def trim(x: Array, density: float, size: Array | int | None = None) -> Array:
 def column_ranks(x: Array) -> Array:
     """Rank of each magnitude in its column, from 0; equal ones share the lowest. `[I, O]` int.
 
-    One sort of bit patterns, which is several times faster on a CPU than sorting floats with their positions.
+    It sorts bit patterns, which is several times faster on a CPU than sorting floats with their positions.
 
     >>> print(column_ranks(jnp.array([[0.5, 2.0], [-3.0, 1.0]])))
     [[0 1]
@@ -132,7 +132,7 @@ def column_ranks(x: Array) -> Array:
 
 
 def drop_at_random(key: Array, density: float) -> Sparsifier:
-    """DARE's: keep each entry with probability `density`, divide by it; each task has its own draw."""
+    """DARE's random mask: keep each entry with probability `density` and divide by it; one draw per task."""
 
     def sparsify(x: Array, t: Array) -> Array:
         kept = jax.random.bernoulli(jax.random.fold_in(key, t), density, x.shape)
@@ -170,7 +170,7 @@ def magnitude(a: Array, b: Array, weights: Array, *, rank: int, density: float =
 def ties(
     a: Array, b: Array, weights: Array, *, rank: int, density: float = 0.2, elect: str = "total"
 ) -> tuple[Array, Array]:
-    """TIES: trim each delta, elect each entry's sign, average what agrees with it; see `combine`.
+    """TIES: trim each delta, elect a sign per entry, average the values that agree with it; see `combine`.
 
     Args:
       a: `[T, I, R]`.
@@ -219,7 +219,7 @@ def dare_ties(
     density: float = 0.5,
     elect: str = "total",
 ) -> tuple[Array, Array]:
-    """DARE's masks, then TIES's election and disjoint mean; arguments as in `dare` and `ties`."""
+    """DARE's masks, then TIES's election and disjoint mean; see `dare` and `ties` for the arguments."""
     return _merge(a, b, weights, rank, drop_at_random(key, density), elect)
 
 
@@ -247,7 +247,7 @@ def della(
       key: of the masks.
       density: mean probability of keeping an entry.
       epsilon: width of the range of probabilities, which must lie in (0, 1].
-      elect: as in `ties`.
+      elect: see `ties`.
 
     Returns:
       `(a: [I, S], b: [S, O])`.
@@ -276,7 +276,7 @@ def della(
 def breadcrumbs(
     a: Array, b: Array, weights: Array, *, rank: int, density: float = 0.15, outliers: float = 0.01
 ) -> tuple[Array, Array]:
-    """Model Breadcrumbs: drop each delta's largest entries and its smallest, add what lies between.
+    """Model Breadcrumbs: drop the largest and the smallest entries of each delta, add the others.
 
     `sum_t w_t m_t * delta_t`, where the mask m_t leaves out the fraction `outliers` of largest magnitude and
     keeps the next fraction `density`.

@@ -1,7 +1,7 @@
-"""Methods that align or even out singular directions, in coordinates of size T * R instead of I and O.
+"""Methods that align or equalize singular directions, in coordinates of size T * R instead of I and O.
 
-Directions below `TOLERANCE` of the largest singular value (those of padding, of absent tasks, of copies) do
-not count: in exact arithmetic they are not there, and their singular vectors are arbitrary.
+Directions below `TOLERANCE` of the largest singular value (from padding, absent tasks or copies) are dropped:
+they are zero in exact arithmetic, and their singular vectors are arbitrary.
 """
 
 import jax.numpy as jnp
@@ -33,13 +33,13 @@ def knots(
 ) -> tuple[Array, Array]:
     """KnOTS-TIES: TIES in a basis that all deltas share.
 
-    The deltas one below another have the decomposition `[delta_1; ...; delta_T] = [V_1; ...; V_T] S W`; the
-    `V_t: [I, N]` are trimmed, elected and averaged as TIES does with deltas, and `merged = V S W`. The
+    The stacked deltas have the decomposition `[delta_1; ...; delta_T] = [V_1; ...; V_T] S W`. The `V_t: [I,
+    N]` are trimmed, elected and averaged as TIES does with deltas, and `merged = V S W`. The
     stack `[T * I, O]` is never formed: with `a[t] = q[t] r[t]` it is the block-diagonal of the `q[t]` times
     the stacked `r[t] b[t]: [T * R, O]`, whose decomposition `L S W` gives `V_t = q[t] L_t`. The merging of
     the `V_t` is elementwise and streams, as in `sparse`.
 
-    In the paper's orientation (weights `[O, I]`) the deltas lie side by side and W is its U.
+    In the paper's orientation (weights `[O, I]`) the deltas are concatenated along columns and W is its U.
 
     Args:
       a: `[T, I, R]`.
@@ -65,7 +65,7 @@ def knots(
 
 
 def polar(x: Array) -> Array:
-    """The nearest matrix with orthonormal columns, `P Q.T` of `x = P D Q.T`; null directions stay out."""
+    """The nearest matrix with orthonormal columns, `P Q.T` of `x = P D Q.T`, without null directions."""
     q, r = decompose.qr(x)
     u, s, vt = decompose.thin_svd(r)
     return matmul(q, u * significant(s), vt)
@@ -75,17 +75,17 @@ def tsv_m(a: Array, b: Array, weights: Array, *, rank: int, keep: int | None = N
     """TSV-Merge: each task's leading singular vectors, made orthogonal between tasks.
 
     `merged = U' S V'` with S the tasks' `keep` leading singular values (times `w_t`), U' and V' the matrices
-    with orthonormal columns (rows) nearest to the tasks' singular vectors side by side.
+    with orthonormal columns (rows) nearest to the tasks' concatenated singular vectors.
 
     Args:
       a: `[T, I, R]`.
       b: `[T, R, O]`.
       weights: `[T]`.
       rank: S; `T * keep` keeps all.
-      keep: directions a task; None for the paper's share, min(I, O) / T, at least 1 and at most R.
+      keep: directions per task; None for the paper's share, min(I, O) / T, at least 1 and at most R.
 
     Returns:
-      `(a: [I, S], b: [S, O])`; one task alone comes back as its own truncated SVD.
+      `(a: [I, S], b: [S, O])`; a single task gives its own truncated SVD.
 
     Reference: Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, 2024,
     arXiv 2412.00081.
@@ -102,8 +102,9 @@ def tsv_m(a: Array, b: Array, weights: Array, *, rank: int, keep: int | None = N
 def iso_c(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Array]:
     """Iso-C: the sum of deltas with all its singular values replaced by their mean.
 
-    `merged = mean(s) U V` of `sum_t w_t delta_t = U diag(s) V`. A sum of adapters has at most T * R
-    directions and the mean is over those, not over all min(I, O): beyond them the vectors are arbitrary.
+    `merged = mean(s) U V` with `sum_t w_t delta_t = U diag(s) V`. A sum of adapters has at most T * R
+    directions. The mean is over these, not over all min(I, O), because further singular vectors are
+    arbitrary.
 
     Args:
       a: `[T, I, R]`.
@@ -126,13 +127,13 @@ def iso_c(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Arra
 def core_space(
     a: Array, b: Array, weights: Array, *, rank: int, density: float = 0.2, elect: str = "total"
 ) -> tuple[Array, Array]:
-    """TIES in Core Space: on the cores of all deltas between two shared bases.
+    """TIES in Core Space: TIES on the cores of all deltas between two shared bases.
 
     The bases U `[I, N]`, V `[O, N]`, N = T * R, are the left singular vectors of the tasks' input-side
-    factors side by side and of their output-side factors; `core[t] = U.T a[t] b[t] V`, and
-    `merged = U ties(core) V.T`. (Linear merging and Iso-C give the same in Core Space as outside it.)
-    The paper's bases depend on how each delta is split into factors; here it is split evenly by its SVD, so
-    that the result depends on the deltas alone.
+    factors (concatenated) and of their output-side factors. `core[t] = U.T a[t] b[t] V`, and
+    `merged = U ties(core) V.T`. Linear merging and Iso-C give the same in Core Space as outside of it. The
+    paper's bases depend on how each delta is split into factors. Here the SVD splits each delta evenly, so
+    the result depends only on the deltas.
 
     Args:
       a: `[T, I, R]`.

@@ -1,7 +1,7 @@
-"""Sums of deltas, exact in the factors; and the sum of factors that is often taken for one.
+"""Sums of deltas, exact in the factors; and PEFT's sum of factors, which is not a sum of deltas.
 
-One contract for all merging methods: `(a: [T, I, R], b: [T, R, O], weights: [T], *, rank, ...)` of one
-module, the LoRA scale folded into `b`, to `(a: [I, S], b: [S, O])`. An absent task has zeros.
+All merging methods have one contract: from `(a: [T, I, R], b: [T, R, O], weights: [T], *, rank, ...)` of one
+module, with the LoRA scale folded into `b`, to `(a: [I, S], b: [S, O])`. An absent task has zeros.
 """
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def linear(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Arr
     """Best rank-S approximation of `sum_t w_t a[t] @ b[t]`: the mean delta where `w_t = 1 / T`.
 
     Task arithmetic (Ilharco et al., Editing models with task arithmetic, 2023, arXiv 2212.04089) is the same
-    with `w_t` the scale of each task. PEFT calls it "svd"; exact for `rank >= T * R`.
+    with `w_t` as the scale of each task. PEFT calls it "svd". It is exact for `rank >= T * R`.
 
     Args:
       a: `[T, I, R]`.
@@ -40,7 +40,7 @@ def linear(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Arr
 
 
 def concatenation(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
-    """`sum_t w_t a[t] @ b[t]` without loss, all `T * R` directions kept (PEFT's "cat").
+    """`sum_t w_t a[t] @ b[t]` exactly, with all `T * R` directions (PEFT's "cat").
 
     Args:
       a: `[T, I, R]`.
@@ -56,10 +56,11 @@ def concatenation(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
 def linear_factors(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
     """`(sum_t sign(w_t) sqrt|w_t| a[t]) @ (sum_t sqrt|w_t| b[t])`: PEFT's "linear", kept for comparison.
 
-    WARNING: this is no mean of deltas. It adds the cross terms `a[s] @ b[t]`, and it depends on how each
-    delta is split into factors: rotating one adapter's factors, which leaves that adapter as it is, changes
-    the result. Use `linear`. Equal to PEFT's where all adapters have one scale (PEFT spreads each
-    adapter's scale over both sides; here it is in `b`).
+    WARNING: this is not a mean of deltas. It adds the cross terms `a[s] @ b[t]`, and it depends on how each
+    delta
+    is split into factors: rotating one adapter's factors does not change the adapter, but changes the result.
+    Use `linear`. The result is PEFT's if all adapters have one scale (PEFT distributes the scale over both
+    sides; here it is in `b`).
 
     Args:
       a: `[T, I, R]`; adapters of a lower rank are padded (PEFT refuses them).

@@ -1,4 +1,4 @@
-"""The best approximation of a given rank, for matrices too wide for a full decomposition.
+"""Best approximations of a given rank, for matrices that are too wide for a full decomposition.
 
 Block subspace iteration (Halko, Martinsson and Tropp, Finding structure with randomness, 2011, arXiv
 0909.4061) needs products only; small matrices are decomposed exactly.
@@ -11,10 +11,10 @@ from jax import Array
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import matmul
 
-# up to this many directions a full decomposition is as fast
+# number of directions up to which a full decomposition is as fast
 EXACT = 128
 ROUNDS = 8
-# columns of the block beyond twice the rank
+# extra columns of the block beyond twice the rank
 SPARE = 8
 
 
@@ -25,12 +25,12 @@ def split(found: decompose.Svd, rank: int) -> tuple[Array, Array]:
 
 
 def onto(a: Array, c: Array) -> Array:
-    """`a @ c` for a narrow `c`: as `(c.T @ a.T).T`, which a CPU multiplies up to three times as fast."""
+    """`a @ c` for a narrow `c`, computed as `(c.T @ a.T).T`, which is up to three times as fast on a CPU."""
     return matmul(c.mT, a.mT).mT
 
 
 def self_product(x: Array) -> Array:
-    """`x @ x.T` by halves, the mirrored one copied: three quarters of the multiply-adds."""
+    """`x @ x.T` by blocks, with one off-diagonal block copied: three quarters of the multiply-adds."""
     half = x.shape[0] // 2
     top, low = x[:half], x[half:]
     cross = matmul(top, low.T)
@@ -54,8 +54,8 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
       rank: S; at most min(I, N, O) is used.
 
     Returns:
-      `(a: [I, S], b: [S, O])`, balanced. Beyond 128 directions by subspace iteration; its error is the
-      optimum to about 1e-5 of it on spectra of adapters, to 2e-4 on flat ones.
+      `(a: [I, S], b: [S, O])`, balanced. Beyond 128 directions the result is from subspace iteration; its
+      error is above the optimum by about 1e-5 of it for spectra of adapters, 2e-4 for flat ones.
 
     >>> a, b = truncate(jnp.diag(jnp.array([3.0, 2.0, 1.0])), jnp.eye(3), 2)
     >>> print((a @ b).round(4))

@@ -1,4 +1,4 @@
-"""Refinement: stored factors moved until the model's outputs match, with the quantizer in the loop."""
+"""Refinement: gradient steps on stored factors, with the quantizer in the loop."""
 
 from hydraopt_jax.refinement.objectives import divergence, originals, stacked
 from hydraopt_jax.refinement.training import default_optimizer, refine

@@ -1,7 +1,7 @@
-"""What a refinement makes small: objectives of stored factors against the original ones.
+"""Objectives of a refinement: losses of stored factors against the original ones.
 
-Both are `(stored, original, batch) -> scalar` over all tasks: the relative squared error of deltas, in a
-metric's coordinates where there is one, and the divergence of the model's outputs.
+Both are functions `(stored, original, batch) -> scalar` over all tasks: the relative squared error of deltas,
+with metrics in their coordinates, and the divergence of the model's outputs.
 
 Reference: Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
 """
@@ -25,7 +25,7 @@ Forward = Callable[[Lora, Any], Array]
 
 
 def stacked(modules: Modules) -> Lora:
-    """Every task's factors, module -> `(a: [T, I, S], b: [T, S, O])`, terms side by side, cores folded in."""
+    """Factors of all tasks, module -> `(a: [T, I, S], b: [T, S, O])`, terms concatenated, cores folded in."""
     out = {}
     for name, terms in modules.items():
         pairs = [forms.pair(x) for x in terms]
@@ -34,7 +34,7 @@ def stacked(modules: Modules) -> Lora:
 
 
 def originals(collection: Sequence[Adapter]) -> Lora:
-    """The adapters themselves, padded to one rank a bucket: module -> `(a: [T, I, R], b: [T, R, O])`."""
+    """The adapters, padded to one rank per bucket: module -> `(a: [T, I, R], b: [T, R, O])`."""
     out = {}
     for bucket in adapters.stack(collection).buckets:
         for m, name in enumerate(bucket.modules):
@@ -43,11 +43,11 @@ def originals(collection: Sequence[Adapter]) -> Lora:
 
 
 def quadratic(metrics: Mapping[str, Metrics] | None = None) -> Callable[[Lora, Lora, Any], Array]:
-    """The loss `mean_{m, t} ||D||^2 / ||delta||^2`, `D = delta - fit`, in the
-    metrics' coordinates where there are any.
+    """The loss `mean_{m, t} ||D||^2 / ||delta||^2`, `D = delta - fit`, in the coordinates of given metrics.
 
-    With metrics of both sides, `tr(C D G D.T)` is in the units of the model's outputs and counts as it is,
-    over the sum of `tr(C delta G delta.T)`, so that a module weighs what it matters.
+    With metrics of both sides, `tr(C D G D.T)` is in units of the model's outputs. Then the loss is the sum
+    of these over the sum of `tr(C delta G delta.T)`, so that modules are weighted by their effect on the
+    outputs.
     """
     metrics = metrics or {}
     roots = {
@@ -55,7 +55,7 @@ def quadratic(metrics: Mapping[str, Metrics] | None = None) -> Callable[[Lora, L
         for n, x in metrics.items()
     }
     scales = {n: jnp.float32(x[0].scale * x[1].scale) for n, x in metrics.items() if x[0] and x[1]}
-    # a pytree, whose function is the same in every call: what is compiled for one loss serves the next
+    # a pytree with the same function in every call, so that a new loss compiles nothing
     return jax.tree_util.Partial(_quadratic, roots, scales)
 
 
@@ -89,8 +89,8 @@ def divergence(
 
     Args:
       forward: `(lora, batch) -> logits [..., V]` of one task, `lora` module -> `(a: [I, S], b: [S, O])`.
-      mask: `batch -> [...]` bool, which predictions count; None for all.
-      at_once: tasks computed side by side; None for all.
+      mask: `batch -> [...]` bool, the predictions that count; None for all.
+      at_once: number of tasks computed in parallel; None for all.
 
     Returns:
       `(stored, original, batch) -> scalar`, all three with a leading task axis.

@@ -1,7 +1,7 @@
-"""What a store of given factors would hold: the rounding that a refinement has in its loop.
+"""The rounding in the loop of a refinement: from factors to the factors that a store would decode to.
 
-A plain store rounds to its dtype; a coded one quantizes on the trellis, and what comes back depends on all
-factors at once (tables, predictions). Both map factors to factors and have no gradient of their own.
+A plain store rounds to its dtype. A coded store quantizes on the trellis, and the result depends on all
+factors together (tables, predictions). Both map factors to factors and have no useful gradient.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,30 +22,30 @@ from hydraopt_jax.store.store import Segment
 
 Modules = Mapping[str, tuple[Factors, ...]]
 
-# rounds in which tables and the decisions that they charge for agree
+# alternations between tables and the decisions that depend on them
 TABLE_ROUNDS = 3
-# bytes kept free for the account of a refinement in the index
+# bytes reserved for the refinement's entry in the report
 SPARE = 96
-# bits of a gain behind the leading one
+# bits of a gain after the leading one
 GAIN_BITS = 10
-# share of the bytes kept free while factors move: the estimate of a size is good to less
+# share of the bytes kept free while factors move; the size estimate is more accurate than this
 MARGIN = 0.002
-# least and largest price of a bit while factors move, of the usual one
+# range of the price of a bit while factors move, relative to the usual price
 PRICES = (0.5, 2.0)
-# tries to meet the bytes in the end
+# attempts to meet the byte limit at the end
 ROUNDS = 12
-# entries in steps, of a module that a bad optimizer has thrown off
+# limit on entries in steps, for modules that diverged under a bad optimizer
 LARGEST = 2.0**28
-# how far, in steps, an unrounded entry may lie from what it was rounded to
+# largest distance, in steps, between an unrounded entry and its rounded value
 CELL = 0.5
 
 
 class Tables(NamedTuple):
-    """What the quantizer is charged.
+    """The rate model of the quantizer.
 
     Attributes:
       frequencies: `[COUNT, 2, HIGH]`.
-      multiplier: `[1]` squared steps a bit; a larger one spends fewer bytes.
+      multiplier: `[1]` squared steps per bit; a larger value spends fewer bytes.
     """
 
     frequencies: np.ndarray
@@ -53,7 +53,7 @@ class Tables(NamedTuple):
 
 
 def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, list[encode.Target]]:
-    """Factors in steps as the codec takes them; entries that have run away are cut to what a code holds."""
+    """Factors in steps in the codec's layout; diverged entries are clipped to the range of a code."""
 
     def held(x: Any) -> np.ndarray:
         return np.nan_to_num(np.asarray(x, np.float32)).clip(-LARGEST, LARGEST)
@@ -68,12 +68,12 @@ def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> di
 
 
 def quantized(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]], tables: Tables) -> Coded:
-    """Quantize factors in steps."""
+    """The quantized values of factors in steps."""
     return encode.quantize(targets(modules, shapes), tables.frequencies, float(tables.multiplier[0]))
 
 
 def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
-    """What the quantized factors come back as, with the cores of `modules`."""
+    """The decoded factors, with the cores of `modules`."""
     return {
         n: tuple(x._replace(core=like.core) for x, like in zip(terms, modules[n], strict=True))
         for n, terms in all_terms(coded.shapes, coded.pieces, coded.values).items()
@@ -81,13 +81,13 @@ def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
 
 
 def recount(coded: Coded, multiplier: float | np.ndarray) -> Tables:
-    """Tables of what was just quantized."""
+    """Tables counted from quantized values."""
     prior = contexts.gaussian()
     return Tables(coded.counts + 8 * prior / prior.sum(-1, keepdims=True), np.reshape(multiplier, 1))
 
 
 def start_tables(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> Tables:
-    """Tables of factors in steps: quantization and counting alternate."""
+    """Tables for factors in steps, by alternating quantization and counting."""
     prior = contexts.gaussian()
     tables = Tables(prior / prior.sum(-1, keepdims=True), np.array([encode.MULTIPLIER]))
     for _ in range(TABLE_ROUNDS):
@@ -96,7 +96,7 @@ def start_tables(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) 
 
 
 def gains_of(coded: Coded, modules: Modules, tasks: int) -> dict[int, list[np.ndarray]]:
-    """The cores of `modules` in the codec's order, as they will be read."""
+    """The cores of `modules` in the codec's order, rounded as they will be decoded."""
     gains = {}
     for t in range(tasks):
         live = syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t)
@@ -106,7 +106,7 @@ def gains_of(coded: Coded, modules: Modules, tasks: int) -> dict[int, list[np.nd
 
 
 def arrays(modules: Modules) -> Any:
-    """What moves: module -> terms' `(a, b, core)` as arrays; an empty core where there is none."""
+    """The arrays that are optimized: module -> `(a, b, core)` per term, with an empty core for none."""
     return {n: tuple((x.a, x.b, () if x.core is None else x.core) for x in t) for n, t in modules.items()}
 
 
@@ -122,14 +122,14 @@ def with_arrays(modules: Modules, moved: Any) -> dict[str, tuple[Factors, ...]]:
 
 
 class Rounding(NamedTuple):
-    """How a store rounds.
+    """The rounding of a segment.
 
     Attributes:
-      tables: what the first rounding is charged.
-      round: `(factors, tables, settled) -> (factors as they would be read, next tables)`; where settled,
-        tables that fit stay, so that decisions stay what the factors have grown used to.
-      finish: `(factors, tables) -> (factors as they are read, their leaves or None)`; no factors where they
-        did not fit.
+      tables: the rate model of the first rounding.
+      round: `(factors, tables, settled) -> (decoded factors, next tables)`; if settled, tables that fit the
+        byte limit stay, so that decisions change less.
+      finish: `(factors, tables) -> (decoded factors, their leaves or None)`; no factors if they exceed the
+        byte limit.
     """
 
     tables: Any
@@ -149,7 +149,7 @@ def casting(kept: Modules) -> Rounding:
 
 
 def coding(segment: Segment, kept: Modules) -> Rounding:
-    """The rounding of a coded segment; the price of a bit follows the bytes, which may not grow."""
+    """The rounding of a coded segment; the price of a bit is adjusted so that bytes do not grow."""
     shapes, tasks = segment.modules, len(segment.tasks)
     factors = (np.size(v) for k, v in segment.leaves.items() if k.startswith(("shared", "task_", "head_")))
     limit = max(sum(factors) - SPARE, SPARE)
@@ -171,7 +171,7 @@ def coding(segment: Segment, kept: Modules) -> Rounding:
         over = bias * estimate(coded, modules) / (limit - MARGIN * limit)
         if settled and over <= 1:
             return decoded(coded, modules), tables
-        # bytes follow the price slowly
+        # bytes react slowly to the price
         price = tables.multiplier * np.clip(over**4, 0.95, 1.05) / encode.MULTIPLIER
         return decoded(coded, modules), recount(coded, encode.MULTIPLIER * np.clip(price, *PRICES))
 
@@ -191,17 +191,17 @@ def coding(segment: Segment, kept: Modules) -> Rounding:
 def unrounded(
     kept: Modules, collection: Sequence[Adapter], metrics: Mapping[str, Metrics]
 ) -> dict[str, tuple[Factors, ...]]:
-    """Factors before their rounding: on each side those of least squared error for what the other decodes to.
+    """Unrounded factors: per side those of least squared error, given the decoded factors of the other side.
 
-    With `p_t = core_t @ b_t`, the best inputs of the tasks t that share one factor solve
-    `a @ sum_t w_t p_t p_t.T = sum_t w_t delta_t p_t.T`, `w_t = 1 / ||delta_t||^2`, and alike for the other
-    side; they are kept within a cell of the stored ones. Vectors that a store leaves out (zeros) stay so. All
-    this is in the metrics' coordinates where there are any.
+    With `p_t = core_t @ b_t`, the best `a` of the tasks t that share one factor solves
+    `a @ sum_t w_t p_t p_t.T = sum_t w_t delta_t p_t.T`, `w_t = 1 / ||delta_t||^2`; the other side is
+    analogous. Entries are limited to one quantizer cell around the stored ones. Vectors that are zero in the
+    store stay zero. With metrics all this is in their coordinates.
 
     Args:
       kept: coded terms, with diagonal cores.
-      collection: the adapters it was made of, in the order of its tasks.
-      metrics: module -> metrics of its inputs and outputs, none where left out.
+      collection: the original adapters, in the order of the tasks.
+      metrics: module -> metrics of its inputs and outputs; modules may be missing.
     """
     out: dict[str, tuple[Factors, ...]] = {}
     for name, terms in kept.items():
@@ -241,7 +241,7 @@ def within_cell(stored: np.ndarray, best: np.ndarray) -> np.ndarray:
 def residual(
     adapter: Adapter, name: str, terms: Sequence[Factors], *, skip: int, task: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """A task's delta less all terms but one, factors `[I, r]`, `[r, O]` in float64; None if it has none."""
+    """A task's delta minus all terms but one, as float64 factors `[I, r]`, `[r, O]`; None without a delta."""
     if name not in adapter.a:
         return None
     left = [np.asarray(adapter.a[name], np.float64)]

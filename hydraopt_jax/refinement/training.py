@@ -1,13 +1,14 @@
-"""Refinement of a store with its rounding in the loop, shared and per-task factors jointly, with Optax.
+"""Refinement of a store by Optax with its rounding in the loop, shared and per-task factors jointly.
 
-What is optimized is the error of what will be stored. Behind every stored factor lies an unrounded one; each
-step rounds all of them as the store would (a cast, or the trellis quantizer with its tables and predictions),
-takes the gradient of the loss at the rounded factors, and moves the unrounded ones by it (straight-through).
-Bytes do not grow: the quantizer's price of a bit follows them.
+The loss is that of the stored factors. Each stored factor has an unrounded counterpart. A step rounds all of
+them as the store would (a cast, or the trellis quantizer with its tables and predictions), takes the gradient
+of the loss at the rounded factors, and moves the unrounded ones by it (straight-through estimator). Bytes do
+not
+grow: the quantizer's price of a bit is adjusted.
 
-Two objectives. Without a forward function the mean relative squared error of delta. With one, the mean over
-tasks and tokens of `KL(p_adapter || p_store)`, the divergence of the stored adapters' next-token
-distributions from the original ones', on unlabeled batches (distillation).
+There are two objectives. Without a forward function it is the mean relative squared error of deltas. With one
+it is the mean over tasks and tokens of `KL(p_adapter || p_store)`, the divergence of next-token distributions
+with the stored adapters from those with the original ones, on unlabeled batches (distillation).
 
 Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432.
 """
@@ -37,16 +38,16 @@ from hydraopt_jax.store import Segment, Store, plain
 from hydraopt_jax.store.store import make_segment, tensors_at
 
 LEARNING_RATE = 0.03
-# share of the steps after which the quantizer's tables stay as they are
+# share of the steps after which the quantizer's tables are fixed
 SETTLED = 0.8
 
 
 class Refined(NamedTuple):
-    """What a refinement bought.
+    """Losses of a refinement.
 
     Attributes:
-      before: the loss of the store as it was, on the check batch.
-      after: the loss of the result there; never above `before`.
+      before: the loss of the given store on the check batch.
+      after: the loss of the result on the check batch; never above `before`.
       trace: `[steps]` the loss of every step, on its own batch.
     """
 
@@ -56,7 +57,7 @@ class Refined(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is carried on: unrounded factors in their units, the optimizer's memory, the coder's tables."""
+    """State of a refinement: unrounded factors in their units, optimizer state, the coder's tables."""
 
     factors: Any
     optimizer: Any
@@ -65,7 +66,7 @@ class State(NamedTuple):
 
 @jax.custom_jvp
 def straight_through(x: Array, rounded: Array, slope: Array) -> Array:
-    """`rounded`, whose derivative is taken to be `slope` along `x` (Bengio et al. 2013)."""
+    """`rounded`, with `slope` as its derivative with respect to `x` (Bengio et al. 2013)."""
     return rounded
 
 
@@ -79,19 +80,19 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 def default_optimizer(steps: int, rate: float = LEARNING_RATE) -> optax.GradientTransformation:
     """Adam with a cosine decay to zero; the rate is in quantizer steps (coded) or in a factor's rms.
 
-    The same object for the same arguments, so that a second refinement compiles nothing.
+    Equal arguments give the same object, so that a second refinement compiles nothing.
     """
     return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
 
 
 @functools.lru_cache(maxsize=64)
 def accumulating(optimizer: optax.GradientTransformation, batches: int) -> optax.MultiSteps:
-    """The optimizer, which moves once in so many batches; the same object for the same arguments."""
+    """The optimizer with one step per so many batches; equal arguments give the same object."""
     return optax.MultiSteps(optimizer, batches)
 
 
 def value(loss: Any, like: Modules, original: Lora, moved: Any, batch: Any) -> Array:
-    """The loss of factors that were moved, indices as `like` has them."""
+    """The loss of moved factors, with the indices of `like`."""
     return loss(stacked(with_arrays(like, moved)), original, batch)
 
 
@@ -119,7 +120,7 @@ step_of_weights = jax.jit(step, static_argnums=0)
 
 
 def units(modules: Modules, coded: bool) -> Any:
-    """One unit of each factor: a quantizer step, or the rms of a plain one; of cores their own size."""
+    """The unit of each factor: a quantizer step, or the rms of a plain factor; for cores their own size."""
 
     def rms(x: Any, axes: Any) -> np.ndarray:
         wide = np.asarray(x, np.float32)
@@ -158,29 +159,29 @@ def refine(
     save: int = 25,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Store, Refined]:
-    """Refine a store so that what it holds, rounded, loses least; its bytes do not grow.
+    """The store with refined factors of lower loss, at no more bytes; and the losses before and after.
 
     Args:
-      store: plain or coded (made under a budget), all tasks of it.
-      collection: the adapters it was made of.
+      store: plain or coded (made under a budget), with all its tasks.
+      collection: the adapters that it was made of.
       calibration: second moments as in a calibration file, to refine the error of the modules' outputs;
         None for the error of the weights.
       forward: `(lora, batch) -> logits [..., V]` for one task, to refine the divergence of the model's
         outputs.
-      batches: step -> batch, or a sequence that is gone through again and again; every leaf has a leading
-        task axis. Unlabeled inputs, only for `forward`.
+      batches: function step -> batch, or a sequence that is cycled through; every leaf has a leading task
+        axis. Unlabeled inputs, used only with `forward`.
       mask: `batch -> [...]` bool, the predictions that count; None for all.
       check: the batch on which `before` and `after` are measured; None for the first.
       optimizer: any Optax optimizer; None for `default_optimizer(steps)`.
-      steps: batches used.
-      accumulate: batches a step of the optimizer.
-      at_once: tasks computed side by side; None for all, fewer need less memory.
-      folder: where to save, to go on from after a stop; None for nowhere.
-      save: how often, in steps.
+      steps: number of batches.
+      accumulate: batches per step of the optimizer.
+      at_once: number of tasks computed in parallel; None for all, fewer need less memory.
+      folder: for saved steps, from which a stopped run resumes; None to save nothing.
+      save: number of steps between saves.
       progress: called with the loss of every step.
 
     Returns:
-      The refined store, or the same one where nothing was gained; and what it bought.
+      The refined store, or the given store if nothing was gained; and `Refined`.
 
     Raises:
       HydraOptError: adapters that are not those of the store, no batches for `forward`, or a saved step that
@@ -233,7 +234,7 @@ def refine(
 
 
 class Given(NamedTuple):
-    """What `refine` was asked for, see there; `optimizer` takes the batches of a step one by one."""
+    """Arguments of `refine`; `optimizer` takes the batches of a step one by one."""
 
     calibration: Mapping[str, np.ndarray] | None
     forward: Forward | None
@@ -249,27 +250,27 @@ class Given(NamedTuple):
 
     @property
     def level(self) -> str:
-        """What the loss is of."""
+        """The kind of the loss: "weights", "activations" or "outputs"."""
         if self.forward is not None:
             return "outputs"
         return "weights" if self.calibration is None else "activations"
 
 
 def known(segment: Segment) -> float:
-    """How many modules and tasks a segment has errors of."""
+    """Number of (module, task) pairs whose errors a segment has."""
     table = segment.error_table()
     return 1.0 if table is None else float(np.isfinite(table).sum())
 
 
 def average(rows: Sequence[tuple[float, float]]) -> float:
-    """Mean of values with weights."""
+    """Weighted mean of `(value, weight)` rows."""
     return float(np.average([x for x, _ in rows], weights=[w for _, w in rows]))
 
 
 def segment_of(
     store: Store, n: int, ordered: Sequence[Adapter]
 ) -> tuple[Segment, dict[str, Any], list[Adapter]]:
-    """A segment, its terms, and what its tasks' adapters have of its modules."""
+    """A segment, its terms, and its tasks' adapters with only its modules."""
     x = store.segments[n]
     position = {a.task: a for a in ordered}
     few = []
@@ -283,7 +284,7 @@ def segment_of(
 def refine_segment(
     segment: Segment, kept: dict[str, Any], ordered: Sequence[Adapter], given: Given, folder: Path | None
 ) -> tuple[Segment, Refined]:
-    """Refine one segment; the same one where nothing was gained."""
+    """The refined segment, or the given one if nothing was gained; and the losses."""
     metrics = {}
     if given.calibration is not None:
         shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items()}
@@ -345,13 +346,13 @@ def with_factors(
     ordered: Sequence[Adapter],
     metrics: Mapping[str, Metrics],
 ) -> Segment:
-    """A segment with other factors, coded in `leaves` or plain, and their true errors."""
+    """A segment with other factors (coded in `leaves`, or plain) and their measured errors."""
     schema: Any = segment.modules
     body: Any = leaves
     if leaves is None:
         schema, body = plain.to_leaves(modules)
     names = list(schema)
-    # of outputs only where they can be measured: what was claimed before holds no more
+    # errors of outputs only if they can be measured: the former ones are no longer valid
     outputs = error_table(modules, ordered, names, metrics) if metrics else None
     errors = error_table(modules, ordered, names)
     carried = [tensors_at(segment, k) for k in range(len(segment.tasks))]
@@ -359,23 +360,23 @@ def with_factors(
 
 
 def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:
-    """Step -> batch, from the front again after the last."""
+    """Step -> batch, cycling through the sequence."""
     return lambda i: batches[i % len(batches)]
 
 
 def vectors(moved: Any) -> Any:
-    """The same with `b` transposed, so that vectors lie along the axis before the last on both sides."""
+    """The arrays with `b` transposed, so that vectors lie along the second to last axis on both sides."""
     flip = lambda x: x.swapaxes(-1, -2)  # noqa: E731
     return {n: tuple((a, flip(b), core) for a, b, core in terms) for n, terms in moved.items()}
 
 
 def wide(moved: Any) -> Any:
-    """The same in float32 on the device."""
+    """The arrays in float32 on the device."""
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(np.float32)), moved)
 
 
 def scaled(factors: Any, unit: Any) -> Any:
-    """Factors out of their units, on the host."""
+    """Factors multiplied with their units, on the host."""
     return jax.tree.map(lambda x, u: np.asarray(x) * u, factors, unit)
 
 
@@ -389,14 +390,14 @@ def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:
 
 
 def keep(state: State, done: int, trace: Sequence[float], folder: Path) -> None:
-    """Save a step to go on from."""
+    """Save a step, from which a run can resume."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = {"state": state, "trace": np.array(trace)}
     ocp.save((folder / str(done)).resolve(), tree, overwrite=True)
 
 
 def resume(state: State, folder: Path | None) -> tuple[State, int, list[float]]:
-    """The newest saved step, or the beginning."""
+    """The newest saved state, its step and trace; or the given state at step 0."""
     done = [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder is not None else []
     if not done:
         return state, 0, []

@@ -1,6 +1,6 @@
 """Stores inside JAX programs: mixed batches, slots for the tasks in use, Flax NNX layers.
 
-One task goes into a model's own LoRA parameters, too.
+A single task can also be loaded into a model's own LoRA parameters.
 """
 
 from hydraopt_jax.serving.apply import Module, apply, branches, dequantize, shape

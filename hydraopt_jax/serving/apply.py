@@ -1,9 +1,9 @@
 """A store inside JAX: `x[n] @ delta[task[n]]` for batches that mix tasks.
 
 A module is a tuple of `forms.Factors` on the device, `delta[t] = sum of a[a_of[t]] @ core[t] @ b[b_of[t]]`: a
-pytree to pass through `jit`. The two products are taken factor by factor, not task by task: a side with one
-factor (HydraOpt's shared one) is one matmul for the whole batch, a side with K heads is a product in K
-groups (`grouped`).
+pytree to pass through `jit`. The two products are computed per factor, not per task: a side with one factor
+(HydraOpt's shared one) is one matmul for the whole batch, a side with K heads is a product in K groups
+(`grouped`).
 """
 
 import functools
@@ -27,7 +27,7 @@ Module = tuple[Factors, ...]
 
 
 def dequantize(module: Module, dtype: Any = jnp.float32) -> Module:
-    """The module with plain factors in place of codes: more memory, less work in each step."""
+    """The module with plain factors instead of codes: more memory, less work per step."""
     return tuple(
         term._replace(a=_dense(term.a, True).astype(dtype), b=_dense(term.b, False).astype(dtype))
         for term in module
@@ -72,13 +72,13 @@ def apply(
       module: one module of `load`.
       task_ids: integers that broadcast to `x.shape[:-1]`: `[N]` for tokens `[N, I]`, `[B, 1]` for sequences
         `[B, L, I]`. A scalar serves one task without sorting or masking.
-      method: how a side of several factors is multiplied, see `grouped`; None for the rule by shape.
-      precision: of the products; float32 operands count in full by default.
-      checked: raise through `jax.experimental.checkify` for an id that no task has.
+      method: of the product on a side with several factors, see `grouped`; None to choose by shape.
+      precision: of the products; by default float32 operands keep full precision.
+      checked: raise through `jax.experimental.checkify` for an id outside 0..T-1.
 
     Returns:
       `[..., O]` in the dtype of `x`, accumulated in float32. An id outside 0..T-1, such as -1, gives exactly
-      zero: a row for the base model alone. So does a task that lacks the module.
+      zero, so the row is that of the base model. So does a task that lacks the module.
 
     Raises:
       HydraOptError: shapes that disagree, ids that are not integers, an unknown method.
@@ -112,7 +112,7 @@ def apply(
 
 
 def _indices(term: Factors, ids: Array) -> tuple[Array, Array, Array, Array]:
-    """Task, input factor, output factor of each id (0 where there is none); whether there is a delta."""
+    """Task, input factor and output factor of each id (0 for none); and whether the id has a delta."""
     tasks = term.a_of.shape[0]
     task = jnp.clip(ids, 0, tasks - 1)
     a, b = term.a_of[task], term.b_of[task]
@@ -160,7 +160,7 @@ def branches(
 ) -> dict[str, Callable[[Array], Array]]:
     """`apply` of every module for one batch, module name -> function of its input.
 
-    For models that take what is added to each projection, such as `demo.model.forward`.
+    They are for models that take one function per projection, such as `demo.model.forward`.
     """
     return {
         name: functools.partial(apply, module=module, task_ids=task_ids, method=method)

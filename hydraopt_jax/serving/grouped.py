@@ -1,6 +1,6 @@
 """Products of rows with the matrix of their group: `y[n] = x[n] @ w[group[n]]` for N rows and G matrices.
 
-No method gathers a matrix a row. With P inputs, Q outputs and S = min(P, Q), their arithmetic is:
+No method gathers a matrix per row. With P inputs, Q outputs and S = min(P, Q), the costs are:
 
 | method | multiply-adds | largest temporary |
 |---|---|---|
@@ -21,10 +21,10 @@ from jax import Array
 from hydraopt_jax.errors import HydraOptError
 
 METHODS = ("mask", "blocks", "ragged")
-# up to so many rows, or so many columns G * S, a masked matmul is as fast as sorting (measured on two cores)
+# limits on rows, and on columns G * S, up to which a masked matmul is as fast as sorting (two CPU cores)
 FEW_ROWS = 64
 FEW_COLUMNS = 128
-# rows of a block: a power of two near the rows a group
+# rows of a block: a power of two near the rows per group
 BLOCKS = (16, 32, 64)
 
 
@@ -40,7 +40,7 @@ def choose(rows: int, groups: int, rank: int) -> str:
 
 
 def check_method(method: str | None) -> None:
-    """Refuse an unknown method by name."""
+    """Raise for an unknown method."""
     if method is not None and method not in METHODS:
         raise HydraOptError(f"method = {method!r}: must be one of {', '.join(METHODS)}, or None")
 
@@ -114,18 +114,18 @@ def by_blocks(x: Array, group: Array, groups: int, multiply: Callable[[Array, Ar
       x: `[N, P]`.
       group: `[N]` int, each in 0..G-1.
       groups: G.
-      multiply: what to do with a block; vmapped over at most N / 4 blocks at a time, so that gathering a
-        matrix for each never takes what gathering one for each row would.
+      multiply: function of one block. It is vmapped over at most N / 4 blocks at a time, so that gathering
+        one matrix per block takes less memory than one per row.
 
     Returns:
       `[N, Q]`, rows in the order of `x`.
     """
     rows = x.shape[0]
     size = next((k for k in BLOCKS if k * groups >= rows), BLOCKS[-1])
-    # each group that occurs leaves at most one block unfilled
+    # each group leaves at most one block partly filled
     count = rows // size + min(groups, rows)
     slot, owner = arrange(group, groups, size, count)
-    # places that no row has are read from the first row and never written back
+    # unused places of a block read the first row and are not written back
     source = jnp.zeros(count * size, slot.dtype).at[slot].set(jnp.arange(rows), unique_indices=True)
     y = jax.lax.map(
         lambda block: multiply(x[block[0]], block[1]),

@@ -1,4 +1,4 @@
-"""Flax NNX: layers that serve every task of a store, and one task into a model's own LoRA parameters.
+"""Flax NNX: layers that serve all tasks of a store; and loading one task into a model's LoRA parameters.
 
 A batch that mixes tasks::
 
@@ -39,7 +39,7 @@ KERNELS = ("kernel", "w")
 
 
 class Stored(nnx.Variable):
-    """The factors of a module: no `nnx.Param`, so that optimizers leave them alone unless told."""
+    """The factors of a module. Not an `nnx.Param`, so that optimizers do not update them by default."""
 
 
 class TaskIds(nnx.Variable):
@@ -50,7 +50,7 @@ class Served(nnx.Module):
     """A layer plus the delta of each row's task: `base(x) + x @ delta[task_ids]`.
 
     Attributes:
-      base: a layer, see `wrap`; what is asked of this one and is not here is asked of it.
+      base: the wrapped layer, see `wrap`; unknown attributes are looked up in it.
       stored: the factors, a `serving.Module`.
       name: of the module in the store.
       task_ids: integers that broadcast to the axes of `x` that are not contracted, see `serving.apply`.
@@ -77,7 +77,7 @@ class Served(nnx.Module):
         return getattr(self.base, name)
 
     def __call__(self, x: Array, *args: Any, task_ids: Any = None, **options: Any) -> Array:
-        """The base layer's output plus the tasks' deltas; `task_ids` given here go before the model's."""
+        """The base layer's output plus the tasks' deltas; `task_ids` given here override the model's."""
         y = self.base(x, *args, **options)
         ids = self.task_ids.get_value() if task_ids is None else task_ids
         equation = next((a for a in (*args, options.get("einsum_str")) if isinstance(a, str)), None)
@@ -87,19 +87,19 @@ class Served(nnx.Module):
 
 
 def kernel_of(base: Any) -> Any:
-    """The variable of a layer's kernel; None where it has none."""
+    """The variable of a layer's kernel; None if it has none."""
     found = (getattr(base, name, None) for name in KERNELS)
     return next((x for x in found if isinstance(x, nnx.Variable)), None)
 
 
 def kernel_shape(base: Any) -> tuple[int, ...]:
-    """Shape of a layer's kernel, a stack's axis left out where the layer says so; () where it has none."""
+    """Shape of a layer's kernel, without a stacking axis if the layer says so; () if it has no kernel."""
     kernel = kernel_of(base)
     return tuple(getattr(base, "kernel_shape", () if kernel is None else kernel.get_value().shape))
 
 
 def is_layer(base: Any) -> bool:
-    """Whether a module says how it multiplies by its kernel; see `wrap`."""
+    """Whether a module has a kernel and describes its product with it; see `wrap`."""
     sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
     if isinstance(getattr(base, "einsum_str", None), str) and kernel_shape(base):
         return True
@@ -108,7 +108,7 @@ def is_layer(base: Any) -> bool:
 
 
 def contraction(base: Any, x: Array, equation: str | None = None) -> tuple[Array, Callable[[Array], Array]]:
-    """`x` as rows `[..., I]` of a layer's matrix, and how rows `[..., O]` become the layer's output."""
+    """`x` as rows `[..., I]` of a layer's matrix; and a function from rows `[..., O]` to the output."""
     equation = equation or getattr(base, "einsum_str", None)
     if equation:
         lhs, kernel, out = labels(equation, x.ndim)
@@ -127,7 +127,7 @@ def contraction(base: Any, x: Array, equation: str | None = None) -> tuple[Array
 
 
 def labels(equation: str, ndim: int) -> tuple[str, str, str]:
-    """Labels of inputs, kernel and outputs, an ellipsis spelt out for an input of `ndim` axes.
+    """Labels of inputs, kernel and outputs, with an ellipsis expanded for an input of `ndim` axes.
 
     >>> labels("...D, DH -> ...H", 3)
     ('abD', 'DH', 'abH')
@@ -160,7 +160,7 @@ def matrix(base: Any) -> tuple[int, int]:
     """I and O of a layer's kernel as a matrix.
 
     Raises:
-      HydraOptError: a layer that is no single matrix.
+      HydraOptError: the layer is not a single matrix.
     """
     if not is_layer(base):
         raise HydraOptError(f"a {type(base).__name__} does not say how it multiplies: see serving.wrap")
@@ -178,7 +178,7 @@ def matrix(base: Any) -> tuple[int, int]:
 
 
 def check_shape(path: str, base: nnx.Module, module: Module) -> None:
-    """Refuse a layer and a module of different shapes, naming the path and both."""
+    """Raise if a layer and a module have different shapes; the message has the path and both shapes."""
     try:
         want = matrix(base)
     except HydraOptError as error:
@@ -192,7 +192,7 @@ def check_shape(path: str, base: nnx.Module, module: Module) -> None:
 
 
 def dotted(path: Path) -> str:
-    """A module's path as its name.
+    """The dotted name of a module's path.
 
     >>> dotted(("layers", 0, "q_proj"))
     'layers.0.q_proj'
@@ -208,24 +208,25 @@ def wrap(
     rename: Callable[[str], str] = lambda path: path,
     method: str | None = None,
 ) -> list[str]:
-    """Replace a model's layers, in place, by ones that serve every task of a store.
+    """Replace a model's layers, in place, by layers that serve all tasks of a store; return their paths.
 
     Args:
-      model: the model. A layer of any class can be wrapped that has a parameter `kernel` or `w` and says what
-        it does with it: by an `einsum_str` (`nnx.Einsum`, Tunix' layers), or by `in_features` and
-        `out_features`, with an `axis` where these are several (`nnx.Linear`, `nnx.LinearGeneral`).
-      modules: `serving.load(store)`, or those of a `serving.Slots`' state.
-      patterns: shell patterns of dotted module paths, such as `"layers.*.q_proj"`; None for every module of
-        the store, none of which may then be without a layer.
-      rename: model path -> the store's module name, where they differ; `formats.hugging_face_name` makes it
-        for the families that it knows.
+      model: the model. A layer of any class can be wrapped if it has a parameter `kernel` or `w` and
+        describes its product: by an `einsum_str` (`nnx.Einsum`, Tunix' layers), or by `in_features` and
+          `out_features`,
+        with an `axis` if these are several (`nnx.Linear`, `nnx.LinearGeneral`).
+      modules: `serving.load(store)`, or the modules of the state of `serving.Slots`.
+      patterns: shell patterns of dotted module paths, such as `"layers.*.q_proj"`; None for all modules of
+        the store, each of which must then have a layer.
+      rename: model path -> module name in the store, if they differ; `formats.hugging_face_name` returns this
+        function for known model families.
       method: see `serving.apply`.
 
     Returns:
-      Paths of the layers wrapped. All tasks are the base model until `set_task_ids`.
+      Paths of the wrapped layers. All rows are of the base model until `set_task_ids` is called.
 
     Raises:
-      HydraOptError: a pattern that matches no layer of the store, a module without a layer, shapes that
+      HydraOptError: a pattern that matches no layer of the store, a module without a layer, or shapes that
         differ.
     """
     layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(model) if is_layer(x)}
@@ -257,7 +258,7 @@ def wrap(
 
 
 def replace(model: nnx.Module, path: Path, new: nnx.Module) -> None:
-    """Put a module in the place of another."""
+    """Replace the module at a path."""
     *parents, last = path
     parent: Any = model
     for key in parents:
@@ -269,7 +270,7 @@ def replace(model: nnx.Module, path: Path, new: nnx.Module) -> None:
 
 
 def set_task_ids(model: nnx.Module, task_ids: Any) -> None:
-    """Say which task each row of the next batch is of, for all layers that `wrap` made.
+    """Set the task of each row of the next batch, for all layers that `wrap` made.
 
     Raises:
       HydraOptError: the model has no such layer.
@@ -291,10 +292,12 @@ def served_layers(model: nnx.Module) -> list[Served]:
 
 
 def set_modules(model: nnx.Module, modules: Mapping[str, Module]) -> None:
-    """Give all layers that `wrap` made other factors, such as those of slots after a load; shapes stay.
+    """Set the factors of all layers that `wrap` made, such as those of slots after a load.
+
+    Shapes must not change.
 
     Raises:
-      HydraOptError: the model has no such layer, a layer without a module, shapes that differ.
+      HydraOptError: the model has no such layer, a layer without a module, or shapes that differ.
     """
     for layer in served_layers(model):
         if layer.name not in modules:
@@ -305,10 +308,10 @@ def set_modules(model: nnx.Module, modules: Mapping[str, Module]) -> None:
 
 
 def task_ids(tasks: Store | Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Task names as ids, `[N]` int32: positions among a store's tasks, or among those that were loaded.
+    """Ids of task names, `[N]` int32: positions among a store's tasks, or among given names.
 
     Raises:
-      HydraOptError: an unknown name; near names are listed.
+      HydraOptError: an unknown name; similar names are listed.
     """
     known = tasks.tasks if isinstance(tasks, Store) else tasks
     return np.array([stores.task_index(known, name) for name in names], np.int32)
@@ -324,23 +327,24 @@ def load_task(
     scale: float = 1.0,
     stack: int | str | None = "ask",
 ) -> list[str]:
-    """Load one task, in place, into a model's own LoRA parameters: those of Flax, or those that qwix made.
+    """Load one task, in place, into a model's own LoRA parameters (Flax or qwix); return the layers' paths.
 
-    A task of a lower rank than the model's is padded with zeros, and a LoRA layer that the task has no module
-    for is set to a zero delta.
+    A task of a lower rank than the model's is padded with zeros. A LoRA layer without a module in the task
+    gets a zero delta.
 
     Args:
       model: the model.
       store: the store.
       task: the task's name.
-      rename: path of a layer's LoRA (without a last `lora` or `kernel`) -> the store's module name, where
-        they differ.
-      convert: of the decoded task, before; `formats.to_library` where a family's names and shapes differ.
-      scale: what the model multiplies by: alpha / rank of qwix, 1 of Flax. `b` is divided by it.
+      rename: path of a layer's LoRA (without a final `lora` or `kernel`) -> module name in the store, if they
+        differ.
+      convert: applied to the decoded task first, such as `formats.to_library` for a library's names and
+        shapes.
+      scale: the model's factor on the delta: alpha / rank for qwix, 1 for Flax. `b` is divided by it.
       stack: see `formats.read_tree`.
 
     Returns:
-      Paths of the layers loaded.
+      Paths of the loaded layers.
 
     Raises:
       HydraOptError: an unknown task, a model without LoRA parameters, a module without a LoRA layer, shapes

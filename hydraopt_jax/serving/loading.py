@@ -1,4 +1,4 @@
-"""A store's factors on devices: in which precision, and how they lie on a mesh."""
+"""Load a store's factors onto devices, with a chosen precision and sharding."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.apply import Module
 from hydraopt_jax.store import Store, decode_terms, select
 
-# of layers' kernels as matrices `[I, O]`: one for all modules, or module name -> its own; None: one device
+# shardings of kernels as matrices `[I, O]`: one for all modules, or a function of the name; None: one device
 Shardings: TypeAlias = NamedSharding | Callable[[str], NamedSharding | None] | None
 
 
@@ -27,26 +27,26 @@ def load(
     shardings: Shardings = None,
     on_device: bool | None = None,
 ) -> dict[str, Module]:
-    """A store's modules on the device.
+    """A store's modules as factors on the device, for `apply` and `wrap`.
 
     Entropy-coded factors are decoded once, on the host or by JAX, to the same numbers. `bits` quantizes the
-    factors anew at a fixed rate and keeps packed codes in device memory; `apply` dequantizes them on the fly,
-    `dequantize` once.
+    factors again at a fixed rate and keeps packed codes in device memory. `apply` dequantizes them on the
+    fly, `dequantize` once.
 
     Args:
       store: from `compress` or `open`.
-      tasks: names of those to load; their ids are then positions among these names. None for all.
-      dtype: of the factors. None for what the store keeps where that takes two bytes, bfloat16 otherwise:
-        coded factors are numbers of quantizer steps, which bfloat16 holds exactly up to 256. Cores, which
+      tasks: names of the tasks to load; ids are then positions among these names. None for all.
+      dtype: of the factors. None for the store's dtype if that takes two bytes, else bfloat16: coded factors
+        are integers (numbers of quantizer steps), which bfloat16 represents exactly up to 256. Cores, which
         have the steps, stay float32.
-      bits: 2 to 8 for codes of so many bits and a half-precision scale per vector; None for none.
-      shardings: of the layers' kernels as matrices `[I, O]`, one for all modules or by name: `a` is split
-        over inputs and `b` over outputs as the kernel is. None for one device.
-      on_device: decode entropy-coded factors by JAX, the lanes of all tasks at once; None for True where the
+      bits: 2 to 8 for codes of so many bits with a half-precision scale per vector; None for no codes.
+      shardings: of the layers' kernels as matrices `[I, O]`, one for all modules or by name. `a` is split
+        over inputs and `b` over outputs like the kernel. None for one device.
+      on_device: decode entropy-coded factors by JAX, the lanes of all tasks at once; None for True if the
         default backend is an accelerator.
 
     Returns:
-      Module name -> its terms; a module that none of the tasks has is left out.
+      Module name -> its terms; modules that none of the tasks has are left out.
 
     Raises:
       HydraOptError: an unknown task, values that overflow the dtype, a sharding that does not fit, options
@@ -82,7 +82,7 @@ def _device(name: str, term: Factors, dtype: Any, bits: int | None, kernel: Name
 
 
 def serving_dtype(stored: Any, asked: Any = None) -> np.dtype:
-    """The dtype of factors on the device, from that in the store and the one asked for.
+    """The dtype of factors on the device, from the store's dtype and the requested one.
 
     >>> serving_dtype("float32").name, serving_dtype("float16").name, serving_dtype("float16", "float32").name
     ('bfloat16', 'float16', 'float32')
@@ -92,10 +92,10 @@ def serving_dtype(stored: Any, asked: Any = None) -> np.dtype:
 
 
 def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """An array of a module in a dtype.
+    """An array of a module, converted to a dtype.
 
     Raises:
-      HydraOptError: it overflows.
+      HydraOptError: a value overflows.
     """
     with np.errstate(over="ignore"):
         out = x.astype(dtype)
@@ -110,7 +110,7 @@ def kernel_sharding(shardings: Shardings, name: str) -> NamedSharding | None:
 
 
 def place(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
-    """A term on the devices of a layer's kernel, split as it is.
+    """A term on the devices of a layer's kernel, with matching shardings.
 
     Args:
       name: of the module.
@@ -118,7 +118,7 @@ def place(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
       kernel: sharding of `[I, O]`; None for one device.
 
     Raises:
-      HydraOptError: a sharding that does not divide the axes, or of more than two.
+      HydraOptError: a sharding that does not divide the axes, or has more than two.
     """
     if kernel is None:
         return jax.tree.map(jnp.asarray, term)
@@ -126,7 +126,7 @@ def place(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
 
 
 def split(name: str, term: Factors, kernel: NamedSharding) -> Factors:
-    """The shardings of a term's arrays, from that of its layer's kernel `[I, O]`; as `place`."""
+    """The shardings of a term's arrays, from that of its layer's kernel `[I, O]`; see `place`."""
     size = term.a.shape[-2], term.b.shape[-1]
     try:
         kernel.shard_shape(size)

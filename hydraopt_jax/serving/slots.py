@@ -1,8 +1,8 @@
-"""A fixed number of slots on the device for the tasks of a store: the least recently used make room.
+"""A fixed number of slots on the device for the tasks of a store, with least-recently-used replacement.
 
-Every module has one pair of factors per slot, `a: [K, I, S]` and `b: [K, S, O]`, whose rank S is the widest
-of any task of the store, so that tasks come and go without a new shape: nothing is compiled again. `apply`,
-`branches` and `wrap` take the modules as they take those of `load`; ids are slots.
+Every module has one pair of factors per slot, `a: [K, I, S]` and `b: [K, S, O]`. The rank S is the widest of
+any task of the store, so a new task has the same shape and nothing is compiled again. `apply`, `branches` and
+`wrap` accept these modules like those of `load`; ids are slots.
 
 Reference: Sheng et al., S-LoRA: serving thousands of concurrent LoRA adapters, 2023, arXiv 2311.03285.
 """
@@ -30,10 +30,10 @@ EMPTY = -1
 
 
 class State(NamedTuple):
-    """What is in the slots: a pytree of arrays, always of the same structure and shapes.
+    """Content of the slots: a pytree of arrays with constant structure and shapes.
 
     Attributes:
-      modules: module name -> its factors, one term of K pairs: what `apply`, `branches` and `wrap` take.
+      modules: module name -> one term of K pairs of factors, for `apply`, `branches` and `wrap`.
       tasks: `[K]` int32, position in the store of the task in each slot, -1 for none.
       order: `[K]` int32, slots from the one used longest ago to the one used last.
     """
@@ -44,12 +44,12 @@ class State(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a slot holds of one module.
+    """Shapes and dtype of one module in a slot.
 
     Attributes:
       inputs, rank, outputs: I, S, O.
       dtype: of the factors in the store.
-      steps: whether a direction has a factor of its own in float32, such as a quantizer step.
+      steps: whether each direction has a float32 scale, such as a quantizer step.
     """
 
     inputs: int
@@ -63,7 +63,7 @@ class Row(NamedTuple):
     """One task in one module.
 
     Attributes:
-      a, b: `[I, S]`, `[S, O]`, filled up with zeros.
+      a, b: `[I, S]`, `[S, O]`, padded with zeros.
       core: `[S]` float32, or None.
       present: whether the task has the module.
     """
@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
 
 def slot_shapes(store: Store) -> dict[str, Shape]:
-    """Module -> what a slot holds of it, the widest of any task, from the store's schema alone."""
+    """Module -> `Shape` of a slot, the widest of any task, computed from the store's schema only."""
     out: dict[str, Shape] = {}
     ranks: dict[str, dict[str, int]] = {}
     for x in store.segments:
@@ -85,7 +85,7 @@ def slot_shapes(store: Store) -> dict[str, Shape]:
                 kind = np.dtype(term.b_dtype if plain and term.a_dtype == term.b_dtype else np.float32)
                 steps = not plain or term.core in ("diagonal", "scale")
                 known = out.get(name, Shape(term.inputs, 0, term.outputs, kind, False))
-                # different half precisions have none in common
+                # float16 and bfloat16 have no common half precision
                 kind = kind if kind == known.dtype else np.dtype(np.float32)
                 out[name] = known._replace(dtype=kind, steps=known.steps or steps)
                 mine = ranks.setdefault(name, {})
@@ -99,11 +99,11 @@ def slot_shapes(store: Store) -> dict[str, Shape]:
 
 
 def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype: np.dtype) -> Row:
-    """One task in one module as a slot holds it: its terms side by side, directions that are zero left out.
+    """One task in one module in the layout of a slot: terms concatenated, zero directions left out.
 
     Args:
       name: of the module.
-      terms: decoded; none where the task has no such module.
+      terms: decoded; empty if the task lacks the module.
       place: of the task in them.
       shape: of the slots.
       dtype: of the factors on the device.
@@ -134,7 +134,7 @@ def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype:
         )
     )
     if a.shape[1] > shape.rank:
-        # more directions than the matrix has
+        # more directions than the rank of the matrix
         a, b, _ = cut(a, core[:, None] * b, shape.rank)
         core = np.ones(shape.rank, np.float32)
     more = shape.rank - a.shape[1]
@@ -147,7 +147,7 @@ def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype:
 
 
 def put(modules: Mapping[str, Module], slot: Array, rows: Mapping[str, Row]) -> dict[str, Module]:
-    """The modules with another task in a slot; pure, of one shape for all tasks.
+    """The modules with another task in a slot; pure, with equal shapes for all tasks.
 
     Args:
       modules: of a `State`.
@@ -166,7 +166,7 @@ def put(modules: Mapping[str, Module], slot: Array, rows: Mapping[str, Row]) -> 
 def assign(
     tasks: np.ndarray, order: np.ndarray, wanted: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
-    """Which slot each wanted task gets; pure, on the host.
+    """The assignment of tasks to slots for a batch; pure, on the host.
 
     Args:
       tasks: `[K]` the task in each slot, -1 for none.
@@ -174,8 +174,8 @@ def assign(
       wanted: tasks of one batch; -1 for none.
 
     Returns:
-      `tasks` and `order` after it, and slot -> task of those to be loaded. An empty slot is taken first, then
-      the one used longest ago, none that the batch uses.
+      New `tasks` and `order`, and slot -> task for the tasks to load. Empty slots are taken first, then the
+      least recently used ones; slots in use by the batch are never taken.
 
     Raises:
       HydraOptError: more different tasks than slots.
@@ -192,7 +192,7 @@ def assign(
         )
     place = {int(t): k for k, t in enumerate(tasks) if t != EMPTY}
     kept = {place[t] for t in distinct if t in place}
-    # stable: of empty slots, and of others, the one used longest ago comes first
+    # stable sort: the least recently used slot comes first among empty slots, and among others
     free = iter(sorted((int(k) for k in order if k not in kept), key=lambda k: tasks[k] != EMPTY))
     loads = {next(free): t for t in distinct if t not in place}
     after = tasks.copy()
@@ -205,13 +205,13 @@ def assign(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Slots:
-    """Slots for some of a store's tasks at a time; what is in them is in a `State`.
+    """Slots for some of a store's tasks at a time; their content is a `State`.
 
     Attributes:
-      store: from `compress` or `open`; tasks are decoded, on the host, when they are first asked for.
-      count: K, how many different tasks a batch may mix.
-      dtype: of the factors, as `load` has it.
-      shardings: of the layers' kernels, as `load` has it.
+      store: from `compress` or `open`; a task is decoded on the host when a batch first needs it.
+      count: K, the number of different tasks that a batch may mix.
+      dtype: of the factors, see `load`.
+      shardings: of the layers' kernels, see `load`.
 
     Raises:
       HydraOptError: a count below 1.
@@ -229,11 +229,11 @@ class Slots:
 
     @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Module -> what a slot holds of it."""
+        """Module -> `Shape` of a slot."""
         return slot_shapes(self.store)
 
     def init(self) -> State:
-        """Empty slots: every row is the base model's.
+        """The state with empty slots, in which every row is computed by the base model.
 
         Raises:
           HydraOptError: a sharding that does not fit a module.
@@ -247,7 +247,7 @@ class Slots:
     def load(self, state: State, names: Sequence[str | None]) -> tuple[State, np.ndarray]:
         """The state with the tasks of a batch in it, and the slot of each row.
 
-        The factors of `state` are given up to the new one, as of a donated argument: do not use it again.
+        The arrays of `state` are donated to the new state: do not use `state` again.
 
         Args:
           state: of `init` or `load`.
@@ -257,8 +257,8 @@ class Slots:
           The state, and `[N]` int32 ids for `apply`, -1 where there is no task.
 
         Raises:
-          HydraOptError: an unknown task (near names are listed), more different tasks than slots, a task that
-            cannot be decoded: `state` is then as it was.
+          HydraOptError: an unknown task (similar names are listed), more different tasks than slots, or a
+            task that cannot be decoded. `state` is then unchanged.
         """
         if len(state.tasks) != self.count:
             raise HydraOptError(f"the state has {len(state.tasks)} slots, these are {self.count}")
@@ -277,7 +277,7 @@ class Slots:
         return State(modules, tasks, order), ids
 
     def _rows(self, tasks: Sequence[int]) -> list[dict[str, Row]]:
-        """Tasks as slots hold them; all are decoded before any is loaded."""
+        """Rows of tasks in the layout of the slots; all are decoded before any is loaded."""
         terms = decode_terms(self.store, [self.store.tasks[t] for t in tasks]) if tasks else {}
         dtypes = {name: serving_dtype(x.dtype, self.dtype) for name, x in self.shapes.items()}
         return [
@@ -287,7 +287,7 @@ class Slots:
 
     @functools.cached_property
     def _put(self) -> Any:
-        """`put`, compiled once; where factors are split over devices they stay so."""
+        """`put`, compiled once; factors keep their shardings."""
         shardings = None
         if self.shardings is not None:
             kernels = {name: kernel_sharding(self.shardings, name) for name in self.shapes}
@@ -298,7 +298,7 @@ class Slots:
         return jax.jit(put, donate_argnums=0, out_shardings=shardings)
 
     def _empty(self, name: str) -> Factors:
-        """What the slots hold of a module where they are empty, on the host."""
+        """The arrays of a module in empty slots, on the host."""
         shape = self.shapes[name]
         dtype = serving_dtype(shape.dtype, self.dtype)
         none: np.ndarray = np.full(self.count, EMPTY, np.int32)
