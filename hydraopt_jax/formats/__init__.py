@@ -1,6 +1,6 @@
-"""Readers and writers of foreign adapter formats: only here are other libraries' names known.
+"""Readers and writers of foreign adapter formats. No other room knows the names of other libraries.
 
-PEFT folders need no JAX; what does is imported when it is first used.
+PEFT folders do not need JAX. Formats that need it are imported on first use.
 """
 
 import importlib

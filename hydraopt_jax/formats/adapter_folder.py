@@ -1,4 +1,4 @@
-"""An adapter's folder: put in its place in one step, whole or not at all."""
+"""Atomic writing of an adapter's folder: completely or not at all."""
 
 import contextlib
 import hashlib
@@ -19,14 +19,14 @@ PICKLE_FILE = "adapter_model.bin"
 
 
 def folder_name(task: str) -> str:
-    """Folder name for a task: safe in any file system, different for different tasks.
+    """A folder name for a task: safe in any file system, different for different tasks.
 
     Args:
       task: any string.
 
     Returns:
-      The name with every character outside a safe set percent-encoded; never empty, never hidden, never a
-      path of more than one part.
+      The name with every character outside a safe set percent-encoded. It is never empty, never hidden, and
+      never a path of several parts.
 
     >>> folder_name("legal"), folder_name("a/b"), folder_name("..")
     ('legal', 'a%2Fb', '%2E.')
@@ -40,7 +40,7 @@ def folder_name(task: str) -> str:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file in an adapter's folder that holds its weights."""
+    """The weights file in an adapter's folder."""
     for name in (WEIGHTS_FILE, PICKLE_FILE):
         if (folder / name).is_file():
             return folder / name
@@ -62,7 +62,7 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def parents(path: Path) -> Iterator[None]:
-    """Make a path's missing parents, and take them away again if the body fails."""
+    """A context that makes a path's missing parents, and removes them again if the body fails."""
     missing = [x for x in path.parents if not x.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def parents(path: Path) -> Iterator[None]:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put a finished folder in the place of another, keeping the files that are no adapter's."""
+    """Replace a folder by a finished one, keeping files that do not belong to an adapter."""
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".old", dir=path.parent))
     old = aside / "old"
     try:

@@ -1,7 +1,7 @@
-"""Where JAX libraries keep LoRA factors in their parameter trees: one row a library.
+"""Positions of LoRA factors in the parameter trees of JAX libraries: one row per library.
 
-All of them compute `x @ a @ b`, `a: [in..., R]`, `b: [R, out...]`, times a scale that none stores with the
-parameters; einsum layers keep their axes. levanter saves PEFT's transposed layout.
+All of them compute `x @ a @ b`, `a: [in..., R]`, `b: [R, out...]`, times a scale that is not stored with the
+parameters. Einsum layers keep their axes. levanter saves PEFT's transposed layout.
 """
 
 import re
@@ -15,12 +15,12 @@ class Dialect(NamedTuple):
 
     Attributes:
       library: its name, for messages.
-      key: what a factor's key looks like, path segments joined by "/": groups `module` and `side`, and
-        `weight` where the name of the adapted parameter is part of the key.
+      key: regular expression of a factor's key, path segments joined by "/", with groups `module` and `side`,
+        and `weight` if the name of the adapted parameter is part of the key.
       place: the path of a new factor, segments split at "/": fields `module`, `side`.
       scale: where a user finds the scale.
-      join: what joins a module's path in a flat tree; "" where trees are nested.
-      transposed: whether factors are stored as PEFT does, `[R, in]` and `[out, R]`.
+      join: separator of a module's path in a flat tree; "" if trees are nested.
+      transposed: whether factors have PEFT's layout, `[R, in]` and `[out, R]`.
       boxed: whether Orbax checkpoints of it have a level "value" below each parameter.
     """
 
@@ -89,7 +89,7 @@ def dialect(name: str) -> Dialect:
     """A dialect by name.
 
     Raises:
-      HydraOptError: an unknown one; the known ones are listed.
+      HydraOptError: an unknown name; the known names are listed.
     """
     if name not in DIALECTS:
         raise HydraOptError(f"dialect {name!r}: must be one of {', '.join(DIALECTS)}")

@@ -1,7 +1,8 @@
-"""Where each library keeps the layers of a model family: one table per family and library, in data.
+"""Positions of a model family's layers in each library: one table per family and library.
 
-A row maps a module of Hugging Face's model to a parameter of a library's. The axes of its two sides are
-written as the library has them: `H` is the head's size, `N` the heads, `I` and `O` the whole side. Rows of
+A row maps a module of the Hugging Face model to a parameter of a library's model. The axes of its two sides
+are
+those of the library: `H` is the size of a head, `N` the number of heads, `I` and `O` a whole side. Rows with
 one path share a parameter, each with its own slot of a first output axis (keys and values, gate and up).
 
 Sources: the weight maps of google-tunix 0.1.7 and MaxText 0.2.5 (`param_mapping`), and the parameters of
@@ -19,9 +20,9 @@ class Row(NamedTuple):
       path: the library's parameter below a layer, segments split at "/".
       inputs, outputs: axes of the two sides.
       slot, slots: position along, and length of, an axis that several modules share; 0 slots for none.
-      interleaved: whether the library keeps rotary pairs beside each other, `x0 y0 x1 y1`, where Hugging Face
-        keeps halves, `x0 x1 y0 y1`.
-      scaled: whether the library's weight has `head_dim ** -0.5` in it.
+      interleaved: whether the library interleaves rotary pairs, `x0 y0 x1 y1`; Hugging Face has halves,
+        `x0 x1 y0 y1`.
+      scaled: whether the library's weight contains the factor `head_dim ** -0.5`.
     """
 
     module: str
@@ -40,11 +41,11 @@ class Table(NamedTuple):
     Attributes:
       rows: a row per module.
       layer: path of layer `n`; fields `n`, `block` = n // period, `slot` = n % period.
-      fused: rows in the place of those of the same modules where queries, keys and values are of one shape.
-      scanned: path of a stack of layers, its axis 1 counting blocks; "" where the library has none.
+      fused: rows that replace those of the same modules if queries, keys and values have one shape.
+      scanned: path of a stack of layers, with blocks along axis 1; "" if the library has none.
       period: layers per block.
-      kinds: by slot, what `{kind}` in a row's path stands for.
-      remainder: path of the layers behind the last whole block, which are not stacked.
+      kinds: slot -> value of `{kind}` in a row's path.
+      remainder: path of the layers after the last complete block, which are not stacked.
     """
 
     rows: tuple[Row, ...]
@@ -57,13 +58,13 @@ class Table(NamedTuple):
 
 
 class Library(NamedTuple):
-    """How a library keeps and saves factors.
+    """The layout of a library's parameters and checkpoints.
 
     Attributes:
       dialect: a key of `dialects.DIALECTS`.
-      factor: path of a factor: fields `path` and `side`.
+      factor: path of a factor, with fields `path` and `side`.
       item: name of the parameters in an Orbax checkpoint.
-      numbered: whether a checkpoint is a folder of a run's, named by its step.
+      numbered: whether a checkpoint is a folder inside the run's folder, named by its step.
       boxed: whether a checkpoint has a level "value" below each factor.
     """
 

@@ -1,9 +1,9 @@
 """LoRA files of image models: one safetensors file as diffusers or kohya's scripts write it.
 
-kohya: `MODULE.lora_down.weight` `[R, I]`, `.lora_up.weight` `[O, R]` and `.alpha`, the scale times R; a
+kohya: `MODULE.lora_down.weight` `[R, I]`, `.lora_up.weight` `[O, R]` and `.alpha`, the scale times R. A
 module without alpha has scale 1. diffusers: `COMPONENT.MODULE.lora_A.weight` and `.lora_B.weight` (older
-files have other endings), the scales in the header's `lora_adapter_metadata` or 1. Where ranks are mixed and
-scales are not said, diffusers makes them up from the most common rank, so what is written has one rank.
+files have other endings), with scales in the header's `lora_adapter_metadata`, or 1. If ranks are mixed and
+scales are missing, diffusers derives scales from the most common rank. Therefore written files have one rank.
 """
 
 import os
@@ -26,7 +26,7 @@ from hydraopt_jax.formats.tensor_files import FLOATS, disk_dtype, one_line, writ
 from hydraopt_jax.locks import locked
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
-# where diffusers keeps the scales, by component
+# key of the header under which diffusers keeps the scales, by component
 SCALES = "lora_adapter_metadata"
 
 _NOT_UNDERSTOOD = {
@@ -40,7 +40,7 @@ _NOT_UNDERSTOOD = {
 
 
 def file_of(source: str | os.PathLike[str]) -> Path | None:
-    """The LoRA file that a path is, or that a folder without PEFT's configuration holds; None for neither."""
+    """The LoRA file at a path, or in a folder without a PEFT configuration; None for neither."""
     at = Path(source)
     if at.suffix == ".safetensors" and at.is_file():
         return at
@@ -51,7 +51,7 @@ def file_of(source: str | os.PathLike[str]) -> Path | None:
 def sort_tensors(
     tensors: Iterator[tuple[str, Any]], source: str
 ) -> tuple[dict[str, dict[str, tuple[str, Any]]], dict[str, Any]]:
-    """As `peft.sort_tensors`, which see, of a LoRA file; alphas are the configuration's."""
+    """The result of `peft.sort_tensors` for a LoRA file; alphas belong to the configuration."""
     pairs: dict[str, dict[str, tuple[str, Any]]] = {}
     others: dict[str, Any] = {}
     for key, tensor in tensors:
@@ -80,7 +80,7 @@ def config_of(file: Path) -> dict[str, Any]:
     """A configuration that gives each module of a LoRA file its rank and its scale.
 
     Raises:
-      HydraOptError: no LoRA file, or one that says no finite scales.
+      HydraOptError: not a LoRA file, or scales that are not finite.
     """
     try:
         with safetensors.safe_open(file, framework="np") as opened:
@@ -120,7 +120,7 @@ def _with_patterns(field: str, patterns: str, values: Mapping[str, float]) -> di
 
 
 def _said_scales(file: Path, metadata: Mapping[str, str]) -> Any:
-    """Module -> the scale that diffusers' part of the header says; 1 where it says none."""
+    """Module -> scale in diffusers' part of the header; 1 if it has none."""
     if SCALES not in metadata:
         return lambda module: 1.0
     try:
@@ -151,7 +151,7 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, str]
     metadata = dict(config.get("metadata") or {})
     found = peft.as_came(adapter) if dtype is None else None
     if found is None:
-        # scale 1, which a file without a word says, too
+        # scale 1, which is also the meaning of a missing scale
         found = adapter if kohya else server.fit(adapter, padded=True).adapter
         metadata.pop(SCALES, None)
         tensors, ranks = peft.key_tensors(found, disk_dtype(dtype or adapter.dtype))
@@ -173,11 +173,11 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, str]
 def write_lora_file(
     path: str | os.PathLike[str], adapter: Adapter, *, dtype: str | None = None, overwrite: bool = False
 ) -> None:
-    """Write a LoRA file in the dialect that the adapter came in, whole or not at all.
+    """Write a LoRA file in the adapter's original dialect, completely or not at all.
 
     Args:
       path: a `.safetensors` file, or a folder for `pytorch_lora_weights.safetensors`.
-      adapter, dtype, overwrite: as `peft.write_adapter`.
+      adapter, dtype, overwrite: see `peft.write_adapter`.
 
     Raises:
       HydraOptError: the file exists, cannot be written, or values do not fit the dtype.

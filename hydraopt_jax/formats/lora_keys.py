@@ -1,8 +1,8 @@
-"""How LoRA files of image models name a module's two factors."""
+"""Keys of a module's two factors in LoRA files of image models."""
 
 import re
 
-# of a configuration: which dialect a LoRA file is of, "kohya" or "diffusers"
+# field of a configuration: dialect of a LoRA file, "kohya" or "diffusers"
 DIALECT = "lora_file"
 # endings of a module's two factors; the first pair is kohya's
 ENDINGS = (
@@ -16,7 +16,7 @@ _KEY = re.compile("(.+?)(" + "|".join(re.escape(x) for pair in ENDINGS for x in 
 
 
 def parse(key: str) -> tuple[str, str, int] | None:
-    """Module, side ("A" or "B") and position of the ending in `ENDINGS` of a factor's key; None for another.
+    """Module, side ("A" or "B") and position in `ENDINGS` of a factor's key; None for other keys.
 
     >>> parse("lora_unet_mid_block_to_k.lora_up.weight"), parse("lora_unet_mid_block_to_k.alpha")
     (('lora_unet_mid_block_to_k', 'B', 0), None)

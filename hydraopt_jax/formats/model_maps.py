@@ -1,7 +1,7 @@
-"""Adapters between Hugging Face's module names and shapes and those of JAX libraries, by `families`.
+"""Conversion of adapters between Hugging Face's module names and shapes and those of JAX libraries.
 
-Modules with Hugging Face's names are the form in between: PEFT writes them, stores hold them, and each
-library is one table away.
+Hugging Face's names are the common form: PEFT writes them and stores have them. Each library needs one table
+of `families`.
 """
 
 import re
@@ -20,7 +20,7 @@ _STACKED = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\]")
 
 
 class Found(NamedTuple):
-    """A module of a library: its row, its layer, and whether that counts from the end of the stacks."""
+    """A module of a library: row, layer, and whether the layer is counted from the end of the stacks."""
 
     row: Row
     n: int
@@ -31,7 +31,7 @@ def table_of(family: str, library: str) -> tuple[Table, Library]:
     """The table of a family in a library.
 
     Raises:
-      HydraOptError: an unknown one; the known ones are listed.
+      HydraOptError: an unknown family or library; the known ones are listed.
     """
     if family not in FAMILIES:
         raise HydraOptError(f"family {family!r}: must be one of {', '.join(FAMILIES)}")
@@ -44,7 +44,7 @@ def table_of(family: str, library: str) -> tuple[Table, Library]:
 
 
 def dotted(path: str) -> str:
-    """The name that `trees` gives the module of a parameter's path.
+    """The module name in `trees` of a parameter's path.
 
     >>> dotted("attn/q_proj/w"), dotted("mlp/wo/kernel")
     ('attn.q_proj.w', 'mlp.wo')
@@ -64,7 +64,7 @@ def heads(name: str, side: str, size: int, head_dim: int | None) -> list[int]:
 
 
 def rotated(row: Row, b: np.ndarray, head_dim: int | None, name: str, back: bool) -> np.ndarray:
-    """Output-side factors `[R, O]` as the library orders and scales heads, or back as Hugging Face does."""
+    """Output-side factors `[R, O]` in the library's order and scale of heads, or back in Hugging Face's."""
     if not (row.interleaved or row.scaled):
         return b
     size = heads(name, "out", b.shape[1], head_dim)[1]
@@ -83,22 +83,23 @@ def to_library(
     scan: bool = False,
     layers: int | None = None,
 ) -> Adapter:
-    """The adapter under a library's names with its axes, for `write_tree` and `write_checkpoint`.
+    """The adapter with a library's names and axes, for `write_tree` and `write_checkpoint`.
 
-    Modules that share a parameter there (keys and values) are put side by side: their ranks add up, unless
-    they have one input-side factor.
+
+    Modules that share a parameter there (keys and values) are concatenated: their ranks add up, unless they
+    have one input-side factor.
 
     Args:
-      adapter: modules as Hugging Face names them, `model.layers.0.self_attn.q_proj`.
+      adapter: modules with Hugging Face's names, `model.layers.0.self_attn.q_proj`.
       family: a key of `families.FAMILIES`.
-      library: a key of that: "tunix", "maxtext" or "gemma".
+      library: "tunix", "maxtext" or "gemma", if the family has a table for it.
       head_dim: size of an attention head, as in the base model's config.json.
-      scan: whether the library's model has its layers stacked (MaxText's `scan_layers`).
-      layers: count of the model's layers, where stacked; by default up to the last that the adapter has.
+      scan: whether the library's model has stacked layers (MaxText's `scan_layers`).
+      layers: number of the model's layers, if stacked; None for those up to the adapter's last.
 
     Raises:
-      HydraOptError: an unknown family, library or module, sizes that are no whole heads, or a model that the
-        library does not stack.
+      HydraOptError: an unknown family, library or module, sizes that are not multiples of a head, or a model
+        that the library does not stack.
     """
     table, kept = table_of(family, library)
     if scan and not table.scanned:
@@ -146,7 +147,7 @@ def to_library(
 
 
 def _split(name: str, library: str, family: str, table: Table) -> tuple[int, str]:
-    """Layer and module of a name of Hugging Face's."""
+    """Layer and module of a Hugging Face name."""
     match = _LAYER.fullmatch(name)
     known = [x.module for x in table.rows]
     if match is None or match["module"] not in known:
@@ -170,10 +171,10 @@ def _fused_layers(adapter: Adapter, named: Mapping[str, tuple[int, str]]) -> set
 
 
 def place_of(table: Table, row: Row, n: int, scanned: int) -> tuple[str, list[int] | None]:
-    """Path of layer n's parameter, and `[axis, index, length]` where it is one of a stack.
+    """Path of layer n's parameter, and `[axis, index, length]` if the layer is in a stack.
 
     Args:
-      scanned: count of stacked layers, 0 where they are not.
+      scanned: number of stacked layers, 0 for none.
     """
     block, slot = divmod(n, table.period)
     blocks = scanned // table.period
@@ -205,17 +206,17 @@ def side_by_side(
 def from_library(
     adapter: Adapter, family: str, library: str, *, head_dim: int | None = None, prefix: str = "model.layers"
 ) -> Adapter:
-    """The adapter under Hugging Face's names, as PEFT and stores have them: the inverse of `to_library`.
+    """The adapter with Hugging Face's names, as in PEFT and in stores: the inverse of `to_library`.
 
     Args:
       adapter: from `read_tree` or `read_checkpoint`.
-      family, library: as in `to_library`.
-      head_dim: size of an attention head, where the library keeps heads in another order and its factors
-        have no axis of that length.
-      prefix: what precedes the number of a layer.
+      family, library: see `to_library`.
+      head_dim: size of an attention head, needed if the library orders heads differently and its factors have
+        no axis of that length.
+      prefix: text before the number of a layer.
 
     Raises:
-      HydraOptError: an unknown family, library or module, or a size of heads that is needed.
+      HydraOptError: an unknown family, library or module, or a missing `head_dim`.
     """
     table, _ = table_of(family, library)
     patterns = list(_patterns(table))
@@ -249,7 +250,7 @@ def from_library(
 
 
 def _patterns(table: Table) -> Iterator[tuple[Row, str, re.Pattern[str]]]:
-    """Rows with the expressions that their modules' names match, and what kind of place each is."""
+    """Rows with regular expressions for their modules' names, and the kind of place of each."""
     numbers = {"{n}": r"(?P<n>\d+)", "{block}": r"(?P<block>\d+)", "{slot}": r"(?P<slot>\d+)"}
     for row in (*table.fused, *table.rows):
         for layer in filter(None, (table.layer, table.scanned, table.remainder)):
@@ -262,7 +263,7 @@ def _patterns(table: Table) -> Iterator[tuple[Row, str, re.Pattern[str]]]:
 
 
 def _find(table: Table, patterns: list[tuple[Row, str, re.Pattern[str]]], name: str) -> list[Found]:
-    """The modules of Hugging Face's that a library's module is."""
+    """The Hugging Face modules that a library's module stands for."""
     stacked = _STACKED.fullmatch(name)
     out = []
     for row, where, pattern in patterns:
@@ -281,7 +282,7 @@ def _find(table: Table, patterns: list[tuple[Row, str, re.Pattern[str]]], name: 
 def hugging_face_name(family: str, library: str) -> Any:
     """A function from the path of a library's module to Hugging Face's name, for `rename=` of `serving`.
 
-    Modules that the table does not have, and those that share a parameter, keep their path.
+    Modules that are not in the table, and modules that share a parameter, keep their path.
 
     >>> hugging_face_name("qwen", "tunix")("layers.3.attn.o_proj")
     'model.layers.3.self_attn.o_proj'

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of parameter trees that hold LoRA factors: only those leaves are read."""
+"""Orbax checkpoints of parameter trees with LoRA factors; only the leaves of factors are read."""
 
 import hashlib
 import os
@@ -20,10 +20,10 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def described_by(folder: Path) -> Any:
-    """What a checkpoint says of itself.
+    """The metadata of a checkpoint.
 
     Raises:
-      HydraOptError: no Orbax checkpoint of a tree.
+      HydraOptError: not an Orbax checkpoint of a tree.
     """
     try:
         return ocp.metadata(folder.absolute())
@@ -35,19 +35,19 @@ def described_by(folder: Path) -> Any:
 
 
 def metadata_of(folder: Path) -> dict[str, Any]:
-    """What was kept beside a checkpoint's parameters."""
+    """The custom metadata of a checkpoint."""
     return dict(described_by(folder).custom_metadata or {})
 
 
 def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, Any]:
-    """The LoRA leaves of a checkpoint as nested dicts of NumPy arrays; the base model's stay on disk.
+    """The LoRA leaves of a checkpoint as nested dicts of NumPy arrays; other leaves are not read.
 
     Args:
       path: the checkpoint's folder.
-      within: path of the subtree to read, such as "params"; "" for all of it.
+      within: path of the subtree to read, such as "params"; "" for the whole tree.
 
     Raises:
-      HydraOptError: no Orbax checkpoint of a tree, none with LoRA leaves, or a damaged one.
+      HydraOptError: not an Orbax checkpoint of a tree, a checkpoint without LoRA leaves, or a damaged one.
     """
     folder = Path(path).absolute()
     described = described_by(folder).metadata
@@ -71,7 +71,7 @@ def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, An
 
 
 def latest_step(path: Path) -> Path:
-    """The checkpoint of the last step in a run's folder; the folder itself where it has none."""
+    """The checkpoint of the last step in a run's folder; the folder itself if it has no steps."""
     steps = [x for x in path.iterdir() if x.name.isdecimal() and x.is_dir()] if path.is_dir() else []
     return max(steps, key=lambda x: int(x.name), default=path)
 
@@ -85,10 +85,10 @@ def read_checkpoint(
     stack: int | str | None = "ask",
     within: str = "",
 ) -> Adapter:
-    """`read_tree` of an Orbax checkpoint, of either of Orbax's interfaces.
+    """The adapter in an Orbax checkpoint (old or new Orbax API), as `read_tree` returns it.
 
     Args:
-      path: the checkpoint's folder, or that of a run, whose last step is read.
+      path: folder of the checkpoint, or of a run, whose last step is read.
       name, scale, stack: see `trees.read_tree`.
       task: the task's name; None for the folder's.
       within: path of the subtree to read, such as "params" of a train state.
@@ -127,15 +127,15 @@ def write_checkpoint(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """`write_tree` into an Orbax checkpoint, atomically.
+    """Write the result of `write_tree` as an Orbax checkpoint, atomically.
 
     Args:
       path: a new folder.
       adapter, name, scale, rank, dtype: see `trees.write_tree`.
-      item: the parameters' name in the checkpoint; Tunix' `CheckpointManager` reads "model_params", of a
+      item: name of the parameters in the checkpoint; Tunix' `CheckpointManager` reads "model_params" in a
         folder named by a number.
-      metadata: what to keep beside them, JSON-able.
-      overwrite: replace an Orbax checkpoint that is there.
+      metadata: JSON-able custom metadata.
+      overwrite: replace an existing Orbax checkpoint.
 
     Raises:
       HydraOptError: the path exists, or cannot be written; see `trees.write_tree`.

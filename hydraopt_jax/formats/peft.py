@@ -61,7 +61,7 @@ _NOT_UNDERSTOOD = (
     ("lora_", "this LoRA tensor is not understood, and none is dropped silently: use plain LoRA"),
 )
 
-# One module's tensors: side, "A" or "B" -> key and tensor.
+# tensors of one module: side, "A" or "B" -> key and tensor
 _Pair = dict[str, tuple[str, np.ndarray]]
 
 
@@ -156,13 +156,13 @@ def _factors(
 
 
 def _fetch(name: str) -> Path:
-    """Folder in the hub's cache that holds an adapter's files, of one commit, downloaded if need be."""
+    """The folder in the hub's cache with an adapter's files of one commit, downloaded if necessary."""
     hub = client(f"hf:{name}")
     repository, _, revision = name.partition("@")
     fetch = functools.partial(hub.hf_hub_download, repository)
     with explained(f"hf:{name}", "cannot be downloaded"):
         folder = Path(fetch(CONFIG_FILE, revision=revision or None)).parent
-        # a branch may move between two files
+        # a branch may change between two files
         pinned = folder.name if COMMIT.fullmatch(folder.name) else revision or None
         try:
             fetch(WEIGHTS_FILE, revision=pinned)
@@ -172,7 +172,7 @@ def _fetch(name: str) -> Path:
 
 
 def locate(source: str) -> tuple[Path, str]:
-    """An adapter's folder, fetched from the hub if need be, and the task's name where none is given."""
+    """An adapter's folder, fetched from the hub if necessary; and the task's name, by default the folder's."""
     if source.startswith("hf:"):
         return _fetch(source[3:]), source[3:]
     folder = Path(source)
@@ -183,7 +183,7 @@ def locate(source: str) -> tuple[Path, str]:
 
 
 def look(source: str) -> tuple[dict[str, Any], Path, str]:
-    """An adapter's configuration, its weights, and the task's name where none is given."""
+    """An adapter's configuration, its weights file, and the task's name, by default the folder's."""
     from hydraopt_jax.formats import image_files
 
     file = None if source.startswith("hf:") else image_files.file_of(source)
@@ -214,7 +214,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Adapter:
-    """Read a PEFT LoRA adapter from a folder or from the Hugging Face hub.
+    """The LoRA adapter in a PEFT folder, in a LoRA file, or on the Hugging Face hub.
 
     Args:
       path: a folder with adapter_config.json and adapter_model.safetensors (or adapter_model.bin, if torch
@@ -222,10 +222,12 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
         `hf:organization/name[@revision]`, if huggingface_hub is installed.
       task: the task's name; by default the folder's name or the hub id.
 
+
     Returns:
-      The adapter: `a` `[I, R]` in the dtype on disk, `b` `[R, O]` float32 with the exact scale folded in,
-      all other tensors in `extras`. An embedding's I is its vocabulary; a convolution's I is its inputs
-      times its kernel, whose shape is kept in `layout`.
+      The adapter: `a` `[I, R]` in the dtype on disk, `b` `[R, O]` in float32 with the exact scale folded in,
+        all
+      other tensors in `extras`. For an embedding I is the vocabulary. For a convolution I is inputs times
+      kernel size; the kernel's shape is in `layout`.
 
     Raises:
       HydraOptError: a missing, damaged or contradictory file, or a LoRA variant that is not a plain
@@ -246,7 +248,7 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
         task=name if task is None else task,
         a=a,
         b=b,
-        # Float32 holds every mixture of the narrower dtypes exactly.
+        # Float32 represents all values of the narrower dtypes exactly.
         dtype=dtypes.pop().name if len(dtypes) == 1 else "float32",
         extras=extras,
         config=config,
@@ -257,7 +259,7 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
 
 
 def as_came(adapter: Adapter) -> Adapter | None:
-    """The adapter with the factors of its file, where its configuration gives them their ranks and scales."""
+    """The adapter with its file's factors, if its configuration gives their ranks and scales."""
     config, raw = adapter.config, adapter.raw
     if not raw or config.get("peft_type") != "LORA" or set(raw) != set(adapter.a):
         return None
@@ -268,7 +270,7 @@ def as_came(adapter: Adapter) -> Adapter | None:
 
 
 def key_tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """PEFT's tensors by key, in a dtype or in their own, and each module's rank."""
+    """PEFT's tensors by key, in a given dtype or their own, and each module's rank."""
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     for module, a in adapter.a.items():
@@ -296,7 +298,7 @@ def key_tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.
 
 
 def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """PEFT's configuration and tensors by key: what `write_adapter`, which see, writes into a folder.
+    """PEFT's configuration, and tensors by key, that `write_adapter` writes into a folder.
 
     Raises:
       HydraOptError: no factors, or values that do not fit the dtype.
@@ -313,18 +315,18 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, Any]
 def write_adapter(
     path: str | os.PathLike[str], adapter: Adapter, *, dtype: str | None = None, overwrite: bool = False
 ) -> None:
-    """Write a folder that PEFT loads, in one step: it is there whole or not at all.
+    """Write a folder that PEFT loads, atomically: completely or not at all.
 
-    The configuration gives every module its own rank and the scale 1, since `b` holds the scale; other
-    fields are kept. Factors are written as they come: balance them first if they must fit float16. An
-    adapter out of a lossless store is written bit for bit as it was read, with its own configuration, unless
-    a dtype is asked for.
+    The configuration gives every module its own rank and scale 1, because `b` contains the scale. Other
+    fields are kept. Factors are written unchanged: balance them first if they must fit float16. An adapter
+    from a lossless store is written bit for bit as it was read, with its own configuration, unless a dtype is
+    given.
 
     Args:
       path: the folder to write; missing parents are made.
-      adapter: `a` `[I, R]` and `b` `[R, O]` by module, any rank each; `extras` are written as they are.
-      dtype: dtype of the factors on disk; by default the dtype they came in.
-      overwrite: replace an adapter that is there already. Other files in its folder stay.
+      adapter: `a` `[I, R]` and `b` `[R, O]` by module, of any ranks; `extras` are written unchanged.
+      dtype: of the factors on disk; None for the original dtype.
+      overwrite: replace an existing adapter. Other files in its folder stay.
 
     Raises:
       HydraOptError: the path exists, cannot be written, or values do not fit the dtype.

@@ -1,6 +1,6 @@
-"""A collection of PEFT folders: what an adapter holds is known, its factors stay in its file.
+"""A collection of PEFT folders: names and shapes in memory, factors in the files.
 
-A pickle cannot be read in parts and is held in memory.
+A pickle cannot be read in parts, so it is kept in memory.
 """
 
 import functools
@@ -26,15 +26,14 @@ def open_adapter(
     known: Mapping[str, Sequence[Any]],
     seen: dict[Any, Contents] | None = None,
 ) -> Card:
-    """Look at an adapter: read it once, check every value of it and take its checksum.
+    """The card of an adapter, after one pass that checks all values and computes the checksum.
 
     Args:
-      source: as `formats.read_adapter`.
+      source: see `formats.read_adapter`.
       task: its name; None for the folder's.
-      known: file -> its stamp and checksum at an earlier check, which holds while the stamp does; an empty
-        checksum where values are not to be checked at all.
-      seen: contents of files by header, size and config: what one file was found to hold is not looked up
-        again for the next one alike.
+      known: file -> stamp and checksum of an earlier check, valid while the stamp is unchanged; an empty
+        checksum to skip the check of values.
+      seen: cache of contents by header, size and configuration, so that equal files are analyzed once.
 
     Raises:
       HydraOptError: as `formats.read_adapter`; or NaN or infinite values.
@@ -100,7 +99,7 @@ def collection(cards: Sequence[Card]) -> Collection:
         rows = held[card.file].items() if card.file in held else read_tensors(Path(card.file))
         return {k: x for k, x in rows if k in names} if names else {}
 
-    # both factors of a module are asked for one after the other
+    # both factors of a module are requested one after the other
     pair = functools.lru_cache(1)(lambda task, module: read(task, [module])[0][:2])
 
     def raw(task: int, module: str) -> Raw:
@@ -119,7 +118,7 @@ def collection(cards: Sequence[Card]) -> Collection:
 
 
 def folder_bytes(cards: Sequence[Card]) -> int:
-    """Bytes of the adapters' folders, as a user counts them, and of LoRA files."""
+    """Sum of the file sizes of the adapters' folders and LoRA files, in bytes."""
     files = (
         [Path(c.file)] if lora_keys.DIALECT in c.config else Path(c.file).parent.iterdir() for c in cards
     )

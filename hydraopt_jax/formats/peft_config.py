@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what it may hold, the scale it implies, the base model it names."""
+"""PEFT's adapter_config.json: its allowed fields, the scale that it implies, the base model that it names."""
 
 import math
 import re
@@ -18,13 +18,13 @@ CONFIG_FILE = "adapter_config.json"
 _DEFAULT_RANK = 8
 _DEFAULT_ALPHA = 8
 
-# A scale beyond float32 is none.
+# Scales beyond the range of float32 are refused.
 LARGEST = 1e38
 
-# Fields that narrow down which modules are adapted, beside target_modules.
+# Fields that restrict the adapted modules, in addition to target_modules.
 _TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
-# Fields that make the adapter something else than base + scale * B @ A, with the reason.
+# Fields with which an adapter is not base + scale * B @ A, with the reason.
 _REFUSED_FIELDS = {
     "use_dora": "DoRA rescales the merged weight, which is no plain low-rank delta: retrain without it",
     "target_parameters": "it adapts stacked expert parameters, whose factors are laid out differently: "
@@ -39,7 +39,7 @@ _REFUSED_FIELDS = {
     "arrow_config": "Arrow routes between several adapters: pass each of those adapters by itself",
 }
 
-# Fields named like a variant's switch that leave the forward pass as it is.
+# Fields named like a switch of a variant that do not change the forward pass.
 _HARMLESS_FIELDS = frozenset(
     {
         "use_rslora",
@@ -53,7 +53,7 @@ _HARMLESS_FIELDS = frozenset(
     }
 )
 
-# Ways to initialize the factors that leave the base weights alone.
+# Initializations of the factors that do not change the base weights.
 _PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
 
 _PEFT_INIT_HINT = (
@@ -102,8 +102,8 @@ def check_config(config: Any, source: str) -> None:
       source: its path, for the messages.
 
     Raises:
-      HydraOptError: it is no object, no LoRA, has a malformed field, or asks for a variant that is not
-        `base + scale * B @ A`; the message says which and what to do.
+      HydraOptError: not a JSON object, not LoRA, a malformed field, or a variant that is not
+        `base + scale * B @ A`; the message says which one and what to do.
     """
     if not isinstance(config, dict):
         raise HydraOptError(
@@ -141,16 +141,16 @@ def check_config(config: Any, source: str) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read and check a folder's adapter_config.json.
+    """The checked fields of a folder's adapter_config.json.
 
     Args:
       path: the file.
 
     Returns:
-      Its fields, as they stand.
+      Its fields, unchanged.
 
     Raises:
-      HydraOptError: no file, no JSON, or see `check_config`.
+      HydraOptError: no file, not JSON; see `check_config`.
     """
     try:
         config = strict_json.loads(path.read_bytes())
@@ -174,7 +174,7 @@ def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any
 
 
 def module_rank(config: Mapping[str, Any], module: str) -> int:
-    """Rank that a configuration gives a module: rank_pattern's first matching key, else `r`."""
+    """The rank of a module in a configuration: rank_pattern's first matching key, else `r`."""
     return _by_pattern(config, "rank_pattern", module, config.get("r", _DEFAULT_RANK))
 
 
@@ -199,7 +199,7 @@ def module_scale(config: Mapping[str, Any], module: str) -> float:
 
 
 def _is_pattern(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration names its modules by regular expressions and not by names."""
+    """Whether a configuration selects modules by regular expressions instead of names."""
     targets, layers = config.get("target_modules"), config.get("layers_pattern") or ()
     if isinstance(config.get("exclude_modules"), str):
         return True
@@ -209,7 +209,7 @@ def _is_pattern(config: Mapping[str, Any]) -> bool:
 
 
 def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Configuration under which PEFT gives each module its own rank and the scale 1.
+    """A configuration with which PEFT gives each module its own rank and scale 1.
 
     Args:
       config: the configuration to start from; its other fields are kept. May be empty.
@@ -254,7 +254,7 @@ def unit_scale_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> di
 
 
 def base_name(config: Mapping[str, Any]) -> str:
-    """Name or path of the base model that a configuration was trained on; "" when it names none."""
+    """Name or path of the base model in a configuration; "" if it has none."""
     return config.get("base_model_name_or_path") or ""
 
 
@@ -271,7 +271,7 @@ def _base_key(name: str, suffixes: Sequence[str]) -> str:
 
 
 def same_base(one: str, other: str, suffixes: Sequence[str] = ()) -> bool:
-    """Whether two names are those of one base model: they may differ by an organization, or by suffixes.
+    """Whether two names denote one base model; organization and given suffixes may differ.
 
     >>> same_base("openai-community/gpt2", "gpt2"), same_base("gpt2", "gpt2-medium"), same_base("", "gpt2")
     (True, False, False)
@@ -280,7 +280,7 @@ def same_base(one: str, other: str, suffixes: Sequence[str] = ()) -> bool:
 
 
 def check_base(source: str, own: str, served: str) -> None:
-    """Refuse to put what was trained on one base model onto another, as far as their names tell."""
+    """Raise if the names of the trained and the present base model differ."""
     if not same_base(own, served):
         named = repr(own) if own else "no base model"
         raise HydraOptError(f"{source}: names {named}, but the model is {served!r}: use its own base model")
@@ -289,13 +289,13 @@ def check_base(source: str, own: str, served: str) -> None:
 def check_same_base(
     adapters: Sequence[Adapter], *, any_base: bool = False, base_suffixes: Sequence[str] = ()
 ) -> None:
-    """Check that adapters were trained on one base model, as far as its name tells.
+    """Check by name that adapters were trained on one base model.
 
     Names that differ only by an organization prefix (gpt2, openai-community/gpt2) are one base.
 
     Args:
       adapters: the collection.
-      any_base: accept different names; the shapes must agree all the same (`adapters.check`).
+      any_base: accept different names; shapes must still agree (`adapters.check`).
       base_suffixes: endings that mark a quantized mirror of a base, such as "-bnb-4bit".
 
     Raises:

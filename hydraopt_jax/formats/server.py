@@ -1,8 +1,8 @@
-"""Adapters as inference servers take them: one rank, one scale, no patterns, nothing that is ignored.
+"""Adapters for inference servers: one rank, one scale, no patterns, no tensors that a server ignores.
 
 vLLM makes slots of a fixed rank and reads `r`, `lora_alpha` and `use_rslora`; most of its versions ignore
-`rank_pattern` and `alpha_pattern`. SGLang compares every tensor's shape with `r`. So a folder that both load,
-and PEFT too, has every module at the rank `r`: narrower ones are filled up with zeros, which is exact.
+`rank_pattern` and `alpha_pattern`. SGLang compares every tensor's shape with `r`. A folder that both load,
+and PEFT too, therefore has rank `r` in every module. Narrower modules are padded with zeros, which is exact.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,18 +17,18 @@ from hydraopt_jax.formats.lora_keys import DIALECT
 from hydraopt_jax.formats.peft_config import module_rank
 
 PROFILES = ("vllm",)
-# names of tensors in a message
+# maximum number of tensor names in a message
 SHOWN = 3
-# what only says which full tensors there would be
+# fields that only name the full tensors
 _OF_TENSORS = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
 
 
 class Fitted(NamedTuple):
-    """An adapter at the ranks that were asked for.
+    """An adapter with the requested ranks.
 
     Attributes:
       adapter: ready for `write_adapter`.
-      errors: module -> relative squared error of its delta, of the modules that were cut.
+      errors: module -> relative squared error of its delta, for modules whose rank was cut.
     """
 
     adapter: Adapter
@@ -36,7 +36,7 @@ class Fitted(NamedTuple):
 
 
 def cut(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The nearest `a @ b` of a rank, balanced, and its relative squared error (Eckart-Young).
+    """Balanced factors of the nearest product of a rank, and its relative squared error (Eckart-Young).
 
     Args:
       a, b: `[I, S]` and `[S, O]`.
@@ -54,7 +54,7 @@ def cut(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray
 
 
 def pad(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same product with zero directions up to a rank.
+    """Factors of the same product, padded with zero directions up to a rank.
 
     >>> [x.shape for x in pad(np.ones((4, 2)), np.ones((2, 3)), 5)]
     [(4, 5), (5, 3)]
@@ -64,14 +64,14 @@ def pad(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray
 
 
 def original_rank(adapter: Adapter) -> int | None:
-    """The widest rank that the adapter was trained with; None where its configuration is not PEFT's."""
+    """The widest rank that the adapter was trained with; None without a PEFT configuration."""
     if adapter.config.get("peft_type") != "LORA":
         return None
     return max(module_rank(adapter.config, name) for name in adapter.a)
 
 
 def _one_rank(adapter: Adapter) -> bool:
-    """Whether an adapter, kept as it came, has one rank and one scale in all modules."""
+    """Whether a lossless adapter has one rank and one scale in all modules."""
     config = adapter.config
     if not adapter.raw or config.get("rank_pattern") or config.get("alpha_pattern"):
         return False
@@ -85,13 +85,13 @@ def check_task(
     config: Mapping[str, Any],
     layout: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Refuse, by name, what a server refuses or would ignore of a task.
+    """Raise for parts of a task that a server refuses or ignores; the message names them.
 
     Args:
       profile: of the server; None for no server.
       task: its name.
       extras: names of its full tensors.
-      config, layout: as `Adapter`.
+      config, layout: see `Adapter`.
     """
     if profile is None:
         return
@@ -118,7 +118,7 @@ def check_task(
 
 
 def check(rank: int | None, profile: str | None) -> None:
-    """Refuse a rank below 1 and an unknown profile."""
+    """Raise for a rank below 1 and for an unknown profile."""
     if profile is not None and profile not in PROFILES:
         raise HydraOptError(f"--profile {profile}: choose one of {', '.join(PROFILES)}")
     if rank is not None and rank < 1:
@@ -128,17 +128,18 @@ def check(rank: int | None, profile: str | None) -> None:
 def fit(
     adapter: Adapter, *, rank: int | None = None, padded: bool = False, profile: str | None = None
 ) -> Fitted:
-    """An adapter at the ranks that a server takes.
+    """The adapter with ranks that a server accepts, and the errors of modules whose rank was cut.
 
     Args:
-      adapter: any ranks.
-      rank: no module is wider; wider ones are cut to the nearest product of that rank. With a profile, the
-        original's widest rank where None.
-      padded: fill every module up to `rank`, to the widest module's where that is None.
-      profile: "vllm": one rank for all modules, without patterns, and nothing that vLLM refuses.
+      adapter: of any ranks.
+      rank: maximum rank; wider modules are cut to the nearest product of this rank. None for no maximum; with
+        a profile None means the original's widest rank.
+      padded: pad every module with zeros to `rank`, or to the widest module's rank if `rank` is None.
+      profile: "vllm" for one rank in all modules, no patterns, and only tensors that vLLM accepts; None for
+        none.
 
     Raises:
-      HydraOptError: no such profile, a rank below 1, or what the profile refuses, by name.
+      HydraOptError: no such profile, a rank below 1, or a part that the profile does not allow (it is named).
     """
     check(rank, profile)
     if rank is None and profile is None and not padded:

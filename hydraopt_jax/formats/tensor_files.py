@@ -1,4 +1,4 @@
-"""Named tensors out of weight files written by PyTorch programs: safetensors, and pickles given torch."""
+"""Named tensors of weight files from PyTorch programs: safetensors, and with torch also pickles."""
 
 import stat
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,12 @@ FLOATS = tuple(np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32,
 
 
 def one_line(error: object) -> str:
-    """Text of an error on one line, for quoting inside a message."""
+    """The text of an error on one line, for use in a message."""
     return " ".join(str(error).split())
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Read a weights file one tensor at a time.
+    """The tensors of a weights file, one at a time.
 
     Args:
       path: a .safetensors file, or a .bin pickle, for which torch must be installed.
@@ -29,8 +29,8 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
       Name and array, in the dtype on disk.
 
     Raises:
-      HydraOptError: the file is damaged, is no such file, holds anything but tensors, or a dtype that NumPy
-        cannot hold.
+      HydraOptError: the file is damaged, of another kind, has entries that are not tensors, or a dtype that
+        NumPy cannot represent.
     """
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
@@ -93,9 +93,9 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the permissions that any new file gets, or that the old one has.
+    """Write a safetensors file with default permissions, or those of the file that it replaces.
 
-    safetensors itself writes through a temporary file that only its owner may read.
+    safetensors itself would write a file that only its owner may read.
     """
     there = path.exists()
     path.touch()
@@ -110,7 +110,7 @@ def write_tensors(
 
 
 def disk_dtype(name: str) -> np.dtype:
-    """A dtype that factors may have on disk, by name."""
+    """The dtype of a name, if factors may have it on disk."""
     for dtype in FLOATS:
         if dtype.name == name:
             return dtype
@@ -118,7 +118,7 @@ def disk_dtype(name: str) -> np.dtype:
 
 
 def cast(key: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Cast to the dtype on disk, in C order: safetensors writes a transposed view's bytes as they lie."""
+    """The array in its dtype on disk and in C order: safetensors ignores the strides of a transposed view."""
     with np.errstate(over="ignore"):
         result = np.array(values, dtype=dtype, order="C")
     if not np.isfinite(result).all():

@@ -1,7 +1,7 @@
-"""Checkpoints of trained adapters as Tunix, MaxText and gemma write and restore them, by model family.
+"""Checkpoints of trained adapters of Tunix, MaxText and gemma, by model family.
 
-Modules have Hugging Face's names outside of these files, so that what comes out of one goes into a store,
-into a PEFT folder, or into another library.
+Adapters that are read have Hugging Face's names, so that they can go into a store, a PEFT folder or another
+library.
 """
 
 import os
@@ -29,19 +29,19 @@ def read_trained(
     head_dim: int | None = None,
     prefix: str = "model.layers",
 ) -> Adapter:
-    """Read a library's checkpoint of a LoRA run, under Hugging Face's names.
+    """The adapter in a library's checkpoint of a LoRA run, with Hugging Face's names.
 
     Args:
-      path: the folder of a run, whose last step is read, or of one step.
+      path: folder of a run, whose last step is read, or of one step.
       family: a key of `families.FAMILIES`.
-      library: a key of that; None for the one whose names the checkpoint has.
+      library: "tunix", "maxtext" or "gemma"; None to recognize it by the names in the checkpoint.
       task: the task's name; None for the folder's.
-      scale: alpha / rank of the run; None where the checkpoint says it (MaxText's does) or the library has
-        none (gemma).
+      scale: alpha / rank of the run; None if the checkpoint has it (MaxText) or the library has no scale
+        (gemma).
       head_dim, prefix: see `model_maps.from_library`.
 
     Raises:
-      HydraOptError: no such checkpoint, no scale, or names of no library's table.
+      HydraOptError: no such checkpoint, a missing scale, or names that no library's table has.
     """
     source = os.fspath(path)
     if library is not None or family not in FAMILIES:
@@ -76,7 +76,7 @@ def read_trained(
 
 
 def scale_of(said: Mapping[str, Any]) -> float | None:
-    """The scale that a checkpoint's metadata says."""
+    """The scale in a checkpoint's metadata."""
     rank, alpha = said.get("lora_rank"), said.get("lora_alpha")
     return alpha / rank if isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) else None
 
@@ -96,18 +96,18 @@ def write_trained(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write a checkpoint that a library restores into its model's LoRA parameters.
+    """Write a checkpoint that a library restores into its model's LoRA parameters; return the rank.
 
     Args:
-      path: the run's folder; the checkpoint is its folder `step`, or for gemma, which numbers none, itself.
-      adapter: modules as Hugging Face names them.
+      path: the run's folder; the checkpoint is its subfolder `step`, for gemma the folder itself.
+      adapter: modules with Hugging Face's names.
       family, library, head_dim, scan, layers: see `model_maps.to_library`.
-      scale: alpha / rank of the library's model; gemma has none: 1.
-      rank: of the library's model; by default the widest module's, which modules that share a parameter
-        widen.
+      scale: alpha / rank of the library's model; 1 for gemma, which has no scale.
+      rank: of the library's model; None for that of the widest parameter. The ranks of modules that share a
+        parameter add up.
       step: the checkpoint's number.
-      dtype: of the factors; None for the one they had.
-      overwrite: replace a checkpoint that is there.
+      dtype: of the factors; None for their original dtype.
+      overwrite: replace an existing checkpoint.
 
     Returns:
       The rank: make the model with it and with alpha = rank * scale.

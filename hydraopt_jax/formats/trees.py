@@ -1,7 +1,7 @@
 """LoRA factors in parameter trees: nested dicts, `nnx.State`, NNX modules, flat dicts of named arrays.
 
-One contract for every dialect of `dialects`: a tree and a scale in, an `Adapter` out, and back. What an
-adapter came from is kept in its layout, so that a store exports it under the same keys with the same axes.
+All dialects of `dialects` have one contract: a tree and a scale in, an `Adapter` out, and the inverse. The
+layout of an adapter has its original keys and axes, so that a store exports it with the same ones.
 """
 
 import difflib
@@ -21,14 +21,14 @@ from hydraopt_jax.formats.tensor_files import FLOATS, cast, disk_dtype
 
 Path = tuple[Any, ...]
 Scale = float | Mapping[str, float]
-# the level that Orbax gives NNX variables
+# name of the level that Orbax adds below NNX variables
 BOX = "value"
 # levels of a train state that mirror the parameters
 OPTIMIZER = {"opt_state", "mu", "nu"}
 
 
 def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Leaves of a tree with their paths; boxes of Flax metadata are opened, None is no leaf.
+    """Leaves of a tree with their paths; boxes of Flax metadata are opened, None is not a leaf.
 
     >>> list(flatten({"q": {"lora_a": 1}, "layers": [None, 2]}))
     [(('q', 'lora_a'), 1), (('layers', 1), 2)]
@@ -50,20 +50,20 @@ def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def text(path: Path) -> str:
-    """A path as the key that dialects match."""
+    """The key of a path, which dialects match."""
     return "/".join(map(str, path[:-1] if len(path) > 1 and path[-1] == BOX else path))
 
 
 def is_factor(path: Path) -> bool:
-    """Whether a leaf has to do with LoRA by its name."""
+    """Whether a leaf's name is that of LoRA parameters."""
     return any("lora" in str(key).lower() for key in path[-3:])
 
 
 def pairs(tree: Any, style: Dialect, source: str) -> dict[str, dict[str, tuple[Path, Any]]]:
-    """Factors by module and side; every other leaf is the base model's.
+    """Factors by module and side; other leaves are skipped.
 
     Raises:
-      HydraOptError: a LoRA leaf that is not understood, or a factor without its other half.
+      HydraOptError: an unknown kind of LoRA leaf, or a factor without its counterpart.
     """
     out: dict[str, dict[str, tuple[Path, Any]]] = {}
     for path, leaf in flatten(tree):
@@ -105,26 +105,26 @@ def read_tree(
     stack: int | str | None = "ask",
     source: str = "tree",
 ) -> Adapter:
-    """Read one task's LoRA factors out of a library's parameters.
+    """One task's adapter from the LoRA factors in a library's parameters.
 
     Args:
-      tree: nested dicts, an `nnx.State`, an NNX module, or a flat dict of named arrays. Leaves that have
-        nothing to do with LoRA are the base model's and are left alone.
+      tree: nested dicts, an `nnx.State`, an NNX module, or a flat dict of named arrays. Leaves of the base
+        model are ignored.
       name: the library: a key of `dialects.DIALECTS`.
       task: the task's name.
-      scale: what the library multiplies `x @ a @ b` by, or module -> scale. No library stores it in the tree.
-      stack: axis along which both factors hold several layers or experts (MaxText's scanned layers: 1; qwix's
-        batched products: 0), or None where extra axes are those of an einsum. Asked for where both factors
-        have any.
-      source: what to call the tree in messages.
+      scale: the library's factor on `x @ a @ b`, or module -> scale. No library stores it in the tree.
+      stack: axis of both factors that counts layers or experts (MaxText's scanned layers: 1; qwix's batched
+        products: 0), or None if extra axes are those of an einsum. Required if both factors have extra axes.
+      source: name of the tree in messages.
 
     Returns:
-      The adapter: `a: [I, R]`, `b: [R, O]` with the scale folded in, I and O over all axes in the library's
-      order. Layer n of a stacked module is called `module[n]`.
+      The adapter: `a: [I, R]`, `b: [R, O]` with the scale folded in; I and O are products over all axes in
+        the
+      library's order. Layer n of a stacked module is called `module[n]`.
 
     Raises:
-      HydraOptError: no scale, an unknown dialect, a leaf that is not understood, shapes that disagree, or
-        axes that may mean two things.
+      HydraOptError: a missing scale, an unknown dialect, an unknown kind of LoRA leaf, shapes that disagree,
+        or ambiguous axes.
 
     >>> tree = {"q": {"kernel_lora_a": np.ones((3, 4, 2)), "kernel_lora_b": np.ones((2, 5))}}
     >>> adapter = read_tree(tree, "qwix", task="one", scale=0.5)
@@ -211,24 +211,25 @@ def write_tree(
     rename: Callable[[str], str] = lambda module: module,
     stack: int | str | None = "ask",
 ) -> dict[Any, Any]:
-    """One adapter as a library's parameters, a tree to merge into its model's.
+    """A tree of a library's LoRA parameters for one adapter, to be merged into the model's parameters.
 
-    Factors that came from a tree of the same dialect go back under their keys with their axes; others, such
-    as PEFT's, go where the library would keep those of the module's path, or where `like` has them.
+    Factors that came from a tree of the same dialect get their original keys and axes. Others, such as
+    PEFT's, get the library's usual keys for the module's path, or those of `like`.
 
     Args:
       adapter: from `store.adapter` or any reader.
       name: the library: a key of `dialects.DIALECTS`.
-      scale: what the library will multiply by, or module -> scale; `b` is divided by it.
+      scale: the library's factor on the delta, or module -> scale; `b` is divided by it.
       rank: pad all factors with zeros to this rank; None for each module's own.
-      dtype: of the arrays; None for the one they had.
+      dtype: of the arrays; None for the original dtype.
       like, rename, stack: see `fit_tree`; None for no such tree.
 
     Returns:
       A nested dict of NumPy arrays (flat for Keras and levanter). Positions in lists are integers.
 
     Raises:
-      HydraOptError: no scale, tensors that a LoRA tree cannot hold, a rank too small, values that overflow.
+      HydraOptError: a missing scale, tensors that a LoRA tree cannot have, a rank too small, values that
+        overflow.
 
     >>> one = Adapter("one", {"layers.0.q": np.ones((3, 1))}, {"layers.0.q": np.ones((1, 2))})
     >>> write_tree(one, "gemma", scale=2.0)["layers"][0]["q"]["lora"]["b"]
@@ -252,17 +253,17 @@ def fit_tree(
     rename: Callable[[str], str] = lambda module: module,
     stack: int | str | None = "ask",
 ) -> Adapter:
-    """The adapter under the names, with the axes and the ranks of a model's LoRA parameters.
+    """The adapter with the names, axes and ranks of a model's LoRA parameters.
 
     Args:
       adapter: modules of any names.
       name: the library: a key of `dialects.DIALECTS`.
-      like: the model, its parameters, or their shapes; read as `read_tree` reads them.
-      rename: module as `read_tree` would call it -> the adapter's name for it.
+      like: the model, its parameters, or their shapes; interpreted as by `read_tree`.
+      rename: module name of `read_tree` -> module name of the adapter.
       stack: see `read_tree`.
 
     Returns:
-      All modules of `like`; those that the adapter lacks are zero.
+      All modules of `like`; modules that the adapter lacks are zero.
 
     Raises:
       HydraOptError: a module that `like` lacks, other sizes, a rank too small; see `read_tree`.
@@ -300,7 +301,7 @@ def fit_tree(
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Names to offer in an error."""
+    """Similar names, for an error message."""
     names = list(known)
     return ", ".join(map(repr, difflib.get_close_matches(name, names, 3, 0.3) or names[:3])) or "none"
 
@@ -316,7 +317,7 @@ def place(tree: dict[Any, Any], path: Any, value: np.ndarray) -> None:
 def leaves(
     adapter: Adapter, name: str, scale: Scale | None, rank: int | None, dtype: str | None
 ) -> Iterator[tuple[Path, np.ndarray]]:
-    """Paths and arrays of an adapter in a dialect, paths as they are on disk."""
+    """Paths (as on disk) and arrays of an adapter in a dialect."""
     style = dialect(name)
     if scale is None:
         raise HydraOptError(
@@ -359,7 +360,7 @@ def leaves(
 
 
 def restacked(parts: list[Any]) -> np.ndarray:
-    """Layers stacked again, zeros for those that are absent and up to the largest rank."""
+    """Layers stacked again; absent layers and ranks below the largest are filled with zeros."""
     axis, _, count = parts[0][0]
     side = -1 if parts[0][2] == "a" else 0
     width = max(x.shape[side] for _, x, _ in parts)
@@ -374,7 +375,7 @@ def restacked(parts: list[Any]) -> np.ndarray:
 
 
 def home(style: Dialect, module: str, layout: Mapping[str, Any], side: str) -> Path:
-    """Where a factor lies: where it was read if that is of this dialect, else the library's usual place."""
+    """Path of a factor: the one it was read from if that is of this dialect, else the library's usual path."""
     if side in layout and style.key.fullmatch(text(tuple(layout[side]))):
         return tuple(layout[side])
     key = style.place.format(

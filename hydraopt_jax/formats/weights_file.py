@@ -1,8 +1,7 @@
-"""A weights file: what it holds, a check of every value while its checksum is taken, factors at their places.
+"""Weights files: contents, a check of all values during the checksum, and reads of factors.
 
-A file is read once from end to end when it is looked at. Later it is opened for the tensors of one group of
-modules, which are read at their places and not mapped, so that neither open files nor mapped pages grow with
-the collection.
+A file is first read from end to end. Later it is opened for the tensors of one group of modules, which are
+read at their offsets without memory mapping. So neither open files nor mapped pages grow with the collection.
 """
 
 import hashlib
@@ -22,13 +21,13 @@ from hydraopt_jax.formats import peft
 from hydraopt_jax.formats.peft_config import module_scale
 from hydraopt_jax.formats.tensor_files import one_line, read_tensors
 
-# bytes that are read, checked and hashed while a core's cache has them
+# bytes that are read, checked and hashed in one piece, small enough for a core's cache
 PIECE = 1 << 20
 DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 
 
 class Place(NamedTuple):
-    """Where the bytes of a tensor, or of several that follow each other, lie in a file."""
+    """Position of a tensor, or of several adjacent tensors, in a file."""
 
     begin: int
     end: int
@@ -37,14 +36,14 @@ class Place(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a weights file holds; equal files of a collection share one.
+    """Contents of a weights file; equal files of a collection share one object.
 
     Attributes:
       modules: module -> entry.
       extras: table of the full tensors, `[name, dtype, shape]`.
-      dtype, layout: as in `adapters.Adapter`.
-      places: key of a factor -> where it lies; empty for a pickle.
-      runs: factors that follow each other in the file, and the largest scale of those.
+      dtype, layout: see `adapters.Adapter`.
+      places: key of a factor -> its position; empty for a pickle.
+      runs: groups of adjacent factors in the file, and the largest scale of each group.
     """
 
     modules: Mapping[str, Entry]
@@ -56,7 +55,7 @@ class Contents(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """A tensor that was not read; what `peft.check_pair` asks of one."""
+    """A tensor that was not read, with the attributes that `peft.check_pair` needs."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -84,7 +83,7 @@ def _shapes(file: Path) -> list[tuple[str, Any]]:
 
 
 def header_of(file: Path) -> bytes:
-    """Length and header of a safetensors file; nothing of a pickle or of what cannot be one."""
+    """Length and header of a safetensors file; empty for a pickle and for invalid files."""
     if file.suffix != ".safetensors":
         return b""
     with file.open("rb") as opened:
@@ -94,10 +93,10 @@ def header_of(file: Path) -> bytes:
 
 
 def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Contents:
-    """What a file of this header holds, none of its values read.
+    """The contents of a file with this header; no values are read.
 
     Raises:
-      HydraOptError: no LoRA tensor, half a pair, or shapes that do not go together.
+      HydraOptError: no LoRA tensor, a factor without its counterpart, or shapes that disagree.
     """
     pairs, extras = peft.sorted_tensors(iter(_shapes(file)), config, str(file))
     if not pairs:
@@ -120,7 +119,7 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
     dtypes = {x.dtype for pair in pairs.values() for _, x in pair.values()}
     table = [[k, "" if x.dtype.kind == "V" else x.dtype.name, list(x.shape)] for k, x in extras.items()]
     if any(not kind for _, kind, _ in table):
-        # rare dtypes have names that only reading tells
+        # rare dtypes have names that only reading reveals
         table = [[k, x.dtype.name, list(x.shape)] for k, x in read_tensors(file) if k in extras]
     kind = dtypes.pop().name if len(dtypes) == 1 else "float32"
     places = {}
@@ -145,7 +144,7 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
 
 
 def adjacent(keys: Sequence[str], places: Mapping[str, Place]) -> list[list[str]]:
-    """Keys of tensors of one dtype that lie one behind another, together; in order of the file."""
+    """Groups of keys of adjacent tensors of one dtype, in order of the file."""
     out: list[list[str]] = []
     for key in sorted(keys, key=lambda k: places[k].begin):
         last = places[out[-1][-1]] if out else None
@@ -157,7 +156,7 @@ def adjacent(keys: Sequence[str], places: Mapping[str, Place]) -> list[list[str]
 
 
 def largest(values: np.ndarray) -> float:
-    """The largest magnitude among floats, by their bits, which sort as the magnitudes do; NaN sorts last.
+    """The largest magnitude among floats, by comparing bits, which sort like magnitudes; NaN sorts last.
 
     >>> largest(np.array([1.0, -3.0], np.float16))
     3.0
@@ -169,17 +168,17 @@ def largest(values: np.ndarray) -> float:
 
 
 def check_file(source: str, file: Path, held: Contents, header: int) -> str:
-    """Checksum of a file whose values are finite, as the files' bytes pass by.
+    """Checksum of a file, after a check in the same pass that all values are finite.
 
     Raises:
-      HydraOptError: NaN or infinite values, also those that the scale would make.
+      HydraOptError: NaN or infinite values, also after multiplication with the scale.
     """
     fine = bool(held.places) and all((x.begin - header) % x.dtype.itemsize == 0 for x, _ in held.runs)
     digest = hashlib.sha256()
     buffer = np.empty(PIECE, np.uint8)
     try:
         with file.open("rb") as opened:
-            # the header apart, so that a piece never ends inside a number
+            # the header separately, so that a piece never ends inside a number
             digest.update(opened.read(header))
             at = header
             while count := opened.readinto(buffer):  # type: ignore[arg-type]
@@ -200,7 +199,7 @@ def check_file(source: str, file: Path, held: Contents, header: int) -> str:
 
 
 def check_values(source: str, file: Path, modules: Mapping[str, Entry]) -> None:
-    """Refuse NaN and infinite values, also those that the scale would make."""
+    """Raise for NaN and infinite values, also after multiplication with the scale."""
     factors = {k: (m, e.scale if s else 1.0) for m, e in modules.items() for s, k in enumerate(e[:2])}
     for key, tensor in read_tensors(file):
         if key not in factors:
@@ -219,11 +218,12 @@ def check_values(source: str, file: Path, modules: Mapping[str, Entry]) -> None:
 def read_places(
     file: str, stamp: tuple[int, int], places: Mapping[str, Place], keys: Sequence[str]
 ) -> list[np.ndarray]:
-    """Factors at their places, those that lie one behind another by one call; `stamp` is the file's size and
-    time of change when it was looked at.
+    """Factors at their positions, adjacent ones with one call.
+
+    `stamp` is the file's size and modification time of the first pass.
 
     Raises:
-      OSError: the file cannot be read, or is not the one that was looked at.
+      OSError: the file cannot be read, or has changed since the first pass.
     """
     out: dict[str, np.ndarray] = {}
     opened = os.open(file, os.O_RDONLY)
@@ -243,7 +243,7 @@ def read_places(
 
 
 def pread(opened: int, count: int, at: int) -> np.ndarray:
-    """So many bytes of a file from there on; one call may bring no more than two gigabytes."""
+    """A number of bytes at an offset of a file; one system call returns at most two gigabytes."""
     data = np.empty(count, np.uint8)
     done = 0
     while done < count:
