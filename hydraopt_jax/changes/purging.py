@@ -136,7 +136,7 @@ def stated(store: Store, old: Segment, new: Segment, standing: Sequence[str]) ->
         rows = [list(old.modules).index(n) for n in new.modules]
         columns = [old.tasks.index(t) for t in new.tasks]
         was = before[np.ix_(rows, columns)]
-        # a delta that was lost whole stays lost
+        # a delta that was lost completely stays lost
         again = np.where(np.isnan(again) & ~np.isnan(was), 0.0, again)
         claims = np.where(np.isin(new.tasks, list(standing)), bound(was, again), again)
         leaves[name] = error_leaf(claims)
@@ -148,7 +148,7 @@ def bounded(store: Store, again: Sequence[str], standing: Sequence[str]) -> Stor
     """The store with the list, in its report, of tasks whose errors are bounds."""
     was = store.report.get("bounded", [])
     parts = {t: sum(t in [x.tasks[k] for k in x.live] for x in store.segments) for t in again}
-    # of a task in several segments only some may have been coded from its original
+    # only some segments of a task may have been coded from its original
     kept = [t for t in store.tasks if t in standing or (t in was and (t not in again or parts[t] > 1))]
     rest = {k: v for k, v in store.report.items() if k != "bounded"}
     return store.replace(report=Static(rest | ({"bounded": kept} if kept else {})))

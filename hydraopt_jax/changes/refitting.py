@@ -66,7 +66,7 @@ def refit(
     asked = store.report["options"]
     form = explicit.form_of(asked)
     tasks = len(collection)
-    # one head a task stays one head a task
+    # a head per task stays a head per task
     every = asked["heads"] >= max(len(x.tasks) for x in store.segments)
     heads = None if every else min(form.heads or tasks, tasks)
     cores = form.cores and heads is not None and heads < tasks

@@ -1,4 +1,4 @@
-"""Reading and writing bytes: every read is checked against what is there, every inflation is bounded."""
+"""Reading and writing bytes: every read is checked against the available bytes, inflation is bounded."""
 
 import zlib
 
@@ -16,7 +16,7 @@ def deflate(data: bytes) -> bytes:
 
 
 def deflate_symbols(data: bytes) -> bytes:
-    """Raw deflate by Huffman codes alone, for bytes in which nothing repeats."""
+    """Raw deflate with Huffman codes only, for bytes without repeats."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return packer.compress(data) + packer.flush()
 
@@ -80,7 +80,7 @@ class Reader:
         raise Damaged("a number of more than 63 bits")
 
     def rest(self) -> bytes:
-        """All that is left."""
+        """All remaining bytes."""
         return self.take(len(self.data) - self.at)
 
 

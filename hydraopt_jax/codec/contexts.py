@@ -1,8 +1,9 @@
 """Contexts: the statistical model that encoder and decoder share.
 
-The context of a vector says the rms of its codes, three contexts per octave; each side of a module has its
-own. Context 0 is the zero vector, which has no codes. Where the entries of a vector differ in size from block
-to block, as between attention heads, its blocks have contexts of their own, offsets from that of the vector.
+The context of a vector encodes the rms of its codes, with three contexts per octave; each side of a module
+has its own contexts. Context 0 is the zero vector, which has no codes. If the entries of a vector differ in
+size between blocks, as between attention heads, each block has its own context, coded as an offset from that
+of the vector.
 
 A code is a magnitude `k >= 0` and a sign. Its level is `m = k`, but `k - 1` for a negative code in a wide
 context, one with middle bits, so that none is spent on a negative zero. The level is split as
@@ -38,7 +39,7 @@ ROUNDING = 0.7
 
 
 def rms(context: np.ndarray) -> np.ndarray:
-    """The rms of the codes that a context stands for."""
+    """The rms of the codes in each context."""
     return 2.0 ** ((context % PER_SIDE - 1) / PER_OCTAVE - 3)
 
 
@@ -62,7 +63,7 @@ def classify(spread: np.ndarray, side: int) -> np.ndarray:
 
 
 def blocks(length: int) -> int:
-    """Blocks of a vector that may have contexts of their own; 0 for a vector of one block.
+    """Number of blocks of a vector that may have their own contexts; 0 for a vector of one block.
 
     >>> blocks(64), blocks(65)
     (0, 2)

@@ -1,4 +1,4 @@
-"""Decoding: leaves of bytes become factors in steps and gains, the same on every machine. NumPy only."""
+"""Decode leaves to factors in steps and gains, with equal results on every machine. NumPy only."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -39,8 +39,8 @@ def decode_leaves(
     Args:
       leaves: name -> bytes, at least the shared leaf and those that the tasks read.
       shapes: module -> structure of its terms.
-      tasks: positions of the tasks whose gains are wanted.
-      frequencies: tables, where the shared leaf has none of its own.
+      tasks: positions of the tasks whose gains are needed.
+      frequencies: tables, if the shared leaf has no tables.
       decode_lanes: see `streams.decode`.
 
     Raises:
@@ -84,7 +84,7 @@ def decode_leaves(
 
 
 def predicted(base: np.ndarray | None, context: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Vectors predicted from the coded ones of a base."""
+    """Predictions of vectors from the coded vectors of a base."""
     if base is None:
         raise Damaged("a prediction from a factor that comes later")
     return prediction.weigh(base[:, context > 0], weights)

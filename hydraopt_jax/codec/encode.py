@@ -1,8 +1,8 @@
-"""Encoding: factors in quantizer steps become codes, and codes become leaves of bytes.
+"""Encode factors in quantizer steps to codes, and codes to leaves of bytes.
 
-A factor's vectors are predicted from another factor where that pays, quantized on the trellis and
-entropy-coded. The shared leaf is quantized first, because others may be predicted from what it decodes to. A
-diagonal core per task, the gains, scales the steps back.
+The vectors of a factor are predicted from another factor if that saves bits, quantized on the trellis and
+entropy-coded. The shared leaf is quantized first, because other leaves may be predicted from its decoded
+vectors. The gains, a diagonal core per task, convert steps to values.
 """
 
 import functools
@@ -87,11 +87,11 @@ def context_bits(frequencies: np.ndarray) -> np.ndarray:
 def quantize(
     modules: Mapping[str, Sequence[Target]], frequencies: np.ndarray, multiplier: float = MULTIPLIER
 ) -> Coded:
-    """Quantize every factor of a collection.
+    """The quantized factors of a collection.
 
     Args:
       modules: name -> terms.
-      frequencies: `[COUNT, 2, SYMBOLS]`, what the coder is expected to charge.
+      frequencies: `[COUNT, 2, SYMBOLS]`, the rate model of the quantizer.
       multiplier: squared steps per bit.
 
     Raises:
@@ -144,7 +144,7 @@ def quantize(
 
 
 def check(target: np.ndarray, module: str) -> None:
-    """Refuse entries that no code can hold."""
+    """Raise for entries beyond the range of codes."""
     if not (np.abs(target) < MAX_MAGNITUDE).all():
         raise HydraOptError(
             f"module {module}: entries of {np.abs(target).max():.3g} quantizer steps; the finest step codes "
@@ -235,7 +235,7 @@ def packed(columns: Sequence[tuple[int, int, int, int]], lanes: Sequence[int], b
 
 
 def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
-    """Bytes that `serialize` will make, good to a few in a thousand: no coding is done."""
+    """Estimate of the bytes of `serialize`, accurate to some tenths of a per cent, without coding."""
     side = sum(len(x) for x in sides(coded, gains).values())
     lanes = sum(x.lanes for x in coded.symbols)
     raw = sum(float(RAW_BITS[x.context].sum() + np.count_nonzero(signs(x))) for x in coded.symbols) / 8
@@ -250,7 +250,7 @@ def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
 
 
 def signs(x: Symbols) -> np.ndarray:
-    """Which codes have a sign."""
+    """Bool array of the codes with a sign."""
     return (x.magnitude > 0) | WIDE[x.context]
 
 
@@ -264,7 +264,7 @@ def entropy_bytes(counts: np.ndarray) -> float:
 
 
 def module_bits(coded: Coded) -> np.ndarray:
-    """About what each module takes, `[M]`: the mean bits of a code of each context, and the coefficients."""
+    """Approximate bits of each module, `[M]`: mean bits of codes by context, plus coefficients."""
     each = context_bits(coded.counts)
     position = {n: m for m, n in enumerate(coded.shapes)}
     out = np.zeros(len(position))
@@ -310,15 +310,15 @@ def serialize(
 def serialize_and_decode(
     coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
 ) -> tuple[dict[str, bytes], Decoded]:
-    """Leaves of bytes, and what a reader gets from them.
+    """Leaves of bytes, and their decoded values.
 
     Args:
       coded: the quantized collection.
       gains: task -> its gains, one `[live directions]` array for each (module, term) it has, in order.
-      frequencies: tables that the reader knows; None for tables of their own, held by the shared leaf.
+      frequencies: tables that the reader has already; None for new tables in the shared leaf.
 
     Returns:
-      Leaf name -> bytes, and what these decode to: `coded.values` and the gains, to the bit.
+      Leaf name -> bytes; and their decoded values, equal to `coded.values` and the gains bit for bit.
     """
     table = tables.from_counts(coded.counts) if frequencies is None else frequencies
     bodies = dict(zip(coded.leaves, streams.encode(coded.symbols, table), strict=True))
@@ -334,10 +334,10 @@ def checked(
     gains: Mapping[int, Sequence[np.ndarray]],
     frequencies: np.ndarray | None,
 ) -> Decoded:
-    """Decode leaves and compare: errors are measured on `coded.values`, so these must be what a reader gets.
+    """The decoded leaves, after a check that they equal `coded.values`, on which errors are measured.
 
     Raises:
-      RuntimeError: they are not, a fault of this package.
+      RuntimeError: they differ, which is a fault of this package.
     """
     found = decode_leaves(leaves, coded.shapes, sorted(gains), frequencies)
     same = all(np.array_equal(x, y) for x, y in zip(found.values, coded.values, strict=True) if x is not None)

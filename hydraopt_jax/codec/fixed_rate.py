@@ -1,8 +1,8 @@
-"""Fixed-rate scalar quantization: codes of 2 to 8 bits, a half-precision scale a vector, packed into bytes.
+"""Fixed-rate scalar quantization: codes of 2 to 8 bits, a half-precision scale per vector, packed into bytes.
 
-Where the entropy coder of `coding` is not wanted (random access, decoding inside a jitted computation), a
-vector `x` is kept as integers `c` with `x ~= scale * c`, `|c| <= 2^(bits-1) - 1`. The scale is that of least
-squared error among a row of clipping levels, which at few bits is well below the largest entry.
+It is for uses without entropy coding (random access, decoding inside a jitted computation). A vector `x` is
+stored as integers `c` with `x ~= scale * c`, `|c| <= 2^(bits-1) - 1`. The scale is that of least squared
+error among some clipping levels, which at few bits is well below the largest entry.
 
 Reference: Max, Quantizing for minimum distortion, 1960; Banner et al., Post training 4-bit quantization of
 convolutional networks, arXiv 1810.05723 (clipping).
@@ -37,13 +37,13 @@ class Quantized(NamedTuple):
 
 
 def check_bits(bits: int) -> None:
-    """Refuse a width that is not one of `WIDTHS`."""
+    """Raise if a width is not one of `WIDTHS`."""
     if bits not in WIDTHS:
         raise HydraOptError(f"bits = {bits}: must be one of {', '.join(map(str, WIDTHS))}")
 
 
 def quantize(x: Array, bits: int) -> Quantized:
-    """Quantize vectors along the last axis with the scale of least squared error.
+    """Codes and scales of vectors along the last axis, with the scale of least squared error.
 
     Args:
       x: `[..., n]`.
@@ -86,7 +86,7 @@ def dequantize(x: Quantized) -> Array:
 
 
 def rounded(x: Array, bits: int, axis: int = -1) -> Array:
-    """What vectors along an axis come back as: `dequantize(quantize(x))`."""
+    """The decoded values of vectors along an axis: `dequantize(quantize(x))`."""
     return jnp.moveaxis(dequantize(quantize(jnp.moveaxis(x, axis, -1), bits)), -1, axis)
 
 
@@ -132,7 +132,7 @@ class Packed:
 
 
 def packed(x: Array, bits: int) -> Packed:
-    """Quantize and pack vectors along the last axis, for `unpacked` inside a jitted computation.
+    """Packed codes of vectors along the last axis, for `unpacked` inside a jitted computation.
 
     >>> import jax.numpy as jnp
     >>> p = packed(jnp.array([[0.0, 1.0, -3.0]]), 3)

@@ -1,7 +1,7 @@
-"""Lanes decoded by JAX: what `rans.decode` does in NumPy, bit for bit, for the lanes of many tasks at once.
+"""Decode lanes by JAX, bit for bit as `rans.decode` does in NumPy, for the lanes of many tasks at once.
 
-One compiled scan over the symbols, all lanes abreast, each with its own word pointer, in 32-bit integers.
-Sizes are padded to four per octave, so that stores of unlike sizes share compilations.
+It is one compiled scan over the symbols of all lanes in parallel, each with its own word pointer, in 32-bit
+integers. Sizes are padded to four per octave, so that stores of different sizes share compilations.
 """
 
 import functools
@@ -22,7 +22,7 @@ UNROLL = 4
 
 
 def padded(count: int) -> int:
-    """The least size of four per octave, and a multiple of 8, that is not below `count`.
+    """The smallest size (four per octave, multiples of 8) that is at least `count`.
 
     >>> [padded(n) for n in (0, 3, 9, 33, 1000, 1025)]
     [8, 8, 16, 40, 1024, 1280]
@@ -82,10 +82,10 @@ def decode(
     context: np.ndarray,
     lookup: Lookup,
 ) -> np.ndarray:
-    """Values `[n, L]` int16 of L lanes, as `rans.decode`, on the default device.
+    """Values `[n, L]` int16 of L lanes, computed on the default device; see `rans.decode`.
 
     Raises:
-      Damaged: as there.
+      Damaged: see `rans.decode`.
     """
     steps, lanes = context.shape
     if not context.size or len(words) >= 1 << 31:

@@ -1,7 +1,7 @@
-"""Which leaf of a store each part lies in: a rule that writer and reader both follow.
+"""The leaf of each part of a store: a rule that writer and reader both follow.
 
-Every part (one factor, one core) lies in the leaf of the set of tasks that read it: `shared` when all do,
-`task_3` when one does, `head_0`, `head_1`, ... for the sets between.
+Every part (one factor, one core) is in the leaf of the set of tasks that read it: `shared` if all do,
+`task_3` if one does, `head_0`, `head_1`, ... for the other sets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,13 +49,13 @@ PROJECTED = 1
 
 
 class TermShape(NamedTuple):
-    """The structure of one coded term: all that a reader needs beside the bytes.
+    """The structure of one coded term: everything that a reader needs beside the bytes.
 
     Attributes:
       a_of, b_of: which factor each task uses, -1 where the task has no delta.
       inputs, rank, outputs: I, S, O.
-      predicted: how factors 1, 2, ... of either side may be predicted from factor 0, a position in `KINDS`.
-        No task need read factor 0 itself.
+      predicted: prediction mode of factors 1, 2, ... of both sides from factor 0, a position in `KINDS`.
+        Factor 0 may be read by no task.
     """
 
     a_of: tuple[int, ...]
@@ -70,11 +70,11 @@ class Piece(NamedTuple):
     """One coded factor: `rank` vectors of one length.
 
     Attributes:
-      module, term, side, factor: where it belongs; side 0 is the input side.
+      module, term, side, factor: its position; side 0 is the input side.
       length: entries of each vector, I or O.
-      rank: how many vectors, S.
-      base: position of the piece it may be predicted from, or -1.
-      leaf: name of the leaf that holds it.
+      rank: number of vectors, S.
+      base: position of the piece that it may be predicted from, or -1.
+      leaf: name of its leaf.
     """
 
     module: str

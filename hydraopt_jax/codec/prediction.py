@@ -1,15 +1,15 @@
-"""Prediction of a factor's vectors from vectors decoded before, the same to the last bit on every machine.
+"""Prediction of a factor's vectors from vectors decoded before, bit for bit equal on every machine.
 
 A vector is predicted as
 
     sum_s c[s] * 2^-e[s] * v[s]        rounded to multiples of 1/16 step
 
-where the `v[s]` are the decoded vectors of the base, the coefficients `c[s]` whole numbers, and `2^e[s]` is
-about half the length of `v[s]`, so that a coefficient counts in about two steps: what its rounding leaves,
-`2^2 / 12` squared steps, costs less in the codes than finer coefficients would. All products and sums are
-multiples of one power of two and fit the 53 bits of a float64: their order does not matter.
+where the `v[s]` are the decoded vectors of the base, the coefficients `c[s]` are integers, and `2^e[s]` is
+about half the norm of `v[s]`, so that a unit of a coefficient is about two steps. The rounding error, `2^2 /
+12` squared steps, costs less in the codes than finer coefficients would. All products and sums are multiples
+of one power of two and fit the 53 bits of a float64, so their order does not matter.
 
-These are the coordinates of joint diagonalization and of Share, with what they miss coded on top.
+These are the coordinates of joint diagonalization and of Share; here the remainder is coded too.
 
 Reference: Gabrielsson et al., Compress then Serve, arXiv 2407.00066.
 """
@@ -24,7 +24,7 @@ from hydraopt_jax.codec.bitstream import Damaged, Reader, pack_planes, unpack_pl
 # side information of a vector beside its coefficients, in bits
 VECTOR_BITS = 8
 RIDGE = 1e-3
-# steps that a coefficient counts in, as a power of two, and what its rounding costs in the codes, in bits
+# unit of a coefficient in steps, as a power of two, and cost of its rounding in the codes, in bits
 UNIT, ROUNDING_BITS = 1, 1.0
 # decoded vectors are multiples of this many steps
 GRID = 1 / 16
@@ -33,7 +33,7 @@ EXACT_BITS = 52
 
 
 class Prediction(NamedTuple):
-    """How a factor's vectors are predicted, where used.
+    """The prediction of a factor's vectors.
 
     Attributes:
       used: `[S]` bool.
@@ -56,7 +56,7 @@ def exponents(base: np.ndarray) -> np.ndarray:
 
 
 def scaled(base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors at about length 2, float64, and their exponents."""
+    """The vectors scaled to norms near 2, float64, and their exponents."""
     e = exponents(base)
     return np.ldexp(base.astype(np.float64), -e), e
 
@@ -98,7 +98,7 @@ def spent(coefficients: np.ndarray) -> np.ndarray:
 
 
 def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np.ndarray, float]:
-    """Least-squares prediction of vectors from a decoded base, where it saves more bits than it costs.
+    """Least-squares prediction of those vectors for which it saves more bits than it costs.
 
     Args:
       target: `[n, S]` in steps.
@@ -126,7 +126,7 @@ def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np
 
 
 def pack(found: Sequence[Prediction | None]) -> bytes:
-    """The coefficients in use, vector by vector; nothing where none is."""
+    """The bytes of the used coefficients, vector by vector; empty if there are none."""
     rows = [x.coefficients[:, x.used].T.ravel() for x in found if x is not None and x.used.any()]
     flat = np.concatenate([np.zeros(0, np.int32), *rows])
     return pack_planes(zigzag(flat)) if len(flat) else b""

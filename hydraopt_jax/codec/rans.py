@@ -5,9 +5,9 @@ frequency f whose slots begin at c, in a table of 2^12 slots:
 
     slot = x mod 2^12;   x <- f * floor(x / 2^12) + slot - c;   if x < 2^16: x <- 2^16 x + next word
 
-Lanes are decoded side by side, one symbol of each per step, each from a word pointer of its own, so that
-lanes of any number of streams share one loop. The table of a symbol is that of its context and quantizer; the
-quantizer follows from the parities p before it (`trellis`), and begins anew every `PERIOD` steps:
+Lanes are decoded in parallel, one symbol per lane and step, each with its own word pointer, so that lanes of
+any number of streams share one loop. The table of a symbol depends on its context and quantizer. The
+quantizer follows from the parities p before it (`trellis`), and starts again every `PERIOD` steps:
 
     q[i] = q[i - 3] xor q[i - 5] xor p[i - 2]
 
@@ -23,12 +23,12 @@ from hydraopt_jax.codec.bitstream import Damaged
 from hydraopt_jax.codec.tables import SLOT_BITS, SLOTS, Lookup
 
 LOW = 1 << 16
-# steps after which the trellis begins anew
+# steps after which the trellis starts again
 PERIOD = 4096
-# steps whose table rows are looked up at once
+# number of steps whose table rows are looked up at once
 ROWS = 64
 
-# `decode`, or what does the same elsewhere (`lanes`)
+# type of `decode`, and of `lanes.decode`
 DecodeLanes = Callable[..., np.ndarray]
 
 
@@ -98,7 +98,7 @@ def decode(
 def active(
     lengths: np.ndarray, context: np.ndarray, row: np.ndarray
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Steps in order: the step, how many lanes have a symbol there, and what `row` says of their contexts."""
+    """For each step: its number, the number of lanes with a symbol there, and `row` of their contexts."""
     steps = int(lengths.max(initial=0))
     lanes = np.searchsorted(-lengths, -np.arange(steps), side="left")
     for first in range(0, steps, ROWS):
@@ -110,7 +110,7 @@ def active(
 def encode(
     pair: np.ndarray, table: np.ndarray, lengths: np.ndarray, frequency: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Encode lanes from their last symbol to the first, so that decoding runs forward.
+    """States and words of lanes, encoded from the last symbol to the first, so that decoding runs forward.
 
     Args:
       pair: `[n, L]` signed symbols, `2 * symbol + sign`.

@@ -1,8 +1,8 @@
 """Streams: the codes of a leaf as lanes, and as bytes. NumPy only.
 
-The N codes of a leaf's vectors follow one another and are cut into L lanes of n = ceil(N / L) codes, the last
-ones shorter. Lanes hold codes in a row because neighbors share a context: a trellis driven by a strong
-vector's codes between a weak vector's zeros costs some per cent at low rates. A stream is
+The N codes of a leaf's vectors are concatenated and cut into L lanes of n = ceil(N / L) codes; the last lanes
+are shorter. A lane has consecutive codes because neighbors share a context: interleaving the codes of strong
+and weak vectors in one trellis would cost some per cent at low rates. A stream is
 
     lanes, escapes             numbers (`bitstream.number`); lanes is 0 where there are no codes
     words of each lane         less the least count, which comes first as a number; byte planes
@@ -23,7 +23,7 @@ from hydraopt_jax.codec import rans, tables
 from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_planes, unpack_planes
 from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE, level, symbol
 
-# coded bytes and codes that are worth a lane of their own, and the most lanes of a stream
+# coded bytes and number of codes per lane, and the maximum lanes of a stream
 LANE_BYTES, LANE_CODES = 3200, 8192
 MAX_LANES = 4096
 
@@ -57,7 +57,7 @@ class Symbols(NamedTuple):
 
 
 def lane_count(count: int, bits: float) -> int:
-    """Lanes for `count` codes that are expected to take `bits` bits; none for no codes."""
+    """Number of lanes for `count` codes of an expected total of `bits` bits; 0 for no codes."""
     wanted = min(bits / 8 / LANE_BYTES, count / LANE_CODES)
     return int(np.clip(round(wanted), min(count, 1), min(count, MAX_LANES)))
 
@@ -102,7 +102,7 @@ def histogram(streams: Sequence[Symbols]) -> np.ndarray:
 
 
 class Places(NamedTuple):
-    """Where the lanes of several streams lie when all are sorted by length, the longest first.
+    """Positions of the lanes of several streams, sorted together by descending length.
 
     Attributes:
       lengths: `[L]` of all lanes, sorted.
@@ -123,7 +123,7 @@ def sort_lanes(sizes: Sequence[tuple[int, int]]) -> Places:
 
 
 def gather(flats: Sequence[np.ndarray], lanes: Sequence[int], places: Places) -> np.ndarray:
-    """Streams side by side in sorted lanes, `[n, L]`; zeros beyond a lane's end."""
+    """The entries of streams in sorted lanes, `[n, L]`; zeros beyond a lane's end."""
     if len(flats) == 1 and lanes[0]:
         return as_lanes(flats[0], lanes[0])
     out = np.zeros((int(places.lengths.max(initial=0)), len(places.lengths)), flats[0].dtype)
@@ -223,7 +223,7 @@ class Parsed(NamedTuple):
 
 
 def parse(data: bytes, context: np.ndarray) -> Parsed:
-    """Take a stream's bytes apart.
+    """The parts of a stream's bytes.
 
     Args:
       data: of the stream.
@@ -309,7 +309,7 @@ def decode(
 
 
 def finish(value: np.ndarray, context: np.ndarray, x: Parsed) -> np.ndarray:
-    """Values of a stream from what the tables say of its symbols: wide contexts and escapes put together."""
+    """Values of a stream from the entries of the decoding tables, with wide contexts and escapes resolved."""
     special = value >= tables.ESCAPED
     if int(np.count_nonzero(special)) != len(x.escaped):
         raise Damaged("another number of escapes")
@@ -342,5 +342,5 @@ def signed(magnitude: np.ndarray, quantizer: np.ndarray, negative: np.ndarray) -
 
 
 def values(x: Symbols) -> np.ndarray:
-    """What the codes of a stream stand for, `[N]` int32 in steps."""
+    """The values of a stream's codes, `[N]` int32 in steps."""
     return signed(x.magnitude, x.quantizer.astype(np.int32), x.negative.astype(np.int32)).astype(np.int32)

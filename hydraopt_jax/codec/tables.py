@@ -1,4 +1,4 @@
-"""Frequency tables: how probable each symbol is in each context and quantizer, as integers that sum to 2^12.
+"""Frequency tables: probabilities of symbols per context and quantizer, as integers that sum to 2^12.
 
 A table covers 2^12 slots. Every symbol that occurs has an even number of them, half for each sign; the zero
 of a narrow context has no sign. Tables of wide contexts serve both quantizers.
@@ -13,7 +13,7 @@ from hydraopt_jax.codec.contexts import COUNT, ESCAPE, SYMBOLS, WIDE
 
 SLOT_BITS = 12
 SLOTS = 1 << SLOT_BITS
-# most bytes of all tables before they are deflated
+# maximum bytes of all tables before they are deflated
 LIMIT = 2 * COUNT * (1 + 2 * SYMBOLS)
 # values of the decoding table from here on are escapes: base + 4 * quantizer + 2 * sign + low bit
 ESCAPED = 1 << 14
@@ -108,7 +108,7 @@ def halves(row: np.ndarray, wide: bool) -> np.ndarray:
 
 
 class Lookup(NamedTuple):
-    """What decoding looks up: for each context that occurs `SLOTS` entries of either quantizer.
+    """Decoding tables: for each context that occurs, `SLOTS` entries per quantizer.
 
     Attributes:
       entry: uint32, `frequency << (SLOT_BITS + 1) | parity << SLOT_BITS | offset in the symbol's slots`.

@@ -64,7 +64,7 @@ def nearest(value: Array, quantizer: Array, parity: Array) -> Array:
 
 
 def branches(value: Array, context: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
-    """What each branch costs a symbol, whatever the state: all symbols at once, before the sequence begins.
+    """Cost of each branch for each symbol, independent of the state, computed for all symbols at once.
 
     Returns:
       Least costs `[n, 4, L]` by quantizer and parity, and whether the magnitude below the nearest one has it.
@@ -88,7 +88,7 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
     """Codes of least `sum (y - x)^2 + multiplier * bits` by the Viterbi algorithm, every lane on its own.
 
     Args:
-      y: `[n, L]` values in steps; n symbols in sequence, L lanes side by side.
+      y: `[n, L]` values in steps; n consecutive symbols of L lanes.
       context: `[n, L]` context of each value.
       bits: `[COUNT, 2, SYMBOLS]` cost of each symbol, see `costs`.
       multiplier: squared steps per bit.
@@ -106,7 +106,7 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
         return total - total.min(0), second < first
 
     lanes = y.shape[1]
-    # no path begins in another state, however dear a bit is
+    # no path begins in another state, for any price of a bit
     start = jnp.full((STATES, lanes), jnp.inf, jnp.float32).at[0].set(0.0)
     total, choice = jax.lax.scan(forward, start, paid)
     lane = jnp.arange(lanes)

@@ -1,4 +1,4 @@
-"""The engine of explicit forms: group after group, each kept as a plain segment as soon as it is done."""
+"""The engine of explicit forms: it solves group after group, and keeps each as a plain segment."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -21,12 +21,12 @@ from hydraopt_jax.store import plain
 from hydraopt_jax.store.store import Store, make_segment
 from hydraopt_jax.store.tensors import check_dtype
 
-# bytes of plain segments that are put into one in the end: each costs some hundred bytes on disk
+# maximum bytes of plain segments that are joined at the end: each segment costs some hundred bytes on disk
 TOGETHER = 1 << 25
 
 
 def asked(form: Hydra, tasks: int, dtype: str, extras_dtype: str | None) -> dict[str, Any]:
-    """What was asked for, JSON-able."""
+    """The options of a form as JSON."""
     solver = form.solver
     said: dict[str, Any] = {k: v for k, v in form._asdict().items() if k != "solver"}
     said |= {"heads": form.heads or tasks, "solver": "closed" if solver is None else "optax"}
@@ -35,7 +35,7 @@ def asked(form: Hydra, tasks: int, dtype: str, extras_dtype: str | None) -> dict
 
 
 def form_of(options: Mapping[str, Any]) -> Hydra:
-    """The form that `asked` describes; an optimizer is the default one."""
+    """The inverse of `asked`; an optimizer becomes the default one."""
     solver = None
     if options["solver"] == "optax":
         solver = Gradient(None, options["start"], options["steps"])
@@ -55,18 +55,18 @@ def compress_in_form(
     processes: Processes | None = None,
     group_bytes: int = GROUP_BYTES,
 ) -> Store:
-    """Compress a collection in an explicit form.
+    """A store of a collection in an explicit form.
 
     Args:
       found: the collection.
-      form: what is shared, and how it is fitted.
-      place: where segments are kept; those that it has already are not made again.
-      dtype: of the stored factors; None for the widest that came in.
-      extras_dtype: full tensors that are wider are rounded to it; None keeps them.
+      form: the form and its solver.
+      place: where segments are kept; existing segments are not made again.
+      dtype: of the stored factors; None for the widest dtype of the input.
+      extras_dtype: wider full tensors are rounded to it; None keeps them.
       left_out, provenance: for the report, see `compression.compress`.
-      progress: what to tell while at work.
-      processes: who takes part; all return the same store.
-      group_bytes: factors, as they are on disk, that are read and solved together.
+      progress: callbacks for progress.
+      processes: the processes of the job; all return the same store.
+      group_bytes: bytes of factors (in their dtype on disk) that are read and solved together.
 
     Returns:
       Store with the achieved relative squared error of every module and task, measured on the rounded
@@ -107,7 +107,7 @@ def compress_in_form(
 
 
 def bundled(store: Store, order: list[str]) -> Store:
-    """The store with its plain segments in one, where they are small, and modules in the order given."""
+    """The store with small plain segments joined into one, and modules in the order given."""
     few = [x for x in store.segments if x.modules]
     sizes = [np.size(v) for x in few for v in x.leaves.values()]
     if len(few) < 2 or sum(sizes) > TOGETHER:
@@ -137,7 +137,7 @@ def solve_whole(group: Group, block: Block, form: Hydra, dtype: str) -> dict[str
 def work(
     found: Collection, todo: Mapping[int, Group], form: Hydra, dtype: str, place: Place, progress: Progress
 ) -> None:
-    """Solve groups and keep each as soon as it is done."""
+    """Solve groups and keep each when it is finished."""
     tasks = len(found.cards)
     passes = 2 if streams(form, tasks) else 1
     numbers = iter(todo)

@@ -1,4 +1,4 @@
-"""Modules of one shape fitted, rounded to the stored dtype, and measured: the mathematics is in `forms`."""
+"""Fit modules of one shape, round to the stored dtype, and measure errors; the mathematics is in `forms`."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd
 from hydraopt_jax.rate_control.errors_of import relative
 
-# modules solved in one call: bounds memory, keeps the progress bar moving
+# maximum modules solved in one call, to bound memory and to update the progress bar
 CHUNK = 24
 # relative error below which the expanded square, whose round-off is about 1e-6, is not exact enough
 EXPANSION_FLOOR = 1e-3
@@ -50,7 +50,7 @@ def fit_optax(
 
 
 def entries(tasks: int, heads: int, rank: int, shape: tuple[int, int], side: str) -> int:
-    """Numbers kept of one module: S (I + K O), or S (O + K I) with the output side shared."""
+    """Number of stored entries of one module: S (I + K O), or S (O + K I) with the output side shared."""
     inputs, outputs = shape if side == "in" else shape[::-1]
     return min(rank, inputs) * (inputs + heads * outputs)
 
@@ -61,7 +61,7 @@ def rank_at(cost: int, tasks: int, heads: int, shape: tuple[int, int], side: str
 
 
 def fit(a: jax.Array, b: jax.Array, asked: Hydra, heads: int, rank: int) -> list[tuple[Factors, Info]]:
-    """Solve modules of one shape; with side "auto" both sides compete module by module at equal entries."""
+    """Factors of modules of one shape; with side "auto" each module gets the better side at equal entries."""
     shape, tasks = (a.shape[2], b.shape[3]), a.shape[1]
     deltas = decompose.batched_svd(a, b)
     solutions = []
@@ -83,7 +83,7 @@ def fit(a: jax.Array, b: jax.Array, asked: Hydra, heads: int, rank: int) -> list
 
 
 def prune(factors: Factors) -> Factors:
-    """Drop the factors no task uses, and number the others anew."""
+    """The factors without those that no task uses, renumbered."""
     keep_a, a_of = np.unique(factors.a_of[factors.a_of >= 0], return_inverse=True)
     keep_b, b_of = np.unique(factors.b_of[factors.b_of >= 0], return_inverse=True)
     new_a, new_b = np.full_like(factors.a_of, -1), np.full_like(factors.b_of, -1)
@@ -92,7 +92,7 @@ def prune(factors: Factors) -> Factors:
 
 
 def scale(factors: Factors) -> Factors:
-    """Balance the shared factor against the heads, so that half precision loses neither."""
+    """Factors with a balanced scale of shared factor and heads, so that neither loses in half precision."""
     a, b = factors.a, factors.b
     na = np.sqrt(np.mean(np.sum(a**2, 1), 0))
     nb = np.sqrt(np.mean(np.sum(b**2, 2), 0))

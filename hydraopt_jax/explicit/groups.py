@@ -1,4 +1,4 @@
-"""Groups: the modules of one shape that are read and solved together, and how they come from the files."""
+"""Groups: modules of one shape that are read and solved together, and reading them from files."""
 
 import math
 import mmap
@@ -13,7 +13,7 @@ from hydraopt_jax.devices import even
 from hydraopt_jax.explicit.fitting import CHUNK
 from hydraopt_jax.forms import Hydra
 
-# factors, as their files have them, of the modules that are solved together; the next ones are read meanwhile
+# bytes of factors, in their files' dtype, of the modules that are solved together
 GROUP_BYTES = 1 << 26
 READERS = 2
 
@@ -23,7 +23,7 @@ class Group(NamedTuple):
 
     Attributes:
       modules: names.
-      room: modules that the arrays have room for, the same in all groups of a shape, for one compilation.
+      room: number of modules in the arrays, equal for all groups of a shape, for one compilation.
       shape: (I, O).
       rank: the largest rank R of the shape.
       spans: consecutive tasks that are read together.
@@ -42,7 +42,7 @@ class Group(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Factors of a group's modules for some tasks, as their files have them.
+    """Factors of a group's modules for some tasks, in the files' layout.
 
     Attributes:
       a: `[M, T, R, I]`, zero beyond a task's own rank.
@@ -58,17 +58,17 @@ class Block(NamedTuple):
 
 
 def applied(tasks: int, rank: int, size: int) -> bool:
-    """Whether a side's sum is applied from the factors of all tasks: where it is larger than they are."""
+    """Whether a side's sum is applied through the factors of all tasks, which are smaller."""
     return tasks * rank < size
 
 
 def streams(form: Hydra, tasks: int) -> bool:
-    """Whether a form is solved in passes over the tasks; others need all tasks of a module at once."""
+    """Whether a form is solved in passes over the tasks; other forms need all tasks at once."""
     return form.solver is None and form.heads in (None, tasks) and tasks > 1
 
 
 def groups_of(found: Collection, form: Hydra, limit: int = GROUP_BYTES) -> list[Group]:
-    """Divide a collection's modules into groups of about `limit` bytes."""
+    """The modules of a collection in groups of about `limit` bytes."""
     tasks = len(found.cards)
     size = np.dtype(host_dtype(found)).itemsize
     shapes: dict[tuple[int, int], list[str]] = {}
@@ -89,16 +89,16 @@ def groups_of(found: Collection, form: Hydra, limit: int = GROUP_BYTES) -> list[
 
 
 def host_dtype(found: Collection) -> str:
-    """Dtype of the arrays that factors are read into: the files' own if it is one for all.
+    """Dtype of the arrays that factors are read into: the dtype of the files if they have only one.
 
-    Adapters in memory have their scale folded in, which only float32 holds as it is.
+    Adapters in memory have their scale folded in, which needs float32.
     """
     kinds = {x.dtype if x.file else "float32" for x in found.cards}
     return kinds.pop() if len(kinds) == 1 and kinds <= {"float16", "bfloat16"} else "float32"
 
 
 def zeros(shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """An array of zeros that begins on a page: a CPU's JAX then takes contiguous parts of it as they are."""
+    """Zeros that begin on a page, so that JAX on a CPU uses contiguous parts without a copy."""
     dtype = np.dtype(kind)
     pages = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

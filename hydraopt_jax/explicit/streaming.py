@@ -1,7 +1,7 @@
-"""A group's modules solved in two passes over the tasks, chunk by chunk, heads written as they come.
+"""Solve a group's modules in two passes over the tasks, in chunks, writing heads as they are computed.
 
-A step takes as many modules as the mesh has rows; the devices add up the next step's sums while the host
-writes this one's heads.
+A step takes as many modules as the mesh has rows. The devices compute the next step's sums while the host
+writes this step's heads.
 """
 
 import functools

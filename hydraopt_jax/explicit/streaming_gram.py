@@ -1,11 +1,11 @@
-"""HydraOpt's form with a head a task, in two passes over the tasks: sums first, heads second.
+"""HydraOpt's form with a head per task, in two passes over the tasks: sums first, heads second.
 
-With `G = sum_t w_t delta_t delta_t.T` the shared factor is G's S leading eigenvectors and the heads are the
-projections (`forms.hydra`). Here no pass holds more than a few tasks on the device: G is added up over chunks
-of tasks, so T is unbounded; where T R < I, G is never formed: with `G = W.T W` and fewer rows in W than
-columns, the eigenvectors come from `W W.T`. Both
-sides look alike in the layout `a: [T, R, I]`, `b: [T, R, O]` of `delta = a.T @ b`, so that one side's
-code is the other's. On a mesh modules and tasks are sharded; the sums over tasks are then a `psum`.
+With `G = sum_t w_t delta_t delta_t.T` the shared factor is G's S leading eigenvectors, and the heads are
+projections (`forms.hydra`). Here no pass has more than a few tasks on the device: G is accumulated over
+chunks of tasks, so T is unbounded. If T R < I, G is never formed: with `G = W.T W` and fewer rows than
+columns in W, the eigenvectors come from `W W.T`. The layout `a: [T, R, I]`, `b: [T, R, O]` of `delta = a.T @
+b` is symmetric, so both sides share code. On a mesh modules and tasks are sharded; sums over tasks are then a
+`psum`.
 """
 
 import functools

@@ -144,7 +144,7 @@ def write_checkpoint(
     if folder.exists() and not overwrite:
         raise HydraOptError(f"{path}: exists: choose another path or pass overwrite=True")
     if folder.exists():
-        load_factors(folder)  # nothing else is ever replaced
+        load_factors(folder)  # anything else is never replaced
     tree: dict[Any, Any] = {}
     for keys, value in leaves(adapter, name, scale, rank, dtype):
         place(tree, [str(key) for key in keys], value)

@@ -172,7 +172,7 @@ def _fetch(name: str) -> Path:
 
 
 def locate(source: str) -> tuple[Path, str]:
-    """An adapter's folder, fetched from the hub if necessary; and the task's name, by default the folder's."""
+    """An adapter's folder, fetched from the hub if necessary; and the name of its task."""
     if source.startswith("hf:"):
         return _fetch(source[3:]), source[3:]
     folder = Path(source)

@@ -72,7 +72,7 @@ def collection(cards: Sequence[Card]) -> Collection:
     """A collection of PEFT adapters, from their cards."""
     shapes = check_shapes(cards)
     held = {x.file: dict(read_tensors(Path(x.file))) for x in cards if not x.file.endswith(".safetensors")}
-    # equal adapters share one table: a thousand of them must not hold a thousand
+    # equal adapters share one table: a thousand adapters must not have a thousand tables
     tables: dict[Any, Mapping[str, Entry]] = {}
     shared = [x._replace(modules=tables.setdefault(tuple(x.modules.items()), x.modules)) for x in cards]
 

@@ -375,7 +375,7 @@ def restacked(parts: list[Any]) -> np.ndarray:
 
 
 def home(style: Dialect, module: str, layout: Mapping[str, Any], side: str) -> Path:
-    """Path of a factor: the one it was read from if that is of this dialect, else the library's usual path."""
+    """Path of a factor: its original path if that is of this dialect, else the library's usual path."""
     if side in layout and style.key.fullmatch(text(tuple(layout[side]))):
         return tuple(layout[side])
     key = style.place.format(

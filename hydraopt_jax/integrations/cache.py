@@ -1,4 +1,6 @@
-"""A bounded folder of adapter folders that processes share: the least recently used go, none that is in use.
+"""A bounded cache of adapter folders that processes share.
+
+The least recently used folders are removed first, folders in use never.
 
 CACHE/NAME-VERSION/             an adapter's folder, never changed once it is there
 CACHE/users/ID.lock             held while the process of a user lives
@@ -29,27 +31,27 @@ from hydraopt_jax.formats import adapter_folder
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
 from hydraopt_jax.formats.tensor_files import one_line
 
-# only folders of such names are ever removed
+# only folders with such names are ever removed
 NAME = re.compile(r".+-[0-9a-f]{16}")
-# the most bytes that a weights file takes beside numbers and names, and for each tensor
+# maximum bytes of a weights file beside numbers and names, in total and per tensor
 ROOM, TENSOR_ROOM = 64, 96
-# seconds between looks at a lock, between looks for room, and until who waits for room gives up
+# seconds between attempts to take a lock, between attempts to find room, and until waiting for room fails
 PAUSE, LOOK, PATIENCE = 0.01, 0.1, 60.0
 
 
 class NoRoom(HydraOptError):
-    """A cache whose folders are all in use."""
+    """All folders of the cache are in use."""
 
 
 class FolderCache:
-    """Adapter folders of at most so many bytes together.
+    """A cache of adapter folders with a limit on their total bytes.
 
     Args:
-      path: the folder, made where it is missing.
-      limit: the most bytes of the files in it.
+      path: the folder of the cache, created if missing.
+      limit: maximum bytes of the files in it.
 
     Raises:
-      HydraOptError: it cannot be written.
+      HydraOptError: the folder cannot be written.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
@@ -70,7 +72,7 @@ class FolderCache:
             self._in_use()
 
     def hold(self, name: str) -> bool:
-        """Keep a folder as it is until `drop` was called as often; False where it is not there and whole."""
+        """Hold a folder until `drop` is called as often as `hold`; False if it is missing or incomplete."""
         with self._mutex:
             if self._holds[name]:
                 self._holds[name] += 1
@@ -79,7 +81,7 @@ class FolderCache:
             return self._mark(name)
 
     def drop(self, name: str) -> None:
-        """The opposite of `hold`: with the last one the folder may be removed when its room is needed."""
+        """Release a `hold`. After the last release the folder may be removed when room is needed."""
         with self._mutex:
             self._holds[name] -= 1
             if self._holds[name] <= 0:
@@ -90,11 +92,11 @@ class FolderCache:
                 self._mutex.notify_all()
 
     def put(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-        """Write a folder that is not there, and hold it; waits for room while folders are in use.
+        """Write a missing folder and hold it; waits for room while folders are in use.
 
         Raises:
-          HydraOptError: it is larger than the limit, or cannot be written: there is then nothing of it.
-          NoRoom: nothing was dropped for a minute.
+          HydraOptError: the folder exceeds the limit or cannot be written; nothing of it stays.
+          NoRoom: no folder was released for a minute.
         """
         text = json.dumps(config, indent=2, sort_keys=True)
         size = len(text.encode()) + ROOM
@@ -122,7 +124,7 @@ class FolderCache:
                 self._mutex.wait(LOOK)
 
     def close(self) -> None:
-        """Drop everything; the folders stay."""
+        """Release all folders; they stay in the cache."""
         with self._mutex:
             self._holds.clear()
             shutil.rmtree(self._user, ignore_errors=True)
@@ -131,7 +133,7 @@ class FolderCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the cache's lock: nobody else marks, writes or removes folders."""
+        """A context with the cache's lock, in which no other process marks, writes or removes folders."""
         try:
             with self._turn, FileLock(self.path / ".lock").acquire(poll_interval=PAUSE):
                 yield
@@ -139,7 +141,7 @@ class FolderCache:
             raise self._unwritable(error) from None
 
     def _mark(self, name: str) -> bool:
-        """With the lock: hold a folder that is there and whole."""
+        """Hold an existing, complete folder. Needs the lock."""
         if not whole(self.path / name):
             return False
         with self._mutex:
@@ -150,7 +152,7 @@ class FolderCache:
         return True
 
     def _write(self, name: str, text: str, tensors: Mapping[str, np.ndarray]) -> None:
-        """With the lock: put a folder in its place, whole or not at all, even if the machine stops."""
+        """Write a folder atomically, even if the machine stops. Needs the lock."""
         new = self.path / f".new-{self._user.name}"
         try:
             new.mkdir()
@@ -164,7 +166,7 @@ class FolderCache:
             shutil.rmtree(new, ignore_errors=True)
 
     def _make_room(self, size: int) -> bool:
-        """With the lock: remove folders that nobody holds until there is room; False where they do not do."""
+        """Remove unused folders until there is room; False if that does not suffice. Needs the lock."""
         for x in self.path.glob(".new-*"):
             # whoever wrote it held the lock and is gone
             shutil.rmtree(x, ignore_errors=True)
@@ -183,7 +185,7 @@ class FolderCache:
         return True
 
     def _in_use(self) -> set[str]:
-        """With the lock: names that a living user holds; what dead ones left is removed."""
+        """Names that living processes hold; marks of dead processes are removed. Needs the lock."""
         used = set()
         for marks in (x for x in self._user.parent.iterdir() if x.is_dir()):
             if marks == self._user or alive(Path(f"{marks}.lock")):
@@ -199,7 +201,7 @@ class FolderCache:
 
 
 def alive(lock: Path) -> bool:
-    """Whether somebody holds a lock."""
+    """Whether a process holds a lock."""
     try:
         with FileLock(lock, timeout=0):
             return False
@@ -208,7 +210,7 @@ def alive(lock: Path) -> bool:
 
 
 def whole(path: Path) -> bool:
-    """Whether a folder holds an adapter whose weights are as long as their header says."""
+    """Whether a folder has an adapter whose weights file has the length that its header says."""
     try:
         with safetensors.safe_open(path / adapter_folder.WEIGHTS_FILE, framework="np"):
             return (path / CONFIG_FILE).is_file()

@@ -19,19 +19,19 @@ from hydraopt_jax.rate_control.budget import parse_budget
 from hydraopt_jax.store import decoding, files, schema
 from hydraopt_jax.store.store import SHARED, Store, closure, places_of, task_index, tensors_of
 
-# bytes of a cache that is given no limit
+# default limit of a cache in bytes
 LIMIT = "10GB"
-# counts changes of what folders hold of the same store
+# version of the folders' contents, for a given store
 WRITER = 1
 
 
 class State(NamedTuple):
-    """A store as it was found.
+    """A state of a store.
 
     Attributes:
-      stamp: what tells it from another state.
+      stamp: identifies the state.
       store: opened lazily.
-      versions: task -> `version_of`, of those that were asked for.
+      versions: task -> `version_of`, for requested tasks.
     """
 
     stamp: Any
@@ -40,21 +40,21 @@ class State(NamedTuple):
 
 
 class TaskFolders:
-    """A store's tasks as folders that PEFT and servers load, decoded when they are asked for.
+    """A store's tasks as folders that PEFT and servers load, decoded on demand.
 
-    A task that changes in the store gets another folder; the one that was handed out stays as it is.
+    A task that changes in the store gets a new folder; folders that were returned before stay unchanged.
 
     Args:
-      store: a folder or a `.safetensors` file, which may change while it is served, or the address of one,
-        of which the bytes of the tasks that are asked for are fetched.
-      cache: a folder for the decoded tasks, which processes and stores may share; one in the user's cache
-        where None.
-      limit: the most bytes of the decoded tasks, an integer or text such as "10GB". Of those that nobody
-        holds, the least recently used are removed.
-      profile: of the server, see `formats.server.fit`; None for PEFT alone.
+      store: a folder or a `.safetensors` file, which may change while it is served; or the address of a
+        store, from which the bytes of requested tasks are fetched.
+      cache: a folder for decoded tasks, which processes and stores may share; None for one in the user's
+        cache.
+      limit: maximum bytes of the decoded tasks, an integer or text such as "10GB". The least recently used
+        folders that are not held are removed.
+      profile: of the server, see `formats.server.fit`; None for PEFT only.
 
     Raises:
-      HydraOptError: no store there, a limit that is none, or a cache that cannot be written.
+      HydraOptError: no store there, an invalid limit, or a cache that cannot be written.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class TaskFolders:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the store's tasks, as it is now."""
+        """Names of the tasks in the store's present state."""
         return self._now().store.tasks
 
     def folder(self, task: str, *, base: str | None = None) -> Path:
-        """A task's folder, which stays as it is until `release`, or as long as this object lives.
+        """A task's folder, which stays until `release`, or as long as this object lives.
 
         Args:
           task: its name in the store.
-          base: name of the base model that is served, compared with the store's before anything is decoded.
+          base: name of the served base model, compared with the store's before anything is decoded.
 
         Raises:
-          HydraOptError: no such task (near names are listed), another base model, what the profile refuses, a
-            damaged store, or a cache that cannot be written.
-          NoRoom: folders that are held fill the cache.
+          HydraOptError: no such task (similar names are listed), another base model, tensors that the profile
+            does not allow, a damaged store, or a cache that cannot be written.
+          NoRoom: held folders fill the cache.
         """
         path = self.hold(task, base=base)
         with self._mutex:
@@ -102,7 +102,7 @@ class TaskFolders:
         return path
 
     def release(self, task: str) -> None:
-        """Let a task's folders go when their room is needed, those that `folder` gave."""
+        """Release the folders of a task that `folder` returned; they may be removed when room is needed."""
         with self._mutex:
             names = self._kept.pop(task, set())
         for name in names:
@@ -110,7 +110,7 @@ class TaskFolders:
 
     @contextmanager
     def held(self, task: str, *, base: str | None = None) -> Iterator[Path]:
-        """As `folder`, for the body only."""
+        """A context with a task's folder, which is held only for the body; see `folder`."""
         path = self.hold(task, base=base)
         try:
             yield path
@@ -118,7 +118,7 @@ class TaskFolders:
             self.cache.drop(path.name)
 
     def hold(self, task: str, *, base: str | None = None) -> Path:
-        """As `folder`, until `cache.drop` of the path's name."""
+        """A task's folder, held until `cache.drop` of the path's name; see `folder`."""
         for n in range(files.RETRIES):
             state = self._now()
             try:
@@ -132,7 +132,7 @@ class TaskFolders:
         raise replaced_too_fast(self.path)
 
     def close(self) -> None:
-        """Release everything."""
+        """Release all folders."""
         self.cache.close()
 
     def _now(self) -> State:
@@ -142,11 +142,11 @@ class TaskFolders:
             return self._state
 
     def _replaced(self, state: State, n: int) -> bool:
-        """Whether the store is another one than before the n-th try."""
+        """Whether the store has changed since before the n-th attempt."""
         if isinstance(self.path, Path):
             return stamp(self.path) != state.stamp
         if n == 0:
-            # what is elsewhere does not tell: it is opened anew, once
+            # a remote store has no stamp: it is opened again, once
             with self._mutex:
                 self._state = read_state(self.path)
         return n == 0
@@ -178,12 +178,12 @@ def store_path(store: str | os.PathLike[str]) -> Path | str:
 
 
 def stamp(path: Path | str) -> Any:
-    """What tells one state of a store from another; None for one elsewhere."""
+    """A stamp that changes with the store; None for a remote store."""
     return None if isinstance(path, str) else files.stamp(path)
 
 
 def read_state(path: Path | str) -> State:
-    """The store at a path, and what tells this state of it."""
+    """The `State` of the store at a path."""
     for _ in range(files.RETRIES):
         before = stamp(path)
         store = files.open(path)
@@ -198,9 +198,9 @@ def replaced_too_fast(path: Path | str) -> HydraOptError:
 
 
 def version_of(store: Store, task: str, profile: str | None) -> str:
-    """Digest of all that a task's folder is made from, 16 hexadecimal digits: its leaves are read.
+    """Digest of all inputs of a task's folder, 16 hexadecimal digits; the task's leaves are read.
 
-    Other tasks may come and go without changing it, as long as what the task is coded with stays.
+    Adding and removing other tasks does not change it, as long as the vectors that predict the task stay.
     """
     wanted = {n: {place} for n, (place,) in places_of(store, [task]).items()}
     needed = sorted(closure(store.segments, wanted).items())

@@ -1,7 +1,7 @@
-"""Keep the tasks that vLLM is answering for in the cache, and let the others go: a middleware of its server.
+"""Middleware of vLLM's server that keeps the tasks of running requests in the cache, and releases others.
 
-It sees what the resolver (`vllm`) does not: requests for an adapter that vLLM has loaded before and may have
-dropped since.
+It sees requests that the resolver (`vllm`) does not see: those for an adapter that vLLM has loaded before and
+may have dropped since.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Any
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.integrations.vllm import NAME, STORE, UNLOAD, Changed
 
-# seconds that a folder stays after a request that was given up: the engine may not know yet
+# seconds that a folder stays after a cancelled request: the engine may not know yet
 LINGER = 5.0
 
 Scope = MutableMapping[str, Any]
@@ -77,7 +77,7 @@ class HoldTasks:
             raise
 
     def unloading(self, asked: Mapping[str, Any], send: Send) -> Send:
-        """`send`, which notes that vLLM has forgotten an adapter."""
+        """A `send` that notices when vLLM has unloaded an adapter."""
 
         async def noting(message: MutableMapping[str, Any]) -> None:
             if message.get("status") == 200:
@@ -99,7 +99,7 @@ def is_json(scope: Scope) -> bool:
 
 
 def parse(body: bytes) -> Mapping[str, Any]:
-    """A request's object; none where it is no object, which is for vLLM to refuse."""
+    """The JSON object of a request; empty if it is not an object, which vLLM then refuses."""
     try:
         found = json.loads(body)
     except ValueError:

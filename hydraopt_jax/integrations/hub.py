@@ -1,6 +1,6 @@
-"""Stores on the Hugging Face hub: pushed as one file with a model card, pulled whole or some tasks of it.
+"""Stores on the Hugging Face hub: push one file with a model card, pull all tasks or some.
 
-What is read of a store there without pulling it is `remote`'s: `hydraopt_jax.open("hf:ORG/NAME")`.
+`hydraopt_jax.open("hf:ORG/NAME")` reads a store there without pulling it, see `remote`.
 """
 
 import functools
@@ -19,15 +19,15 @@ CARD = "README.md"
 
 
 class Pushed(NamedTuple):
-    """What was pushed.
+    """Result of a push.
 
     Attributes:
       repository: ORG/NAME.
       revision: the commit.
       url: of the repository.
       bytes: of the store's file.
-      base_models: names of the models that the adapters are of.
-      licenses: task -> license of its source, where that is known.
+      base_models: names of the adapters' base models.
+      licenses: task -> license of its source, if known.
     """
 
     repository: str
@@ -39,14 +39,14 @@ class Pushed(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """What was pulled.
+    """Result of a pull.
 
     Attributes:
       source: the address.
       revision: the commit.
       store: path that was written.
       tasks: names.
-      bytes: of what was written.
+      bytes: of the written store.
     """
 
     source: str
@@ -64,15 +64,15 @@ def address_of(name: str) -> remote.Address:
 
 
 def bases_of(store: Store) -> tuple[str, ...]:
-    """Names of the base models that a store's adapters are of, in order of appearance."""
+    """Names of the base models of a store's adapters, in order of appearance."""
     return tuple(dict.fromkeys(x for x in (base_name(s.config) for s in store.sources) if x))
 
 
 def check_base(label: str, store: Store, model: str | None) -> None:
-    """Refuse a store whose adapters are of another base model, or do not say of which; None accepts any.
+    """Raise if an adapter of a store has another base model or none; None accepts any.
 
     Raises:
-      HydraOptError: some base model is another one.
+      HydraOptError: see above.
     """
     found = bases_of(store) or ("no base model",)
     wrong = [] if model is None else [x for x in found if not same_base(x, model)]
@@ -81,7 +81,7 @@ def check_base(label: str, store: Store, model: str | None) -> None:
 
 
 def without_paths(store: Store) -> Store:
-    """The store with nothing said of where files lay on this machine but the names of files and folders."""
+    """The store without local paths; only the names of files and folders stay."""
     own = lambda x: x if x.startswith(remote.HUB) else Path(x).name  # noqa: E731
     known = {}
     for key, said in store.report.get("provenance", {}).items():
@@ -104,16 +104,16 @@ def push(
 ) -> Pushed:
     """Write a store to a repository of the hub, as one file with a model card, in one commit.
 
-    A card that is there keeps what others wrote: the part between this package's marks is replaced.
+    In an existing card only the part between this package's marks is replaced.
 
     Args:
-      path: of the store, as `store.open`.
-      name: ORG/NAME; the repository is made where there is none.
-      private: whether a new one is; None for the organization's default.
-      revision: branch, made where there is none; None for main.
+      path: of the store, see `store.open`.
+      name: ORG/NAME; the repository is created if missing.
+      private: whether a new repository is private; None for the organization's default.
+      revision: branch, created if missing; None for main.
       message: of the commit.
-      license: of the whole; None for the one that all sources have, if they have one.
-      progress: show how far the upload is.
+      license: of the store; None for the common license of all sources, if they have one.
+      progress: show the progress of the upload.
 
     Raises:
       HydraOptError: no store, no network, no token, or no right to write there.
@@ -140,7 +140,7 @@ def push(
             url = str(api.create_repo(repository, private=private, exist_ok=True))
             if revision is not None:
                 api.create_branch(repository, branch=revision, exist_ok=True)
-            # whoever commits between makes this one fail
+            # a commit by somebody else in between makes this one fail
             head = api.model_info(repository, revision=revision).sha
             before = old_card(hub, repository, head)
             size = file.stat().st_size
@@ -157,7 +157,7 @@ def push(
 
 
 def old_card(hub: Any, repository: str, commit: str) -> str | None:
-    """The text of a repository's model card, None where it has none."""
+    """The text of a repository's model card; None if it has none."""
     try:
         return Path(hub.hf_hub_download(repository, CARD, revision=commit)).read_text(encoding="utf-8")
     except hub.errors.EntryNotFoundError:
@@ -173,15 +173,15 @@ def pull(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Pulled:
-    """Write a store of the hub to disk, whole or some tasks of it: at once or not at all.
+    """Write a store of the hub, or some of its tasks, to disk, completely or not at all.
 
     Args:
       name: ORG/NAME[/FILE.safetensors][@REVISION].
       path: a new folder, or a new file whose name ends in `.safetensors`.
-      tasks: which ones; of the others nothing is fetched but what these are predicted from. Empty for all.
-      base: the base model that the adapters must be of; None for any.
+      tasks: names of the tasks; only their data and the vectors that predict them are fetched. Empty for all.
+      base: the required base model; None for any.
       overwrite: replace an existing store.
-      progress: show how far the download is.
+      progress: show the progress of the download.
 
     Raises:
       HydraOptError: no such store, no network, another base model, or a path that cannot be written.

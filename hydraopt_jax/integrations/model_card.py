@@ -1,6 +1,6 @@
-"""The model card of a store on the hub: what is in it, how much of it is right, and how it is used.
+"""The model card of a store on the hub: its tasks, their errors, and how to use them.
 
-Between two marks the card is this package's; what others wrote around them, and their front matter, stays.
+This package writes the part between two marks. Other text and front matter of an existing card stay.
 """
 
 import html
@@ -20,15 +20,15 @@ from hydraopt_jax.store.store import closure, places_of, task_errors
 
 BEGIN, END = "<!-- hydraopt: begin -->", "<!-- hydraopt: end -->"
 TAGS = ("hydraopt", "lora", "peft", "adapter", "model-compression")
-# name of the license where the adapters have several, or some are not known
+# name of the license if the adapters have several, or if some are unknown
 SEVERAL = "those-of-the-adapters"
-# rows of the table of tasks
+# maximum rows of the table of tasks
 ROWS = 200
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def bytes_of_tasks(store: Store) -> dict[str, int]:
-    """Task -> bytes of the leaves that are read to decode it, also those that others read too."""
+    """Task -> bytes of all leaves that are read to decode it, including shared ones."""
     groups = [schema.head_groups(x.modules) for x in store.segments]
     out = {}
     for task in store.tasks:
@@ -45,9 +45,9 @@ def bytes_of_tasks(store: Store) -> dict[str, int]:
 
 
 def licenses_of(store: Store) -> dict[str, str]:
-    """Task -> the license that its adapter's configuration or the model card beside it names, where known.
+    """Task -> license in its adapter's configuration or in the model card beside it, if known.
 
-    Cards of adapters that came from the hub are asked for there; what cannot be had is left out.
+    Cards of adapters from the hub are fetched from there; cards that cannot be fetched are left out.
     """
     found: dict[str, str] = {}
     asked: dict[str, str] = {}
@@ -63,7 +63,7 @@ def licenses_of(store: Store) -> dict[str, str]:
 
 
 def license_of(origin: str) -> str:
-    """The license that the model card of an adapter names; "" where there is none."""
+    """The license in the model card of an adapter; "" if there is none."""
     from huggingface_hub import HfApi, ModelCard
 
     try:
@@ -75,7 +75,7 @@ def license_of(origin: str) -> str:
             data = ModelCard.load(file).data if origin and file.is_file() else None
     except (MemoryError, KeyboardInterrupt):
         raise
-    except Exception:  # a stranger's card, or no network: nothing is known then
+    except Exception:  # an invalid card, or no network: the license is unknown
         return ""
     said = None if data is None else data.get("license")
     return said if isinstance(said, str) else ""
@@ -93,13 +93,13 @@ def render(
     """The text of the card.
 
     Args:
-      store: what is pushed.
+      store: the pushed store.
       repository: ORG/NAME.
       file: name of the store's file there.
       size: its bytes.
       licenses: task -> license, where known.
-      license: of the whole; None for the one of all tasks.
-      before: the card that is there.
+      license: of the store; None for the common license of all tasks.
+      before: the existing card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -126,7 +126,7 @@ def render(
 def front_matter(
     store: Store, file: str, size: int, licenses: Mapping[str, str], license: str | None
 ) -> dict[str, Any]:
-    """What the hub reads of the card."""
+    """The front matter of the card, which the hub reads."""
     out: dict[str, Any] = {"library_name": "hydraopt-jax", "tags": list(TAGS)}
     bases = dict.fromkeys(base_name(x.config) for x in store.sources)
     # the hub takes ids of its own only, and a path of this machine is nobody's business
@@ -145,7 +145,7 @@ def front_matter(
 
 
 def code(text: str) -> str:
-    """A name in a cell of a table, whatever characters it has."""
+    """A name as code in a cell of a table, with any characters escaped."""
     escaped = html.escape(" ".join(text.split())).replace("|", "&#124;")
     return f"<code>{escaped}</code>"
 
@@ -169,7 +169,7 @@ def table(store: Store, licenses: Mapping[str, str]) -> list[str]:
 
 
 def text_of(store: Store, repository: str, file: str, size: int, licenses: Mapping[str, str]) -> str:
-    """The part of the card that is this package's."""
+    """The part of the card that this package writes."""
     bases = [x for x in dict.fromkeys(base_name(x.config) for x in store.sources) if x]
     shown = [x if HUB_ID.fullmatch(x) else Path(x).name for x in bases]
     entries = store.report.get("entries", 0)
@@ -198,7 +198,7 @@ def text_of(store: Store, repository: str, file: str, size: int, licenses: Mappi
 
 
 def usage(task: str, repository: str, file: str, base: str) -> Sequence[str]:
-    """How a task is used."""
+    """The section on how to use a task."""
     address = f"{remote.HUB}{repository}" + (f"/{file}" if file != remote.FILE else "")
     folder = re.sub(r"[^\w.-]", "-", task)
     return (

@@ -1,4 +1,4 @@
-"""A store's tasks in a PEFT model of this process, without folders; PyTorch and PEFT only when used."""
+"""Load a store's tasks into a PEFT model of this process, without folders."""
 
 import os
 import warnings
@@ -18,7 +18,7 @@ from hydraopt_jax.formats.tensor_files import one_line
 from hydraopt_jax.store import Store, decode, task_index
 from hydraopt_jax.store import open as open_store
 
-# of a configuration, what an adapter's tensors do not say and a module computes with
+# fields of a configuration that affect a module's output and do not follow from the tensors
 _SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
@@ -31,24 +31,26 @@ def load_adapter(
     rank: int | None = None,
     any_base: bool = False,
 ) -> Any:
-    """A PEFT model with a task of a store as its active adapter: its outputs are the exported folder's.
+    """A PEFT model with a task of a store as its active adapter.
+
+    Outputs equal those with the exported folder.
 
     Args:
-      model: a `peft.PeftModel`, whose other adapters stay, or a model that has none, which is wrapped.
-      store: open, or its path.
+      model: a `peft.PeftModel`, whose other adapters stay, or a model without adapters, which is wrapped.
+      store: an open store, or its path.
       task: its name.
-      name: of the adapter in the model, `adapter_name(task)` where None. One that is there is replaced: in
-        place, where it has the same modules and ranks.
-      rank: fill and cut every module to this rank, so that tasks replace each other in place, and a compiled
+      name: of the adapter in the model; None for `adapter_name(task)`. An existing adapter of this name is
+        replaced, in place if modules and ranks are equal.
+      rank: pad or cut every module to this rank, so that tasks replace each other in place and a compiled
         model stays compiled.
       any_base: do not compare the base model's name with the store's.
 
     Returns:
-      The PEFT model, in evaluation mode: `model` itself where it was one.
+      The PEFT model in evaluation mode; `model` itself if it was a PEFT model.
 
     Raises:
-      HydraOptError: no such task, another base model, modules that the model has not; the model is then as it
-        was.
+      HydraOptError: no such task, another base model, or modules that the model lacks. The model is then
+        unchanged.
     """
     try:
         import peft
@@ -84,7 +86,7 @@ def unload_adapter(model: Any, task: str) -> None:
     """Remove a task's adapter from a PEFT model.
 
     Raises:
-      HydraOptError: it has none of that task.
+      HydraOptError: the model has no adapter of this task.
     """
     name = adapter_name(task)
     if name not in model.peft_config:
@@ -94,7 +96,7 @@ def unload_adapter(model: Any, task: str) -> None:
 
 
 def adapter_name(task: str) -> str:
-    """Name of a task's adapter in a model: PyTorch's names of modules have no dots.
+    """The name of a task's adapter in a model, without dots, which PyTorch does not allow in module names.
 
     >>> adapter_name("legal"), adapter_name("v1.2/a")
     ('legal', 'v1%2E2%2Fa')
@@ -103,7 +105,7 @@ def adapter_name(task: str) -> str:
 
 
 def _check_modules(base: Any, adapter: Adapter) -> None:
-    """Refuse an adapter of modules that the model has not."""
+    """Raise if an adapter has modules that the model lacks."""
     for module in adapter.a:
         try:
             base.get_submodule(module)
@@ -128,7 +130,7 @@ def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _fits(model: Any, name: str, config: Any, state: Mapping[str, Any]) -> bool:
-    """Whether an adapter that is there has the shapes and the scales of another."""
+    """Whether an existing adapter has the shapes and scales of another."""
     import peft
 
     there = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -145,7 +147,7 @@ def _add(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bo
 
 
 def _replace(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:
-    """Another adapter under the name of one that is there, which is put back where that fails."""
+    """Replace an existing adapter; after a failure the former one is restored."""
     import peft
 
     old = model.peft_config[name]

@@ -1,14 +1,14 @@
 """Serve a store's tasks in vLLM: a request for `model=<task>` loads it from the store. No JAX, no GPU memory.
 
     HYDRAOPT_STORE          the store: a folder, a `.safetensors` file, or the address of one
-    HYDRAOPT_CACHE          a folder for decoded tasks; one in the user's cache where not given
-    HYDRAOPT_CACHE_LIMIT    the most bytes of it, such as 10GB
+    HYDRAOPT_CACHE          a folder for decoded tasks; by default one in the user's cache
+    HYDRAOPT_CACHE_LIMIT    its maximum bytes, such as 10GB
     HYDRAOPT_ANY_BASE       1: do not compare the base model's name with that of the adapters
 
-vLLM reads a folder again whenever its own caches have dropped the adapter, inside its engine's loop, and
-stops if the folder is gone. So a folder that was handed to it stays while the process lives. With the
-middleware `hold_tasks.HoldTasks`, which sees requests come and go, it stays while a request for its task is
-being answered, and is decoded again for a later one: the cache needs room for the tasks in use at once only.
+vLLM reads a folder again, inside its engine's loop, when its own caches have dropped the adapter, and stops
+if the folder is gone. So a folder that was given to vLLM stays while the process lives. With the middleware
+`hold_tasks.HoldTasks`, which sees all requests, it stays only while a request for its task is being answered,
+and is decoded again for a later one. The cache then needs room only for the tasks in use at one time.
 """
 
 import asyncio
@@ -28,17 +28,17 @@ from hydraopt_jax.store.store import task_index
 LOG = logging.getLogger(__name__)
 NAME = "hydraopt"
 STORE, CACHE, CACHE_LIMIT, ANY_BASE = (f"HYDRAOPT_{x}" for x in ("STORE", "CACHE", "CACHE_LIMIT", "ANY_BASE"))
-# tasks that are decoded, or wait for room, at once
+# maximum number of tasks that are decoded, or wait for room, at once
 THREADS = 32
-# where vLLM is told to forget an adapter
+# path of vLLM's request to unload an adapter
 UNLOAD = "/v1/unload_lora_adapter"
 
 
 def register() -> None:
-    """vLLM's entry point, called in each of its processes: registers a resolver where there is a store.
+    """Register a resolver if HYDRAOPT_STORE is set; vLLM calls this entry point in each of its processes.
 
     Raises:
-      HydraOptError: no store there.
+      HydraOptError: HYDRAOPT_STORE is not a store.
     """
     if not os.environ.get(STORE):
         return
@@ -53,16 +53,16 @@ def register() -> None:
 
 
 class Changed(HydraOptError):
-    """A task that is not in the store any more as vLLM has it."""
+    """The store no longer has a task as vLLM has loaded it."""
 
 
 class Requests:
-    """The requests for a task that are being answered.
+    """The running requests for a task.
 
     Attributes:
-      count: of them.
+      count: their number.
       path: the folder that is held for them.
-      busy: held by who makes that folder.
+      busy: lock of the thread that makes the folder.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Requests:
 
 
 class StoreResolver:
-    """vLLM's `LoRAResolver` of a store's tasks, as the environment describes it."""
+    """vLLM's `LoRAResolver` for the tasks of a store, configured by environment variables."""
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix=NAME)
@@ -84,7 +84,7 @@ class StoreResolver:
 
     @property
     def folders(self) -> TaskFolders:
-        """Opened by the process that uses it: others only register this."""
+        """The `TaskFolders`, opened by the first process that uses them."""
         with self.mutex:
             if self._folders is None:
                 given = os.environ.get(CACHE) or None, os.environ.get(CACHE_LIMIT) or LIMIT
@@ -107,7 +107,7 @@ class StoreResolver:
         return LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(path))
 
     def find(self, task: str, base: str | None) -> Path:
-        """A task's folder, held for the requests that are being answered, for good where none is known of."""
+        """A task's folder, held for running requests; held permanently if no request is known."""
         task_index(self.folders.tasks, task)
         requests = self._requests(task)
         with requests.busy:
@@ -122,11 +122,11 @@ class StoreResolver:
         return path
 
     def begin(self, task: str) -> bool:
-        """A request for a task begins: its folder, if vLLM knows it, is there until `end`; False for no task.
+        """Begin a request for a task, whose folder (if vLLM knows it) stays until `end`; False for no task.
 
         Raises:
           Changed: the store has changed, and the folder that vLLM knows is gone.
-          HydraOptError: it cannot be decoded again, or there is no room for it.
+          HydraOptError: the task cannot be decoded again, or there is no room for it.
         """
         if task not in self.handed and not self._serves(task):
             return False
@@ -145,7 +145,7 @@ class StoreResolver:
         return True
 
     def end(self, task: str) -> None:
-        """A request for a task is over."""
+        """End a request for a task."""
         requests = self._requests(task)
         with self.mutex:
             requests.count -= 1
@@ -156,12 +156,12 @@ class StoreResolver:
             self.folders.cache.drop(path.name)
 
     def forget(self, task: str) -> None:
-        """vLLM has forgotten a task and will ask for it anew."""
+        """Note that vLLM has unloaded a task and will request it again."""
         with self.mutex:
             self.handed.pop(task, None)
 
     def close(self) -> None:
-        """Release everything."""
+        """Release all folders."""
         self.pool.shutdown()
         if self._folders is not None:
             self._folders.close()
@@ -171,14 +171,14 @@ class StoreResolver:
             return self.requests.setdefault(task, Requests())
 
     def _serves(self, task: str) -> bool:
-        """Whether the store has a task; a store that is gone has none, and who asks for one is told."""
+        """Whether the store has a task; for a missing store False, and requests for tasks get an error."""
         try:
             return task in self.folders.tasks
         except HydraOptError:
             return False
 
     def _again(self, task: str) -> Path:
-        """Hold the folder that vLLM knows, decoded again if need be."""
+        """Hold the folder that vLLM knows, after decoding it again if necessary."""
         known = self.handed[task]
         if self.folders.cache.hold(known.name):
             return known

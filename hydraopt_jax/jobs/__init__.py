@@ -1,5 +1,5 @@
-"""Compressions that may take long: kept on disk as they go, resumed, divided among processes.
+"""Long compressions: finished segments on disk, resumption, several processes.
 
-`headers` looks at a collection first, `estimate` says what it will take, `place` keeps finished segments
-where the store will be, `job` runs it all, `hosts` joins processes, `progress` tells.
+`headers` checks a collection, `estimate` predicts time and memory, `place` keeps finished segments in the
+store's folder, `job` runs it all, `hosts` joins processes, `progress` prints.
 """

@@ -1,4 +1,4 @@
-"""What a job will take, before any of it is done."""
+"""Estimates of a job's time, memory and bytes."""
 
 import time
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import tensors
 from hydraopt_jax.store.tensors import check_dtype
 
-# what is counted on: bytes a second of reading, checking and writing, and the share of a matmul's rate
+# assumed bytes per second of reading, checking and writing, and share of a matmul's rate
 READ_RATE = 3e8
 EFFICIENCY = 0.4
 # of subspace iteration
@@ -39,8 +39,8 @@ class Plan(NamedTuple):
     """Estimates.
 
     Attributes:
-      groups: how many groups the modules are divided into.
-      memory: bytes beyond what Python and JAX take.
+      groups: number of groups of modules.
+      memory: bytes in addition to those of Python and JAX.
       flops: of the products; a multiplication and an addition count as two.
       read: bytes read from the adapters' files.
       store: bytes of the store's leaves, uncompressed.
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
     @property
     def time_class(self) -> str:
-        """Seconds, minutes, hours or days."""
+        """The order of magnitude of a time: seconds, minutes, hours or days."""
         return next(name for limit, name in CLASSES if self.seconds < limit)
 
 
@@ -73,7 +73,7 @@ def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
 
 
 def group_flops(group: Group, tasks: int, ranks: dict[str, int]) -> int:
-    """Products of a group: the sums (or their applications), the heads, the errors."""
+    """FLOPs of a group: the sums (or their applications), the heads, the errors."""
     total = 0
     wide = tasks * group.rank
     for side, size in zip(("in", "out"), group.shape, strict=True):
@@ -88,7 +88,7 @@ def group_flops(group: Group, tasks: int, ranks: dict[str, int]) -> int:
 
 
 def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int) -> int:
-    """Bytes of a group at work: its block and the next one, sums, pieces and what is made of them."""
+    """Memory of a group in bytes: its block and the next one, sums, pieces and their results."""
     block = itemsize * group.room * group.length * group.rank * sum(group.shape)
     grid = devices.make(group.room)
     each = 4 * grid.shape[devices.MODULES] * group.rank * sum(group.shape)
@@ -149,7 +149,7 @@ def target_costs(found: Collection, options: Options) -> Plan:
 
 
 def raw_tensors(found: Collection, dtype: str | None) -> int:
-    """What the full tensors take at most, uncoded: for an estimate that reads nothing."""
+    """Upper bound of the full tensors' bytes, uncoded, for an estimate that reads nothing."""
     half = [
         [name, dtype if tensors.narrows(kind, dtype) else kind, shape]
         for x in found.cards

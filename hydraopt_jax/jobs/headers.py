@@ -1,4 +1,4 @@
-"""The first look at a collection: every value of every adapter checked once, by one of the processes."""
+"""Open a collection: each adapter is checked once, all its values included, by one of the processes."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from hydraopt_jax.formats.peft_collection import collection, open_adapter
 from hydraopt_jax.jobs.place import read_json, write_json
 from hydraopt_jax.rate_control.work import Processes
 
-# files that are read and hashed at once
+# number of files that are read and hashed at once
 READERS = 2
 
 Source = tuple[str, str | None]
@@ -26,13 +26,13 @@ def look(
     processes: Processes | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[Collection, dict[str, str]]:
-    """Open a collection.
+    """The collection of some sources, checked; and the adapters left out.
 
     Args:
-      sources: where each adapter is, and its task's name or None.
-      folder: of the job; what was checked before is in it.
-      skip_bad: leave out what cannot be read instead of refusing it.
-      processes: who takes part: each checks its share.
+      sources: place of each adapter, and its task's name or None.
+      folder: of the job, with the results of earlier checks.
+      skip_bad: leave out adapters that cannot be read instead of raising.
+      processes: the processes of the job; each checks its share.
       advance: called after each adapter.
 
     Returns:
@@ -57,7 +57,7 @@ def look(
             return error
 
     share = range(processes.rank, len(sources), processes.size)
-    # reading and hashing leave the interpreter to the others
+    # reading and hashing release the interpreter lock
     pool = ThreadPoolExecutor(READERS)
     try:
         for n, card in zip(share, pool.map(open_one, share), strict=True):
@@ -91,7 +91,7 @@ def look(
 
 
 def odd_ones(cards: Sequence[Card]) -> Mapping[str, str]:
-    """Adapters with a module of another shape than most have it."""
+    """Adapters with a module whose shape differs from that in most adapters."""
     votes: dict[str, Counter] = {}
     for card in cards:
         for name, entry in card.modules.items():

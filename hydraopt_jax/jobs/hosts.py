@@ -1,4 +1,4 @@
-"""Processes of one job, joined by `jax.distributed`: modules are independent, so they share but a folder."""
+"""Processes of one job, joined by `jax.distributed`. They share only a folder: modules are independent."""
 
 import jax
 import jax.extend.backend
@@ -7,23 +7,23 @@ from orbax.checkpoint import multihost
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control.work import Processes
 
-# after so many seconds without a sign of life a process counts as dead, and the others stop
+# seconds without a heartbeat after which a process counts as dead and the others stop
 SILENCE = 20
-# how long the first waits for the last, in seconds
+# seconds that the first process waits for the last
 PATIENCE = 7 * 86400
 
 
 def join(coordinator: str | None, size: int | None, rank: int | None) -> Processes:
-    """Take part in a job of several processes.
+    """The processes of a job, after joining them.
 
     Args:
-      coordinator: ADDRESS:PORT of process 0; "auto" where JAX knows the cluster (TPU pods, SLURM, Open MPI,
-        Kubernetes); None for a job of this process alone.
-      size: how many processes; None under "auto".
-      rank: which of them this is; None under "auto".
+      coordinator: ADDRESS:PORT of process 0; "auto" if JAX knows the cluster (TPU pods, SLURM, Open MPI,
+        Kubernetes); None for a job with a single process.
+      size: number of processes; None with "auto".
+      rank: number of this process; None with "auto".
 
     Raises:
-      HydraOptError: the others cannot be reached, or options that do not fit each other.
+      HydraOptError: the other processes cannot be reached, or options that contradict each other.
     """
     if coordinator is None:
         if size is not None or rank is not None:
@@ -47,10 +47,10 @@ def join(coordinator: str | None, size: int | None, rank: int | None) -> Process
 
 
 def wait(name: str) -> None:
-    """Wait until every process has come here.
+    """Wait until every process has reached this barrier.
 
     Raises:
-      HydraOptError: one of them is gone.
+      HydraOptError: a process has died.
     """
     try:
         # by the coordination service, no collective
@@ -63,6 +63,6 @@ def wait(name: str) -> None:
 
 
 def leave() -> None:
-    """End what the processes have in common: from here on each is alone, also for Orbax."""
+    """Leave the job: from here on each process is independent, also for Orbax."""
     jax.distributed.shutdown()
     jax.extend.backend.clear_backends()

@@ -1,8 +1,7 @@
-"""A job: PEFT folders in, a store on disk out, whatever their number.
+"""A job: compress any number of PEFT folders into a store on disk.
 
-Everything that is done is kept in the store's folder (`place`), so that a killed job goes on where it stopped
-and ends with the same store. Processes of one job share the folder and divide the work; the first one writes
-the manifest.
+Finished segments are kept in the store's folder (`place`), so that a killed job resumes and ends with the
+same store. Processes of one job share the folder and divide the work; the first one writes the manifest.
 """
 
 import contextlib
@@ -20,12 +19,12 @@ from hydraopt_jax.rate_control.work import Processes
 from hydraopt_jax.store import files, folder
 from hydraopt_jax.store.store import Store
 
-# names of notes that say that something is done
+# names of notes that mean that a step is finished
 KEPT = ("group-", "pass-", "tensors-")
 
 
 def disk_error(path: Path, error: OSError) -> HydraOptError:
-    """One line for a file system that does not take what is written."""
+    """The one-line error for a failed write to the file system."""
     return HydraOptError(
         f"{path}: cannot be written: {error.strerror or error}; what was done is kept: make room and run the "
         "same command again"
@@ -34,13 +33,13 @@ def disk_error(path: Path, error: OSError) -> HydraOptError:
 
 @contextlib.contextmanager
 def alone(path: Path, rank: int = 0) -> Iterator[None]:
-    """Hold the lock of all work on a store, from the first look at its adapters on; the first process does.
+    """A context in which the first process holds the lock of a store, from the check of its adapters on.
 
-    What a job has begun stays where something is done, and is removed where nothing is, or where no other try
-    mends what is wrong.
+    After an error the job's folder stays if some step is finished. It is removed if none is, or if another
+    attempt cannot help.
 
     Raises:
-      HydraOptError: another job works on it, or there is no place to say so.
+      HydraOptError: another job holds the lock, or the lock file cannot be written.
     """
     with locked(path, again=True) if rank == 0 else contextlib.nullcontext():
         try:
@@ -59,7 +58,7 @@ def alone(path: Path, rank: int = 0) -> Iterator[None]:
 
 
 def clear(path: Path) -> None:
-    """Remove what a job has begun; a store that was there before stays."""
+    """Remove the files of an unfinished job; a store that existed before stays."""
     at = files.job_home(path)
     if (at / folder.MANIFEST).exists():
         folder.remove_unnamed(at, folder.read_manifest(at))
@@ -71,7 +70,7 @@ def clear(path: Path) -> None:
 
 
 def clear_if_empty(path: Path) -> None:
-    """`clear` where nothing is done that another try could go on with."""
+    """`clear`, unless a step is finished from which another attempt can resume."""
     job = files.job_home(path) / folder.JOB
     if job.is_dir() and not any(x.name.startswith(KEPT) for x in job.glob("*.json")):
         clear(path)
@@ -90,24 +89,24 @@ def run(
     provenance: Mapping[str, Any] | None = None,
     **common: Any,
 ) -> Store | None:
-    """Compress a collection into a store on disk.
+    """The store on disk, after compressing a collection; None in all processes but the first.
 
     Args:
       path: the store; `alone` holds its lock.
       found: the collection.
       compress: `(found, place=..., processes=..., **common)` -> store, such as `compression.compress`.
-      asked: all that the result depends on, JSON-able.
-      overwrite, limit, zstd: as `store.save`.
-      processes: who takes part.
-      provenance: as in `compression.compress`; that of the job's begin, where it goes on.
+      asked: all inputs and options that the result depends on, JSON-able.
+      overwrite, limit, zstd: see `store.save`.
+      processes: the processes of the job.
+      provenance: see `compression.compress`; a resumed job keeps that of its start.
       **common: for `compress`.
 
     Returns:
-      The store as it lies on disk; None in all processes but the first.
+      The store on disk; None in all processes but the first.
 
     Raises:
-      HydraOptError: a folder that is another job's, or whatever `compress` raises.
-      TooLarge: as `store.save`.
+      HydraOptError: the folder belongs to another job; and every error of `compress`.
+      TooLarge: see `store.save`.
     """
     processes = processes or Processes()
     files.check_target(path, overwrite)
@@ -119,7 +118,7 @@ def run(
             place.keep_note("provenance", provenance)
     processes.wait("entered")
     if provenance is not None:
-        # one day for all processes, and for those that go on
+        # one date for all processes, and for resumed jobs
         common["provenance"] = place.note("provenance")
     store = compress(found, place=place, processes=processes, **common)
     # the first removes what the others may still be reading

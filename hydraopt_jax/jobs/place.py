@@ -1,10 +1,10 @@
-"""The folder of the store that is being made: finished segments are kept where they will stay.
+"""The folder of a store that is being made. Finished segments are written to their final place.
 
     STORE/segments/MARK-NAME/       segments, as in any store
-    STORE/job/job.json              which job it is
-    STORE/job/NAME.json             what is known of what is done
+    STORE/job/job.json              identity of the job
+    STORE/job/NAME.json             notes on finished steps
 
-A store that was there before stays whole beside them until the new manifest replaces its own.
+A former store stays valid in the folder until the new manifest replaces the old one.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ SCHEMA = 3
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file at once or not at all."""
+    """Write a JSON file atomically."""
     new = path.with_suffix(f".{os.getpid()}")
     with new.open("w") as sink:
         json.dump(content, sink)
@@ -35,10 +35,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+    """The content of a file of `write_json`.
 
     Raises:
-      HydraOptError: the file is not whole.
+      HydraOptError: the file is incomplete.
     """
     try:
         # a path in it may have bytes that are no text
@@ -50,7 +50,7 @@ def read_json(path: Path) -> Any:
 
 
 def fingerprint(found: Collection, asked: Mapping[str, Any]) -> str:
-    """What a job must agree in with the job that goes on with it."""
+    """A fingerprint of a job's inputs and options; a job resumes only one with the same fingerprint."""
     rows = [[x.task, x.source, x.digest, x.stamp[0], dict(x.config)] for x in found.cards]
     said = {"asked": dict(asked), "schema": SCHEMA, "adapters": rows}
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
@@ -63,7 +63,7 @@ class Folder:
       path: of the store.
       mark: of the job, see `fingerprint`.
       zstd: compress plain factors.
-      shared: whether several processes work on it; each then writes its segments through a child process.
+      shared: whether several processes use it; each then writes its segments through a child process.
     """
 
     def __init__(self, path: Path, mark: str, zstd: bool = True, shared: bool = False) -> None:
@@ -73,10 +73,10 @@ class Folder:
         self.writer = Writer(path, self.scratch) if shared else None
 
     def enter(self) -> None:
-        """Begin, or go on.
+        """Start or resume the job.
 
         Raises:
-          HydraOptError: the folder is another job's.
+          HydraOptError: the folder belongs to another job.
         """
         file = self.scratch / "job.json"
         if file.exists():
@@ -128,6 +128,6 @@ class Folder:
         write_json(self.scratch / f"{name}.json", note)
 
     def rows(self) -> dict[str, Any]:
-        """Id -> the manifest's row of every segment that lies where it will stay."""
+        """Segment id -> manifest row of every segment that is in its final place."""
         found = (read_json(x) for x in self.scratch.glob("*.segment.json"))
         return {x["id"]: x for x in found}

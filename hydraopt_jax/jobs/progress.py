@@ -13,7 +13,7 @@ EVERY = 60.0
 
 
 class Lines:
-    """Counts what a job does and says so, at most once in `every` seconds."""
+    """Progress as lines of text, at most one in `every` seconds."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Lines:
         self.bytes += count
 
     def line(self) -> str:
-        """What is to be said."""
+        """The line to print."""
         seconds = self.clock() - self.begun
         rate = (self.done - self.before) / max(seconds, 1e-9)
         left = (self.total - self.done) / rate if rate else float("inf")
@@ -81,7 +81,7 @@ class Bar:
 
 @contextmanager
 def to_stderr(enabled: bool = True, every: float = EVERY) -> Iterator[Progress]:
-    """A progress that is shown: as a bar on a terminal, as a line once in a while elsewhere."""
+    """The `Progress` that prints: a bar on a terminal, a line from time to time elsewhere."""
     if not enabled:
         yield Progress()
     elif sys.stderr.isatty():

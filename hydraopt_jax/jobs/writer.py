@@ -1,7 +1,8 @@
 """A child process that writes segments for one of several processes of a job.
 
-Orbax has all processes of a JAX program save one checkpoint together. A child is a program of one process:
-with it each process of a job writes its own segments. It reads one JSON object per line and answers with one.
+Orbax makes all processes of a JAX program save one checkpoint together. A child is a program with one
+process, so each process of a job can write its own segments. It reads one JSON object per line and answers
+with one.
 """
 
 import json
@@ -21,7 +22,7 @@ from hydraopt_jax.store import folder, segment_data
 from hydraopt_jax.store.segment_data import Entry
 from hydraopt_jax.store.store import Segment
 
-# variables by which JAX would take the child for a process of the job, or claim its devices
+# variables that would make JAX treat the child as a process of the job, or claim its devices
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -48,7 +49,7 @@ class Writer:
 
     Args:
       store: the folder.
-      scratch: where a segment lies until the child has written it.
+      scratch: folder for a segment until the child has written it.
     """
 
     def __init__(self, store: Path, scratch: Path) -> None:
@@ -57,7 +58,7 @@ class Writer:
         self.turn = threading.Lock()
 
     def start(self) -> "subprocess.Popen[str]":
-        """The child, started when it is first needed; it ends when its input does."""
+        """The child, started on first use; it ends when its input is closed."""
         if self.child is None:
             environment = {k: v for k, v in os.environ.items() if k not in CLUSTER}
             self.child = subprocess.Popen(
@@ -71,10 +72,10 @@ class Writer:
         return self.child
 
     def write(self, segment: Segment, name: str, zstd: bool | None) -> dict[str, Any]:
-        """Write a segment; the row of the manifest, see `folder.write_segment`.
+        """Write a segment and return its manifest row, see `folder.write_segment`.
 
         Raises:
-          OSError: the file system does not take it.
+          OSError: the write failed.
           HydraOptError: the child has died.
         """
         run = self.scratch / f"{name}.run"
@@ -114,7 +115,7 @@ def end(child: "subprocess.Popen[str]") -> None:
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """What the child answers to one request."""
+    """The child's answer to one request."""
     identity, size, header, sha = asked["entry"]
     entry = Entry(identity, size, (header[0], header[1]), sha)
     store = Path(asked["store"])
@@ -128,7 +129,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer requests until there are no more; whatever else is printed goes to standard error."""
+    """Answer requests until the input ends; all other output goes to standard error."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         for line in sys.stdin:

@@ -1,6 +1,6 @@
-"""Rate control: a budget or an error in, the quantizer step and the form of every module out.
+"""Rate control: find the quantizer step and the forms of modules that meet a budget or an error target.
 
-`analysis` has what a choice depends on, `mode_decision` chooses in one currency, `targets` are the factors in
-steps, `encode_at_step` codes a collection at one step, `navigate` moves the step until the target is met;
-`addition` codes one task more, `terms` are decoded factors, `frontier` walks the whole curve.
+`analysis` computes energies and cosines, `mode_decision` chooses forms by Lagrangian cost, `targets` are
+factors in quantizer steps, `coding` codes a collection at one step, `search` finds the step, `engine` runs it
+all over the parts of a collection, `errors_of` measures errors.
 """

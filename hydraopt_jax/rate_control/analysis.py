@@ -1,4 +1,4 @@
-"""What the choice of a form depends on: energies of directions, alone and in shared coordinates."""
+"""Analysis for the mode decision: energies of directions, alone and in shared coordinates."""
 
 import functools
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from jax import Array
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
 
-# tasks tried as the one that others are predicted from
+# number of tasks tried as reference
 REFERENCES = 8
-# width of a joint basis over the adapters' rank
+# maximum width of a joint basis, as a multiple of the adapters' rank
 SHARED_WIDTH = 4
 
 
 class Joint(NamedTuple):
-    """A basis that the vectors of all tasks are near, one module and side: joint diagonalization's.
+    """A joint basis of the vectors of all tasks, for one module and side, as in joint diagonalization.
 
     Attributes:
       basis: `[I, S]` orthonormal, the leading eigenvectors of `sum_t w_t x_t x_t.T`, x the vectors as coded.
-      part: `[T, R, S]` share of each vector's energy along each of them.
+      part: `[T, R, S]` share of each vector's energy along each basis vector.
     """
 
     basis: Array
@@ -31,18 +31,18 @@ class Joint(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """What the choice depends on, for the M modules of one shape.
+    """Inputs of the mode decision for the M modules of one shape.
 
     Attributes:
       modules: names.
       deltas: decompositions, `s` relative to the task's norm and times the root of its weight, `[M, T, ...]`.
       norms: `[M, T]` Frobenius norms, zero for an absent task.
-      scales: `[M, T]` what a relative delta is multiplied with to give the true one.
+      scales: `[M, T]` factors from relative deltas to true ones.
       cosines: squared cosines, as coded, of every singular vector with those of the candidate references
         (made orthogonal in order), input side and output side, `[M, T, R, C, R]`.
       references: the C candidate tasks.
-      joint: joint bases of the input side and of the output side; None where one task is all, or where they
-        were not looked for.
+      joint: joint bases of the input side and of the output side; None for a single task, or if they were not
+        computed.
     """
 
     modules: tuple[str, ...]
@@ -72,8 +72,10 @@ def joint_bases(vectors: Array, s: Array, width: int) -> Joint:
 
 @jax.jit
 def squared_cosines(x: Array, references: Array) -> Array:
-    """Squared cosines of `[M, T, I, R]` with the references' `[M, C, I, R]`, made orthogonal in order:
-    `[M, T, R, C, R]`."""
+    """Squared cosines `[M, T, R, C, R]` of `[M, T, I, R]` with the references' `[M, C, I, R]`.
+
+    The references' vectors are made orthogonal in order.
+    """
     length = jnp.linalg.norm(x, axis=-2, keepdims=True)
     x = x / jnp.where(length > 0, length, 1.0)
     references = decompose.qr(references)[0]
@@ -95,7 +97,7 @@ def spectrum(
     share: bool = True,
     deep: bool = True,
 ) -> Spectrum:
-    """Analyze the modules of one shape.
+    """The `Spectrum` of the modules of one shape.
 
     Args:
       modules: M names.
@@ -103,8 +105,7 @@ def spectrum(
       weights: `[M, T]` of the relative errors.
       coded: unit singular vectors in the coordinates they are coded in, `[M, T, I, R]` and `[M, T, O, R]`.
       share: whether tasks may share anything.
-      deep: whether joint bases are looked for as well, or references only; their cost grows with the cube of
-        T R.
+      deep: whether to compute joint bases as well as references; their cost grows with the cube of T R.
     """
     host = Svd(*(np.asarray(x) for x in deltas))  # type: ignore[arg-type]
     norms = np.sqrt((host.s**2).sum(-1))

@@ -1,4 +1,4 @@
-"""What a budget means: one rule for the command and for Python.
+"""The meaning of a budget: one rule for the command and for Python.
 
 | given | means |
 |---|---|
@@ -9,9 +9,9 @@
 | an integer above 10, NumPy's too: `9000` | bytes on disk |
 | anything else, `True` among it | refused |
 
-A fraction is one of the factors' bytes in half precision. One of 1 or more keeps the adapters as they are,
-bit for bit in the dtype that they came in: float32 factors then take twice their half-precision bytes, and
-the store's description comes on top.
+A fraction refers to the factors' bytes in half precision. A fraction of 1 or more stores the adapters bit for
+bit in their original dtype. Float32 factors then take twice their half-precision bytes, and the store's
+description is added.
 """
 
 import math
@@ -24,7 +24,7 @@ import numpy as np
 from hydraopt_jax.errors import HydraOptError
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# a number up to this is a fraction
+# largest number that is a fraction
 LARGEST_FRACTION = 10
 
 
@@ -55,10 +55,10 @@ def parse_budget(text: str) -> int | float:
 
 
 def read_budget(value: Any) -> int | float | None:
-    """Bytes as an integer or a fraction as a float, from whatever means either; None stays None.
+    """Bytes as an integer or a fraction as a float, from a number or text; None stays None.
 
     Raises:
-      HydraOptError: it is neither a number nor text that means one.
+      HydraOptError: the value is neither.
 
     >>> read_budget(1), read_budget(np.int64(5000)), read_budget("3MB"), read_budget(np.float32(0.5))
     (1.0, 5000, 3000000, 0.5)
@@ -79,7 +79,7 @@ def read_budget(value: Any) -> int | float | None:
 
 
 def keeps_all(value: int | float | None) -> bool:
-    """Whether a budget, as `read_budget` returns it, keeps the adapters as they are.
+    """Whether a budget, as `read_budget` returns it, means lossless storage.
 
     >>> keeps_all(1.0), keeps_all(0.99), keeps_all(5000)
     (True, False, False)

@@ -1,6 +1,6 @@
-"""Full tensors that adapters carry beside their factors, coded before anything is fitted.
+"""Full tensors of adapters beside their factors, coded before any fit.
 
-What they take counts in a budget, and a budget that they alone exceed is refused before the work begins.
+Their bytes count in a budget. A budget that they alone exceed is refused before the work begins.
 """
 
 import numpy as np
@@ -19,10 +19,11 @@ TENSOR_BYTES = 1 << 26
 def full_tensors(
     found: Collection, dtype: str | None, place: Place, processes: Processes, apart: bool
 ) -> tuple[list[Segment], list[Tensors]]:
-    """The full tensors of all tasks, coded: in segments of their own, or to lie beside the factors.
+    """The coded full tensors of all tasks: in separate segments, or for the segment of the factors.
 
     Raises:
-      HydraOptError: tensors that are not those of the first look, or a value that overflows the dtype.
+      HydraOptError: tensors that have changed since they were first read, or a value that overflows the
+        dtype.
     """
     carriers = [t for t, x in enumerate(found.cards) if x.extras]
     if not apart:
@@ -67,10 +68,10 @@ def read_tensors(found: Collection, task: int) -> dict[str, np.ndarray]:
 
 
 def kept_segment(place: Place, name: str) -> Segment:
-    """A segment that must be there.
+    """A segment that a process has finished.
 
     Raises:
-      HydraOptError: it is missing, though its process says that it is done.
+      HydraOptError: the segment is missing.
     """
     found = place.segment(name)
     if found is None:

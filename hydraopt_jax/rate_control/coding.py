@@ -1,4 +1,4 @@
-"""A collection coded at one step: plan, quantize, solve the gains and measure."""
+"""Code a collection at one quantizer step: choose forms, quantize, solve for gains, measure errors."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,18 +23,18 @@ TABLE_CODES = 1 << 18
 LEAST_MODULES = 3
 # weight of the prior in fitted tables
 PRIOR_COUNTS = 8
-# share of a task's error that the rounding of its gains adds, about
+# approximate share of a task's error that the rounding of its gains adds
 ROUNDED = 3e-4
 LEAST_GAIN_BITS, MOST_GAIN_BITS = 3, 20
 
 
 class Trial(NamedTuple):
-    """The collection coded at one step.
+    """A collection coded at one step.
 
     Attributes:
       step: the quantizer step.
       coded: its codes.
-      gains: task -> gains in the codec's order, as they will be read.
+      gains: task -> decoded gains in the codec's order.
       errors: `[M, T]` relative squared errors, NaN where absent.
       bytes: estimate of its payload.
       choices: form of each module.
@@ -51,17 +51,17 @@ class Trial(NamedTuple):
 def solve_gains(
     terms: Sequence[Factors], live: np.ndarray, deltas: decompose.Svd, metrics: Metrics = (None, None)
 ) -> tuple[np.ndarray, ...]:
-    """The gains of least error for given decoded factors of one module, all tasks, all terms jointly.
+    """The gains of least error for decoded factors of one module, for all tasks, over all terms jointly.
 
     Args:
       terms: decoded factors in steps.
-      live: `[T, S]` directions that each task has, terms side by side.
+      live: `[T, S]` bool, coded directions of each task, terms concatenated.
       deltas: relative decompositions, `u: [T, I, R]`.
       metrics: of the module's inputs and outputs.
 
     Returns:
-      Gains `[T, S]`, and the quadratic form of the error, `gram: [T, S, S]`, `cross: [T, S]` and the energies
-      `[T]` of the very arrays that the others are made of, so that small errors survive the cancellation.
+      Gains `[T, S]`; and the quadratic form of the error: `gram: [T, S, S]`, `cross: [T, S]` and energies
+      `[T]`, all computed from the same arrays, so that small errors survive the cancellation.
     """
     a = np.concatenate([np.asarray(x.a, np.float64)[np.maximum(x.a_of, 0)] for x in terms], 2)
     b = np.concatenate([np.asarray(x.b, np.float64)[np.maximum(x.b_of, 0)] for x in terms], 1)
@@ -99,19 +99,19 @@ def targets_at_step(
 
 
 def unweigh_own(metric: Metric | None, a: np.ndarray, of: Sequence[int]) -> np.ndarray:
-    """`unweigh` of the factors that tasks read; a joint basis is in the coded coordinates already."""
+    """`unweigh` of the factors that tasks read; a joint basis already is in coded coordinates."""
     read = np.isin(np.arange(len(a)), of)
     return np.where(read[:, None, None], unweigh(metric, a), a)
 
 
 def prior_tables() -> np.ndarray:
-    """Frequencies before anything was counted, each context's in sum 1."""
+    """Prior frequencies, which sum to 1 for each context."""
     prior = contexts.gaussian()
     return prior / prior.sum(-1, keepdims=True)
 
 
 def fitted_tables(counts: np.ndarray) -> np.ndarray:
-    """Frequencies to decide with, from what was counted near the step."""
+    """Frequencies for decisions, from counts at a step nearby."""
     return counts + PRIOR_COUNTS * prior_tables()
 
 
@@ -196,7 +196,7 @@ def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Pro
 
 
 def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
-    """Gains as they will be read, and the errors that they leave, `[M, T]`."""
+    """Decoded gains, and errors `[M, T]` with these gains."""
     tasks = problem.weights.shape[1]
     decoded = all_terms(coded.shapes, coded.pieces, coded.values)
     live = [syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t) for t in range(tasks)]
@@ -252,7 +252,7 @@ def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.
 
 
 def gain_bits(solved: Sequence[tuple[np.ndarray, ...]], task: int) -> int:
-    """Bits of a task's gains behind the leading one, so few that their rounding adds `ROUNDED` to its error.
+    """Bits of a task's gains after the leading one, so few that rounding adds about `ROUNDED` to its error.
 
     Args:
       solved: of each module gains, quadratic form and energies of `solve_gains`.
@@ -270,6 +270,6 @@ def gain_bits(solved: Sequence[tuple[np.ndarray, ...]], task: int) -> int:
 
 
 def task_errors(errors: np.ndarray) -> np.ndarray:
-    """Mean over the modules that a task has, `[M, T] -> [T]`; 0 for a task with none."""
+    """Mean error over the modules of each task, `[M, T] -> [T]`; 0 for a task without modules."""
     present = ~np.isnan(errors)
     return np.where(present, errors, 0.0).sum(0) / np.maximum(present.sum(0), 1)

@@ -1,10 +1,10 @@
-"""The engine: a collection compressed to a budget or an error target, whatever its size.
+"""The engine: compress a collection of any size to a budget or an error target.
 
     plan parts -> find the step on a sample -> encode every part at it -> measure what was decoded -> correct
     the step until the target is met
 
-A part depends on nothing but its own factors, the step and the tables of the pass: devices and processes
-divide them, and a killed job goes on with those that are not done and ends with the same store.
+A part depends only on its own factors, the step and the tables of the pass. So devices and processes can
+divide the parts, and a killed job resumes with the remaining parts and ends with the same store.
 """
 
 import functools
@@ -55,9 +55,9 @@ from hydraopt_jax.store.tensors import Tensors
 CACHED = 4
 # bytes that stay free once a store was larger than its draft
 SPARE = 4
-# entries of a sample of a collection that is one part
+# entries of the sample of a collection with one part
 SAMPLE_CODES = 1 << 19
-# rounds in which the weights of tasks that are better than they need be are lowered, and how far at once
+# rounds in which weights of tasks below the error target are lowered; least and largest change, damping
 ROUNDS, LOWEST, HIGHEST, DAMPING = 3, 0.1, 10.0, 0.9
 
 
@@ -73,23 +73,23 @@ def compress_to_target(
     segment_bytes: int = SEGMENT_BYTES,
     cache: dict[int, Problem] | None = None,
 ) -> Store:
-    """Compress a collection to a budget or an error target.
+    """A store of a collection that meets a budget or an error target.
 
     Args:
       found: the collection.
-      options: what to reach.
-      place: where segments are kept; those that it has already are not made again.
+      options: the target.
+      place: where segments are kept; existing segments are not made again.
       left_out, provenance: for the report, see `compression.compress`.
-      progress: what to tell while at work.
-      processes: who takes part; all return the same store.
+      progress: callbacks for progress.
+      processes: the processes of the job; all return the same store.
       segment_bytes: half-precision bytes of the factors that are coded together.
-      cache: analyses of a small collection, which other targets with the same weights can use again.
+      cache: analyses of a small collection, reusable for other targets with the same weights.
 
     Returns:
-      Store whose size on disk, metadata included, meets the budget, or whose measured error the target.
+      Store whose size on disk (metadata included) meets the budget, or whose measured error meets the target.
 
     Raises:
-      HydraOptError: bad options, or a target that cannot be met (it says what can).
+      HydraOptError: bad options, or a target that cannot be met (the message says which can).
     """
     options = check_options(options)
     progress, processes = progress or Progress(), processes or Processes()
@@ -122,11 +122,11 @@ def compress_to_target(
 
 
 def compress_at_step(found: Collection, options: Options, place: Place, step: float) -> Store:
-    """Compress a collection at a quantizer step, relative to the norm of a delta; no target is aimed at.
+    """A store of a collection at a given quantizer step, relative to the norm of a delta, without a target.
 
     Args:
-      found: the collection, of one part or few.
-      options: all but the target.
+      found: the collection, with few parts.
+      options: without a target.
       place: where segments are kept.
       step: the step.
     """
@@ -148,7 +148,7 @@ def as_they_are(
     carried: Sequence[Tensors],
     said: Mapping[str, Any],
 ) -> Store:
-    """The adapters as they came, see `lossless`; their numbers stay where they are until they are written."""
+    """A lossless store of the adapters, see `lossless`; factors are not read before they are written."""
     tasks = range(len(found.cards))
     rows = {m: [found.raw(t, m) if found.rank(m, t) else None for t in tasks] for m in found.shapes}
     modules, errors, facts = lossless.modules_of(rows)
@@ -165,14 +165,14 @@ def passes(
     said: Mapping[str, Any],
     place: Place | None = None,
 ) -> Store:
-    """Encode all parts, pass after pass, until the whole meets the target.
+    """The store of the pass that meets the target; each pass encodes all parts.
 
     Args:
       run: the compression.
       goal: the target.
       heads: segments of full tensors.
-      said: what else the report says.
-      place: of the finished segment, where a run has drafts.
+      said: further fields of the report.
+      place: of the finished segment, for a run with drafts.
     """
     weights = task_weights(run.found.tasks, run.options)
     known = pilot(run, goal, weights)
@@ -233,10 +233,10 @@ def passes(
 def outcome(
     run: Run, number: int, step: float, goal: Target, heads: Sequence[Segment], said: Mapping[str, Any]
 ) -> tuple[Store | None, Pass, float]:
-    """A pass's store, what came out of it, and its mean error.
+    """The store of a pass, its result, and its mean error.
 
-    A pass that is over the target will not be taken: what it came to stays, a note, its bytes make room, and
-    there is no store.
+    A pass over the target is not used: its result stays as a note, its segments are removed, and there is no
+    store.
     """
     before = run.place.note(f"missed-{number}")
     if before is None:
@@ -258,7 +258,7 @@ def outcome(
 
 
 def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
-    """What a sample of the collection tells, which the first process finds out: a note."""
+    """The note of the pilot: the result of a sample of the collection, which the first process computes."""
     if run.processes.rank == 0 and run.place.note("pilot") is None:
         one = len(run.parts) == 1
         part = run.parts[0] if one else pilot_part(run.found)
@@ -296,8 +296,10 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
 
 
 def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -> float:
-    """Log of the bytes of the whole over the room for it, from a trial of a part: modules differ in what they
-    take as Gaussian estimates do."""
+    """Log of the estimated bytes of the whole over the available bytes, from a trial of a part.
+
+    Modules are assumed to differ in bytes as their Gaussian estimates do.
+    """
     scale = 1.0
     if whole is not problem:
         few = max(search.gaussian(problem, trial.step).bytes, 1.0)
@@ -306,14 +308,14 @@ def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -
 
 
 def error_miss(trial: Trial, *, goal: Target) -> float:
-    """Log of a trial's error over the target."""
+    """Log of a trial's error relative to the target."""
     return float(np.log(max(search.value(trial.errors, goal.worst), 1e-30) / goal.limit))
 
 
 def prepare_part(
     run: Run, part: Part, given: list[Adapter], weights: np.ndarray, deep: bool, unit: float | None
 ) -> Problem:
-    """A part decomposed and compared."""
+    """The `Problem` of a part: its decompositions and comparisons."""
     order = tuple(n for n in part.modules if any(n in x.a for x in given))
     metrics = {n: module_metrics(run, n) for n in order} if run.options.calibration is not None else None
     own = weights[list(part.tasks)]
@@ -321,7 +323,7 @@ def prepare_part(
 
 
 def module_metrics(run: Run, name: str) -> Metrics:
-    """The metrics of a module, made once for all parts that have it."""
+    """The metrics of a module, computed once for all parts with this module."""
     calibration = run.options.calibration
     assert calibration is not None
     if name not in run.metrics:
@@ -332,7 +334,7 @@ def module_metrics(run: Run, name: str) -> Metrics:
 def problem_of(
     run: Run, n: int, weights: np.ndarray, known: Mapping[str, Any], given: list[Adapter]
 ) -> Problem:
-    """A part's problem; that of few parts is kept."""
+    """The problem of a part; those of a few parts are cached."""
     if n in run.cache:
         return run.cache[n]
     one = len(run.parts) == 1
@@ -357,7 +359,7 @@ def encode_parts(
     step `modes_at`; of a run with drafts their bytes are estimated, times the last `bias`.
 
     Returns:
-      Frequencies for the next pass, from what all parts have counted.
+      Frequencies for the next pass, from the counts of all parts.
     """
     parts = run.parts
     todo = [n for n in run.mine if run.place.note(f"pass-{number}-{n}") is None]

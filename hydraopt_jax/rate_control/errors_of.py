@@ -1,4 +1,4 @@
-"""True errors of what a store decodes to, measured against the adapters."""
+"""Measured errors of decoded stores against the original adapters."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,12 +16,12 @@ from hydraopt_jax.store.store import Segment, Source, Store
 def measure(
     store: Store, collection: Sequence[Adapter], metrics: Mapping[str, Metrics] | None = None
 ) -> dict[str, float]:
-    """True mean relative squared error of stored tasks against adapters of the same names.
+    """Task -> measured mean relative squared error of a stored task against the adapter of the same name.
 
-    Of weights; with metrics (`metrics.metrics_of`) of the modules' outputs.
+    Errors are those of weights; with metrics (`metrics.metrics_of`) those of the modules' outputs.
 
     Raises:
-      HydraOptError: an adapter whose task the store does not have, or that differs in its modules.
+      HydraOptError: an adapter whose task is not in the store, or that has other modules.
     """
     out = {}
     for x in collection:
@@ -39,17 +39,17 @@ def error_table(
     modules: Sequence[str],
     metrics: Mapping[str, Metrics] | None = None,
 ) -> np.ndarray:
-    """True relative squared errors `[M, T]` of decoded terms, whose tasks are those of the collection."""
+    """Measured relative squared errors `[M, T]` of decoded terms, with the tasks of the collection."""
     rows = [module_errors(terms, t, x, metrics) for t, x in enumerate(collection)]
     return np.array([[x.get(n, np.nan) for x in rows] for n in modules], np.float64)
 
 
 def segment_terms(segment: Segment, before: Sequence[Segment] = ()) -> dict[str, tuple[Factors, ...]]:
-    """What a segment decodes to for all its tasks, module -> terms.
+    """The decoded terms of a segment for all its tasks, by module.
 
     Args:
-      segment: of a store or of none.
-      before: the segments that come before it in the store, where it refers to them.
+      segment: in a store or not.
+      before: the earlier segments of the store, if it refers to them.
     """
     nothing = Source("float32", Static(), Static(), "", "")
     alone = Store((*before, segment), segment.tasks, (nothing,) * len(segment.tasks), Static())
@@ -62,7 +62,7 @@ def with_errors(
     output_errors: np.ndarray | None = None,
     before: Sequence[Segment] = (),
 ) -> Segment:
-    """The segment with the true errors of what it decodes to, see `segment_terms`; of outputs as given."""
+    """The segment with its measured errors of weights, and with given errors of outputs."""
     return segment.with_errors(
         error_table(segment_terms(segment, before), collection, list(segment.modules)), output_errors
     )
@@ -74,7 +74,7 @@ def module_errors(
     adapter: Adapter,
     metrics: Mapping[str, Metrics] | None = None,
 ) -> dict[str, float]:
-    """True relative squared error of each of an adapter's modules; see `measure`."""
+    """Measured relative squared error of each module of an adapter; see `measure`."""
     out = {}
     for name, a in adapter.a.items():
         b = adapter.b[name]
@@ -92,7 +92,7 @@ def module_errors(
 
 
 def relative(error: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """`error / energy`; 0 for an all-zero delta that came back as zeros, NaN is left to absent tasks."""
+    """`error / energy`; 0 for a zero delta that was decoded to zero. NaN is reserved for absent tasks."""
     return np.divide(error, energy, out=np.where(error > 0, np.inf, 0.0), where=energy > 0)
 
 

@@ -1,10 +1,10 @@
-"""Metrics: second moments as the coordinates in which errors count alike.
+"""Metrics: second moments as coordinates in which all errors have equal weight.
 
-With second moments of the modules' inputs, `C = E[x x.T]`, decompositions are those of `C^(1/2) @ delta`, so
-that choices, gains and errors are those of the modules' outputs. With those of the gradients at their
-outputs too, `G = E[g g.T]`, they are those of `C^(1/2) @ delta @ G^(1/2)`, whose squared norm is twice the
-Kronecker-factored estimate of the KL divergence of the model's outputs (Martens and Grosse,
-arXiv 1503.05671), and a module counts as much as it matters to them. What is stored is in the original
+With second moments of the modules' inputs, `C = E[x x.T]`, the engine decomposes `C^(1/2) @ delta`, so that
+choices, gains and errors refer to the modules' outputs. With second moments of the gradients at the outputs
+too, `G = E[g g.T]`, it decomposes `C^(1/2) @ delta @ G^(1/2)`. The squared norm of this is twice the
+Kronecker-factored estimate of the KL divergence of the model's outputs (Martens and Grosse, arXiv
+1503.05671), so that modules are weighted by their effect on the outputs. Stored factors are in the original
 coordinates.
 """
 
@@ -35,7 +35,7 @@ class Metric(NamedTuple):
 
     @property
     def root(self) -> np.ndarray:
-        """The symmetric root `[n, n]`: in its coordinates errors count alike."""
+        """The symmetric square root `[n, n]`, the map to coordinates of equal weight."""
         return (self.vectors * np.sqrt(self.values)) @ self.vectors.T
 
 
@@ -43,14 +43,14 @@ Metrics = tuple[Metric | None, Metric | None]
 
 
 def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
-    """Vectors to be coded for given vectors in the metric's coordinates, both in steps.
+    """Vectors to code for given vectors in the metric's coordinates, both in steps.
 
-    The plain inverse would spend bits on what inputs never excite. Keeping the part along an eigenvector of
-    value l costs bits in proportion to the energy `e / l` that it adds, and is worth e: with the factor
-    `g = l / (l + r)` on that part, `r = multiplier / (2 ln 2 variance)`, error plus bits are least.
+    The plain inverse would spend bits on directions that inputs never have. The part along an eigenvector of
+    value l costs bits in proportion to the energy `e / l` that it adds, and reduces the error by e. The
+    factor `g = l / (l + r)` on this part, `r = multiplier / (2 ln 2 variance)`, minimizes error plus bits.
 
     Args:
-      metric: of that side of the module, None for none.
+      metric: of this side of the module; None for none.
       a: `[A, n, S]`.
     """
     if metric is None:
@@ -63,12 +63,12 @@ def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
     return (metric.vectors @ (plain * values / (values + ridge))).astype(np.float32)
 
 
-# the ridge of `unweigh` at a few bits a coefficient, for choices that are made before a step is known
+# the ridge of `unweigh` at a few bits per coefficient, for choices before a step is known
 USUAL_RIDGE = 0.07
 
 
 def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
-    """Unit vectors `[M, T, I, R]` of M modules, about as `unweigh` will have them coded."""
+    """Unit vectors `[M, T, I, R]` of M modules, approximately as `unweigh` will return them."""
     if metrics[0] is None:
         return x
     filters = [
@@ -78,7 +78,7 @@ def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
 
 
 def metric(moment: np.ndarray, name: str, size: int) -> Metric:
-    """The metric of a second moment; a small ridge keeps directions never seen from being free."""
+    """The metric of a second moment, with a small ridge so that errors in unseen directions count too."""
     moment = np.asarray(moment, np.float64)
     moment = np.diag(moment) if moment.ndim == 1 else moment
     if moment.shape != (size, size):
@@ -93,10 +93,10 @@ def metric(moment: np.ndarray, name: str, size: int) -> Metric:
 
 
 def uncovered(shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, np.ndarray]) -> list[str]:
-    """The modules, name -> (I, O), of which a calibration lacks a second moment, in order.
+    """The names of those modules, name -> (I, O), that lack a second moment in a calibration, in order.
 
     Raises:
-      HydraOptError: it has none of any module: its names are others.
+      HydraOptError: the calibration has none of the modules; its names probably differ.
 
     >>> uncovered({"q": (2, 2), "k": (2, 2)}, {"q": np.eye(2)})
     ['k']
@@ -114,7 +114,7 @@ def uncovered(shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, n
 
 
 def ends_alike(one: str, two: str) -> bool:
-    """Whether one dotted name ends as the other.
+    """Whether one dotted name is a suffix of the other.
 
     >>> ends_alike("layers.0.q", "model.layers.0.q"), ends_alike("layers.0.q", "layers.1.q")
     (True, False)
@@ -127,11 +127,11 @@ def metrics_of(
 ) -> dict[str, Metrics]:
     """The metrics of modules, name -> (I, O), from second moments as in a calibration file.
 
-    A second moment that is missing (see `uncovered`) is taken as the identity, as errors of weights have it,
-    of the size that the others have on average (geometric mean of their mean eigenvalues).
+    A missing second moment (see `uncovered`) is replaced by a multiple of the identity, as for errors of
+    weights. The multiple is the geometric mean of the others' mean eigenvalues.
 
     Raises:
-      HydraOptError: a second moment of a wrong shape, or none.
+      HydraOptError: a second moment of a wrong shape, or no second moment at all.
     """
     both = any(n.endswith(OUTPUT) for n in calibration)
 
@@ -158,7 +158,7 @@ def usual_scale(calibration: Mapping[str, np.ndarray], outputs: bool) -> float:
 
 
 def importance(metrics: Mapping[str, Metrics], modules: Sequence[str], norms: np.ndarray) -> np.ndarray:
-    """Energy of each delta in the units of the model's outputs, `[M, T]`; ones where that is not known."""
+    """Energy of each delta in units of the model's outputs, `[M, T]`; ones if unknown."""
     scales = np.zeros(len(modules))
     for i, n in enumerate(modules):
         left, right = metrics.get(n, (None, None))

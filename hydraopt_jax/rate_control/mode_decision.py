@@ -1,9 +1,9 @@
-"""What to share and what to keep: the cheapest form of every module at one quantizer step.
+"""Mode decision: the form of least Lagrangian cost for every module at one quantizer step.
 
-All modules, tasks, directions and forms are weighed in one currency, squared steps: a direction that is
-coded costs its distortion and `multiplier * bits` by the Gaussian rate-distortion function, one that is left
-out costs its energy. With one step for the whole collection this is the Lagrangian optimum of reverse
-water-filling, so choosing per module is choosing for the collection. The step alone moves along the curve.
+All costs are in squared steps. A coded direction costs its distortion plus `multiplier * bits` by the
+Gaussian rate-distortion function. A direction that is not coded costs its energy. With one step for the whole
+collection this is the Lagrangian optimum of reverse water-filling, so decisions per module are optimal for
+the collection. The step selects the point on the rate-distortion curve.
 
 Reference: Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, 1988; Cover and
 Thomas, Elements of Information Theory, section 10.3 (reverse water-filling).
@@ -18,9 +18,9 @@ from hydraopt_jax.codec.encode import DISTORTION, MULTIPLIER
 from hydraopt_jax.codec.prediction import coefficient_bits
 from hydraopt_jax.rate_control.analysis import Joint, Spectrum
 
-# class and gain of a direction
+# bits of a direction's context and gain
 DIRECTION_BITS = 24
-# bits that a module pays for any form but the plainest: structure in the index
+# bits of any form but the simplest one, for its description in the header
 FORM_BITS = 64
 
 
@@ -28,8 +28,8 @@ class Choice(NamedTuple):
     """The form of a module.
 
     Attributes:
-      form: `separate`: each task's own directions; `joint`: those, predicted from a basis that all tasks
-        share on either side.
+      form: `separate`: each task's own directions; `joint`: these directions, predicted from a basis per side
+        that all tasks share.
       reference: `separate`: the task that others are predicted from, or none (-1).
       widths: `joint`: vectors of the basis on the input side and on the output side, 0 for none.
     """
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 
 
 def cost(count: int, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cost in squared steps, and bits, of `count` Gaussian coefficients of a variance in squared steps."""
+    """Cost in squared steps, and bits, of `count` Gaussian coefficients with a variance in squared steps."""
     bits = 0.5 * count * np.log2(np.maximum(variance / DISTORTION, 1))
     return count * np.minimum(variance, DISTORTION) + MULTIPLIER * bits, bits
 
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
     Attributes:
       choices: M forms.
-      live: `[M, T, R]` directions coded, where the form is separate.
+      live: `[M, T, R]` bool, coded directions of the form `separate`.
       cost: `[M]` in squared steps.
       bytes: `[M]` estimate.
     """
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 
 def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = ()) -> Plan:
-    """Choose the cheapest form of each module at a quantizer step; those in `no_joint` take no basis."""
+    """The cheapest form of each module at a quantizer step; modules in `no_joint` get no joint basis."""
     inputs, outputs = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
     energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
     options: list[Any] = []
@@ -107,7 +107,7 @@ def predicted(
         variance = energy / count
         explained = np.minimum(np.einsum("mtrs,ms->mtr", cosines[..., c, :], base), 1.0)
         extra = coefficient_bits(explained * energy, vectors)
-        # the reference is itself known only up to its distortion
+        # the decoded reference has a distortion of its own
         rest = variance * (1 - explained) + explained * np.minimum(variance, DISTORTION)
         before, after = cost(count, variance), cost(count, rest)
         known = np.asarray(base.any(-1))[:, None, None]
@@ -126,7 +126,7 @@ def joint(
     keep: np.ndarray,
     sizes: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]:
-    """Cost of directions predicted from a joint basis, each side's at the best width, or from none."""
+    """Cost of directions predicted from joint bases, with the best width per side, which may be 0."""
     for _ in range(2):
         found = [joint_side(x, energy, keep, n) for x, n in zip(bases, sizes, strict=True)]
         paid = sum(x[0] for x in found) + MULTIPLIER * DIRECTION_BITS
@@ -142,7 +142,7 @@ def joint(
 def joint_side(
     found: Joint, energy: np.ndarray, keep: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One side's costs and bits of every direction `[M, T, R]`, of the basis `[M]`, and its width `[M]`."""
+    """Costs and bits of one side: of every direction `[M, T, R]`, of the basis `[M]`; and its width `[M]`."""
     part = np.asarray(found.part, np.float64)
     along = part * (energy * keep)[..., None]
     center = along.sum((1, 2))
@@ -172,5 +172,5 @@ def joint_side(
 
 
 def widths(limit: int) -> list[int]:
-    """Widths of a joint basis worth trying: steps of about a third, up to the limit."""
+    """Widths of a joint basis to try: each about a third larger than the last, up to the limit."""
     return sorted({*(min(round(2 * 1.35**k), limit) for k in range(16)), limit})

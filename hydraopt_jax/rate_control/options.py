@@ -1,4 +1,4 @@
-"""What a compression is to reach."""
+"""Options of a compression: target, weights, calibration, sharing."""
 
 import numbers
 from collections.abc import Mapping, Sequence
@@ -15,21 +15,21 @@ from hydraopt_jax.store import tensors
 
 
 class Options(NamedTuple):
-    """What to reach; exactly one of budget, max_error and max_task_error.
+    """Options of a compression; exactly one of budget, max_error and max_task_error is given.
 
     Attributes:
       budget: bytes of everything on disk if an integer above 10 or text such as "3MB"; else a fraction of the
-        factors' fp16 bytes, which factors and description may take: the coded full tensors beside the factors
-        come on top (`tensors`). A fraction of 1 or more keeps the adapters as they are, bit for bit in the
-        dtype that they came in. See `budget` for the whole rule.
+        factors' fp16 bytes for factors and description. Coded full tensors beside the factors are not counted
+        in a fraction (`tensors`). A fraction of 1 or more stores the adapters bit for bit. See `budget` for
+        the full rule.
       max_error: largest mean relative squared error over modules and tasks.
       max_task_error: largest relative squared error of any task, the mean over its modules.
       weights: task name -> weight of its relative error, 1 where not named.
       calibration: module name -> second moment `[I, I]` of its inputs, or `[I]` for a diagonal one; errors
         are then those of the modules' outputs. With `NAME:output` -> second moment of the gradients at its
-        outputs as well, what is made small is the divergence of the model's outputs (see `calibration`).
+        outputs, the error estimates the divergence of the model's outputs (see `calibration`).
       share: whether tasks may share factors or be predicted from one another.
-      extras_dtype: full tensors that are wider are rounded to it, one of `tensors.DTYPES`; None keeps them.
+      extras_dtype: wider full tensors are rounded to it, one of `tensors.DTYPES`; None keeps them.
     """
 
     budget: int | float | str | None = None
@@ -45,8 +45,7 @@ def check_options(options: Options) -> Options:
     """The options with the budget read.
 
     Raises:
-      HydraOptError: targets that contradict each other, that nothing can meet, or an option that would do
-        nothing.
+      HydraOptError: contradicting targets, a target that cannot be met, or an option without effect.
     """
     options = options._replace(budget=budget.read_budget(options.budget))
     given = {k: getattr(options, k) for k in ("budget", "max_error", "max_task_error")}
@@ -94,7 +93,7 @@ def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
 
 
 def account(options: Options, found: Collection) -> dict[str, Any]:
-    """What was asked for, JSON-able: the beginning of a store's report."""
+    """The options as JSON: the first fields of a store's report."""
     asked = {k: v for k, v in options._asdict().items() if k not in ("weights", "calibration")}
     asked |= {"weights": dict(options.weights), "calibrated": options.calibration is not None}
     known: dict[str, Any] = {}

@@ -1,8 +1,9 @@
-"""Parts of a collection: what is read, analyzed and coded together, as one segment.
+"""Parts of a collection, each of which is read, analyzed and coded together, as one segment.
 
-A part is some modules of some consecutive tasks, about `SEGMENT_BYTES` of factors. It is coded as if there
-were nothing else, at the quantizer step that all parts have in common: with one step bits go where they are
-worth most in the whole collection. A small collection is one part.
+A part is some modules of some consecutive tasks, about `SEGMENT_BYTES` of factors. Parts are coded
+independently, at
+one common quantizer step: a common step allocates bits optimally over the whole collection. A small
+collection is one part.
 """
 
 import itertools
@@ -16,8 +17,7 @@ from hydraopt_jax.collection import Collection
 
 # half-precision bytes of a part's factors; coding takes some thirty times as much
 SEGMENT_BYTES = 1 << 24
-# directions of a part's tasks together, at most: what is alike is looked for among so many, in the cube of
-# the time
+# maximum directions of a part's tasks together; the search for similar directions takes cubic time in them
 DIRECTIONS = 512
 # modules of a pilot, at least
 LEAST_MODULES = 3
@@ -25,14 +25,14 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 class Part(NamedTuple):
-    """Names of modules, and positions of the tasks that have any of them."""
+    """A part: names of modules, and positions of the tasks with any of them."""
 
     modules: tuple[str, ...]
     tasks: tuple[int, ...]
 
 
 def parts_of(found: Collection, limit: int = SEGMENT_BYTES) -> list[Part]:
-    """Divide a collection into parts of about `limit` bytes."""
+    """The parts of a collection, each of about `limit` bytes."""
     tasks = range(len(found.cards))
     widest = max(max(found.rank(m, t) for t in tasks) * sum(s) for m, s in found.shapes.items())
     length = min(max(limit // (2 * max(widest, 1)), 1), span(found))
@@ -54,18 +54,18 @@ def parts_of(found: Collection, limit: int = SEGMENT_BYTES) -> list[Part]:
 
 
 def span(found: Collection) -> int:
-    """How many tasks are compared with each other."""
+    """Number of tasks that are compared with each other."""
     rank = max(found.rank(m, t) for m in found.shapes for t in range(len(found.cards)))
     return max(DIRECTIONS // max(rank, 1), 1)
 
 
 def part(found: Collection, modules: Sequence[str], tasks: Sequence[int]) -> Part:
-    """The part of these modules, with those of the tasks that have any."""
+    """The part with these modules, and with those tasks that have any of them."""
     return Part(tuple(modules), tuple(t for t in tasks if any(found.rank(m, t) for m in modules)))
 
 
 def pilot_part(found: Collection, limit: int = SEGMENT_BYTES) -> Part:
-    """A part to begin with: modules and tasks from all over the collection."""
+    """The pilot: a part with modules and tasks from all over the collection."""
     tasks, names = len(found.cards), list(found.shapes)
     few = list(range(0, tasks, max(tasks // span(found), 1)))[: span(found)]
     modules = spread(names, LEAST_MODULES)
@@ -96,7 +96,7 @@ def read(found: Collection, wanted: Part, count: Callable[[int], None] = lambda 
 def ahead(
     found: Collection, wanted: Sequence[Part], count: Callable[[int], None], depth: int = 1
 ) -> Iterator[list[Adapter]]:
-    """The factors of part after part, `depth` following ones being read meanwhile."""
+    """The factors of each part, while the `depth` following parts are read in the background."""
     with ThreadPoolExecutor(depth) as pool:
         coming = iter(wanted)
         pending = deque(pool.submit(read, found, x, count) for x in itertools.islice(coming, depth))

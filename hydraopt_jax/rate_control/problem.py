@@ -1,4 +1,4 @@
-"""A collection, or a part of it, made ready to be coded at any step: decomposed and compared once."""
+"""The analysis of a collection or a part, computed once for all quantizer steps."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -12,15 +12,15 @@ from hydraopt_jax.rate_control.metrics import Metrics, coordinates, importance, 
 
 
 class Problem(NamedTuple):
-    """A collection made ready to be coded at any step.
+    """The analysis of a collection, for coding at any step.
 
     Attributes:
-      spectra: one a bucket.
+      spectra: one per bucket.
       metrics: module -> metrics of its inputs and of its outputs; empty without calibration.
       order: module names in the collection's order.
       weights: `[M, T]` of the relative errors, in that order.
       unit: the mean importance of a delta, by which importance is divided.
-      no_joint: modules that a trial showed to be dearer with a joint basis.
+      no_joint: modules whose cost was higher with a joint basis in a trial.
     """
 
     spectra: tuple[Spectrum, ...]
@@ -50,15 +50,15 @@ def prepare(
     deep: bool = True,
     unit: float | None = None,
 ) -> Problem:
-    """Decompose and compare a collection once, for any step.
+    """The `Problem` of a collection.
 
     Args:
       inputs: the collection.
       order: module names.
       weights: `[T]` of the tasks' errors.
-      metrics: module -> those of its inputs and outputs; None for errors of the weights.
-      share, deep: as `spectrum`.
-      unit: the mean importance of a delta in the whole collection; None for that in this part.
+      metrics: module -> metrics of its inputs and outputs; None for errors of the weights.
+      share, deep: see `spectrum`.
+      unit: the mean importance of a delta in the whole collection; None for the mean in this part.
     """
     metrics = metrics or {}
     decomposed: list[decompose.Svd] = []

@@ -1,4 +1,4 @@
-"""Which step meets a target: found on a sample first, then corrected from pass to pass over the whole."""
+"""Search for the step that meets a target: first on a sample, then corrected after each pass."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -40,19 +40,19 @@ INSIDE, TIGHT = (0.15, 0.85), 1.0
 
 
 class Unmet(HydraOptError):
-    """No pass met the target, and none will."""
+    """No pass can meet the target."""
 
 
 class Target(NamedTuple):
-    """What is to be met.
+    """The target of a search.
 
     Attributes:
       sign: -1 for bytes, which fall with the step; +1 for the error, which rises.
       limit: bytes on disk of all but the full tensors, or relative squared error.
-      heads: bytes of the full tensors, which come on top.
-      worst: whether the error is the worst task's, not the mean.
+      heads: bytes of the full tensors, not included in the limit.
+      worst: whether the error is that of the worst task instead of the mean.
       slack: share that may stay unused.
-      settling: passes whose counts become the tables of the next one, before any is taken.
+      settling: number of first passes that only provide tables and are not accepted.
     """
 
     sign: float
@@ -81,10 +81,10 @@ class Pass(NamedTuple):
 
 
 def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -> Target:
-    """The target in bytes or in error; `heads` is what the full tensors take.
+    """The target in bytes or in error; `heads` are the bytes of the full tensors.
 
     Raises:
-      HydraOptError: a budget that the adapters as they are would fit into.
+      HydraOptError: a budget that suffices for lossless storage.
     """
     slack, settling = (SLACK, 1) if parts <= FEW_PARTS else (WIDE_SLACK, 0)
     if options.max_task_error is not None:
@@ -98,7 +98,7 @@ def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -
 
 
 def least_lossless(found: Collection) -> int:
-    """Bytes that the factors have in the dtype of their adapters, at least."""
+    """A lower bound of the factors' bytes in the dtypes of the adapters."""
     return sum(
         np.dtype(x.dtype).itemsize * e.rank * (e.inputs + e.outputs)
         for x in found.cards
@@ -107,17 +107,17 @@ def least_lossless(found: Collection) -> int:
 
 
 def value(errors: np.ndarray, worst: bool) -> float:
-    """Worst task's error, or the mean over modules and tasks, of `[M, T]`."""
+    """The worst task's error, or the mean over modules and tasks, of errors `[M, T]`."""
     return float(task_errors(errors).max()) if worst else float(np.nanmean(errors))
 
 
 class Found(NamedTuple):
-    """What a sample tells of the whole.
+    """The result of a search on a sample.
 
     Attributes:
-      step: meets the target about.
-      slope: how the logarithm of what is to be met moves with the step's.
-      frequencies: `[COUNT, 2, SYMBOLS]`, what the quantizer is charged.
+      step: approximately meets the target.
+      slope: of the log of the bounded quantity over the log of the step.
+      frequencies: `[COUNT, 2, SYMBOLS]`, the rate model of the quantizer.
       last: the last trial.
     """
 
@@ -175,7 +175,7 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
     Args:
       problem: the sample.
       miss: log of a quantity over its target.
-      sign: -1 where a larger step lowers the quantity (bytes), +1 where it raises it (error).
+      sign: -1 if a larger step lowers the quantity (bytes), +1 if it raises it (error).
       start: first step.
     """
     step, frequencies = start, fit_tables(problem, start)
@@ -220,7 +220,7 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
     Args:
       done: the passes so far.
       slope: of the sample.
-      goal: what is to be met.
+      goal: the target.
     """
     forms = forms_of(done, goal)
     # earlier passes had other tables or other forms, and another curve
@@ -241,7 +241,7 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
 
 
 def met(done: Sequence[Pass], goal: Target) -> int | None:
-    """The pass that meets the target closely enough, or the best one that meets it when no more are made."""
+    """The pass that meets the target within the slack; after the last pass, the best one that meets it."""
     fits = [k for k, x in enumerate(done) if x.miss <= 0 and k >= goal.settling]
     # no finer step than the finest, and none coarser than the coarsest
     edge = STEPS[0] * 1.0001 if goal.sign < 0 else STEPS[1] / 1.0001
@@ -266,7 +266,7 @@ def hopeless(done: Sequence[Pass], goal: Target) -> bool:
 
 
 def unmet(done: Sequence[Pass], goal: Target, entries: int, error: float) -> Unmet:
-    """The error where no pass meets the target: it says what can be met."""
+    """The error for a target that no pass meets; the message says what can be met."""
     found = min(x.value for x in done)
     if goal.sign < 0:
         more = f" and {goal.heads:,} bytes of full tensors" if goal.heads else ""

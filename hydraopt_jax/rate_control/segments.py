@@ -1,4 +1,4 @@
-"""From an encoded part to its segment, its note and the store that it belongs to."""
+"""Segments and notes of encoded parts, and the store that is made of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,25 +26,25 @@ from hydraopt_jax.store import sizes
 from hydraopt_jax.store.store import Segment, Store, make_segment
 from hydraopt_jax.store.tensors import Tensors
 
-# tasks up to which forms name the one that others are predicted from
+# maximum number of tasks for which labels of forms name the reference
 NAMED = 16
-# what an estimate of bytes is taken to be off by, once it was too low
+# correction of the byte estimate, once it was too low
 MARGIN = 5e-4
 FACTOR_LEAVES = ("shared", "task_", "head_")
-# codes over the room for them, at most: where there is none, a far coarser step is tried
+# cap on codes over available bytes: if nothing is available, a much coarser step is tried
 HOPELESS = 20
 
 
 class Run(NamedTuple):
-    """One compression, as all its steps know it.
+    """State of one compression.
 
     Attributes:
       found: the collection.
-      options: what to reach.
-      parts: what is coded together.
-      place: where what is done is kept.
-      progress: what to tell.
-      processes: who takes part.
+      options: target and other options.
+      parts: the parts of the collection.
+      place: where finished segments are kept.
+      progress: callbacks for progress.
+      processes: the processes of the job.
       cache: part -> its problem.
       metrics: module -> its metrics, made when they are first asked for.
       carried: full tensors of each task, where the collection is one part.
@@ -70,7 +70,7 @@ class Run(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A part that was encoded and is not in bytes yet."""
+    """An encoded part whose bytes have not been made yet."""
 
     problem: Problem
     trial: Trial
@@ -78,7 +78,7 @@ class Draft(NamedTuple):
 
 
 def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Sequence[Adapter]) -> Segment:
-    """A trial in bytes, as a segment."""
+    """The segment of a trial."""
     leaves = encode.serialize(trial.coded, trial.gains)
     names = [run.found.tasks[t] for t in run.parts[n].tasks]
     carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
@@ -87,7 +87,7 @@ def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Seque
 
 
 def sized_segment(run: Run, n: int, problem: Problem, trial: Trial, bias: float) -> Segment:
-    """A segment about as large as that of a trial will be, without its codes."""
+    """A segment of about the size of a trial's segment, without codes."""
     names = [run.found.tasks[t] for t in run.parts[n].tasks]
     carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
     leaves = {*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}
@@ -116,7 +116,7 @@ def finished(run: Run, number: int, draft: Store, place: Place, bias: list[float
 
 
 def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> dict[str, Any]:
-    """What is to be known of an encoded part beside its segment."""
+    """The note of an encoded part: counts, errors and forms, beside its segment."""
     # one reference in each segment: names of all would tell nothing
     names = tasks if len(tasks) <= NAMED else ["another task"] * len(tasks)
     forms: dict[str, int] = {}
@@ -136,15 +136,14 @@ def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> d
 
 
 def label(choice: Choice, tasks: Sequence[str]) -> str:
-    """A form in words."""
+    """The description of a form."""
     if choice.form == "separate":
         return "separate" if choice.reference < 0 else f"separate, predicted from {tasks[choice.reference]}"
     return "joint basis"
 
 
 def eigen_tail(problem: Problem, trial: Trial) -> float:
-    """Mean relative energy beyond as many directions as each task keeps: no factors of these ranks lose less
-    (Eckart and Young 1936)."""
+    """Mean relative energy beyond the directions that each task keeps: the bound at these ranks."""
     coded, tails = trial.coded, []
     for t in range(problem.weights.shape[1]):
         kept: dict[str, int] = {}
@@ -181,7 +180,7 @@ def put_together(
 
 
 def pass_of(step: float, store: Store, goal: Target, place: Place) -> Pass:
-    """What came out of a pass."""
+    """The result of a pass."""
     if goal.sign > 0:
         errors = store.errors if store.output_errors is None else store.output_errors
         found = search.value(errors, goal.worst)
@@ -195,7 +194,7 @@ def pass_of(step: float, store: Store, goal: Target, place: Place) -> Pass:
 
 
 def kept_note(place: Place, name: str) -> Mapping[str, Any]:
-    """A note that must be there."""
+    """A note that a process has written; raises if it is missing."""
     found = place.note(name)
     if found is None:
         kept_segment(place, name)

@@ -1,4 +1,4 @@
-"""What the codec is to code: a module's factors in quantizer steps, by the form chosen for it."""
+"""Targets of the codec: a module's factors in quantizer steps, in its chosen form."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from hydraopt_jax.rate_control.mode_decision import Plan
 
 
 def targets(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[Target, ...]]:
-    """What the codec is to code: every module's factors in steps, by its chosen form."""
+    """Module -> factors in steps, in the chosen forms."""
     out = {}
     for m, (name, choice) in enumerate(zip(x.modules, chosen.choices, strict=True)):
         one = Svd(*(y[m] for y in x.deltas))
@@ -26,7 +26,7 @@ def targets(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[Target, .
 
 
 def separate_target(deltas: Svd, reference: int, live: np.ndarray, step: float) -> tuple[Target, ...]:
-    """Each task's live singular directions; the reference's factors come first."""
+    """Each task's coded singular directions; the reference's factors come first."""
     present = np.flatnonzero(np.asarray(deltas.energy) > 0)
     first = [reference] if reference >= 0 else []
     order = np.array([*first, *(t for t in present if t != reference)], int)
@@ -42,7 +42,7 @@ def separate_target(deltas: Svd, reference: int, live: np.ndarray, step: float) 
 
 
 def directions(deltas: Svd, live: np.ndarray, rank: int, step: float) -> tuple[np.ndarray, np.ndarray]:
-    """The strongest `rank` live directions of each task in steps, `[T, I, S]` and `[T, O, S]`."""
+    """The strongest `rank` coded directions of each task in steps, `[T, I, S]` and `[T, O, S]`."""
     s = np.where(live, deltas.s, 0.0) / step
     pick = np.argsort(-s, axis=-1, kind="stable")[:, :rank]
     amplitude = np.take_along_axis(s, pick, 1)
@@ -58,7 +58,7 @@ def joint_target(
     live: np.ndarray,
     step: float,
 ) -> tuple[Target, ...]:
-    """The basis of each side as factor 0, which no task reads, then each task's live directions."""
+    """The basis of each side as factor 0, which no task reads, then each task's coded directions."""
     present = np.flatnonzero(np.asarray(deltas.energy) > 0)
     energy = np.where(live, np.asarray(deltas.s, np.float64) ** 2, 0.0)
     rank = max(int(live[present].sum(-1).max(initial=0)), *widths, 1)

@@ -1,4 +1,4 @@
-"""Who does a piece of work, what it tells meanwhile, and where it keeps what is done."""
+"""Interfaces of a job: its processes, its progress, and the place of its segments."""
 
 import shutil
 import tempfile
@@ -13,7 +13,7 @@ from hydraopt_jax.store.store import Segment
 
 
 class Processes(NamedTuple):
-    """Who takes part in a job: process `rank` of `size`, how it waits for the others, and leaves."""
+    """The processes of a job: `rank` of this one, `size`, and functions to wait for others and to leave."""
 
     rank: int = 0
     size: int = 1
@@ -22,12 +22,12 @@ class Processes(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a job tells while it works.
+    """Callbacks for the progress of a job.
 
     Attributes:
-      start: called once with modules in all and modules already done.
-      step: called with modules just done.
-      read: called with bytes just read.
+      start: called once with the number of modules and the number already done.
+      step: called with the number of modules just done.
+      read: called with the number of bytes just read.
     """
 
     start: Callable[[int, int], None] = lambda total, done: None
@@ -36,11 +36,11 @@ class Progress(NamedTuple):
 
 
 class Place(Protocol):
-    """Where segments and notes on them are kept while a job works; what is there is not made again.
+    """Where segments and their notes are kept during a job; existing ones are not made again.
 
     Attributes:
-      path: of the store that is being made, None for one in memory.
-      scratch: a folder for files that are gone when the work is done.
+      path: of the store that is being made; None for one in memory.
+      scratch: a folder for temporary files.
     """
 
     @property
@@ -52,23 +52,23 @@ class Place(Protocol):
         """See above."""
 
     def segment(self, name: str) -> Segment | None:
-        """A segment that was kept, as it is read from there; None where there is none."""
+        """A kept segment, as read from the place; None if there is none."""
 
     def keep(self, name: str, segment: Segment) -> None:
         """Keep a segment."""
 
     def drop(self, name: str) -> None:
-        """Make room."""
+        """Remove what was kept under a name, to free its bytes."""
 
     def note(self, name: str) -> Mapping[str, Any] | None:
-        """A note that was kept; None where there is none."""
+        """A kept note; None if there is none."""
 
     def keep_note(self, name: str, note: Mapping[str, Any]) -> None:
-        """Keep a note, JSON-able; after its segment, so that a note says that something is done."""
+        """Keep a JSON-able note, after its segment, so that a note means that the segment is finished."""
 
 
 class Memory:
-    """A place in memory, which forgets everything with its process."""
+    """A place in memory."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path

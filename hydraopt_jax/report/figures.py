@@ -151,7 +151,7 @@ def plot_tradeoff(
     error_label: str = "relative squared error of delta",
     logarithmic: bool = True,
 ) -> None:
-    """Error against size, both axes logarithmic, one marked line a curve.
+    """Error against size, both axes logarithmic, one marked line per curve.
 
     Args:
       path: PNG, PDF or SVG file to write.
