@@ -240,9 +240,7 @@ def from_library(
                 if high.shape[1] % row.slots:
                     raise HydraOptError(f"{name}: its {high.shape[1]} outputs are no {row.slots} modules")
                 high = high.reshape(high.shape[0], row.slots, -1)[:, row.slot]
-                used = high.any(axis=1)  # directions of other modules of this parameter, and padding, are
-                zero
-                here
+                used = high.any(axis=1)  # directions of other modules, and padding, are zero here
                 left, high = low[:, used], high[used]
             key = f"{prefix}.{n + blocks * table.period * behind}.{row.module}"
             if key in a:
