@@ -133,10 +133,10 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
 def check_texts(task: str, source: str, config: Mapping[str, Any]) -> None:
     """Raise if a store cannot hold a task's name or configuration as JSON."""
     if strict_json.fault(task):
-        raise HydraOptError(f"task name {task!a} is no text in UTF-8: rename it with NAME=ADAPTER")
+        raise HydraOptError(f"task name {task!a} is not valid UTF-8: rename it with NAME=ADAPTER")
     found = strict_json.fault(dict(config))
     if found:
-        raise HydraOptError(f"{source or task!s}: its configuration is no JSON: {found}")
+        raise HydraOptError(f"{source or task!s}: its configuration is not JSON: {found}")
 
 
 def check_size(adapter: Adapter, name: str) -> None:

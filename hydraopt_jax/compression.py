@@ -79,7 +79,7 @@ def compress(
     if form is not None:
         idle = targets | {"weights": weights, "calibration": calibration, "share=False": None if share else 1}
         for name in (k for k, v in idle.items() if v is not None):
-            raise HydraOptError(f"{name}: a form is given, which says all; leave one of them out")
+            raise HydraOptError(f"{name}: a form excludes it: leave one of them out")
         return explicit.compress_in_form(found, form, place, dtype=dtype, extras_dtype=extras_dtype, **common)
     if dtype is not None:
         raise HydraOptError("dtype: only plain factors have one: give a form, or leave it out")

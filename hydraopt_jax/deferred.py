@@ -85,7 +85,7 @@ def in_file(path: str, offset: int, shape: Sequence[int], dtype: Any) -> Deferre
             file.seek(offset + start)
             data = file.read(stop - start)
         if len(data) != stop - start:
-            raise HydraOptError(f"{path}: is not whole: delete {Path(path).parent} and start again")
+            raise HydraOptError(f"{path}: is incomplete: delete {Path(path).parent} and start again")
         return data
 
     return Deferred(shape, dtype, read)

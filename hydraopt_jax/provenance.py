@@ -98,7 +98,7 @@ def recipe_of(store: Store) -> dict[str, Any]:
     """
     made = store.report.get(KEY, {}).get("made")
     if made is None:
-        raise HydraOptError("the store does not say how it was made: only those of hydraopt compress do")
+        raise HydraOptError("the store has no provenance: only stores of hydraopt compress have it")
     adapters = [
         {"task": t, "source": x.origin, "digest": x.digest}
         for t, x in zip(store.tasks, store.sources, strict=True)
@@ -158,9 +158,9 @@ def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
             said = strict_json.loads(text)
     except Exception as error:
         why = " ".join(str(error).split())[:120]
-        raise HydraOptError(f"{path}: no {'YAML' if is_yaml(at) else 'JSON'}: {why}") from None
+        raise HydraOptError(f"{path}: not {'YAML' if is_yaml(at) else 'JSON'}: {why}") from None
     if not isinstance(said, dict) or said.get("recipe") != RECIPE:
-        raise HydraOptError(f"{path}: no recipe of this version: it begins with recipe: {RECIPE}")
+        raise HydraOptError(f"{path}: not a recipe of this version: it begins with recipe: {RECIPE}")
     for name in (x for x in said if x not in FIELDS):
         raise HydraOptError(f"{path}: {name}: {suggest(str(name), FIELDS)}")
     options, rows, names = said.get("options", {}), said.get("adapters", []), list(known)

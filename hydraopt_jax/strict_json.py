@@ -20,7 +20,7 @@ def loads(data: bytes | str) -> Any:
     {'a': [1, 2.5]}
     >>> loads('{"a": [1, NaN]}')
     Traceback (most recent call last):
-    ValueError: NaN is no JSON: write a finite number
+    ValueError: NaN is not JSON: write a finite number
     """
     text = data if isinstance(data, str) else data.decode()
     try:
@@ -36,7 +36,7 @@ def loads(data: bytes | str) -> Any:
 
 
 def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON: write a finite number")
+    raise ValueError(f"{name} is not JSON: write a finite number")
 
 
 def _finite(text: str) -> float:

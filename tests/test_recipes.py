@@ -75,9 +75,9 @@ def test_other_adapters_than_the_recipe_has_are_refused(capsys, made, small, tmp
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "no JSON"),
-        ("[]", "no recipe"),
-        ('{"recipe": 2}', "no recipe of this version"),
+        ("{", "not JSON:"),
+        ("[]", "not a recipe"),
+        ('{"recipe": 2}', "not a recipe of this version"),
         ('{"recipe": 1, "option": {}}', "did you mean 'options'"),
         ('{"recipe": 1, "options": {"bugdet": "0.1"}}', "did you mean 'budget'"),
         ('{"recipe": 1, "adapters": ["x"]}', "give task and source"),
@@ -97,7 +97,7 @@ def test_stores_of_python_say_nothing(small, tmp_path):
 
     kept = hydra.compress(small[:2], max_error=0.1)
     assert "provenance" not in kept.report
-    with pytest.raises(HydraOptError, match="does not say how it was made"):
+    with pytest.raises(HydraOptError, match="has no provenance"):
         provenance.recipe_of(kept)
 
 

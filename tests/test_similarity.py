@@ -1,11 +1,14 @@
 """Similarity against dense NumPy references, gauge and permutation invariance, missing and padded tasks."""
 
+import re
+
 import numpy as np
 import pytest
 
 from hydraopt_jax import adapters, report, synthetic
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import similarity
+from hydraopt_jax.report import figures
 
 pytestmark = pytest.mark.numeric
 
@@ -156,6 +159,28 @@ def test_tables_and_figures(tmp_path):
     report.plot_similarity(tmp_path / "s.png", summary, title="100% of $x")
     report.plot_tradeoff(tmp_path / "t.png", {"one": [(0.5, 0.1), (1.0, 0.0)], "two": [(0.2, 0.3)]})
     assert min((tmp_path / x).stat().st_size for x in ("s.png", "t.png")) > 5000
+
+
+def test_an_svg_has_labels_and_two_schemes(tmp_path):
+    pytest.importorskip("matplotlib")
+    curves = {f"line {n}": [(0.1 * n, 0.1), (0.2 * n, 0.01)] for n in range(1, 9)}
+    report.plot_tradeoff(tmp_path / "t.svg", curves, gray={"estimate": [(0.1, 0.1), (1.0, 0.01)]})
+    summary = similarity.summarize(adapters.stack(synthetic.collection(tasks=2)))
+    report.plot_similarity(tmp_path / "s.svg", summary)
+    for name, words in (("t", [*curves, "estimate"]), ("s", summary.tasks)):
+        style, body = (tmp_path / f"{name}.svg").read_text().split("</style>", 1)
+        assert "prefers-color-scheme: dark" in style
+        assert all(f"<!-- {word} -->" in body for word in words)
+        used = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", body))
+        assert {"#1f2328", "#ffffff"} <= used <= {*figures.SCHEMES, "#000000", "#fefefe", "#010101"}
+
+
+def test_labels_do_not_overlap():
+    wanted = np.random.default_rng(0).random(12)
+    found = np.array(figures.spread(wanted, 0.05))
+    assert (np.diff(np.sort(found)) > 0.05 - 1e-9).all()
+    assert (np.argsort(found) == np.argsort(wanted)).all()
+    np.testing.assert_allclose(figures.spread([0.1, 0.5, 0.9], 0.05), [0.1, 0.5, 0.9])
 
 
 def test_report_bad_input(tmp_path):

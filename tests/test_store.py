@@ -174,7 +174,7 @@ def test_refuses_to_overwrite(small, kept, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     (tmp_path / "mine.safetensors").write_text("x")
-    for name, words in (("mine", "not a store"), ("mine.safetensors", "not a whole safetensors file")):
+    for name, words in (("mine", "not a store"), ("mine.safetensors", "not a complete safetensors file")):
         with pytest.raises(HydraOptError, match=words):
             store.save(tmp_path / name, kept, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()

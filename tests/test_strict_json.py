@@ -59,9 +59,9 @@ def test_a_configuration(capsys, folders, tmp_path, options, value, field):
 @pytest.mark.parametrize("key", ["r", "\ud800"])
 def test_a_configuration_made_by_hand(small, key):
     config = {**small[0].config, "more": [{key: "\udfff" if key == "r" else 1}]}
-    with pytest.raises(HydraOptError, match=r"configuration is no JSON: .*surrogate"):
+    with pytest.raises(HydraOptError, match=r"configuration is not JSON: .*surrogate"):
         hydra.compress([small[0].replace(config=config), *small[1:]])
-    with pytest.raises(HydraOptError, match=r"configuration is no JSON: more\[0\].r is nan"):
+    with pytest.raises(HydraOptError, match=r"configuration is not JSON: more\[0\].r is nan"):
         hydra.compress([small[0].replace(config={"more": [{"r": float("nan")}]}), *small[1:]])
 
 
@@ -71,7 +71,7 @@ def test_names_of_files_that_are_no_utf_8(capsys, small, tmp_path, options):
     formats.write_adapter(odd, small[0])
     status, _, error = run(capsys, "compress", odd, "--out", tmp_path / "s", *options)
     assert status == 2
-    assert "is no text in UTF-8: rename it with NAME=ADAPTER" in error
+    assert "is not valid UTF-8: rename it with NAME=ADAPTER" in error
     assert run(capsys, "compress", f"cafe={odd}", "--out", tmp_path / "s", *options)[0] == 0
     assert hydra.open(tmp_path / "s").sources[0].origin.endswith("caf\\udce9")
 
@@ -90,7 +90,7 @@ def test_files_of_a_job(tmp_path):
     assert place.read_json(tmp_path / "job.json") == {"a": 1}
     for text in ('{"a": ', "", "\x00"):
         (tmp_path / "job.json").write_text(text)
-        with pytest.raises(HydraOptError, match=r"is not whole .*delete"):
+        with pytest.raises(HydraOptError, match=r"is incomplete .*delete"):
             place.read_json(tmp_path / "job.json")
 
 

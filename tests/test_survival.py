@@ -220,7 +220,7 @@ def test_a_change_that_fails_leaves_the_store_as_it_was(kept, tmp_path):
     before = {x: x.read_bytes() for x in (tmp_path / "s").rglob("*") if x.is_file()}
     with pytest.raises(ZeroDivisionError):
         store.update(tmp_path / "s", lambda x: x.replace(tasks=1 / 0))
-    with pytest.raises(HydraOptError, match="no JSON"):
+    with pytest.raises(HydraOptError, match="cannot be written as JSON"):
         store.update(tmp_path / "s", lambda x: x.replace(report=x.report.replace(note=float("nan"))))
     assert {x: x.read_bytes() for x in (tmp_path / "s").rglob("*") if x.is_file()} == before
     assert [x.name for x in tmp_path.iterdir()] == ["s"]

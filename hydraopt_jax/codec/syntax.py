@@ -233,7 +233,7 @@ def unpack_side(
     body = Reader(inflate(reader.take(reader.number()), size))
     contexts = [body.array("u1", x.rank).astype(np.int64) for x in rows]
     if any(x.max(initial=0) >= COUNT for x in contexts):
-        raise Damaged("a context that there is not")
+        raise Damaged("an unknown context")
     mine = dict(zip(places, contexts, strict=True))
     used = [
         np.unpackbits(body.array("u1", count))[: row.rank].astype(bool) if count else None

@@ -127,7 +127,7 @@ def _said_scales(file: Path, metadata: Mapping[str, str]) -> Any:
         rows = strict_json.loads(metadata[SCALES])
         whole = {k: v for k, v in rows.items() if v is not None}
     except (ValueError, AttributeError) as error:
-        raise HydraOptError(f"{file}: its {SCALES} is no JSON object ({one_line(error)})") from None
+        raise HydraOptError(f"{file}: its {SCALES} is not a JSON object ({one_line(error)})") from None
 
     def scale(module: str) -> float:
         component, _, rest = module.partition(".")

@@ -58,7 +58,7 @@ def heads(name: str, side: str, size: int, head_dim: int | None) -> list[int]:
         raise HydraOptError(f"{name}: its {side}puts are split into heads: give head_dim, the heads' size")
     if head_dim < 1 or size % head_dim:
         raise HydraOptError(
-            f"{name}: head_dim = {head_dim}: its {size} {side}puts are no whole heads of that size"
+            f"{name}: head_dim = {head_dim}: its {size} {side}puts are not a multiple of that size"
         )
     return [size // head_dim, head_dim]
 

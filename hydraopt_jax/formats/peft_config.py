@@ -107,7 +107,7 @@ def check_config(config: Any, source: str) -> None:
     """
     if not isinstance(config, dict):
         raise HydraOptError(
-            f"{source}: holds no JSON object: pass a folder that PEFT's save_pretrained wrote"
+            f"{source}: is not a JSON object: pass a folder that PEFT's save_pretrained wrote"
         )
     kind = config.get("peft_type")
     if kind != "LORA":

@@ -41,7 +41,7 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         file = safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
         raise HydraOptError(
-            f"{path}: is not a whole safetensors file ({one_line(error)}): copy it again"
+            f"{path}: is not a complete safetensors file ({one_line(error)}): copy it again"
         ) from None
     except OSError as error:
         raise HydraOptError(f"{path}: cannot be read: {one_line(error)}") from None

@@ -117,7 +117,7 @@ def write_trained(
     """
     kept = table_of(family, library)[1]
     if library == "gemma" and scale != 1:
-        raise HydraOptError(f"scale = {scale}: gemma multiplies by none: leave it at 1")
+        raise HydraOptError(f"scale = {scale}: gemma has no scale: leave it at 1")
     found = to_library(adapter, family, library, head_dim=head_dim, scan=scan, layers=layers)
     width = rank or max(x.shape[1] for x in found.a.values())
     orbax_trees.write_checkpoint(

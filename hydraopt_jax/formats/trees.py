@@ -336,7 +336,7 @@ def leaves(
             raise HydraOptError(f"{module}: a convolution's factors have no place in {style.library}'s trees")
         value = scale_of(scale, module.split("[")[0], module)
         if value == 0:
-            raise HydraOptError(f"{module}: scale is 0, which no delta survives")
+            raise HydraOptError(f"{module}: scale is 0: a delta cannot be divided by it")
         width = rank if rank is not None else max(a.shape[1], 1)
         if a.shape[1] > width:
             raise HydraOptError(f"{module}: rank = {width}: its factors have rank {a.shape[1]}")

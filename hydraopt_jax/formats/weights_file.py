@@ -78,7 +78,7 @@ def _shapes(file: Path) -> list[tuple[str, Any]]:
             return out
     except (safetensors.SafetensorError, OSError) as error:
         raise HydraOptError(
-            f"{file}: is not a whole safetensors file ({one_line(error)}): copy it again"
+            f"{file}: is not a complete safetensors file ({one_line(error)}): copy it again"
         ) from None
 
 
@@ -127,7 +127,9 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
         try:
             rows = strict_json.loads(header[8:])
         except ValueError as error:
-            raise HydraOptError(f"{file}: its header is no JSON ({one_line(error)}): save it again") from None
+            raise HydraOptError(
+                f"{file}: the header is not JSON ({one_line(error)}): save it again"
+            ) from None
         for key in (k for e in modules.values() for k in e[:2]):
             begin, end = (len(header) + x for x in rows[key]["data_offsets"])
             dtype = np.dtype(DTYPES[rows[key]["dtype"]])

@@ -111,7 +111,7 @@ def _check_modules(base: Any, adapter: Adapter) -> None:
             base.get_submodule(module)
         except AttributeError:
             raise HydraOptError(
-                f"task {adapter.task!r} adapts {module}, which the model has not: use its own base model"
+                f"task {adapter.task!r} adapts {module}, which the model lacks: use its own base model"
             ) from None
 
 

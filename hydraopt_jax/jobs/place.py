@@ -45,7 +45,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise HydraOptError(
-            f"{path}: is not whole ({error}): delete {path.parent.parent} and start again"
+            f"{path}: is incomplete ({error}): delete {path.parent.parent} and start again"
         ) from None
 
 

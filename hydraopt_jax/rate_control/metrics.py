@@ -106,7 +106,7 @@ def uncovered(shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, n
         near = [n.removesuffix(OUTPUT) for n in calibration if ends_alike(n.removesuffix(OUTPUT), name)]
         near = near[:1] or difflib.get_close_matches(name, calibration, 1, 0) or ["none at all"]
         raise HydraOptError(
-            f"calibration: no module is named as the adapters name theirs: it has {near[0]!r}, they have "
+            f"calibration: no tensor has the name of a module: it has {near[0]!r}, the adapters have "
             f"{name!r}: rename its tensors, or collect it with rename="
         )
     both = any(n.endswith(OUTPUT) for n in calibration)

@@ -87,7 +87,9 @@ def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
     """Weights `[T]` with a mean of 1."""
     unknown = set(options.weights) - set(tasks)
     if unknown:
-        raise HydraOptError(f"weights name {min(unknown)!r}, which is none of the tasks {', '.join(tasks)}")
+        raise HydraOptError(
+            f"weights name {min(unknown)!r}, which is not one of the tasks {', '.join(tasks)}"
+        )
     weights = np.array([float(options.weights.get(t, 1.0)) for t in tasks])
     return weights / weights.mean()
 

@@ -1,8 +1,12 @@
-"""Figures: heat maps of similarities, and trade-offs on the paper's axes. They need matplotlib."""
+"""Figures: heat maps of similarities, and trade-offs with labeled lines. They need matplotlib.
+
+PNG and PDF files have a white ground. In SVG files text and lines follow the reader's light or dark scheme.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,23 @@ if TYPE_CHECKING:
 
 # names that an axis has room for
 LABELS = 200
+# colors in the light scheme -> in the dark one; Okabe and Ito's are told apart by color-blind readers
+SCHEMES = {
+    "#ffffff": "#161b22",
+    "#1f2328": "#e6edf3",
+    "#e0e0e0": "#30363d",
+    "#f2f2f2": "#21262d",
+    "#737373": "#9aa5b1",
+    "#0072b2": "#6cb8ee",
+    "#d55e00": "#f2955c",
+    "#009e73": "#4fcfa5",
+    "#cc79a7": "#e39ac8",
+    "#b07500": "#e69f00",
+    "#56b4e9": "#a5d8ff",
+}
+PAPER, INK, GRID, FAINT, GRAY, *COLORS = SCHEMES
+# space between two labels, in heights of the axes
+GAP = 0.055
 
 
 def can_plot() -> bool:
@@ -41,12 +62,59 @@ def _figure(path: str | Path, width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: str | Path) -> None:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if text.get_color() == "black":
+            text.set_color(INK)
     try:
-        figure.savefig(path, dpi=200, facecolor="white")
+        if Path(path).suffix.lower() != ".svg":
+            figure.savefig(path, dpi=200, facecolor=PAPER)
+            return
+        out = io.StringIO()
+        figure.savefig(out, format="svg", facecolor=PAPER)
+        Path(path).write_text(with_schemes(out.getvalue()), encoding="utf-8")
     except (OSError, ValueError) as error:
         raise HydraOptError(
-            f"{path}: cannot write the figure ({error}): name a writable .png or .pdf"
+            f"{path}: cannot write the figure ({error}): name a writable .png, .svg or .pdf"
         ) from error
+
+
+def with_schemes(svg: str) -> str:
+    """An SVG of matplotlib with a style sheet that replaces the light colors by the dark ones on request."""
+    rules = "".join(
+        f'[style*="{kind}: {light}"] {{{kind}: {dark} !important}}\n'
+        for light, dark in (*SCHEMES.items(), ("#000000", SCHEMES[INK]))
+        for kind in ("fill", "stroke")
+    )
+    end = svg.index(">", svg.index("<svg")) + 1
+    return f"{svg[:end]}\n<style>@media (prefers-color-scheme: dark) {{\n{rules}}}</style>{svg[end:]}"
+
+
+def spread(wanted: Sequence[float], gap: float = GAP) -> list[float]:
+    """Positions of labels near the wanted ones, at least `gap` apart, in the same order.
+
+    >>> [round(x, 2) for x in spread([0.5, 0.52, 0.1], 0.1)]
+    [0.46, 0.56, 0.1]
+    """
+    order = sorted(range(len(wanted)), key=lambda n: wanted[n])
+    # groups of labels that touch: total of the wanted positions less their offsets, and count
+    groups: list[list[float]] = []
+    for n in order:
+        groups.append([wanted[n], 1.0])
+        while (
+            len(groups) > 1
+            and groups[-2][0] / groups[-2][1] + gap * groups[-2][1] > groups[-1][0] / groups[-1][1]
+        ):
+            total, count = groups.pop()
+            groups[-1][0] += total - count * gap * groups[-1][1]
+            groups[-1][1] += count
+    places = [total / count + gap * k for total, count in groups for k in range(int(count))]
+    shift = max(0.0, -places[0]) if places else 0.0
+    out = [0.0] * len(wanted)
+    for n, y in zip(order, places, strict=True):
+        out[n] = y + shift
+    return out
 
 
 def _plain(text: str, limit: int = 24) -> str:
@@ -136,7 +204,8 @@ def _write_values(axis: Any, matrix: np.ndarray, angle: bool) -> None:
     for s, row in enumerate(matrix):
         for t, value in enumerate(row):
             dark = value < 0.6 if angle else abs(value) > 0.6
-            color = "white" if dark else "black"
+            # no colors of a scheme: the cell's color stays, too
+            color = "#fefefe" if dark else "#010101"
             axis.text(t, s, f"{value:.2f}", ha="center", va="center", fontsize=5.5, color=color)
 
 
@@ -151,7 +220,7 @@ def plot_tradeoff(
     error_label: str = "relative squared error of delta",
     logarithmic: bool = True,
 ) -> None:
-    """Error against size, both axes logarithmic, one marked line per curve.
+    """Error against size, both axes logarithmic, one marked and labeled line per curve.
 
     Args:
       path: PNG, PDF or SVG file to write.
@@ -173,50 +242,69 @@ def plot_tradeoff(
         raise HydraOptError(f"{path}: no point to plot")
     if min(x for x, _ in points) <= 0:
         raise HydraOptError(f"{path}: a curve holds a size that is not positive")
-    figure = _figure(path, 5.2, 3.8)
+    labels = len(curves) + len(gray or ())
+    figure = _figure(path, 7.2, max(4.0, 0.25 * labels))
     axis = figure.subplots()
     positive = [y for _, y in points if y > 0]
     floor = min(positive, default=1e-3) / 2
-    # Okabe and Ito's colors: told apart by color-blind readers; markers do so in gray print.
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
     markers = ["o", "s", "^", "D", "v", "P", "X"]
+    # name, color and last point of each line
+    ends: list[tuple[str, str, tuple[float, float]]] = []
     for n, (name, curve) in enumerate(curves.items()):
-        ordered = sorted(curve)
-        color, marker = colors[n % len(colors)], markers[(n + n // len(colors)) % len(markers)]
-        drawn = [(x, y) for x, y in ordered if y > 0]
-        exact = [x for x, y in ordered if y <= 0]
+        color, marker = COLORS[n % len(COLORS)], markers[(n + n // len(COLORS)) % len(markers)]
+        drawn = [(x, y if y > 0 else floor) for x, y in sorted(curve)]
         style = {"color": color, "marker": marker, "markersize": 4.5, "clip_on": False, "zorder": 3}
-        axis.plot(
-            [x for x, _ in drawn], [y for _, y in drawn], label=_plain(name, 60), linewidth=1.4, **style
-        )
+        lossy = [(x, y) for x, y in sorted(curve) if y > 0]
+        axis.plot([x for x, _ in lossy], [y for _, y in lossy], linewidth=1.4, **style)
         second = [(x, y) for x, y in sorted((dashed or {}).get(name, ())) if y > 0]
         if second:
             axis.plot(*zip(*second, strict=True), color=color, linestyle="--", linewidth=1.0)
-        axis.plot(exact, [floor] * len(exact), linestyle="none", markerfacecolor="white", **style)
+        exact = [x for x, y in curve if y <= 0]
+        axis.plot(exact, [floor] * len(exact), linestyle="none", markerfacecolor=PAPER, **style)
+        if drawn:
+            ends.append((name, color, drawn[-1]))
     for dashes, (name, line) in zip((":", "-.", "--"), (gray or {}).items(), strict=False):
         shown = [(x, y) for x, y in sorted(line) if y > 0]
         if shown:
-            axis.plot(*zip(*shown, strict=True), color="0.5", linestyle=dashes, label=_plain(name, 60))
+            axis.plot(*zip(*shown, strict=True), color=GRAY, linestyle=dashes)
+            ends.append((name, GRAY, shown[-1]))
     axis.set_xscale("log")
     if logarithmic:
         axis.set_yscale("log")
     if len(positive) < len(points):
         axis.set_ylim(bottom=floor)
-    axis.set_xlabel(bytes_label, fontsize=9)
-    axis.set_ylabel(error_label, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(which="major", color="0.88", linewidth=0.7)
-    axis.grid(which="minor", color="0.95", linewidth=0.4)
+    axis.set_xlabel(bytes_label, fontsize=9, color=INK)
+    axis.set_ylabel(error_label, fontsize=9, color=INK)
+    axis.tick_params(which="both", labelsize=8, colors=INK)
+    axis.grid(which="major", color=GRID, linewidth=0.7)
+    axis.grid(which="minor", color=FAINT, linewidth=0.4)
+    axis.spines[:].set_color(INK)
     axis.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 10:
-        # more than the axes have room for
-        figure.set_size_inches(8.2, 4.6)
-        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    else:
-        axis.legend(fontsize=8, frameon=False)
+    _label(axis, ends)
     if title:
-        axis.set_title(_plain(title, 80), fontsize=10, loc="left")
+        axis.set_title(_plain(title, 80), fontsize=10, loc="left", color=INK)
     _save(figure, path)
+
+
+def _label(axis: Any, ends: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
+    """The name of each line to the right of the axes, joined to its last point."""
+    axis.margins(0.04)
+    axis.autoscale_view()
+    to_axes = axis.transData + axis.transAxes.inverted()
+    gap = min(GAP, 1 / max(len(ends), 1))
+    places = spread([float(to_axes.transform(end)[1]) for _, _, end in ends], gap)
+    for (name, color, end), y in zip(ends, places, strict=True):
+        axis.annotate(
+            _plain(name, 60),
+            end,
+            (1.04, y),
+            textcoords="axes fraction",
+            color=color,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1},
+        )
 
 
 def plot_frontier(path: str | Path, found: Frontier) -> None:

@@ -151,7 +151,7 @@ def roles(inputs: str, kernel: str, outputs: str) -> tuple[str, str, str]:
     if len(contracted) + len(made) != len(kernel):
         raise HydraOptError(
             f"einsum {inputs},{kernel}->{outputs}: a kernel axis is in inputs and outputs, or in neither, so "
-            "that the layer is no single matrix: leave it out of the patterns"
+            "that the layer is not a single matrix: leave it out of the patterns"
         )
     return free, contracted, made
 
@@ -171,7 +171,7 @@ def matrix(base: Any) -> tuple[int, int]:
         return math.prod(size[c] for c in contracted), math.prod(size[c] for c in made)
     if getattr(base, "batch_axis", None):
         raise HydraOptError(
-            f"a {type(base).__name__} with batch_axis is no single matrix: leave it out of the patterns"
+            f"a {type(base).__name__} with batch_axis is not a single matrix: leave it out of the patterns"
         )
     inputs, outputs = (np.atleast_1d(x).tolist() for x in (base.in_features, base.out_features))
     return math.prod(inputs), math.prod(outputs)

@@ -38,7 +38,7 @@ def located(path: Path_) -> Path | str:
     """
     if remote.is_address(path):
         raise HydraOptError(
-            f"{network.redact(str(path))}: only read, never changed there: pull it, change it, and push it"
+            f"{network.redact(str(path))}: remote stores are read-only: pull it, change it, and push it"
         )
     return buckets.address(str(path)) if buckets.is_bucket(path) else Path(path).absolute()
 

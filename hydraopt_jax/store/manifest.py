@@ -48,7 +48,7 @@ def as_json(store: Store, written: Sequence[Mapping[str, Any]], name: str = "") 
     }
     fault = strict_json.fault(whole)
     if fault:
-        raise HydraOptError(f"{name}: what the store says of itself is no JSON: {fault}")
+        raise HydraOptError(f"{name}: the report or a source cannot be written as JSON: {fault}")
     return whole
 
 
@@ -57,7 +57,7 @@ def to_text(said: Mapping[str, Any], name: str = "") -> bytes:
     try:
         return json.dumps(said, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
-        raise HydraOptError(f"{name}: what the store says of itself is no JSON: {error}") from None
+        raise HydraOptError(f"{name}: the report or a source cannot be written as JSON: {error}") from None
 
 
 def gzipped(text: bytes) -> bytes:
@@ -91,7 +91,7 @@ def parse(path: Any, text: bytes) -> dict[str, Any]:
         said = strict_json.loads(text)
         version = said["version"] if said["format"] == FORMAT else None
     except (ValueError, KeyError, TypeError):
-        raise damaged(path, "its manifest is no JSON of a store") from None
+        raise damaged(path, "its manifest is not that of a store") from None
     if version is None:
         raise HydraOptError(f"{path}: not a store (its manifest describes something else)")
     if type(version) is not int or version < 1:

@@ -55,7 +55,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
         raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, ValueError) as error:
         what = " ".join(str(error).split())[:120]
-        raise damaged(path, f"not a whole safetensors file ({what})") from None
+        raise damaged(path, f"not a complete safetensors file ({what})") from None
     return manifest_of(path, text, said.get(SEAL), rows, length)
 
 
@@ -120,7 +120,7 @@ def header_rows(source: remote.Source) -> tuple[dict[str, Any], dict[str, Any], 
     length = int.from_bytes(source.read(0, 8), "little")
     most = MAX_HEADER if source.size is None else min(source.size - 8, MAX_HEADER)
     if not 2 <= length <= most:
-        raise damaged(label, "not a whole safetensors file (no header)")
+        raise damaged(label, "not a complete safetensors file (no header)")
     end = MAX_BYTES if source.size is None else source.size - 8 - length
     try:
         rows = strict_json.loads(source.read(8, 8 + length))
@@ -139,7 +139,7 @@ def header_rows(source: remote.Source) -> tuple[dict[str, Any], dict[str, Any], 
                 raise ValueError(f"{name} is no tensor of bytes")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         what = " ".join(str(error).split())[:120]
-        raise damaged(label, f"not a whole safetensors file ({what})") from None
+        raise damaged(label, f"not a complete safetensors file ({what})") from None
     return rows, said, length
 
 

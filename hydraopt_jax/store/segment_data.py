@@ -156,7 +156,7 @@ def open_segment(
         if len(text) != raw or packed + sum(n for _, n in leaves) != end or min(n for _, n in leaves) < 1:
             raise ValueError("sizes")
     except (ValueError, KeyError, TypeError):
-        raise damaged(path, f"the header of {name} is none") from None
+        raise damaged(path, f"{name} has an invalid header") from None
     tail = bytes(read(end, entry.bytes)) if leaves else b""
     if hashlib.sha256(head + tail).hexdigest() != entry.sha256:
         raise damaged(path, f"{name} does not match its checksum")

@@ -208,7 +208,7 @@ def test_what_is_no_lora_file_is_refused(tmp_path, file):
     refuse(
         tmp_path, {k: x for k, x in kohya().items() if k != f"{Q}.lora_up.weight"}, "has no lora_B beside it"
     )
-    refuse(tmp_path, diffusers(None)[0], "is no JSON object", {"lora_adapter_metadata": "["})
+    refuse(tmp_path, diffusers(None)[0], "is not a JSON object", {"lora_adapter_metadata": "["})
     refuse(tmp_path, diffusers(None)[0], "r is 'x'", {"lora_adapter_metadata": '{"unet.r": "x"}'})
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(HydraOptError, match=r"cat\.safetensors: is not a LoRA file"):

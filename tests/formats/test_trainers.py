@@ -124,7 +124,7 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
         ),
         (
             ("peft", "out", "--family", "qwen", "--to", "tunix", "--head-dim", 7),
-            "no whole heads of that size",
+            "are not a multiple of that size",
         ),
         (
             ("peft", "out", "--family", "qwen", "--to", "gemma"),

@@ -281,16 +281,16 @@ REFUSED = [
     (["pull", "org/name", "x.safetensors"], {"HF_HUB_OFFLINE": "1"}, "offline (HF_HUB_OFFLINE is set)"),
     (["pull", "https://u:p@h.org/x", "x.safetensors"], {}, "https://h.org/x: give ORG/NAME"),
     (["pull", "name", "x.safetensors"], {}, "give hf:ORG/NAME"),
-    (["pull", "org/name", "hf:org/other"], {}, "only read, never changed there"),
+    (["pull", "org/name", "hf:org/other"], {}, "remote stores are read-only"),
     (["push", "{kept}/s.safetensors", "org/name@main"], {}, "--revision main"),
     (["push", "{kept}/none", "org/name"], {}, "no store there"),
     (["push", "{kept}/s.safetensors", "org/new"], {"HF_TOKEN": "hf_wrongWrong"}, "not allowed"),
     (["push", "{kept}/s.safetensors", "org/new"], {"HF_TOKEN": ""}, "not allowed"),
     (["push", "{kept}/s.safetensors", "org/new"], {"HF_HUB_OFFLINE": "1"}, "offline (HF_HUB_OFFLINE is set)"),
     (["push", "{kept}/s.safetensors", "org/new"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "no connection"),
-    (["add", "hf:org/name", "{kept}/in0"], {}, "only read, never changed there"),
-    (["remove", "hf:org/name", "one"], {}, "only read, never changed there"),
-    (["compress", "{kept}/in0", "--out", "hf:org/name"], {}, "only read, never changed there"),
+    (["add", "hf:org/name", "{kept}/in0"], {}, "remote stores are read-only"),
+    (["remove", "hf:org/name", "one"], {}, "remote stores are read-only"),
+    (["compress", "{kept}/in0", "--out", "hf:org/name"], {}, "remote stores are read-only"),
 ]
 
 

@@ -107,7 +107,7 @@ def test_a_store_that_is_elsewhere_is_not_changed(tmp_path, monkeypatch, predict
         lambda: store.update("hf:org/name@v1", lambda x: x),
         lambda: files.check_target("https://me:secret@example.org/s.safetensors", True),
     ):
-        with pytest.raises(HydraOptError, match="only read, never changed there: pull it") as refused:
+        with pytest.raises(HydraOptError, match="remote stores are read-only: pull it") as refused:
             act()
         assert "secret" not in str(refused.value)
     assert not list(tmp_path.iterdir())
@@ -180,8 +180,8 @@ def wild_offsets(server, data):
         (gone, "no such file"),
         (away, "the server says 503"),
         (forbidden, "not allowed"),
-        (no_store, "not a whole safetensors file"),
-        (long_header, "not a whole safetensors file"),
+        (no_store, "not a complete safetensors file"),
+        (long_header, "not a complete safetensors file"),
         (wild_offsets, "is no tensor of bytes"),
     ],
 )

@@ -288,7 +288,7 @@ def test_bad_wrapping_is_named(kept):
         serving.wrap(Small(nnx.Rngs(0)), modules | {"layers.1": modules["attention.query"]})
     model = Small(nnx.Rngs(0))
     model.layers[0] = nnx.Einsum("BTD,TDH->BTH", (3, 12, 6), rngs=nnx.Rngs(0))
-    with pytest.raises(hydra.HydraOptError, match=r"layers\.0: einsum .* no single matrix"):
+    with pytest.raises(hydra.HydraOptError, match=r"layers\.0: einsum .* not a single matrix"):
         serving.wrap(model, modules)
     with pytest.raises(hydra.HydraOptError, match=r"call serving\.wrap first"):
         serving.set_task_ids(Small(nnx.Rngs(0)), 0)
