@@ -85,7 +85,6 @@ def to_library(
 ) -> Adapter:
     """The adapter with a library's names and axes, for `write_tree` and `write_checkpoint`.
 
-
     Modules that share a parameter there (keys and values) are concatenated: their ranks add up, unless they
     have one input-side factor.
 

@@ -119,8 +119,7 @@ def read_tree(
 
     Returns:
       The adapter: `a: [I, R]`, `b: [R, O]` with the scale folded in; I and O are products over all axes in
-        the
-      library's order. Layer n of a stacked module is called `module[n]`.
+      the library's order. Layer n of a stacked module is called `module[n]`.
 
     Raises:
       HydraOptError: a missing scale, an unknown dialect, an unknown kind of LoRA leaf, shapes that disagree,

@@ -213,8 +213,7 @@ def wrap(
     Args:
       model: the model. A layer of any class can be wrapped if it has a parameter `kernel` or `w` and
         describes its product: by an `einsum_str` (`nnx.Einsum`, Tunix' layers), or by `in_features` and
-          `out_features`,
-        with an `axis` if these are several (`nnx.Linear`, `nnx.LinearGeneral`).
+        `out_features`, with an `axis` if these are several (`nnx.Linear`, `nnx.LinearGeneral`).
       modules: `serving.load(store)`, or the modules of the state of `serving.Slots`.
       patterns: shell patterns of dotted module paths, such as `"layers.*.q_proj"`; None for all modules of
         the store, each of which must then have a layer.
