@@ -32,7 +32,7 @@ def plain(small):
 
 @pytest.fixture(scope="module")
 def coded(small):
-    return compress(small, max_error=0.05)
+    return compress(small, max_error=0.03)
 
 
 def files_of(path):
