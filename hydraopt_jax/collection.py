@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter, check_texts
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import lossless
 from hydraopt_jax.store.lossless import Raw
 from hydraopt_jax.store.store import Source
 
@@ -157,34 +155,3 @@ def check_shapes(cards: Sequence[Card]) -> dict[str, tuple[int, int]]:
                 )
             owner.setdefault(name, card.task)
     return shapes
-
-
-def in_memory(given: Sequence[Adapter]) -> Collection:
-    """Adapters in memory as a collection.
-
-    Raises:
-      HydraOptError: see `adapters.check`.
-    """
-    shapes = adapters.check(given)
-    cards = []
-    for x in given:
-        modules = {
-            n: Entry("", "", a.shape[0], x.b[n].shape[1], a.shape[1], 1.0)
-            for n, a in x.a.items()
-            if a.shape[1]
-        }
-        extras = [[n, np.asarray(v).dtype.name, list(np.shape(v))] for n, v in x.extras.items()]
-        cards.append(Card(x.task, modules, extras, x.dtype, x.config, x.layout, x.source, x.digest))
-
-    def read(task: int, names: Sequence[str]) -> list[Pair]:
-        return [(given[task].a[n].T, given[task].b[n].T, 1.0) for n in names]
-
-    entries = sum(e.rank * (e.inputs + e.outputs) for x in cards for e in x.modules.values())
-    return Collection(
-        tuple(cards),
-        shapes,
-        read,
-        lambda task: given[task].extras,
-        lambda task, module: lossless.raw_of(given[task], module),
-        2 * entries,
-    )

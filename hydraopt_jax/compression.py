@@ -7,9 +7,10 @@ import numpy as np
 
 from hydraopt_jax import pytrees  # noqa: F401  (what is made here may be traced)
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.collection import Collection, in_memory
+from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options

@@ -2,10 +2,13 @@
 
 from typing import Any, NamedTuple, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 # a NumPy or a JAX array
 Array: TypeAlias = Any
+# dtypes that factors may have on disk
+FLOATS = tuple(np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 
 
 class Factors(NamedTuple):

@@ -17,9 +17,9 @@ from jax import Array
 from hydraopt_jax import adapters, devices
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.codec import fixed_rate
-from hydraopt_jax.collection import in_memory
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Hydra, estimates
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul

@@ -8,10 +8,10 @@ import pytest
 from commands import run
 
 from hydraopt_jax import changes, formats, forms, store, synthetic
-from hydraopt_jax.collection import in_memory
 from hydraopt_jax.compression import compress
 from hydraopt_jax.deferred import Deferred, joined, size_of
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, parts
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from hydraopt_jax import changes, formats, store, synthetic
 from hydraopt_jax.compression import compress
+from hydraopt_jax.formats.memory_collection import raw_of
 from hydraopt_jax.jobs import headers, job
-from hydraopt_jax.store import lossless, sizes
+from hydraopt_jax.store import sizes
 
 KEY = "base_model.model.{}.lora_{}.weight"
 HALF, BRAIN, SINGLE = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -159,7 +160,7 @@ def test_a_scale_of_another_format_is_in_b():
     """Without a configuration of PEFT what came is the float32 product, and it is kept."""
     x = synthetic.collection(tasks=["x"], modules={"q": (12, 8)}, rank=2, dtype="float16")[0]
     x = x.replace(config={}, b={k: v * np.float32(1.1) for k, v in x.b.items()})
-    raw = lossless.raw_of(x, "q")
+    raw = raw_of(x, "q")
     assert (raw.b.dtype, raw.scale) == (SINGLE, 1.0)
     same_adapters(x.replace(a={"q": raw.a}), store.decode(compress([x], budget=2), "x"))
 

@@ -11,8 +11,8 @@ from jax import export
 
 import hydraopt_jax
 from hydraopt_jax import adapters, compression, forms, refinement, serving, synthetic, tradeoff
-from hydraopt_jax.collection import in_memory
 from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import similarity
 from hydraopt_jax.merging import collection as merged_collection
 from hydraopt_jax.merging import curves

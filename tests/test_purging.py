@@ -7,9 +7,9 @@ import pytest
 from commands import run
 
 from hydraopt_jax import calibration, changes, formats, forms, store, synthetic
-from hydraopt_jax.collection import in_memory
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, errors_of, parts
 from hydraopt_jax.rate_control.metrics import metrics_of
 from hydraopt_jax.rate_control.options import Options

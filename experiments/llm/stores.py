@@ -21,9 +21,9 @@ from experiments.llm.model import MODULES
 from hydraopt_jax import adapters, calibration, formats, merging, refinement, serving, store, tradeoff
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import fixed_rate
-from hydraopt_jax.collection import in_memory
 from hydraopt_jax.compression import compress
 from hydraopt_jax.explicit import fitting
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import collection as merged_collection

@@ -17,8 +17,9 @@ from jax import Array
 
 from hydraopt_jax.calibration.moments import OUTPUT
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.trees import near
 from hydraopt_jax.linalg.decompose import matmul
-from hydraopt_jax.serving.layers import (
+from hydraopt_jax.nnx_layers import (
     contraction,
     dotted,
     is_layer,
@@ -26,7 +27,6 @@ from hydraopt_jax.serving.layers import (
     kernel_shape,
     labels,
     matrix,
-    near,
     replace,
     roles,
 )

@@ -17,6 +17,7 @@ from hydraopt_jax.codec import encode, prediction
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.deferred import bytes_of, joined
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.memory_collection import raw_of
 from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, gains_and_errors, targets_at_step
 from hydraopt_jax.rate_control.errors_of import with_errors
 from hydraopt_jax.rate_control.metrics import metrics_of, uncovered
@@ -95,8 +96,8 @@ def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None)
 
 
 def as_it_came(new: Adapter) -> Segment:
-    """The segment of a new task in a lossless store."""
-    rows = {n: [lossless.raw_of(new, n)] for n, a in new.a.items() if a.shape[1]}
+    """The task of a lossless store."""
+    rows = {n: [raw_of(new, n)] for n, a in new.a.items() if a.shape[1]}
     modules, errors, _ = lossless.modules_of(rows)
     shapes, leaves = plain.to_leaves(modules)
     return make_segment([new.task], shapes, leaves, errors)

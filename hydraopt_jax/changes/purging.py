@@ -11,7 +11,7 @@ import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.changes import addition, refitting
-from hydraopt_jax.collection import in_memory
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static

@@ -7,8 +7,8 @@ import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.changes.addition import need_calibration
-from hydraopt_jax.collection import in_memory
 from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory

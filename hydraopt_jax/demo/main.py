@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax import refinement, report, store
-from hydraopt_jax.collection import in_memory
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.evaluate import evaluate
 from hydraopt_jax.demo.vocabulary import encode_items
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, write_adapter
+from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, errors_of
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.work import Memory

@@ -19,6 +19,7 @@ import safetensors
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats import lora_keys
 from hydraopt_jax.formats.adapter_folder import (
     PICKLE_FILE,
@@ -36,7 +37,6 @@ from hydraopt_jax.formats.peft_config import (
     unit_scale_config,
 )
 from hydraopt_jax.formats.tensor_files import (
-    FLOATS,
     cast,
     disk_dtype,
     one_line,

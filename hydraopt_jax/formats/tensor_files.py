@@ -10,8 +10,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from hydraopt_jax.errors import HydraOptError
-
-FLOATS = tuple(np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+from hydraopt_jax.factors import FLOATS
 
 
 def one_line(error: object) -> str:

@@ -16,8 +16,9 @@ from flax.core import meta
 
 from hydraopt_jax.adapters import Adapter, module_shapes
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats.dialects import Dialect, dialect
-from hydraopt_jax.formats.tensor_files import FLOATS, cast, disk_dtype
+from hydraopt_jax.formats.tensor_files import cast, disk_dtype
 
 Path = tuple[Any, ...]
 Scale = float | Mapping[str, float]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydraopt_jax import buckets, network, remote
+from hydraopt_jax.byte_counts import count_of, number_and_unit
 from hydraopt_jax.deferred import bytes_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft, peft_config, server
 from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.integrations.cache import FolderCache, NoRoom
-from hydraopt_jax.rate_control.budget import parse_budget
 from hydraopt_jax.store import decoding, files, schema
 from hydraopt_jax.store.store import SHARED, Store, closure, places_of, task_index, tensors_of
 
@@ -220,7 +220,7 @@ def version_of(store: Store, task: str, profile: str | None) -> str:
 
 def read_limit(limit: int | str) -> int:
     """Bytes from an integer, or from text such as "10GB"."""
-    found = parse_budget(limit) if isinstance(limit, str) else limit
+    found = count_of(*number_and_unit(limit)) if isinstance(limit, str) else limit
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise HydraOptError(f"limit {limit!r}: give bytes with a unit, such as {LIMIT}")
     return found

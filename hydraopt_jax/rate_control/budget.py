@@ -14,17 +14,15 @@ bit in their original dtype. Float32 factors then take twice their half-precisio
 description is added.
 """
 
-import math
 import numbers
-import re
 from typing import Any
 
 import numpy as np
 
+from hydraopt_jax.byte_counts import count_of, number_and_unit
 from hydraopt_jax.errors import HydraOptError
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# largest number that is a fraction
+# a number up to this is a fraction
 LARGEST_FRACTION = 10
 
 
@@ -34,21 +32,16 @@ def parse_budget(text: str) -> int | float:
     >>> parse_budget("0.125"), parse_budget("12.5%"), parse_budget("3MB"), parse_budget("1.5 KiB")
     (0.125, 0.125, 3000000, 1536)
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
-    unit = match[2].upper() if match else "?"
-    try:
-        number = float(match[1]) if match else float("nan")
-    except ValueError:
-        unit = "?"
+    number, unit = number_and_unit(text)
     if unit == "" and number <= LARGEST_FRACTION:
         return number
     if unit == "%":
         return number / 100
-    if unit not in UNITS or not math.isfinite(number):
+    count = count_of(number, unit)
+    if count is None:
         raise HydraOptError(
             f"budget {text!r}: give a fraction of the fp16 bytes (0.125, 12.5%) or bytes with a unit (3MB)"
         )
-    count = int(number * UNITS[unit])
     if count <= LARGEST_FRACTION:
         raise HydraOptError(f"budget {text!r}: below the smallest store of any collection: give more bytes")
     return count

@@ -12,7 +12,7 @@ from typing import Any
 
 from hydraopt_jax.codec.layout import KINDS
 from hydraopt_jax.errors import HydraOptError, damaged
-from hydraopt_jax.formats.tensor_files import FLOATS
+from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.store.store import ERRORS, Reference
 from hydraopt_jax.store.tensors import DEFLATE, raw_size
 

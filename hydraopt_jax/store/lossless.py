@@ -7,13 +7,9 @@ separately, as a diagonal core in float32.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 
-from hydraopt_jax import adapters
-from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.factors import Factors
-from hydraopt_jax.formats.peft_config import module_scale
 
 FORM = "lossless"
 
@@ -32,40 +28,6 @@ class Raw(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of both factors."""
         return self.a.nbytes + self.b.nbytes
-
-
-def raw_of(adapter: Adapter, module: str) -> Raw:
-    """A module's factors in the narrowest dtype that restores `adapter.a` and `adapter.b` bit for bit.
-
-    If a reader folded the scale into `b`, then `b` is `fl(B * scale)` in float32. For a half-precision B,
-    which has half of float32's digits, rounding `b / scale` gives B itself. The result is always checked.
-    """
-    a, b = np.asarray(adapter.a[module]), np.asarray(adapter.b[module])
-    kept = narrow(a, adapter.dtype)
-    # other formats have the scale only in b
-    said = [module_scale(adapter.config, module)] if adapter.config.get("peft_type") == "LORA" else []
-    for scale in (*said, 1.0):
-        factor = np.float32(scale)
-        with np.errstate(all="ignore"):
-            own = (b / factor).astype(adapter.dtype)
-            again = own.astype(np.float32) * factor
-        if factor and same_bits(again, b.astype(np.float32)):
-            return Raw(kept, own, float(factor))
-    return Raw(kept, b, 1.0)
-
-
-def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`x` in a narrower dtype if that is lossless, else unchanged."""
-    if np.dtype(dtype).itemsize >= x.dtype.itemsize:
-        return x
-    with np.errstate(all="ignore"):
-        small = x.astype(dtype)
-    return small if same_bits(small.astype(x.dtype), x) else x
-
-
-def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether arrays of one dtype are equal bit for bit, including signs of zeros."""
-    return x.dtype == y.dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()
 
 
 def terms(rows: Sequence[Raw | None]) -> tuple[Factors, ...]:
@@ -99,14 +61,6 @@ def modules_of(
     errors = np.array([[np.nan if x is None else 0.0 for x in row] for row in rows.values()])
     size = sum(x.nbytes for row in rows.values() for x in row if x is not None)
     return made, errors, {"form": FORM, "forms": {FORM: len(made)}, "factor_bytes": size}
-
-
-def keep(collection: Sequence[Adapter]) -> tuple[dict[str, tuple[Factors, ...]], np.ndarray, dict[str, Any]]:
-    """`modules_of` adapters in memory."""
-    names = adapters.check(collection)
-    # a delta of rank 0 has no factors to keep
-    has = lambda x, n: n in x.a and x.a[n].shape[1] > 0  # noqa: E731
-    return modules_of({n: [raw_of(x, n) if has(x, n) else None for x in collection] for n in names})
 
 
 def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str, Raw] | None:

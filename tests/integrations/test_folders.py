@@ -172,6 +172,7 @@ def test_two_stores_share_a_cache(folders, tmp_path):
     [
         (("none", "cache"), "none: no store there"),
         (("s.safetensors", "cache", "2"), "limit '2': give bytes with a unit"),
+        (("s.safetensors", "cache", "much"), "limit 'much': give bytes with a unit"),
         (("s.safetensors", "cache", 0), "limit 0"),
         (("s.safetensors", "file"), "file: cannot be written: .*give another cache"),
     ],

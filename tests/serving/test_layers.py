@@ -8,7 +8,7 @@ from flax import nnx
 from plain_stores import plain_store
 
 import hydraopt_jax as hydra
-from hydraopt_jax import serving
+from hydraopt_jax import nnx_layers, serving
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.evaluate import greedy
 from hydraopt_jax.demo.model import bind, forward
@@ -153,13 +153,13 @@ def test_the_factors_are_no_parameters_but_can_be_trained(kept):
 )
 def test_einsums_of_any_order_are_their_kernel_plus_delta(equation, kernel, inputs):
     layer = nnx.Einsum(equation, kernel, rngs=nnx.Rngs(0))
-    i, o = serving.layers.matrix(layer)
+    i, o = nnx_layers.matrix(layer)
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1, i, 2)).astype(np.float32), rng.normal(size=(1, 2, o)).astype(np.float32)
     module = (Factors(jnp.asarray(a), jnp.asarray(b), jnp.zeros(1, int), jnp.zeros(1, int)),)
     served = serving.Served(layer, module, serving.layers.TaskIds(jnp.array(0)))
     x = jax.random.normal(jax.random.key(0), inputs)
-    _, contracted, made = serving.layers.roles(*serving.layers.labels(equation, x.ndim))
+    _, contracted, made = nnx_layers.roles(*nnx_layers.labels(equation, x.ndim))
     size = dict(zip(equation.split(",")[1].split("->")[0], kernel, strict=True))
     delta = (a[0] @ b[0]).reshape([size[c] for c in contracted + made])
     names = equation.split(",")[1].split("->")[0]

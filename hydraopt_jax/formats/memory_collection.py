@@ -1,0 +1,77 @@
+"""A collection of adapters in memory, and their factors as a file of theirs would have them."""
+
+from collections.abc import Sequence
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+
+from hydraopt_jax import adapters
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.collection import Card, Collection, Entry, Pair
+from hydraopt_jax.formats.peft_config import module_scale
+from hydraopt_jax.store.lossless import Raw
+
+
+def in_memory(given: Sequence[Adapter]) -> Collection:
+    """Adapters in memory as a collection.
+
+    Raises:
+      HydraOptError: see `adapters.check`.
+    """
+    shapes = adapters.check(given)
+    cards = []
+    for x in given:
+        modules = {
+            n: Entry("", "", a.shape[0], x.b[n].shape[1], a.shape[1], 1.0)
+            for n, a in x.a.items()
+            if a.shape[1]
+        }
+        extras = [[n, np.asarray(v).dtype.name, list(np.shape(v))] for n, v in x.extras.items()]
+        cards.append(Card(x.task, modules, extras, x.dtype, x.config, x.layout, x.source, x.digest))
+
+    def read(task: int, names: Sequence[str]) -> list[Pair]:
+        return [(given[task].a[n].T, given[task].b[n].T, 1.0) for n in names]
+
+    entries = sum(e.rank * (e.inputs + e.outputs) for x in cards for e in x.modules.values())
+    return Collection(
+        tuple(cards),
+        shapes,
+        read,
+        lambda task: given[task].extras,
+        lambda task, module: raw_of(given[task], module),
+        2 * entries,
+    )
+
+
+def raw_of(adapter: Adapter, module: str) -> Raw:
+    """A module's factors in the narrowest form that gives `adapter.a` and `adapter.b` back bit for bit.
+
+    `b` is `fl(B * scale)` in float32 where a reader folded the scale into it. Of a half-precision B, which
+    has half of float32's digits, rounding `b / scale` gives B itself; whatever came, it is checked.
+    """
+    a, b = np.asarray(adapter.a[module]), np.asarray(adapter.b[module])
+    kept = narrow(a, adapter.dtype)
+    # an adapter of another format has its scale nowhere else than in b
+    said = [module_scale(adapter.config, module)] if adapter.config.get("peft_type") == "LORA" else []
+    for scale in (*said, 1.0):
+        factor = np.float32(scale)
+        with np.errstate(all="ignore"):
+            own = (b / factor).astype(adapter.dtype)
+            again = own.astype(np.float32) * factor
+        if factor and same_bits(again, b.astype(np.float32)):
+            return Raw(kept, own, float(factor))
+    return Raw(kept, b, 1.0)
+
+
+def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
+    """`x` in a narrower dtype where that loses nothing, else as it is."""
+    if np.dtype(dtype).itemsize >= x.dtype.itemsize:
+        return x
+    with np.errstate(all="ignore"):
+        small = x.astype(dtype)
+    return small if same_bits(small.astype(x.dtype), x) else x
+
+
+def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether arrays of one dtype are equal bit for bit: also the signs of zeros."""
+    return x.dtype == y.dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()
