@@ -2,15 +2,17 @@
 
 import os
 import shutil
+import weakref
 
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from hydraopt_jax import forms, store
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.store import folder, portable, segment_data, sizes
+from hydraopt_jax.store import arrays, decoding, folder, portable, segment_data, sizes
 from hydraopt_jax.store.folder import CHUNK as CHUNK_BYTES
 from hydraopt_jax.store.folder import MANIFEST, SEGMENTS
 from hydraopt_jax.store.store import make_segment
@@ -264,7 +266,37 @@ def test_all_arrays_share_one_cache_of_chunks(plain, tmp_path, cut, monkeypatch)
     store.save(tmp_path / "s", plain)
     made, original = [], tensorstore.Context
     monkeypatch.setattr(tensorstore, "Context", lambda *x: made.append(x) or original(*x))
-    folder.shared_context.cache_clear()
+    arrays.shared_context.cache_clear()
     assert len(arrays_of(tmp_path / "s")) > 2
     store.verify(tmp_path / "s")
     assert len(made) == 1
+
+
+def test_a_writer_holds_one_array_at_a_time(plain, tmp_path, cut, monkeypatch):
+    seen, save, run = [], ocp.partial.save, segment_data.run
+
+    def saving(path, tree):
+        seen.extend(weakref.ref(x) for x in tree.values())
+        save(path, {k: x.copy() for k, x in tree.items()})
+
+    def running(*given):
+        for piece in run(*given):
+            assert all(x() is None for x in seen)
+            yield piece
+
+    monkeypatch.setattr(ocp.partial, "save", saving)
+    monkeypatch.setattr(segment_data, "run", running)
+    store.save(tmp_path / "s", plain)
+    assert len(seen) > 2
+
+
+def test_every_leaf_is_read_once_for_all_modules_of_all_tasks(plain, tmp_path, monkeypatch):
+    store.save(tmp_path / "s", plain)
+    back, read = store.open(tmp_path / "s"), []
+    for x in back.segments:
+        for name, leaf in x.leaves.items():
+            monkeypatch.setattr(
+                leaf, "read", lambda *at, name=name, read_=leaf.read: read.append(name) or read_(*at)
+            )
+    decoding.decode_terms(back)
+    assert len(read) == len(set(read)) > 2

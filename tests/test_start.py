@@ -69,6 +69,8 @@ def test_a_store_is_read_without_jax(given, small, tmp_path):
 
     assert ok("inspect", path)["tasks"] == ["one", "two/three"]
     assert ok("verify", path)["checksums"] == "ok"
+    formats.write_adapter(tmp_path / "one", small[0])
+    assert ok("verify", path, tmp_path / "one")["ok"]
     out = ok("export", path, "--all", "--out", tmp_path / "out")["exported"]
     kept = store.open(path)
     for task, folder in out.items():

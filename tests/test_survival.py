@@ -56,7 +56,7 @@ def copying(tmp_path, old, new):
         store.save(tmp_path / name, content)
         rows[name] = folder.read_manifest(tmp_path / name)["segments"]
 
-    def write(store_path, segment, *, name=None, zstd=None):
+    def write(store_path, segment, *, name=None, zstd=True):
         source = "old" if len(segment.tasks) == len(old.tasks) else "new"
         (row,) = rows[source]
         target = store_path / SEGMENTS / row["id"]

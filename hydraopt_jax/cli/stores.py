@@ -274,10 +274,13 @@ def true_errors(
 ) -> dict[str, float]:
     """Measured errors of some tasks: of weights, or of outputs where second moments are given."""
     from hydraopt_jax.rate_control.errors_of import measure
+
+    if moments is None:
+        return measure(content, few)
     from hydraopt_jax.rate_control.metrics import metrics_of
 
     shapes = {k: v for x in few for k, v in module_shapes(x).items()}
-    return measure(content, few, None if moments is None else metrics_of(shapes, moments))
+    return measure(content, few, metrics_of(shapes, moments))
 
 
 def names_of(x: store.Segment) -> list[str]:

@@ -105,12 +105,12 @@ class Folder:
 
     def keep(self, name: str, segment: Segment) -> None:
         """See `Place`."""
-        own, zstd = f"{self.mark[:8]}-{name}", None if self.zstd else False
+        own = f"{self.mark[:8]}-{name}"
         (self.store / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
         if self.writer is None:
-            row = folder.write_segment(self.store, segment, name=own, zstd=zstd)
+            row = folder.write_segment(self.store, segment, name=own, zstd=self.zstd)
         else:
-            row = self.writer.write(segment, own, zstd)
+            row = self.writer.write(segment, own, self.zstd)
         write_json(self._row(name), {**row, "names": segment.tasks})
 
     def drop(self, name: str) -> None:

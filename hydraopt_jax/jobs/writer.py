@@ -71,8 +71,8 @@ class Writer:
             weakref.finalize(self, end, self.child)
         return self.child
 
-    def write(self, segment: Segment, name: str, zstd: bool | None) -> dict[str, Any]:
-        """Write a segment and return its manifest row, see `folder.write_segment`.
+    def write(self, segment: Segment, name: str, zstd: bool) -> dict[str, Any]:
+        """Write a segment; the row of the manifest, see `folder.write_segment`.
 
         Raises:
           OSError: the write failed.

@@ -1,6 +1,6 @@
 """Rate control: find the quantizer step and the forms of modules that meet a budget or an error target.
 
-`analysis` computes energies and cosines, `mode_decision` chooses forms by Lagrangian cost, `targets` are
-factors in quantizer steps, `coding` codes a collection at one step, `search` finds the step, `engine` runs it
-all over the parts of a collection, `errors_of` measures errors.
+`analysis` has what a choice depends on, `mode_decision` chooses in one currency, `targets` are the factors in
+steps, `coding` codes a part at one step, `search` moves the step until the target is met, and `engine` does
+so for a collection of any size; `errors_of` measures what a store decodes to.
 """

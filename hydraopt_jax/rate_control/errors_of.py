@@ -1,20 +1,23 @@
 """Measured errors of decoded stores against the original adapters."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors, task_pair
-from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.static import Static
 from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.store import Segment, Source, Store
 
+if TYPE_CHECKING:  # it needs JAX, which nothing here does
+    from hydraopt_jax.rate_control.metrics import Metrics
+
 
 def measure(
-    store: Store, collection: Sequence[Adapter], metrics: Mapping[str, Metrics] | None = None
+    store: Store, collection: Sequence[Adapter], metrics: "Mapping[str, Metrics] | None" = None
 ) -> dict[str, float]:
     """Task -> measured mean relative squared error of a stored task against the adapter of the same name.
 
@@ -37,7 +40,7 @@ def error_table(
     terms: Mapping[str, Sequence[Factors]],
     collection: Sequence[Adapter],
     modules: Sequence[str],
-    metrics: Mapping[str, Metrics] | None = None,
+    metrics: "Mapping[str, Metrics] | None" = None,
 ) -> np.ndarray:
     """Measured relative squared errors `[M, T]` of decoded terms, with the tasks of the collection."""
     rows = [module_errors(terms, t, x, metrics) for t, x in enumerate(collection)]
@@ -72,7 +75,7 @@ def module_errors(
     terms: Mapping[str, Sequence[Factors]],
     task: int,
     adapter: Adapter,
-    metrics: Mapping[str, Metrics] | None = None,
+    metrics: "Mapping[str, Metrics] | None" = None,
 ) -> dict[str, float]:
     """Measured relative squared error of each module of an adapter; see `measure`."""
     out = {}

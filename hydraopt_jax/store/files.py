@@ -315,7 +315,7 @@ def write_folder(
             row = kept_row(x, home or str(path), rows)
             if row is None:
                 name = f"{segment_data.entry_of(x).id}-{mark}" if mark else None
-                row = folder.write_segment(path, x, name=name, zstd=None if zstd else False)
+                row = folder.write_segment(path, x, name=name, zstd=zstd)
                 added.append(row["id"])
             written.append(row)
         said = manifest.as_json(store, written, path.name)

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax import buckets
 from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import manifest, segment_data
+from hydraopt_jax.store.arrays import held, open_array, run_reader
 from hydraopt_jax.store.segment_data import Entry
 from hydraopt_jax.store.store import Reference, Segment, Store
 
@@ -41,8 +42,6 @@ JOB, GONE = "job", ".job.gone"
 CHUNK, MAX_CHUNKS = 1 << 16, 256
 # maximum bytes per array; a writer holds an array twice, its own and Orbax's copy
 ARRAY_BYTES = 1 << 26
-# size in bytes of the chunk cache of all readers together
-CACHE_BYTES = 1 << 24
 # what a checkpoint takes beside its chunks and the path in its commit marker, and what a path is counted as
 # where it is not known
 CHECKPOINT_BYTES, PATH_BYTES = 735, 128
@@ -87,42 +86,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest.parse(path, manifest.gunzipped(path, read_file(path, MANIFEST)))
 
 
-@functools.cache
-def shared_context() -> Any:
-    """The TensorStore context that all open arrays of this process share, with one cache of chunks."""
-    import tensorstore
-
-    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-
-
 def unfinished(path: Path) -> bool:
     """Whether a folder is empty or has only the leftovers of a stopped writer."""
     if not path.is_dir() or (path / MANIFEST).exists():
         return False
     return any((path / x).exists() for x in (JOB, NEW)) or not any(path.iterdir())
-
-
-def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any:
-    """An array of `size` bytes, opened with TensorStore.
-
-    Args:
-      path: of the store, for messages.
-      name: of the array in it.
-      place: where its files are, as TensorStore has it.
-      size: of the array.
-    """
-    import tensorstore
-
-    spec = {"driver": "zarr", "kvstore": dict(place)}
-    try:
-        array = tensorstore.open(spec, context=shared_context(), open=True, read=True).result()
-        (chunk,) = array.chunk_layout.read_chunk.shape or (0,)
-        sane = array.shape == (size,) and array.dtype.name == "uint8" and 0 < (chunk or 0) <= size
-    except (ValueError, OSError) as error:
-        raise unreadable(path, f"{name} cannot be opened", error) from None
-    if not sane:
-        raise damaged(path, f"{name} is not the array that the manifest describes")
-    return array
 
 
 def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callable[[int, int], np.ndarray]:
@@ -146,37 +114,6 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
     return run_reader(path, entry, [n for _, n in arrays], opened)
 
 
-def run_reader(
-    path: Any, entry: Entry, sizes: Sequence[int], opened: Callable[[int], Any]
-) -> Callable[[int, int], np.ndarray]:
-    """The function of `reader`, from the sizes of the arrays and a function that opens each of them."""
-    starts = list(itertools.accumulate(sizes, initial=0))
-
-    def read(start: int, stop: int) -> np.ndarray:
-        out: np.ndarray = np.empty(stop - start, np.uint8)
-        for k, (at, following) in enumerate(itertools.pairwise(starts)):
-            low, high = max(start, at), min(stop, following)
-            if low < high:
-                array = opened(k)
-                try:
-                    part = array[low - at : high - at].read().result()
-                except (ValueError, OSError) as error:
-                    raise unreadable(path, f"segment {entry.id} cannot be read", error) from None
-                if high - low == stop - start:
-                    return np.asarray(part)
-                out[low - start : high - start] = part
-        return out
-
-    return read
-
-
-def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
-    """The error for an array that TensorStore cannot read: a damaged store or a failed service."""
-    if isinstance(path, str) and (meant := buckets.meaning(error)):
-        return HydraOptError(f"{path}: {what}: {meant}")
-    return damaged(path, f"{what} ({' '.join(str(error).split())[:120]})")
-
-
 def tree_bytes(folder: Path | str) -> int:
     """Sum of the sizes of all files below a folder, in bytes."""
     total = 0
@@ -187,15 +124,6 @@ def tree_bytes(folder: Path | str) -> int:
             elif x.is_file():
                 total += x.stat().st_size
     return total
-
-
-def held(total: int, sizes: Sequence[int]) -> bool:
-    """Whether array sizes fit a run of so many bytes; the last array may be longer.
-
-    >>> held(10, [4, 8]), held(10, [4, 4]), held(3, [4, 4])
-    (True, False, False)
-    """
-    return bool(sizes) and sum(sizes[:-1]) < total <= sum(sizes)
 
 
 def open_folder(path: Path) -> Store:
@@ -268,15 +196,15 @@ def arrays_of(pieces: Iterable[Any], parts: Sequence[tuple[int, int]]) -> Iterat
 
 
 def write_segment(
-    store: Path, segment: Segment, *, name: str | None = None, zstd: bool | None = None
+    store: Path, segment: Segment, *, name: str | None = None, zstd: bool = True
 ) -> dict[str, Any]:
     """Write a segment into a store's folder, completely or not at all; return its row of the manifest.
 
     Args:
       store: the folder.
-      segment: its leaves may be deferred; those of one array are in memory at a time.
-      name: of the segment; None for the start of its checksum, so that equal bytes are written once.
-      zstd: compress; None for plain factors only, as coded ones do not get smaller.
+      segment: whose leaves may be deferred: those of one array are in memory at a time.
+      name: of the segment; None for one that its bytes give, where the same bytes are then written once.
+      zstd: compress plain factors; coded ones would not get smaller.
 
     Returns:
       The manifest row: the entry, "arrays" with the path and bytes of each array, and "files", a checksum of
@@ -291,7 +219,6 @@ def write_segment(
             f"{store}: folders are written by programs of one process, this is one of "
             f"{jax.process_count()}: save a .safetensors file, from one of them"
         )
-    zstd = bool(segment.modules) and not segment.coded and zstd is not False
     parts = division(segment_data.size(segment))
     found: list[Entry] = []
     name = name or segment_data.entry_of(segment).id
@@ -299,7 +226,7 @@ def write_segment(
     # a segment that no manifest names was left by a dead writer
     shutil.rmtree(folder, ignore_errors=True)
     context = ocp.Context()
-    context.array.saving.use_compression = zstd
+    context.array.saving.use_compression = zstd and bool(segment.modules) and not segment.coded
     # plain zarr: few arrays need no database, whose own files cost more and vary in size
     context.array.saving.use_ocdbt = False
     context.array.saving.use_zarr3 = False
@@ -313,8 +240,9 @@ def write_segment(
                 (array,) = pieces
                 ocp.save(folder, {"data": array})
             else:
-                for k, array in enumerate(pieces):
-                    ocp.partial.save(folder, {f"data_{k}": array})
+                # map keeps no array while the next one is filled
+                save = lambda k, array: ocp.partial.save(folder, {f"data_{k}": array})  # noqa: E731
+                deque(map(save, itertools.count(), pieces), 0)
                 ocp.partial.finalize(folder)
     except BaseException as error:
         for left in (folder.parent).glob(f"{name}*"):

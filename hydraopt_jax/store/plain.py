@@ -63,45 +63,52 @@ def from_leaves(
       ValueError: a leaf is shorter than the schema says.
     """
     rows, shapes, names = plain_parts(modules)
-    at = dict.fromkeys(names, 0)
-    where: dict[tuple[str, int, str, int], tuple[str, int]] = {}
-    for row, shape, leaf in zip(rows, shapes, names, strict=True):
-        term = modules[row[0]][row[1]]
-        where[row] = leaf, at[leaf]
-        at[leaf] += math.prod(shape) * np.dtype(dtype_of(term, row[2])).itemsize
+    # row -> where its numbers go
+    slots: dict[tuple[str, int, str, int], list[tuple[Any, int]]] = {}
 
-    def read(name: str, k: int, side: str, index: int, shape: tuple[int, ...]) -> Any:
-        term = modules[name][k]
-        elsewhere = {"a": term.a_from, "b": term.b_from}.get(side, -1)  # type: ignore[union-attr]
-        if elsewhere >= 0:
+    def room(name: str, k: int, side: str, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
+        term: Any = modules[name][k]
+        kept, index = renumber(getattr(term, f"{side}_of"), places)
+        elsewhere = getattr(term, f"{side}_from")
+        if elsewhere >= 0 and len(kept):
             assert borrow is not None
-            return borrow(elsewhere, name, term.term, side)  # type: ignore[union-attr]
-        leaf, start = where[name, k, side, index]
-        part = part_of(leaves[leaf], start, shape, dtype_of(modules[name][k], side))
-        return part if lazy and side != "core" else np.asarray(part)
+            lent = [borrow(elsewhere, name, term.term, side) for _ in kept]
+            return lent if lazy else np.stack(lent), index
+        factors: Any = np.empty((len(kept), *shape), dtype_of(term, side))
+        if lazy and len(kept):
+            factors = [None] * len(kept)
+        for i, factor in enumerate(kept):
+            slots.setdefault((name, k, side, int(factor)), []).append((factors, i))
+        return factors, index
 
-    together: Callable[[list[Any]], Any] = list if lazy else np.stack
     out = {}
     for name, terms in modules.items():
         made = []
         for k, term in enumerate(terms):
             assert isinstance(term, PlainShape)
-            (a, a_of), (b, b_of) = (renumber(of, places) for of in (term.a_of, term.b_of))
-            low, high = (term.inputs, term.rank), (term.rank, term.outputs)
+            a, a_of = room(name, k, "a", (term.inputs, term.rank))
+            b, b_of = room(name, k, "b", (term.rank, term.outputs))
             core = None
             if term.core:
                 core = np.zeros((len(places), *term.core_shape), term.core_dtype)
                 for t, place in enumerate(places):
                     if place >= 0 and term.a_of[place] >= 0:
-                        core[t] = read(name, k, "core", place, term.core_shape)
-            left, right = (
-                together([read(name, k, side, int(f), shape) for f in kept])
-                if len(kept)
-                else np.zeros((0, *shape), dtype_of(term, side))
-                for side, kept, shape in (("a", a, low), ("b", b, high))
-            )
-            made.append(Factors(left, right, a_of, b_of, core))
+                        slots.setdefault((name, k, "core", place), []).append((core, t))
+            made.append(Factors(a, b, a_of, b_of, core))
         out[name] = tuple(made)
+    whole: dict[str, list[tuple[tuple[str, int, str, int], tuple[int, ...]]]] = {}
+    for row, shape, leaf in zip(rows, shapes, names, strict=True):
+        whole.setdefault(leaf, []).append((row, shape))
+    for leaf, members in whole.items():
+        if not any(row in slots for row, _ in members):
+            continue
+        # leaf by leaf: one that is on disk is read and compared with its checksum each time it is asked
+        data, at = leaves[leaf] if lazy else np.asarray(leaves[leaf]), 0
+        for row, shape in members:
+            dtype = dtype_of(modules[row[0]][row[1]], row[2])
+            for target, i in slots.get(row, ()):
+                target[i] = part_of(data, at, shape, dtype)
+            at += math.prod(shape) * np.dtype(dtype).itemsize
     return out
 
 

@@ -1,0 +1,86 @@
+"""Arrays of bytes on disk or in a bucket, read with TensorStore, and a segment's run out of several."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax import buckets
+from hydraopt_jax.errors import HydraOptError, damaged
+from hydraopt_jax.store.segment_data import Entry
+
+# bytes of chunks that all readers together keep
+CACHE_BYTES = 1 << 24
+
+
+@functools.cache
+def shared_context() -> Any:
+    """What all open arrays of this process share: the chunks that stay in memory once they were read."""
+    import tensorstore
+
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+
+def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any:
+    """An array of `size` bytes, opened with TensorStore.
+
+    Args:
+      path: of the store, for messages.
+      name: of the array in it.
+      place: where its files are, as TensorStore has it.
+      size: of the array.
+    """
+    import tensorstore
+
+    spec = {"driver": "zarr", "kvstore": dict(place)}
+    try:
+        array = tensorstore.open(spec, context=shared_context(), open=True, read=True).result()
+        (chunk,) = array.chunk_layout.read_chunk.shape or (0,)
+        sane = array.shape == (size,) and array.dtype.name == "uint8" and 0 < (chunk or 0) <= size
+    except (ValueError, OSError) as error:
+        raise unreadable(path, f"{name} cannot be opened", error) from None
+    if not sane:
+        raise damaged(path, f"{name} is not the array that the manifest describes")
+    return array
+
+
+def run_reader(
+    path: Any, entry: Entry, sizes: Sequence[int], opened: Callable[[int], Any]
+) -> Callable[[int, int], np.ndarray]:
+    """As `reader`, from the sizes of the arrays and a function that opens each."""
+    starts = list(itertools.accumulate(sizes, initial=0))
+
+    def read(start: int, stop: int) -> np.ndarray:
+        out: np.ndarray = np.empty(stop - start, np.uint8)
+        for k, (at, following) in enumerate(itertools.pairwise(starts)):
+            low, high = max(start, at), min(stop, following)
+            if low < high:
+                array = opened(k)
+                try:
+                    part = array[low - at : high - at].read().result()
+                except (ValueError, OSError) as error:
+                    raise unreadable(path, f"segment {entry.id} cannot be read", error) from None
+                if high - low == stop - start:
+                    return np.asarray(part)
+                out[low - start : high - start] = part
+        return out
+
+    return read
+
+
+def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
+    """The error for an array that TensorStore does not read: a damaged store, or a service that fails."""
+    if isinstance(path, str) and (meant := buckets.meaning(error)):
+        return HydraOptError(f"{path}: {what}: {meant}")
+    return damaged(path, f"{what} ({' '.join(str(error).split())[:120]})")
+
+
+def held(total: int, sizes: Sequence[int]) -> bool:
+    """Whether arrays are those of a run of so many bytes: the last one may have some more.
+
+    >>> held(10, [4, 8]), held(10, [4, 4]), held(3, [4, 4])
+    (True, False, False)
+    """
+    return bool(sizes) and sum(sizes[:-1]) < total <= sum(sizes)
