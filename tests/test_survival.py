@@ -1,5 +1,6 @@
 """Stores survive: killed writers, two writers, readers meanwhile, changes that fail."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -194,6 +195,29 @@ def test_a_store_that_was_replaced_is_not_called_damaged(kept, other, tmp_path, 
     store.save(tmp_path / name, other, overwrite=True)
     with pytest.raises(HydraOptError, match="was replaced since it was opened: open it again"):
         store.decode(before, "one")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_job_beside_a_file_that_was_half_removed_goes_with_the_next_change(
+    kept, tmp_path, monkeypatch, count
+):
+    store.save(tmp_path / "s.safetensors", kept)
+    left = tmp_path / "s.safetensors.job"
+    for name in (folder.JOB, SEGMENTS):
+        (left / name / "x").mkdir(parents=True)
+    calls, remove = [], shutil.rmtree
+
+    def dying(path, **options):
+        calls.append(path)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", dying)
+        store.update(tmp_path / "s.safetensors", lambda x: x)
+    store.update(tmp_path / "s.safetensors", lambda x: x)
+    assert [x.name for x in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 def test_what_a_killed_job_left_beside_a_file_goes_with_the_next_change(kept, tmp_path):

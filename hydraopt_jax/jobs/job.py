@@ -5,7 +5,6 @@ same store. Processes of one job share the folder and divide the work; the first
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,7 @@ def clear(path: Path) -> None:
     if (at / folder.MANIFEST).exists():
         folder.remove_unnamed(at, folder.read_manifest(at))
     elif at.is_dir():
-        (at / folder.NEW).touch()
-        folder.remove_unnamed(at, None)
-        shutil.rmtree(at / folder.SEGMENTS, ignore_errors=True)
-        shutil.rmtree(at, ignore_errors=True)
+        folder.remove_unfinished(at)
 
 
 def clear_if_empty(path: Path) -> None:

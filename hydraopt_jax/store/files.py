@@ -261,8 +261,7 @@ def write_file(path: Path, store: Store, limit: int | None = None) -> None:
     portable.write_portable(path, store, limit)
     left = job_home(path)
     if folder.unfinished(left):
-        folder.remove_job(left)
-        shutil.rmtree(left, ignore_errors=True)
+        folder.remove_unfinished(left)
 
 
 ROW = ("id", "bytes", "header", "sha256", "arrays", "files")

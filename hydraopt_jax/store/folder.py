@@ -341,3 +341,11 @@ def remove_job(path: Path) -> None:
     with suppress(OSError):
         os.replace(path / JOB, path / GONE)
     shutil.rmtree(path / GONE, ignore_errors=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what a stopped writer has left of a store that never was; stopped, it is known as that still."""
+    (path / NEW).touch()
+    remove_job(path)
+    shutil.rmtree(path / SEGMENTS, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
