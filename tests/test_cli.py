@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from commands import run
 
-from hydraopt_jax import HydraOptError, formats, synthetic
+from hydraopt_jax import formats, synthetic
 from hydraopt_jax.demo import main as demo
 
 HYDRA = ["--form", "hydra"]
@@ -88,26 +88,6 @@ def test_demo_writes_stores_scores_and_a_plot(tmp_path):
 
 def test_demo_does_not_write_over_anything(capsys, tmp_path):
     assert "exists" in refused(capsys, "demo", "--out", tmp_path)
-
-
-def test_refine_says_what_it_gained(folders, tmp_path, capsys):
-    form = [*HYDRA, "--heads", "2", "--refine", "5"]
-    said = ok(capsys, "compress", *folders, *form, "--out", tmp_path / "store")
-    assert 0 < said["refinement"]["after"] <= said["refinement"]["before"]
-    assert said["error"]["mean"] == pytest.approx(said["refinement"]["after"], rel=0.02)
-
-
-def test_refine_says_what_it_needs_before_it_runs(folders, tmp_path, capsys, monkeypatch):
-    def stop(*_, **__):
-        raise HydraOptError("here it would begin")
-
-    monkeypatch.setattr("hydraopt_jax.compression.compress", stop)
-    status, out, said = run(capsys, "compress", *folders, "--refine", "5", "--out", tmp_path / "store")
-    assert (status, out) == (2, "")
-    note, end = said.splitlines()
-    assert note.startswith("--refine lowers errors of weights, which the fit has made small")
-    assert "needs a model: in Python, hydra.refine with forward=" in note
-    assert "here it would begin" in end
 
 
 def test_budget_makes_a_store_that_verifies(capsys, folders, tmp_path):

@@ -42,7 +42,6 @@ VERBS = {
     "compress": (lambda x, kept: compression.compress(x, max_error=ERROR), 60),
     "compress in a form": (lambda x, kept: compression.compress(x, form=forms.Hydra(heads=2, rank=2)), 40),
     "compress in a form by gradients": (lambda x, kept: compression.compress(x, form=SGD_FORM), 40),
-    "refine": (lambda x, kept: refinement.refine(kept, x, steps=3), 24),
     "decode": (lambda x, kept: store.decode_terms(kept), 0),
     "decode on the device": (lambda x, kept: serving.load(kept, on_device=True), 12),
     "frontier": (lambda x, kept: tradeoff.frontier(x, [0.5]), 60),

@@ -170,7 +170,6 @@ def test_a_scale_of_another_format_is_in_b():
     [
         (["--weight", "x=2"], "weights: does nothing under a budget of 1"),
         (["--alone"], "alone: does nothing under a budget of 1"),
-        (["--refine", "3"], "--refine: a budget of 1 or more keeps"),
     ],
 )
 def test_what_does_nothing_beside_it_is_refused(capsys, tmp_path, options, words):

@@ -63,7 +63,13 @@ def test_what_the_engines_jit_lowers(monkeypatch):
             monkeypatch.setattr(module, key, record)
     few = synthetic.collection(tasks=5, modules={"q": (96, 64), "k": (64, 96)}, rank=3)
     coded = compression.compress(few, max_error=0.01)
-    refinement.refine(coded, few, steps=1)
+    refinement.refine(
+        coded,
+        few,
+        steps=1,
+        forward=lambda lora, x: sum(x[: len(a)] @ a @ b[:, :64] for a, b in lora.values()),
+        batches=[np.ones((5, 96), np.float32)],
+    )
     serving.load(coded, on_device=True)
     explicit.compress_in_form(in_memory(few), forms.Hydra(heads=2, rank=3), Memory())
     # all heads: exact errors where nothing is lost, and sums over more tasks than a side is long

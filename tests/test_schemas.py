@@ -48,8 +48,6 @@ def test_output_of_stores(capsys, folders, tmp_path):
         "hydra",
         "--heads",
         "1",
-        "--refine",
-        "2",
     )
     ok(capsys, "inspect", s)
     ok(capsys, "inspect", tmp_path / "h")

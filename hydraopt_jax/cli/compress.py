@@ -14,8 +14,8 @@ from rich.text import Text
 from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
-from hydraopt_jax.cli.common import Place, Source, parse_numbers, read_beside, with_adapters
-from hydraopt_jax.cli.output import clean, mode, output_options, say, shown
+from hydraopt_jax.cli.common import Place, Source, parse_numbers, with_adapters
+from hydraopt_jax.cli.output import clean, mode, output_options, say
 from hydraopt_jax.cli.output import progress as stage
 from hydraopt_jax.cli.tables import (
     bytes_table,
@@ -50,10 +50,6 @@ FORM = {
 }
 DEFAULT_NOTE = (
     "No target was given: a quarter of the factors' fp16 bytes. Others: --budget, --max-error, --form hydra."
-)
-REFINE_NOTE = (
-    "--refine lowers {what}, which the fit has made small: expect little or nothing. To gain it needs "
-    "a model: in Python, hydra.refine with forward= and batches= lowers the divergence of its outputs"
 )
 
 
@@ -118,9 +114,6 @@ def stoppable(path: Path) -> Iterator[None]:
     metavar="DTYPE",
     help="dtype of full tensors (heads): float32, float16 or bfloat16; default: their own",
 )
-@click.option(
-    "--refine", type=click.IntRange(min=1), metavar="STEPS", help="then refine by so many Optax steps"
-)
 @click.option("--recipe", type=click.Path(), is_eager=True, callback=recipes.apply, help=recipes.HELP)
 @click.option("--no-zstd", is_flag=True, help="write plain factors without compression")
 @click.option("--overwrite", is_flag=True, help="replace an existing store")
@@ -143,25 +136,14 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
     sources = locate(adapters, strict=not given["skip_bad"])
     asked = asked_of(given, len(sources))
     made = {"made": provenance.entry("compress", recipes.recorded(context))}
-    alone = {"--skip-bad": "skip_bad", "--dry-run": "dry_run", "--coordinator": "coordinator"}
-    if given["refine"] is not None:
-        for name in (k for k, v in alone.items() if given[v]):
-            raise HydraOptError(
-                f"{name}: --refine holds the whole collection in memory; leave one of them out"
-            )
     if given["coordinator"] is not None and buckets.is_bucket(out):
         raise HydraOptError(
             "--coordinator: its processes share a folder: give one as --out, then pack or unpack it"
         )
     given["out"] = str(files.located(out))
     tell: Callable[[], None] | None
-    with files.staged(out, given["overwrite"]) as path:
-        if given["refine"] is not None:
-            with job.alone(path):
-                tell = refined(path, sources, asked, given, made)
-        else:
-            with stoppable(path):
-                tell = streamed(path, sources, asked, given, made)
+    with files.staged(out, given["overwrite"]) as path, stoppable(path):
+        tell = streamed(path, sources, asked, given, made)
     if tell is not None:
         tell()
 
@@ -195,10 +177,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     )
     if not targets:
         options = options._replace(budget=compression.DEFAULT_BUDGET)
-    options = check_options(options)
-    if given["refine"] and keeps_all(options.budget):  # type: ignore[arg-type]
-        raise HydraOptError("--refine: a budget of 1 or more keeps the adapters as they are: leave one out")
-    return options._asdict()
+    return check_options(options)._asdict()
 
 
 def form_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
@@ -267,53 +246,11 @@ def streamed(
     return None if store is None else shown_store(path, store, found.size, given)
 
 
-def refined(
-    path: Path,
-    sources: Sequence[Source],
-    asked: Mapping[str, Any],
-    given: Mapping[str, Any],
-    made: Mapping[str, Any],
-) -> Callable[[], None]:
-    """Compress in memory, refine and save; what prints the result."""
-    from hydraopt_jax import refinement
-
-    steps = given["refine"]
-    calibrated = asked.get("calibration") is not None
-    if shown():
-        what = "errors of the calibrated outputs" if calibrated else "errors of weights"
-        click.echo(REFINE_NOTE.format(what=what), err=True)
-    collection = read_beside([], sources, given["any_base"], given["base_suffix"])
-    recipes.check(given["recipe"], {x.task: x.digest for x in collection})
-    with progress.to_stderr(shown()) as told:
-        store = compression.compress(collection, provenance=made, progress=told, **asked)
-    moments = asked.get("calibration")
-    with stage("refining", steps) as advance:
-        store, found = refinement.refine(
-            store, collection, calibration=moments, steps=steps, progress=lambda loss: advance(1)
-        )
-    before = sum(sizes.size_on_disk(x.source) for x in collection)
-    limit = None if given["force"] else before
-    files.save(path, store, overwrite=given["overwrite"], zstd=not given["no_zstd"], limit=limit)
-    gained = {"refinement": clean({"before": found.before, "after": found.after, "steps": steps})}
-    loss = "output error" if moments is not None else "error of weights"
-    low, high = (report.format_error(x) for x in (found.after, found.before))
-    return shown_store(
-        path, files.open(path), before, given, gained, [f"{steps} steps: {loss} {high} -> {low}"]
-    )
-
-
-def shown_store(
-    path: Path,
-    store: Store,
-    before: int,
-    given: Mapping[str, Any],
-    gained: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
-) -> Callable[[], None]:
+def shown_store(path: Path, store: Store, before: int, given: Mapping[str, Any]) -> Callable[[], None]:
     """What prints a store that was just written; the last line says it all."""
     after = sizes.size_on_disk(path)
     parts = sizes.account(path, store)._asdict()
-    payload = describe(given["out"], store) | dict(gained or {})
+    payload = describe(given["out"], store)
     payload |= {
         "bytes_before": before,
         "bytes_after": after,
@@ -332,7 +269,7 @@ def shown_store(
         left.append(DEFAULT_NOTE)
     tables = (errors_table(store), bytes_table(parts, store))
     last = sentence(store, before, after)
-    return functools.partial(say, payload, *tables, *notes, *left, last, more=[forms_table(store)])
+    return functools.partial(say, payload, *tables, *left, last, more=[forms_table(store)])
 
 
 def shown_plan(out: str, found: Any, asked: Mapping[str, Any], bad: Mapping[str, str]) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.codec.layout import TermShape
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.rate_control.metrics import Metrics, unweigh
-from hydraopt_jax.store.decoding import all_terms, terms_of
+from hydraopt_jax.store.decoding import all_terms, decode_segment, terms_of
 from hydraopt_jax.store.store import Segment
 
 Modules = Mapping[str, tuple[Factors, ...]]
@@ -70,6 +70,18 @@ def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> di
 def quantized(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]], tables: Tables) -> Coded:
     """The quantized values of factors in steps."""
     return encode.quantize(targets(modules, shapes), tables.frequencies, float(tables.multiplier[0]))
+
+
+def coded_terms(segment: Segment) -> dict[str, tuple[Factors, ...]]:
+    """The terms of a coded segment, with the bases that no task reads for itself."""
+    places = range(len(segment.tasks))
+    found = decode_segment(segment, places)
+    own = terms_of(found, segment.modules, places)
+    values = [x for x in found.values if x is not None]
+    return {
+        n: tuple(x._replace(core=y.core) for x, y in zip(terms, own[n], strict=True))
+        for n, terms in all_terms(segment.modules, found.pieces, values).items()
+    }
 
 
 def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:

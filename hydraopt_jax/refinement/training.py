@@ -6,9 +6,9 @@ of the loss at the rounded factors, and moves the unrounded ones by it (straight
 not
 grow: the quantizer's price of a bit is adjusted.
 
-There are two objectives. Without a forward function it is the mean relative squared error of deltas. With one
-it is the mean over tasks and tokens of `KL(p_adapter || p_store)`, the divergence of next-token distributions
-with the stored adapters from those with the original ones, on unlabeled batches (distillation).
+The loss is the mean over tasks and tokens of `KL(p_adapter || p_store)`, the divergence of the stored
+adapters' next-token distributions from the original ones', on unlabeled batches (distillation). The error of
+the weights is not refined: the fit has made it as small as its bytes allow.
 
 Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432.
 """
@@ -31,7 +31,7 @@ from hydraopt_jax.forms import descent
 from hydraopt_jax.rate_control.errors_of import error_table, segment_terms
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
 from hydraopt_jax.refinement import rounding
-from hydraopt_jax.refinement.objectives import Forward, Lora, divergence, originals, quadratic, stacked
+from hydraopt_jax.refinement.objectives import Forward, Lora, divergence, originals, stacked
 from hydraopt_jax.refinement.rounding import Modules, arrays, with_arrays
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Segment, Store, plain
@@ -115,10 +115,6 @@ def step(
     return descent.step(through, chain, state, moved, batch)
 
 
-value_of_weights = jax.jit(value)
-step_of_weights = jax.jit(step, static_argnums=0)
-
-
 def units(modules: Modules, coded: bool) -> Any:
     """The unit of each factor: a quantizer step, or the rms of a plain factor; for cores their own size."""
 
@@ -146,9 +142,9 @@ def refine(
     store: Store,
     collection: Sequence[Adapter],
     *,
+    forward: Forward,
+    batches: Callable[[int], Any] | Sequence[Any],
     calibration: Mapping[str, np.ndarray] | None = None,
-    forward: Forward | None = None,
-    batches: Callable[[int], Any] | Sequence[Any] = (None,),
     mask: Callable[[Any], Array] | None = None,
     check: Any = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -159,17 +155,16 @@ def refine(
     save: int = 25,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Store, Refined]:
-    """The store with refined factors of lower loss, at no more bytes; and the losses before and after.
+    """Refine a store so that the model's outputs with it diverge least; its bytes do not grow.
 
     Args:
-      store: plain or coded (made under a budget), with all its tasks.
-      collection: the adapters that it was made of.
-      calibration: second moments as in a calibration file, to refine the error of the modules' outputs;
-        None for the error of the weights.
-      forward: `(lora, batch) -> logits [..., V]` for one task, to refine the divergence of the model's
-        outputs.
-      batches: function step -> batch, or a sequence that is cycled through; every leaf has a leading task
-        axis. Unlabeled inputs, used only with `forward`.
+      store: plain or coded (made under a budget), all tasks of it.
+      collection: the adapters it was made of.
+      forward: `(lora, batch) -> logits [..., V]` for one task, `lora` module -> `(a: [I, S], b: [S, O])`.
+      batches: step -> batch, or a sequence that is gone through again and again; every leaf has a leading
+        task axis. Unlabeled inputs.
+      calibration: the second moments that the store was made with, if it was: what is stated of the errors of
+        the modules' outputs is then measured anew.
       mask: `batch -> [...]` bool, the predictions that count; None for all.
       check: the batch on which `before` and `after` are measured; None for the first.
       optimizer: any Optax optimizer; None for `default_optimizer(steps)`.
@@ -184,119 +179,68 @@ def refine(
       The refined store, or the given store if nothing was gained; and `Refined`.
 
     Raises:
-      HydraOptError: adapters that are not those of the store, no batches for `forward`, or a saved step that
-        cannot be read.
+      HydraOptError: adapters that are not those of the store, no batches, a store in several parts, or a
+        saved step that cannot be read.
     """
     ordered = in_order(store, collection)
-    if forward is not None and not callable(batches) and (not len(batches) or batches[0] is None):
-        raise HydraOptError("refine: a forward function needs batches of inputs")
+    if not callable(batches) and not len(batches):
+        raise HydraOptError("refine: needs batches of inputs")
     if any(x.references or x.removed for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     parts = [n for n, x in enumerate(store.segments) if x.modules]
-    if forward is not None and len(parts) > 1:
+    if len(parts) > 1:
         raise HydraOptError(
             "refine: a divergence needs all modules at once, and the store was coded in parts because it is "
-            "large: compress fewer tasks, or refine without a forward function"
+            "large: compress fewer tasks"
         )
     batch_at: Callable[[int], Any] = batches if callable(batches) else cycle(batches)
+    segments, (n,) = list(store.segments), parts
     given = Given(
         calibration=calibration,
-        forward=forward,
+        # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
+        loss=jax.tree_util.Partial(divergence(forward, mask, at_once=at_once)),
         batch_at=batch_at,
-        mask=mask,
         check=batch_at(0) if check is None else check,
         optimizer=accumulating(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate),
         steps=steps,
         accumulate=accumulate,
-        at_once=at_once,
+        folder=folder,
         save=save,
         progress=progress,
     )
-    segments, gains = list(store.segments), []
-    for n in parts:
-        part = segment_of(store, n, ordered)
-        where = folder if folder is None or len(parts) == 1 else folder / f"segment-{n}"
-        segments[n], found = refine_segment(*part, given, where)
-        gains.append((found, known(store.segments[n])))
-    if all(x is y for x, y in zip(segments, store.segments, strict=True)):
-        before = average([(x.before, w) for x, w in gains])
-        return store, Refined(before, before, gains[0][0].trace)
-    before, after = (average([(getattr(x, k), w) for x, w in gains]) for k in ("before", "after"))
-    account = {
-        "level": given.level,
-        "steps": steps,
-        "before": float(f"{before:.6g}"),
-        "after": float(f"{after:.6g}"),
-    }
+    segments[n], found = refine_segment(segments[n], ordered, given)
+    if segments[n] is store.segments[n]:
+        return store, found
+    account = {"steps": steps} | {k: float(f"{getattr(found, k):.6g}") for k in ("before", "after")}
     report = Static({**store.report, "refinement": account})
-    trace = np.mean([x.trace for x, _ in gains], 0)
-    return store.replace(segments=tuple(segments), report=report), Refined(before, after, trace)
+    return store.replace(segments=tuple(segments), report=report), found
 
 
 class Given(NamedTuple):
     """Arguments of `refine`; `optimizer` takes the batches of a step one by one."""
 
     calibration: Mapping[str, np.ndarray] | None
-    forward: Forward | None
+    loss: Any
     batch_at: Callable[[int], Any]
-    mask: Callable[[Any], Array] | None
     check: Any
     optimizer: optax.MultiSteps
     steps: int
     accumulate: int
-    at_once: int | None
+    folder: Path | None
     save: int
     progress: Callable[[float], None]
 
-    @property
-    def level(self) -> str:
-        """The kind of the loss: "weights", "activations" or "outputs"."""
-        if self.forward is not None:
-            return "outputs"
-        return "weights" if self.calibration is None else "activations"
 
-
-def known(segment: Segment) -> float:
-    """Number of (module, task) pairs whose errors a segment has."""
-    table = segment.error_table()
-    return 1.0 if table is None else float(np.isfinite(table).sum())
-
-
-def average(rows: Sequence[tuple[float, float]]) -> float:
-    """Weighted mean of `(value, weight)` rows."""
-    return float(np.average([x for x, _ in rows], weights=[w for _, w in rows]))
-
-
-def segment_of(
-    store: Store, n: int, ordered: Sequence[Adapter]
-) -> tuple[Segment, dict[str, Any], list[Adapter]]:
-    """A segment, its terms, and its tasks' adapters with only its modules."""
-    x = store.segments[n]
-    position = {a.task: a for a in ordered}
-    few = []
-    for task in x.tasks:
-        whole = position[task]
-        here = [m for m in x.modules if m in whole.a]
-        few.append(whole.replace(a={m: whole.a[m] for m in here}, b={m: whole.b[m] for m in here}, extras={}))
-    return x, segment_terms(x), few
-
-
-def refine_segment(
-    segment: Segment, kept: dict[str, Any], ordered: Sequence[Adapter], given: Given, folder: Path | None
-) -> tuple[Segment, Refined]:
-    """The refined segment, or the given one if nothing was gained; and the losses."""
+def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -> tuple[Segment, Refined]:
+    """Refine a segment of all modules and tasks; the same one where nothing was gained."""
+    kept = rounding.coded_terms(segment) if segment.coded else segment_terms(segment)
     metrics = {}
     if given.calibration is not None:
         shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items()}
         metrics = metrics_of(shapes, given.calibration)
-    loss: Any
-    if given.forward is None:
-        loss, measure, take = quadratic(metrics), value_of_weights, step_of_weights
-    else:
-        # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
-        loss = jax.tree_util.Partial(divergence(given.forward, given.mask, at_once=given.at_once))
-        measure = jax.jit(lambda *x: value(*x))
-        take = jax.jit(lambda *x: step(*x), static_argnums=0)
+    loss, folder = given.loss, given.folder
+    measure = jax.jit(lambda *x: value(*x))
+    take = jax.jit(lambda *x: step(*x), static_argnums=0)
     original, unit = originals(ordered), units(kept, segment.coded)
     if segment.coded:
         rounded, begin = rounding.coding(segment, kept), rounding.unrounded(kept, ordered, metrics)

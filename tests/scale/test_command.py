@@ -78,9 +78,6 @@ def test_a_dry_run_says_what_the_job_takes_and_writes_nothing(capsys, folders, t
     [
         (["--coordinator", "x:1"], "--processes"),
         (["--processes", "2"], "--coordinator"),
-        (["--budget", "0.5", "--refine", "2", "--dry-run"], "--dry-run: --refine"),
-        (["--budget", "0.5", "--refine", "2", "--skip-bad"], "--skip-bad: --refine"),
-        (["--budget", "1", "--refine", "2"], "--refine: a budget of 1 or more"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(capsys, folders, tmp_path, options, named):
