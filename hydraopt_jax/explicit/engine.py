@@ -1,4 +1,10 @@
-"""The engine of explicit forms: it solves group after group, and keeps each as a plain segment."""
+"""The engine of explicit forms: group after group, each kept as a plain segment as soon as it is done.
+
+Where segments and notes are kept, who waits for whom, progress and full tensors are those of
+`rate_control.engine`, see `rate_control.work` and `carried`. The loop is another one: a group is some modules
+of all tasks, solved once from sums that stream over them; a target's part is some modules of few tasks, coded
+again at every step until the whole meets the target. One loop for both would branch at each of its lines.
+"""
 
 import contextlib
 from collections.abc import Iterator, Mapping

@@ -3,7 +3,7 @@
 import numpy as np
 from plain_stores import plain_store
 
-from hydraopt_jax import store
+from hydraopt_jax import changes, compression, formats, store, synthetic
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.static import Static
 
@@ -49,3 +49,24 @@ def right(found, expected):
     return found.keys() == expected.keys() and all(
         abs(found[n] - x) < 1e-3 * max(1, abs(x)) for n, x in expected.items()
     )
+
+
+def write_trained(place):
+    """Write adapters of one base, one folder with a card, and their store, to which one was added."""
+    made = synthetic.collection(
+        5,
+        tasks=["one", "two|<b>/three", "a.b", "four"],
+        modules=synthetic.transformer_modules(2, 128, 64),
+        rank=4,
+        likeness=0.8,
+        dtype="float32",
+    )
+    known = []
+    for n, x in enumerate(made):
+        config = {**x.config, "base_model_name_or_path": "org/base-1b"}
+        formats.write_adapter(place / f"in{n}", x.replace(config=config))
+        known.append(formats.read_adapter(place / f"in{n}", task=x.task))
+    (place / "in0" / "README.md").write_text("---\nlicense: apache-2.0\n---\nOne.\n")
+    found = changes.add(compression.compress(known[:3], max_error=1e-5), known[3])
+    store.save(place / "s.safetensors", found)
+    store.save(place / "s", found)

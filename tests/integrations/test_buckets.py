@@ -94,7 +94,7 @@ def test_every_verb_takes_an_address(place, several, tmp_path, monkeypatch, caps
         ["unpack" if at.endswith("s") else "pack", at, other],
         ["pack" if at.endswith("s") else "unpack", other, f"here-{name}"],
         ["verify", other],
-        ["compress", *adapters, "--out", at, "--budget", "0.5", "--overwrite", "--refine", "2"],
+        ["compress", *adapters, "--out", at, "--budget", "0.5", "--overwrite"],
         ["verify", at, *adapters],
     ):
         status, said, error = run(capsys, *words, "--json")

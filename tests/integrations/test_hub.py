@@ -12,7 +12,7 @@ import pytest
 import served
 from hub_server import ROUTES, FileHandler, Hub, HubHandler, running
 
-from hydraopt_jax import changes, compression, formats, remote, store, synthetic
+from hydraopt_jax import formats, remote, store
 from hydraopt_jax.integrations.model_card import BEGIN, bytes_of_tasks
 from hydraopt_jax.store import sizes
 
@@ -101,23 +101,7 @@ def refused(run):
 def kept(tmp_path_factory):
     """A store of three tasks of one base, and one that was added; one of the folders has a card."""
     place = tmp_path_factory.mktemp("kept")
-    made = synthetic.collection(
-        5,
-        tasks=["one", "two|<b>/three", "a.b", "four"],
-        modules=synthetic.transformer_modules(2, 128, 64),
-        rank=4,
-        likeness=0.8,
-        dtype="float32",
-    )
-    known = []
-    for n, x in enumerate(made):
-        config = {**x.config, "base_model_name_or_path": "org/base-1b"}
-        formats.write_adapter(place / f"in{n}", x.replace(config=config))
-        known.append(formats.read_adapter(place / f"in{n}", task=x.task))
-    (place / "in0" / "README.md").write_text("---\nlicense: apache-2.0\n---\nOne.\n")
-    found = changes.add(compression.compress(known[:3], max_error=1e-5), known[3])
-    store.save(place / "s.safetensors", found)
-    store.save(place / "s", found)
+    served.write_trained(place)
     return place
 
 
