@@ -94,8 +94,7 @@ def compress_to_target(
     options = check_options(options)
     progress, processes = progress or Progress(), processes or Processes()
     parts = parts_of(found, segment_bytes)
-    beside = {"left_out": left_out, "provenance": provenance}
-    said = {k: dict(v) for k, v in beside.items() if v}
+    said = {k: dict(v) for k, v in (("left_out", left_out), ("provenance", provenance)) if v}
     task_weights(found.tasks, options)
     if options.calibration is not None:
         uncovered(found.shapes, options.calibration)
@@ -125,10 +124,9 @@ def compress_at_step(found: Collection, options: Options, place: Place, step: fl
     """A store of a collection at a given quantizer step, relative to the norm of a delta, without a target.
 
     Args:
-      found: the collection, with few parts.
-      options: without a target.
-      place: where segments are kept.
-      step: the step.
+      found: the collection, of one part or few.
+      options: all but the target.
+      place, step: where segments are kept, and the step.
     """
     parts = parts_of(found)
     heads, carried = full_tensors(found, options.extras_dtype, place, Processes(), apart=len(parts) != 1)
