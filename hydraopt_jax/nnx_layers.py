@@ -18,13 +18,13 @@ KERNELS = ("kernel", "w")
 
 
 def kernel_of(base: Any) -> Any:
-    """The variable of a layer's kernel; None where it has none."""
+    """The variable of a layer's kernel; None if it has none."""
     found = (getattr(base, name, None) for name in KERNELS)
     return next((x for x in found if isinstance(x, nnx.Variable)), None)
 
 
 def kernel_shape(base: Any) -> tuple[int, ...]:
-    """Shape of a layer's kernel, a stack's axis left out where the layer says so; () where it has none."""
+    """Shape of a layer's kernel, without a stacking axis if the layer says so; () if it has no kernel."""
     kernel = kernel_of(base)
     return tuple(getattr(base, "kernel_shape", () if kernel is None else kernel.get_value().shape))
 
@@ -39,7 +39,7 @@ def is_layer(base: Any) -> bool:
 
 
 def contraction(base: Any, x: Array, equation: str | None = None) -> tuple[Array, Callable[[Array], Array]]:
-    """`x` as rows `[..., I]` of a layer's matrix, and how rows `[..., O]` become the layer's output."""
+    """`x` as rows `[..., I]` of a layer's matrix; and a function from rows `[..., O]` to the output."""
     equation = equation or getattr(base, "einsum_str", None)
     if equation:
         lhs, kernel, out = labels(equation, x.ndim)
@@ -58,7 +58,7 @@ def contraction(base: Any, x: Array, equation: str | None = None) -> tuple[Array
 
 
 def labels(equation: str, ndim: int) -> tuple[str, str, str]:
-    """Labels of inputs, kernel and outputs, an ellipsis spelt out for an input of `ndim` axes.
+    """Labels of inputs, kernel and outputs, with an ellipsis expanded for an input of `ndim` axes.
 
     >>> labels("...D, DH -> ...H", 3)
     ('abD', 'DH', 'abH')
@@ -82,7 +82,7 @@ def roles(inputs: str, kernel: str, outputs: str) -> tuple[str, str, str]:
     if len(contracted) + len(made) != len(kernel):
         raise HydraOptError(
             f"einsum {inputs},{kernel}->{outputs}: a kernel axis is in inputs and outputs, or in neither, so "
-            "that the layer is no single matrix: leave it out of the patterns"
+            "that the layer is not a single matrix: leave it out of the patterns"
         )
     return free, contracted, made
 
@@ -102,14 +102,14 @@ def matrix(base: Any) -> tuple[int, int]:
         return math.prod(size[c] for c in contracted), math.prod(size[c] for c in made)
     if getattr(base, "batch_axis", None):
         raise HydraOptError(
-            f"a {type(base).__name__} with batch_axis is no single matrix: leave it out of the patterns"
+            f"a {type(base).__name__} with batch_axis is not a single matrix: leave it out of the patterns"
         )
     inputs, outputs = (np.atleast_1d(x).tolist() for x in (base.in_features, base.out_features))
     return math.prod(inputs), math.prod(outputs)
 
 
 def dotted(path: Path) -> str:
-    """A module's path as its name.
+    """The dotted name of a module's path.
 
     >>> dotted(("layers", 0, "q_proj"))
     'layers.0.q_proj'
@@ -118,7 +118,7 @@ def dotted(path: Path) -> str:
 
 
 def replace(model: nnx.Module, path: Path, new: nnx.Module) -> None:
-    """Put a module in the place of another."""
+    """Replace the module at a path."""
     *parents, last = path
     parent: Any = model
     for key in parents:

@@ -96,7 +96,7 @@ def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None)
 
 
 def as_it_came(new: Adapter) -> Segment:
-    """The task of a lossless store."""
+    """The segment of a new task in a lossless store."""
     rows = {n: [raw_of(new, n)] for n, a in new.a.items() if a.shape[1]}
     modules, errors, _ = lossless.modules_of(rows)
     shapes, leaves = plain.to_leaves(modules)

@@ -44,7 +44,7 @@ def in_memory(given: Sequence[Adapter]) -> Collection:
 
 
 def raw_of(adapter: Adapter, module: str) -> Raw:
-    """A module's factors in the narrowest form that gives `adapter.a` and `adapter.b` back bit for bit.
+    """A module's factors in the narrowest dtype that restores `adapter.a` and `adapter.b` bit for bit.
 
     `b` is `fl(B * scale)` in float32 where a reader folded the scale into it. Of a half-precision B, which
     has half of float32's digits, rounding `b / scale` gives B itself; whatever came, it is checked.
@@ -64,7 +64,7 @@ def raw_of(adapter: Adapter, module: str) -> Raw:
 
 
 def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`x` in a narrower dtype where that loses nothing, else as it is."""
+    """`x` in a narrower dtype if that is lossless, else unchanged."""
     if np.dtype(dtype).itemsize >= x.dtype.itemsize:
         return x
     with np.errstate(all="ignore"):
@@ -73,5 +73,5 @@ def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether arrays of one dtype are equal bit for bit: also the signs of zeros."""
+    """Whether arrays of one dtype are equal bit for bit, including signs of zeros."""
     return x.dtype == y.dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()

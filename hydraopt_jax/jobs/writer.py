@@ -72,7 +72,7 @@ class Writer:
         return self.child
 
     def write(self, segment: Segment, name: str, zstd: bool) -> dict[str, Any]:
-        """Write a segment; the row of the manifest, see `folder.write_segment`.
+        """Write a segment and return its manifest row, see `folder.write_segment`.
 
         Raises:
           OSError: the write failed.

@@ -80,8 +80,7 @@ def compress_to_target(
       options: the target.
       place: where segments are kept; existing segments are not made again.
       left_out, provenance: for the report, see `compression.compress`.
-      progress: callbacks for progress.
-      processes: the processes of the job; all return the same store.
+      progress, processes: see `rate_control.work`; all processes return the same store.
       segment_bytes: half-precision bytes of the factors that are coded together.
       cache: analyses of a small collection, reusable for other targets with the same weights.
 
@@ -188,8 +187,7 @@ def passes(
                 assert draft is not None
                 made[chosen] = store = finished(run, numbers[chosen], draft, place, bias)
                 drafted = done[chosen]
-                again = pass_of(drafted.step, store, goal, place)
-                done[chosen] = again._replace(forms=drafted.forms)
+                done[chosen] = pass_of(drafted.step, store, goal, place)._replace(forms=drafted.forms)
                 if done[chosen].miss > 0 and goal.sign < 0:
                     # names and headers are longer than they were counted
                     short = max(done[chosen].value - drafted.value, 0) + SPARE

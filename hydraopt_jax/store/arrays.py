@@ -17,7 +17,7 @@ CACHE_BYTES = 1 << 24
 
 @functools.cache
 def shared_context() -> Any:
-    """What all open arrays of this process share: the chunks that stay in memory once they were read."""
+    """The TensorStore context that all open arrays of this process share, with one cache of chunks."""
     import tensorstore
 
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
@@ -49,7 +49,7 @@ def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any
 def run_reader(
     path: Any, entry: Entry, sizes: Sequence[int], opened: Callable[[int], Any]
 ) -> Callable[[int, int], np.ndarray]:
-    """As `reader`, from the sizes of the arrays and a function that opens each."""
+    """The function of `reader`, from the sizes of the arrays and a function that opens each of them."""
     starts = list(itertools.accumulate(sizes, initial=0))
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -71,14 +71,14 @@ def run_reader(
 
 
 def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
-    """The error for an array that TensorStore does not read: a damaged store, or a service that fails."""
+    """The error for an array that TensorStore cannot read: a damaged store or a failed service."""
     if isinstance(path, str) and (meant := buckets.meaning(error)):
         return HydraOptError(f"{path}: {what}: {meant}")
     return damaged(path, f"{what} ({' '.join(str(error).split())[:120]})")
 
 
 def held(total: int, sizes: Sequence[int]) -> bool:
-    """Whether arrays are those of a run of so many bytes: the last one may have some more.
+    """Whether array sizes fit a run of so many bytes; the last array may be longer.
 
     >>> held(10, [4, 8]), held(10, [4, 4]), held(3, [4, 4])
     (True, False, False)
