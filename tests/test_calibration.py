@@ -63,6 +63,18 @@ def test_a_partial_calibration_falls_back_to_errors_of_weights(made):
     np.testing.assert_allclose(part.output_errors[1:], part.errors[1:], rtol=1e-2)
 
 
+def test_a_diagonal_moment_is_the_matrix_it_stands_for_without_a_decomposition(made, monkeypatch):
+    diagonal = {n: np.diag(moment(0, i)).copy() for n, (i, _) in SHAPES.items()}
+    diagonal |= {f"{n}:output": np.diag(moment(1, o)).copy() for n, (_, o) in SHAPES.items()}
+    whole = compression.compress(
+        made, max_error=0.02, calibration={n: np.diag(x) for n, x in diagonal.items()}
+    )
+    monkeypatch.setattr(np.linalg, "eigh", None)
+    found = compression.compress(made, max_error=0.02, calibration=diagonal)
+    np.testing.assert_allclose(found.output_errors, whole.output_errors, rtol=0.05)
+    np.testing.assert_allclose(found.errors, whole.errors, rtol=0.05)
+
+
 def test_half_of_the_output_moments_count_as_the_others_do_on_average():
     known = {n: moment(0, i) for n, (i, _) in SHAPES.items()}
     known |= {"layers.0.q:output": moment(1, 8, 2.0), "layers.1.q:output": moment(1, 8, 8.0)}
@@ -70,7 +82,7 @@ def test_half_of_the_output_moments_count_as_the_others_do_on_average():
     found = metrics.metrics_of(SHAPES, known)
     scales = [found[n][1].scale for n in SHAPES]
     assert scales[2] == pytest.approx(np.sqrt(scales[0] * scales[1]), rel=1e-5)
-    np.testing.assert_array_equal(found["layers.1.k"][1].root, np.eye(12))
+    np.testing.assert_array_equal(found["layers.1.k"][1].weigh(np.eye(12)), np.eye(12))
     # module by module as all at once
     for n, shape in SHAPES.items():
         assert metrics.metrics_of({n: shape}, known)[n][1].scale == found[n][1].scale

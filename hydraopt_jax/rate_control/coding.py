@@ -66,9 +66,9 @@ def solve_gains(
     a = np.concatenate([np.asarray(x.a, np.float64)[np.maximum(x.a_of, 0)] for x in terms], 2)
     b = np.concatenate([np.asarray(x.b, np.float64)[np.maximum(x.b_of, 0)] for x in terms], 1)
     if metrics[0] is not None:
-        a = metrics[0].root @ a
+        a = metrics[0].weigh(a)
     if metrics[1] is not None:
-        b = b @ metrics[1].root
+        b = metrics[1].weigh_rows(b)
     a, b = a * live[:, None, :], b * live[:, :, None]
     gram = (a.swapaxes(1, 2) @ a) * (b @ b.swapaxes(1, 2))
     left, right = np.asarray(deltas.u * deltas.s[:, None, :]), np.asarray(deltas.v)

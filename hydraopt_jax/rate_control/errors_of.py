@@ -87,9 +87,9 @@ def module_errors(
             raise HydraOptError(f"{adapter.task!r}: {name} has another shape in the store")
         left, right = (metrics or {}).get(name, (None, None))
         if left is not None:
-            a, a_hat = left.root @ a, left.root @ a_hat
+            a, a_hat = left.weigh(a), left.weigh(a_hat)
         if right is not None:
-            b, b_hat = b @ right.root, b_hat @ right.root
+            b, b_hat = right.weigh_rows(b), right.weigh_rows(b_hat)
         out[name] = relative_error(a, b, a_hat, b_hat)
     return out
 

@@ -25,18 +25,29 @@ class Metric(NamedTuple):
 
     Attributes:
       values: `[n]` eigenvalues.
-      vectors: `[n, n]` eigenvectors.
+      vectors: `[n, n]` eigenvectors; None for a diagonal moment, whose eigenvectors are the axes.
       scale: mean eigenvalue of the moment itself.
     """
 
     values: np.ndarray
-    vectors: np.ndarray
+    vectors: np.ndarray | None
     scale: float
 
-    @property
-    def root(self) -> np.ndarray:
-        """The symmetric square root `[n, n]`, the map to coordinates of equal weight."""
-        return (self.vectors * np.sqrt(self.values)) @ self.vectors.T
+    def along(self, x: np.ndarray) -> np.ndarray:
+        """Coefficients `[..., n, S]` of vectors along the eigenvectors."""
+        return x if self.vectors is None else self.vectors.T @ x
+
+    def back(self, x: np.ndarray) -> np.ndarray:
+        """Vectors `[..., n, S]` with given coefficients along the eigenvectors."""
+        return x if self.vectors is None else self.vectors @ x
+
+    def weigh(self, x: np.ndarray) -> np.ndarray:
+        """Vectors `[..., n, S]` in the coordinates of equal weight: the symmetric square root times `x`."""
+        return self.back(np.sqrt(self.values)[:, None] * self.along(x))
+
+    def weigh_rows(self, x: np.ndarray) -> np.ndarray:
+        """`weigh` of row vectors `[..., S, n]`."""
+        return self.weigh(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 Metrics = tuple[Metric | None, Metric | None]
@@ -55,12 +66,11 @@ def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
     """
     if metric is None:
         return a
-    parts = metric.vectors.T @ a
-    plain = parts / np.sqrt(metric.values)[:, None]
+    plain = metric.along(a) / np.sqrt(metric.values)[:, None]
     variance = np.maximum((plain**2).mean(-2, keepdims=True), 1e-9)
     ridge = encode.MULTIPLIER / (2 * np.log(2) * variance)
     values = metric.values[:, None]
-    return (metric.vectors @ (plain * values / (values + ridge))).astype(np.float32)
+    return metric.back(plain * values / (values + ridge)).astype(np.float32)
 
 
 # the ridge of `unweigh` at a few bits per coefficient, for choices before a step is known
@@ -71,23 +81,25 @@ def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
     """Unit vectors `[M, T, I, R]` of M modules, approximately as `unweigh` will return them."""
     if metrics[0] is None:
         return x
-    filters = [
-        (y.vectors * (np.sqrt(y.values) / (y.values + USUAL_RIDGE))) @ y.vectors.T for y in metrics if y
-    ]
-    return np.einsum("mij,mtjr->mtir", np.stack(filters).astype(np.float32), x, optimize=True)
+    gains = [(np.sqrt(y.values) / (y.values + USUAL_RIDGE))[:, None] for y in metrics if y]
+    filtered = [y.back(g * y.along(z)) for y, g, z in zip(metrics, gains, x, strict=True) if y]
+    return np.stack(filtered).astype(np.float32)
 
 
 def metric(moment: np.ndarray, name: str, size: int) -> Metric:
     """The metric of a second moment, with a small ridge so that errors in unseen directions count too."""
     moment = np.asarray(moment, np.float64)
-    moment = np.diag(moment) if moment.ndim == 1 else moment
-    if moment.shape != (size, size):
+    diagonal = moment.ndim == 1
+    if moment.shape != ((size,) if diagonal else (size, size)):
         raise HydraOptError(
             f"calibration: {name} has shape {list(moment.shape)}, its module needs {[size, size]}"
         )
-    if not np.isfinite(moment).all() or not np.trace(moment) > 0:
+    total = float(moment.sum() if diagonal else np.trace(moment))
+    if not np.isfinite(moment).all() or not total > 0:
         raise HydraOptError(f"calibration: {name} is not a second moment (NaN, infinite or zero)")
-    scale = float(np.trace(moment)) / size
+    scale = total / size
+    if diagonal:
+        return Metric(np.maximum(moment / scale, 0) + 1e-4, None, scale)
     values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
     return Metric(np.maximum(values, 0) + 1e-4, vectors, scale)
 
@@ -138,7 +150,7 @@ def metrics_of(
     def side(name: str, size: int) -> Metric:
         if name in calibration:
             return metric(calibration[name], name, size)
-        return Metric(np.ones(size), np.eye(size), usual_scale(calibration, name.endswith(OUTPUT)))
+        return Metric(np.ones(size), None, usual_scale(calibration, name.endswith(OUTPUT)))
 
     return {
         n: (side(n, inputs), side(n + OUTPUT, outputs) if both else None)
@@ -172,11 +184,9 @@ def weighed(
     metrics: Mapping[str, Metrics], modules: Sequence[str], a: np.ndarray, b: np.ndarray
 ) -> tuple[jnp.ndarray, jnp.ndarray]:
     """Factors `[M, T, I, R]` and `[M, T, R, O]` in the metrics' coordinates."""
-    for side in (0, 1):
-        chosen = [metrics[n][side] if n in metrics else None for n in modules]
-        roots = [x.root.astype(np.float32) for x in chosen if x is not None]
-        if roots and side == 0:
-            a = np.einsum("mij,mtjr->mtir", np.stack(roots), a, optimize=True)
-        elif roots:
-            b = np.einsum("mtro,mop->mtrp", b, np.stack(roots), optimize=True)
+    left, right = ([metrics[n][side] if n in metrics else None for n in modules] for side in (0, 1))
+    a = np.stack([x if y is None else y.weigh(x).astype(np.float32) for x, y in zip(a, left, strict=True)])
+    b = np.stack(
+        [x if y is None else y.weigh_rows(x).astype(np.float32) for x, y in zip(b, right, strict=True)]
+    )
     return jnp.asarray(a), jnp.asarray(b)

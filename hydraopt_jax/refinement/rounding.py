@@ -218,18 +218,17 @@ def unrounded(
     out: dict[str, tuple[Factors, ...]] = {}
     for name, terms in kept.items():
         sides = metrics.get(name, (None, None))
-        inputs, outputs = (1.0 if x is None else x.root for x in sides)
+        inputs, outputs = ((lambda x: x) if y is None else y.weigh for y in sides)
         rebuilt = []
         for k, term in enumerate(terms):
             rest = [
                 residual(adapter, name, terms, skip=k, task=t) if term.a_of[t] >= 0 else None
                 for t, adapter in enumerate(collection)
             ]
-            rest = [None if x is None else (np.dot(inputs, x[0]), np.dot(x[1], outputs)) for x in rest]
+            rest = [None if x is None else (inputs(x[0]), outputs(x[1].T).T) for x in rest]
             flipped = [None if x is None else (x[1].T, x[0].T) for x in rest]
             a, b = np.asarray(term.a, np.float64), np.asarray(term.b, np.float64).swapaxes(1, 2)
-            seen_a = a if sides[0] is None else inputs @ a
-            seen_b = b if sides[1] is None else outputs @ b
+            seen_a, seen_b = inputs(a), outputs(b)
             core, a_of, b_of = np.asarray(term.core, np.float64), np.asarray(term.a_of), np.asarray(term.b_of)
             new_a = solve_side(rest, a_of, len(a), seen_b.swapaxes(1, 2), b_of, core)
             new_b = solve_side(flipped, b_of, len(b), seen_a.swapaxes(1, 2), a_of, core)
