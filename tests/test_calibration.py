@@ -1,6 +1,7 @@
 """Second moments: accumulation is the definition, files come back."""
 
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,11 @@ def test_unreadable_file_is_one_line(tmp_path, content):
         where.write_bytes(data)
     with pytest.raises(HydraOptError, match="calibration file"):
         calibration.load(path)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(HydraOptError, match=r"none/c\.safetensors: cannot be written: No such file or dir"):
+        calibration.save(tmp_path / "none" / "c.safetensors", {"q": np.eye(2)})
 
 
 SHAPES = {"layers.0.q": (12, 8), "layers.1.q": (12, 8), "layers.1.k": (8, 12)}
@@ -135,3 +141,25 @@ def test_a_task_that_is_added_says_what_the_calibration_lacks(made, tmp_path, ca
     assert line in " ".join(said.split())
     status, said, error = run(capsys, "inspect", store, "--json")
     assert json.loads(said)["uncalibrated"] == ["layers.2.v"]
+
+
+@pytest.mark.parametrize(
+    ("text", "out", "said"),
+    [
+        ("none.txt", "c", "none.txt: cannot be read: No such file or directory: give a text file in UTF-8"),
+        ("latin.txt", "c", "latin.txt: cannot be read: 'utf-8' codec can't decode"),
+        ("text.txt", "text.txt", "text.txt: exists; choose another --out or give --overwrite"),
+        ("text.txt", "none/c", "none/c: there is no such folder"),
+        ("text.txt", "c", "model: needs PyTorch, transformers and PEFT: install the peft extra"),
+    ],
+)
+def test_the_command_that_calibrates_refuses_in_one_line(tmp_path, monkeypatch, capsys, text, out, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
+    (tmp_path / "text.txt").write_text("some text")
+    status, shown, error = run(capsys, "calibrate", "model", text, "--out", out)
+    assert (status, shown) == (2, "")
+    assert said in error
+    assert error.count("\n") == 1
+    assert {x.name for x in tmp_path.iterdir()} == {"latin.txt", "text.txt"}

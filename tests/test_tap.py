@@ -187,3 +187,15 @@ def test_what_it_gives_is_a_calibration(model, batches, tmp_path):
     store = hydra.compress(made, max_error=0.05, calibration=calibration.load(tmp_path / "c.safetensors"))
     assert store.output_errors.shape == (2, 2)
     assert "uncalibrated" not in store.report
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_modules_that_share_a_kernel_have_its_inputs_and_their_own_outputs(model, batches, diagonal):
+    shared = lambda path: ("left", "right") if path == "layers.0.q" else path  # noqa: E731
+    given = {"outputs": True, "diagonal": diagonal}
+    whole = calibration.collect(model, batches, modules=["layers.0.q"], **given)
+    parts = calibration.collect(model, batches, modules=["right"], rename=shared, **given)
+    for n, name in enumerate(("left", "right")):
+        np.testing.assert_array_equal(parts[name], whole["layers.0.q"])
+        own = (slice(n * HEAD, (n + 1) * HEAD),) * (1 if diagonal else 2)
+        np.testing.assert_array_equal(parts[f"{name}:output"], whole["layers.0.q:output"][own])

@@ -1,6 +1,7 @@
 """Calibration: second moments that turn errors of weights into errors of the model's outputs.
 
-`moments` is what they are and the file that they are kept in; `tap` gathers them from a Flax NNX model.
+`moments` is what they are and the file that they are kept in; `tap` gathers them from a Flax NNX model,
+and `hooks` from one of PyTorch.
 """
 
 from typing import Any

@@ -15,8 +15,9 @@ arXiv 1503.05671.
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats.tensor_files import write_tensors
+from hydraopt_jax.formats.families import Name
+from hydraopt_jax.formats.tensor_files import one_line, write_tensors
+from hydraopt_jax.formats.trees import near
 from hydraopt_jax.linalg.decompose import matmul
 
 # suffix of a module's name for the moment of the gradients at its outputs
@@ -74,9 +77,108 @@ def mean(moment: Moment) -> Array:
     return moment.total / jnp.maximum(moment.count, 1.0)
 
 
+class Seen(NamedTuple):
+    """What a layer of a model has seen.
+
+    Attributes:
+      total: `[I, I]` sum of `x x.T` over its inputs, or the `[I]` diagonal.
+      count: how many inputs.
+      outputs: as `total`, of the gradients at its outputs; None where they were not gathered.
+    """
+
+    total: np.ndarray
+    count: float  # type: ignore[assignment]
+    outputs: np.ndarray | None = None
+
+
+def averaged(seen: Mapping[str, Seen], names: Mapping[str, Name], named: bool) -> dict[str, np.ndarray]:
+    """Second moments by module's name, from what a model's layers have seen.
+
+    Args:
+      seen: path of a layer -> its sums.
+      names: path of a layer -> the module's name, or those of modules that share its kernel, one after
+        another along its outputs.
+      named: whether the layers were asked for: one that was never called is an error then.
+
+    Raises:
+      HydraOptError: a named layer that was never called, no layer that was, or numbers that are not finite.
+    """
+    largest = max(x.count for x in seen.values())
+    out: dict[str, np.ndarray] = {}
+    for path, name in names.items():
+        x, shared = seen[path], name if isinstance(name, tuple) else (name,)
+        if not x.count:
+            if named:
+                raise HydraOptError(f"{path}: forward never calls it: leave it out of modules")
+            continue
+        for n, one in enumerate(shared):
+            out[one] = x.total / x.count
+            if x.outputs is not None:
+                width = len(x.outputs) // len(shared)
+                part = (slice(n * width, (n + 1) * width),) * x.outputs.ndim
+                # in the same units for all: per input of the batch
+                out[one + OUTPUT] = x.outputs[part] / largest
+            for key in (one, one + OUTPUT):
+                if key in out and not np.isfinite(out[key]).all():
+                    raise HydraOptError(f"{path}: the model's numbers there are not finite")
+    if not out:
+        raise HydraOptError("forward calls no layer that is tapped: nothing was collected")
+    return out
+
+
+def chosen(
+    paths: Iterable[str], modules: Iterable[str] | None, rename: Callable[[str], Name]
+) -> dict[str, Name]:
+    """Path -> module's name of the layers to look at.
+
+    Raises:
+      HydraOptError: a module without a layer (near paths are listed), or no layer.
+    """
+    names = {path: rename(path) for path in paths}
+    if modules is not None:
+        wanted = set(modules)
+        each = {path: {name} if isinstance(name, str) else set(name) for path, name in names.items()}
+        for name in sorted(wanted.difference(*each.values())):
+            raise HydraOptError(
+                f"{name}: the model has no such layer (near paths are "
+                f"{near(name, names)}): give rename, from the model's paths to the adapters' names"
+            )
+        names = {path: name for path, name in names.items() if each[path] & wanted}
+    if not names:
+        raise HydraOptError("the model has no layer of one kernel: there is nothing to collect")
+    return names
+
+
+def aligned(shape: tuple[int, ...], lead: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Shape in which a mask of a batch broadcasts to the leading axes of a layer's inputs.
+
+    >>> aligned((2, 5), (2, 5, 3), "q"), aligned((2, 5), (10,), "q"), aligned((), (2, 5), "q")
+    ((2, 5, 1), (10,), (1, 1))
+
+    Raises:
+      HydraOptError: the inputs are not laid out as the batch is.
+    """
+    if shape and math.prod(shape) == math.prod(lead):
+        return lead
+    if shape != lead[: len(shape)]:
+        raise HydraOptError(
+            f"{name}: the mask has shape {list(shape)}, the layer's inputs {list(lead)}: leave the "
+            "layer out of modules, or give no mask"
+        )
+    return (*shape, *[1] * (len(lead) - len(shape)))
+
+
 def save(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) -> None:
-    """Write second moments, module name -> `[I, I]` or `[I]`."""
-    write_tensors(Path(path), {k: np.ascontiguousarray(v, np.float32) for k, v in moments.items()})
+    """Write second moments, module name -> `[I, I]` or `[I]`.
+
+    Raises:
+      HydraOptError: the file cannot be written; there is then nothing of it.
+    """
+    try:
+        write_tensors(Path(path), {k: np.ascontiguousarray(v, np.float32) for k, v in moments.items()})
+    except (OSError, SafetensorError) as error:
+        what = one_line(getattr(error, "strerror", None) or error)
+        raise HydraOptError(f"{path}: cannot be written: {what}: give another file") from error
 
 
 def digest(moments: Mapping[str, np.ndarray]) -> str:

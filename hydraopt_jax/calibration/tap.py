@@ -1,4 +1,6 @@
-"""Second moments of a Flax NNX model's layer inputs, and of the gradients at the layer outputs.
+"""Second moments of a model's layer inputs, and of the gradients at the layer outputs.
+
+This module is for Flax NNX; `hooks` does the same for PyTorch.
 
 The model is copied; the copy shares its arrays. In the copy each layer is replaced by one that also adds
 `x.T @ x` to a sum. For output gradients, each layer also passes its output through an identity whose second
@@ -15,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from hydraopt_jax.calibration.moments import OUTPUT
+from hydraopt_jax.calibration import hooks
+from hydraopt_jax.calibration.moments import Seen, aligned, averaged, chosen
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats.trees import near
+from hydraopt_jax.formats.families import Name
 from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.nnx_layers import (
     contraction,
@@ -76,14 +79,7 @@ def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
       HydraOptError: the leading axes of the rows are not those of the batch.
     """
     counted = jnp.asarray(counted, jnp.float32)
-    if counted.size == np.prod(lead) and counted.ndim:
-        return counted.reshape(lead)
-    if counted.shape != lead[: counted.ndim]:
-        raise HydraOptError(
-            f"{name}: the mask has shape {list(counted.shape)}, the layer's inputs {list(lead)}: leave the "
-            "layer out of modules, or give no mask"
-        )
-    return jnp.broadcast_to(counted.reshape(*counted.shape, *[1] * (len(lead) - counted.ndim)), lead)
+    return jnp.broadcast_to(counted.reshape(aligned(counted.shape, lead, name)), lead)
 
 
 def second(rows: Array, weights: Array, ndim: int) -> Array:
@@ -125,10 +121,10 @@ def output_rows(base: Any, y: Array, ndim: int, equation: str | None) -> Array:
 def tapped(
     model: nnx.Module,
     modules: Iterable[str] | None,
-    rename: Callable[[str], str],
+    rename: Callable[[str], Name],
     diagonal: bool,
     outputs: bool,
-) -> tuple[nnx.Module, dict[str, str]]:
+) -> tuple[nnx.Module, dict[str, Name]]:
     """A copy of a model with accumulating layers, arrays shared; and path -> module name of each layer.
 
     Raises:
@@ -136,17 +132,7 @@ def tapped(
     """
     copy = nnx.merge(*nnx.split(model), copy=True)
     layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(copy) if is_layer(x)}
-    names = {path: rename(path) for path in layers}
-    if modules is not None:
-        wanted = set(modules)
-        for name in sorted(wanted - set(names.values())):
-            raise HydraOptError(
-                f"{name}: the model has no such layer (near paths are "
-                f"{near(name, layers)}): give rename, from the model's paths to the adapters' names"
-            )
-        names = {path: name for path, name in names.items() if name in wanted}
-    if not names:
-        raise HydraOptError("the model has no layer of one kernel: there is nothing to collect")
+    names = chosen(layers, modules, rename)
     counted = Counted(jnp.ones(()))
     for path in names:
         keys, base = layers[path]
@@ -156,7 +142,7 @@ def tapped(
                 f"{path}: its kernel has shape {list(shape)}, layers stacked by scan or vmap: collect "
                 "from the model with its layers one by one"
             )
-        replace(copy, keys, Tapped(base, names[path], counted, diagonal, outputs))
+        replace(copy, keys, Tapped(base, path, counted, diagonal, outputs))
     return copy, names
 
 
@@ -168,31 +154,38 @@ def kernel_axes(base: Any) -> int:
 
 
 def collect(
-    model: nnx.Module,
+    model: Any,
     batches: Iterable[Any],
     *,
-    forward: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
-    mask: Callable[[Any], Array] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     modules: Iterable[str] | None = None,
-    rename: Callable[[str], str] = lambda path: path,
+    rename: Callable[[str], Name] = lambda path: path,
     diagonal: bool = False,
     outputs: bool = False,
     key: Array | None = None,
 ) -> dict[str, np.ndarray]:
-    """Second moments of the inputs of a Flax NNX model's layers, for `save` and `compress(calibration=)`.
+    """Second moments of the inputs of a model's layers, for `save` and `compress(calibration=)`.
 
-    The model is not changed. Its `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` layers are observed. Each
-    takes `[I, I]` float32 on the device (`[I]` with `diagonal`), with `outputs` also `[O, O]` (or `[O]`).
+    The model is not changed. Of a Flax NNX model the `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum`
+    layers are observed; of a PyTorch model the layers that PEFT adapts, or, without any, all linear layers
+    except the output head. Each takes `[I, I]` float32 on the device (`[I]` with `diagonal`), with `outputs`
+    also `[O, O]` (or `[O]`).
 
     Args:
-      model: in inference mode: no dropout, and caches large enough for the batches.
-      batches: inputs of `forward`; each shape is compiled once. Some thousand tokens that are typical of use
-        suffice; labels are not needed.
-      forward: `(model, batch) -> logits`, traced by jit.
-      mask: batch -> `[...]` bool, the tokens that count, with the leading axes of the layers' inputs; None
-        for all.
+      model: a Flax NNX model in inference mode: no dropout, and caches large enough for the batches. Or a
+        PyTorch model, such as one of PEFT or transformers, which is evaluated without dropout.
+      batches: inputs of `forward`; Flax compiles each shape once. Some thousand tokens that are typical of
+        use suffice; labels are not needed. With PyTorch the iterator may call `model.set_adapter` between
+        batches, so that each task's text is seen with its own adapter.
+      forward: `(model, batch) -> logits`, in Flax traced by jit. None: `model(batch)`, in PyTorch
+        `model(**batch)` if the batch is a mapping.
+      mask: batch -> `[...]` bool, the tokens that count, with the leading axes of the layers' inputs. None:
+        all tokens, in PyTorch those of a mapping's `attention_mask`.
       modules: names of the modules to observe, such as those of an adapter or a store; None for every layer.
-      rename: the model's path of a layer (`"layers.0.q_proj"`) -> the adapters' name of the module.
+      rename: the model's path of a layer (`"layers.0.q_proj"`) -> the adapters' name of the module, or a
+        tuple of names if modules share the kernel, see `serving.wrap`. Layers that PEFT wraps already have
+        the names of its adapters.
       diagonal: keep only variances: much smaller, but ignores correlations between inputs.
       outputs: gather `NAME:output` as well: gradients of the log-likelihood of labels that are drawn from the
         model's predictions, so that errors are weighted by their effect on the model's outputs. `forward`
@@ -207,6 +200,10 @@ def collect(
       HydraOptError: a module without a layer (near paths are listed), a mask that does not fit, no batches.
     """
     key = jax.random.key(0) if key is None else key
+    if hooks.is_torch(model):
+        seed = int(jax.random.bits(key))
+        return hooks.collect(model, batches, forward, mask, modules, rename, diagonal, outputs, seed)
+    run_model = forward or (lambda model, batch: model(batch))
     copy, names = tapped(model, modules, rename, diagonal, outputs)
     graph, *states = nnx.split(copy, Cell, Sum, ...)
     cells, sums, rest = states
@@ -216,7 +213,7 @@ def collect(
         for _, x in nnx.iter_modules(again):
             if isinstance(x, Tapped):
                 x.counted.set_value(counts)
-        logits = forward(again, batch)
+        logits = run_model(again, batch)
         value = likelihood(logits, counts, key) if outputs else jnp.zeros(())
         return value, nnx.state(again, Sum)
 
@@ -234,7 +231,7 @@ def collect(
         seen += 1
     if not seen:
         raise HydraOptError("there are no batches: nothing was collected")
-    return moments(nnx.merge(graph, found, sums, rest, copy=True), names, modules is not None)
+    return averaged(sums_of(nnx.merge(graph, found, sums, rest, copy=True)), names, modules is not None)
 
 
 def likelihood(logits: Array, counts: Array, key: Array) -> Array:
@@ -245,29 +242,12 @@ def likelihood(logits: Array, counts: Array, key: Array) -> Array:
     return (picked * weigh(counts, picked.shape, "the model's output")).sum()
 
 
-def moments(model: nnx.Module, names: dict[str, str], named: bool) -> dict[str, np.ndarray]:
-    """Module name -> second moment, from the layers of a tapped model.
-
-    Raises:
-      HydraOptError: a named layer that was never called, or numbers that are not finite.
-    """
-    layers = {dotted(path): x for path, x in nnx.iter_modules(model) if isinstance(x, Tapped)}
-    counts = {path: float(layers[path].sum.get_value()[1]) for path in names}
-    largest = max(counts.values())
+def sums_of(model: nnx.Module) -> dict[str, Seen]:
+    """Path -> accumulated sums, of the layers of a tapped model."""
     out = {}
-    for path, name in names.items():
-        if not counts[path]:
-            if named:
-                raise HydraOptError(f"{path}: forward never calls it: leave it out of modules")
-            continue
-        out[name] = np.asarray(layers[path].sum.get_value()[0]) / counts[path]
-        cell = layers[path].cell
-        if cell is not None:
-            # in the same units for all: per input of the batch
-            out[name + OUTPUT] = np.asarray(cell.get_value()) / largest
-        for key in (name, name + OUTPUT):
-            if key in out and not np.isfinite(out[key]).all():
-                raise HydraOptError(f"{path}: the model's numbers there are not finite")
-    if not out:
-        raise HydraOptError("forward calls no layer that is tapped: nothing was collected")
+    for path, x in nnx.iter_modules(model):
+        if isinstance(x, Tapped):
+            total, count = x.sum.get_value()
+            outputs = None if x.cell is None else np.asarray(x.cell.get_value())
+            out[dotted(path)] = Seen(np.asarray(total), float(count), outputs)
     return out

@@ -21,6 +21,7 @@ VERBS = {
     "unpack": ("stores", "unpack", "Write a store as a folder."),
     "push": ("hub", "push", "Write a store to the Hugging Face hub."),
     "pull": ("hub", "pull", "Write a store of the hub to disk."),
+    "calibrate": ("calibrate", "calibrate", "Gather second moments for --calibration."),
     "convert": ("convert", "convert", "Convert an adapter between PEFT, Tunix, MaxText and gemma."),
     "demo": ("collections", "demo", "Forty trained adapters at three budgets."),
 }

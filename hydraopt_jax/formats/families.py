@@ -11,6 +11,9 @@ models made by google-tunix 0.1.7 with qwix 0.1.8, MaxText 0.2.5 and gemma 3.3.0
 
 from typing import NamedTuple
 
+# of a layer: the module's name, or those of modules that share its kernel, side by side along its outputs
+Name = str | tuple[str, ...]
+
 
 class Row(NamedTuple):
     """One module.
@@ -136,6 +139,8 @@ _MAXTEXT_LLAMA = (
     _KEY._replace(interleaved=True),
     *_OTHERS,
 )
+# experts have no LoRA: qwix adapts no kernel that is stacked over them
+_MAXTEXT_MIXTRAL = (_QUERY._replace(scaled=True), _KEY, *(x for x in _OTHERS if "mlp" not in x.path))
 _MAXTEXT_GEMMA2 = (_QUERY._replace(scaled=True), _KEY, *_OTHERS)
 
 _OF_TUNIX = Table(_TUNIX, "layers/{n}")
@@ -152,6 +157,9 @@ FAMILIES: dict[str, dict[str, Table]] = {
     "qwen": {
         "tunix": _OF_TUNIX,
         "maxtext": Table(_MAXTEXT, "decoder/layers_{n}", scanned="decoder/layers"),
+    },
+    "mixtral": {
+        "maxtext": Table(_MAXTEXT_MIXTRAL, "decoder/layers_{n}", scanned="decoder/layers"),
     },
     "gemma": _OF_GEMMA,
     "gemma2": {

@@ -281,16 +281,20 @@ def _find(table: Table, patterns: list[tuple[Row, str, re.Pattern[str]]], name: 
 def hugging_face_name(family: str, library: str) -> Any:
     """A function from the path of a library's module to Hugging Face's name, for `rename=` of `serving`.
 
-    Modules that are not in the table, and modules that share a parameter, keep their path.
+    Modules that share a parameter are a tuple, in the order of its slots; one that the table does not have
+    keeps its path.
 
     >>> hugging_face_name("qwen", "tunix")("layers.3.attn.o_proj")
     'model.layers.3.self_attn.o_proj'
+    >>> hugging_face_name("gemma3", "tunix")("layers.3.attn.kv_einsum")
+    ('model.layers.3.self_attn.k_proj', 'model.layers.3.self_attn.v_proj')
     """
     table, _ = table_of(family, library)
     patterns = list(_patterns(table))
 
-    def rename(path: str) -> str:
+    def rename(path: str) -> str | tuple[str, ...]:
         founds = [x for end in ("", ".w") for x in _find(table, patterns, path + end)]
-        return f"model.layers.{founds[0].n}.{founds[0].row.module}" if len(founds) == 1 else path
+        names = tuple(f"model.layers.{x.n}.{x.row.module}" for x in founds)
+        return path if not names else names if founds[0].row.slots else names[0]
 
     return rename

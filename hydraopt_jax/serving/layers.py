@@ -27,9 +27,11 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import trees
 from hydraopt_jax.formats.dialects import DIALECTS
+from hydraopt_jax.formats.families import Name
 from hydraopt_jax.formats.trees import near
 from hydraopt_jax.nnx_layers import contraction, dotted, is_layer, matrix, replace
 from hydraopt_jax.serving.apply import Module, apply, shape
+from hydraopt_jax.serving.loading import check_base_of
 from hydraopt_jax.store import Store
 
 
@@ -46,23 +48,24 @@ class Served(nnx.Module):
 
     Attributes:
       base: the wrapped layer, see `wrap`; unknown attributes are looked up in it.
-      stored: the factors, a `serving.Module`.
-      name: of the module in the store.
+      stored: the factors, a `serving.Module` per name; None for a module that is not in the store.
+      name: of the module in the store, or of the modules that share the layer's kernel.
       task_ids: integers that broadcast to the axes of `x` that are not contracted, see `serving.apply`.
     """
 
     def __init__(
         self,
         base: nnx.Module,
-        module: Module,
+        module: Any,
         task_ids: TaskIds,
         *,
-        name: str = "",
+        name: Name = "",
         method: str | None = None,
     ):
-        check_shape(name or "layer", base, module)
+        parts = tuple(module) if isinstance(name, tuple) else (module,)
+        check_shape(names_of(name)[0] or "layer", base, parts)
         self.base, self.name = base, name
-        self.stored = Stored(module)
+        self.stored = Stored(parts)
         self.task_ids = task_ids
         self.method = method
 
@@ -77,22 +80,37 @@ class Served(nnx.Module):
         ids = self.task_ids.get_value() if task_ids is None else task_ids
         equation = next((a for a in (*args, options.get("einsum_str")) if isinstance(a, str)), None)
         rows, restore = contraction(self.base, x, equation)
-        delta = apply(rows, self.stored.get_value(), ids, method=self.method)
+        parts = self.stored.get_value()
+        deltas = [None if x is None else apply(rows, x, ids, method=self.method) for x in parts]
+        found = next(x for x in deltas if x is not None)
+        delta = jnp.concatenate([jnp.zeros_like(found) if x is None else x for x in deltas], -1)
         return y + restore(delta).astype(y.dtype)
 
 
-def check_shape(path: str, base: nnx.Module, module: Module) -> None:
-    """Raise if a layer and a module have different shapes; the message has the path and both shapes."""
+def check_shape(path: str, base: nnx.Module, parts: Sequence[Module | None]) -> None:
+    """Raise if a layer and its modules have different shapes; the message has the path and both shapes."""
     try:
-        want = matrix(base)
+        inputs, outputs = matrix(base)
     except HydraOptError as error:
         raise HydraOptError(f"{path}: {error}") from None
-    have = shape(module)[1:]
-    if want != have:
-        raise HydraOptError(
-            f"{path}: the model's layer has [in, out] = {list(want)}, the store's module {list(have)}: "
-            "the store is of another base model"
-        )
+    for module in (x for x in parts if x is not None):
+        have, (width, rest) = shape(module)[1:], divmod(outputs, len(parts))
+        if rest or have != (inputs, width):
+            shared = f" of {len(parts)} modules" if len(parts) > 1 else ""
+            raise HydraOptError(
+                f"{path}: the model's layer{shared} has [in, out] = {[inputs, outputs]}, the store's module "
+                f"{list(have)}: the store is of another base model"
+            )
+
+
+def names_of(name: Name) -> tuple[str, ...]:
+    """Names of the modules of a layer."""
+    return name if isinstance(name, tuple) else (name,)
+
+
+def parts_of(name: Name, modules: Mapping[str, Module]) -> tuple[Module | None, ...]:
+    """Factors of the modules of a layer; None for a module that is missing."""
+    return tuple(modules.get(x) for x in names_of(name))
 
 
 def wrap(
@@ -100,7 +118,7 @@ def wrap(
     modules: Mapping[str, Module],
     patterns: Sequence[str] | None = None,
     *,
-    rename: Callable[[str], str] = lambda path: path,
+    rename: Callable[[str], Name] = lambda path: path,
     method: str | None = None,
 ) -> list[str]:
     """Replace a model's layers, in place, by layers that serve all tasks of a store; return their paths.
@@ -112,8 +130,9 @@ def wrap(
       modules: `serving.load(store)`, or the modules of the state of `serving.Slots`.
       patterns: shell patterns of dotted module paths, such as `"layers.*.q_proj"`; None for all modules of
         the store, each of which must then have a layer.
-      rename: model path -> module name in the store, if they differ; `formats.hugging_face_name` returns this
-        function for known model families.
+      rename: model path -> module name in the store, if they differ; a tuple of names if modules of equal
+        width share the kernel, one after another along its outputs (keys and values of Gemma).
+        `formats.hugging_face_name` returns this function for known model families.
       method: see `serving.apply`.
 
     Returns:
@@ -124,7 +143,8 @@ def wrap(
         differ.
     """
     layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(model) if is_layer(x)}
-    served = {path: rename(path) for path in layers if rename(path) in modules}
+    served = {path: rename(path) for path in layers}
+    served = {path: name for path, name in served.items() if any(parts_of(name, modules))}
     matches = lambda path, pattern: fnmatch.fnmatchcase(path, pattern)  # noqa: E731
     for pattern in patterns or ():
         if not any(matches(path, pattern) for path in served):
@@ -134,20 +154,22 @@ def wrap(
                 f"pattern {pattern!r} matches {reason}: near paths are {near(pattern, served or layers)}"
             )
     if patterns is None:
+        known = {x for name in served.values() for x in names_of(name)}
         for name in modules:
-            if name not in served.values():
+            if name not in known:
                 raise HydraOptError(
                     f"{name}: the model has no such layer (near paths are {near(name, layers)}): give "
                     "patterns or rename"
                 )
     chosen = [p for p in served if patterns is None or any(matches(p, x) for x in patterns)]
     for path in chosen:
-        check_shape(path, layers[path][1], modules[served[path]])
+        check_shape(path, layers[path][1], parts_of(served[path], modules))
     ids = TaskIds(jnp.array(-1, jnp.int32))
     for path in chosen:
         keys, base = layers[path]
-        name = served[path]
-        replace(model, keys, Served(base, modules[name], ids, name=name, method=method))
+        found = parts_of(served[path], modules)
+        module = found if isinstance(served[path], tuple) else found[0]
+        replace(model, keys, Served(base, module, ids, name=served[path], method=method))
     return chosen
 
 
@@ -182,11 +204,13 @@ def set_modules(model: nnx.Module, modules: Mapping[str, Module]) -> None:
       HydraOptError: the model has no such layer, a layer without a module, or shapes that differ.
     """
     for layer in served_layers(model):
-        if layer.name not in modules:
-            raise HydraOptError(f"{layer.name}: no such module: near names are {near(layer.name, modules)}")
-        check_shape(layer.name, layer.base, modules[layer.name])
+        parts = parts_of(layer.name, modules)
+        for name, old, new in zip(names_of(layer.name), layer.stored.get_value(), parts, strict=True):
+            if old is not None and new is None:
+                raise HydraOptError(f"{name}: no such module: near names are {near(name, modules)}")
+        check_shape(names_of(layer.name)[0], layer.base, parts)
     for layer in served_layers(model):
-        layer.stored.set_value(modules[layer.name])
+        layer.stored.set_value(parts_of(layer.name, modules))
 
 
 def task_ids(tasks: Store | Sequence[str], names: Sequence[str]) -> np.ndarray:
@@ -206,6 +230,7 @@ def load_task(
     *,
     rename: Callable[[str], str] = lambda path: path,
     convert: Callable[[Adapter], Adapter] = lambda adapter: adapter,
+    base: str | None = None,
     scale: float = 1.0,
     stack: int | str | None = "ask",
 ) -> list[str]:
@@ -222,6 +247,7 @@ def load_task(
         differ.
       convert: applied to the decoded task first, such as `formats.to_library` for a library's names and
         shapes.
+      base: name of the base model; a task of another one is refused. None: do not compare names.
       scale: the model's factor on the delta: alpha / rank for qwix, 1 for Flax. `b` is divided by it.
       stack: see `formats.read_tree`.
 
@@ -229,9 +255,10 @@ def load_task(
       Paths of the loaded layers.
 
     Raises:
-      HydraOptError: an unknown task, a model without LoRA parameters, a module without a LoRA layer, shapes
-        that differ, a rank too small.
+      HydraOptError: an unknown task, another base model, a model without LoRA parameters, a module without a
+        LoRA layer, shapes that differ, a rank too small.
     """
+    check_base_of(store, [task], base)
     adapter = convert(stores.decode(store, task))
     variables = {keys: x for keys, x in nnx.iter_graph(model) if isinstance(x, nnx.LoRAParam)}
     if not variables:

@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hydraopt_jax.codec import fixed_rate, lanes, rans
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.apply import Module
-from hydraopt_jax.store import Store, decode_terms, select
+from hydraopt_jax.store import Store, decode_terms, select, task_index
 
 # shardings of kernels as matrices `[I, O]`: one for all modules, or a function of the name; None: one device
 Shardings: TypeAlias = NamedSharding | Callable[[str], NamedSharding | None] | None
@@ -22,6 +23,7 @@ def load(
     store: Store,
     *,
     tasks: Sequence[str] | None = None,
+    base: str | None = None,
     dtype: Any = None,
     bits: int | None = None,
     shardings: Shardings = None,
@@ -36,6 +38,7 @@ def load(
     Args:
       store: from `compress` or `open`.
       tasks: names of the tasks to load; ids are then positions among these names. None for all.
+      base: name of the served base model; tasks of another one are refused. None: do not compare names.
       dtype: of the factors. None for the store's dtype if that takes two bytes, else bfloat16: coded factors
         are integers (numbers of quantizer steps), which bfloat16 represents exactly up to 256. Cores, which
         have the steps, stay float32.
@@ -49,8 +52,8 @@ def load(
       Module name -> its terms; modules that none of the tasks has are left out.
 
     Raises:
-      HydraOptError: an unknown task, values that overflow the dtype, a sharding that does not fit, options
-        that exclude each other, an unknown width.
+      HydraOptError: an unknown task, one of another base model, values that overflow the dtype, a sharding
+        that does not fit, options that exclude each other, an unknown width.
     """
     if bits is not None and dtype is not None:
         raise HydraOptError("dtype and bits: give one; dequantize takes the dtype of quantized factors")
@@ -59,6 +62,7 @@ def load(
     if on_device is None:
         on_device = jax.default_backend() != "cpu"
     decode_lanes = lanes.decode if on_device else rans.decode
+    check_base_of(store, store.tasks if tasks is None else tasks, base)
     chosen = store if tasks is None else select(store, tasks)
     out = {}
     for name, terms in decode_terms(chosen, decode_lanes=decode_lanes).items():
@@ -67,6 +71,13 @@ def load(
             split = kernel_sharding(shardings, name)
             out[name] = tuple(_device(name, term, dtype, bits, split) for term in used)
     return out
+
+
+def check_base_of(store: Store, tasks: Sequence[str], base: str | None) -> None:
+    """Raise if a task was trained on a base model of another name; None: do not compare. Decodes nothing."""
+    for task in tasks if base is not None else ():
+        own = base_name(store.sources[task_index(store.tasks, task)].config)
+        check_base(f"task {task!r}", own, base or "")
 
 
 def _device(name: str, term: Factors, dtype: Any, bits: int | None, kernel: NamedSharding | None) -> Factors:

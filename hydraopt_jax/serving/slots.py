@@ -22,7 +22,15 @@ from hydraopt_jax.factors import times
 from hydraopt_jax.formats.server import cut
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.apply import Module
-from hydraopt_jax.serving.loading import Shardings, cast, kernel_sharding, place, serving_dtype, split
+from hydraopt_jax.serving.loading import (
+    Shardings,
+    cast,
+    check_base_of,
+    kernel_sharding,
+    place,
+    serving_dtype,
+    split,
+)
 from hydraopt_jax.store import Store, decode_terms, task_index
 from hydraopt_jax.store.schema import PlainShape
 
@@ -210,6 +218,7 @@ class Slots:
     Attributes:
       store: from `compress` or `open`; a task is decoded on the host when a batch first needs it.
       count: K, the number of different tasks that a batch may mix.
+      base: name of the served base model, see `load`.
       dtype: of the factors, see `load`.
       shardings: of the layers' kernels, see `load`.
 
@@ -220,12 +229,14 @@ class Slots:
     store: Store
     count: int
     _: dataclasses.KW_ONLY
+    base: str | None = None
     dtype: Any = None
     shardings: Shardings = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise HydraOptError(f"{self.count} slots: make at least 1")
+        check_base_of(self.store, self.store.tasks, self.base)
 
     @functools.cached_property
     def shapes(self) -> dict[str, Shape]:

@@ -34,6 +34,7 @@ def layers_of(recorded):
 def test_names_and_shapes_are_those_of_the_librarys_own_model(recorded):
     family, library, *more = recorded.split()
     one = trainers.adapter(layers_of(recorded), kv_heads=4 if "fused" in more else 2)
+    one = trainers.known(one, family, library)
     out = formats.to_library(one, family, library, head_dim=DIM, scan="scan" in more)
     dialect = families.LIBRARIES[library].dialect
     found = trainers.shapes(formats.write_tree(out, dialect, scale=1.0))
@@ -52,7 +53,7 @@ def test_names_and_shapes_are_those_of_the_librarys_own_model(recorded):
 @pytest.mark.parametrize(("family", "library", "scan"), TABLES)
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_a_family_goes_there_and_back(family, library, scan, kv_heads):
-    one = trainers.adapter(8, kv_heads)
+    one = trainers.known(trainers.adapter(8, kv_heads), family, library)
     dialect = families.LIBRARIES[library].dialect
     out = formats.to_library(one, family, library, head_dim=DIM, scan=scan)
     tree = formats.write_tree(out, dialect, scale=2.0, rank=12)
@@ -86,7 +87,7 @@ def test_maxtexts_llama_has_rotary_pairs_beside_each_other_and_scaled_queries():
 
 @pytest.mark.parametrize(("family", "library", "scan"), TABLES)
 def test_a_checkpoint_goes_there_and_back(family, library, scan, tmp_path):
-    one = trainers.adapter(2 if family == "gemma2" or not scan else 7)
+    one = trainers.known(trainers.adapter(2 if family == "gemma2" or not scan else 7), family, library)
     options = {"head_dim": DIM, "scan": scan, "scale": 1.0 if library == "gemma" else 4.0}
     rank = formats.write_trained(tmp_path / "run", one, family, library, step=30, **options)
     formats.write_trained(tmp_path / "run", one, family, library, step=4, overwrite=True, **options)

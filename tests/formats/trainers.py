@@ -3,7 +3,7 @@
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.formats import trees
+from hydraopt_jax.formats import families, trees
 
 HEAD_DIM, WIDTH, HIDDEN, HEADS = 8, 16, 24, 4
 
@@ -25,6 +25,13 @@ def adapter(layers=2, kv_heads=2, rank=3, seed=0, task="one"):
     names = {f"model.layers.{n}.{m}": s for n in range(layers) for m, s in sizes.items()}
     a = {name: draw(i, rank) for name, (i, _) in names.items()}
     return Adapter(task, a, {name: draw(rank, o) for name, (_, o) in names.items()})
+
+
+def known(one, family, library):
+    """Those modules that a library adapts in a family: all but experts and what stands in their place."""
+    modules = {x.module for x in families.FAMILIES[family][library].rows}
+    kept = [x for x in one.a if x.split(".", 3)[3] in modules]
+    return one.replace(a={x: one.a[x] for x in kept}, b={x: one.b[x] for x in kept})
 
 
 def shapes(tree):

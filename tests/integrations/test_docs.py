@@ -10,7 +10,7 @@ import pytest
 from commands import run
 from safetensors.numpy import save_file
 
-from hydraopt_jax import formats, synthetic
+from hydraopt_jax import calibration, formats, store, synthetic
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -81,8 +81,13 @@ def test_peft(place, capsys):
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>").save_pretrained("org/base")
+    Path("text.txt").write_text("Sec . 1 a b c " * 20)
     code = type_commands(capsys, "peft.md")
     names: dict = {}
     exec(code, names)
     assert "Sec" in capsys.readouterr().out
     assert list(names["model"].peft_config) == ["legal"]
+    one, pooled = (calibration.load(x) for x in ("calibration.safetensors", "pooled.safetensors"))
+    assert (
+        one.keys() == {x for x in pooled if not x.endswith(":output")} == set(store.open("calibrated").shapes)
+    )

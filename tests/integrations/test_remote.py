@@ -281,3 +281,20 @@ def test_folders_on_demand_fetch_the_tasks_asked_for(server, hundred, tmp_path):
         folders.folder("task 77")
     assert read_adapter(folders.folder("task 7")).a.keys() == wanted.a.keys()
     folders.close()
+
+
+@pytest.mark.parametrize(("harm", "said"), [(half, "damaged store"), (gone, "no such"), (away, "says 503")])
+def test_folders_of_a_store_that_breaks_are_refused_in_one_line(server, hundred, tmp_path, harm, said):
+    """Half a file, none, a server that is down: nothing is half written, and what comes back is served."""
+    address, data = served(server, hundred, tmp_path)
+    folders = TaskFolders(address, tmp_path / "cache")
+    kept = folders.folder("task 1")
+    harm(server, data)
+    with pytest.raises(HydraOptError, match=said) as refused:
+        folders.folder("task 3")
+    assert "\n" not in str(refused.value)
+    assert [x for x in (tmp_path / "cache").glob("*") if x.is_dir() and x.name != "users"] == [kept]
+    server.files["/s.safetensors"], server.status = data, 0
+    wanted = store.decode(hundred, "task 3")
+    assert read_adapter(folders.folder("task 3")).a.keys() == wanted.a.keys()
+    folders.close()

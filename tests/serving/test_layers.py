@@ -272,6 +272,57 @@ def test_layers_of_another_librarys_class_are_served_and_loaded(kept):
         serving.load_task(Projections(nnx.Rngs(0)), mine, "legal")
 
 
+class Shared(nnx.Module):
+    """Keys and values in one kernel, as Tunix' Gemma has them."""
+
+    def __init__(self, rngs):
+        self.kv = Projection("BTD,CKDH->CBTKH", (2, 2, 12, 4), None, rngs)
+
+    def __call__(self, x):
+        key, value = self.kv(x)
+        return jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (key, value)], -1)
+
+
+@pytest.mark.parametrize("present", [("k", "v"), ("v",), ("k",)])
+def test_modules_that_share_a_kernel_are_served_side_by_side(present):
+    random = np.random.default_rng(0)
+    each = np.arange(2, dtype=np.int32)
+    modules = {
+        f"layer.{name}": (
+            Factors(
+                random.standard_normal((2, 12, 3)).astype(np.float32),
+                random.standard_normal((2, 3, 8)).astype(np.float32),
+                each,
+                each,
+            ),
+        )
+        for name in present
+    }
+    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    model = Shared(nnx.Rngs(0))
+    plain = model(x)
+    rename = lambda path: ("layer.k", "layer.v") if path == "kv" else path  # noqa: E731
+    assert serving.wrap(model, modules, rename=rename) == ["kv"]
+    serving.set_task_ids(model, jnp.array([[1], [-1]]))
+    zeros = np.zeros((12, 8))
+    deltas = [modules[f"layer.{n}"][0] if n in present else None for n in ("k", "v")]
+    wanted = np.concatenate([zeros if d is None else d.a[1] @ d.b[1] for d in deltas], 1)
+    found = model(x) - plain
+    np.testing.assert_allclose(found[0], x[0] @ wanted, atol=1e-4)
+    np.testing.assert_array_equal(found[1], 0)
+    # others in their place, as of slots after a load
+    doubled = {n: (f._replace(b=2 * f.b),) for n, (f,) in modules.items()}
+    serving.set_modules(model, doubled)
+    np.testing.assert_allclose((model(x) - plain)[0], 2 * x[0] @ wanted, atol=1e-4)
+    with pytest.raises(hydra.HydraOptError, match=rf"layer\.{present[0]}: no such module"):
+        serving.set_modules(model, {})
+    wide = {n: (f._replace(b=f.b[:, :, :6]),) for n, (f,) in modules.items()}
+    with pytest.raises(hydra.HydraOptError, match=r"layer of 2 modules has .* = \[12, 16\], .* \[12, 6\]"):
+        serving.wrap(Shared(nnx.Rngs(0)), wide, rename=rename)
+    with pytest.raises(hydra.HydraOptError, match=r"other: the model has no such layer"):
+        serving.wrap(Shared(nnx.Rngs(0)), modules | {"other": wide[f"layer.{present[0]}"]}, rename=rename)
+
+
 def test_bad_wrapping_is_named(kept):
     modules = serving.load(kept, dtype=jnp.float32)
     with pytest.raises(

@@ -163,6 +163,28 @@ def test_what_cannot_be_served_leaves_the_slots_as_they_are(coded):
         np.testing.assert_array_equal(got, want[name])
 
 
+def test_a_store_of_another_base_model_is_refused_before_it_is_decoded(coded, monkeypatch):
+    for place in ("loading.decode_terms", "slots.decode_terms", "layers.stores.decode"):
+        monkeypatch.setattr(f"hydraopt_jax.serving.{place}", None)
+    model = nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0))
+    task = coded.tasks[0]
+    for act in (
+        lambda base: serving.load(coded, base=base),
+        lambda base: serving.load(coded, tasks=[task], base=base),
+        lambda base: serving.Slots(coded, 2, base=base),
+        lambda base: serving.load_task(model, coded, task, base=base),
+    ):
+        said = rf"task '{task}': names 'hydraopt-jax/synthetic', but the model is 'org/other'"
+        with pytest.raises(hydra.HydraOptError, match=said):
+            act("org/other")
+    with pytest.raises(hydra.HydraOptError, match="no task 'nobody'"):
+        serving.load(coded, tasks=["nobody"], base="synthetic")
+    monkeypatch.undo()
+    # an organization before the name is none of its own
+    assert serving.Slots(coded, 2, base="mirror/synthetic").init()
+    assert serving.load(coded, tasks=[task], base="synthetic")
+
+
 def test_a_row_of_no_task_and_a_module_that_a_task_lacks_are_exactly_zero():
     kept = plain()
     lacking = plain_store(TASKS, {"q": (term("separate", tasks=6),), "v": (term("separate", 1, tasks=6),)})

@@ -1,0 +1,72 @@
+"""The verb that gathers a calibration: calibrate."""
+
+from pathlib import Path
+
+import click
+from rich.text import Text
+
+from hydraopt_jax import report
+from hydraopt_jax.cli.common import Place
+from hydraopt_jax.cli.output import output_options, say
+from hydraopt_jax.errors import HydraOptError
+
+
+@click.command()
+@click.argument("model", type=Place())
+@click.argument("text", type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="the file to write, of safetensors")
+@click.option(
+    "--outputs", is_flag=True, help="gather moments of output gradients, too: takes a backward pass"
+)
+@click.option("--diagonal", is_flag=True, help="variances only: [I] per module in place of [I, I]")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="the most to read"
+)
+@click.option(
+    "--length", type=click.IntRange(min=1), default=512, show_default=True, help="tokens per sequence"
+)
+@click.option("--overwrite", is_flag=True, help="replace what is there")
+@output_options
+def calibrate(
+    model: str, text: str, out: str, outputs: bool, diagonal: bool, tokens: int, length: int, overwrite: bool
+) -> None:
+    """Write the file for --calibration: what MODEL's modules see when it reads TEXT.
+
+    MODEL is the folder or hub id of a causal language model of transformers, such as Llama, or of a PEFT
+    adapter: then only the modules that it adapts are looked at, with the adapter in use. TEXT is a file of
+    text like what the model will see.
+    """
+    from hydraopt_jax import calibration
+    from hydraopt_jax.integrations import transformers
+
+    if Path(out).exists() and not overwrite:
+        raise HydraOptError(f"{out}: exists; choose another --out or give --overwrite")
+    if not Path(out).absolute().parent.is_dir():
+        raise HydraOptError(f"{out}: there is no such folder: make it, or choose another --out")
+    read = transformers.read_text(text)
+    moments, count = transformers.moments_of_text(
+        *transformers.open_model(model),
+        read,
+        length=length,
+        tokens=tokens,
+        diagonal=diagonal,
+        outputs=outputs,
+    )
+    calibration.save(out, moments)
+    inputs = {k: x for k, x in moments.items() if not k.endswith(calibration.OUTPUT)}
+    widest, size = max(len(x) for x in inputs.values()), Path(out).stat().st_size
+    table = report.columns("calibration", ">modules", ">tokens", ">widest input")
+    table.add_row(Text(report.shorten(out)), str(len(inputs)), str(count), str(widest))
+    few = f"{count} tokens are fewer than the widest module's {widest} inputs: give more text"
+    payload = {
+        "out": out,
+        "model": model,
+        "modules": len(inputs),
+        "tokens": count,
+        "widest": widest,
+        "outputs": outputs,
+        "diagonal": diagonal,
+        "bytes": size,
+    }
+    last = f"{out}: {report.format_bytes(size)}, for compress --calibration {out}"
+    say(payload, table, few if count < widest and not diagonal else None, last)
