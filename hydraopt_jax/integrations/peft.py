@@ -72,6 +72,7 @@ def load_adapter(
     if not wrapped:
         model = peft.get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=empty)
         peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
+        _restore_precision(model, name, state)
     elif name not in model.peft_config:
         _add(model, name, config, state, empty)
     elif _fits(model, name, config, state):
@@ -144,6 +145,16 @@ def _add(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bo
 
     model.add_adapter(name, config, low_cpu_mem_usage=empty)
     peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
+    _restore_precision(model, name, state)
+
+
+def _restore_precision(model: Any, name: str, state: Mapping[str, Any]) -> None:
+    """Factors as they are: PEFT rounds empty ones that it fills to the base model's dtype, a folder's not."""
+    for key, parameter in model.named_parameters():
+        before, found, after = key.rpartition(f".{name}")
+        exact = state.get(before + after) if found and "lora_" in key else None
+        if exact is not None and exact.dtype != parameter.dtype:
+            parameter.data = exact.to(parameter.device)
 
 
 def _replace(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:

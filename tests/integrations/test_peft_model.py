@@ -110,6 +110,29 @@ def test_a_task_replaces_another_in_place_at_one_rank(base, coded, tmp_path):
     assert weights(model, "slot") == before
 
 
+def test_a_base_model_in_half_precision_has_factors_in_float32(base, coded, tmp_path):
+    """As PEFT loads a folder: they were rounded to bfloat16."""
+    half = copy.deepcopy(base).to(torch.bfloat16)
+    model = ours.load_adapter(copy.deepcopy(half), coded, "two/three")  # wraps
+    model = ours.load_adapter(model, coded, "one")  # adds
+    model = ours.load_adapter(model, coded, "a.b", name="slot", rank=4)
+    model = ours.load_adapter(model, coded, "one", name="slot", rank=4)  # in place
+    reading.export(coded, "one", tmp_path / "out")
+    folder = peft.PeftModel.from_pretrained(copy.deepcopy(half), tmp_path / "out")
+    for name in ("one", "slot"):
+        model.set_adapter(name)
+        for module in coded.shapes:
+            found, want = (
+                layer.get_delta_weight(adapter)
+                for layer, adapter in (
+                    (model.get_submodule(f"base_model.model.{module}"), name),
+                    (folder.get_submodule(f"base_model.model.{module}"), "default"),
+                )
+            )
+            assert found.dtype == want.dtype == torch.float32
+            np.testing.assert_allclose(found.detach(), want.detach(), atol=1e-6 * float(want.abs().max()))
+
+
 def test_a_task_of_other_ranks_replaces_another(base, coded, adapters, tmp_path):
     model = ours.load_adapter(copy.deepcopy(base), coded, "one", name="slot")
     other = compression.compress(adapters, budget=0.25)
