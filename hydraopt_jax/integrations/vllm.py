@@ -25,7 +25,8 @@ from hydraopt_jax.integrations.folders import LIMIT, TaskFolders, store_path
 from hydraopt_jax.store import files
 from hydraopt_jax.store.store import task_index
 
-LOG = logging.getLogger(__name__)
+# below vLLM's own logger, whose handler writes; where it has made one, the root's may write nothing
+LOG = logging.getLogger("vllm.hydraopt_jax")
 NAME = "hydraopt"
 STORE, CACHE, CACHE_LIMIT, ANY_BASE = (f"HYDRAOPT_{x}" for x in ("STORE", "CACHE", "CACHE_LIMIT", "ANY_BASE"))
 # maximum number of tasks that are decoded, or wait for room, at once

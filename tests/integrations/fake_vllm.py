@@ -1,4 +1,4 @@
-"""The part of vLLM that a resolver meets, recorded from its sources (0.9 to 0.29), without its engine.
+"""The part of vLLM that a resolver meets, recorded from its sources (0.9 to 0.32), without its engine.
 
 A name that was resolved once is kept with its path, and the resolver is not asked again. The worker keeps so
 many adapters, drops the least recently used, and reads the path again: where that fails the engine stops.
