@@ -9,6 +9,7 @@ seconds.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -81,6 +82,40 @@ def worth_keeping(results: Path = ROOT / "experiments/llm/results") -> str:
     count = " and ".join(str(x) for x in dict.fromkeys(kept.values()))
     rule = "tasks whose adapters gain 10 points or a third of the way to 1"
     return f"The figure has the {rule} ({count} of {len(TASKS)}).\n"
+
+
+@functools.cache
+def stored_rows(regime: str) -> tuple[list[table.Summary], list[table.Summary]]:
+    """Summaries of the language model's stored rows, over all tasks and over those worth keeping."""
+    results, tasks = ROOT / "experiments/llm/results", list(TASKS)
+    kept = table.kept_tasks(results, regime, tasks)
+    whole = table.load_rows(results, regime, tasks)
+    part = {x.row: x for x in table.load_rows(results, regime, kept)}
+    return whole, [part[x.row] for x in whole]
+
+
+def stores(regime: str) -> str:
+    """Every stored row of a regime with its companions."""
+    return "\n".join(table.row_lines(*stored_rows(regime))) + "\n"
+
+
+def reached() -> str:
+    """What the language model's stores were to reach, and whether they did."""
+    return "\n".join(table.target_lines({x: stored_rows(x)[0] for x in REGIMES})) + "\n"
+
+
+def waits() -> str:
+    """What a user waits for, with targets and the load at which it was measured."""
+    rows = []
+    for part in read("speed/results.json").values():
+        for x in part["rows"]:
+            seconds = x.get("processor seconds")
+            target = (
+                f"{x['target']:g}: {'reached' if x['reached'] else 'not reached'}" if "target" in x else ""
+            )
+            spent = "" if seconds is None else f"{seconds:g}"
+            rows.append([x["what"], f"{x['value']:.3g}", spent, target, f"{part['load at the end']:g}"])
+    return markdown(["wait", "measured", "processor seconds", "target", "load"], rows)
 
 
 def curve(label: str) -> list[dict[str, Any]]:
@@ -174,6 +209,10 @@ def ablation() -> str:
 REGIONS: dict[str, Callable[[], str]] = {
     "scores of the language model": scores,
     "tasks worth keeping": worth_keeping,
+    "stores of the shared regime": functools.partial(stores, "shared"),
+    "stores of the independent regime": functools.partial(stores, "independent"),
+    "what stores were to reach": reached,
+    "what a user waits for": waits,
     "trade-off of six adapters": frontier,
     "trade-off against plain methods": against_plain,
     "rates of six adapters": rates,
