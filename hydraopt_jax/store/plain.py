@@ -74,9 +74,9 @@ def from_leaves(
             assert borrow is not None
             lent = [borrow(elsewhere, name, term.term, side) for _ in kept]
             return lent if lazy else np.stack(lent), index
-        factors: Any = np.empty((len(kept), *shape), dtype_of(term, side))
-        if lazy and len(kept):
-            factors = [None] * len(kept)
+        factors: Any = [None] * len(kept)
+        if not lazy or not len(kept):
+            factors = np.empty((len(kept), *shape), dtype_of(term, side))
         for i, factor in enumerate(kept):
             slots.setdefault((name, k, side, int(factor)), []).append((factors, i))
         return factors, index
