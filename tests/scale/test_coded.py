@@ -317,6 +317,13 @@ def test_targets_inside_a_jump_are_met_by_the_forms_beside_it(jump, start):
     assert (1 - search.SLACK) * limit < done[chosen].value <= limit
 
 
+def test_a_slope_that_is_far_off_is_corrected():
+    """Of the same forms bytes fall less than Gaussian estimates, which change theirs."""
+    curve = lambda step, forms: 1e6 * step**-0.3  # noqa: E731
+    done, _ = rounds(curve, search.Target(-1.0, curve(0.017, 0)), 0.02, -0.75)
+    assert len(done) < 7
+
+
 @pytest.mark.parametrize("slope", [-0.07, -0.1, -0.15])
 def test_bytes_that_hardly_fall_with_the_step_are_met(slope):
     """Near the adapters' own bytes each code takes its bits, and halving the step one bit more."""
