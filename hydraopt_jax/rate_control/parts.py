@@ -79,8 +79,8 @@ def spread(names: Sequence[str], count: int) -> list[str]:
     """About so many names from all over, in order: multiples of the golden ratio, as every n-th would be of
     one kind where kinds take turns.
 
-    >>> spread("qkvoqkvo", 3), spread("qkvo", 4)
-    (['q', 'q', 'v'], ['q', 'k', 'v', 'o'])
+    >>> spread("qkvoqkvo", 4), spread("qkvo", 4)
+    (['q', 'v', 'q', 'k'], ['q', 'k', 'v', 'o'])
     """
     places = {int((0.5 + k * GOLDEN) % 1 * len(names)) for k in range(count)}
     return [names[i] for i in sorted(places)] if count < len(names) else list(names)
