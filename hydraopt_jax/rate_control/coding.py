@@ -11,7 +11,7 @@ from hydraopt_jax.factors import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.rate_control import mode_decision, targets
 from hydraopt_jax.rate_control.metrics import Metric, Metrics, unweigh
-from hydraopt_jax.rate_control.parts import spread
+from hydraopt_jax.rate_control.parts import pick_names
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.decoding import all_terms
 
@@ -145,7 +145,7 @@ def sample(problem: Problem, codes: int) -> list[str]:
         for n in x.modules
     }
     wanted = max(LEAST_MODULES, round(len(sizes) * codes / max(sum(sizes.values()), 1)))
-    return spread(problem.order, wanted)
+    return pick_names(problem.order, wanted)
 
 
 def encode_at_step(
@@ -267,9 +267,3 @@ def gain_bits(solved: Sequence[tuple[np.ndarray, ...]], task: int) -> int:
         return MOST_GAIN_BITS if energy > 0 else LEAST_GAIN_BITS
     wanted = np.ceil(np.log2(energy / (12 * ROUNDED * error)) / 2)
     return int(np.clip(wanted, LEAST_GAIN_BITS, MOST_GAIN_BITS))
-
-
-def task_errors(errors: np.ndarray) -> np.ndarray:
-    """Mean error over the modules of each task, `[M, T] -> [T]`; 0 for a task without modules."""
-    present = ~np.isnan(errors)
-    return np.where(present, errors, 0.0).sum(0) / np.maximum(present.sum(0), 1)

@@ -184,9 +184,11 @@ def weighed(
     metrics: Mapping[str, Metrics], modules: Sequence[str], a: np.ndarray, b: np.ndarray
 ) -> tuple[jnp.ndarray, jnp.ndarray]:
     """Factors `[M, T, I, R]` and `[M, T, R, O]` in the metrics' coordinates."""
-    left, right = ([metrics[n][side] if n in metrics else None for n in modules] for side in (0, 1))
-    a = np.stack([x if y is None else y.weigh(x).astype(np.float32) for x, y in zip(a, left, strict=True)])
+    sides = [metrics.get(n, (None, None)) for n in modules]
+    a = np.stack(
+        [x if y is None else y.weigh(x).astype(np.float32) for x, (y, _) in zip(a, sides, strict=True)]
+    )
     b = np.stack(
-        [x if y is None else y.weigh_rows(x).astype(np.float32) for x, y in zip(b, right, strict=True)]
+        [x if y is None else y.weigh_rows(x).astype(np.float32) for x, (_, y) in zip(b, sides, strict=True)]
     )
     return jnp.asarray(a), jnp.asarray(b)

@@ -68,18 +68,18 @@ def pilot_part(found: Collection, limit: int = SEGMENT_BYTES) -> Part:
     """The pilot: a part with modules and tasks from all over the collection."""
     tasks, names = len(found.cards), list(found.shapes)
     few = list(range(0, tasks, max(tasks // span(found), 1)))[: span(found)]
-    modules = spread(names, LEAST_MODULES)
+    modules = pick_names(names, LEAST_MODULES)
     weigh = lambda: 2 * sum(found.rank(m, t) * sum(found.shapes[m]) for m in modules for t in few)  # noqa: E731
     while weigh() > limit and len(few) > 1:
         few = few[::2]
     return part(found, [m for m in modules if any(found.rank(m, t) for t in few)], few)
 
 
-def spread(names: Sequence[str], count: int) -> list[str]:
+def pick_names(names: Sequence[str], count: int) -> list[str]:
     """About so many names from all over, in order: multiples of the golden ratio, as every n-th would be of
     one kind where kinds take turns.
 
-    >>> spread("qkvoqkvo", 4), spread("qkvo", 4)
+    >>> pick_names("qkvoqkvo", 4), pick_names("qkvo", 4)
     (['q', 'v', 'q', 'k'], ['q', 'k', 'v', 'o'])
     """
     places = {int((0.5 + k * GOLDEN) % 1 * len(names)) for k in range(count)}
