@@ -6,6 +6,7 @@ vectors. The gains, a diagonal core per task, convert steps to values.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,12 +28,26 @@ from hydraopt_jax.errors import HydraOptError
 # squared steps per bit, and the squared error of a well-coded coefficient in squared steps
 MULTIPLIER = 0.38
 DISTORTION = 0.26
-# lanes that are quantized side by side, of few widths, for few compilations: the trellis keeps some thirty
-# bytes of every symbol until it has decided, so a CPU takes a few lanes at a time
-BLOCKS = {"cpu": (32,)}
+# chunks that are quantized side by side, of few widths, for few compilations: the trellis keeps some thirty
+# bytes of every symbol until it has decided, so a CPU takes a few chunks at a time
+WIDTHS = {"cpu": (32,)}
 ELSEWHERE = (128, 1 << 14)
 # least steps of a trellis, so that few shapes are compiled
 LEAST_STEPS = 1024
+
+
+class Chunk(NamedTuple):
+    """Consecutive codes of a lane that the trellis quantizes from its first state on.
+
+    Attributes:
+      count: number of codes, at most `PERIOD`.
+      stream: their stream.
+      first: position of the first one in the stream.
+    """
+
+    count: int
+    stream: int
+    first: int
 
 
 class Target(NamedTuple):
@@ -162,76 +177,50 @@ def quantize_streams(
     bits[0, :, 0] = 0.0
     per_code = context_bits(frequencies)
     lanes = [streams.lane_count(len(c), float(per_code[c].sum())) for c in context]
-    chunks = [
-        (k, first, min(PERIOD, steps - first))
-        for k, count in enumerate(lanes)
-        if count
-        for steps in [-(-len(values[k]) // count)]
-        for first in range(0, steps, PERIOD)
-    ]
-    y = [
-        streams.as_lanes(v, n) if n else np.zeros((0, 0), np.float32)
-        for v, n in zip(values, lanes, strict=True)
-    ]
-    cls = [
-        streams.as_lanes(c, n) if n else np.zeros((0, 0), np.uint8)
-        for c, n in zip(context, lanes, strict=True)
-    ]
-    magnitude = [np.zeros(x.shape, np.int32) for x in y]
-    quantizer = [np.zeros(x.shape, np.uint8) for x in y]
-    blocks = BLOCKS.get(jax.default_backend(), ELSEWHERE)
+    magnitude = [np.zeros(len(x), np.int32) for x in values]
+    quantizer = [np.zeros(len(x), np.uint8) for x in values]
+    costs = jnp.asarray(bits)
 
-    def one(group: Sequence[tuple[int, int, int, int]], steps: int, block: int) -> None:
-        """Quantize runs of lanes side by side."""
-        part_y = np.zeros((steps, block), np.float32)
-        part_c = np.zeros((steps, block), np.int32)
-        at = 0
-        for k, first, rows, lane in group:
-            width = min(block, lanes[k] - lane)
-            part_y[:rows, at : at + width] = y[k][first : first + rows, lane : lane + width]
-            part_c[:rows, at : at + width] = cls[k][first : first + rows, lane : lane + width]
-            at += width
-        found = trellis.quantize(jnp.asarray(part_y), jnp.asarray(part_c), costs, multiplier)
-        m, q = (np.asarray(x) for x in found)
-        at = 0
-        for k, first, rows, lane in group:
-            width = min(block, lanes[k] - lane)
-            magnitude[k][first : first + rows, lane : lane + width] = m[:rows, at : at + width]
-            quantizer[k][first : first + rows, lane : lane + width] = q[:rows, at : at + width]
-            at += width
+    def one(chunks: Sequence[Chunk], width: int) -> None:
+        """Quantize chunks side by side."""
+        steps = max(1 << (chunks[0].count - 1).bit_length(), LEAST_STEPS)
+        y, of = np.zeros((width, steps), np.float32), np.zeros((width, steps), np.int32)
+        for row, (count, k, first) in enumerate(chunks):
+            y[row, :count] = values[k][first : first + count]
+            of[row, :count] = context[k][first : first + count]
+        found = trellis.quantize(
+            *(jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of)), costs, multiplier
+        )
+        m, q = (np.asarray(x).T for x in found)
+        for row, (count, k, first) in enumerate(chunks):
+            magnitude[k][first : first + count] = m[row, :count]
+            quantizer[k][first : first + count] = q[row, :count]
 
-    costs, calls = jnp.asarray(bits), []
-    for steps in sorted({height(rows) for _, _, rows in chunks}):
-        # columns of one height, filled up to whole blocks
-        mine = [(k, first, rows) for k, first, rows in chunks if height(rows) == steps]
-        count = sum(lanes[k] for k, _, _ in mine)
-        block = next((x for x in blocks if x >= count), blocks[-1])
-        columns = [(k, first, rows, lane) for k, first, rows in mine for lane in range(0, lanes[k], block)]
-        calls += [functools.partial(one, group, steps, block) for group in packed(columns, lanes, block)]
-    devices.together(calls)
+    # the longest first, so that those of about one length are side by side
+    order = [x for k, (v, n) in enumerate(zip(values, lanes, strict=True)) for x in chunks_of(len(v), n, k)]
+    order.sort(reverse=True)
+    widths = WIDTHS.get(jax.default_backend(), ELSEWHERE)
+    width = next((x for x in widths if x >= len(order)), widths[-1])
+    groups = [order[at : at + width] for at in range(0, len(order), width)]
+    devices.together([functools.partial(one, x, width) for x in groups])
     return [
-        Symbols(streams.from_lanes(m, len(v)), streams.from_lanes(q, len(v)), c.astype(np.uint8), v < 0, n)
+        Symbols(m, q, c.astype(np.uint8), v < 0, n)
         for m, q, c, v, n in zip(magnitude, quantizer, context, values, lanes, strict=True)
     ]
 
 
-def height(rows: int) -> int:
-    """Steps of the trellis that takes `rows` steps: a power of two, for few compilations."""
-    return max(1 << (rows - 1).bit_length(), LEAST_STEPS)
+def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:
+    """The chunks of a stream of `count` codes in `lanes` lanes.
 
-
-def packed(columns: Sequence[tuple[int, int, int, int]], lanes: Sequence[int], block: int) -> list[list]:
-    """Runs of lanes put into blocks of `block` lanes, in order."""
-    out: list[list] = []
-    room = 0
-    for x in columns:
-        width = min(block, lanes[x[0]] - x[3])
-        if width > room:
-            out.append([])
-            room = block
-        out[-1].append(x)
-        room -= width
-    return out
+    >>> chunks_of(6000, 1, 0)
+    [Chunk(count=4096, stream=0, first=0), Chunk(count=1904, stream=0, first=4096)]
+    """
+    ends = np.cumsum(streams.lane_lengths(count, lanes)).tolist()
+    return [
+        Chunk(min(PERIOD, end - first), stream, first)
+        for start, end in itertools.pairwise([0, *ends])
+        for first in range(start, end, PERIOD)
+    ]
 
 
 def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
