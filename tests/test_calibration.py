@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import HydraOptError, calibration, compression, formats, synthetic
+from hydraopt_jax import HydraOptError, calibration, compression, formats, store, synthetic
 from hydraopt_jax.rate_control import metrics
+from hydraopt_jax.store import sizes
 
 
 def test_accumulated_batches_are_the_mean_outer_product():
@@ -79,6 +80,66 @@ def test_a_diagonal_moment_is_the_matrix_it_stands_for_without_a_decomposition(m
     found = compression.compress(made, max_error=0.02, calibration=diagonal)
     np.testing.assert_allclose(found.output_errors, whole.output_errors, rtol=0.05)
     np.testing.assert_allclose(found.errors, whole.errors, rtol=0.05)
+
+
+def decaying_moment(size, seed=0):
+    """A second moment whose eigenvalues fall from 100 to 1e-3 of their mean, as those of activations do."""
+    q = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]
+    values = np.geomspace(1.0, 1e-5, size)
+    return ((q * values / values.mean()) @ q.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_large_moment_is_exact_for_the_vectors_it_was_made_for(monkeypatch, repeated):
+    monkeypatch.setattr(metrics, "WHOLE", 64)
+    rng, full = np.random.default_rng(1), decaying_moment(192)
+    x = rng.standard_normal((192, 4))
+    if repeated:
+        # tasks of one initialization, and a factor of lower rank
+        x = np.concatenate([x, x, np.zeros((192, 1))], 1)
+    other = rng.standard_normal((192, 5))
+    near = metrics.metric(full, "m", 192, x)
+    whole = metrics.metric(full, "m", 192)
+    assert near.vectors.shape == (192, metrics.BLOCKS * x.shape[1]) and whole.moment is None
+    np.testing.assert_allclose(near.vectors.T @ near.vectors, np.eye(near.vectors.shape[1]), atol=1e-8)
+    for a, b in ((near.gram(other), whole.gram(other)), (near.gram(x), whole.gram(x))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+    for y in (x, other):
+        cross = whole.weigh(x).T @ whole.weigh(y)
+        np.testing.assert_allclose(near.weigh(x).T @ near.weigh(y), cross, atol=1e-4 * np.abs(cross).max())
+
+
+def test_a_large_moment_filters_vectors_as_the_whole_one_does(monkeypatch):
+    x, full = np.random.default_rng(1).standard_normal((256, 4)), decaying_moment(256)
+    whole = metrics.metric(full, "m", 256)
+    monkeypatch.setattr(metrics, "WHOLE", 64)
+    near = metrics.metric(full, "m", 256, x)
+    for steps in (0.3, 1.0, 10.0):
+        wanted = metrics.unweigh(whole, steps * whole.weigh(x)[None])[0]
+        missed = metrics.unweigh(near, steps * near.weigh(x)[None])[0] - wanted
+        # errors of outputs, which is what the filter is for
+        assert np.trace(whole.gram(missed)) < 1e-3 * np.trace(whole.gram(wanted))
+
+
+def test_stores_with_large_moments_claim_the_errors_that_outputs_have(monkeypatch):
+    shapes = {"q": (192, 64), "k": (192, 32)}
+    made = synthetic.collection(4, tasks=["a", "b"], modules=shapes, rank=2, dtype="float32")
+    moments = {n: decaying_moment(192, seed) for seed, n in enumerate(shapes)}
+    whole = compression.compress(made, max_error=0.02, calibration=moments)
+    decomposed, decompose = [], np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda x: decomposed.append(len(x)) or decompose(x))
+    monkeypatch.setattr(metrics, "WHOLE", 64)
+    found = compression.compress(made, max_error=0.02, calibration=moments)
+    assert decomposed and max(decomposed) == metrics.BLOCKS * 4
+    assert sizes.measure_size(found) == pytest.approx(sizes.measure_size(whole), rel=0.05)
+    for t, given in enumerate(made):
+        kept = store.decode(found, given.task)
+        for m, n in enumerate(shapes):
+            wanted = given.a[n] @ given.b[n]
+            missed = wanted - np.asarray(kept.a[n]) @ np.asarray(kept.b[n])
+            weights = metrics.metric(moments[n], n, 192)
+            error = np.trace(weights.gram(missed)) / np.trace(weights.gram(wanted))
+            assert found.output_errors[m, t] == pytest.approx(error, rel=0.02)
 
 
 def test_half_of_the_output_moments_count_as_the_others_do_on_average():

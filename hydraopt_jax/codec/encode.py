@@ -40,12 +40,12 @@ class Chunk(NamedTuple):
     """Consecutive codes of a lane that the trellis quantizes from its first state on.
 
     Attributes:
-      count: number of codes, at most `PERIOD`.
+      length: number of codes, at most `PERIOD`.
       stream: their stream.
       first: position of the first one in the stream.
     """
 
-    count: int
+    length: int
     stream: int
     first: int
 
@@ -183,18 +183,18 @@ def quantize_streams(
 
     def one(chunks: Sequence[Chunk], width: int) -> None:
         """Quantize chunks side by side."""
-        steps = max(1 << (chunks[0].count - 1).bit_length(), LEAST_STEPS)
+        steps = max(1 << (chunks[0].length - 1).bit_length(), LEAST_STEPS)
         y, of = np.zeros((width, steps), np.float32), np.zeros((width, steps), np.int32)
-        for row, (count, k, first) in enumerate(chunks):
-            y[row, :count] = values[k][first : first + count]
-            of[row, :count] = context[k][first : first + count]
+        for row, (length, k, first) in enumerate(chunks):
+            y[row, :length] = values[k][first : first + length]
+            of[row, :length] = context[k][first : first + length]
         found = trellis.quantize(
             *(jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of)), costs, multiplier
         )
         m, q = (np.asarray(x).T for x in found)
-        for row, (count, k, first) in enumerate(chunks):
-            magnitude[k][first : first + count] = m[row, :count]
-            quantizer[k][first : first + count] = q[row, :count]
+        for row, (length, k, first) in enumerate(chunks):
+            magnitude[k][first : first + length] = m[row, :length]
+            quantizer[k][first : first + length] = q[row, :length]
 
     # the longest first, so that those of about one length are side by side
     order = [x for k, (v, n) in enumerate(zip(values, lanes, strict=True)) for x in chunks_of(len(v), n, k)]
@@ -213,7 +213,7 @@ def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:
     """The chunks of a stream of `count` codes in `lanes` lanes.
 
     >>> chunks_of(6000, 1, 0)
-    [Chunk(count=4096, stream=0, first=0), Chunk(count=1904, stream=0, first=4096)]
+    [Chunk(length=4096, stream=0, first=0), Chunk(length=1904, stream=0, first=4096)]
     """
     ends = np.cumsum(streams.lane_lengths(count, lanes)).tolist()
     return [

@@ -65,12 +65,13 @@ def solve_gains(
     """
     a = np.concatenate([np.asarray(x.a, np.float64)[np.maximum(x.a_of, 0)] for x in terms], 2)
     b = np.concatenate([np.asarray(x.b, np.float64)[np.maximum(x.b_of, 0)] for x in terms], 1)
-    if metrics[0] is not None:
-        a = metrics[0].weigh(a)
-    if metrics[1] is not None:
-        b = metrics[1].weigh_rows(b)
-    a, b = a * live[:, None, :], b * live[:, :, None]
-    gram = (a.swapaxes(1, 2) @ a) * (b @ b.swapaxes(1, 2))
+    a, b = a * live[:, None, :], b.swapaxes(1, 2) * live[:, None, :]
+    one, two = (
+        x.swapaxes(1, 2) @ x if y is None else y.gram(x) for x, y in zip((a, b), metrics, strict=True)
+    )
+    gram = one * two
+    a, b = (x if y is None else y.weigh(x) for x, y in zip((a, b), metrics, strict=True))
+    b = b.swapaxes(1, 2)
     left, right = np.asarray(deltas.u * deltas.s[:, None, :]), np.asarray(deltas.v)
     cross = np.einsum("tsr,trs->ts", a.swapaxes(1, 2) @ left, right @ b.swapaxes(1, 2))
     energy = ((left.swapaxes(1, 2) @ left) * (right @ right.swapaxes(1, 2))).sum((1, 2))

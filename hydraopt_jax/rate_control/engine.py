@@ -22,7 +22,6 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import budget, search
 from hydraopt_jax.rate_control.carried import full_tensors
 from hydraopt_jax.rate_control.coding import (
-    Trial,
     disable_joint,
     encode_at_step,
     fit_tables,
@@ -269,11 +268,11 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
             room = max(goal.limit - beside, goal.limit / 4)
             room *= sum(x.a[n].size + x.b[n].size for x in given for n in x.a) / run.found.entries()
             start = search.first_step(whole, room)
-            miss = functools.partial(bytes_miss, whole=whole, problem=problem, room=room)
+            miss = functools.partial(search.bytes_miss, whole=whole, problem=problem, room=room)
         else:
             present = sum(x.norms[x.norms > 0].size for x in problem.spectra)
             start = search.first_step(problem, goal.limit * present, goal.sign)
-            miss = functools.partial(error_miss, goal=goal)
+            miss = functools.partial(search.error_miss, goal=goal)
         found = search.find_step(problem, miss, goal.sign, start)
         run.place.keep_note(
             "pilot",
@@ -291,40 +290,30 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
     return known
 
 
-def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -> float:
-    """Log of the estimated bytes of the whole over the available bytes, from a trial of a part.
-
-    Modules are assumed to differ in bytes as their Gaussian estimates do.
-    """
-    scale = 1.0
-    if whole is not problem:
-        few = max(search.gaussian(problem, trial.step).bytes, 1.0)
-        scale = max(search.gaussian(whole, trial.step).bytes, 1.0) / few
-    return float(np.log(trial.bytes * scale / room))
-
-
-def error_miss(trial: Trial, *, goal: Target) -> float:
-    """Log of a trial's error relative to the target."""
-    return float(np.log(max(search.value(trial.errors, goal.worst), 1e-30) / goal.limit))
-
-
 def prepare_part(
     run: Run, part: Part, given: list[Adapter], weights: np.ndarray, deep: bool, unit: float | None
 ) -> Problem:
     """The `Problem` of a part: its decompositions and comparisons."""
     order = tuple(n for n in part.modules if any(n in x.a for x in given))
-    metrics = {n: module_metrics(run, n) for n in order} if run.options.calibration is not None else None
+    metrics = (
+        {n: module_metrics(run, n, given) for n in order} if run.options.calibration is not None else None
+    )
     own = weights[list(part.tasks)]
     return prepare(adapters.stack(given), order, own, metrics, run.options.share, deep, unit)
 
 
-def module_metrics(run: Run, name: str) -> Metrics:
-    """The metrics of a module, computed once for all parts with this module."""
+def module_metrics(run: Run, name: str, given: Sequence[Adapter]) -> Metrics:
+    """The metrics of a module, computed once for all parts with it unless they depend on a part's factors."""
+    if name in run.metrics:
+        return run.metrics[name]
     calibration = run.options.calibration
     assert calibration is not None
-    if name not in run.metrics:
-        run.metrics.update(metrics_of({name: run.found.shapes[name]}, calibration))
-    return run.metrics[name]
+    mine = [x for x in given if name in x.a]
+    around = np.concatenate([x.a[name] for x in mine], 1), np.concatenate([x.b[name] for x in mine]).T
+    found = metrics_of({name: run.found.shapes[name]}, calibration, {name: around})
+    if all(x is None or x.moment is None for x in found[name]):
+        run.metrics.update(found)
+    return found[name]
 
 
 def problem_of(

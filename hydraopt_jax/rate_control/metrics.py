@@ -6,6 +6,11 @@ too, `G = E[g g.T]`, it decomposes `C^(1/2) @ delta @ G^(1/2)`. The squared norm
 Kronecker-factored estimate of the KL divergence of the model's outputs (Martens and Grosse, arXiv
 1503.05671), so that modules are weighted by their effect on the outputs. Stored factors are in the original
 coordinates.
+
+A large moment is not decomposed as a whole, which takes time cubic in its size, but within the Krylov space
+of the factors that it weighs, `span(X, C X, ..., C^(m-1) X)` (block Lanczos: Golub and Underwood, 1977). In
+it `C X` is exact, and filters of X converge in few steps; errors of decoded vectors, which lie outside of it,
+are taken from the moment itself.
 """
 
 import difflib
@@ -19,19 +24,27 @@ from hydraopt_jax.calibration import OUTPUT
 from hydraopt_jax.codec import encode
 from hydraopt_jax.errors import HydraOptError
 
+# what is added to a moment of mean eigenvalue 1, so that errors in unseen directions count too
+RIDGE = 1e-4
+# moments up to this size are decomposed as a whole; larger ones in a Krylov space of so many blocks, unless
+# that has more than half of their dimensions
+WHOLE, BLOCKS = 1024, 8
+
 
 class Metric(NamedTuple):
     """A second moment, scaled to a mean eigenvalue of 1.
 
     Attributes:
-      values: `[n]` eigenvalues.
-      vectors: `[n, n]` eigenvectors; None for a diagonal moment, whose eigenvectors are the axes.
+      values: `[k]` eigenvalues.
+      vectors: `[n, k]` eigenvectors; None for a diagonal moment, whose eigenvectors are the axes.
       scale: mean eigenvalue of the moment itself.
+      moment: `[n, n]` the moment itself, where the eigenvectors are those of a Krylov space; None else.
     """
 
     values: np.ndarray
     vectors: np.ndarray | None
     scale: float
+    moment: np.ndarray | None = None
 
     def along(self, x: np.ndarray) -> np.ndarray:
         """Coefficients `[..., n, S]` of vectors along the eigenvectors."""
@@ -42,12 +55,23 @@ class Metric(NamedTuple):
         return x if self.vectors is None else self.vectors @ x
 
     def weigh(self, x: np.ndarray) -> np.ndarray:
-        """Vectors `[..., n, S]` in the coordinates of equal weight: the symmetric square root times `x`."""
+        """Vectors `[..., n, S]` in the coordinates of equal weight: the symmetric square root times `x`.
+
+        In a Krylov space it is exact for the vectors that the space was made for, and so are inner products
+        of these with others.
+        """
         return self.back(np.sqrt(self.values)[:, None] * self.along(x))
 
     def weigh_rows(self, x: np.ndarray) -> np.ndarray:
         """`weigh` of row vectors `[..., S, n]`."""
         return self.weigh(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+    def gram(self, x: np.ndarray) -> np.ndarray:
+        """Inner products `x.T @ C @ x`, `[..., S, S]`, of any vectors `[..., n, S]`."""
+        if self.moment is None:
+            weighed = self.weigh(x)
+            return weighed.swapaxes(-1, -2) @ weighed
+        return x.swapaxes(-1, -2) @ product(self.moment, self.scale, x)
 
 
 Metrics = tuple[Metric | None, Metric | None]
@@ -67,7 +91,7 @@ def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
     if metric is None:
         return a
     plain = metric.along(a) / np.sqrt(metric.values)[:, None]
-    variance = np.maximum((plain**2).mean(-2, keepdims=True), 1e-9)
+    variance = np.maximum((plain**2).sum(-2, keepdims=True) / a.shape[-2], 1e-9)
     ridge = encode.MULTIPLIER / (2 * np.log(2) * variance)
     values = metric.values[:, None]
     return metric.back(plain * values / (values + ridge)).astype(np.float32)
@@ -86,22 +110,54 @@ def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
     return np.stack(filtered).astype(np.float32)
 
 
-def metric(moment: np.ndarray, name: str, size: int) -> Metric:
-    """The metric of a second moment, with a small ridge so that errors in unseen directions count too."""
-    moment = np.asarray(moment, np.float64)
+def product(moment: np.ndarray, scale: float, x: np.ndarray) -> np.ndarray:
+    """`C @ x` of a moment over its scale, with its ridge, in the moment's own dtype: it may be large."""
+    return (moment @ x.astype(moment.dtype)).astype(np.float64) / scale + RIDGE * x
+
+
+def metric(moment: np.ndarray, name: str, size: int, around: np.ndarray | None = None) -> Metric:
+    """The metric of a second moment.
+
+    Args:
+      moment: `[n]` or `[n, n]`.
+      name, size: its name, for errors, and n.
+      around: `[n, S]` vectors that it weighs; None for any.
+    """
+    moment = np.asarray(moment)
     diagonal = moment.ndim == 1
     if moment.shape != ((size,) if diagonal else (size, size)):
         raise HydraOptError(
             f"calibration: {name} has shape {list(moment.shape)}, its module needs {[size, size]}"
         )
-    total = float(moment.sum() if diagonal else np.trace(moment))
+    total = float(moment.sum(dtype=np.float64) if diagonal else np.trace(moment, dtype=np.float64))
     if not np.isfinite(moment).all() or not total > 0:
         raise HydraOptError(f"calibration: {name} is not a second moment (NaN, infinite or zero)")
     scale = total / size
     if diagonal:
-        return Metric(np.maximum(moment / scale, 0) + 1e-4, None, scale)
+        return Metric(np.maximum(moment.astype(np.float64) / scale, 0) + RIDGE, None, scale)
+    if around is not None and size > WHOLE and 2 * BLOCKS * around.shape[1] <= size:
+        moment = moment.astype(np.float32) if moment.dtype.itemsize < 4 else moment
+        basis, products = krylov_space(moment, scale, around)
+        values, inside = np.linalg.eigh(basis.T @ products)
+        return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment)
+    moment = moment.astype(np.float64)
     values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
-    return Metric(np.maximum(values, 0) + 1e-4, vectors, scale)
+    return Metric(np.maximum(values, 0) + RIDGE, vectors, scale)
+
+
+def krylov_space(moment: np.ndarray, scale: float, around: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An orthonormal basis `[n, BLOCKS * S]` of the Krylov space of vectors `[n, S]`, and `C` times it."""
+    basis = np.zeros((len(around), 0))
+    products = []
+    block = around.astype(np.float64)
+    for _ in range(BLOCKS):
+        # once to remove what the basis has, and once again what remains of it after scaling, or all of it
+        for _ in range(2):
+            block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
+        basis = np.concatenate([basis, block], 1)
+        block = product(moment, scale, block)
+        products.append(block)
+    return basis, np.concatenate(products, 1)
 
 
 def uncovered(shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, np.ndarray]) -> list[str]:
@@ -135,26 +191,34 @@ def ends_alike(one: str, two: str) -> bool:
 
 
 def metrics_of(
-    shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, np.ndarray]
+    shapes: Mapping[str, tuple[int, int]],
+    calibration: Mapping[str, np.ndarray],
+    around: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> dict[str, Metrics]:
     """The metrics of modules, name -> (I, O), from second moments as in a calibration file.
 
     A missing second moment (see `uncovered`) is replaced by a multiple of the identity, as for errors of
     weights. The multiple is the geometric mean of the others' mean eigenvalues.
 
+    Args:
+      shapes, calibration: the modules, and second moments by name.
+      around: module -> the vectors `[I, S]` and `[O, S]` that its metrics weigh; None for any.
+
     Raises:
       HydraOptError: a second moment of a wrong shape, or no second moment at all.
     """
     both = any(n.endswith(OUTPUT) for n in calibration)
 
-    def side(name: str, size: int) -> Metric:
+    def side(name: str, size: int, vectors: np.ndarray | None) -> Metric:
         if name in calibration:
-            return metric(calibration[name], name, size)
+            return metric(calibration[name], name, size, vectors)
         return Metric(np.ones(size), None, usual_scale(calibration, name.endswith(OUTPUT)))
 
+    given = around or {}
     return {
-        n: (side(n, inputs), side(n + OUTPUT, outputs) if both else None)
+        n: (side(n, inputs, left), side(n + OUTPUT, outputs, right) if both else None)
         for n, (inputs, outputs) in shapes.items()
+        for left, right in [given.get(n, (None, None))]
     }
 
 

@@ -189,6 +189,23 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
     return Found(step, slope, frequencies, trial)
 
 
+def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -> float:
+    """Log of the estimated bytes of the whole over the available bytes, from a trial of a part.
+
+    Modules are assumed to differ in bytes as their Gaussian estimates do.
+    """
+    scale = 1.0
+    if whole is not problem:
+        few = max(gaussian(problem, trial.step).bytes, 1.0)
+        scale = max(gaussian(whole, trial.step).bytes, 1.0) / few
+    return float(np.log(trial.bytes * scale / room))
+
+
+def error_miss(trial: Trial, *, goal: Target) -> float:
+    """Log of a trial's error relative to the target."""
+    return float(np.log(max(value(trial.errors, goal.worst), 1e-30) / goal.limit))
+
+
 def forms_of(done: Sequence[Pass], goal: Target) -> float | None:
     """The step whose forms the following passes keep, None for the forms of their own step.
 
