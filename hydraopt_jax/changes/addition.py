@@ -106,7 +106,8 @@ def as_it_came(new: Adapter) -> Segment:
 def coded(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | None) -> Segment:
     """The segment of a task coded at the store's step, predicted from other tasks in small stores."""
     shapes = {n: (a.shape[0], new.b[n].shape[1]) for n, a in new.a.items()}
-    metrics = metrics_of(shapes, calibration) if calibration is not None else {}
+    around = {n: (a, new.b[n].T) for n, a in new.a.items()}
+    metrics = metrics_of(shapes, calibration, around) if calibration is not None else {}
     problem = prepare(adapters.stack([new]), tuple(new.a), np.ones(1), metrics, False)
     step = store.report["step"]
     if count(store) > SEARCHED:

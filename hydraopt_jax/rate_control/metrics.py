@@ -29,6 +29,8 @@ RIDGE = 1e-4
 # moments up to this size are decomposed as a whole; larger ones in a Krylov space of so many blocks, unless
 # that has more than half of their dimensions
 WHOLE, BLOCKS = 1024, 8
+# rows of a moment that are converted at a time
+ROWS = 512
 
 
 class Metric(NamedTuple):
@@ -111,8 +113,9 @@ def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
 
 
 def product(moment: np.ndarray, scale: float, x: np.ndarray) -> np.ndarray:
-    """`C @ x` of a moment over its scale, with its ridge, in the moment's own dtype: it may be large."""
-    return (moment @ x.astype(moment.dtype)).astype(np.float64) / scale + RIDGE * x
+    """`C @ x` of a moment over its scale, with its ridge: in float64, few rows of a large moment at a time."""
+    parts = [moment[at : at + ROWS].astype(np.float64) @ x for at in range(0, len(moment), ROWS)]
+    return np.concatenate(parts, -2) / scale + RIDGE * x
 
 
 def metric(moment: np.ndarray, name: str, size: int, around: np.ndarray | None = None) -> Metric:
@@ -136,7 +139,6 @@ def metric(moment: np.ndarray, name: str, size: int, around: np.ndarray | None =
     if diagonal:
         return Metric(np.maximum(moment.astype(np.float64) / scale, 0) + RIDGE, None, scale)
     if around is not None and size > WHOLE and 2 * BLOCKS * around.shape[1] <= size:
-        moment = moment.astype(np.float32) if moment.dtype.itemsize < 4 else moment
         basis, products = krylov_space(moment, scale, around)
         values, inside = np.linalg.eigh(basis.T @ products)
         return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment)
