@@ -113,7 +113,7 @@ def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
 
 
 def product(moment: np.ndarray, scale: float, x: np.ndarray) -> np.ndarray:
-    """`C @ x` of a moment over its scale, with its ridge: in float64, few rows of a large moment at a time."""
+    """`C @ x` of a moment over its scale, with its ridge; in float64, some rows of a moment at a time."""
     parts = [moment[at : at + ROWS].astype(np.float64) @ x for at in range(0, len(moment), ROWS)]
     return np.concatenate(parts, -2) / scale + RIDGE * x
 
