@@ -152,19 +152,11 @@ def joint_estimate(x: Sequence[Sides], bits: Array) -> Array:
     return jax.lax.map(lambda b: water_fill(total, b), bits)
 
 
-@jax.jit
-def _sides(deltas: Svd) -> tuple[Array, Array]:
-    """Eigenvalues of the Gram matrices of all tasks' scaled singular vectors, `[M, T * R]` per side."""
-
-    def one(x: Svd) -> tuple[Array, Array]:
-        left = decompose.wide(x.u * x.s[:, None, :])
-        right = decompose.wide(x.v.mT * x.s[:, None, :])
-        return decompose.eigvalsh(decompose.matmul(left.T, left)), decompose.eigvalsh(
-            decompose.matmul(right.T, right)
-        )
-
-    left, right = jax.vmap(one)(deltas)
-    return jnp.maximum(left, 0.0), jnp.maximum(right, 0.0)
+def component_energies(vectors: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Eigenvalues `[M, T * R]` of the Gram matrices of all tasks' vectors `[M, T, I, R]` times `s`."""
+    scaled = np.moveaxis(vectors * s[:, :, None, :], 1, 2)
+    flat = scaled.reshape(*scaled.shape[:2], -1)
+    return np.maximum(np.linalg.eigvalsh(flat.swapaxes(1, 2) @ flat), 0.0)
 
 
 def estimates(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
@@ -183,7 +175,8 @@ def estimates(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]
         inputs, outputs = x.u.shape[-2], x.v.shape[-1]
         energy = np.asarray(x.s, np.float32).ravel() ** 2
         alone.append((energy, np.full_like(energy, inputs), np.full_like(energy, outputs)))
-        left, right = _sides(x)
+        u, s, v = (np.asarray(y, np.float32) for y in x)
+        left, right = (jnp.asarray(component_energies(y, s)) for y in (u, v.swapaxes(2, 3)))
         sides.append(Sides(left, right, jnp.float32(inputs), jnp.float32(outputs)))
         pairs += int((np.asarray(x.s).max(-1) > 0).sum())
     bits = jnp.asarray(8.0 * np.asarray(sizes), jnp.float32)

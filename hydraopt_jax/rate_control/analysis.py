@@ -55,31 +55,26 @@ class Spectrum(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="width")
-def joint_bases(vectors: Array, s: Array, width: int) -> Joint:
-    """`Joint` of one side of modules of one shape: vectors `[M, T, I, R]`, singular values `[M, T, R]`."""
-
-    def one(x: tuple[Array, Array]) -> Joint:
-        vectors, s = x
-        q, reduced = decompose.reduce(vectors * s[:, None, :])
-        flat = decompose.wide(reduced)
-        basis, _ = decompose.top_eigenvectors(matmul(flat, flat.T), width)
-        along = matmul(basis.T, reduced) ** 2
-        energy = jnp.sum(reduced**2, 1)[:, :, None]
-        return Joint(matmul(q, basis), along.mT / jnp.where(energy > 0, energy, 1.0))
-
-    return jax.lax.map(one, (vectors, s))
+def joint_basis(vectors: Array, s: Array, width: int) -> Joint:
+    """`Joint` of one side of a module: vectors `[T, I, R]`, singular values `[T, R]`."""
+    q, reduced = decompose.reduce(vectors * s[:, None, :])
+    flat = decompose.wide(reduced)
+    basis, _ = decompose.top_eigenvectors(matmul(flat, flat.T), width)
+    along = matmul(basis.T, reduced) ** 2
+    energy = jnp.sum(reduced**2, 1)[:, :, None]
+    return Joint(matmul(q, basis), along.mT / jnp.where(energy > 0, energy, 1.0))
 
 
 @jax.jit
 def squared_cosines(x: Array, references: Array) -> Array:
-    """Squared cosines `[M, T, R, C, R]` of `[M, T, I, R]` with the references' `[M, C, I, R]`.
+    """Squared cosines `[T, R, C, R]` of a module's `[T, I, R]` with those of tasks, `[C]`.
 
     The references' vectors are made orthogonal in order.
     """
     length = jnp.linalg.norm(x, axis=-2, keepdims=True)
-    x = x / jnp.where(length > 0, length, 1.0)
-    references = decompose.qr(references)[0]
-    return jnp.einsum("mtir,mcis->mtrcs", x, references, precision="highest") ** 2
+    unit = x / jnp.where(length > 0, length, 1.0)
+    basis = decompose.qr(x[references])[0]
+    return jnp.einsum("tir,cis->trcs", unit, basis, precision="highest") ** 2
 
 
 @jax.jit
@@ -121,18 +116,22 @@ def spectrum(
         return Spectrum(tuple(modules), host, norms, scales, (empty, empty), (), None)
     gram = np.asarray(inner_products(Svd(deltas.u, jnp.asarray(s), deltas.v)))
     central = np.argsort(-(gram**2).sum((0, 2)), kind="stable")[:REFERENCES]
-    left, right = (squared_cosines(x, x[:, central]) for x in map(jnp.asarray, coded))
+    # module by module: a program per size in place of one per size and number of modules
+    left, right = (
+        np.stack(jax.device_get([squared_cosines(x, central) for x in vectors])) for vectors in coded
+    )
     joint = []
     for vectors in coded if deep else ():
         rank = s.shape[-1]
         width = min(tasks * rank, vectors.shape[-2], SHARED_WIDTH * rank)
-        joint.append(jax.device_get(joint_bases(jnp.asarray(vectors), jnp.asarray(s), width)))
+        each = jax.device_get([joint_basis(x, y, width) for x, y in zip(vectors, s, strict=True)])
+        joint.append(jax.tree.map(lambda *x: np.stack(x), *each))
     return Spectrum(
         tuple(modules),
         host,
         norms,
         scales,
-        (np.asarray(left), np.asarray(right)),
+        (left, right),
         tuple(central.tolist()),
         (joint[0], joint[1]) if deep else None,
     )

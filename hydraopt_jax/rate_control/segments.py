@@ -100,7 +100,8 @@ def sized_segment(run: Run, n: int, problem: Problem, trial: Trial, bias: float)
 
 
 def finished(run: Run, number: int, draft: Store, place: Place, bias: list[float]) -> Store:
-    """The store of a pass of drafts, in bytes; `bias` learns what the estimate was off by."""
+    """The store of a pass of drafts, in bytes, with what Gaussian models expect of a collection in one part;
+    `bias` learns what the estimate of the bytes was off by."""
     assert run.drafts is not None
     segments, codes, estimated = [], 0, 0.0
     for n in range(len(run.parts)):
@@ -112,7 +113,11 @@ def finished(run: Run, number: int, draft: Store, place: Place, bias: list[float
         place.keep(name, segment)
         segments.append(kept_segment(place, name))
     bias.append(codes / estimated * (1 + MARGIN))
-    return draft.replace(segments=(*segments, *draft.segments[len(segments) :]))
+    report = dict(draft.report)
+    if len(run.parts) == 1 and not problem.metrics:
+        expected = estimates.estimates([x.deltas for x in problem.spectra], np.array([trial.bytes]))
+        report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in expected.items()}
+    return draft.replace(segments=(*segments, *draft.segments[len(segments) :]), report=Static(report))
 
 
 def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> dict[str, Any]:
@@ -129,9 +134,6 @@ def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> d
         "modules": int(np.count_nonzero(~np.isnan(trial.errors))),
         "counts": trial.coded.counts.tolist(),
     }
-    if len(run.parts) == 1 and not problem.metrics:
-        found = estimates.estimates([x.deltas for x in problem.spectra], np.array([trial.bytes]))
-        note["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in found.items()}
     return note
 
 
@@ -173,7 +175,6 @@ def put_together(
         "step": float(f"{step:.6g}"),
         "forms": forms,
         "bound": {"eigen-tail": float(f"{tail:.6g}")},
-        **({"estimate": notes[0]["estimate"]} if "estimate" in notes[0] else {}),
         **said,
     }
     return Store((*segments, *heads), run.found.tasks, run.found.sources, Static(report))
