@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from hydraopt_jax import forms, synthetic
+from hydraopt_jax.codec import encode
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control.budget import keeps_all, read_budget
+from hydraopt_jax.store import sizes
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,12 @@ def test_without_a_target_a_quarter_of_the_bytes_is_aimed_at():
 def test_options_that_do_nothing_beside_a_budget_of_one_are_refused(few, options, words):
     with pytest.raises(HydraOptError, match=words):
         compress(few, budget=1, **options)
+
+
+@pytest.mark.parametrize("budget", [2600, 2688, 2760])
+@pytest.mark.parametrize("factor", [0.97, 0.995])
+def test_bytes_that_are_estimated_too_low_are_made_up_for(small, monkeypatch, budget, factor):
+    sizes_of = encode.sizes
+    monkeypatch.setattr(encode, "sizes", lambda *a: factor * sizes_of(*a))
+    kept = compress(small, budget=budget)
+    assert 0.9 * budget < sizes.measure_size(kept) <= budget

@@ -173,7 +173,7 @@ def passes(
     weights = task_weights(run.found.tasks, run.options)
     known = pilot(run, goal, weights)
     step, frequencies = known["step"], np.array(known["frequencies"])
-    number, mean, bias, aim = 0, float("nan"), [1.0], goal
+    number, mean, aim = 0, float("nan"), goal
     best: Store | None = None
     for round_number in range(ROUNDS if goal.worst else 1):
         done: list[Pass] = []
@@ -184,13 +184,14 @@ def passes(
             if chosen is not None and place is not None and run.drafts is not None:
                 draft = made[chosen]
                 assert draft is not None
-                made[chosen] = store = finished(run, numbers[chosen], draft, place, bias)
+                made[chosen] = store = finished(run, numbers[chosen], draft, place)
                 drafted = done[chosen]
                 done[chosen] = pass_of(drafted.step, store, goal, place)._replace(forms=drafted.forms)
                 if done[chosen].miss > 0 and goal.sign < 0:
-                    # names and headers are longer than they were counted
+                    # the estimate was too low, and will be about as low again
                     short = max(done[chosen].value - drafted.value, 0) + SPARE
                     aim = goal._replace(limit=goal.limit - short)
+                    goal = goal._replace(passes=max(goal.passes, len(done) + search.FURTHER))
                 if done[chosen].miss > 0:
                     # perhaps another pass still meets it
                     continue
@@ -205,7 +206,7 @@ def passes(
                 step = search.next_step(done, known["slope"], goal)
             # tables and forms stay as they are in the end, so that the search sees a smooth curve
             forms = search.forms_of(done, goal)
-            counted = encode_parts(run, number, step, frequencies, weights, known, bias, forms)
+            counted = encode_parts(run, number, step, frequencies, weights, known, forms)
             frequencies = counted if number < goal.settling else frequencies
             found, passed, mean = outcome(run, number, step, aim, heads, said)
             done.append(passed._replace(forms=forms))
@@ -337,11 +338,10 @@ def encode_parts(
     frequencies: np.ndarray,
     weights: np.ndarray,
     known: Mapping[str, Any],
-    bias: Sequence[float] = (1.0,),
     modes_at: float | None = None,
 ) -> np.ndarray:
     """Encode this process's parts that are not done, as many at once as it has devices, in the forms of the
-    step `modes_at`; of a run with drafts their bytes are estimated, times the last `bias`.
+    step `modes_at`; of a run with drafts their bytes are estimated.
 
     Returns:
       Frequencies for the next pass, from the counts of all parts.
@@ -366,7 +366,7 @@ def encode_parts(
             segment = coded_segment(run, n, problem, trial, given)
         else:
             run.drafts[name] = Draft(problem, trial, given)
-            segment = sized_segment(run, n, problem, trial, bias[-1])
+            segment = sized_segment(run, n, problem, trial)
         run.place.keep(name, segment)
         run.place.keep_note(name, note_of(run, problem, trial, [x.task for x in given]))
         with told:

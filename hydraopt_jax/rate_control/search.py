@@ -17,8 +17,11 @@ from hydraopt_jax.store.store import task_errors
 
 # share of a target that may stay unused: of a collection in few parts, and where a pass takes long
 SLACK, WIDE_SLACK, FEW_PARTS = 0.002, 0.01, 4
-# passes over the collection until the target is met
-PASSES = 12
+# bytes of a budget that may stay unused in any case: small stores grow in jumps
+GRAIN = 16
+# passes over the collection until the target is met, and further ones where a store in bytes was larger than
+# its draft
+PASSES, FURTHER = 12, 4
 # trials on the sample, at least so many, and how near it has to come: the sample is not the whole
 TRIALS, SETTLED, NEAR = 8, 2, 0.01
 # about what the smallest store takes beside its codes, and each of its segments, to start from
@@ -53,6 +56,7 @@ class Target(NamedTuple):
       worst: whether the error is that of the worst task instead of the mean.
       slack: share that may stay unused.
       settling: number of first passes that only provide tables and are not accepted.
+      passes: number of passes after which the best one that meets the target is taken.
     """
 
     sign: float
@@ -61,6 +65,7 @@ class Target(NamedTuple):
     worst: bool = False
     slack: float = SLACK
     settling: int = 1
+    passes: int = PASSES
 
 
 class Pass(NamedTuple):
@@ -94,6 +99,7 @@ def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -
     given = budget.read_budget(options.budget)
     assert given is not None
     limit = given if isinstance(given, int) else int(given * 2 * found.entries()) + heads
+    slack = max(slack, GRAIN / max(limit - heads, GRAIN))
     return Target(-1.0, limit - heads, heads, False, slack, settling)
 
 
@@ -270,12 +276,12 @@ def met(done: Sequence[Pass], goal: Target) -> int | None:
     tight = best is not None and any(
         x.miss > 0 and abs(np.log(x.step / done[best].step)) < TIGHT * goal.slack for x in done
     )
-    return best if best is not None and (len(done) >= PASSES or tight) else None
+    return best if best is not None and (len(done) >= goal.passes or tight) else None
 
 
 def hopeless(done: Sequence[Pass], goal: Target) -> bool:
     """Whether no further pass can meet the target."""
-    if len(done) >= PASSES:
+    if len(done) >= goal.passes:
         return True
     last = done[-1]
     edge = last.step >= STEPS[1] / 1.0001 if goal.sign < 0 else last.step <= STEPS[0] * 1.0001

@@ -28,8 +28,6 @@ from hydraopt_jax.store.tensors import Tensors
 
 # maximum number of tasks for which labels of forms name the reference
 NAMED = 16
-# correction of the byte estimate, once it was too low
-MARGIN = 5e-4
 FACTOR_LEAVES = ("shared", "task_", "head_")
 # cap on codes over available bytes: if nothing is available, a much coarser step is tried
 HOPELESS = 20
@@ -86,12 +84,12 @@ def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Seque
     return with_errors(made, given, trial.errors) if problem.metrics else made
 
 
-def sized_segment(run: Run, n: int, problem: Problem, trial: Trial, bias: float) -> Segment:
+def sized_segment(run: Run, n: int, problem: Problem, trial: Trial) -> Segment:
     """A segment of about the size of a trial's segment, without codes."""
     names = [run.found.tasks[t] for t in run.parts[n].tasks]
     carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
     leaves = {*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}
-    each = max(int(bias * trial.bytes) // len(leaves), 1)
+    each = max(-(-int(trial.bytes) // len(leaves)), 1)
     bodies = {leaf: np.broadcast_to(np.uint8(0), (each,)) for leaf in sorted(leaves)}
     outputs = trial.errors if problem.metrics else None
     return make_segment(
@@ -99,24 +97,18 @@ def sized_segment(run: Run, n: int, problem: Problem, trial: Trial, bias: float)
     )
 
 
-def finished(run: Run, number: int, draft: Store, place: Place, bias: list[float]) -> Store:
-    """The store of a pass of drafts, in bytes, with what Gaussian models expect of a collection in one part;
-    `bias` learns what the estimate of the bytes was off by."""
+def finished(run: Run, number: int, draft: Store, place: Place) -> Store:
+    """The store of a pass of drafts, in bytes; with what Gaussian models expect if it is in one part."""
     assert run.drafts is not None
-    segments, codes, estimated = [], 0, 0.0
+    segments, report = [], dict(draft.report)
     for n in range(len(run.parts)):
         name = f"pass-{number}-{n}"
         problem, trial, given = run.drafts.pop(name)
-        segment = coded_segment(run, n, problem, trial, given)
-        codes += sum(size_of(v) for k, v in segment.leaves.items() if k.startswith(FACTOR_LEAVES))
-        estimated += trial.bytes
-        place.keep(name, segment)
+        place.keep(name, coded_segment(run, n, problem, trial, given))
         segments.append(kept_segment(place, name))
-    bias.append(codes / estimated * (1 + MARGIN))
-    report = dict(draft.report)
-    if len(run.parts) == 1 and not problem.metrics:
-        expected = estimates.estimates([x.deltas for x in problem.spectra], np.array([trial.bytes]))
-        report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in expected.items()}
+        if len(run.parts) == 1 and not problem.metrics:
+            expected = estimates.estimates([x.deltas for x in problem.spectra], np.array([trial.bytes]))
+            report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in expected.items()}
     return draft.replace(segments=(*segments, *draft.segments[len(segments) :]), report=Static(report))
 
 
