@@ -1,25 +1,36 @@
 """Time and peak memory of every verb on a store that memory need not hold.
 
     python -m experiments.scale.living --json experiments/scale/living.json
+    python -m experiments.scale.living --tasks 300 --json experiments/scale/living-300.json
     python -m experiments.scale.living --budget 0.125 --tasks 300 --json experiments/scale/living-budget.json
 
 Generates adapters, compresses all but the last, and runs each verb as a process: `inspect`, `verify`,
 `verify` against some adapters, `export` of one task and of all, `add` of the last adapter, `remove` of one.
-Peaks are the whole process's; `nothing` is one that only starts.
+Peaks are the whole process's; `nothing` is one that only starts. The JSON file is written anew after every
+verb, so that what was measured is kept if a later verb does not end.
 """
 
 import argparse
+import datetime
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from experiments.peers.measure import folder_bytes, watched
 from experiments.scale import generated
 
 START = "import jax, jax.numpy as jnp, hydraopt_jax.cli; jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))"
+
+
+def commit() -> str:
+    """The commit of the code that runs."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
@@ -48,7 +59,17 @@ def main() -> None:
             "remove": ["remove", store, folders[0].name, "--json"],
             "verify changed": ["verify", store, names[1], names[-1], "--json"],
         }
-        load, rows = os.getloadavg()[0], {}
+        result = {
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
+            "model": arguments.model,
+            "layers": arguments.layers,
+            "tasks": arguments.tasks - 1,
+            "budget": arguments.budget,
+            "input_bytes": sum(folder_bytes(x) for x in folders[:-1]),
+            "verbs": {},
+        }
+        rows: dict[str, Any] = result["verbs"]
         for name, verb in verbs.items():
             command = verb if name == "nothing" else ["-m", "hydraopt_jax.cli", *verb]
             before = folder_bytes(Path(store)) if Path(store).exists() else 0
@@ -56,20 +77,12 @@ def main() -> None:
             rows[name] = {k: v for k, v in row.items() if row["failed"] or k not in ("failed", "tail")}
             after = folder_bytes(Path(store)) if Path(store).exists() else 0
             rows[name] |= {"store_bytes": after} if after != before else {}
+            rows[name]["load"] = round(os.getloadavg()[0], 1)
+            if arguments.json:
+                Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
             print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
             shutil.rmtree(out, ignore_errors=True)
-        result = {
-            "model": arguments.model,
-            "layers": arguments.layers,
-            "tasks": arguments.tasks - 1,
-            "budget": arguments.budget,
-            "input_bytes": sum(folder_bytes(x) for x in folders[:-1]),
-            "load": [load, os.getloadavg()[0]],
-            "verbs": rows,
-        }
     print(json.dumps(result, indent=1))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
