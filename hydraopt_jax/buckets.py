@@ -31,7 +31,7 @@ MEANINGS = {
 }
 
 
-class Found(NamedTuple):
+class StoredObject(NamedTuple):
     """An object, or some of its bytes.
 
     Attributes:
@@ -117,7 +117,7 @@ def meaning(error: Exception) -> str:
     return next((v for k, v in MEANINGS.items() if k in said), "")
 
 
-def read(path: str, start: int = 0, stop: int | None = None) -> Found:
+def read(path: str, start: int = 0, stop: int | None = None) -> StoredObject:
     """An object, or its bytes from `start` to `stop`.
 
     Raises:
@@ -126,7 +126,7 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Found:
     part = None if start == 0 and stop is None else slice(start, stop)
     with explained(path, "read"):
         found = keys_of(path).read("", byte_range=part).result()
-    return Found(found.value if found.state == "value" else None, found.stamp.generation)
+    return StoredObject(found.value if found.state == "value" else None, found.stamp.generation)
 
 
 def write(path: str, data: bytes, version: bytes | None = None) -> bool:

@@ -48,7 +48,7 @@ class Address(NamedTuple):
         return self.url or f"{HUB}{self.repository}{name}{f'@{self.revision}' if self.revision else ''}"
 
 
-class Source(NamedTuple):
+class RemoteFile(NamedTuple):
     """One version of a file, with partial reads.
 
     Attributes:
@@ -98,7 +98,7 @@ def parse(text: str) -> Address:
     return Address(redact(text), f"{organization}/{name}", file or FILE, revision or None)
 
 
-def find(text: str) -> Source:
+def find(text: str) -> RemoteFile:
     """The current version of the file at an address; a copy in the hub's cache is preferred.
 
     Raises:
@@ -108,12 +108,12 @@ def find(text: str) -> Source:
     return on_web(address) if address.url else on_hub(address)
 
 
-def on_web(address: Address) -> Source:
+def on_web(address: Address) -> RemoteFile:
     """The file at a URL, of the version that the first request finds."""
     return opened(address.label, address.url, {}, "", True)
 
 
-def on_hub(address: Address) -> Source:
+def on_hub(address: Address) -> RemoteFile:
     """A file of a repository, at the current commit of a revision."""
     hub = client(address.label)
     from huggingface_hub.utils import build_hf_headers
@@ -139,7 +139,7 @@ def on_hub(address: Address) -> Source:
     if copy is not None and size in (None, copy.stat().st_size):
         # the place is needed in the message if the file is damaged
         label = f"{address.label} (cached at {copy})"
-        return Source(label, copy.stat().st_size, commit, reader_of(f"{label}: {copy}", copy), copy)
+        return RemoteFile(label, copy.stat().st_size, commit, reader_of(f"{label}: {copy}", copy), copy)
     url = hub.hf_hub_url(*name, revision=commit)
     return opened(address.label, url, build_hf_headers(), commit, False)
 
@@ -169,7 +169,7 @@ def reader_of(label: str, path: Path) -> Callable[[int, int], bytes]:
     return read
 
 
-def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagged: bool) -> Source:
+def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagged: bool) -> RemoteFile:
     """The file at a URL; with `tagged` all answers must be of the version of the first one."""
     first, size, tag = fetch(label, url, headers, 0, FIRST)
     pin = tag if tagged else ""
@@ -185,7 +185,7 @@ def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagge
             raise changed(label)
         return known + data
 
-    return Source(label, size, version or tag, read)
+    return RemoteFile(label, size, version or tag, read)
 
 
 def changed(label: str) -> HydraOptError:

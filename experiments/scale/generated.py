@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hydraopt_jax import synthetic
-from hydraopt_jax.collection import Card, Collection, Entry, Pair
+from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair
 from hydraopt_jax.store.lossless import Raw
 
 MODELS = {
@@ -41,7 +41,7 @@ def collection(
       seed: of everything.
     """
     decay = (np.arange(1, rank + 1, dtype=np.float32) ** -1.5)[None, :]
-    table = {m: Entry("", "", i, o, rank, 2.0) for m, (i, o) in modules.items()}
+    table = {m: ModuleEntry("", "", i, o, rank, 2.0) for m, (i, o) in modules.items()}
     common: dict[str, np.ndarray] = {}
 
     def shared(name: str) -> np.ndarray:

@@ -30,7 +30,7 @@ def main() -> None:
     bfloat16 = jnp.bfloat16.dtype
     a = rng.standard_normal((1, TASKS, RANK, SIZE), np.float32).astype(bfloat16)
     b = rng.standard_normal((1, TASKS, SIZE, RANK), np.float32).astype(bfloat16)
-    block = groups.Block(a, b, np.ones((1, TASKS), np.float32), np.full((1, TASKS), RANK))
+    block = groups.GroupFactors(a, b, np.ones((1, TASKS), np.float32), np.full((1, TASKS), RANK))
     both = streaming_gram.bits(block.a), streaming_gram.bits(block.b), block.scale
     pieces = {
         "gram": streaming.sum_tasks(RANK, (SIZE, SIZE), grid),

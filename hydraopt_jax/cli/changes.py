@@ -11,7 +11,7 @@ from rich.text import Text
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
-from hydraopt_jax.cli.common import Place, load_moments, read_all, with_adapters
+from hydraopt_jax.cli.common import PlaceType, load_moments, read_all, with_adapters
 from hydraopt_jax.cli.output import clean, output_options, say
 from hydraopt_jax.cli.tables import calibration_notes, held_notes, sentence
 from hydraopt_jax.errors import HydraOptError
@@ -124,8 +124,8 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
-@click.argument("adapter", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
+@click.argument("adapter", type=PlaceType())
 @with_adapters
 @options
 @click.pass_context
@@ -173,7 +173,7 @@ def moments_of(content: Store, path: str, file: str | None) -> Mapping[str, np.n
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
 @click.argument("task", required=False)
 @click.option("--purge", is_flag=True, help="leave nothing of removed tasks: code again what depends on them")
 @options

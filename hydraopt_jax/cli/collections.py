@@ -8,7 +8,7 @@ import numpy as np
 
 from hydraopt_jax import merging, report, tradeoff
 from hydraopt_jax.adapters import stack
-from hydraopt_jax.cli.common import Place, read_all, with_adapters
+from hydraopt_jax.cli.common import PlaceType, read_all, with_adapters
 from hydraopt_jax.cli.output import clean, output_options, progress, say
 from hydraopt_jax.demo import main as demonstration
 from hydraopt_jax.errors import HydraOptError
@@ -23,7 +23,7 @@ LEGEND = (
 
 
 @click.command("similarity")
-@click.argument("adapters", nargs=-1, required=True, type=Place())
+@click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
 @click.option("--plot", type=click.Path(dir_okay=False), help="write heat maps to this PNG, PDF or SVG")
 @output_options
@@ -54,7 +54,7 @@ def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[st
 
 
 @click.command("frontier")
-@click.argument("adapters", nargs=-1, required=True, type=Place())
+@click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
 @click.option(
     "--budget",

@@ -28,7 +28,7 @@ class CheckFailed(click.ClickException):
     exit_code = 1
 
 
-class Place(click.Path):
+class PlaceType(click.Path):
     """A path, a NAME=PATH or an address; a shell completes it as a path."""
 
     name = "place"

@@ -14,7 +14,7 @@ from rich.text import Text
 from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
-from hydraopt_jax.cli.common import Place, Source, parse_numbers, with_adapters
+from hydraopt_jax.cli.common import PlaceType, Source, parse_numbers, with_adapters
 from hydraopt_jax.cli.output import clean, mode, output_options, say
 from hydraopt_jax.cli.output import progress as stage
 from hydraopt_jax.cli.tables import (
@@ -79,7 +79,7 @@ def stoppable(path: Path) -> Iterator[None]:
 
 
 @click.command("compress")
-@click.argument("adapters", nargs=-1, required=True, type=Place())
+@click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
 @click.option("--out", required=True, type=click.Path(), help="the store: a new folder or .safetensors file")
 @click.option(

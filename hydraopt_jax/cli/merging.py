@@ -10,7 +10,14 @@ from rich.text import Text
 
 from hydraopt_jax import calibration, merging, report
 from hydraopt_jax.adapters import Adapter, check
-from hydraopt_jax.cli.common import Place, check_task, parse_files, parse_numbers, read_beside, with_adapters
+from hydraopt_jax.cli.common import (
+    PlaceType,
+    check_task,
+    parse_files,
+    parse_numbers,
+    read_beside,
+    with_adapters,
+)
 from hydraopt_jax.cli.output import clean, output_options, progress, say, warn
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import write_adapter
@@ -77,7 +84,7 @@ def warnings(collection: Sequence[Adapter], method: str) -> None:
 
 
 @click.command("merge")
-@click.argument("adapters", nargs=-1, required=True, type=Place())
+@click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
 @click.option("--out", required=True, type=click.Path(), help="the PEFT folder to write")
 @click.option("--method", default="linear", show_default=True, help=f"one of {', '.join(SINGLE)}")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter, layer_kind, module_shapes
-from hydraopt_jax.cli.common import CheckFailed, Place, load_moments, read_in_batches, with_adapters
+from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, read_in_batches, with_adapters
 from hydraopt_jax.cli.output import clean, mode, output_options, progress, say
 from hydraopt_jax.cli.tables import (
     bytes_table,
@@ -35,7 +35,7 @@ from hydraopt_jax.store.tensors import check_dtype
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
 @click.option(
     "--recipe", type=click.Path(), help="write what compresses the adapters again to this .json or .yaml file"
 )
@@ -143,7 +143,7 @@ def leaves_table(content: store.Store) -> Table:
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="a task to export; may be repeated")
 @click.option("--all", "everything", is_flag=True, help="export every task, each to OUT/<its name>")
 @click.option("--out", required=True, type=click.Path(), help="folder to write")
@@ -207,8 +207,8 @@ def export(
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
-@click.argument("adapters", nargs=-1, type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
+@click.argument("adapters", nargs=-1, type=PlaceType())
 @with_adapters
 @click.option(
     "--calibration", type=click.Path(), help="what the store was made with: check errors of outputs, too"
@@ -289,8 +289,8 @@ def names_of(x: store.Segment) -> list[str]:
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
-@click.argument("file", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
+@click.argument("file", type=PlaceType())
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")
 @output_options
 def pack(path: str, file: str, overwrite: bool) -> None:
@@ -301,8 +301,8 @@ def pack(path: str, file: str, overwrite: bool) -> None:
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
-@click.argument("folder", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
+@click.argument("folder", type=PlaceType())
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")
 @output_options
 def unpack(path: str, folder: str, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from hydraopt_jax import devices
 from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming
-from hydraopt_jax.explicit.groups import GROUP_BYTES, Block, Group, blocks, groups_of, streams
+from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, GroupFactors, groups_of, read_groups, streams
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.forms.asked import check_form
 from hydraopt_jax.rate_control.carried import full_tensors, kept_segment
@@ -132,7 +132,7 @@ def bundled(store: Store, order: list[str]) -> Store:
     return store.replace(segments=(segment, *rest))
 
 
-def solve_whole(group: Group, block: Block, form: Hydra, dtype: str) -> dict[str, streaming.Solved]:
+def solve_whole(group: Group, block: GroupFactors, form: Hydra, dtype: str) -> dict[str, streaming.Solved]:
     """Any form, with all tasks of the group at once."""
     count = len(group.modules)
     a = block.a[:count].astype(np.float32).swapaxes(2, 3)
@@ -147,7 +147,7 @@ def work(
     tasks = len(found.cards)
     passes = 2 if streams(form, tasks) else 1
     numbers = iter(todo)
-    stream: Iterator[Any] = blocks(found, list(todo.values()), passes, progress.read)
+    stream: Iterator[Any] = read_groups(found, list(todo.values()), passes, progress.read)
     with contextlib.closing(stream) as coming:  # type: ignore[type-var]
         for group, parts in coming:
             name = f"group-{next(numbers)}"

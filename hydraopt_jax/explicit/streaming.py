@@ -19,7 +19,7 @@ from hydraopt_jax.deferred import in_file
 from hydraopt_jax.devices import MODULES, TASKS, even, padded, put
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import fitting, streaming_gram
-from hydraopt_jax.explicit.groups import Block, Group, applied
+from hydraopt_jax.explicit.groups import Group, GroupFactors, applied
 from hydraopt_jax.explicit.streaming_gram import BOTH, LOCAL, Basis, Grams
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.forms import Hydra
@@ -98,10 +98,10 @@ class First(NamedTuple):
     ranks: np.ndarray
 
 
-Passes = Callable[[], Iterator[tuple[int, Block]]]
+Passes = Callable[[], Iterator[tuple[int, GroupFactors]]]
 
 
-def passes_of(group: Group, parts: Iterator[Block]) -> Passes:
+def passes_of(group: Group, parts: Iterator[GroupFactors]) -> Passes:
     """A function that goes through the first task and the block of every span, once a call."""
     starts = [start for start, _ in group.spans]
     if len(starts) > 1:
@@ -110,7 +110,7 @@ def passes_of(group: Group, parts: Iterator[Block]) -> Passes:
     return lambda: iter([(0, held[0])])
 
 
-def rows_of(block: Block, rows: slice) -> tuple[np.ndarray, ...]:
+def rows_of(block: GroupFactors, rows: slice) -> tuple[np.ndarray, ...]:
     """Factors and scales of some modules of a block."""
     return block.a[rows], block.b[rows], block.scale[rows]
 
@@ -175,7 +175,7 @@ def trace_of(energies: tuple[jax.Array, ...]) -> jax.Array:
 def solve(
     file: Path,
     group: Group,
-    parts: Iterator[Block],
+    parts: Iterator[GroupFactors],
     tasks: int,
     form: Hydra,
     dtype: str,

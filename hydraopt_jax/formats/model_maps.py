@@ -12,17 +12,17 @@ import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats.families import FAMILIES, LIBRARIES, Library, Row, Table
+from hydraopt_jax.formats.families import FAMILIES, LIBRARIES, Library, ModuleRow, Table
 from hydraopt_jax.formats.trees import near
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.(?P<n>\d+)\.(?P<module>.+)")
 _STACKED = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\]")
 
 
-class Found(NamedTuple):
+class ModuleMatch(NamedTuple):
     """A module of a library: row, layer, and whether the layer is counted from the end of the stacks."""
 
-    row: Row
+    row: ModuleRow
     n: int
     behind: bool = False
 
@@ -63,7 +63,7 @@ def heads(name: str, side: str, size: int, head_dim: int | None) -> list[int]:
     return [size // head_dim, head_dim]
 
 
-def rotated(row: Row, b: np.ndarray, head_dim: int | None, name: str, back: bool) -> np.ndarray:
+def rotated(row: ModuleRow, b: np.ndarray, head_dim: int | None, name: str, back: bool) -> np.ndarray:
     """Output-side factors `[R, O]` in the library's order and scale of heads, or back in Hugging Face's."""
     if not (row.interleaved or row.scaled):
         return b
@@ -103,7 +103,7 @@ def to_library(
     table, kept = table_of(family, library)
     if scan and not table.scanned:
         raise HydraOptError(f"{library} has no stacked layers of family {family!r}: leave scan out")
-    parts: dict[str, tuple[dict[str, Any], list[tuple[Row, str]]]] = {}
+    parts: dict[str, tuple[dict[str, Any], list[tuple[ModuleRow, str]]]] = {}
     named = {name: _split(name, library, family, table) for name in adapter.a}
     count = max([*(n + 1 for n, _ in named.values()), layers or 0])
     if layers is not None and count > layers:
@@ -169,7 +169,7 @@ def _fused_layers(adapter: Adapter, named: Mapping[str, tuple[int, str]]) -> set
     }
 
 
-def place_of(table: Table, row: Row, n: int, scanned: int) -> tuple[str, list[int] | None]:
+def place_of(table: Table, row: ModuleRow, n: int, scanned: int) -> tuple[str, list[int] | None]:
     """Path of layer n's parameter, and `[axis, index, length]` if the layer is in a stack.
 
     Args:
@@ -187,7 +187,7 @@ def place_of(table: Table, row: Row, n: int, scanned: int) -> tuple[str, list[in
 
 
 def side_by_side(
-    members: list[tuple[Row, str]], a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
+    members: list[tuple[ModuleRow, str]], a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Factors `[I, R]` and `[R, slots * O]` of modules that share a parameter."""
     first = a[members[0][1]]
@@ -248,7 +248,7 @@ def from_library(
     return adapter.replace(a=a, b=b, layout={}, config={}, raw={})
 
 
-def _patterns(table: Table) -> Iterator[tuple[Row, str, re.Pattern[str]]]:
+def _patterns(table: Table) -> Iterator[tuple[ModuleRow, str, re.Pattern[str]]]:
     """Rows with regular expressions for their modules' names, and the kind of place of each."""
     numbers = {"{n}": r"(?P<n>\d+)", "{block}": r"(?P<block>\d+)", "{slot}": r"(?P<slot>\d+)"}
     for row in (*table.fused, *table.rows):
@@ -261,7 +261,9 @@ def _patterns(table: Table) -> Iterator[tuple[Row, str, re.Pattern[str]]]:
                 yield row, f"{where}:{kind}", re.compile(rf"(?:.+\.)?{text}")
 
 
-def _find(table: Table, patterns: list[tuple[Row, str, re.Pattern[str]]], name: str) -> list[Found]:
+def _find(
+    table: Table, patterns: list[tuple[ModuleRow, str, re.Pattern[str]]], name: str
+) -> list[ModuleMatch]:
     """The Hugging Face modules that a library's module stands for."""
     stacked = _STACKED.fullmatch(name)
     out = []
@@ -274,7 +276,7 @@ def _find(table: Table, patterns: list[tuple[Row, str, re.Pattern[str]]], name: 
         slot = int(fields.get("slot") or table.kinds.index(kind))
         block = int(stacked["index"]) if stacked else int(fields.get("block") or 0)
         n = int(fields["n"]) if "n" in fields else block * table.period + slot
-        out.append(Found(row, n, place == "behind"))
+        out.append(ModuleMatch(row, n, place == "behind"))
     return out
 
 

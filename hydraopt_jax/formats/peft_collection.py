@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax.collection import Card, Collection, Entry, Pair, check_shapes
+from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair, check_shapes
 from hydraopt_jax.deferred import Deferred, bytes_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import lora_keys, peft
@@ -73,7 +73,7 @@ def collection(cards: Sequence[Card]) -> Collection:
     shapes = check_shapes(cards)
     held = {x.file: dict(read_tensors(Path(x.file))) for x in cards if not x.file.endswith(".safetensors")}
     # equal adapters share one table: a thousand adapters must not have a thousand tables
-    tables: dict[Any, Mapping[str, Entry]] = {}
+    tables: dict[Any, Mapping[str, ModuleEntry]] = {}
     shared = [x._replace(modules=tables.setdefault(tuple(x.modules.items()), x.modules)) for x in cards]
 
     def fetch(card: Card, keys: Sequence[str]) -> list[np.ndarray]:

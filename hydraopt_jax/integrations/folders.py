@@ -25,7 +25,7 @@ LIMIT = "10GB"
 WRITER = 1
 
 
-class State(NamedTuple):
+class StoreState(NamedTuple):
     """A state of a store.
 
     Attributes:
@@ -135,13 +135,13 @@ class TaskFolders:
         """Release all folders."""
         self.cache.close()
 
-    def _now(self) -> State:
+    def _now(self) -> StoreState:
         with self._mutex:
             if stamp(self.path) != self._state.stamp:
                 self._state = read_state(self.path)
             return self._state
 
-    def _replaced(self, state: State, n: int) -> bool:
+    def _replaced(self, state: StoreState, n: int) -> bool:
         """Whether the store has changed since before the n-th attempt."""
         if isinstance(self.path, Path):
             return stamp(self.path) != state.stamp
@@ -151,7 +151,7 @@ class TaskFolders:
                 self._state = read_state(self.path)
         return n == 0
 
-    def _hold(self, state: State, task: str, base: str | None) -> Path:
+    def _hold(self, state: StoreState, task: str, base: str | None) -> Path:
         source = state.store.sources[task_index(state.store.tasks, task)]
         if base is not None:
             peft_config.check_base(network.redact(str(self.path)), peft_config.base_name(source.config), base)
@@ -182,13 +182,13 @@ def stamp(path: Path | str) -> Any:
     return None if isinstance(path, str) else files.stamp(path)
 
 
-def read_state(path: Path | str) -> State:
-    """The `State` of the store at a path."""
+def read_state(path: Path | str) -> StoreState:
+    """The `StoreState` of the store at a path."""
     for _ in range(files.RETRIES):
         before = stamp(path)
         store = files.open(path)
         if stamp(path) == before:
-            return State(before, store, {})
+            return StoreState(before, store, {})
     raise replaced_too_fast(path)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hydraopt_jax import buckets
 from hydraopt_jax.errors import HydraOptError, damaged
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.segment_data import SegmentEntry
 
 # bytes of chunks that all readers together keep
 CACHE_BYTES = 1 << 24
@@ -47,7 +47,7 @@ def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any
 
 
 def run_reader(
-    path: Any, entry: Entry, sizes: Sequence[int], opened: Callable[[int], Any]
+    path: Any, entry: SegmentEntry, sizes: Sequence[int], opened: Callable[[int], Any]
 ) -> Callable[[int, int], np.ndarray]:
     """The function of `reader`, from the sizes of the arrays and a function that opens each of them."""
     starts = list(itertools.accumulate(sizes, initial=0))

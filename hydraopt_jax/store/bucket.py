@@ -21,7 +21,7 @@ from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import folder, manifest, portable
 from hydraopt_jax.store.arrays import held, open_array, run_reader
 from hydraopt_jax.store.folder import ARRAY_BYTES, MANIFEST, SEGMENTS
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Store
 
 # mark of a writer in the names of its segments: its start time in seconds and a random number
@@ -40,7 +40,7 @@ def whole(at: str) -> str:
     return at if portable.named(at) else f"{at}/{MANIFEST}"
 
 
-def state(at: str) -> buckets.Found:
+def state(at: str) -> buckets.StoredObject:
     """The version of a store's main object; absence has a version too."""
     return buckets.read(whole(at), 0, 1)
 
@@ -74,13 +74,13 @@ def manifest_data(at: str) -> bytes:
     return data
 
 
-def source(at: str) -> remote.Source:
+def source(at: str) -> remote.RemoteFile:
     """The single file as a version with partial reads."""
     read = buckets.one_version(at)
     first = buckets.read(at, 0, 1)
     if first.data is None:
         raise HydraOptError(f"{at}: no store there")
-    return remote.Source(at, None, first.version.hex(), read)
+    return remote.RemoteFile(at, None, first.version.hex(), read)
 
 
 def open_bucket(at: str) -> Store:
@@ -102,7 +102,7 @@ def segment_keys(at: str) -> dict[str, list[str]]:
 
 
 def reader(
-    at: str, entry: Entry, arrays: Any, known: Mapping[str, list[str]]
+    at: str, entry: SegmentEntry, arrays: Any, known: Mapping[str, list[str]]
 ) -> Callable[[int, int], np.ndarray]:
     """A function `(start, stop)` -> bytes of a segment's run, see `folder.reader`."""
     if entry.id not in known:

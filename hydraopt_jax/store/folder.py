@@ -29,7 +29,7 @@ from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import manifest, segment_data
 from hydraopt_jax.store.arrays import held, open_array, run_reader
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Reference, Segment, Store
 
 MANIFEST = "manifest.json.gz"
@@ -93,7 +93,9 @@ def unfinished(path: Path) -> bool:
     return any((path / x).exists() for x in (JOB, NEW)) or not any(path.iterdir())
 
 
-def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callable[[int, int], np.ndarray]:
+def reader(
+    path: Path, entry: SegmentEntry, arrays: Sequence[Sequence[Any]]
+) -> Callable[[int, int], np.ndarray]:
     """A function `(start, stop)` -> bytes of a segment's run."""
     folder = path / SEGMENTS / entry.id
     if not folder.is_dir():
@@ -220,7 +222,7 @@ def write_segment(
             f"{jax.process_count()}: save a .safetensors file, from one of them"
         )
     parts = division(segment_data.size(segment))
-    found: list[Entry] = []
+    found: list[SegmentEntry] = []
     name = name or segment_data.entry_of(segment).id
     folder = store / SEGMENTS / name
     # a segment that no manifest names was left by a dead writer

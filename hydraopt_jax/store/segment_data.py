@@ -30,7 +30,7 @@ CACHED = 4
 PIECE = 1 << 24
 
 
-class Entry(NamedTuple):
+class SegmentEntry(NamedTuple):
     """The entry of a segment in a manifest.
 
     Attributes:
@@ -64,7 +64,7 @@ def size(segment: Segment) -> int:
     return len(header_of(segment)[0]) + leaves + DIGEST * len(segment.leaves)
 
 
-def run(segment: Segment, done: Callable[[Entry], None]) -> Iterator[Any]:
+def run(segment: Segment, done: Callable[[SegmentEntry], None]) -> Iterator[Any]:
     """The run of a segment in pieces; deferred leaves are read one by one.
 
     `done` receives the entry at the end. The id in the entry is the first 16 digits of the checksum.
@@ -104,29 +104,29 @@ def digest_of(leaf: Any) -> bytes:
     return own.digest()[:DIGEST]
 
 
-def sealed(segment: Segment, packed: bytes, raw: int, digests: bytes) -> Entry:
+def sealed(segment: Segment, packed: bytes, raw: int, digests: bytes) -> SegmentEntry:
     """The entry of a segment, from its deflated header, the inflated size of the header, and the digests."""
     sha = hashlib.sha256(packed + digests).hexdigest()
     total = len(packed) + sum(map(size_of, segment.leaves.values())) + len(digests)
-    return Entry(sha[:16], total, (len(packed), raw), sha)
+    return SegmentEntry(sha[:16], total, (len(packed), raw), sha)
 
 
-def entry_of(segment: Segment) -> Entry:
+def entry_of(segment: Segment) -> SegmentEntry:
     """The entry of a segment; leaves with known digests are not read."""
     return sealed(segment, *header_of(segment), b"".join(map(digest_of, segment.leaves.values())))
 
 
-def likely_entry(segment: Segment, n: int) -> Entry:
+def likely_entry(segment: Segment, n: int) -> SegmentEntry:
     """An entry of the same length as that of the segment, for counting bytes without reading leaves."""
     packed, raw = header_of(segment)
     leaves = sum(map(size_of, segment.leaves.values())) + DIGEST * len(segment.leaves)
     sha = hashlib.sha256(n.to_bytes(4, "little")).hexdigest()
-    return Entry(sha[:16], len(packed) + leaves, (len(packed), raw), sha)
+    return SegmentEntry(sha[:16], len(packed) + leaves, (len(packed), raw), sha)
 
 
 def open_segment(
     path: Any,
-    entry: Entry,
+    entry: SegmentEntry,
     read: Callable[[int, int], np.ndarray],
     tasks: tuple[str, ...],
     removed: frozenset[int],

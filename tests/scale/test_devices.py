@@ -25,7 +25,7 @@ b = rng.standard_normal((rows, tasks, outputs, rank)).astype(np.float32)
 # a few directions of either side are common to all tasks
 a += 3 * rng.standard_normal((rows, 1, rank, inputs)).astype(np.float32)
 b += 3 * rng.standard_normal((rows, 1, outputs, rank)).astype(np.float32)
-block = groups.Block(a, b, np.full((rows, tasks), 2.0, np.float32), np.full((rows, tasks), rank))
+block = groups.GroupFactors(a, b, np.full((rows, tasks), 2.0, np.float32), np.full((rows, tasks), rank))
 group = groups.Group(("x", "y", "z"), rows, (inputs, outputs), rank, ((0, tasks),))
 streaming.SUM_BYTES["cpu"] = streaming.HEAD_BYTES["cpu"] = 1
 grid = devices.make(rows)
