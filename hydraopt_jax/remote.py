@@ -182,13 +182,13 @@ def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagge
         known = first[start:]
         data, now, other = fetch(label, url, sent, start + len(known), stop)
         if now != size or (tagged and other != pin):
-            raise changed(label)
+            raise changed_file(label)
         return known + data
 
     return RemoteFile(label, size, version or tag, read)
 
 
-def changed(label: str) -> HydraOptError:
+def changed_file(label: str) -> HydraOptError:
     """The error for a file that is not the one that was opened."""
     return HydraOptError(f"{label}: was changed while it was read: open it again")
 
@@ -220,7 +220,7 @@ def body(label: str, response: Any, start: int, stop: int) -> tuple[bytes, int, 
     """The result of `fetch` from a response to a range request; never more bytes than requested."""
     status = response.status_code
     if status == 412:
-        raise changed(label)
+        raise changed_file(label)
     if status == 200:
         raise HydraOptError(f"{label}: its server does not serve byte ranges: download the file")
     if status != 206:

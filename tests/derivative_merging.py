@@ -25,8 +25,10 @@ CASES = {
         ),
         (*FACTORS, normal(15, T, I, I)),
     ),
-    "merging.compressors.joint": Case(
-        lambda a, b, w: dense(compressors.joint(a, b, w, rank=2, clusters=2)), FACTORS, tolerance=3e-2
+    "merging.compressors.joint_diagonalization": Case(
+        lambda a, b, w: dense(compressors.joint_diagonalization(a, b, w, rank=2, clusters=2)),
+        FACTORS,
+        tolerance=3e-2,
     ),
     "merging.compressors.k_merge": Case(lambda a, b, w: dense(compressors.k_merge(a, b, w, rank=2)), FACTORS),
     "merging.compressors.separate": Case(

@@ -149,8 +149,11 @@ def test_never_worse_than_a_plain_form(likeness, seed, budget):
     many = collection(likeness, seed)
     kept = compress(many, budget=budget)
     stacked = adapters.stack(many)
-    plain = [tradeoff.separate(stacked, bits) for bits in (16, 8, 6, 5, 4, 3)]
-    plain += [tradeoff.merged(stacked), tradeoff.Curve("", tuple(tradeoff.hydra(many, k) for k in (1, 2, 3)))]
+    plain = [tradeoff.separate_points(stacked, bits) for bits in (16, 8, 6, 5, 4, 3)]
+    plain += [
+        tradeoff.merged(stacked),
+        tradeoff.Curve("", tuple(tradeoff.hydra_point(many, k) for k in (1, 2, 3))),
+    ]
     size = sizes.measure_size(kept)
     rivals = [p.mean for curve in plain for p in curve.points if p.bytes + BESIDE <= size]
     assert np.nanmean(kept.errors) <= min(rivals, default=np.inf) + 2e-7

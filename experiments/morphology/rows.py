@@ -32,7 +32,7 @@ from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Store, plain
 from hydraopt_jax.store.store import make_segment
-from hydraopt_jax.store.tensors import coded
+from hydraopt_jax.store.tensors import encode_tensors
 
 BUDGETS = (0.5, 0.25, 0.125, 0.065, 0.03)
 HEADS = (1, 10, 40)
@@ -181,7 +181,7 @@ def store_of(collection: Sequence[Adapter], modules: Mapping[str, Factors]) -> S
     schema, leaves = plain.to_leaves(cast)
     tasks = tuple(x.task for x in collection)
     errors = error_table(cast, collection, list(schema))
-    tensors = [coded(x.extras) for x in collection]
+    tensors = [encode_tensors(x.extras) for x in collection]
     segment = make_segment(tasks, schema, leaves, errors, tensors=tensors)
     found = in_memory(collection)
     report = Static({"form": "merged", "options": {}, "entries": found.entries(), "bound": {}})

@@ -23,7 +23,7 @@ from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.model import bind
 from hydraopt_jax.demo.model import forward as predict
 from hydraopt_jax.demo.tasks import Item, prompt
-from hydraopt_jax.demo.vocabulary import encode
+from hydraopt_jax.demo.vocabulary import token_ids
 
 TASKS = ("lemmatise-en", "pronounce-es", "inflect-de")
 
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as path:
         train(Path(path))
         vocabulary = assets.load_vocabulary()
-        words = [encode(vocabulary, prompt(task, Item(tuple("casa"), ()))) for task in TASKS]
+        words = [token_ids(vocabulary, prompt(task, Item(tuple("casa"), ()))) for task in TASKS]
         _, logits = main(Path(path), jnp.asarray(words))
         for task, token in zip(TASKS, logits[:, -1].argmax(-1).tolist(), strict=True):
             print(f"{task}: {vocabulary.tokens[token]}")

@@ -43,7 +43,7 @@ def purge(
     """
     left = removal.traces(store)
     if not left:
-        return removal.clean(store), ()
+        return removal.forget_names(store), ()
     addition.need_calibration(store, calibration)
     if not any(x.coded for x in store.segments):
         return refitted(store, original)
@@ -75,7 +75,7 @@ def purge(
         again |= dict.fromkeys(names)
         standing |= dict.fromkeys(absent)
     done = tuple(t for t in store.tasks if t in again)
-    return removal.clean(bounded(out, done, list(standing))), done
+    return removal.forget_names(bounded(out, done, list(standing))), done
 
 
 def at_hand(store: Store, tasks: Iterable[str], original: Original) -> tuple[list[Adapter], list[str]]:
@@ -105,7 +105,7 @@ def coded_again(
 ) -> Segment:
     """A segment of the same tasks, coded at the store's step; predicted from `before` if the old one was."""
     if segment.references and any(x.coded and x.tables < 0 for x in before.segments):
-        return addition.coded(before.replace(report=store.report), given[0], calibration)
+        return addition.coded_segment(before.replace(report=store.report), given[0], calibration)
     options = refitting.options_of(store)._replace(calibration=calibration)
     options = options._replace(weights={k: v for k, v in options.weights.items() if k in segment.tasks})
     fresh = engine.compress_at_step(in_memory(given), options, Memory(), store.report["step"])

@@ -12,7 +12,7 @@ from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
 from hydraopt_jax.cli.common import PlaceType, load_moments, read_all, with_adapters
-from hydraopt_jax.cli.output import clean, output_options, say
+from hydraopt_jax.cli.output import jsonable, output_options, say
 from hydraopt_jax.cli.tables import calibration_notes, held_notes, sentence
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
@@ -90,7 +90,7 @@ def options(command: Any) -> Any:
     return command
 
 
-def account(path: str, before: int, content: Store, found: "Refit | None", task: str | None) -> Any:
+def change_report(path: str, before: int, content: Store, found: "Refit | None", task: str | None) -> Any:
     """The JSON object, the table and notes, and the last sentence of a change."""
     own = task_errors(content.errors)
     held = removal.held(content)
@@ -102,16 +102,16 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
         "bytes_held": sum(x.bytes for x in held),
         "held": [x._asdict() for x in held],
         "uncalibrated": list(content.report.get("uncalibrated", ())),
-        "error": {"mean": clean(float(own.mean()))},
+        "error": {"mean": jsonable(float(own.mean()))},
     }
     then = [] if found is None else [">refit"]
     table = report.columns("error of weights", ">now", *then)
     rows = [("mean", float(own.mean()), None if found is None else found.mean)]
     if task is not None:
-        payload["error"]["task"] = clean(float(own[task_index(content.tasks, task)]))
+        payload["error"]["task"] = jsonable(float(own[task_index(content.tasks, task)]))
         rows.insert(0, (task, payload["error"]["task"], None if found is None else found.task))
     if found is not None:
-        payload["refit"] = clean(found._asdict())
+        payload["refit"] = jsonable(found._asdict())
     for name, now, other in rows:
         then = [] if other is None else [report.format_error(other)]
         table.add_row(Text(report.shorten(name)), report.format_error(now), *then)
@@ -163,7 +163,7 @@ def add(
 
     said = provenance.entry("add", recipes.recorded(context))
     content = store.update(path, lambda x: provenance.changed(change(x), said))
-    payload, shown, last = account(path, before, content, found[0] if found else None, new.task)
+    payload, shown, last = change_report(path, before, content, found[0] if found else None, new.task)
     say(payload | {"added": new.task}, *shown, last)
 
 
@@ -216,7 +216,7 @@ def remove(
 
     said = provenance.entry("remove", recipes.recorded(context))
     content = store.update(path, lambda x: provenance.changed(change(x), said))
-    payload, shown, last = account(path, before, content, found[0] if found else None, None)
+    payload, shown, last = change_report(path, before, content, found[0] if found else None, None)
     payload |= {"removed": task, "coded_again": again, "bounded": content.report.get("bounded", [])}
     if again:
         shown = (*shown, f"coded again: {', '.join(again)}")

@@ -15,7 +15,7 @@ from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
 from hydraopt_jax.cli.common import PlaceType, Source, parse_numbers, with_adapters
-from hydraopt_jax.cli.output import clean, mode, output_options, say
+from hydraopt_jax.cli.output import jsonable, mode, output_options, say
 from hydraopt_jax.cli.output import progress as stage
 from hydraopt_jax.cli.tables import (
     bytes_table,
@@ -114,7 +114,7 @@ def stoppable(path: Path) -> Iterator[None]:
     metavar="DTYPE",
     help="dtype of full tensors (heads): float32, float16 or bfloat16; default: their own",
 )
-@click.option("--recipe", type=click.Path(), is_eager=True, callback=recipes.apply, help=recipes.HELP)
+@click.option("--recipe", type=click.Path(), is_eager=True, callback=recipes.apply_recipe, help=recipes.HELP)
 @click.option("--no-zstd", is_flag=True, help="write plain factors without compression")
 @click.option("--overwrite", is_flag=True, help="replace an existing store")
 @click.option("--force", is_flag=True, help="keep a store that is larger than its input")
@@ -212,11 +212,11 @@ def streamed(
     made: Mapping[str, Any],
 ) -> Callable[[], None] | None:
     """Compress what need not fit in memory; what prints the result, only the plan with `--dry-run`."""
-    who = hosts.join(given["coordinator"], given["processes"], given["process_id"])
+    who = hosts.join_processes(given["coordinator"], given["processes"], given["process_id"])
     with job.alone(path, who.rank):
         who.wait("alone")
         with stage("checking", len(sources), who.rank == 0) as advance:
-            found, bad = headers.look(
+            found, bad = headers.check_sources(
                 sources,
                 files.job_home(path) / JOB,
                 skip_bad=given["skip_bad"],
@@ -225,7 +225,7 @@ def streamed(
             )
         named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
         check_same_base(named, any_base=given["any_base"], base_suffixes=tuple(given["base_suffix"]))
-        recipes.check(given["recipe"], {x.task: x.digest for x in found.cards})
+        recipes.check_recipe(given["recipe"], {x.task: x.digest for x in found.cards})
         if given["dry_run"]:
             job.clear_if_empty(path)
             return shown_plan(given["out"], found, asked, bad)
@@ -254,7 +254,7 @@ def shown_store(path: Path, store: Store, before: int, given: Mapping[str, Any])
     payload |= {
         "bytes_before": before,
         "bytes_after": after,
-        "ratio": clean(after / before),
+        "ratio": jsonable(after / before),
         "bytes_of": parts,
     }
     left = [f"left out: {x}: {why}" for x, why in store.report.get("left_out", {}).items()]
@@ -290,5 +290,5 @@ def shown_plan(out: str, found: Any, asked: Mapping[str, Any], bad: Mapping[str,
     ):
         table.add_row(name, Text(value))
     left = [f"left out: {x}: {why}" for x, why in bad.items()]
-    payload = {"plan": clean(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)}
+    payload = {"plan": jsonable(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)}
     return functools.partial(say, payload, table, *left, f"{out}: nothing was written")

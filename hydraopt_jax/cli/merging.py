@@ -18,7 +18,7 @@ from hydraopt_jax.cli.common import (
     read_beside,
     with_adapters,
 )
-from hydraopt_jax.cli.output import clean, output_options, progress, say, warn
+from hydraopt_jax.cli.output import jsonable, output_options, progress, say, warn
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.merging import collection as merged_collection
@@ -178,13 +178,13 @@ def merge(
     payload = {
         "out": str(out),
         "method": method,
-        "options": clean({k: v for k, v in options.items() if k != "moments"}),
+        "options": jsonable({k: v for k, v in options.items() if k != "moments"}),
         "weights": dict(zip(per_task, numbers, strict=True)) if numbers else None,
-        "scale": clean(factor),
-        "best": clean({"scale": factor * best, "mean": least}),
+        "scale": jsonable(factor),
+        "best": jsonable({"scale": factor * best, "mean": least}),
         "modules": len(merged.a),
         "rank": max(x.shape[1] for x in merged.a.values()),
-        "error": {"per_task": clean(per_task), "mean": clean(mean), "worst": clean(worst)},
+        "error": {"per_task": jsonable(per_task), "mean": jsonable(mean), "worst": jsonable(worst)},
     }
     table = report.columns("task", ">error")
     for task, value in per_task.items():

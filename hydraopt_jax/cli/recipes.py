@@ -38,7 +38,7 @@ def names_of(command: click.Command) -> list[str]:
     return [x.name for x in command.params if x.name and x.name not in BESIDE]
 
 
-def apply(context: click.Context, option: click.Parameter, path: str | None) -> dict[str, Any] | None:
+def apply_recipe(context: click.Context, option: click.Parameter, path: str | None) -> dict[str, Any] | None:
     """Read a recipe, whose values stand where the command line gives none."""
     if path is None:
         return None
@@ -48,7 +48,7 @@ def apply(context: click.Context, option: click.Parameter, path: str | None) -> 
     return {"path": path, **found}
 
 
-def check(recipe: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
+def check_recipe(recipe: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
     """Refuse adapters, by task, that are not those of the recipe."""
     if recipe is not None:
         provenance.check_digests(recipe["path"], recipe, digests)

@@ -12,7 +12,7 @@ from rich.text import Text
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter, layer_kind, module_shapes
 from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, read_in_batches, with_adapters
-from hydraopt_jax.cli.output import clean, mode, output_options, progress, say
+from hydraopt_jax.cli.output import jsonable, mode, output_options, progress, say
 from hydraopt_jax.cli.tables import (
     bytes_table,
     calibration_notes,
@@ -176,16 +176,16 @@ def export(
     if taken or len(set(folders.values())) < len(names):
         where = (taken or list(folders.values()))[0]
         raise HydraOptError(f"{where}: exists; choose another --out or give --overwrite")
-    server.check(rank, profile)
+    server.check_ranks(rank, profile)
     for t in names:
         x = whole.sources[whole.tasks.index(t)]
-        server.check_task(profile, t, tensors_of(whole, t), x.config, x.layout)
+        server.check_served(profile, t, tensors_of(whole, t), x.config, x.layout)
     ranks, cut = {}, {}
     with progress("exporting", len(folders)) as advance:
         for content in files.batches(whole, list(folders)):
             for found in decode_all(content):
                 task = found.task
-                fitted = server.fit(found, rank=rank, padded=pad, profile=profile)
+                fitted = server.fit_server(found, rank=rank, padded=pad, profile=profile)
                 write_adapter(folders[task], fitted.adapter, dtype=dtype, overwrite=overwrite)
                 ranks[task] = max(x.shape[1] for x in fitted.adapter.a.values())
                 if fitted.errors:
@@ -203,7 +203,7 @@ def export(
         for task, x in cut.items()
     ]
     last = f"{len(written)} adapter{'s' * (len(written) != 1)} written to {out}"
-    say({"exported": written, "ranks": ranks, "cut": clean(cut)}, table, *notes, last)
+    say({"exported": written, "ranks": ranks, "cut": jsonable(cut)}, table, *notes, last)
 
 
 @click.command()
@@ -244,7 +244,9 @@ def verify(
                 found |= true_errors(content, few, moments if key != "error" else None)
         for key, found in measured.items():
             claimed = dict(zip(content.tasks, task_errors(claims[key]).tolist(), strict=True))
-            payload[key] = {t: {"measured": clean(x), "claimed": clean(claimed[t])} for t, x in found.items()}
+            payload[key] = {
+                t: {"measured": jsonable(x), "claimed": jsonable(claimed[t])} for t, x in found.items()
+            }
             # a task that was coded again without its original claims no more than a bound
             over = {t: x - claimed[t] if t in bounds else abs(x - claimed[t]) for t, x in found.items()}
             wrong += [t for t, x in over.items() if not x <= 1e-6 + 0.01 * claimed[t]]

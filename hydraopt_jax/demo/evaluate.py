@@ -16,7 +16,7 @@ from jax import Array
 
 from hydraopt_jax import serving
 from hydraopt_jax.demo.model import Base, Branches, Lora, bind, forward
-from hydraopt_jax.demo.vocabulary import END_ID, PAD_ID, Items, pad
+from hydraopt_jax.demo.vocabulary import END_ID, PAD_ID, Items, pad_rows
 from hydraopt_jax.forms import Factors
 
 Module = tuple[Factors, ...]
@@ -203,7 +203,7 @@ def evaluate(base: Base, lora: Adapted, items: Items, *, longest: int = 32, bloc
     items = jax.tree.map(lambda x: x[np.arange(tasks)[:, None], order], items)
     answers = answer_all(base, lora, items.prompts, longest=longest, block=block)
     width = max(longest, items.targets.shape[-1])
-    found = pad(answers.reshape(-1, longest).tolist(), width).reshape(*answers.shape[:2], width)
+    found = pad_rows(answers.reshape(-1, longest).tolist(), width).reshape(*answers.shape[:2], width)
     wanted = np.full_like(found, PAD_ID)
     wanted[..., : items.targets.shape[-1]] = items.targets
     right = np.all(found == wanted, -1)

@@ -34,11 +34,11 @@ ITEMS = 24
 
 
 def stages(budgets: Sequence[float]) -> int:
-    """How often `run` calls `advance`."""
+    """How often `run_demo` calls `advance`."""
     return len(budgets) + 3
 
 
-def run(
+def run_demo(
     out: Path,
     advance: Callable[[], None] = lambda: None,
     *,
@@ -73,7 +73,7 @@ def run(
     try:
         new = work / "new"
         new.mkdir()  # with the usual permissions, which the temporary folder has not
-        result = build(new, advance, tasks, budgets, items)
+        result = build_demo(new, advance, tasks, budgets, items)
         result["plot"] = str(out / PLOT) if (new / PLOT).exists() else None
         (new / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
         os.replace(new, out)
@@ -98,7 +98,7 @@ def lora_of(content: Store, tasks: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def build(
+def build_demo(
     work: Path,
     advance: Callable[[], None],
     chosen: Sequence[str] | None,

@@ -153,7 +153,7 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, str]
     found = peft.as_came(adapter) if dtype is None else None
     if found is None:
         # scale 1, which is also the meaning of a missing scale
-        found = adapter if kohya else server.fit(adapter, padded=True).adapter
+        found = adapter if kohya else server.fit_server(adapter, padded=True).adapter
         metadata.pop(SCALES, None)
         tensors, ranks = peft.key_tensors(found, disk_dtype(dtype or adapter.dtype))
         alphas: dict[str, float] = dict(ranks)

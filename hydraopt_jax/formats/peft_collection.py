@@ -39,7 +39,7 @@ def open_adapter(
       HydraOptError: as `formats.read_adapter`; or NaN or infinite values.
     """
     seen = {} if seen is None else seen
-    config, file, name = peft.look(source)
+    config, file, name = peft.look_into(source)
     name = name if task is None else task
     stat = file.stat()
     stamp = (stat.st_size, stat.st_mtime_ns)
@@ -68,7 +68,7 @@ def open_adapter(
     )
 
 
-def collection(cards: Sequence[Card]) -> Collection:
+def collection_of(cards: Sequence[Card]) -> Collection:
     """A collection of PEFT adapters, from their cards."""
     shapes = check_shapes(cards)
     held = {x.file: dict(read_tensors(Path(x.file))) for x in cards if not x.file.endswith(".safetensors")}

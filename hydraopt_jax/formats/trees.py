@@ -18,7 +18,7 @@ from hydraopt_jax.adapters import Adapter, module_shapes
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats.dialects import Dialect, dialect
-from hydraopt_jax.formats.tensor_files import cast, disk_dtype
+from hydraopt_jax.formats.tensor_files import disk_array, disk_dtype
 
 Path = tuple[Any, ...]
 Scale = float | Mapping[str, float]
@@ -354,9 +354,9 @@ def leaves(
             if "stack" in layout and path == tuple(layout[side]):
                 stacks.setdefault(path, []).append((layout["stack"], array, side))
             else:
-                yield path, cast(text(path), array, kind)
+                yield path, disk_array(text(path), array, kind)
     for path, parts in stacks.items():
-        yield path, cast(text(path), restacked(parts), kind)
+        yield path, disk_array(text(path), restacked(parts), kind)
 
 
 def restacked(parts: list[Any]) -> np.ndarray:

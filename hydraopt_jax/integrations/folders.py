@@ -51,7 +51,7 @@ class TaskFolders:
         cache.
       limit: maximum bytes of the decoded tasks, an integer or text such as "10GB". The least recently used
         folders that are not held are removed.
-      profile: of the server, see `formats.server.fit`; None for PEFT only.
+      profile: of the server, see `formats.server.fit_server`; None for PEFT only.
 
     Raises:
       HydraOptError: no store there, an invalid limit, or a cache that cannot be written.
@@ -65,7 +65,7 @@ class TaskFolders:
         *,
         profile: str | None = "vllm",
     ) -> None:
-        server.check(None, profile)
+        server.check_ranks(None, profile)
         self.path, self.profile = store_path(store), profile
         self._state = read_state(self.path)
         self.cache = FolderCache(
@@ -155,7 +155,7 @@ class TaskFolders:
         source = state.store.sources[task_index(state.store.tasks, task)]
         if base is not None:
             peft_config.check_base(network.redact(str(self.path)), peft_config.base_name(source.config), base)
-        server.check_task(self.profile, task, tensors_of(state.store, task), source.config, source.layout)
+        server.check_served(self.profile, task, tensors_of(state.store, task), source.config, source.layout)
         if task not in state.versions:
             state.versions[task] = version_of(state.store, task, self.profile)
         path = self.cache.path / f"{folder_name(task)}-{state.versions[task]}"
@@ -165,7 +165,7 @@ class TaskFolders:
             decoding_it = self._decoding.setdefault(path.name, threading.Lock())
         with decoding_it:
             if not self.cache.hold(path.name):
-                fitted = server.fit(decoding.decode(state.store, task), profile=self.profile)
+                fitted = server.fit_server(decoding.decode(state.store, task), profile=self.profile)
                 self.cache.put(path.name, *peft.contents(fitted.adapter))
         return path
 

@@ -114,7 +114,7 @@ def end(child: "subprocess.Popen[str]") -> None:
     child.wait()
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
+def respond(asked: dict[str, Any]) -> dict[str, Any]:
     """The child's answer to one request."""
     identity, size, header, sha = asked["entry"]
     entry = SegmentEntry(identity, size, (header[0], header[1]), sha)
@@ -133,7 +133,7 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         for line in sys.stdin:
-            print(json.dumps(answer(json.loads(line))), file=out, flush=True)
+            print(json.dumps(respond(json.loads(line))), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def separate(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
     return forms.separate(decompose.svd(a, b), rank=rank)[0]
 
 
-def assign(gram: Array, slots: int, threshold: float = 1.0) -> Array:
+def k_merge_slots(gram: Array, slots: int, threshold: float = 1.0) -> Array:
     """The slot of each adapter in K-Merge.
 
     Adapters arrive in order. If the cosine with every stored mean is below `threshold` and a slot is free,
@@ -74,7 +74,7 @@ def k_merge(
     threshold: float = 1.0,
     gram: Array | None = None,
 ) -> Factors:
-    """K-Merge: K slots, each the mean delta of the adapters merged into it, cut to rank S; see `assign`.
+    """K-Merge: K slots, each the mean delta of the adapters merged into it, cut to rank S; see `k_merge_slots`.
 
     The running mean `(n mean + delta) / (n + 1)` is the mean of the slot's members. It is cut to rank S once,
     at the end.
@@ -85,7 +85,7 @@ def k_merge(
       weights: `[T]`, of the tasks in the mean of their slot.
       rank: S.
       slots: K.
-      threshold: see `assign`.
+      threshold: see `k_merge_slots`.
       gram: `[T, T]` inner products of whole adapters; None for those of this module only.
 
     Returns:
@@ -94,7 +94,7 @@ def k_merge(
     Reference: Shenaj et al., K-Merge: Online Continual Merging of Adapters for On-device Large Language
     Models, 2025, arXiv 2510.13537.
     """
-    labels = assign(decompose.gram(a, b) if gram is None else gram, slots, threshold)
+    labels = k_merge_slots(decompose.gram(a, b) if gram is None else gram, slots, threshold)
     average, _ = clustering.membership(labels, weights, min(slots, a.shape[0]))
     left, right = jax.lax.map(lambda w: truncate(*side_by_side(a, b, w), rank), average)
     here = jnp.any(b != 0, (1, 2)) & jnp.any(a != 0, (1, 2))
@@ -102,7 +102,7 @@ def k_merge(
     return Factors(left, right, of, of)
 
 
-def joint(
+def joint_diagonalization(
     a: Array, b: Array, weights: Array, *, rank: int, clusters: int = 1, diagonal: bool = False
 ) -> Factors:
     """Joint diagonalization, `delta[t] ~= a[k] @ core[t] @ b[k]`, within each of `clusters` groups of tasks.

@@ -55,8 +55,8 @@ METHODS: Mapping[str, Method] = {
     "core-space": Method(spectral.core_space),
     "regmean": Method(activations.regmean, needs=("moments",)),
     "k-merge": Method(compressors.k_merge, single=False),
-    "jd-full": Method(compressors.joint, single=False),
-    "jd-diag": Method(functools.partial(compressors.joint, diagonal=True), single=False),
+    "jd-full": Method(compressors.joint_diagonalization, single=False),
+    "jd-diag": Method(functools.partial(compressors.joint_diagonalization, diagonal=True), single=False),
     "share": Method(compressors.share, single=False),
     "separate": Method(compressors.separate, single=False),
 }

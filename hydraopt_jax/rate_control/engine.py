@@ -30,7 +30,7 @@ from hydraopt_jax.rate_control.coding import (
     sample,
 )
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of, uncovered
-from hydraopt_jax.rate_control.options import Options, account, check_options, task_weights
+from hydraopt_jax.rate_control.options import Options, as_report, check_options, task_weights
 from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.rate_control.search import Pass, Target
@@ -151,7 +151,7 @@ def as_they_are(
     modules, errors, facts = lossless.modules_of(rows)
     schema, leaves = plain.to_leaves(modules)
     segment = make_segment(found.tasks, schema, leaves, errors, tensors=carried)
-    report = account(options, found) | facts | dict(said)
+    report = as_report(options, found) | facts | dict(said)
     return Store((segment, *heads), found.tasks, found.sources, Static(report))
 
 

@@ -94,7 +94,7 @@ def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
     return weights / weights.mean()
 
 
-def account(options: Options, found: Collection) -> dict[str, Any]:
+def as_report(options: Options, found: Collection) -> dict[str, Any]:
     """The options as JSON: the first fields of a store's report."""
     asked = {k: v for k, v in options._asdict().items() if k not in ("weights", "calibration")}
     asked |= {"weights": dict(options.weights), "calibrated": options.calibration is not None}

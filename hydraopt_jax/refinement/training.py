@@ -273,7 +273,7 @@ def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -
         trace.append(float(lost))
         given.progress(trace[-1])
         if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
-            keep(state, i + 1, trace, folder)
+            keep_step(state, i + 1, trace, folder)
     modules, leaves = rounded.finish(with_arrays(kept, scaled(state.factors, unit)), state.tables)
     after = float("inf")
     if modules:
@@ -333,7 +333,7 @@ def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:
     return [known[t] for t in store.tasks]
 
 
-def keep(state: State, done: int, trace: Sequence[float], folder: Path) -> None:
+def keep_step(state: State, done: int, trace: Sequence[float], folder: Path) -> None:
     """Save a step, from which a run can resume."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = {"state": state, "trace": np.array(trace)}

@@ -24,12 +24,12 @@ from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.apply import Module
 from hydraopt_jax.serving.loading import (
     Shardings,
-    cast,
     check_base_of,
     kernel_sharding,
     place,
     serving_dtype,
     split,
+    to_dtype,
 )
 from hydraopt_jax.store import Store, decode_terms, task_index
 from hydraopt_jax.store.schema import PlainShape
@@ -150,7 +150,10 @@ def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype:
     if not shape.steps:
         b = core[:, None] * b
     return SlotRow(
-        cast(name, a, dtype), cast(name, b, dtype), core if shape.steps else None, np.bool_(bool(left))
+        to_dtype(name, a, dtype),
+        to_dtype(name, b, dtype),
+        core if shape.steps else None,
+        np.bool_(bool(left)),
     )
 
 

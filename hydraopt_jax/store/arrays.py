@@ -77,7 +77,7 @@ def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
     return damaged(path, f"{what} ({' '.join(str(error).split())[:120]})")
 
 
-def held(total: int, sizes: Sequence[int]) -> bool:
+def fit_run(total: int, sizes: Sequence[int]) -> bool:
     """Whether array sizes fit a run of so many bytes; the last array may be longer.
 
     >>> held(10, [4, 8]), held(10, [4, 4]), held(3, [4, 4])

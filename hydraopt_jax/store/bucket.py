@@ -19,7 +19,7 @@ import numpy as np
 from hydraopt_jax import buckets, remote
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import folder, manifest, portable
-from hydraopt_jax.store.arrays import held, open_array, run_reader
+from hydraopt_jax.store.arrays import fit_run, open_array, run_reader
 from hydraopt_jax.store.folder import ARRAY_BYTES, MANIFEST, SEGMENTS
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Store
@@ -107,7 +107,7 @@ def reader(
     """A function `(start, stop)` -> bytes of a segment's run, see `folder.reader`."""
     if entry.id not in known:
         raise damaged(at, f"segment {entry.id} is missing")
-    if entry.bytes > ARRAY_BYTES * len(known[entry.id]) or not held(entry.bytes, [n for _, n in arrays]):
+    if entry.bytes > ARRAY_BYTES * len(known[entry.id]) or not fit_run(entry.bytes, [n for _, n in arrays]):
         raise damaged(at, f"segment {entry.id} claims what its objects cannot hold")
 
     @functools.lru_cache

@@ -28,7 +28,7 @@ import numpy as np
 from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.arrays import held, open_array, run_reader
+from hydraopt_jax.store.arrays import fit_run, open_array, run_reader
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Reference, Segment, Store
 
@@ -104,7 +104,7 @@ def reader(
         stored = tree_bytes(folder)
     except OSError:
         raise damaged(path, f"segment {entry.id} is missing") from None
-    if entry.bytes > ROOM + EXPANSION * stored or not held(entry.bytes, [n for _, n in arrays]):
+    if entry.bytes > ROOM + EXPANSION * stored or not fit_run(entry.bytes, [n for _, n in arrays]):
         raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
 
     @functools.lru_cache
@@ -255,7 +255,7 @@ def write_segment(
         raise
     sync_tree(folder)
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
-    arrays = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
+    arrays = [[array_path(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
     files = checksum(folder, [str(x) for x, _ in arrays])
     return {**found[0]._replace(id=name)._asdict(), "arrays": arrays, "files": files}
 
@@ -293,7 +293,7 @@ def check_files(path: Path, said: Mapping[str, Any]) -> None:
             raise damaged(path, f"a file of segment {row['id']} does not match its checksum")
 
 
-def locate(folder: Path, name: str) -> str:
+def array_path(folder: Path, name: str) -> str:
     """The path of an array that Orbax has written, relative to its checkpoint."""
     (found,) = folder.glob(f"*/{name}")
     return found.relative_to(folder).as_posix()

@@ -62,10 +62,10 @@ def remove(store: Store, task: str) -> Store:
     task_index(store.tasks, task)
     if len(store.tasks) == 1:
         raise HydraOptError(f"{task!r} is the store's only task: delete the store instead")
-    return keep(store, [t for t in store.tasks if t != task])
+    return keep_tasks(store, [t for t in store.tasks if t != task])
 
 
-def keep(store: Store, tasks: Sequence[str]) -> Store:
+def keep_tasks(store: Store, tasks: Sequence[str]) -> Store:
     """The store with some tasks only, in the order given; their data are not touched.
 
     Raises:
@@ -73,13 +73,13 @@ def keep(store: Store, tasks: Sequence[str]) -> Store:
     """
     left = select(store, tasks)
     gone = [t for t in store.tasks if t not in set(tasks)]
-    report = changed(store.report, -round(len(gone) * store.report["entries"] / len(store.tasks)))
+    report = changed_report(store.report, -round(len(gone) * store.report["entries"] / len(store.tasks)))
     for task in gone:
         report = report.replace(**unnamed(report, task))
     return left.replace(report=report)
 
 
-def changed(report: Static, entries: int) -> Static:
+def changed_report(report: Static, entries: int) -> Static:
     """The report after a change, without statements about the collection as it was compressed."""
     kept = {k: v for k, v in report.items() if k not in ("estimate", "refinement")}
     return Static({**kept, "entries": report["entries"] + entries, "bound": {}})
@@ -196,7 +196,7 @@ def followers(store: Store, segment: int, place: int, shared: bool) -> list[str]
     return out
 
 
-def clean(store: Store) -> Store:
+def forget_names(store: Store) -> Store:
     """The store without the names of removed tasks that left no vectors."""
     left = traces(store)
     segments = []

@@ -69,7 +69,7 @@ def stored_size(row: Sequence[Any]) -> int:
     return row[3]
 
 
-def coded(tensors: Mapping[str, np.ndarray], dtype: str | None = None) -> Tensors:
+def encode_tensors(tensors: Mapping[str, np.ndarray], dtype: str | None = None) -> Tensors:
     """Coded tensors. Floating-point tensors wider than `dtype` are rounded to it; None rounds nothing.
 
     Raises:
@@ -80,7 +80,7 @@ def coded(tensors: Mapping[str, np.ndarray], dtype: str | None = None) -> Tensor
     table: list[list[Any]] = []
     parts = []
     for name, x in tensors.items():
-        kept = rounded(name, np.asarray(x), dtype)
+        kept = round_tensor(name, np.asarray(x), dtype)
         parts.append(encode_tensor(kept))
         table.append([name, kept.dtype.name, list(kept.shape), len(parts[-1])])
     return Tensors(table, b"".join(parts))
@@ -97,7 +97,7 @@ def narrows(kind: str, dtype: str | None) -> bool:
     return np.dtype(kind).itemsize > np.dtype(dtype).itemsize
 
 
-def rounded(name: str, x: np.ndarray, dtype: str | None) -> np.ndarray:
+def round_tensor(name: str, x: np.ndarray, dtype: str | None) -> np.ndarray:
     """A tensor in its stored dtype."""
     if dtype is None or not narrows(x.dtype.name, dtype):
         return x

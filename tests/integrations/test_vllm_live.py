@@ -85,7 +85,7 @@ def place(tmp_path_factory):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(where / "org/base")
     store.save(where / "store.safetensors", make())
-    fitted = server.fit(store.decode(make(), "legal"), profile="vllm").adapter
+    fitted = server.fit_server(store.decode(make(), "legal"), profile="vllm").adapter
     config, tensors = peft.contents(fitted)
     write_folder(where / "exported", json.dumps(config), dict(tensors))
     return where

@@ -11,11 +11,11 @@ from hydraopt_jax.demo.vocabulary import (
     PAD_ID,
     SEPARATOR_ID,
     UNKNOWN_ID,
-    build,
-    decode,
-    encode,
+    build_vocabulary,
     encode_items,
     from_tokens,
+    token_ids,
+    tokens_of,
 )
 
 ITEMS = {
@@ -27,19 +27,19 @@ ITEMS = {
 
 @pytest.mark.parametrize("name", list(ITEMS))
 def test_tokens_survive_a_round_trip(name):
-    vocabulary = build(ITEMS.values(), minimum=1)
+    vocabulary = build_vocabulary(ITEMS.values(), minimum=1)
     for tokens in (prompt(name, ITEMS[name]), ITEMS[name].output):
-        assert decode(vocabulary, encode(vocabulary, tokens)) == tokens
-    assert decode(vocabulary, encode(vocabulary, answer(ITEMS[name]))) == ITEMS[name].output
+        assert tokens_of(vocabulary, token_ids(vocabulary, tokens)) == tokens
+    assert tokens_of(vocabulary, token_ids(vocabulary, answer(ITEMS[name]))) == ITEMS[name].output
 
 
 def test_letters_and_phonemes_of_one_shape_differ():
-    vocabulary = build([Item(("a",), ("phoneme:a",))], minimum=1)
-    assert len(set(encode(vocabulary, ("a", "phoneme:a")))) == 2
+    vocabulary = build_vocabulary([Item(("a",), ("phoneme:a",))], minimum=1)
+    assert len(set(token_ids(vocabulary, ("a", "phoneme:a")))) == 2
 
 
 def test_what_the_vocabulary_lacks_is_unknown_in_a_prompt_and_never_right_in_an_answer():
-    vocabulary = build([Item(("a",), ("a",))], minimum=1)
+    vocabulary = build_vocabulary([Item(("a",), ("a",))], minimum=1)
     items = encode_items(vocabulary, {"correct-en": [Item(("z",), ("z",))], "correct-de": []})
     assert UNKNOWN_ID in items.prompts[0, 0]
     assert items.targets[0, 0, 0] == -1
@@ -58,7 +58,7 @@ def test_repeated_tokens_are_refused():
 
 
 def test_items_too_long_for_the_widths_are_refused():
-    vocabulary = build(ITEMS.values(), minimum=1)
+    vocabulary = build_vocabulary(ITEMS.values(), minimum=1)
     with pytest.raises(ValueError, match="do not fit the widths"):
         encode_items(vocabulary, {n: [i] for n, i in ITEMS.items()}, widths=(4, 4))
 

@@ -35,7 +35,7 @@ def given(tmp_path_factory):
     for x in made:
         formats.write_adapter(place / x.task, x, dtype="float16")
     names = [str(place / x.task) for x in made]
-    found = peft_collection.collection([peft_collection.open_adapter(n, None, {}) for n in names])
+    found = peft_collection.collection_of([peft_collection.open_adapter(n, None, {}) for n in names])
     return names, found, [formats.read_adapter(n) for n in names]
 
 

@@ -61,7 +61,7 @@ modules = {f"layers.{n}.{p}": (48, 64) for n in range(2) for p in "qv"}
 for x in synthetic.collection(tasks=7, modules=modules, rank=4):
     formats.write_adapter(folder / x.task, x, dtype="float16")
 names = sorted(str(x) for x in folder.iterdir())
-found = peft_collection.collection([peft_collection.open_adapter(n, None, {}) for n in names])
+found = peft_collection.collection_of([peft_collection.open_adapter(n, None, {}) for n in names])
 before, used, together = engine.encode_at_step, set(), threading.Barrier(3)
 def code(*arguments):
     # three devices at the least are at work at once
