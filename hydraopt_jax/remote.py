@@ -75,7 +75,7 @@ def is_address(path: Any) -> bool:
     return isinstance(path, str) and path.startswith((HUB, *WEB))
 
 
-def parse(text: str) -> Address:
+def parse_address(text: str) -> Address:
     """The parts of an address.
 
     Raises:
@@ -104,13 +104,13 @@ def find(text: str) -> RemoteFile:
     Raises:
       HydraOptError: no such file, no network, no right to it.
     """
-    address = parse(text)
+    address = parse_address(text)
     return on_web(address) if address.url else on_hub(address)
 
 
 def on_web(address: Address) -> RemoteFile:
     """The file at a URL, of the version that the first request finds."""
-    return opened(address.label, address.url, {}, "", True)
+    return remote_file(address.label, address.url, {}, "", True)
 
 
 def on_hub(address: Address) -> RemoteFile:
@@ -141,7 +141,7 @@ def on_hub(address: Address) -> RemoteFile:
         label = f"{address.label} (cached at {copy})"
         return RemoteFile(label, copy.stat().st_size, commit, reader_of(f"{label}: {copy}", copy), copy)
     url = hub.hf_hub_url(*name, revision=commit)
-    return opened(address.label, url, build_hf_headers(), commit, False)
+    return remote_file(address.label, url, build_hf_headers(), commit, False)
 
 
 def cached(hub: Any, name: tuple[str, str], revision: str | None) -> Path | None:
@@ -169,7 +169,7 @@ def reader_of(label: str, path: Path) -> Callable[[int, int], bytes]:
     return read
 
 
-def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagged: bool) -> RemoteFile:
+def remote_file(label: str, url: str, headers: Mapping[str, str], version: str, tagged: bool) -> RemoteFile:
     """The file at a URL; with `tagged` all answers must be of the version of the first one."""
     first, size, tag = fetch(label, url, headers, 0, FIRST)
     pin = tag if tagged else ""

@@ -67,8 +67,8 @@ CASES = {
     ),
     "merging.truncation.onto": Case(truncation.onto, (A, normal(17, R, 1))),
     "merging.truncation.self_product": Case(truncation.self_product, (TALL[0],)),
-    "merging.truncation.split": Case(
-        lambda a, b: matmul(*truncation.split(decompose.svd(a, b), 1)), (A[0], B[0])
+    "merging.truncation.split_values": Case(
+        lambda a, b: matmul(*truncation.split_values(decompose.svd(a, b), 1)), (A[0], B[0])
     ),
     "merging.truncation.truncate": Case(lambda a, b: matmul(*truncation.truncate(a, b, 1)), (A[0], B[0])),
     "merging.truncation.truncate_dense": Case(lambda x: matmul(*truncation.truncate_dense(x, 2)), (TALL[0],)),

@@ -74,7 +74,7 @@ def in_parts(out, names, options):
             {**engine.compress_to_target.__kwdefaults__, "segment_bytes": 1 << 15},
         )
         with job.alone(out):
-            return job.run(out, found_in(names), functools.partial(compress, **options), {})
+            return job.run_job(out, found_in(names), functools.partial(compress, **options), {})
 
 
 PATHS = pytest.mark.parametrize("make", [in_memory, in_parts])
@@ -140,7 +140,7 @@ def test_heads_are_rounded_to_their_own_dtype(headed, tmp_path, dtype):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explicit, "TOGETHER", 0)
         with job.alone(tmp_path / "parts"):
-            job.run(tmp_path / "parts", found_in(names), functools.partial(compress, **options), {})
+            job.run_job(tmp_path / "parts", found_in(names), functools.partial(compress, **options), {})
     content = compress([formats.read_adapter(x) for x in names], **options)
     store.save(tmp_path / "memory", content)
     head = headed[0].extras["pre_classifier.weight"].astype(dtype or "float32")

@@ -260,7 +260,7 @@ def _merged(collection: Sequence[Adapter], name: str, folder: Path) -> Row:
     """One adapter for all tasks, at the scale of least weight error, see `SCALES`."""
     stacked = adapters.stack(collection)
     found = merging.merge_stacked(stacked, name)
-    scale = np.float32(merged_collection.scale_of(merged_collection.modules_of(stacked), found)[0])
+    scale = np.float32(merged_collection.least_error_scale(merged_collection.modules_of(stacked), found)[0])
     pairs = {
         module: (np.asarray(a, np.float16), np.asarray(scale * b, np.float16))
         for module, (a, b) in found.items()

@@ -160,10 +160,10 @@ def merged(setting: Setting, settings: Refining) -> dict[str, Maker]:
 def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store:
     """One adapter for all tasks, at the best of a few scales on dev items.
 
-    Scales are multiples of the one of least weight error, see `merging.collection.scale_of`.
+    Scales are multiples of the one of least weight error, see `merging.collection.least_error_scale`.
     """
     found = merging.merge_stacked(stacked, method, seed=seed)
-    least, _ = merged_collection.scale_of(merged_collection.modules_of(stacked), found)
+    least, _ = merged_collection.least_error_scale(merged_collection.modules_of(stacked), found)
     everywhere = np.zeros(len(stacked.tasks), np.int32)
     tries = []
     for scale in SCALES:

@@ -72,7 +72,7 @@ def main() -> None:
         out = Path(folder) / "store"
         compress = functools.partial(compression.compress, **asked)
         start = time.perf_counter(), time.process_time()
-        content = job.run(out, found, compress, asked, progress=progress)
+        content = job.run_job(out, found, compress, asked, progress=progress)
         total, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
         highest, size = peak(), sizes.size_on_disk(out)
         assert content is not None

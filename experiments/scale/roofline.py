@@ -44,7 +44,7 @@ def main() -> None:
     parts = [x for _, x in streaming.chunks(every, pieces["projection"], grid)]
     q = np.linalg.qr(rng.standard_normal((SIZE, WIDTH)))[0][None].astype(np.float32)
     shared = streaming_gram.Range(
-        *(devices.put(grid, x, streaming_gram.LOCAL) for x in streaming_gram.range_of(q))
+        *(devices.put_on_mesh(grid, x, streaming_gram.LOCAL) for x in streaming_gram.range_of(q))
     )
     large = jnp.asarray(rng.standard_normal((4096, 4096), np.float32))
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))

@@ -66,7 +66,7 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
     if store.report["form"] == lossless.FORM:
         segment = as_it_came(new)
     elif any(x.coded for x in store.segments):
-        segment = coded_segment(store, new, calibration)
+        segment = segment_at_step(store, new, calibration)
     else:
         segment = joined_to(store, new)
     report = changed_report(store.report, sum(x.size for x in (*new.a.values(), *new.b.values())))
@@ -98,12 +98,12 @@ def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None)
 def as_it_came(new: Adapter) -> Segment:
     """The segment of a new task in a lossless store."""
     rows = {n: [raw_of(new, n)] for n, a in new.a.items() if a.shape[1]}
-    modules, errors, _ = lossless.modules_of(rows)
+    modules, errors, _ = lossless.lossless_terms(rows)
     shapes, leaves = plain.to_leaves(modules)
     return make_segment([new.task], shapes, leaves, errors)
 
 
-def coded_segment(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | None) -> Segment:
+def segment_at_step(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | None) -> Segment:
     """The segment of a task coded at the store's step, predicted from other tasks in small stores."""
     shapes = {n: (a.shape[0], new.b[n].shape[1]) for n, a in new.a.items()}
     metrics = metrics_of(shapes, calibration) if calibration is not None else {}
@@ -211,7 +211,7 @@ def joined_to(store: Store, new: Adapter) -> Segment:
     parts: list[Any] = []
     lenders: list[Reference] = []
     for name, way in taken.items():
-        own, borrowed = joining.segment_terms(every.get(name, ()), way, name, dtype)
+        own, borrowed = joining.way_terms(every.get(name, ()), way, name, dtype)
         rows: list[PlainShape] = []
         for shape, new_arrays in borrowed:
             term = every[name][way.term]

@@ -162,7 +162,7 @@ def spend(found: Mapping[str, Sequence[Way]], budget: float) -> dict[str, Way]:
     return {n: x[at[n]] for n, x in found.items()}
 
 
-def segment_terms(
+def way_terms(
     terms: Sequence[Term], way: Way, name: str, dtype: str
 ) -> tuple[list[Factors], list[tuple[PlainShape, Any]]]:
     """The terms of a way: those of the task's own, and those that borrow a factor from the store.

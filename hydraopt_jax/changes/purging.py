@@ -46,7 +46,7 @@ def purge(
         return removal.forget_names(store), ()
     addition.need_calibration(store, calibration)
     if not any(x.coded for x in store.segments):
-        return refitted(store, original)
+        return refit_plain(store, original)
     dirty = {n for n, _ in left}
     for n, x in enumerate(store.segments):
         # segments that are predicted from a segment, or use its tables, cannot stay without it
@@ -105,7 +105,7 @@ def coded_again(
 ) -> Segment:
     """A segment of the same tasks, coded at the store's step; predicted from `before` if the old one was."""
     if segment.references and any(x.coded and x.tables < 0 for x in before.segments):
-        return addition.coded_segment(before.replace(report=store.report), given[0], calibration)
+        return addition.segment_at_step(before.replace(report=store.report), given[0], calibration)
     options = refitting.options_of(store)._replace(calibration=calibration)
     options = options._replace(weights={k: v for k, v in options.weights.items() if k in segment.tasks})
     fresh = engine.compress_at_step(in_memory(given), options, Memory(), store.report["step"])
@@ -154,7 +154,7 @@ def bounded(store: Store, again: Sequence[str], standing: Sequence[str]) -> Stor
     return store.replace(report=Static(rest | ({"bounded": kept} if kept else {})))
 
 
-def refitted(store: Store, original: Original) -> tuple[Store, tuple[str, ...]]:
+def refit_plain(store: Store, original: Original) -> tuple[Store, tuple[str, ...]]:
     """A plain store fitted again as a whole."""
     collection, standing = at_hand(store, store.tasks, original)
     fresh = refitting.refit(store, collection)

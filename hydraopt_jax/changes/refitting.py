@@ -76,7 +76,7 @@ def refit(
     )
 
 
-def originals(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter], tuple[str, ...]]:
+def originals_or_decoded(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter], tuple[str, ...]]:
     """Each task's original if given, else the decoded task; and the names of the decoded ones."""
     absent = tuple(t for t in store.tasks if t not in given)
     return [given[t] if t in given else decode(store, t) for t in store.tasks], absent
@@ -92,7 +92,7 @@ def estimate_refit(
 
     A coded store's tasks are compressed together to its bytes. A plain one's are fitted in its form.
     """
-    collection, absent = originals(store, given)
+    collection, absent = originals_or_decoded(store, given)
     if any(x.coded for x in store.segments):
         bare = [x.replace(extras={}) for x in collection]
         heads = sum(tensors_of(store, t).nbytes for t in store.tasks)

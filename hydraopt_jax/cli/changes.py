@@ -47,11 +47,11 @@ def originals_of(content: Store, given: Sequence[Adapter]) -> dict[str, Adapter]
     return {t: x for t in content.tasks if (x := find(t)) is not None}
 
 
-def refitted(content: Store, given: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None) -> Store:
+def refit_store(content: Store, given: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None) -> Store:
     """The store fitted anew; the originals of all its tasks must be at hand."""
     from hydraopt_jax.changes import refitting
 
-    collection, absent = refitting.originals(content, originals_of(content, given))
+    collection, absent = refitting.originals_or_decoded(content, originals_of(content, given))
     if absent:
         raise HydraOptError(
             f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
@@ -156,7 +156,7 @@ def add(
         check_same_base([*bases, new], any_base=any_base, base_suffixes=tuple(base_suffix))
         grown = changes.add(content, new, calibration=moments)
         if given["refit"]:
-            return refitted(grown, [*originals, new], moments)
+            return refit_store(grown, [*originals, new], moments)
         if given["estimate"]:
             found.append(estimated(grown, [*originals, new], new.task, moments))
         return grown
@@ -206,7 +206,7 @@ def remove(
     def change(content: Store) -> Store:
         left = content if task is None else removal.remove(content, task)
         if given["refit"]:
-            return refitted(left, originals, moments)
+            return refit_store(left, originals, moments)
         if purge:
             left, done = purged(left, original_of(left, originals), moments)
             again.extend(done)

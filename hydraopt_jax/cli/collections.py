@@ -82,7 +82,7 @@ def frontier(
     fractions = [parse_budget(x) for x in budgets] or list(tradeoff.FRACTIONS)
     if any(isinstance(x, int) for x in fractions):
         raise HydraOptError("frontier: --budget takes shares of the fp16 bytes, such as 0.125")
-    names = merging.curves.parse(baselines) if baselines else ()
+    names = merging.curves.parse_names(baselines) if baselines else ()
     collection = read_all(adapters, any_base, base_suffix)
     runs = len(fractions) * (2 if len(collection) > 1 else 1)
     with progress("compressing", runs + len(names)) as advance:

@@ -57,7 +57,7 @@ def read_beside(
     return out
 
 
-def size_of(source: Source) -> int:
+def source_bytes(source: Source) -> int:
     """Bytes of the folder or file of an adapter; 0 where there is none."""
     folder = Path(source[0])
     if folder.is_file():
@@ -71,7 +71,7 @@ def read_in_batches(
     """As `read_all`, about `LARGE` bytes at a time; each adapter is compared with those before."""
     before: list[Adapter] = []
     sources = locate(given)
-    ends = zip(itertools.accumulate(map(size_of, sources)), sources, strict=True)
+    ends = zip(itertools.accumulate(map(source_bytes, sources)), sources, strict=True)
     for _, group in itertools.groupby(ends, key=lambda x: x[0] // LARGE):
         few = read_beside(before, [x for _, x in group], any_base, base_suffix)
         yield few

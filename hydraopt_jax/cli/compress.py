@@ -165,7 +165,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
         if targets or beside:
             name = (targets + beside)[0].replace("_", "-").removesuffix("s")
             raise HydraOptError(f"--{name}: --form hydra is a form of its own; leave one of them out")
-        return form_of(given, tasks)
+        return asked_form(given, tasks)
     options = Options(
         budget=None if given["budget"] is None else parse_budget(given["budget"]),
         max_error=given["max_error"],
@@ -180,7 +180,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     return check_options(options)._asdict()
 
 
-def form_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
+def asked_form(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     """As `asked_of`, of an explicit form."""
     idle = {"start": "closed", "steps": 1000}
     if given["solver"] not in ("closed", "optax"):
@@ -216,7 +216,7 @@ def streamed(
     with job.alone(path, who.rank):
         who.wait("alone")
         with stage("checking", len(sources), who.rank == 0) as advance:
-            found, bad = headers.check_sources(
+            found, bad = headers.read_headers(
                 sources,
                 files.job_home(path) / JOB,
                 skip_bad=given["skip_bad"],
@@ -230,7 +230,7 @@ def streamed(
             job.clear_if_empty(path)
             return shown_plan(given["out"], found, asked, bad)
         with progress.to_stderr(who.rank == 0 and not mode().quiet) as told:
-            store = job.run(
+            store = job.run_job(
                 path,
                 found,
                 functools.partial(compression.compress, **asked),

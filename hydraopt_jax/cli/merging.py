@@ -42,7 +42,7 @@ def weights_of(rows: Sequence[str], method: str, tasks: Sequence[str]) -> list[f
         return None
     for task in given:
         check_task("--weight", f"{task}={given[task]:g}", task, tasks)
-    own = merged_collection.check_weights(None, registry.find(method), len(tasks))
+    own = merged_collection.check_weights(None, registry.method_of(method), len(tasks))
     return [given.get(t, float(x)) for t, x in zip(tasks, own, strict=True)]
 
 

@@ -54,7 +54,7 @@ def inspect(path: str, recipe: str | None, plot: str | None) -> None:
         provenance.write_recipe(recipe, provenance.recipe_of(content))
     own = sizes.task_bytes(content)
     rows = [
-        {"tasks": names_of(x), "leaves": {k: size_of(v) for k, v in x.leaves.items()}}
+        {"tasks": live_tasks(x), "leaves": {k: size_of(v) for k, v in x.leaves.items()}}
         for x in content.segments
     ]
     size, parts = sizes.size_on_disk(path), sizes.account(path, content)._asdict()
@@ -285,7 +285,7 @@ def true_errors(
     return measure(content, few, metrics_of(shapes, moments))
 
 
-def names_of(x: store.Segment) -> list[str]:
+def live_tasks(x: store.Segment) -> list[str]:
     """Names of the tasks of a segment that are in the store."""
     return [x.tasks[k] for k in x.live]
 

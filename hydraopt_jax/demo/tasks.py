@@ -95,7 +95,7 @@ def answer(item: Item) -> tuple[str, ...]:
     return (*item.output, END)
 
 
-def to_text(tokens: tuple[str, ...]) -> str:
+def as_written(tokens: tuple[str, ...]) -> str:
     """A token sequence as a person would write it.
 
     >>> to_text(("g", "o", "feature:V", "feature:PST")), to_text(("phoneme:k", "phoneme:a"))

@@ -154,7 +154,7 @@ def work(
             file = place.scratch / f"{name}.bin"
             if passes == 2:
                 grid = devices.make(group.room)
-                solved = streaming.solve(file, group, parts, tasks, form, dtype, grid)
+                solved = streaming.solve_group(file, group, parts, tasks, form, dtype, grid)
             else:
                 solved = solve_whole(group, next(parts), form, dtype)
             schema, leaves = plain.to_leaves({n: (x[0],) for n, x in solved.items()})

@@ -183,8 +183,7 @@ def accumulate(
         blank = jnp.zeros((*scale.shape, rank, rank))
         return jax.lax.fori_loop(0, -(-tasks // length), step, (sums, Grams(blank, blank)))
 
-    specs = (BOTH, BOTH, BOTH, BOTH)
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(BOTH, BOTH), check_vma=False)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(BOTH,) * 4, out_specs=(BOTH, BOTH), check_vma=False)
     return run(sums, a, b, scale)
 
 

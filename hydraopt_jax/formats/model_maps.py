@@ -43,7 +43,7 @@ def table_of(family: str, library: str) -> tuple[Table, Library]:
     return FAMILIES[family][library], LIBRARIES[library]
 
 
-def dotted(path: str) -> str:
+def tree_name(path: str) -> str:
     """The module name in `trees` of a parameter's path.
 
     >>> dotted("attn/q_proj/w"), dotted("mlp/wo/kernel")
@@ -112,10 +112,10 @@ def to_library(
     for name, (n, module) in named.items():
         rows = (*(table.fused if n in equal else ()), *table.rows)
         row = next(x for x in rows if x.module == module)
-        path, stack = place_of(table, row, n, count if scan else 0)
+        path, stack = parameter_place(table, row, n, count if scan else 0)
         factors = {s: kept.factor.format(path=path, side=s).split("/") for s in "ab"}
         layout: dict[str, Any] = {s: [*x, "value"] if kept.boxed else x for s, x in factors.items()}
-        key = dotted(path)
+        key = tree_name(path)
         if stack is not None:
             layout["stack"] = stack
             key += f"[{stack[1]}]"
@@ -136,7 +136,7 @@ def to_library(
                     f"{library}'s {family!r} holds both: name another family"
                 )
             b[member] = rotated(member_row, adapter.b[member], head_dim, member, back=False)
-        low, high = side_by_side(members, adapter.a, b) if row.slots else (adapter.a[name], b[name])
+        low, high = joined_factors(members, adapter.a, b) if row.slots else (adapter.a[name], b[name])
         for _, member in members:
             del b[member]
         a[key], b[key] = low, high
@@ -169,7 +169,7 @@ def _fused_layers(adapter: Adapter, named: Mapping[str, tuple[int, str]]) -> set
     }
 
 
-def place_of(table: Table, row: ModuleRow, n: int, scanned: int) -> tuple[str, list[int] | None]:
+def parameter_place(table: Table, row: ModuleRow, n: int, scanned: int) -> tuple[str, list[int] | None]:
     """Path of layer n's parameter, and `[axis, index, length]` if the layer is in a stack.
 
     Args:
@@ -186,7 +186,7 @@ def place_of(table: Table, row: ModuleRow, n: int, scanned: int) -> tuple[str, l
     return f"{layer}/{row.path}".format(**fields), stack
 
 
-def side_by_side(
+def joined_factors(
     members: list[tuple[ModuleRow, str]], a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Factors `[I, R]` and `[R, slots * O]` of modules that share a parameter."""
@@ -225,7 +225,7 @@ def from_library(
         layout = adapter.layout.get(name) or {}
         founds = _find(table, patterns, name)
         if not founds:
-            known = {dotted(place_of(table, row, 0, 0)[0]) for row in (*table.fused, *table.rows)}
+            known = {tree_name(parameter_place(table, row, 0, 0)[0]) for row in (*table.fused, *table.rows)}
             raise HydraOptError(
                 f"{name}: no LoRA layer of {library}'s {family!r} (near: {near(name, known)}): name another "
                 "family or library"
@@ -254,7 +254,7 @@ def _patterns(table: Table) -> Iterator[tuple[ModuleRow, str, re.Pattern[str]]]:
     for row in (*table.fused, *table.rows):
         for layer in filter(None, (table.layer, table.scanned, table.remainder)):
             for kind in table.kinds:
-                text = re.escape(dotted(f"{layer}/{row.path}".replace("{kind}", kind)))
+                text = re.escape(tree_name(f"{layer}/{row.path}".replace("{kind}", kind)))
                 for field, pattern in numbers.items():
                     text = text.replace(re.escape(field), pattern)
                 where = "stack" if layer == table.scanned else "behind" if layer == table.remainder else ""

@@ -26,8 +26,8 @@ from hydraopt_jax.formats.adapter_folder import (
     WEIGHTS_FILE,
     check_target,
     parents,
+    replace_folder,
     weights_file,
-    write_folder,
 )
 from hydraopt_jax.formats.peft_config import (
     CONFIG_FILE,
@@ -111,7 +111,7 @@ def check_pair(module: str, pair: _Pair, config: Mapping[str, Any], source: str)
             )
     (key_a, low), (key_b, high) = pair["A"], pair["B"]
     layout: dict[str, Any] = {"kind": "embedding"} if _is_embedding(pair) else {}
-    found = lora_keys.parse(key_a) if lora_keys.DIALECT in config else None
+    found = lora_keys.parse_key(key_a) if lora_keys.DIALECT in config else None
     ending = {} if found is None else {"ending": found[2]}
     for key, tensor in pair.values():
         if not 2 <= tensor.ndim <= (2 if layout else 5) or tensor.ndim != low.ndim:
@@ -341,7 +341,7 @@ def write_adapter(
         text = json.dumps(config, indent=2, sort_keys=True)
         with parents(target), locked(target):
             check_target(target, overwrite)
-            write_folder(target, text, tensors)
+            replace_folder(target, text, tensors)
     except HydraOptError:
         raise
     except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:

@@ -18,7 +18,7 @@ READERS = 2
 Source = tuple[str, str | None]
 
 
-def check_sources(
+def read_headers(
     sources: Sequence[Source],
     folder: Path,
     *,

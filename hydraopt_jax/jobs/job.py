@@ -72,7 +72,7 @@ def clear_if_empty(path: Path) -> None:
         clear(path)
 
 
-def run(
+def run_job(
     path: Path,
     found: Collection,
     compress: Callable[..., Store],

@@ -30,7 +30,7 @@ def write_run(path: Path, segment: Segment) -> SegmentEntry:
     """Write a segment's run as a file, and return its entry."""
     found: list[SegmentEntry] = []
     with path.open("wb") as sink:
-        for piece in segment_data.run(segment, found.append):
+        for piece in segment_data.run_pieces(segment, found.append):
             sink.write(piece)
     return found[0]
 

@@ -74,7 +74,7 @@ def k_merge(
     threshold: float = 1.0,
     gram: Array | None = None,
 ) -> Factors:
-    """K-Merge: K slots, each the mean delta of the adapters merged into it, cut to rank S; see `k_merge_slots`.
+    """K-Merge: K slots, each the mean delta of its adapters, cut to rank S, see `k_merge_slots`.
 
     The running mean `(n mean + delta) / (n + 1)` is the mean of the slot's members. It is cut to rank S once,
     at the end.

@@ -67,7 +67,7 @@ COUNTS = ("rank", "keep", "slots", "clusters")
 FRACTIONS = {"density": (0.0, False, 1.0), "outliers": (0.0, True, 1.0), "off_diagonal": (0.0, True, 1.0)}
 
 
-def find(name: str) -> Method:
+def method_of(name: str) -> Method:
     """The method of a name.
 
     Raises:
@@ -84,7 +84,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
       HydraOptError: the message names the option.
     """
-    method = find(name)
+    method = method_of(name)
     for option, value in options.items():
         if option not in method.options:
             known = ", ".join(x for x in method.options if x not in ("key", "gram")) or "no option"

@@ -30,8 +30,8 @@ from hydraopt_jax.rate_control.coding import (
     sample,
 )
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of, uncovered
-from hydraopt_jax.rate_control.options import Options, as_report, check_options, task_weights
-from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read
+from hydraopt_jax.rate_control.options import Options, as_report, check_options, relative_weights
+from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read_part
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.rate_control.search import Pass, Target
 from hydraopt_jax.rate_control.segments import (
@@ -94,7 +94,7 @@ def compress_to_target(
     progress, processes = progress or Progress(), processes or Processes()
     parts = parts_of(found, segment_bytes)
     said = {k: dict(v) for k, v in (("left_out", left_out), ("provenance", provenance)) if v}
-    task_weights(found.tasks, options)
+    relative_weights(found.tasks, options)
     if options.calibration is not None:
         uncovered(found.shapes, options.calibration)
     heads, carried = full_tensors(found, options.extras_dtype, place, processes, apart=len(parts) != 1)
@@ -130,9 +130,9 @@ def compress_at_step(found: Collection, options: Options, place: Place, step: fl
     parts = parts_of(found)
     heads, carried = full_tensors(found, options.extras_dtype, place, Processes(), apart=len(parts) != 1)
     run = Run(found, options, parts, place, Progress(), Processes(), {}, {}, carried)
-    weights = task_weights(found.tasks, options)
+    weights = relative_weights(found.tasks, options)
     known: dict[str, Any] = {"deep": True, "unit": None}
-    first = problem_of(run, 0, weights, known, read(found, parts[0]))
+    first = problem_of(run, 0, weights, known, read_part(found, parts[0]))
     known["unit"] = first.unit
     encode_parts(run, 0, step, fit_tables(first, step), weights, known)
     return put_together(run, 0, step, heads, {})
@@ -148,7 +148,7 @@ def as_they_are(
     """A lossless store of the adapters, see `lossless`; factors are not read before they are written."""
     tasks = range(len(found.cards))
     rows = {m: [found.raw(t, m) if found.rank(m, t) else None for t in tasks] for m in found.shapes}
-    modules, errors, facts = lossless.modules_of(rows)
+    modules, errors, facts = lossless.lossless_terms(rows)
     schema, leaves = plain.to_leaves(modules)
     segment = make_segment(found.tasks, schema, leaves, errors, tensors=carried)
     report = as_report(options, found) | facts | dict(said)
@@ -171,7 +171,7 @@ def passes(
       said: further fields of the report.
       place: of the finished segment, for a run with drafts.
     """
-    weights = task_weights(run.found.tasks, run.options)
+    weights = relative_weights(run.found.tasks, run.options)
     known = pilot(run, goal, weights)
     step, frequencies = known["step"], np.array(known["frequencies"])
     number, mean, bias, aim = 0, float("nan"), [1.0], goal
@@ -258,7 +258,7 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
     if run.processes.rank == 0 and run.place.note("pilot") is None:
         one = len(run.parts) == 1
         part = run.parts[0] if one else pilot_part(run.found)
-        given = read(run.found, part)
+        given = read_part(run.found, part)
         if one:
             whole = problem_of(run, 0, weights, {}, given)
             problem = whole.take(sample(whole, SAMPLE_CODES))

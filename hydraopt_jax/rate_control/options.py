@@ -83,7 +83,7 @@ def check_options(options: Options) -> Options:
     return options
 
 
-def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
+def relative_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
     """Weights `[T]` with a mean of 1."""
     unknown = set(options.weights) - set(tasks)
     if unknown:

@@ -133,10 +133,10 @@ def place(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
     """
     if kernel is None:
         return jax.tree.map(jnp.asarray, term)
-    return jax.tree.map(jax.device_put, term, split(name, term, kernel))
+    return jax.tree.map(jax.device_put, term, shardings_of(name, term, kernel))
 
 
-def split(name: str, term: Factors, kernel: NamedSharding) -> Factors:
+def shardings_of(name: str, term: Factors, kernel: NamedSharding) -> Factors:
     """The shardings of a term's arrays, from that of its layer's kernel `[I, O]`; see `place`."""
     size = term.a.shape[-2], term.b.shape[-1]
     try:

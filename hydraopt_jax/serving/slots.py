@@ -28,7 +28,7 @@ from hydraopt_jax.serving.loading import (
     kernel_sharding,
     place,
     serving_dtype,
-    split,
+    shardings_of,
     to_dtype,
 )
 from hydraopt_jax.store import Store, decode_terms, task_index
@@ -306,7 +306,7 @@ class Slots:
         if self.shardings is not None:
             kernels = {name: kernel_sharding(self.shardings, name) for name in self.shapes}
             shardings = {
-                name: (None if kernel is None else split(name, self._empty(name), kernel),)
+                name: (None if kernel is None else shardings_of(name, self._empty(name), kernel),)
                 for name, kernel in kernels.items()
             }
         return jax.jit(put, donate_argnums=0, out_shardings=shardings)

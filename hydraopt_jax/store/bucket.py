@@ -35,14 +35,14 @@ def new_mark() -> str:
     return f"{int(time.time()):08x}{secrets.token_hex(4)}"
 
 
-def whole(at: str) -> str:
+def root_object(at: str) -> str:
     """The object whose replacement changes the store: the manifest or the single file."""
     return at if portable.named(at) else f"{at}/{MANIFEST}"
 
 
 def state(at: str) -> buckets.StoredObject:
     """The version of a store's main object; absence has a version too."""
-    return buckets.read(whole(at), 0, 1)
+    return buckets.read_object(root_object(at), 0, 1)
 
 
 def stamp(at: str) -> bytes | None:
@@ -68,7 +68,7 @@ def manifest_data(at: str) -> bytes:
     Raises:
       HydraOptError: no store there.
     """
-    data = buckets.read(whole(at)).data
+    data = buckets.read_object(root_object(at)).data
     if data is None:
         raise HydraOptError(f"{at}: no store there")
     return data
@@ -77,7 +77,7 @@ def manifest_data(at: str) -> bytes:
 def source(at: str) -> remote.RemoteFile:
     """The single file as a version with partial reads."""
     read = buckets.one_version(at)
-    first = buckets.read(at, 0, 1)
+    first = buckets.read_object(at, 0, 1)
     if first.data is None:
         raise HydraOptError(f"{at}: no store there")
     return remote.RemoteFile(at, None, first.version.hex(), read)
@@ -89,7 +89,9 @@ def open_bucket(at: str) -> Store:
         return portable.open_source(source(at))
     said = read_manifest(at)
     chunks = segment_keys(at)
-    return folder.opened(at, said, lambda row: reader(at, manifest.entry_of(row), row["arrays"], chunks))
+    return folder.from_manifest(
+        at, said, lambda row: reader(at, manifest.entry_of(row), row["arrays"], chunks)
+    )
 
 
 def segment_keys(at: str) -> dict[str, list[str]]:
@@ -130,16 +132,16 @@ def check_files(at: str, said: Mapping[str, Any]) -> None:
         inside = tuple(f"{x}/" for x, _ in row["arrays"])
         found = hashlib.sha256()
         for key in sorted((x for x in known[row["id"]] if x.startswith(inside)), key=lambda x: x.split("/")):
-            data = buckets.read(f"{place}/{key}").data or b""
+            data = buckets.read_object(f"{place}/{key}").data or b""
             folder.hash_file(found, key, len(data), [data])
         if found.hexdigest()[:16] != row["files"]:
             raise damaged(at, f"an object of segment {row['id']} does not match its checksum")
 
 
-def size(at: str) -> int:
+def size_in_bucket(at: str) -> int:
     """Bytes of the file, or of a folder's manifest and uncompressed arrays."""
     if portable.named(at):
-        return portable.size_of(source(at))
+        return portable.remote_bytes(source(at))
     data = manifest_data(at)
     said = manifest.parse(at, manifest.gunzipped(at, data))
     return len(data) + sum(n for row in said["segments"] for _, n in row["arrays"])
@@ -166,12 +168,12 @@ def publish(written: Path, at: str, before: bytes) -> None:
     new = {key: x for key, x in sorted(new.items()) if x.is_file()}
     data = (written / MANIFEST).read_bytes()
     try:
-        buckets.upload(segments, {key: x.read_bytes for key, x in new.items()})
-        if not buckets.write(whole(at), data, before):
+        buckets.write_objects(segments, {key: x.read_bytes for key, x in new.items()})
+        if not buckets.write(root_object(at), data, before):
             raise overtaken(at)
     except BaseException:
         named = {x["id"] for x in old["segments"]}
-        buckets.remove(segments, [key for key in new if key.partition("/")[0] not in named])
+        buckets.remove_objects(segments, [key for key in new if key.partition("/")[0] not in named])
         raise
     remove_unnamed(at, manifest.parse(at, manifest.gunzipped(at, data)), old)
 
@@ -190,7 +192,7 @@ def remove_unnamed(at: str, said: Mapping[str, Any], old: Mapping[str, Any]) -> 
         dead = began is not None and time.time() - int(began[1], 16) > DEAD
         if name not in named and (name in replaced or dead):
             gone += [f"{name}/{x}" for x in rest]
-    buckets.remove(f"{at}/{SEGMENTS}/", gone)
+    buckets.remove_objects(f"{at}/{SEGMENTS}/", gone)
 
 
 def staging(at: str) -> Path:

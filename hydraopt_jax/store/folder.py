@@ -134,10 +134,12 @@ def open_folder(path: Path) -> Store:
     Raises:
       HydraOptError: see `read_manifest`; or a missing or damaged segment.
     """
-    return opened(path, read_manifest(path), lambda row: reader(path, manifest.entry_of(row), row["arrays"]))
+    return from_manifest(
+        path, read_manifest(path), lambda row: reader(path, manifest.entry_of(row), row["arrays"])
+    )
 
 
-def opened(
+def from_manifest(
     path: Any, said: Mapping[str, Any], read: Callable[[Any], Callable[[int, int], np.ndarray]]
 ) -> Store:
     """A store from its manifest, and a function from a segment's row to a reader of its run."""
@@ -221,7 +223,7 @@ def write_segment(
             f"{store}: folders are written by programs of one process, this is one of "
             f"{jax.process_count()}: save a .safetensors file, from one of them"
         )
-    parts = division(segment_data.size(segment))
+    parts = division(segment_data.run_size(segment))
     found: list[SegmentEntry] = []
     name = name or segment_data.entry_of(segment).id
     folder = store / SEGMENTS / name
@@ -235,7 +237,7 @@ def write_segment(
     context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=parts[0][1]
     )
-    pieces = arrays_of(segment_data.run(segment, found.append), parts)
+    pieces = arrays_of(segment_data.run_pieces(segment, found.append), parts)
     try:
         with WRITING, context, quiet():
             if len(parts) == 1:

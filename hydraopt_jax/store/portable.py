@@ -18,7 +18,7 @@ from hydraopt_jax import remote, strict_json
 from hydraopt_jax.durable import sync
 from hydraopt_jax.errors import HydraOptError, TooLarge, damaged
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.folder import opened
+from hydraopt_jax.store.folder import from_manifest
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Store
 
@@ -100,7 +100,7 @@ def open_source(source: remote.RemoteFile) -> Store:
     return opened_at(source.label, *source_header(source), source.read)
 
 
-def size_of(source: remote.RemoteFile) -> int:
+def remote_bytes(source: remote.RemoteFile) -> int:
     """Size in bytes of a version of a file; computed from its header if the server does not say it."""
     if source.size is not None:
         return source.size
@@ -162,7 +162,7 @@ def opened_at(
 
         return part
 
-    return opened(path, said, reader)
+    return from_manifest(path, said, reader)
 
 
 def header(store: Store, entries: list[SegmentEntry], name: str) -> bytes:
@@ -196,7 +196,7 @@ def write_portable(path: Path, store: Store, limit: int | None = None) -> None:
         with new.open("wb") as file:
             file.write(head)
             for x in store.segments:
-                for piece in segment_data.run(x, lambda entry: None):
+                for piece in segment_data.run_pieces(x, lambda entry: None):
                     file.write(piece)
         sync(new)
         os.replace(new, path)

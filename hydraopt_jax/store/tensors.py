@@ -124,14 +124,14 @@ def decode_tensor(row: Sequence[Any], data: bytes) -> np.ndarray:
     """
     name, dtype, shape = row[:3]
     kind, size = np.dtype(dtype), raw_size(row)
-    data = inflate(data, size + 1)
+    data = inflate_at_most(data, size + 1)
     if len(data) != size:
         raise HydraOptError(f"{name}: its bytes in the store are not the tensor that its table describes")
     data = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.tobytes()
     return np.frombuffer(data, np.uint8).view(kind).reshape(shape).copy()
 
 
-def inflate(data: bytes, limit: int) -> bytes:
+def inflate_at_most(data: bytes, limit: int) -> bytes:
     """Inflate at most `limit` bytes; return b"" for invalid input."""
     try:
         return zlib.decompressobj().decompress(data, limit)

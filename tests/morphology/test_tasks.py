@@ -6,7 +6,7 @@ import pytest
 
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.model import Config, init_base, modules
-from hydraopt_jax.demo.tasks import Item, answer, characters, features, phonemes, prompt, to_text
+from hydraopt_jax.demo.tasks import Item, answer, as_written, characters, features, phonemes, prompt
 from hydraopt_jax.demo.vocabulary import (
     PAD_ID,
     SEPARATOR_ID,
@@ -49,7 +49,7 @@ def test_what_the_vocabulary_lacks_is_unknown_in_a_prompt_and_never_right_in_an_
 
 def test_decomposed_text_is_composed():
     assert characters("e\u0301") == ("é",)
-    assert to_text(phonemes("a\u0303 b")) == "ã b"
+    assert as_written(phonemes("a\u0303 b")) == "ã b"
 
 
 def test_repeated_tokens_are_refused():

@@ -18,4 +18,4 @@ def content(path):
 def work(path, found, compress, asked, processes=None, **more):
     """A job as the command does it: the store, None in all processes but the first."""
     with job.alone(path, 0 if processes is None else processes.rank):
-        return job.run(path, found, compress, asked, processes=processes, **more)
+        return job.run_job(path, found, compress, asked, processes=processes, **more)

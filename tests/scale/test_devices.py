@@ -35,7 +35,7 @@ deltas /= np.linalg.norm(deltas, axis=(2, 3), keepdims=True)
 for side, sided in (("in", deltas), ("out", deltas.swapaxes(2, 3))):
     file = Path(sys.argv[1]) / side
     form = Hydra(rank=5, side=side)
-    kept = streaming.solve(file, group, iter([block] * 2), tasks, form, "float32", grid)
+    kept = streaming.solve_group(file, group, iter([block] * 2), tasks, form, "float32", grid)
     for m, (_, errors, bound) in enumerate(kept.values()):
         u = np.linalg.svd(np.concatenate(sided[m], 1))[0][:, :5]
         expected = 1 - np.square(u.T @ sided[m]).sum((1, 2))
@@ -75,7 +75,7 @@ def compress(found, **more):
     return engine.compress_to_target(found, Options(max_error=0.05), segment_bytes=1 << 12, **more)
 def run(path):
     with job.alone(path):
-        job.run(path, found, compress, {})
+        job.run_job(path, found, compress, {})
 # each device compiles everything for itself: three of eight, not the first ones
 every = jax.local_devices()
 assert len(every) == 8
