@@ -81,9 +81,9 @@ def parse_address(text: str) -> Address:
     Raises:
       HydraOptError: the address names no file.
 
-    >>> parse("hf:org/name@v1")[1:4], parse("hf:org/name/en.safetensors")[1:4]
+    >>> parse_address("hf:org/name@v1")[1:4], parse_address("hf:org/name/en.safetensors")[1:4]
     (('org/name', 'store.safetensors', 'v1'), ('org/name', 'en.safetensors', None))
-    >>> parse("https://me:secret@example.org/s.safetensors?token=secret").label
+    >>> parse_address("https://me:secret@example.org/s.safetensors?token=secret").label
     'https://example.org/s.safetensors'
     """
     if text.startswith(WEB):

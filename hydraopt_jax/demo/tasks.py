@@ -98,7 +98,7 @@ def answer(item: Item) -> tuple[str, ...]:
 def as_written(tokens: tuple[str, ...]) -> str:
     """A token sequence as a person would write it.
 
-    >>> to_text(("g", "o", "feature:V", "feature:PST")), to_text(("phoneme:k", "phoneme:a"))
+    >>> as_written(("g", "o", "feature:V", "feature:PST")), as_written(("phoneme:k", "phoneme:a"))
     ('go V;PST', 'k a')
     """
     letters = "".join(t for t in tokens if ":" not in t[1:])

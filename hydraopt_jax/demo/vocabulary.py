@@ -49,7 +49,7 @@ def from_tokens(tokens: Iterable[str]) -> Vocabulary:
 def build_vocabulary(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
     """Special, task and language tokens, then every token seen `minimum` times or more, sorted.
 
-    >>> build([Item(("b", "a"), ("a",))], minimum=2).tokens[-2:]
+    >>> build_vocabulary([Item(("b", "a"), ("a",))], minimum=2).tokens[-2:]
     ('language:pl', 'a')
     """
     counts: Counter[str] = Counter()
@@ -63,8 +63,8 @@ def build_vocabulary(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
 def token_ids(vocabulary: Vocabulary, tokens: Iterable[str], *, unknown: int = UNKNOWN_ID) -> list[int]:
     """Ids of tokens, `unknown` for those outside the vocabulary.
 
-    >>> v = build([Item(("a", "b"), ())], minimum=1)
-    >>> decode(v, encode(v, ("a", "b", "<end>", "a")))
+    >>> v = build_vocabulary([Item(("a", "b"), ())], minimum=1)
+    >>> tokens_of(v, token_ids(v, ("a", "b", "<end>", "a")))
     ('a', 'b')
     """
     return [vocabulary.ids.get(token, unknown) for token in tokens]
@@ -83,7 +83,7 @@ def tokens_of(vocabulary: Vocabulary, ids: Iterable[int]) -> tuple[str, ...]:
 def pad_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     """Rows of different lengths as one array.
 
-    >>> pad([[5], [6, 7]], 3).tolist()
+    >>> pad_rows([[5], [6, 7]], 3).tolist()
     [[5, 0, 0], [6, 7, 0]]
     """
     out = np.full((len(rows), width), PAD_ID, np.int32)
@@ -111,7 +111,7 @@ def encode_items(
     Returns:
         `Items` with arrays [T, N, ...], N the largest number of items of a task.
 
-    >>> v = build([Item(("a",), ("b",))], minimum=1)
+    >>> v = build_vocabulary([Item(("a",), ("b",))], minimum=1)
     >>> encode_items(v, {"correct-en": [Item(("a",), ("b",))]}).prompts.shape
     (1, 1, 4)
     """

@@ -46,7 +46,7 @@ def table_of(family: str, library: str) -> tuple[Table, Library]:
 def tree_name(path: str) -> str:
     """The module name in `trees` of a parameter's path.
 
-    >>> dotted("attn/q_proj/w"), dotted("mlp/wo/kernel")
+    >>> tree_name("attn/q_proj/w"), tree_name("mlp/wo/kernel")
     ('attn.q_proj.w', 'mlp.wo')
     """
     return path.removesuffix("/kernel").replace("/", ".")

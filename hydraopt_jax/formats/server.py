@@ -56,7 +56,7 @@ def cut(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray
 def pad_ranks(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors of the same product, padded with zero directions up to a rank.
 
-    >>> [x.shape for x in pad(np.ones((4, 2)), np.ones((2, 3)), 5)]
+    >>> [x.shape for x in pad_ranks(np.ones((4, 2)), np.ones((2, 3)), 5)]
     [(4, 5), (5, 3)]
     """
     more = rank - a.shape[1]

@@ -41,7 +41,7 @@ def k_merge_slots(gram: Array, slots: int, threshold: float = 1.0) -> Array:
       HydraOptError: fewer than one slot.
 
     >>> gram = jnp.array([[1.0, 0.0, 0.9], [0.0, 1.0, 0.1], [0.9, 0.1, 1.0]])
-    >>> print(assign(gram, 2))
+    >>> print(k_merge_slots(gram, 2))
     [0 1 0]
     """
     tasks = gram.shape[0]

@@ -34,7 +34,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     Raises:
       HydraOptError: an unknown method, or one that needs more than the adapters.
 
-    >>> parse("ties, knots")
+    >>> parse_names("ties, knots")
     ('ties', 'knots')
     """
     names = BASELINES if text.strip() == "all" else tuple(x.strip() for x in text.split(","))

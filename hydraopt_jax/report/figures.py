@@ -94,7 +94,7 @@ def with_schemes(svg: str) -> str:
 def spread_labels(wanted: Sequence[float], gap: float = GAP) -> list[float]:
     """Positions of labels near the wanted ones, at least `gap` apart, in the same order.
 
-    >>> [round(x, 2) for x in spread([0.5, 0.52, 0.1], 0.1)]
+    >>> [round(x, 2) for x in spread_labels([0.5, 0.52, 0.1], 0.1)]
     [0.46, 0.56, 0.1]
     """
     order = sorted(range(len(wanted)), key=lambda n: wanted[n])

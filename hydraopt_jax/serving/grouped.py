@@ -31,7 +31,7 @@ BLOCKS = (16, 32, 64)
 def choose_method(rows: int, groups: int, rank: int) -> str:
     """The method for N rows, G groups and matrices whose smaller side is S, by static shape.
 
-    >>> choose(512, 4, 32), choose(16, 40, 16), choose(4096, 40, 32)
+    >>> choose_method(512, 4, 32), choose_method(16, 40, 16), choose_method(4096, 40, 32)
     ('mask', 'mask', 'blocks')
     """
     if rows <= FEW_ROWS or groups * rank <= FEW_COLUMNS:

@@ -80,7 +80,7 @@ def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
 def fit_run(total: int, sizes: Sequence[int]) -> bool:
     """Whether array sizes fit a run of so many bytes; the last array may be longer.
 
-    >>> held(10, [4, 8]), held(10, [4, 4]), held(3, [4, 4])
+    >>> fit_run(10, [4, 8]), fit_run(10, [4, 4]), fit_run(3, [4, 4])
     (True, False, False)
     """
     return bool(sizes) and sum(sizes[:-1]) < total <= sum(sizes)

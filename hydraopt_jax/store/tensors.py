@@ -30,7 +30,7 @@ class Tensors(Mapping[str, np.ndarray]):
       table: `(name, dtype, shape, coded bytes)` of each tensor.
       blob: their concatenated bytes, possibly deferred.
 
-    >>> x = coded({"score.weight": np.ones((2, 3), np.float16)})
+    >>> x = encode_tensors({"score.weight": np.ones((2, 3), np.float16)})
     >>> x["score.weight"].tolist(), len(x), x.nbytes < 30
     ([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], 1, True)
     """
