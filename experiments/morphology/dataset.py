@@ -163,7 +163,7 @@ def load_items(
     tasks: tuple[str, ...] = TASKS,
     languages: tuple[str, ...] = tuple(LANGUAGES),
 ) -> dict[str, Splits]:
-    """All tasks, in the order of `task_names`, each with its train, dev and test items.
+    """All tasks, task by task in every language, each with its train, dev and test items.
 
     Items that are too long are dropped from every split, at the same length for all.
     """

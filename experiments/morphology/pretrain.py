@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from experiments.morphology.assets import save_base
 from experiments.morphology.config import Data, Pretraining
 from experiments.morphology.dataset import Rows, Splits, load_items, training_rows
-from experiments.morphology.training import draw, run, schedule
-from hydraopt_jax.demo.assets import save_base
-from hydraopt_jax.demo.model import Base, Config, init_base, loss
+from experiments.morphology.training import draw, loss, run, schedule
+from hydraopt_jax.demo.model import Base, Config, init_base
 from hydraopt_jax.demo.vocabulary import Vocabulary, build_vocabulary
 
 

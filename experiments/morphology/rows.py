@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.morphology import outputs
 from experiments.morphology.config import Refining
+from experiments.morphology.outputs import Sequences
 from hydraopt_jax import adapters, merging, refinement, report
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.compression import compress
-from hydraopt_jax.demo import outputs
 from hydraopt_jax.demo.model import Base, forward
-from hydraopt_jax.demo.outputs import Sequences
 from hydraopt_jax.explicit import fitting
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Factors, Gradient, Hydra

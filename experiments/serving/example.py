@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 import hydraopt_jax as hydra
+from experiments.morphology.assets import load_adapters
 from hydraopt_jax import formats, serving
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.model import bind
@@ -30,7 +31,7 @@ TASKS = ("lemmatise-en", "pronounce-es", "inflect-de")
 
 def train(folder: Path) -> None:
     """What a training run leaves behind: one Orbax checkpoint of LoRA parameters a task."""
-    for task, lora in assets.load_adapters().items():
+    for task, lora in load_adapters().items():
         if task in TASKS:
             a, b = ({name: np.asarray(pair[k]) for name, pair in lora.items()} for k in (0, 1))
             formats.write_checkpoint(folder / task, hydra.Adapter(task, a, b), "flax_nnx", scale=1.0)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from hydraopt_jax import serving
-from hydraopt_jax.demo.model import Base, Branches, Lora, bind, forward
+from hydraopt_jax.demo.model import Base, Branches, Lora, bind
 from hydraopt_jax.demo.vocabulary import END_ID, PAD_ID, Items, pad_rows
 from hydraopt_jax.forms import Factors
 
@@ -107,19 +107,6 @@ def greedy_served(base: Base, modules: Mapping[str, Module], prompts: Array, lon
     ids = jnp.repeat(jnp.arange(tasks), items)[:, None]
     found = greedy(base, serving.branches(modules, ids), prompts.reshape(-1, width), longest)
     return found.reshape(tasks, items, longest)
-
-
-def logits(base: Base, lora: Lora, tokens: Array) -> Array:
-    """Next-token logits of every task with its own adapter, for losses on the model's outputs.
-
-    Args:
-        lora: module -> `(a [T, I, S], b [T, S, O])`, or `{}`.
-        tokens: [T, N, L], padded on the right.
-
-    Returns:
-        [T, N, L, V].
-    """
-    return jax.vmap(forward, in_axes=(None, 0, 0))(base, lora, tokens)
 
 
 def edit_distance(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from jax import Array
 
 from hydraopt_jax import forms
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors, compound
+from hydraopt_jax.forms import Factors, diagonalization
 from hydraopt_jax.linalg import clustering, decompose
 from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.merging.sums import side_by_side
@@ -107,7 +107,7 @@ def joint_diagonalization(
 ) -> Factors:
     """Joint diagonalization, `delta[t] ~= a[k] @ core[t] @ b[k]`, within each of `clusters` groups of tasks.
 
-    Groups are those of `clustering.ward`. Each is fitted by `compound.joint_diagonal` with weight 0 for the
+    Groups are those of `clustering.ward`. Each is fitted by `forms.diagonalization` with weight 0 for the
     other tasks.
 
     Args:
@@ -133,12 +133,12 @@ def joint_diagonalization(
     deltas = decompose.svd(a, b)
     importance = weights * decompose.task_weights(deltas.energy)
     if clusters == 1:
-        return compound.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=importance)[0]
+        return diagonalization.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=importance)[0]
     labels = clustering.ward(decompose.gram(a, b), importance, clusters)
 
     def one(k: Array) -> Factors:
         inside = jnp.where(labels == k, importance, 0.0)
-        return compound.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=inside)[0]
+        return diagonalization.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=inside)[0]
 
     each = jax.lax.map(one, jnp.arange(clusters, dtype=labels.dtype))
     of = forms.present(deltas, labels)
