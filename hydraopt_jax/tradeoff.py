@@ -26,7 +26,6 @@ from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.errors_of import relative
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import count, sizes
 from hydraopt_jax.store.store import task_errors
 
@@ -169,7 +168,7 @@ def under_budget(
     """A store under a byte budget, every byte on disk counted; None below the smallest store."""
     options = Options(budget=float(fraction), share=share)
     try:
-        kept = engine.compress_to_target(in_memory(collection), options, Memory(), cache=cache)
+        kept = engine.compress_to_target(in_memory(collection), options, cache=cache)
     except HydraOptError:
         return None
     return summary(f"budget {fraction:g}", sizes.measure_size(kept), kept.errors)
@@ -212,7 +211,7 @@ def at_errors_of(collection: Sequence[Adapter], other: Curve) -> list[Point]:
     points = []
     # a store is a little better than it need be
     for error in (errors[0], 1.3 * errors[-1]) if errors else ():
-        kept = engine.compress_to_target(in_memory(collection), Options(max_error=error), Memory())
+        kept = engine.compress_to_target(in_memory(collection), Options(max_error=error))
         points.append(summary(f"error {error:.3g}", sizes.measure_size(kept), kept.errors))
     return points
 

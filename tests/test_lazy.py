@@ -14,7 +14,6 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, parts
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import decoding, files, folder, removal
 from hydraopt_jax.store.store import tensors_of
 
@@ -24,9 +23,7 @@ MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
 def in_parts(adapters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "DIRECTIONS", 6)
-        return engine.compress_to_target(
-            in_memory(adapters), Options(max_error=0.01), Memory(), segment_bytes=1 << 12
-        )
+        return engine.compress_to_target(in_memory(adapters), Options(max_error=0.01), segment_bytes=1 << 12)
 
 
 FORMS = {

@@ -16,7 +16,6 @@ from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import similarity
 from hydraopt_jax.merging import collection as merged_collection
 from hydraopt_jax.merging import curves
-from hydraopt_jax.rate_control.work import Memory
 
 PLATFORMS = ("cuda", "tpu")
 # the demo's own model is not the library
@@ -71,14 +70,14 @@ def test_what_the_engines_jit_lowers(monkeypatch):
         batches=[np.ones((5, 96), np.float32)],
     )
     serving.load(coded, on_device=True)
-    explicit.compress_in_form(in_memory(few), forms.Hydra(heads=2, rank=3), Memory())
+    explicit.compress_in_form(in_memory(few), forms.Hydra(heads=2, rank=3))
     # all heads: exact errors where nothing is lost, and sums over more tasks than a side is long
     explicit.compress_in_form(
-        in_memory(few[:1]), forms.Hydra(heads=1, rank=3, solver=forms.Gradient(steps=2)), Memory()
+        in_memory(few[:1]), forms.Hydra(heads=1, rank=3, solver=forms.Gradient(steps=2))
     )
     many = synthetic.collection(tasks=40, modules={"q": (96, 64)}, rank=3)
     for found in (few, many):
-        explicit.compress_in_form(in_memory(found), forms.Hydra(rank=3), Memory())
+        explicit.compress_in_form(in_memory(found), forms.Hydra(rank=3))
     stacked = adapters.stack(few)
     tradeoff.frontier(few, [0.5])
     similarity.summarize(stacked)

@@ -30,7 +30,6 @@ from hydraopt_jax.merging import collection as merged_collection
 from hydraopt_jax.merging import compressors
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
 # budgets that are also calibrated, or refined: batches, and tasks computed side by side
@@ -161,7 +160,7 @@ def _refined(collection: list[Adapter], budget: float, teach: Callable[[], Teach
     def make() -> Any:
         # a divergence needs all modules in one segment
         found = engine.compress_to_target(
-            in_memory(collection), Options(budget=budget), Memory(), segment_bytes=fp16_bytes(collection)
+            in_memory(collection), Options(budget=budget), segment_bytes=fp16_bytes(collection)
         )
         given = teach()
         return refinement.refine(

@@ -28,7 +28,6 @@ from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.errors_of import error_table
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.problem import Problem
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Store, plain
 from hydraopt_jax.store.store import make_segment
@@ -73,7 +72,7 @@ def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
     @functools.cache
     def budgeted(budget: float, calibrated: bool) -> Store:
         options = Options(budget=budget, calibration=moments() if calibrated else None)
-        return engine.compress_to_target(found, options, Memory(), cache=known[calibrated])
+        return engine.compress_to_target(found, options, cache=known[calibrated])
 
     def refined_to(budget: float, seed: int) -> Store:
         return refined(setting, settings, budgeted(budget, True), moments(), f"{budget:g}", seed)

@@ -27,7 +27,7 @@ from hydraopt_jax.forms import Hydra
 from hydraopt_jax.jobs import estimate, job
 from hydraopt_jax.rate_control import parts
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Progress
+from hydraopt_jax.rate_control.work import Job, Progress
 from hydraopt_jax.store import sizes
 
 FORM = Hydra(rank=16)
@@ -72,7 +72,7 @@ def main() -> None:
         out = Path(folder) / "store"
         compress = functools.partial(compression.compress, **asked)
         start = time.perf_counter(), time.process_time()
-        content = job.run_job(out, found, compress, asked, progress=progress)
+        content = job.run_job(out, found, compress, asked, Job(progress=progress))
         total, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
         highest, size = peak(), sizes.size_on_disk(out)
         assert content is not None

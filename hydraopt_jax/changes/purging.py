@@ -13,7 +13,6 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.changes import addition, refitting
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import removal
 from hydraopt_jax.store.decoding import decode
@@ -108,7 +107,7 @@ def coded_again(
         return addition.segment_at_step(before.replace(report=store.report), given[0], calibration)
     options = refitting.options_of(store)._replace(calibration=calibration)
     options = options._replace(weights={k: v for k, v in options.weights.items() if k in segment.tasks})
-    fresh = engine.compress_at_step(in_memory(given), options, Memory(), store.report["step"])
+    fresh = engine.compress_at_step(in_memory(given), options, store.report["step"])
     (found,) = fresh.segments
     return found
 

@@ -32,6 +32,7 @@ from hydraopt_jax.forms.asked import check_form
 from hydraopt_jax.jobs import estimate, headers, hosts, job, progress
 from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
 from hydraopt_jax.rate_control.options import Options, check_options
+from hydraopt_jax.rate_control.work import Job
 from hydraopt_jax.reading import locate
 from hydraopt_jax.store import Store, files, sizes
 from hydraopt_jax.store.folder import JOB
@@ -235,13 +236,10 @@ def streamed(
                 found,
                 functools.partial(compression.compress, **asked),
                 as_text(asked),
+                Job(progress=told, processes=who, left_out=bad, provenance=made),
                 overwrite=given["overwrite"],
                 limit=None if given["force"] or keeps_all(asked.get("budget")) else found.size,
                 zstd=not given["no_zstd"],
-                processes=who,
-                provenance=made,
-                left_out=bad,
-                progress=told,
             )
     return None if store is None else shown_store(path, store, found.size, given)
 

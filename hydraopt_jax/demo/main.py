@@ -24,7 +24,6 @@ from hydraopt_jax.formats import read_adapter, write_adapter
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, errors_of
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import Store, task_factors
 
 BUDGETS = (0.25, 0.125, 0.0625)
@@ -127,7 +126,7 @@ def build_demo(
     rows: list[dict[str, Any]] = []
     cache: dict[int, Any] = {}
     for budget in budgets:
-        kept = engine.compress_to_target(in_memory(collection), Options(budget=budget), Memory(), cache=cache)
+        kept = engine.compress_to_target(in_memory(collection), Options(budget=budget), cache=cache)
         path = work / f"store-{budget:g}"
         store.save(path, kept)
         after = score(lora_of(store.open(path), tasks))

@@ -21,7 +21,7 @@ from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.forms.asked import check_form
 from hydraopt_jax.rate_control.carried import full_tensors, kept_segment
 from hydraopt_jax.rate_control.segments import kept_note
-from hydraopt_jax.rate_control.work import Place, Processes, Progress
+from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Memory, Place, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import plain
 from hydraopt_jax.store.store import Store, make_segment
@@ -51,14 +51,10 @@ def form_of(options: Mapping[str, Any]) -> Hydra:
 def compress_in_form(
     found: Collection,
     form: Hydra,
-    place: Place,
+    job: Job = IN_MEMORY,
     *,
     dtype: str | None = None,
     extras_dtype: str | None = None,
-    left_out: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    processes: Processes | None = None,
     group_bytes: int = GROUP_BYTES,
 ) -> Store:
     """A store of a collection in an explicit form.
@@ -66,12 +62,9 @@ def compress_in_form(
     Args:
       found: the collection.
       form: the form and its solver.
-      place: where segments are kept; existing segments are not made again.
+      job: where segments are kept, and who takes part; existing segments are not made again.
       dtype: of the stored factors; None for the widest dtype of the input.
       extras_dtype: wider full tensors are rounded to it; None keeps them.
-      left_out, provenance: for the report, see `compression.compress`.
-      progress: callbacks for progress.
-      processes: the processes of the job; all return the same store.
       group_bytes: bytes of factors (in their dtype on disk) that are read and solved together.
 
     Returns:
@@ -83,7 +76,7 @@ def compress_in_form(
 
     Reference: Ceritli et al., HydraOpt, arXiv 2507.17706, 2025.
     """
-    progress, processes = progress or Progress(), processes or Processes()
+    place, progress, processes = job.place or Memory(), job.progress, job.processes
     tasks = len(found.cards)
     check_form(form, tasks)
     check_dtype(dtype)
@@ -105,8 +98,8 @@ def compress_in_form(
         "options": asked(form, tasks, kind, extras_dtype),
         "entries": found.entries(),
         "bound": {name: float(f"{bounds[name]:.6g}") for name in found.shapes if name in bounds},
+        **job.said,
     }
-    report |= {k: dict(v) for k, v in {"left_out": left_out, "provenance": provenance}.items() if v}
     if carried:
         segments = [segments[0].with_tensors(carried)]
     return bundled(Store((*segments, *heads), found.tasks, found.sources, Static(report)), list(found.shapes))

@@ -45,7 +45,7 @@ from hydraopt_jax.rate_control.segments import (
     put_together,
     sized_segment,
 )
-from hydraopt_jax.rate_control.work import Memory, Place, Processes, Progress
+from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Memory, Place, Processes, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, sizes, tensors
 from hydraopt_jax.store.store import Segment, Store, make_segment, task_errors
@@ -64,12 +64,8 @@ ROUNDS, LOWEST, HIGHEST, DAMPING = 3, 0.1, 10.0, 0.9
 def compress_to_target(
     found: Collection,
     options: Options,
-    place: Place,
+    job: Job = IN_MEMORY,
     *,
-    left_out: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    processes: Processes | None = None,
     segment_bytes: int = SEGMENT_BYTES,
     cache: dict[int, Problem] | None = None,
 ) -> Store:
@@ -78,9 +74,7 @@ def compress_to_target(
     Args:
       found: the collection.
       options: the target.
-      place: where segments are kept; existing segments are not made again.
-      left_out, provenance: for the report, see `compression.compress`.
-      progress, processes: see `rate_control.work`; all processes return the same store.
+      job: where segments are kept, and who takes part; existing segments are not made again.
       segment_bytes: half-precision bytes of the factors that are coded together.
       cache: analyses of a small collection, reusable for other targets with the same weights.
 
@@ -91,9 +85,8 @@ def compress_to_target(
       HydraOptError: bad options, or a target that cannot be met (the message says which can).
     """
     options = check_options(options)
-    progress, processes = progress or Progress(), processes or Processes()
+    place, processes, said = job.place or Memory(), job.processes, job.said
     parts = parts_of(found, segment_bytes)
-    said = {k: dict(v) for k, v in (("left_out", left_out), ("provenance", provenance)) if v}
     relative_weights(found.tasks, options)
     if options.calibration is not None:
         uncovered(found.shapes, options.calibration)
@@ -112,21 +105,22 @@ def compress_to_target(
         if keeps_all or sizes.measure_size(kept, place.path) <= goal.limit + size:
             return kept
     analyses = {} if cache is None else cache
-    run = Run(found, options, parts, place, progress, processes, analyses, {}, carried)
+    run = Run(found, options, parts, place, job.progress, processes, analyses, {}, carried)
     if len(parts) > CACHED or processes.size > 1:
         return passes(run, goal, heads, said)
     drafts = run._replace(place=Memory(place.path), drafts={})
     return passes(drafts, goal, heads, said, place)
 
 
-def compress_at_step(found: Collection, options: Options, place: Place, step: float) -> Store:
+def compress_at_step(found: Collection, options: Options, step: float) -> Store:
     """A store of a collection at a given quantizer step, relative to the norm of a delta, without a target.
 
     Args:
       found: the collection, of one part or few.
       options: all but the target.
-      place, step: where segments are kept, and the step.
+      step: the step.
     """
+    place = Memory()
     parts = parts_of(found)
     heads, carried = full_tensors(found, options.extras_dtype, place, Processes(), apart=len(parts) != 1)
     run = Run(found, options, parts, place, Progress(), Processes(), {}, {}, carried)
