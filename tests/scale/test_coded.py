@@ -214,8 +214,8 @@ def test_the_first_process_ends_the_job_when_all_have_read_it(given, kept, tmp_p
     barrier, ends = threading.Barrier(2, timeout=120), queue.Queue()
     seen = []
 
-    def compress(found, *, place, processes):
-        if processes.rank:
+    def compress(found, *, job):
+        if job.processes.rank:
             # the last to be done: the first waits for it, or has gone on
             seen.append(ends.get(timeout=120))
         return store.open(kept[0]).load()
