@@ -146,7 +146,9 @@ def descended(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
     # Adam's first steps are signs of gradients: no smooth function
     optimizer = optax.sgd(0.02, momentum=0.5)
     deltas = decompose.svd(a, b)
-    return fit(gradient.hydra(a, b, deltas, heads=2, rank=2, weights=w, steps=6, optimizer=optimizer))
+    return fit(
+        gradient.hydra(a, b, deltas, heads=2, rank=2, weights=w, solver=forms.Gradient(optimizer, steps=6))
+    )
 
 
 def least(center: jax.Array, weight: jax.Array) -> Any:
