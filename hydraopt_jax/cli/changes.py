@@ -144,7 +144,7 @@ def add(
     """
     files.located(path)
     content = store.open(path)
-    moments = moments_of(content, path, given["calibration"])
+    moments = load_moments(content, path, given["calibration"])
     new, *originals = read_all([adapter, *known], any_base, base_suffix)
     before = sizes.size_on_disk(path)
     found: list[Refit] = []
@@ -165,11 +165,6 @@ def add(
     content = store.update(path, lambda x: provenance.changed(change(x), said))
     payload, shown, last = change_report(path, before, content, found[0] if found else None, new.task)
     say(payload | {"added": new.task}, *shown, last)
-
-
-def moments_of(content: Store, path: str, file: str | None) -> Mapping[str, np.ndarray] | None:
-    """The second moments of `--calibration`."""
-    return None if file is None else load_moments(content, path, file)
 
 
 @click.command()
@@ -197,7 +192,7 @@ def remove(
         )
     files.located(path)
     content = store.open(path)
-    moments = moments_of(content, path, given["calibration"])
+    moments = load_moments(content, path, given["calibration"])
     originals = read_all(known, True, ()) if known else []
     before = sizes.size_on_disk(path)
     found: list[Refit] = []
@@ -208,7 +203,9 @@ def remove(
         if given["refit"]:
             return refit_store(left, originals, moments)
         if purge:
-            left, done = purged(left, original_of(left, originals), moments)
+            from hydraopt_jax import changes
+
+            left, done = changes.purge(left, original_of(left, originals), moments)
             again.extend(done)
         if given["estimate"]:
             found.append(estimated(left, originals, None, moments))
@@ -224,12 +221,3 @@ def remove(
         names = ", ".join(payload["bounded"])
         shown = (*shown, f"errors are upper bounds, as the originals were not at hand: {names}")
     say(payload, *shown, last)
-
-
-def purged(
-    left: Store, find: Callable[[str], Adapter | None], moments: Mapping[str, np.ndarray] | None
-) -> tuple[Store, tuple[str, ...]]:
-    """The store without a trace of what was removed."""
-    from hydraopt_jax import changes
-
-    return changes.purge(left, find, moments)

@@ -142,12 +142,14 @@ def check_task(option: str, row: str, task: str, tasks: Sequence[str]) -> None:
         raise HydraOptError(f"{option} {row}: no task {task!r}: {suggest(task, tasks)}")
 
 
-def load_moments(content: Store, path: str, calibration: str) -> Mapping[str, np.ndarray]:
-    """The second moments that a store was made with.
+def load_moments(content: Store, path: str, calibration: str | None) -> Mapping[str, np.ndarray] | None:
+    """The second moments that a store was made with; None if no file is given.
 
     Raises:
       HydraOptError: it was made without any, or with others.
     """
+    if calibration is None:
+        return None
     from hydraopt_jax.calibration import digest, load
 
     known = content.report.get("calibration")

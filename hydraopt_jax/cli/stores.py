@@ -229,7 +229,7 @@ def verify(
         raise HydraOptError("--calibration: output errors are measured against ADAPTERS: name them, too")
     leaves = store.verify(path)
     content = store.open(path)
-    moments = None if calibration is None else load_moments(content, path, calibration)
+    moments = load_moments(content, path, calibration)
     payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "leaves": leaves}
     payload["tasks"] = list(content.tasks)
     wrong: list[str] = []

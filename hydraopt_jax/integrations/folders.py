@@ -129,7 +129,7 @@ class TaskFolders:
                 # a writer that replaces the store removes what this one may be reading
                 if not self._replaced(state, n):
                     raise
-        raise replaced_too_fast(self.path)
+        raise files.replaced_too_fast(self.path)
 
     def close(self) -> None:
         """Release all folders."""
@@ -189,12 +189,7 @@ def read_state(path: Path | str) -> StoreState:
         store = files.open(path)
         if stamp(path) == before:
             return StoreState(before, store, {})
-    raise replaced_too_fast(path)
-
-
-def replaced_too_fast(path: Path | str) -> HydraOptError:
-    """The error for a store that changes while it is read."""
-    return HydraOptError(f"{network.redact(str(path))}: is replaced faster than it can be read: try again")
+    raise files.replaced_too_fast(path)
 
 
 def version_of(store: Store, task: str, profile: str | None) -> str:
