@@ -16,6 +16,7 @@ from hydraopt_jax.store.lossless import Raw
 
 MODELS = {
     "0.5b": synthetic.transformer_modules(24, 896, 128),
+    "narrow": {f"model.layers.{n}.q_proj": (64, 64) for n in range(4)},
     "slice": {f"model.layers.{n}.q_proj": (2048, 2048) for n in range(4)},
     "8b": synthetic.transformer_modules(32, 4096, 1024, mlp=14336),
 }

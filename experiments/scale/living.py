@@ -15,22 +15,15 @@ import datetime
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.peers.measure import folder_bytes, watched
+from experiments.peers.measure import commit, folder_bytes, watched
 from experiments.scale import generated
 
 START = "import jax, jax.numpy as jnp, hydraopt_jax.cli; jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))"
-
-
-def commit() -> str:
-    """The commit of the code that runs."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
