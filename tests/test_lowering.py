@@ -14,8 +14,7 @@ from hydraopt_jax import adapters, compression, forms, refinement, serving, synt
 from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import similarity
-from hydraopt_jax.merging import collection as merged_collection
-from hydraopt_jax.merging import curves
+from hydraopt_jax.merging import curves, whole_adapters
 
 PLATFORMS = ("cuda", "tpu")
 # the demo's own model is not the library
@@ -83,7 +82,7 @@ def test_what_the_engines_jit_lowers(monkeypatch):
     similarity.summarize(stacked)
     similarity.principal_angles(stacked.buckets[0].a, stacked.buckets[0].b)
     curves.curves_of(stacked, ["linear", "share"])
-    merged_collection.best_scale(few, merged_collection.merge_adapters(few, "linear"))
+    whole_adapters.best_scale(few, whole_adapters.merge_adapters(few, "linear"))
     missed = {name for _, name, _ in places.values()} - set(met)
     assert not missed
     for function, args, options in met.values():

@@ -23,7 +23,7 @@ from hydraopt_jax.demo.model import Base, forward
 from hydraopt_jax.explicit import fitting
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Factors, Gradient, Hydra
-from hydraopt_jax.merging import collection as merged_collection
+from hydraopt_jax.merging import whole_adapters
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.errors_of import error_table
 from hydraopt_jax.rate_control.options import Options
@@ -159,10 +159,10 @@ def merged(setting: Setting, settings: Refining) -> dict[str, Maker]:
 def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store:
     """One adapter for all tasks, at the best of a few scales on dev items.
 
-    Scales are multiples of the one of least weight error, see `merging.collection.least_error_scale`.
+    Scales are multiples of the one of least weight error, see `merging.whole_adapters.least_error_scale`.
     """
     found = merging.merge_stacked(stacked, method, seed=seed)
-    least, _ = merged_collection.least_error_scale(merged_collection.modules_of(stacked), found)
+    least, _ = whole_adapters.least_error_scale(whole_adapters.modules_of(stacked), found)
     everywhere = np.zeros(len(stacked.tasks), np.int32)
     tries = []
     for scale in SCALES:

@@ -21,8 +21,7 @@ from hydraopt_jax.cli.common import (
 from hydraopt_jax.cli.output import jsonable, output_options, progress, say, warn
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import write_adapter
-from hydraopt_jax.merging import collection as merged_collection
-from hydraopt_jax.merging import registry
+from hydraopt_jax.merging import registry, whole_adapters
 from hydraopt_jax.reading import locate
 from hydraopt_jax.store.store import task_errors
 from hydraopt_jax.store.tensors import check_dtype
@@ -42,7 +41,7 @@ def weights_of(rows: Sequence[str], method: str, tasks: Sequence[str]) -> list[f
         return None
     for task in given:
         check_task("--weight", f"{task}={given[task]:g}", task, tasks)
-    own = merged_collection.check_weights(None, registry.method_of(method), len(tasks))
+    own = whole_adapters.check_weights(None, registry.method_of(method), len(tasks))
     return [given.get(t, float(x)) for t, x in zip(tasks, own, strict=True)]
 
 
@@ -139,7 +138,7 @@ def merge(
     """
     options = {k: v for k, v in given.items() if v is not None}
     factor = parse_scale(scale)
-    merged_collection.check_single(method)
+    whole_adapters.check_single(method)
     registry.check_options(
         method,
         options | ({} if rank is None else {"rank": rank}) | ({"moments": moments} if moments else {}),

@@ -13,7 +13,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, registry
-from hydraopt_jax.merging.collection import (
+from hydraopt_jax.merging.whole_adapters import (
     least_error_scale,
     merge_stacked,
     modules_of,
