@@ -42,6 +42,8 @@ JOB, GONE = "job", ".job.gone"
 CHUNK, MAX_CHUNKS = 1 << 16, 256
 # maximum bytes per array; a writer holds an array twice, its own and Orbax's copy
 ARRAY_BYTES = 1 << 26
+# the same for a segment that so many arrays suffice for; for more of them Orbax takes longer and longer
+SMALL_ARRAY_BYTES, FEW_ARRAYS = 1 << 25, 16
 # what a checkpoint takes beside its chunks and the path in its commit marker, and what a path is counted as
 # where it is not known
 CHECKPOINT_BYTES, PATH_BYTES = 735, 128
@@ -163,11 +165,17 @@ def division(total: int) -> list[tuple[int, int]]:
 
     An array is a whole number of chunks; the last chunk is padded with zeros. Without padding Orbax would
     choose a chunk size that divides the array, which may be one byte.
+
+    >>> [len(division(x << 20)) for x in (32, 33, 512, 513)]
+    [1, 2, 16, 9]
     """
     out = []
-    for at in range(0, total, ARRAY_BYTES):
-        size = min(total - at, ARRAY_BYTES)
-        count = min(max(round(size / CHUNK), 1), MAX_CHUNKS)
+    limit, most = ARRAY_BYTES, MAX_CHUNKS
+    if SMALL_ARRAY_BYTES < total <= FEW_ARRAYS * SMALL_ARRAY_BYTES:
+        limit, most = min(SMALL_ARRAY_BYTES, ARRAY_BYTES), MAX_CHUNKS // 2
+    for at in range(0, total, limit):
+        size = min(total - at, limit)
+        count = min(max(round(size / CHUNK), 1), most)
         chunk = -(-size // count)
         out.append((chunk * -(-size // chunk), chunk))
     return out
