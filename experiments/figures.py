@@ -267,7 +267,7 @@ def verbs(**files: str) -> str:
                 [f"{took['cpu_seconds']:.1f}", f"{took['peak_memory_bytes'] / 1e6:.0f}"] if good else ["", ""]
             )
         rows.append(row)
-    heads = [f"{x.get('commit', label)}: {y}" for label, x in found.items() for y in ("cpu s", "peak MB")]
+    heads = [f"{label}: {y}" for label in found for y in ("cpu s", "peak MB")]
     return markdown(["verb", *heads], rows)
 
 

@@ -6,8 +6,9 @@
 
 Generates adapters, compresses all but the last, and runs each verb as a process: `inspect`, `verify`,
 `verify` against some adapters, `export` of one task and of all, `add` of the last adapter, `remove` of one.
-Peaks are the whole process's; `nothing` is one that only starts. The JSON file is written anew after every
-verb, so that what was measured is kept if a later verb does not end.
+Peaks are the whole process's; `nothing` is one that only starts. The JSON file is written after every verb,
+so that what was measured is kept if a later verb does not end; with `--verbs` only these and `compress` run,
+and the others' rows in the file are kept. Each row has its commit.
 """
 
 import argparse
@@ -31,6 +32,7 @@ def main() -> None:
     generated.options(parser, "8b", 1, 1000)
     parser.add_argument("--budget", help="of the bytes that come in, in place of rank 16")
     parser.add_argument("--samples", type=int, default=3, help="adapters that are verified against")
+    parser.add_argument("--verbs", nargs="*", help="only these, and compress, which makes the store")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that each verb has")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -52,9 +54,7 @@ def main() -> None:
             "remove": ["remove", store, folders[0].name, "--json"],
             "verify changed": ["verify", store, names[1], names[-1], "--json"],
         }
-        result = {
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
+        result: dict[str, Any] = {
             "model": arguments.model,
             "layers": arguments.layers,
             "tasks": arguments.tasks - 1,
@@ -62,7 +62,10 @@ def main() -> None:
             "input_bytes": sum(folder_bytes(x) for x in folders[:-1]),
             "verbs": {},
         }
-        rows: dict[str, Any] = result["verbs"]
+        if arguments.verbs is not None:
+            verbs = {k: v for k, v in verbs.items() if k in ("compress", *arguments.verbs)}
+            result["verbs"] = json.loads(Path(arguments.json).read_text())["verbs"]
+        rows = result["verbs"]
         for name, verb in verbs.items():
             command = verb if name == "nothing" else ["-m", "hydraopt_jax.cli", *verb]
             before = folder_bytes(Path(store)) if Path(store).exists() else 0
@@ -70,7 +73,8 @@ def main() -> None:
             rows[name] = {k: v for k, v in row.items() if row["failed"] or k not in ("failed", "tail")}
             after = folder_bytes(Path(store)) if Path(store).exists() else 0
             rows[name] |= {"store_bytes": after} if after != before else {}
-            rows[name]["load"] = round(os.getloadavg()[0], 1)
+            now = {"commit": commit(), "date": datetime.date.today().isoformat()}
+            rows[name] |= now | {"load": round(os.getloadavg()[0], 1)}
             if arguments.json:
                 Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
             print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
