@@ -286,7 +286,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "what each part saves": ablation,
     "what stores survive": survived,
     "verbs on 999 adapters": lambda: verbs(**{"5d9d005": "living-5d9d005", "now": "living"}),
-    "verbs on 299 adapters": lambda: verbs(now="living-300"),
+    "verbs on 299 adapters": lambda: verbs(f68485a="living-300-f68485a", now="living-300"),
 }
 
 
