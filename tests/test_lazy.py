@@ -2,6 +2,7 @@
 
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +151,26 @@ def test_a_store_that_is_replaced_while_it_is_read_says_so(kept, path, adapters)
     with pytest.raises(HydraOptError, match="was replaced since it was opened"):
         old.load()
     assert store.open(path).tasks == (kept.tasks[2],)
+
+
+def test_a_store_that_is_replaced_while_its_files_are_checked_is_checked_again(
+    adapters, tmp_path, monkeypatch
+):
+    """Files of the store before are gone when their bytes are asked for."""
+    path, (one, other) = tmp_path / "s", (compress(x, budget=9.0) for x in (adapters[:2], adapters[2:]))
+    store.save(path, one)
+    real, turns = Path.is_file, [1]
+
+    def is_file(self):
+        found = real(self)
+        if turns and path / "segments" in self.parents:
+            turns.clear()
+            store.save(path, other, overwrite=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert store.verify(path) == sum(len(x.leaves) for x in other.segments)
+    assert not turns
 
 
 def test_real_bytes_of_parts():
