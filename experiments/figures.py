@@ -206,6 +206,71 @@ def ablation() -> str:
     return markdown(heads, rows)
 
 
+def survived() -> str:
+    """What was done to stores, how often, and what was lost or not found."""
+    found = read("reliability/run.json")
+    kills = {k: x for k, x in found.items() if k.startswith("kill ")}
+    damage = [x for k, x in found.items() if k.startswith("damage ")]
+    names = ", ".join(f"`{x.removeprefix('kill ')}`" for x in sorted(kills))
+    rows = []
+    for kind, text in (
+        ("random instants", f"SIGKILL at a random instant of {names}"),
+        ("renames", "SIGKILL before and after each of their renames"),
+        ("removals", "SIGKILL before every third removal of a file"),
+    ):
+        tried = sum(x["tried"].get(kind, 0) for x in kills.values())
+        rows.append([text, tried, sum(y.startswith(kind) for x in kills.values() for y in x["lost"])])
+    lost = sum(len(x["lost"]) for x in damage)
+    stores = ", ".join(k.removeprefix("damage ") for k in found if k.startswith("damage "))
+    for kind, text in (
+        ("bits", f"a bit flipped in each byte of stores ({stores})"),
+        ("files cut short or removed", "files of them cut short or removed"),
+    ):
+        tried = [x["tried"][kind] for x in damage if kind in x["tried"]]
+        count = sum(x["tried"] for x in tried)
+        missed = count - sum(x.get("verify: named", 0) for x in tried)
+        rows.append([f"{text}, named by `verify`", count, missed])
+    both = rows[-1][1] + rows[-2][1]
+    rows.append(["the same damage, opened and decoded: read with other numbers, or a crash", both, lost])
+    for kind, text in (
+        (
+            "mutations",
+            "mutated configurations, headers, manifests, leaves, portable stores, options",
+        ),
+        ("fuzz", "inputs of the coverage-guided fuzzer (atheris, a minute)"),
+    ):
+        if kind in found:
+            rows.append([text, sum((found[kind]["tried"] or {}).values()), len(found[kind]["lost"])])
+    if "races" in found:
+        x = found["races"]["tried"]
+        text = (
+            f"reads of a folder, then of a file, that two processes replace ({x['writes']} times; "
+            f"{x['writers told to wait']} times one was told to wait; {x['readers told to open it again']} "
+            "reads were told to open it again)"
+        )
+        rows.append([text, x["reads"], len(found["races"]["lost"])])
+    cells = [[a, f"{b:,}" if isinstance(b, int) else b, str(c)] for a, b, c in rows]
+    return markdown(["tried", "times", "lost or not found"], cells)
+
+
+def verbs(**files: str) -> str:
+    """Processor seconds and peak memory of every verb, a pair of columns for each file of `living`."""
+    found = {label: read(f"scale/{name}.json") for label, name in files.items()}
+    names = dict.fromkeys(verb for x in found.values() for verb in x["verbs"])
+    rows = []
+    for verb in names:
+        row = [f"`{verb}`" if verb != "nothing" else "Python, JAX and one product"]
+        for x in found.values():
+            took = x["verbs"].get(verb)
+            good = took is not None and not took.get("failed")
+            row += (
+                [f"{took['cpu_seconds']:.1f}", f"{took['peak_memory_bytes'] / 1e6:.0f}"] if good else ["", ""]
+            )
+        rows.append(row)
+    heads = [f"{label}: {y}" for label in found for y in ("cpu s", "peak MB")]
+    return markdown(["verb", *heads], rows)
+
+
 REGIONS: dict[str, Callable[[], str]] = {
     "scores of the language model": scores,
     "tasks worth keeping": worth_keeping,
@@ -219,6 +284,9 @@ REGIONS: dict[str, Callable[[], str]] = {
     "HydraOpt on six adapters": paper,
     "coders and entropy": entropy,
     "what each part saves": ablation,
+    "what stores survive": survived,
+    "verbs on 999 adapters": lambda: verbs(**{"5d9d005": "living-5d9d005", "now": "living"}),
+    "verbs on 299 adapters": lambda: verbs(f68485a="living-300-f68485a", now="living-300"),
 }
 
 

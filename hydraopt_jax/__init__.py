@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hydraopt_jax.errors import HydraOptError
     from hydraopt_jax.factors import Factors
     from hydraopt_jax.forms.similarity import summarize as similarity
-    from hydraopt_jax.merging.collection import merge_adapters as merge
+    from hydraopt_jax.merging.whole_adapters import merge_adapters as merge
     from hydraopt_jax.rate_control.errors_of import measure
     from hydraopt_jax.reading import export, read
     from hydraopt_jax.refinement import refine
@@ -60,7 +60,7 @@ _HOMES = {
     "errors": ("HydraOptError",),
     "factors": ("Factors",),
     "forms.similarity": ("similarity",),
-    "merging.collection": ("merge",),
+    "merging.whole_adapters": ("merge",),
     "rate_control.errors_of": ("measure",),
     "reading": ("export", "read"),
     "refinement": ("refine",),

@@ -31,7 +31,7 @@ MEANINGS = {
 }
 
 
-class Found(NamedTuple):
+class StoredObject(NamedTuple):
     """An object, or some of its bytes.
 
     Attributes:
@@ -86,7 +86,7 @@ def spec(path: str) -> dict[str, Any]:
 
 
 @functools.lru_cache(16)
-def opened(text: str) -> Any:
+def key_value_store(text: str) -> Any:
     """The key-value store of a JSON specification."""
     import tensorstore
 
@@ -95,7 +95,7 @@ def opened(text: str) -> Any:
 
 def keys_of(path: str) -> Any:
     """All keys that begin with an address."""
-    return opened(json.dumps(spec(path)))
+    return key_value_store(json.dumps(spec(path)))
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def meaning(error: Exception) -> str:
     return next((v for k, v in MEANINGS.items() if k in said), "")
 
 
-def read(path: str, start: int = 0, stop: int | None = None) -> Found:
+def read_object(path: str, start: int = 0, stop: int | None = None) -> StoredObject:
     """An object, or its bytes from `start` to `stop`.
 
     Raises:
@@ -126,7 +126,7 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Found:
     part = None if start == 0 and stop is None else slice(start, stop)
     with explained(path, "read"):
         found = keys_of(path).read("", byte_range=part).result()
-    return Found(found.value if found.state == "value" else None, found.stamp.generation)
+    return StoredObject(found.value if found.state == "value" else None, found.stamp.generation)
 
 
 def write(path: str, data: bytes, version: bytes | None = None) -> bool:
@@ -145,10 +145,10 @@ def write(path: str, data: bytes, version: bytes | None = None) -> bool:
     with explained(path, "written"):
         stamp = keys_of(path).write("", data, if_equal=version).result()
     # after a lost answer the request is repeated, and then finds the object that it has written
-    return bool(stamp.generation) or read(path).data == data
+    return bool(stamp.generation) or read_object(path).data == data
 
 
-def upload(path: str, files: Mapping[str, Any]) -> None:
+def write_objects(path: str, files: Mapping[str, Any]) -> None:
     """Write many objects, a few at a time: key -> function that returns the bytes."""
     keys, waiting = keys_of(path), []
     with explained(path, "written"):
@@ -166,7 +166,7 @@ def keys(path: str) -> list[str]:
         return sorted(x.decode() for x in keys_of(path).list().result())
 
 
-def remove(path: str, names: Iterable[str]) -> None:
+def remove_objects(path: str, names: Iterable[str]) -> None:
     """Remove the objects of some keys, given without the address."""
     found = keys_of(path)
     with explained(path, "written"):
@@ -179,7 +179,7 @@ def one_version(path: str) -> Any:
     seen: list[bytes] = []
 
     def part(start: int, stop: int) -> bytes:
-        found = read(path, start, stop)
+        found = read_object(path, start, stop)
         seen.append(found.version)
         if found.data is None or found.version != seen[0]:
             raise HydraOptError(f"{path}: was changed while it was read: open it again")

@@ -20,7 +20,7 @@ from hydraopt_jax.store.store import Source
 Pair = tuple[np.ndarray, np.ndarray, float]
 
 
-class Entry(NamedTuple):
+class ModuleEntry(NamedTuple):
     """One module of an adapter: the keys of its tensors, their sizes, and the scale of `b @ a`."""
 
     key_a: str
@@ -45,7 +45,7 @@ class Card(NamedTuple):
     """
 
     task: str
-    modules: Mapping[str, Entry]
+    modules: Mapping[str, ModuleEntry]
     extras: Sequence[Any]
     dtype: str
     config: Mapping[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 LEAST = 0.05
 
 
-def keep(folder: str | os.PathLike[str] | None = None) -> Path | None:
+def keep_compiled(folder: str | os.PathLike[str] | None = None) -> Path | None:
     """Make JAX keep compiled computations in a folder and reuse them in later runs.
 
     The command does this. From Python call it once, before or after JAX is imported. A folder given by

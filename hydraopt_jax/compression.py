@@ -1,7 +1,6 @@
 """Compress adapters into a store."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory, Processes, Progress
+from hydraopt_jax.rate_control.work import IN_MEMORY, Job
 from hydraopt_jax.store.store import Store
 
 # default target: a quarter of the bytes
@@ -33,11 +32,7 @@ def compress(
     share: bool = True,
     dtype: str | None = None,
     extras_dtype: str | None = None,
-    place: Any = None,
-    progress: Progress | None = None,
-    processes: Processes | None = None,
-    left_out: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    job: Job = IN_MEMORY,
 ) -> Store:
     """Compress adapters of one base model into a store.
 
@@ -56,10 +51,7 @@ def compress(
       share: whether tasks may be predicted from one another.
       dtype: of plain factors: "float32", "float16", "bfloat16"; None for the widest dtype of the input.
       extras_dtype: full tensors beside the factors are rounded to it if they are wider; None keeps them.
-      place: where finished segments are kept during the job, see `jobs`; None for memory.
-      progress, processes: see `rate_control.work`.
-      left_out: adapters that were skipped, with the reason, for the report.
-      provenance: how the store is made, for the report, see `provenance`; None for no entry.
+      job: progress, processes, and where finished segments are kept, see `rate_control.work`.
 
     Returns:
       Store.
@@ -73,15 +65,12 @@ def compress(
     (2, True)
     """
     found = adapters if isinstance(adapters, Collection) else in_memory(adapters)
-    place = Memory() if place is None else place
-    common: dict[str, Any] = {"progress": progress, "processes": processes}
-    common |= {"left_out": left_out, "provenance": provenance}
     targets = {"budget": budget, "max_error": max_error, "max_task_error": max_task_error}
     if form is not None:
         idle = targets | {"weights": weights, "calibration": calibration, "share=False": None if share else 1}
         for name in (k for k, v in idle.items() if v is not None):
             raise HydraOptError(f"{name}: a form excludes it: leave one of them out")
-        return explicit.compress_in_form(found, form, place, dtype=dtype, extras_dtype=extras_dtype, **common)
+        return explicit.compress_in_form(found, form, job, dtype=dtype, extras_dtype=extras_dtype)
     if dtype is not None:
         raise HydraOptError("dtype: only plain factors have one: give a form, or leave it out")
     if all(v is None for v in targets.values()):
@@ -93,4 +82,4 @@ def compress(
         share=share,
         extras_dtype=extras_dtype,
     )
-    return engine.compress_to_target(found, options, place, **common)
+    return engine.compress_to_target(found, options, job)

@@ -32,7 +32,7 @@ def make(modules: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(grid, (MODULES, TASKS))
 
 
-def put(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
+def put_on_mesh(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
     """A host array on the mesh."""
     return jax.device_put(array, NamedSharding(mesh, spec))
 
@@ -94,7 +94,7 @@ def together(calls: Sequence[Callable[[], Item]]) -> list[Item]:
         return list(pool.map(here, calls))
 
 
-def padded(count: int, parts: int) -> int:
+def round_up(count: int, parts: int) -> int:
     """The smallest multiple of `parts` that is at least `count`."""
     return -(-count // parts) * parts
 

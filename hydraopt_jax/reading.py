@@ -132,7 +132,7 @@ def export(
       path: the folder.
       dtype: on disk; None for that of the input adapter.
       overwrite: replace an existing folder.
-      rank, padded, profile: of the server that loads it, see `formats.server.fit`.
+      rank, padded, profile: of the server that loads it, see `formats.server.fit_server`.
 
     Returns:
       Module -> relative squared error of its delta, for modules whose rank was cut.
@@ -143,6 +143,6 @@ def export(
     """
     from hydraopt_jax.formats import server, write_adapter
 
-    fitted = server.fit(decode(store, task), rank=rank, padded=padded, profile=profile)
+    fitted = server.fit_server(decode(store, task), rank=rank, padded=padded, profile=profile)
     write_adapter(path, fitted.adapter, dtype=dtype, overwrite=overwrite)
     return dict(fitted.errors)

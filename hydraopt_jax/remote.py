@@ -48,7 +48,7 @@ class Address(NamedTuple):
         return self.url or f"{HUB}{self.repository}{name}{f'@{self.revision}' if self.revision else ''}"
 
 
-class Source(NamedTuple):
+class RemoteFile(NamedTuple):
     """One version of a file, with partial reads.
 
     Attributes:
@@ -75,15 +75,15 @@ def is_address(path: Any) -> bool:
     return isinstance(path, str) and path.startswith((HUB, *WEB))
 
 
-def parse(text: str) -> Address:
+def parse_address(text: str) -> Address:
     """The parts of an address.
 
     Raises:
       HydraOptError: the address names no file.
 
-    >>> parse("hf:org/name@v1")[1:4], parse("hf:org/name/en.safetensors")[1:4]
+    >>> parse_address("hf:org/name@v1")[1:4], parse_address("hf:org/name/en.safetensors")[1:4]
     (('org/name', 'store.safetensors', 'v1'), ('org/name', 'en.safetensors', None))
-    >>> parse("https://me:secret@example.org/s.safetensors?token=secret").label
+    >>> parse_address("https://me:secret@example.org/s.safetensors?token=secret").label
     'https://example.org/s.safetensors'
     """
     if text.startswith(WEB):
@@ -98,22 +98,22 @@ def parse(text: str) -> Address:
     return Address(redact(text), f"{organization}/{name}", file or FILE, revision or None)
 
 
-def find(text: str) -> Source:
+def find(text: str) -> RemoteFile:
     """The current version of the file at an address; a copy in the hub's cache is preferred.
 
     Raises:
       HydraOptError: no such file, no network, no right to it.
     """
-    address = parse(text)
+    address = parse_address(text)
     return on_web(address) if address.url else on_hub(address)
 
 
-def on_web(address: Address) -> Source:
+def on_web(address: Address) -> RemoteFile:
     """The file at a URL, of the version that the first request finds."""
-    return opened(address.label, address.url, {}, "", True)
+    return remote_file(address.label, address.url, {}, "", True)
 
 
-def on_hub(address: Address) -> Source:
+def on_hub(address: Address) -> RemoteFile:
     """A file of a repository, at the current commit of a revision."""
     hub = client(address.label)
     from huggingface_hub.utils import build_hf_headers
@@ -139,9 +139,9 @@ def on_hub(address: Address) -> Source:
     if copy is not None and size in (None, copy.stat().st_size):
         # the place is needed in the message if the file is damaged
         label = f"{address.label} (cached at {copy})"
-        return Source(label, copy.stat().st_size, commit, reader_of(f"{label}: {copy}", copy), copy)
+        return RemoteFile(label, copy.stat().st_size, commit, reader_of(f"{label}: {copy}", copy), copy)
     url = hub.hf_hub_url(*name, revision=commit)
-    return opened(address.label, url, build_hf_headers(), commit, False)
+    return remote_file(address.label, url, build_hf_headers(), commit, False)
 
 
 def cached(hub: Any, name: tuple[str, str], revision: str | None) -> Path | None:
@@ -169,7 +169,7 @@ def reader_of(label: str, path: Path) -> Callable[[int, int], bytes]:
     return read
 
 
-def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagged: bool) -> Source:
+def remote_file(label: str, url: str, headers: Mapping[str, str], version: str, tagged: bool) -> RemoteFile:
     """The file at a URL; with `tagged` all answers must be of the version of the first one."""
     first, size, tag = fetch(label, url, headers, 0, FIRST)
     pin = tag if tagged else ""
@@ -182,13 +182,13 @@ def opened(label: str, url: str, headers: Mapping[str, str], version: str, tagge
         known = first[start:]
         data, now, other = fetch(label, url, sent, start + len(known), stop)
         if now != size or (tagged and other != pin):
-            raise changed(label)
+            raise changed_file(label)
         return known + data
 
-    return Source(label, size, version or tag, read)
+    return RemoteFile(label, size, version or tag, read)
 
 
-def changed(label: str) -> HydraOptError:
+def changed_file(label: str) -> HydraOptError:
     """The error for a file that is not the one that was opened."""
     return HydraOptError(f"{label}: was changed while it was read: open it again")
 
@@ -220,7 +220,7 @@ def body(label: str, response: Any, start: int, stop: int) -> tuple[bytes, int, 
     """The result of `fetch` from a response to a range request; never more bytes than requested."""
     status = response.status_code
     if status == 412:
-        raise changed(label)
+        raise changed_file(label)
     if status == 200:
         raise HydraOptError(f"{label}: its server does not serve byte ranges: download the file")
     if status != 206:

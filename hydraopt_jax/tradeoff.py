@@ -26,7 +26,6 @@ from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.errors_of import relative
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import count, sizes
 from hydraopt_jax.store.store import task_errors
 
@@ -110,7 +109,7 @@ def prefix_errors(deltas: Svd, x: Array, y: Array) -> Array:
     return jnp.maximum(jnp.einsum("ki,...ij,kj->...k", chosen, products, chosen, precision="highest"), 0.0)
 
 
-def separate(collection: Adapters, bits: int) -> Curve:
+def separate_points(collection: Adapters, bits: int) -> Curve:
     """Each adapter's own truncated SVD at ranks 1 to R, one bit width, a scale a vector."""
     rank = max(x.a.shape[3] for x in collection.buckets)
     errors: list[list[np.ndarray]] = [[] for _ in range(rank)]
@@ -130,14 +129,14 @@ def separate(collection: Adapters, bits: int) -> Curve:
     return Curve(f"separate SVD, {bits} bits", tuple(points))
 
 
-def hydra(collection: Sequence[Adapter], heads: int) -> Point:
+def hydra_point(collection: Sequence[Adapter], heads: int) -> Point:
     """The paper's form at a number of heads, closed form, half precision, the adapters' rank."""
     kept = compress(collection, form=Hydra(heads=heads), dtype="float16")
     return summary(f"K = {heads}", 2 * count(kept), kept.errors)
 
 
 @jax.jit
-def merged_errors(a: Array, b: Array) -> tuple[Array, Array]:
+def mean_delta_errors(a: Array, b: Array) -> tuple[Array, Array]:
     """Squared errors `[M, T]` of the mean delta cut to the adapters' rank, and the energies."""
 
     def one(a: Array, b: Array) -> tuple[Array, Array]:
@@ -155,7 +154,9 @@ def merged(collection: Adapters) -> Curve:
     """One adapter for all: the mean delta cut to the adapters' rank, half precision."""
     errors, size = [], 0
     for bucket in collection.buckets:
-        squared, energy = (np.asarray(x) for x in merged_errors(jnp.asarray(bucket.a), jnp.asarray(bucket.b)))
+        squared, energy = (
+            np.asarray(x) for x in mean_delta_errors(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+        )
         errors.append(np.where(bucket.ranks > 0, relative(squared, energy), np.nan))
         size += 2 * len(bucket.modules) * bucket.a.shape[3] * (bucket.a.shape[2] + bucket.b.shape[3])
     return Curve("merged (mean delta)", (summary("one adapter", size, np.concatenate(errors)),))
@@ -167,7 +168,7 @@ def under_budget(
     """A store under a byte budget, every byte on disk counted; None below the smallest store."""
     options = Options(budget=float(fraction), share=share)
     try:
-        kept = engine.compress_to_target(in_memory(collection), options, Memory(), cache=cache)
+        kept = engine.compress_to_target(in_memory(collection), options, cache=cache)
     except HydraOptError:
         return None
     return summary(f"budget {fraction:g}", sizes.measure_size(kept), kept.errors)
@@ -195,7 +196,7 @@ def compressed(
     calls: list[Callable[[], Point | None]] = [
         functools.partial(point, x, f) for x in labels for f in fractions[1:]
     ]
-    calls += [functools.partial(hydra, collection, k) for k in heads]
+    calls += [functools.partial(hydra_point, collection, k) for k in heads]
     found = devices.together(calls)
     mine, more = [], len(fractions) - 1
     for n, (label, start) in enumerate(zip(labels.values(), first, strict=True)):
@@ -210,7 +211,7 @@ def at_errors_of(collection: Sequence[Adapter], other: Curve) -> list[Point]:
     points = []
     # a store is a little better than it need be
     for error in (errors[0], 1.3 * errors[-1]) if errors else ():
-        kept = engine.compress_to_target(in_memory(collection), Options(max_error=error), Memory())
+        kept = engine.compress_to_target(in_memory(collection), Options(max_error=error))
         points.append(summary(f"error {error:.3g}", sizes.measure_size(kept), kept.errors))
     return points
 
@@ -309,7 +310,7 @@ def frontier(
     stacked = adapters.stack(collection)
     curves = compressed(collection, fractions, heads or cuts(len(collection)), progress)
     ours = curves[0]
-    curves += [separate(stacked, bits) for bits in WIDTHS]
+    curves += [separate_points(stacked, bits) for bits in WIDTHS]
     curves += [merged(stacked), *baselines]
     reference = 2 * stacked.size
     deltas = [decompose.batched_svd(jnp.asarray(x.a), jnp.asarray(x.b)) for x in stacked.buckets]

@@ -41,8 +41,8 @@ from hydraopt_jax import forms
 from hydraopt_jax.forms import (
     Factors,
     closed_form,
-    compound,
     descent,
+    diagonalization,
     estimates,
     gradient,
     losses,
@@ -57,7 +57,7 @@ MODULES = {
     "decompose": decompose,
     "estimates": estimates,
     "clustering": clustering,
-    "compound": compound,
+    "diagonalization": diagonalization,
     "factorizations": factorizations,
     "forms": closed_form,
     "losses": losses,
@@ -81,7 +81,7 @@ EXEMPT = {
     "clustering.partitions": "labels",
     "clustering.ward": "labels",
     "forms.present": "indices",
-    "merging.compressors.assign": "labels",
+    "merging.compressors.k_merge_slots": "labels",
     "merging.compressors.entries": "a count",
     "merging.sparse.column_ranks": "ranks",
     "merging.sparse.drop_at_random": "makes a function, which is a case of its own through dare",
@@ -91,7 +91,7 @@ EXEMPT = {
     "serving.apply.shape": "sizes",
     "serving.grouped.arrange": "places",
     "serving.grouped.check_method": "checks a name",
-    "serving.grouped.choose": "chooses a name",
+    "serving.grouped.choose_method": "chooses a name",
     "serving.grouped.ragged": "jax.lax.ragged_dot has no vmap; see test_ragged_products_have_gradients",
     "similarity.average": "host code",
     "similarity.cluster_order": "an order",
@@ -134,24 +134,21 @@ def cores(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
 def full_cores(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
     deltas = decompose.svd(a, b)
     common = forms.hydra(deltas, heads=T, rank=2, weights=w)[0].a
-    return fit(compound.full_cores(deltas, common, w, 3))
+    return fit(diagonalization.full_cores(deltas, common, w, 3))
 
 
 def polyadic(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    factors, trace = compound.polyadic(decompose.svd(a, b), 2, w, 3)
+    factors, trace = diagonalization.polyadic(decompose.svd(a, b), 2, w, 3)
     return dense(factors), trace
-
-
-def residual(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
-    (shared, own), info = compound.residual(decompose.svd(a, b), heads=2, rank=1, residual_rank=1, weights=w)
-    return dense(shared) + dense(own), info.error
 
 
 def descended(a: jax.Array, b: jax.Array, w: jax.Array) -> Any:
     # Adam's first steps are signs of gradients: no smooth function
     optimizer = optax.sgd(0.02, momentum=0.5)
     deltas = decompose.svd(a, b)
-    return fit(gradient.hydra(a, b, deltas, heads=2, rank=2, weights=w, steps=6, optimizer=optimizer))
+    return fit(
+        gradient.hydra(a, b, deltas, heads=2, rank=2, weights=w, solver=forms.Gradient(optimizer, steps=6))
+    )
 
 
 def least(center: jax.Array, weight: jax.Array) -> Any:
@@ -241,10 +238,11 @@ CASES = {
     "clustering.membership": Case(lambda w: clustering.membership(LABELS, w, 2), (WEIGHTS,)),
     "clustering.reduced_kmeans": Case(kmeans, FACTORS),
     "clustering.scatter": Case(lambda a, b, w: clustering.scatter(reduced(a, b)[2], LABELS, w, 2), FACTORS),
-    "compound.full_cores": Case(full_cores, FACTORS),
-    "compound.joint_diagonal": Case(on_deltas(compound.joint_diagonal, rank=2, steps=3), FACTORS),
-    "compound.polyadic": Case(polyadic, FACTORS),
-    "compound.residual": Case(residual, FACTORS),
+    "diagonalization.full_cores": Case(full_cores, FACTORS),
+    "diagonalization.joint_diagonal": Case(
+        on_deltas(diagonalization.joint_diagonal, rank=2, steps=3), FACTORS
+    ),
+    "diagonalization.polyadic": Case(polyadic, FACTORS),
     "factorizations.eigh": Case(
         lambda x: (factorizations.eigh(symmetric(x))[0], turned(factorizations.eigh(x)[1], 2)), (SQUARE,)
     ),

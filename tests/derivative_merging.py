@@ -25,8 +25,10 @@ CASES = {
         ),
         (*FACTORS, normal(15, T, I, I)),
     ),
-    "merging.compressors.joint": Case(
-        lambda a, b, w: dense(compressors.joint(a, b, w, rank=2, clusters=2)), FACTORS, tolerance=3e-2
+    "merging.compressors.joint_diagonalization": Case(
+        lambda a, b, w: dense(compressors.joint_diagonalization(a, b, w, rank=2, clusters=2)),
+        FACTORS,
+        tolerance=3e-2,
     ),
     "merging.compressors.k_merge": Case(lambda a, b, w: dense(compressors.k_merge(a, b, w, rank=2)), FACTORS),
     "merging.compressors.separate": Case(
@@ -65,8 +67,8 @@ CASES = {
     ),
     "merging.truncation.onto": Case(truncation.onto, (A, normal(17, R, 1))),
     "merging.truncation.self_product": Case(truncation.self_product, (TALL[0],)),
-    "merging.truncation.split": Case(
-        lambda a, b: matmul(*truncation.split(decompose.svd(a, b), 1)), (A[0], B[0])
+    "merging.truncation.split_values": Case(
+        lambda a, b: matmul(*truncation.split_values(decompose.svd(a, b), 1)), (A[0], B[0])
     ),
     "merging.truncation.truncate": Case(lambda a, b: matmul(*truncation.truncate(a, b, 1)), (A[0], B[0])),
     "merging.truncation.truncate_dense": Case(lambda x: matmul(*truncation.truncate_dense(x, 2)), (TALL[0],)),

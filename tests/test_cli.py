@@ -74,7 +74,7 @@ def test_similarity_prints_and_plots(capsys, folders, tmp_path):
 
 
 def test_demo_writes_stores_scores_and_a_plot(tmp_path):
-    said = demo.run(
+    said = demo.run_demo(
         tmp_path / "demo", tasks=["inflect-en", "inflect-de", "correct-fr"], budgets=(0.5, 0.1), items=2
     )
     sizes = [x["bytes"] for x in said["stores"]]

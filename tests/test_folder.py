@@ -209,7 +209,7 @@ def test_a_run_of_any_length_has_few_files(tmp_path, total):
 def test_claims_beyond_the_files_are_refused(plain, tmp_path, monkeypatch):
     store.save(tmp_path / "s", plain, zstd=False)
     monkeypatch.setattr(folder, "EXPANSION", 0)
-    total = segment_data.size(plain.segments[0])
+    total = segment_data.run_size(plain.segments[0])
     monkeypatch.setattr(folder, "ROOM", total)
     store.open(tmp_path / "s").load()
     monkeypatch.setattr(folder, "ROOM", total - 1)
@@ -273,7 +273,7 @@ def test_all_arrays_share_one_cache_of_chunks(plain, tmp_path, cut, monkeypatch)
 
 
 def test_a_writer_holds_one_array_at_a_time(plain, tmp_path, cut, monkeypatch):
-    seen, save, run = [], ocp.partial.save, segment_data.run
+    seen, save, run = [], ocp.partial.save, segment_data.run_pieces
 
     def saving(path, tree):
         seen.extend(weakref.ref(x) for x in tree.values())
@@ -285,7 +285,7 @@ def test_a_writer_holds_one_array_at_a_time(plain, tmp_path, cut, monkeypatch):
             yield piece
 
     monkeypatch.setattr(ocp.partial, "save", saving)
-    monkeypatch.setattr(segment_data, "run", running)
+    monkeypatch.setattr(segment_data, "run_pieces", running)
     store.save(tmp_path / "s", plain)
     assert len(seen) > 2
 

@@ -84,13 +84,13 @@ def test_dominated_points_are_no_part_of_a_curve():
 
 
 def test_full_rank_svd_at_16_bits_is_the_rounding_of_half_precision(many):
-    last = tradeoff.separate(adapters.stack(many), 16).points[-1]
+    last = tradeoff.separate_points(adapters.stack(many), 16).points[-1]
     assert last.mean < 1e-6
     assert last.bytes == 2 * adapters.stack(many).size
 
 
 def test_truncation_error_is_the_tail_of_the_singular_values(many):
-    first = tradeoff.separate(adapters.stack(many), 16).points[0]
+    first = tradeoff.separate_points(adapters.stack(many), 16).points[0]
     tails = []
     for x in many:
         for name, a in x.a.items():

@@ -2,6 +2,7 @@
 
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, parts
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import decoding, files, folder, removal
 from hydraopt_jax.store.store import tensors_of
 
@@ -24,9 +24,7 @@ MODULES = {"layers.0.q": (96, 64), "layers.1.q": (96, 64)}
 def in_parts(adapters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "DIRECTIONS", 6)
-        return engine.compress_to_target(
-            in_memory(adapters), Options(max_error=0.01), Memory(), segment_bytes=1 << 12
-        )
+        return engine.compress_to_target(in_memory(adapters), Options(max_error=0.01), segment_bytes=1 << 12)
 
 
 FORMS = {
@@ -153,6 +151,26 @@ def test_a_store_that_is_replaced_while_it_is_read_says_so(kept, path, adapters)
     with pytest.raises(HydraOptError, match="was replaced since it was opened"):
         old.load()
     assert store.open(path).tasks == (kept.tasks[2],)
+
+
+def test_a_store_that_is_replaced_while_its_files_are_checked_is_checked_again(
+    adapters, tmp_path, monkeypatch
+):
+    """Files of the store before are gone when their bytes are asked for."""
+    path, (one, other) = tmp_path / "s", (compress(x, budget=9.0) for x in (adapters[:2], adapters[2:]))
+    store.save(path, one)
+    real, turns = Path.is_file, [1]
+
+    def is_file(self):
+        found = real(self)
+        if turns and path / "segments" in self.parents:
+            turns.clear()
+            store.save(path, other, overwrite=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert store.verify(path) == sum(len(x.leaves) for x in other.segments)
+    assert not turns
 
 
 def test_real_bytes_of_parts():

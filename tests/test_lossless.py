@@ -136,8 +136,8 @@ def test_fp16_takes_little_more_than_its_bytes(capsys, tmp_path):
 
 def test_the_large_path_writes_the_same_store(tmp_path):
     paths = [made(tmp_path, k) for k in KINDS]
-    found, _ = headers.look([(str(p), None) for p in paths], tmp_path / "job")
-    content = job.run(tmp_path / "large", found, functools.partial(compress, budget="100%"), {})
+    found, _ = headers.read_headers([(str(p), None) for p in paths], tmp_path / "job")
+    content = job.run_job(tmp_path / "large", found, functools.partial(compress, budget="100%"), {})
     assert content.report["form"] == "lossless"
     for path in paths:
         same_adapters(formats.read_adapter(path), store.decode(store.open(tmp_path / "large"), path.name))

@@ -14,9 +14,7 @@ from hydraopt_jax import adapters, compression, forms, refinement, serving, synt
 from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import similarity
-from hydraopt_jax.merging import collection as merged_collection
-from hydraopt_jax.merging import curves
-from hydraopt_jax.rate_control.work import Memory
+from hydraopt_jax.merging import curves, whole_adapters
 
 PLATFORMS = ("cuda", "tpu")
 # the demo's own model is not the library
@@ -71,20 +69,20 @@ def test_what_the_engines_jit_lowers(monkeypatch):
         batches=[np.ones((5, 96), np.float32)],
     )
     serving.load(coded, on_device=True)
-    explicit.compress_in_form(in_memory(few), forms.Hydra(heads=2, rank=3), Memory())
+    explicit.compress_in_form(in_memory(few), forms.Hydra(heads=2, rank=3))
     # all heads: exact errors where nothing is lost, and sums over more tasks than a side is long
     explicit.compress_in_form(
-        in_memory(few[:1]), forms.Hydra(heads=1, rank=3, solver=forms.Gradient(steps=2)), Memory()
+        in_memory(few[:1]), forms.Hydra(heads=1, rank=3, solver=forms.Gradient(steps=2))
     )
     many = synthetic.collection(tasks=40, modules={"q": (96, 64)}, rank=3)
     for found in (few, many):
-        explicit.compress_in_form(in_memory(found), forms.Hydra(rank=3), Memory())
+        explicit.compress_in_form(in_memory(found), forms.Hydra(rank=3))
     stacked = adapters.stack(few)
     tradeoff.frontier(few, [0.5])
     similarity.summarize(stacked)
     similarity.principal_angles(stacked.buckets[0].a, stacked.buckets[0].b)
     curves.curves_of(stacked, ["linear", "share"])
-    merged_collection.best_scale(few, merged_collection.merge_adapters(few, "linear"))
+    whole_adapters.best_scale(few, whole_adapters.merge_adapters(few, "linear"))
     missed = {name for _, name, _ in places.values()} - set(met)
     assert not missed
     for function, args, options in met.values():

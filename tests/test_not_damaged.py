@@ -54,7 +54,7 @@ def raising(error):
         (checks, "check_manifest", READS),
         (checks, "check_segment", READS),
         (tensorstore, "open", READS),
-        (segment_data, "inflate", READS),
+        (segment_data, "inflate_at_most", READS),
     ],
 )
 def test_what_is_no_damage_passes_as_it_is(path, monkeypatch, error, module, name, reads):
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_of_a_tree_is_named(small, tmp_path):
     ],
 )
 def test_the_command_says_it_in_a_line(capsys, path, monkeypatch, error, status, words):
-    monkeypatch.setattr(segment_data, "inflate", raising(error))
+    monkeypatch.setattr(segment_data, "inflate_at_most", raising(error))
     code, said, told = run(capsys, "inspect", path)
     assert (code, said) == (status, "")
     assert words in told

@@ -33,7 +33,7 @@ def test_from_the_closed_form_it_never_gets_worse(heads, side, cores):
     a, b, deltas = module()
     form = {"heads": heads, "rank": 2, "side": side, "cores": cores}
     _, closed = forms.hydra(deltas, **form)
-    factors, info = gradient.hydra(a, b, deltas, **form, steps=60)
+    factors, info = gradient.hydra(a, b, deltas, **form, solver=forms.Gradient(steps=60))
     assert loss(info) <= loss(closed) * (1 + 1e-6)
     np.testing.assert_allclose(forms.errors(deltas, factors), info.error, rtol=1e-4)
 
@@ -41,14 +41,16 @@ def test_from_the_closed_form_it_never_gets_worse(heads, side, cores):
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_from_the_mean_it_comes_within_a_percent(side):
     a, b, deltas = module()
-    _, info = gradient.hydra(a, b, deltas, heads=5, rank=2, side=side, start="mean", steps=1000)
+    _, info = gradient.hydra(
+        a, b, deltas, heads=5, rank=2, side=side, solver=forms.Gradient(None, "mean", 1000)
+    )
     assert loss(info) <= float(info.bound) * 1.01
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam(1e-2), optax.sgd(1e-2), optax.lion(1e-3)])
 def test_any_optimizer_descends_from_the_mean(optimizer):
     a, b, deltas = module()
-    _, info = gradient.hydra(a, b, deltas, heads=3, rank=2, start="mean", optimizer=optimizer, steps=100)
+    _, info = gradient.hydra(a, b, deltas, heads=3, rank=2, solver=forms.Gradient(optimizer, "mean", 100))
     assert np.nanmin(info.trace) < info.trace[0]
 
 
@@ -61,7 +63,9 @@ def test_any_loss():
         return jax.nn.logsumexp(200 * weights * squared_errors(a, b, a_hat, b_hat)) / 200
 
     _, plain = forms.hydra(deltas, heads=5, rank=2)
-    _, info = gradient.hydra(a, b, deltas, heads=5, rank=2, start="mean", loss=worst, steps=1000)
+    _, info = gradient.hydra(
+        a, b, deltas, heads=5, rank=2, solver=forms.Gradient(None, "mean", 1000), loss=worst
+    )
     assert (info.weights * info.error).max() < (plain.weights * plain.error).max()
 
 
@@ -130,14 +134,18 @@ def test_a_gradient_through_batches_and_a_key():
 def test_vmapped_over_modules_equals_one_by_one():
     parts = [module(seed) for seed in (0, 1)]
     a, b = (jnp.stack([p[k] for p in parts]) for k in (0, 1))
-    fit = functools.partial(gradient.hydra, heads=2, rank=2, start="mean", steps=50)
+    fit = functools.partial(gradient.hydra, heads=2, rank=2, solver=forms.Gradient(None, "mean", 50))
     _, together = jax.vmap(fit)(a, b, decompose.svd(a, b))
     for m, part in enumerate(parts):
         np.testing.assert_allclose(together.error[m], fit(*part)[1].error, rtol=2e-2)
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [({"start": "x"}, "start"), ({"start": "mean", "rank": 9}, "rank")]
+    ("options", "named"),
+    [
+        ({"solver": forms.Gradient(start="x")}, "start"),
+        ({"solver": forms.Gradient(None, "mean"), "rank": 9}, "rank"),
+    ],
 )
 def test_bad_options_are_named(options, named):
     with pytest.raises(HydraOptError, match=named):
@@ -146,7 +154,7 @@ def test_bad_options_are_named(options, named):
 
 def test_real_adapters_from_the_mean(gpt2):
     solved = compression.compress(
-        gpt2, form=forms.Hydra(side="in", solver=forms.Gradient(start="mean", steps=1000))
+        gpt2, form=forms.Hydra(side="in", solver=forms.Gradient(None, "mean", 1000))
     )
     bound = np.mean(list(solved.report["bound"].values()))
     assert bound * (1 - 1e-4) <= solved.errors.mean() <= bound * 1.01

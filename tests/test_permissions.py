@@ -78,5 +78,5 @@ def test_a_file_that_is_there_keeps_its_permissions(tmp_path, mask):
 
 
 def test_the_demo_is_for_all_to_read(tmp_path, mask):
-    demo.run(tmp_path / "demo", tasks=["inflect-en", "inflect-de"], budgets=(0.5,), items=1)
+    demo.run_demo(tmp_path / "demo", tasks=["inflect-en", "inflect-de"], budgets=(0.5,), items=1)
     check(tmp_path / "demo", mask)

@@ -13,7 +13,6 @@ from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, errors_of, parts
 from hydraopt_jax.rate_control.metrics import metrics_of
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import manifest, removal, segment_data, sizes
 from hydraopt_jax.store.store import task_errors
 
@@ -86,7 +85,7 @@ def test_a_purge_is_the_store_of_those_that_are_left(many):
     assert again == purged.tasks == tuple(x.task for x in rest)
     weights = {k: v for k, v in TARGET["weights"].items() if k != task}
     options = Options(max_error=0.01, weights=weights)
-    expected = engine.compress_at_step(in_memory(rest), options, Memory(), content.report["step"])
+    expected = engine.compress_at_step(in_memory(rest), options, content.report["step"])
     assert blobs(purged) == blobs(expected)
     np.testing.assert_array_equal(purged.errors, expected.errors)
     assert removal.held(purged) == ()
@@ -151,9 +150,7 @@ def test_a_chain_of_later_tasks_is_coded_again(many):
 
 def test_segments_are_coded_again_by_themselves(many, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "DIRECTIONS", 9)
-    made = engine.compress_to_target(
-        in_memory(many), Options(max_error=0.01), Memory(), segment_bytes=1 << 12
-    )
+    made = engine.compress_to_target(in_memory(many), Options(max_error=0.01), segment_bytes=1 << 12)
     store.save(tmp_path / "s", made)
     before = store.open(tmp_path / "s")
     assert len(before.segments) > 2

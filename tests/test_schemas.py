@@ -69,7 +69,7 @@ def test_output_of_collections(capsys, folders, tmp_path):
 
 def test_output_of_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr("hydraopt_jax.report.can_plot", lambda: False)
-    said = demo.run(tmp_path / "demo", tasks=["inflect-en", "inflect-de"], budgets=(0.5,), items=2)
+    said = demo.run_demo(tmp_path / "demo", tasks=["inflect-en", "inflect-de"], budgets=(0.5,), items=2)
     assert said["plot"] is None
     assert not (tmp_path / "demo" / "tradeoff.png").exists()
     assert formats.read_adapter(tmp_path / "demo" / "exported" / said["exported"]["task"]).a

@@ -177,10 +177,10 @@ def test_an_svg_has_labels_and_two_schemes(tmp_path):
 
 def test_labels_do_not_overlap():
     wanted = np.random.default_rng(0).random(12)
-    found = np.array(figures.spread(wanted, 0.05))
+    found = np.array(figures.spread_labels(wanted, 0.05))
     assert (np.diff(np.sort(found)) > 0.05 - 1e-9).all()
     assert (np.argsort(found) == np.argsort(wanted)).all()
-    np.testing.assert_allclose(figures.spread([0.1, 0.5, 0.9], 0.05), [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(figures.spread_labels([0.1, 0.5, 0.9], 0.05), [0.1, 0.5, 0.9])
 
 
 def test_report_bad_input(tmp_path):

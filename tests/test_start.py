@@ -165,7 +165,7 @@ def test_every_public_name_resolves_to_its_home():
         hydraopt_jax.nothing  # noqa: B018
 
 
-KEEP = "from hydraopt_jax import compilation; compilation.keep('kept')"
+KEEP = "from hydraopt_jax import compilation; compilation.keep_compiled('kept')"
 
 
 @pytest.mark.parametrize("code", [f"{KEEP}; import jax", f"import jax; {KEEP}"])

@@ -13,7 +13,7 @@ from hydraopt_jax import changes, formats, forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import engine as explicit
-from hydraopt_jax.formats.peft_collection import collection, open_adapter
+from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 from hydraopt_jax.jobs import job
 from hydraopt_jax.rate_control import carried, engine
 from hydraopt_jax.store import sizes, tensors
@@ -55,7 +55,7 @@ def written(collection, folder):
 
 
 def found_in(names):
-    return collection([open_adapter(x, None, {}) for x in names])
+    return collection_of([open_adapter(x, None, {}) for x in names])
 
 
 def in_memory(out, names, options):
@@ -74,7 +74,7 @@ def in_parts(out, names, options):
             {**engine.compress_to_target.__kwdefaults__, "segment_bytes": 1 << 15},
         )
         with job.alone(out):
-            return job.run(out, found_in(names), functools.partial(compress, **options), {})
+            return job.run_job(out, found_in(names), functools.partial(compress, **options), {})
 
 
 PATHS = pytest.mark.parametrize("make", [in_memory, in_parts])
@@ -140,7 +140,7 @@ def test_heads_are_rounded_to_their_own_dtype(headed, tmp_path, dtype):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explicit, "TOGETHER", 0)
         with job.alone(tmp_path / "parts"):
-            job.run(tmp_path / "parts", found_in(names), functools.partial(compress, **options), {})
+            job.run_job(tmp_path / "parts", found_in(names), functools.partial(compress, **options), {})
     content = compress([formats.read_adapter(x) for x in names], **options)
     store.save(tmp_path / "memory", content)
     head = headed[0].extras["pre_classifier.weight"].astype(dtype or "float32")
@@ -170,7 +170,7 @@ def test_heads_are_rounded_to_their_own_dtype(headed, tmp_path, dtype):
     ],
 )
 def test_any_tensor_comes_back_bit_for_bit(x):
-    found = tensors.coded({"x": x, "y": np.ones(3, np.float16)})
+    found = tensors.encode_tensors({"x": x, "y": np.ones(3, np.float16)})
     assert (found["x"].dtype, found["x"].shape) == (x.dtype, x.shape)
     assert found["x"].tobytes() == np.ascontiguousarray(x).tobytes()
     assert found["y"].tolist() == [1, 1, 1]
@@ -182,7 +182,7 @@ def test_what_overflows_or_is_no_dtype_is_refused(headed):
     with pytest.raises(
         HydraOptError, match=r"score.weight: values overflow float16; .*--extras-dtype bfloat"
     ):
-        tensors.coded(large, "float16")
+        tensors.encode_tensors(large, "float16")
     with pytest.raises(HydraOptError, match="extras_dtype = 'int3'"):
         compress(headed, budget=0.5, extras_dtype="int3")
     with pytest.raises(HydraOptError, match="extras_dtype = 'int3'"):
@@ -193,7 +193,7 @@ def test_what_overflows_or_is_no_dtype_is_refused(headed):
     "change", [lambda x: x[:-20], lambda x: b"", lambda x: bytes(1000), lambda x: x[::-1]]
 )
 def test_bytes_that_do_not_fit_their_table_are_refused(change):
-    found = tensors.coded({"x": np.arange(100, dtype=np.float32)})
+    found = tensors.encode_tensors({"x": np.arange(100, dtype=np.float32)})
     row = [*found.table[0][:3], len(change(found.blob))]
     with pytest.raises(HydraOptError, match="x: its bytes in the store"):
         tensors.Tensors([row], change(found.blob))["x"]

@@ -171,7 +171,7 @@ def draw_water() -> Figure:
     """Bits per number of the directions of one delta: reverse water-filling."""
     figure = Figure(figsize=(5.4, 2.9))
     axis = figure.add_axes((0.12, 0.18, 0.85, 0.76))
-    energy = synthetic.spectrum(8, 3.1) ** 2
+    energy = synthetic.power_law(8, 3.1) ** 2
     level = 0.008
     n = np.arange(1, 9)
     axis.bar(n, energy, color=PALE_BLUE, edgecolor=INK, linewidth=0.8)

@@ -26,11 +26,9 @@ from hydraopt_jax.explicit import fitting
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.merging import collection as merged_collection
-from hydraopt_jax.merging import compressors
+from hydraopt_jax.merging import compressors, whole_adapters
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
 # budgets that are also calibrated, or refined: batches, and tasks computed side by side
@@ -161,7 +159,7 @@ def _refined(collection: list[Adapter], budget: float, teach: Callable[[], Teach
     def make() -> Any:
         # a divergence needs all modules in one segment
         found = engine.compress_to_target(
-            in_memory(collection), Options(budget=budget), Memory(), segment_bytes=fp16_bytes(collection)
+            in_memory(collection), Options(budget=budget), segment_bytes=fp16_bytes(collection)
         )
         given = teach()
         return refinement.refine(
@@ -260,7 +258,7 @@ def _merged(collection: Sequence[Adapter], name: str, folder: Path) -> Row:
     """One adapter for all tasks, at the scale of least weight error, see `SCALES`."""
     stacked = adapters.stack(collection)
     found = merging.merge_stacked(stacked, name)
-    scale = np.float32(merged_collection.scale_of(merged_collection.modules_of(stacked), found)[0])
+    scale = np.float32(whole_adapters.least_error_scale(whole_adapters.modules_of(stacked), found)[0])
     pairs = {
         module: (np.asarray(a, np.float16), np.asarray(scale * b, np.float16))
         for module, (a, b) in found.items()

@@ -20,19 +20,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from experiments.morphology.assets import load_adapters, save_adapters, save_sample, stack_adapters
 from experiments.morphology.config import Adapting, Data
 from experiments.morphology.dataset import Rows, load_items, training_rows
-from experiments.morphology.training import draw, run, schedule
-from hydraopt_jax.demo.assets import (
-    load_adapters,
-    load_base,
-    load_vocabulary,
-    save_adapters,
-    save_sample,
-    stack_adapters,
-)
+from experiments.morphology.training import draw, loss, run, schedule
+from hydraopt_jax.demo.assets import load_base, load_vocabulary
 from hydraopt_jax.demo.evaluate import evaluate
-from hydraopt_jax.demo.model import Base, Config, Lora, loss, modules
+from hydraopt_jax.demo.model import Base, Config, Lora, modules
 from hydraopt_jax.demo.vocabulary import encode_items
 
 REGIMES = ("shared", "independent")

@@ -22,7 +22,7 @@ from hydraopt_jax.demo.tasks import (
     prompt,
     task_name,
 )
-from hydraopt_jax.demo.vocabulary import UNKNOWN_ID, Vocabulary, encode, pad
+from hydraopt_jax.demo.vocabulary import UNKNOWN_ID, Vocabulary, pad_rows, token_ids
 
 PRONUNCIATIONS: dict[str, str] = {
     "en": "eng_latn_uk_broad_filtered",
@@ -163,7 +163,7 @@ def load_items(
     tasks: tuple[str, ...] = TASKS,
     languages: tuple[str, ...] = tuple(LANGUAGES),
 ) -> dict[str, Splits]:
-    """All tasks, in the order of `task_names`, each with its train, dev and test items.
+    """All tasks, task by task in every language, each with its train, dev and test items.
 
     Items that are too long are dropped from every split, at the same length for all.
     """
@@ -189,8 +189,8 @@ def training_rows(items: dict[str, Splits], vocabulary: Vocabulary, config: Data
     for name, splits in items.items():
         before = len(tokens)
         for item in splits["train"]:
-            asked = encode(vocabulary, prompt(name, item))
-            row = asked + encode(vocabulary, answer(item))
+            asked = token_ids(vocabulary, prompt(name, item))
+            row = asked + token_ids(vocabulary, answer(item))
             if UNKNOWN_ID not in row:
                 tokens.append(row)
                 lengths.append(len(asked))
@@ -199,7 +199,7 @@ def training_rows(items: dict[str, Splits], vocabulary: Vocabulary, config: Data
             raise ValueError(f"{name} has no training items of {config.longest} tokens or fewer")
     starts = np.cumsum([0, *sizes[:-1]])
     return Rows(
-        pad(tokens, config.longest).astype(np.uint16),
+        pad_rows(tokens, config.longest).astype(np.uint16),
         np.array(lengths, np.int32),
         starts.astype(np.int32),
         np.array(sizes, np.int32),

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from experiments.morphology.assets import save_base
 from experiments.morphology.config import Data, Pretraining
 from experiments.morphology.dataset import Rows, Splits, load_items, training_rows
-from experiments.morphology.training import draw, run, schedule
-from hydraopt_jax.demo.assets import save_base
-from hydraopt_jax.demo.model import Base, Config, init_base, loss
-from hydraopt_jax.demo.vocabulary import Vocabulary, build
+from experiments.morphology.training import draw, loss, run, schedule
+from hydraopt_jax.demo.model import Base, Config, init_base
+from hydraopt_jax.demo.vocabulary import Vocabulary, build_vocabulary
 
 
 def optimizer(settings: Pretraining) -> optax.GradientTransformation:
@@ -72,7 +72,7 @@ def pretrain(
 
 def vocabulary_of(items: dict[str, Splits], config: Data) -> Vocabulary:
     """Tokens of the training items."""
-    return build((i for splits in items.values() for i in splits["train"]), minimum=config.minimum)
+    return build_vocabulary((i for splits in items.values() for i in splits["train"]), minimum=config.minimum)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,26 +13,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.morphology import outputs
 from experiments.morphology.config import Refining
+from experiments.morphology.outputs import Sequences
 from hydraopt_jax import adapters, merging, refinement, report
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.compression import compress
-from hydraopt_jax.demo import outputs
 from hydraopt_jax.demo.model import Base, forward
-from hydraopt_jax.demo.outputs import Sequences
 from hydraopt_jax.explicit import fitting
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Factors, Gradient, Hydra
-from hydraopt_jax.merging import collection as merged_collection
+from hydraopt_jax.merging import whole_adapters
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.errors_of import error_table
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.problem import Problem
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Store, plain
 from hydraopt_jax.store.store import make_segment
-from hydraopt_jax.store.tensors import coded
+from hydraopt_jax.store.tensors import encode_tensors
 
 BUDGETS = (0.5, 0.25, 0.125, 0.065, 0.03)
 HEADS = (1, 10, 40)
@@ -73,7 +72,7 @@ def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
     @functools.cache
     def budgeted(budget: float, calibrated: bool) -> Store:
         options = Options(budget=budget, calibration=moments() if calibrated else None)
-        return engine.compress_to_target(found, options, Memory(), cache=known[calibrated])
+        return engine.compress_to_target(found, options, cache=known[calibrated])
 
     def refined_to(budget: float, seed: int) -> Store:
         return refined(setting, settings, budgeted(budget, True), moments(), f"{budget:g}", seed)
@@ -160,10 +159,10 @@ def merged(setting: Setting, settings: Refining) -> dict[str, Maker]:
 def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store:
     """One adapter for all tasks, at the best of a few scales on dev items.
 
-    Scales are multiples of the one of least weight error, see `merging.collection.scale_of`.
+    Scales are multiples of the one of least weight error, see `merging.whole_adapters.least_error_scale`.
     """
     found = merging.merge_stacked(stacked, method, seed=seed)
-    least, _ = merged_collection.scale_of(merged_collection.modules_of(stacked), found)
+    least, _ = whole_adapters.least_error_scale(whole_adapters.modules_of(stacked), found)
     everywhere = np.zeros(len(stacked.tasks), np.int32)
     tries = []
     for scale in SCALES:
@@ -181,7 +180,7 @@ def store_of(collection: Sequence[Adapter], modules: Mapping[str, Factors]) -> S
     schema, leaves = plain.to_leaves(cast)
     tasks = tuple(x.task for x in collection)
     errors = error_table(cast, collection, list(schema))
-    tensors = [coded(x.extras) for x in collection]
+    tensors = [encode_tensors(x.extras) for x in collection]
     segment = make_segment(tasks, schema, leaves, errors, tensors=tensors)
     found = in_memory(collection)
     report = Static({"form": "merged", "options": {}, "entries": found.entries(), "bound": {}})

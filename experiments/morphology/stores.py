@@ -26,12 +26,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.morphology import outputs
 from experiments.morphology.config import Data, Refining
 from experiments.morphology.dataset import load_items
 from experiments.morphology.rows import Maker, Setting, plan
 from hydraopt_jax import formats, refinement, report, serving
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.demo import outputs
 from hydraopt_jax.demo.assets import ADAPTERS_FILE, BASE_FILE, load_base, load_vocabulary, unpack_adapters
 from hydraopt_jax.demo.evaluate import Adapted, evaluate
 from hydraopt_jax.demo.model import Base

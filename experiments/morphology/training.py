@@ -22,6 +22,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hydraopt_jax.demo.model import Base, Branches, forward
+from hydraopt_jax.demo.vocabulary import PAD_ID
+
 Step = Callable[[Any, Array], tuple[Any, Array]]
 
 
@@ -117,3 +120,17 @@ def run(
                 folder.mkdir(parents=True, exist_ok=True)
                 ocp.save((folder / str(done)).resolve(), state, overwrite=True)
     return state, trace
+
+
+def loss(base: Base, lora: Branches, tokens: Array, lengths: Array) -> Array:
+    """Mean cross-entropy of the answers.
+
+    Args:
+        tokens: [N, L] prompt, answer, padding.
+        lengths: [N] of the prompts, `<sep>` included: only what comes after is learnt.
+    """
+    logits = forward(base, lora, tokens[:, :-1])
+    wanted = tokens[:, 1:]
+    learnt = (jnp.arange(wanted.shape[1]) >= lengths[:, None] - 1) & (wanted != PAD_ID)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], -1)[..., 0]
+    return -jnp.sum(picked * learnt) / jnp.maximum(jnp.sum(learnt), 1)

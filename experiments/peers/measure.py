@@ -44,6 +44,12 @@ with open(sys.argv[1], "w") as file:
 """
 
 
+def commit() -> str:
+    """The commit of the code that runs."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def watched(command: list[str], limit: float, environment: dict[str, str]) -> dict[str, Any]:
     """Seconds, processor seconds, peak bytes and the end of the output of a command; why it "failed", if it
     did."""

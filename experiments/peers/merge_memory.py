@@ -37,7 +37,7 @@ def worker(name: str) -> dict[str, float]:
         synthetic.collection(0, tasks=TASKS, modules={"q": (WIDTH, WIDTH)}, rank=RANK, dtype="float32")
     )
     options: dict[str, Any] = {}
-    if "moments" in registry.find(name).options:
+    if "moments" in registry.method_of(name).options:
         rng = np.random.default_rng(0)
         x = (rng.standard_normal((WIDTH + 8, WIDTH), np.float32) for _ in range(TASKS))
         options["moments"] = [{"q": rows.T @ rows / len(rows)} for rows in x]

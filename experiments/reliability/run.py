@@ -13,6 +13,7 @@ Prints a line for each part and writes run.json beside this file; exit status 1 
 that are named are run again and the others are kept.
 """
 
+import datetime
 import functools
 import json
 import os
@@ -22,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from experiments.peers.measure import commit
 
 OUT = Path(__file__).parent / "run.json"
 # kills of each command at random instants; random changes of each target's input; seconds of fuzzing; writes
@@ -57,6 +60,7 @@ def main(chosen: list[str]) -> int:
             begun = time.perf_counter()
             tried, lost = every[name](root)
             row = {"tried": tried, "lost": lost, "seconds": round(time.perf_counter() - begun)}
+            row |= {"commit": commit(), "date": datetime.date.today().isoformat()}
             rows = json.loads(OUT.read_text()) if OUT.exists() else {}
             OUT.write_text(json.dumps({**rows, name: row}, indent=1) + "\n")
             print(f"{name}: {json.dumps(tried)} lost {len(lost)}", flush=True)

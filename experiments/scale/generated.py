@@ -11,11 +11,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hydraopt_jax import synthetic
-from hydraopt_jax.collection import Card, Collection, Entry, Pair
+from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair
 from hydraopt_jax.store.lossless import Raw
 
 MODELS = {
     "0.5b": synthetic.transformer_modules(24, 896, 128),
+    "narrow": {f"model.layers.{n}.q_proj": (64, 64) for n in range(4)},
     "slice": {f"model.layers.{n}.q_proj": (2048, 2048) for n in range(4)},
     "8b": synthetic.transformer_modules(32, 4096, 1024, mlp=14336),
 }
@@ -41,7 +42,7 @@ def collection(
       seed: of everything.
     """
     decay = (np.arange(1, rank + 1, dtype=np.float32) ** -1.5)[None, :]
-    table = {m: Entry("", "", i, o, rank, 2.0) for m, (i, o) in modules.items()}
+    table = {m: ModuleEntry("", "", i, o, rank, 2.0) for m, (i, o) in modules.items()}
     common: dict[str, np.ndarray] = {}
 
     def shared(name: str) -> np.ndarray:

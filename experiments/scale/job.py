@@ -27,7 +27,7 @@ from hydraopt_jax.forms import Hydra
 from hydraopt_jax.jobs import estimate, job
 from hydraopt_jax.rate_control import parts
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Progress
+from hydraopt_jax.rate_control.work import Job, Processes, Progress
 from hydraopt_jax.store import sizes
 
 FORM = Hydra(rank=16)
@@ -68,12 +68,20 @@ def main() -> None:
     read: list[int] = []
     asked = {"budget": budget} if budget else {"form": FORM}
     progress = Progress(step=lambda done: seconds.append(time.perf_counter()), read=read.append)
+    # what comes after the last wait for work is done by the first process alone
+    waits: dict[str, float] = {}
+
+    def wait(name: str) -> None:
+        waits[name] = time.process_time()
+
+    processes = Processes(wait=wait)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "store"
         compress = functools.partial(compression.compress, **asked)
         start = time.perf_counter(), time.process_time()
-        content = job.run(out, found, compress, asked, progress=progress)
+        content = job.run_job(out, found, compress, asked, Job(progress=progress, processes=processes))
         total, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+        alone = start[1] + cpu - waits["compressed" if budget else "worked"]
         highest, size = peak(), sizes.size_on_disk(out)
         assert content is not None
         errors = content.errors
@@ -90,6 +98,8 @@ def main() -> None:
         "planned_memory_bytes": planned.memory,
         "seconds": total,
         "cpu_seconds": cpu,
+        "cpu_seconds_of_the_first_process_at_the_end": alone,
+        "segments": len(content.segments),
         "seconds_after_first_group": seconds[-1] - seconds[0],
         "bytes_read": sum(read),
         "store_bytes": size,

@@ -30,7 +30,7 @@ def main() -> None:
     bfloat16 = jnp.bfloat16.dtype
     a = rng.standard_normal((1, TASKS, RANK, SIZE), np.float32).astype(bfloat16)
     b = rng.standard_normal((1, TASKS, SIZE, RANK), np.float32).astype(bfloat16)
-    block = groups.Block(a, b, np.ones((1, TASKS), np.float32), np.full((1, TASKS), RANK))
+    block = groups.GroupFactors(a, b, np.ones((1, TASKS), np.float32), np.full((1, TASKS), RANK))
     both = streaming_gram.bits(block.a), streaming_gram.bits(block.b), block.scale
     pieces = {
         "gram": streaming.sum_tasks(RANK, (SIZE, SIZE), grid),
@@ -44,7 +44,7 @@ def main() -> None:
     parts = [x for _, x in streaming.chunks(every, pieces["projection"], grid)]
     q = np.linalg.qr(rng.standard_normal((SIZE, WIDTH)))[0][None].astype(np.float32)
     shared = streaming_gram.Range(
-        *(devices.put(grid, x, streaming_gram.LOCAL) for x in streaming_gram.range_of(q))
+        *(devices.put_on_mesh(grid, x, streaming_gram.LOCAL) for x in streaming_gram.range_of(q))
     )
     large = jnp.asarray(rng.standard_normal((4096, 4096), np.float32))
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))

@@ -18,19 +18,20 @@ import optax
 from flax import nnx
 
 import hydraopt_jax as hydra
+from experiments.morphology.assets import load_adapters
 from hydraopt_jax import formats, serving
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.model import bind
 from hydraopt_jax.demo.model import forward as predict
 from hydraopt_jax.demo.tasks import Item, prompt
-from hydraopt_jax.demo.vocabulary import encode
+from hydraopt_jax.demo.vocabulary import token_ids
 
 TASKS = ("lemmatise-en", "pronounce-es", "inflect-de")
 
 
 def train(folder: Path) -> None:
     """What a training run leaves behind: one Orbax checkpoint of LoRA parameters a task."""
-    for task, lora in assets.load_adapters().items():
+    for task, lora in load_adapters().items():
         if task in TASKS:
             a, b = ({name: np.asarray(pair[k]) for name, pair in lora.items()} for k in (0, 1))
             formats.write_checkpoint(folder / task, hydra.Adapter(task, a, b), "flax_nnx", scale=1.0)
@@ -70,7 +71,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as path:
         train(Path(path))
         vocabulary = assets.load_vocabulary()
-        words = [encode(vocabulary, prompt(task, Item(tuple("casa"), ()))) for task in TASKS]
+        words = [token_ids(vocabulary, prompt(task, Item(tuple("casa"), ()))) for task in TASKS]
         _, logits = main(Path(path), jnp.asarray(words))
         for task, token in zip(TASKS, logits[:, -1].argmax(-1).tolist(), strict=True):
             print(f"{task}: {vocabulary.tokens[token]}")

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax.calibration.moments import Seen, aligned, averaged, chosen
+from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats.families import Name
 
 # what PEFT puts before the names that its adapters have
 PREFIX = "base_model.model."
@@ -116,18 +115,15 @@ def collect(
     batches: Iterable[Any],
     forward: Callable[[Any, Any], Any] | None,
     mask: Callable[[Any], Any] | None,
-    modules: Iterable[str] | None,
-    rename: Callable[[str], Name],
-    diagonal: bool,
-    outputs: bool,
+    watch: Watch,
     seed: int,
 ) -> dict[str, np.ndarray]:
     """See `tap.collect`."""
     import torch
 
-    layers = layers_of(model, modules is not None)
-    names = chosen(layers, modules, rename)
-    taps = {path: Tap(path, diagonal, outputs) for path in names}
+    layers = layers_of(model, watch.modules is not None)
+    names = chosen(layers, watch)
+    taps = {path: Tap(path, watch.diagonal, watch.outputs) for path in names}
     handles = [layers[path].register_forward_hook(x, with_kwargs=True) for path, x in taps.items()]
     draw = torch.Generator().manual_seed(seed)
     empty = True
@@ -139,16 +135,16 @@ def collect(
                 counted = torch.as_tensor(counted).float()
             for x in taps.values():
                 x.counted = counted
-            with frozen(model), torch.set_grad_enabled(outputs):
+            with frozen(model), torch.set_grad_enabled(watch.outputs):
                 found = (forward or call)(model, batch)
-                if outputs:
+                if watch.outputs:
                     likelihood(getattr(found, "logits", found), counted, draw).backward()
     finally:
         for handle in handles:
             handle.remove()
     if empty:
         raise HydraOptError("there are no batches: nothing was collected")
-    return averaged({path: x.seen() for path, x in taps.items()}, names, modules is not None)
+    return averaged({path: x.seen() for path, x in taps.items()}, names, watch)
 
 
 def call(model: Any, batch: Any) -> Any:

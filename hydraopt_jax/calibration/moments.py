@@ -91,14 +91,23 @@ class Seen(NamedTuple):
     outputs: np.ndarray | None = None
 
 
-def averaged(seen: Mapping[str, Seen], names: Mapping[str, Name], named: bool) -> dict[str, np.ndarray]:
+class Watch(NamedTuple):
+    """What of a model is looked at, see `tap.collect`."""
+
+    modules: tuple[str, ...] | None
+    rename: Callable[[str], Name]
+    diagonal: bool
+    outputs: bool
+
+
+def averaged(seen: Mapping[str, Seen], names: Mapping[str, Name], watch: Watch) -> dict[str, np.ndarray]:
     """Second moments by module's name, from what a model's layers have seen.
 
     Args:
       seen: path of a layer -> its sums.
       names: path of a layer -> the module's name, or those of modules that share its kernel, one after
         another along its outputs.
-      named: whether the layers were asked for: one that was never called is an error then.
+      watch: where it names modules, a layer that was never called is an error.
 
     Raises:
       HydraOptError: a named layer that was never called, no layer that was, or numbers that are not finite.
@@ -108,7 +117,7 @@ def averaged(seen: Mapping[str, Seen], names: Mapping[str, Name], named: bool) -
     for path, name in names.items():
         x, shared = seen[path], name if isinstance(name, tuple) else (name,)
         if not x.count:
-            if named:
+            if watch.modules is not None:
                 raise HydraOptError(f"{path}: forward never calls it: leave it out of modules")
             continue
         for n, one in enumerate(shared):
@@ -126,17 +135,15 @@ def averaged(seen: Mapping[str, Seen], names: Mapping[str, Name], named: bool) -
     return out
 
 
-def chosen(
-    paths: Iterable[str], modules: Iterable[str] | None, rename: Callable[[str], Name]
-) -> dict[str, Name]:
+def chosen(paths: Iterable[str], watch: Watch) -> dict[str, Name]:
     """Path -> module's name of the layers to look at.
 
     Raises:
       HydraOptError: a module without a layer (near paths are listed), or no layer.
     """
-    names = {path: rename(path) for path in paths}
-    if modules is not None:
-        wanted = set(modules)
+    names = {path: watch.rename(path) for path in paths}
+    if watch.modules is not None:
+        wanted = set(watch.modules)
         each = {path: {name} if isinstance(name, str) else set(name) for path, name in names.items()}
         for name in sorted(wanted.difference(*each.values())):
             raise HydraOptError(

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from hydraopt_jax.calibration import hooks
-from hydraopt_jax.calibration.moments import Seen, aligned, averaged, chosen
+from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.families import Name
 from hydraopt_jax.linalg.decompose import matmul
@@ -118,13 +118,7 @@ def output_rows(base: Any, y: Array, ndim: int, equation: str | None) -> Array:
     return y
 
 
-def tapped(
-    model: nnx.Module,
-    modules: Iterable[str] | None,
-    rename: Callable[[str], Name],
-    diagonal: bool,
-    outputs: bool,
-) -> tuple[nnx.Module, dict[str, Name]]:
+def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]]:
     """A copy of a model with accumulating layers, arrays shared; and path -> module name of each layer.
 
     Raises:
@@ -132,7 +126,7 @@ def tapped(
     """
     copy = nnx.merge(*nnx.split(model), copy=True)
     layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(copy) if is_layer(x)}
-    names = chosen(layers, modules, rename)
+    names = chosen(layers, watch)
     counted = Counted(jnp.ones(()))
     for path in names:
         keys, base = layers[path]
@@ -142,7 +136,7 @@ def tapped(
                 f"{path}: its kernel has shape {list(shape)}, layers stacked by scan or vmap: collect "
                 "from the model with its layers one by one"
             )
-        replace(copy, keys, Tapped(base, path, counted, diagonal, outputs))
+        replace(copy, keys, Tapped(base, path, counted, watch.diagonal, watch.outputs))
     return copy, names
 
 
@@ -200,11 +194,12 @@ def collect(
       HydraOptError: a module without a layer (near paths are listed), a mask that does not fit, no batches.
     """
     key = jax.random.key(0) if key is None else key
+    watch = Watch(None if modules is None else tuple(modules), rename, diagonal, outputs)
     if hooks.is_torch(model):
         seed = int(jax.random.bits(key))
-        return hooks.collect(model, batches, forward, mask, modules, rename, diagonal, outputs, seed)
+        return hooks.collect(model, batches, forward, mask, watch, seed)
     run_model = forward or (lambda model, batch: model(batch))
-    copy, names = tapped(model, modules, rename, diagonal, outputs)
+    copy, names = tapped(model, watch)
     graph, *states = nnx.split(copy, Cell, Sum, ...)
     cells, sums, rest = states
 
@@ -231,7 +226,7 @@ def collect(
         seen += 1
     if not seen:
         raise HydraOptError("there are no batches: nothing was collected")
-    return averaged(sums_of(nnx.merge(graph, found, sums, rest, copy=True)), names, modules is not None)
+    return averaged(sums_of(nnx.merge(graph, found, sums, rest, copy=True)), names, watch)
 
 
 def likelihood(logits: Array, counts: Array, key: Array) -> Array:

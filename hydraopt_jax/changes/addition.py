@@ -26,7 +26,7 @@ from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, references, tensors
 from hydraopt_jax.store.decoding import borrowing, decode_segment, decode_segments, terms_of
 from hydraopt_jax.store.references import Vectors, base_of
-from hydraopt_jax.store.removal import changed
+from hydraopt_jax.store.removal import changed_report
 from hydraopt_jax.store.schema import PlainShape
 from hydraopt_jax.store.store import SHARED, Reference, Segment, Source, Store, count, make_segment
 
@@ -61,15 +61,15 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
                 "adapters of one store must adapt one base model"
             )
     need_calibration(store, calibration)
-    carried = tensors.coded(new.extras, store.report["options"].get("extras_dtype"))
+    carried = tensors.encode_tensors(new.extras, store.report["options"].get("extras_dtype"))
     source = Source(new.dtype, Static(new.config), Static(new.layout), new.source, new.digest)
     if store.report["form"] == lossless.FORM:
         segment = as_it_came(new)
     elif any(x.coded for x in store.segments):
-        segment = coded(store, new, calibration)
+        segment = segment_at_step(store, new, calibration)
     else:
         segment = joined_to(store, new)
-    report = changed(store.report, sum(x.size for x in (*new.a.values(), *new.b.values())))
+    report = changed_report(store.report, sum(x.size for x in (*new.a.values(), *new.b.values())))
     if calibration is not None and store.report["options"].get("calibrated"):
         # modules whose errors are those of weights, under the names that `compress` uses
         known = report.get("uncalibrated", ())
@@ -98,12 +98,12 @@ def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None)
 def as_it_came(new: Adapter) -> Segment:
     """The segment of a new task in a lossless store."""
     rows = {n: [raw_of(new, n)] for n, a in new.a.items() if a.shape[1]}
-    modules, errors, _ = lossless.modules_of(rows)
+    modules, errors, _ = lossless.lossless_terms(rows)
     shapes, leaves = plain.to_leaves(modules)
     return make_segment([new.task], shapes, leaves, errors)
 
 
-def coded(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | None) -> Segment:
+def segment_at_step(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | None) -> Segment:
     """The segment of a task coded at the store's step, predicted from other tasks in small stores."""
     shapes = {n: (a.shape[0], new.b[n].shape[1]) for n, a in new.a.items()}
     around = {n: (a, new.b[n].T) for n, a in new.a.items()}
@@ -115,7 +115,7 @@ def coded(store: Store, new: Adapter, calibration: Mapping[str, np.ndarray] | No
         leaves = encode.serialize(trial.coded, trial.gains)
         segment = make_segment([new.task], trial.coded.shapes, leaves, trial.errors)
         return with_errors(segment, [new], trial.errors) if metrics else segment
-    return predicted(store, new, problem, step)
+    return predicted_segment(store, new, problem, step)
 
 
 def candidates(store: Store) -> tuple[dict[Reference, Vectors], int]:
@@ -136,12 +136,12 @@ def candidates(store: Store) -> tuple[dict[Reference, Vectors], int]:
     return known, tables
 
 
-def predicted(store: Store, new: Adapter, problem: Problem, step: float) -> Segment:
+def predicted_segment(store: Store, new: Adapter, problem: Problem, step: float) -> Segment:
     """The task's segment, predicted from the references that save the most bits."""
     known, tables = candidates(store)
     table = references.frequencies(bytes(bytes_of(store.segments[tables].leaves["shared"])))
     goals, _ = targets_at_step(problem, step)
-    chosen = choose(goals, known)
+    chosen = choose_references(goals, known)
     rest: dict[str, tuple[encode.Target, ...]] = {}
     found: list[Prediction] = []
     guesses: dict[tuple[str, int], np.ndarray] = {}
@@ -172,7 +172,7 @@ def predicted(store: Store, new: Adapter, problem: Problem, step: float) -> Segm
     return with_errors(segment, [new], errors, store.segments) if problem.metrics else segment
 
 
-def choose(
+def choose_references(
     goals: Mapping[str, Sequence[encode.Target]], known: Mapping[Reference, Vectors]
 ) -> tuple[Reference, ...]:
     """The references that save the most bits, greedily."""
@@ -212,13 +212,13 @@ def joined_to(store: Store, new: Adapter) -> Segment:
     parts: list[Any] = []
     lenders: list[Reference] = []
     for name, way in taken.items():
-        own, borrowed = joining.segment_terms(every.get(name, ()), way, name, dtype)
+        own, borrowed = joining.way_terms(every.get(name, ()), way, name, dtype)
         rows: list[PlainShape] = []
         for shape, new_arrays in borrowed:
             term = every[name][way.term]
             for side, what in (("a", way.a), ("b", way.b)):
                 if isinstance(what, int):
-                    lender = Reference(term.segment, place_of(store, term, side, what))
+                    lender = Reference(term.segment, lender_place(store, term, side, what))
                     if lender not in lenders:
                         lenders.append(lender)
                     at = lenders.index(lender)
@@ -239,7 +239,7 @@ def joined_to(store: Store, new: Adapter) -> Segment:
     return with_errors(segment, [new], before=store.segments)
 
 
-def place_of(store: Store, term: joining.Term, side: str, index: int) -> int:
+def lender_place(store: Store, term: joining.Term, side: str, index: int) -> int:
     """A place of the term's segment whose task uses a factor."""
     of = np.asarray(getattr(term.factors, f"{side}_of"))
     return store.segments[term.segment].live[int(np.flatnonzero(of == index)[0])]

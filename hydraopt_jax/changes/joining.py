@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.explicit.fitting import cast
+from hydraopt_jax.explicit.fitting import to_stored
 from hydraopt_jax.factors import Factors, svd, times
 from hydraopt_jax.store.schema import PlainShape
 
@@ -162,7 +162,7 @@ def spend(found: Mapping[str, Sequence[Way]], budget: float) -> dict[str, Way]:
     return {n: x[at[n]] for n, x in found.items()}
 
 
-def segment_terms(
+def way_terms(
     terms: Sequence[Term], way: Way, name: str, dtype: str
 ) -> tuple[list[Factors], list[tuple[PlainShape, Any]]]:
     """The terms of a way: those of the task's own, and those that borrow a factor from the store.
@@ -174,7 +174,7 @@ def segment_terms(
     own: list[Factors] = []
     zero: np.ndarray = np.zeros(1, np.int32)
     if way.own is not None:
-        left, right = (rounded(name, x, dtype)[None] for x in way.own)
+        left, right = (to_stored(name, x, dtype)[None] for x in way.own)
         own.append(Factors(left, right, zero, zero))
     if way.term < 0:
         return own, []
@@ -184,19 +184,13 @@ def segment_terms(
     for side, what in (("a", way.a), ("b", way.b)):
         stack = getattr(term, side)
         if not isinstance(what, int):
-            new[side] = rounded(name, what, dtype)
+            new[side] = to_stored(name, what, dtype)
         sizes[side] = np.shape(stack[0])
     core = ""
     if term.core is not None:
         first = np.asarray(term.core[0])
         core = "full" if first.ndim == 2 else "diagonal" if first.dtype == term.b[0].dtype else "scale"
-        new["core"] = rounded(name, way.core, first.dtype.name)
+        new["core"] = to_stored(name, way.core, first.dtype.name)
     low, high = (np.dtype(x.dtype).name for x in (term.a[0], term.b[0]))
     shape = PlainShape((0,), (0,), sizes["a"][0], sizes["a"][1], sizes["b"][1], low, high, core)
     return own, [(shape._replace(term=terms[way.term].position), new)]
-
-
-def rounded(name: str, x: Any, dtype: str) -> np.ndarray:
-    """An array in the stored dtype; an overflow is an error that names the module."""
-    none = np.zeros(0, np.int32)
-    return np.asarray(cast(Factors(np.asarray(x), np.zeros(0), none, none), dtype, name).a)

@@ -13,7 +13,6 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.changes import addition, refitting
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import removal
 from hydraopt_jax.store.decoding import decode
@@ -43,10 +42,10 @@ def purge(
     """
     left = removal.traces(store)
     if not left:
-        return removal.clean(store), ()
+        return removal.forget_names(store), ()
     addition.need_calibration(store, calibration)
     if not any(x.coded for x in store.segments):
-        return refitted(store, original)
+        return refit_plain(store, original)
     dirty = {n for n, _ in left}
     for n, x in enumerate(store.segments):
         # segments that are predicted from a segment, or use its tables, cannot stay without it
@@ -75,7 +74,7 @@ def purge(
         again |= dict.fromkeys(names)
         standing |= dict.fromkeys(absent)
     done = tuple(t for t in store.tasks if t in again)
-    return removal.clean(bounded(out, done, list(standing))), done
+    return removal.forget_names(bounded(out, done, list(standing))), done
 
 
 def at_hand(store: Store, tasks: Iterable[str], original: Original) -> tuple[list[Adapter], list[str]]:
@@ -105,10 +104,10 @@ def coded_again(
 ) -> Segment:
     """A segment of the same tasks, coded at the store's step; predicted from `before` if the old one was."""
     if segment.references and any(x.coded and x.tables < 0 for x in before.segments):
-        return addition.coded(before.replace(report=store.report), given[0], calibration)
+        return addition.segment_at_step(before.replace(report=store.report), given[0], calibration)
     options = refitting.options_of(store)._replace(calibration=calibration)
     options = options._replace(weights={k: v for k, v in options.weights.items() if k in segment.tasks})
-    fresh = engine.compress_at_step(in_memory(given), options, Memory(), store.report["step"])
+    fresh = engine.compress_at_step(in_memory(given), options, store.report["step"])
     (found,) = fresh.segments
     return found
 
@@ -154,7 +153,7 @@ def bounded(store: Store, again: Sequence[str], standing: Sequence[str]) -> Stor
     return store.replace(report=Static(rest | ({"bounded": kept} if kept else {})))
 
 
-def refitted(store: Store, original: Original) -> tuple[Store, tuple[str, ...]]:
+def refit_plain(store: Store, original: Original) -> tuple[Store, tuple[str, ...]]:
     """A plain store fitted again as a whole."""
     collection, standing = at_hand(store, store.tasks, original)
     fresh = refitting.refit(store, collection)

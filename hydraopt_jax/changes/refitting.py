@@ -11,7 +11,6 @@ from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import lossless, sizes
 from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.store import Store, task_errors, task_index, tensors_of
@@ -59,10 +58,10 @@ def refit(
     need_calibration(store, calibration)
     found = in_memory(collection)
     if store.report["form"] == lossless.FORM:
-        return engine.compress_to_target(found, Options(budget=1.0), Memory())
+        return engine.compress_to_target(found, Options(budget=1.0))
     if any(x.coded for x in store.segments):
         options = options_of(store)._replace(calibration=calibration)
-        return engine.compress_at_step(found, options, Memory(), store.report["step"])
+        return engine.compress_at_step(found, options, store.report["step"])
     asked = store.report["options"]
     form = explicit.form_of(asked)
     tasks = len(collection)
@@ -72,11 +71,11 @@ def refit(
     cores = form.cores and heads is not None and heads < tasks
     form = form._replace(heads=heads, cores=cores)
     return explicit.compress_in_form(
-        found, form, Memory(), dtype=asked["dtype"], extras_dtype=asked.get("extras_dtype")
+        found, form, dtype=asked["dtype"], extras_dtype=asked.get("extras_dtype")
     )
 
 
-def originals(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter], tuple[str, ...]]:
+def originals_or_decoded(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter], tuple[str, ...]]:
     """Each task's original if given, else the decoded task; and the names of the decoded ones."""
     absent = tuple(t for t in store.tasks if t not in given)
     return [given[t] if t in given else decode(store, t) for t in store.tasks], absent
@@ -92,7 +91,7 @@ def estimate_refit(
 
     A coded store's tasks are compressed together to its bytes. A plain one's are fitted in its form.
     """
-    collection, absent = originals(store, given)
+    collection, absent = originals_or_decoded(store, given)
     if any(x.coded for x in store.segments):
         bare = [x.replace(extras={}) for x in collection]
         heads = sum(tensors_of(store, t).nbytes for t in store.tasks)
@@ -102,7 +101,7 @@ def estimate_refit(
             max_task_error=None,
             calibration=calibration,
         )
-        fitted = engine.compress_to_target(in_memory(bare), options, Memory())
+        fitted = engine.compress_to_target(in_memory(bare), options)
     else:
         fitted = refit(store, collection)
     mean = float(np.nanmean(fitted.errors))

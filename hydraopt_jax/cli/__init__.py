@@ -45,7 +45,7 @@ def cli(context: click.Context) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; turn every expected failure into one line and an exit status."""
     few_heaps()
-    compilation.keep()
+    compilation.keep_compiled()
     try:
         sys.exit(cli.main(args=arguments, prog_name="hydraopt", standalone_mode=False) or 0)
     except TooLarge as error:

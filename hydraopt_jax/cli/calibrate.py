@@ -6,13 +6,13 @@ import click
 from rich.text import Text
 
 from hydraopt_jax import report
-from hydraopt_jax.cli.common import Place
+from hydraopt_jax.cli.common import PlaceType
 from hydraopt_jax.cli.output import output_options, say
 from hydraopt_jax.errors import HydraOptError
 
 
 @click.command()
-@click.argument("model", type=Place())
+@click.argument("model", type=PlaceType())
 @click.argument("text", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="the file to write, of safetensors")
 @click.option(

@@ -11,8 +11,8 @@ from rich.text import Text
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
-from hydraopt_jax.cli.common import Place, load_moments, read_all, with_adapters
-from hydraopt_jax.cli.output import clean, output_options, say
+from hydraopt_jax.cli.common import PlaceType, load_moments, read_all, with_adapters
+from hydraopt_jax.cli.output import jsonable, output_options, say
 from hydraopt_jax.cli.tables import calibration_notes, held_notes, sentence
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
@@ -47,11 +47,11 @@ def originals_of(content: Store, given: Sequence[Adapter]) -> dict[str, Adapter]
     return {t: x for t in content.tasks if (x := find(t)) is not None}
 
 
-def refitted(content: Store, given: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None) -> Store:
+def refit_store(content: Store, given: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None) -> Store:
     """The store fitted anew; the originals of all its tasks must be at hand."""
     from hydraopt_jax.changes import refitting
 
-    collection, absent = refitting.originals(content, originals_of(content, given))
+    collection, absent = refitting.originals_or_decoded(content, originals_of(content, given))
     if absent:
         raise HydraOptError(
             f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
@@ -90,7 +90,7 @@ def options(command: Any) -> Any:
     return command
 
 
-def account(path: str, before: int, content: Store, found: "Refit | None", task: str | None) -> Any:
+def change_report(path: str, before: int, content: Store, found: "Refit | None", task: str | None) -> Any:
     """The JSON object, the table and notes, and the last sentence of a change."""
     own = task_errors(content.errors)
     held = removal.held(content)
@@ -102,16 +102,16 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
         "bytes_held": sum(x.bytes for x in held),
         "held": [x._asdict() for x in held],
         "uncalibrated": list(content.report.get("uncalibrated", ())),
-        "error": {"mean": clean(float(own.mean()))},
+        "error": {"mean": jsonable(float(own.mean()))},
     }
     then = [] if found is None else [">refit"]
     table = report.columns("error of weights", ">now", *then)
     rows = [("mean", float(own.mean()), None if found is None else found.mean)]
     if task is not None:
-        payload["error"]["task"] = clean(float(own[task_index(content.tasks, task)]))
+        payload["error"]["task"] = jsonable(float(own[task_index(content.tasks, task)]))
         rows.insert(0, (task, payload["error"]["task"], None if found is None else found.task))
     if found is not None:
-        payload["refit"] = clean(found._asdict())
+        payload["refit"] = jsonable(found._asdict())
     for name, now, other in rows:
         then = [] if other is None else [report.format_error(other)]
         table.add_row(Text(report.shorten(name)), report.format_error(now), *then)
@@ -124,8 +124,8 @@ def account(path: str, before: int, content: Store, found: "Refit | None", task:
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
-@click.argument("adapter", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
+@click.argument("adapter", type=PlaceType())
 @with_adapters
 @options
 @click.pass_context
@@ -144,7 +144,7 @@ def add(
     """
     files.located(path)
     content = store.open(path)
-    moments = moments_of(content, path, given["calibration"])
+    moments = load_moments(content, path, given["calibration"])
     new, *originals = read_all([adapter, *known], any_base, base_suffix)
     before = sizes.size_on_disk(path)
     found: list[Refit] = []
@@ -156,24 +156,19 @@ def add(
         check_same_base([*bases, new], any_base=any_base, base_suffixes=tuple(base_suffix))
         grown = changes.add(content, new, calibration=moments)
         if given["refit"]:
-            return refitted(grown, [*originals, new], moments)
+            return refit_store(grown, [*originals, new], moments)
         if given["estimate"]:
             found.append(estimated(grown, [*originals, new], new.task, moments))
         return grown
 
     said = provenance.entry("add", recipes.recorded(context))
     content = store.update(path, lambda x: provenance.changed(change(x), said))
-    payload, shown, last = account(path, before, content, found[0] if found else None, new.task)
+    payload, shown, last = change_report(path, before, content, found[0] if found else None, new.task)
     say(payload | {"added": new.task}, *shown, last)
 
 
-def moments_of(content: Store, path: str, file: str | None) -> Mapping[str, np.ndarray] | None:
-    """The second moments of `--calibration`."""
-    return None if file is None else load_moments(content, path, file)
-
-
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
 @click.argument("task", required=False)
 @click.option("--purge", is_flag=True, help="leave nothing of removed tasks: code again what depends on them")
 @options
@@ -197,7 +192,7 @@ def remove(
         )
     files.located(path)
     content = store.open(path)
-    moments = moments_of(content, path, given["calibration"])
+    moments = load_moments(content, path, given["calibration"])
     originals = read_all(known, True, ()) if known else []
     before = sizes.size_on_disk(path)
     found: list[Refit] = []
@@ -206,9 +201,11 @@ def remove(
     def change(content: Store) -> Store:
         left = content if task is None else removal.remove(content, task)
         if given["refit"]:
-            return refitted(left, originals, moments)
+            return refit_store(left, originals, moments)
         if purge:
-            left, done = purged(left, original_of(left, originals), moments)
+            from hydraopt_jax import changes
+
+            left, done = changes.purge(left, original_of(left, originals), moments)
             again.extend(done)
         if given["estimate"]:
             found.append(estimated(left, originals, None, moments))
@@ -216,7 +213,7 @@ def remove(
 
     said = provenance.entry("remove", recipes.recorded(context))
     content = store.update(path, lambda x: provenance.changed(change(x), said))
-    payload, shown, last = account(path, before, content, found[0] if found else None, None)
+    payload, shown, last = change_report(path, before, content, found[0] if found else None, None)
     payload |= {"removed": task, "coded_again": again, "bounded": content.report.get("bounded", [])}
     if again:
         shown = (*shown, f"coded again: {', '.join(again)}")
@@ -224,12 +221,3 @@ def remove(
         names = ", ".join(payload["bounded"])
         shown = (*shown, f"errors are upper bounds, as the originals were not at hand: {names}")
     say(payload, *shown, last)
-
-
-def purged(
-    left: Store, find: Callable[[str], Adapter | None], moments: Mapping[str, np.ndarray] | None
-) -> tuple[Store, tuple[str, ...]]:
-    """The store without a trace of what was removed."""
-    from hydraopt_jax import changes
-
-    return changes.purge(left, find, moments)

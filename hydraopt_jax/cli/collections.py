@@ -8,8 +8,8 @@ import numpy as np
 
 from hydraopt_jax import merging, report, tradeoff
 from hydraopt_jax.adapters import stack
-from hydraopt_jax.cli.common import Place, read_all, with_adapters
-from hydraopt_jax.cli.output import clean, output_options, progress, say
+from hydraopt_jax.cli.common import PlaceType, read_all, with_adapters
+from hydraopt_jax.cli.output import jsonable, output_options, progress, say
 from hydraopt_jax.demo import main as demonstration
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms.similarity import cluster_order, nearest_pairs, summarize
@@ -23,7 +23,7 @@ LEGEND = (
 
 
 @click.command("similarity")
-@click.argument("adapters", nargs=-1, required=True, type=Place())
+@click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
 @click.option("--plot", type=click.Path(dir_okay=False), help="write heat maps to this PNG, PDF or SVG")
 @output_options
@@ -38,11 +38,12 @@ def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[st
         "tasks": list(summary.tasks),
         "order": [summary.tasks[t] for t in cluster_order(matrix)],
         "nearest": [
-            {"tasks": [summary.tasks[s], summary.tasks[t]], "delta": clean(value)} for s, t, value in pairs
+            {"tasks": [summary.tasks[s], summary.tasks[t]], "delta": jsonable(value)} for s, t, value in pairs
         ],
-        "mean": {k: clean(np.asarray(v)) for k, v in summary.mean._asdict().items()},
+        "mean": {k: jsonable(np.asarray(v)) for k, v in summary.mean._asdict().items()},
         "modules": {
-            m: {k: clean(np.asarray(v)) for k, v in x._asdict().items()} for m, x in summary.modules.items()
+            m: {k: jsonable(np.asarray(v)) for k, v in x._asdict().items()}
+            for m, x in summary.modules.items()
         },
     }
     last = f"{len(summary.tasks)} adapters, mean similarity of deltas {report.off_diagonal(matrix):.3f}"
@@ -54,7 +55,7 @@ def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[st
 
 
 @click.command("frontier")
-@click.argument("adapters", nargs=-1, required=True, type=Place())
+@click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
 @click.option(
     "--budget",
@@ -81,7 +82,7 @@ def frontier(
     fractions = [parse_budget(x) for x in budgets] or list(tradeoff.FRACTIONS)
     if any(isinstance(x, int) for x in fractions):
         raise HydraOptError("frontier: --budget takes shares of the fp16 bytes, such as 0.125")
-    names = merging.curves.parse(baselines) if baselines else ()
+    names = merging.curves.parse_names(baselines) if baselines else ()
     collection = read_all(adapters, any_base, base_suffix)
     runs = len(fractions) * (2 if len(collection) > 1 else 1)
     with progress("compressing", runs + len(names)) as advance:
@@ -89,7 +90,7 @@ def frontier(
         found = tradeoff.frontier(collection, fractions, baselines=others, progress=advance)
     if plot:
         report.plot_frontier(plot, found)
-    payload = clean(tradeoff.as_dict(found))
+    payload = jsonable(tradeoff.as_dict(found))
     say(payload, report.frontier_table(found), against_hydraopt(found), more=[report.points_table(found)])
 
 
@@ -109,7 +110,7 @@ def demo(out: str) -> None:
     """Compress forty trained adapters at three budgets, and score them before and after."""
     budgets = demonstration.BUDGETS
     with progress("scoring and compressing", demonstration.stages(budgets)) as advance:
-        result = demonstration.run(Path(out), advance)
+        result = demonstration.run_demo(Path(out), advance)
     table = report.columns("what is kept", ">bytes", ">of fp16", ">error", ">exact match", ">of own")
     own = result["own_adapters"]["score"]
     none = result["without_adapters"]["score"]
@@ -130,7 +131,7 @@ def demo(out: str) -> None:
     plot = "the plot, " if result["plot"] else ""
     kept = f"{report.times_smaller(size, last['bytes'])} than fp16, {share(last['score'] / own)} of the score"
     say(
-        clean(result),
+        jsonable(result),
         table,
         f"{out} has {plot}the adapters as PEFT folders, the stores, and one task exported again.",
         None if result["plot"] else "For the plot: pip install 'hydraopt-jax[plot]'",

@@ -28,7 +28,7 @@ class CheckFailed(click.ClickException):
     exit_code = 1
 
 
-class Place(click.Path):
+class PlaceType(click.Path):
     """A path, a NAME=PATH or an address; a shell completes it as a path."""
 
     name = "place"
@@ -57,7 +57,7 @@ def read_beside(
     return out
 
 
-def size_of(source: Source) -> int:
+def source_bytes(source: Source) -> int:
     """Bytes of the folder or file of an adapter; 0 where there is none."""
     folder = Path(source[0])
     if folder.is_file():
@@ -71,7 +71,7 @@ def read_in_batches(
     """As `read_all`, about `LARGE` bytes at a time; each adapter is compared with those before."""
     before: list[Adapter] = []
     sources = locate(given)
-    ends = zip(itertools.accumulate(map(size_of, sources)), sources, strict=True)
+    ends = zip(itertools.accumulate(map(source_bytes, sources)), sources, strict=True)
     for _, group in itertools.groupby(ends, key=lambda x: x[0] // LARGE):
         few = read_beside(before, [x for _, x in group], any_base, base_suffix)
         yield few
@@ -142,12 +142,14 @@ def check_task(option: str, row: str, task: str, tasks: Sequence[str]) -> None:
         raise HydraOptError(f"{option} {row}: no task {task!r}: {suggest(task, tasks)}")
 
 
-def load_moments(content: Store, path: str, calibration: str) -> Mapping[str, np.ndarray]:
-    """The second moments that a store was made with.
+def load_moments(content: Store, path: str, calibration: str | None) -> Mapping[str, np.ndarray] | None:
+    """The second moments that a store was made with; None if no file is given.
 
     Raises:
       HydraOptError: it was made without any, or with others.
     """
+    if calibration is None:
+        return None
     from hydraopt_jax.calibration import digest, load
 
     known = content.report.get("calibration")

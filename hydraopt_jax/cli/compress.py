@@ -14,8 +14,8 @@ from rich.text import Text
 from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
-from hydraopt_jax.cli.common import Place, Source, parse_numbers, with_adapters
-from hydraopt_jax.cli.output import clean, mode, output_options, say
+from hydraopt_jax.cli.common import PlaceType, Source, parse_numbers, with_adapters
+from hydraopt_jax.cli.output import jsonable, mode, output_options, say
 from hydraopt_jax.cli.output import progress as stage
 from hydraopt_jax.cli.tables import (
     bytes_table,
@@ -32,6 +32,7 @@ from hydraopt_jax.forms.asked import check_form
 from hydraopt_jax.jobs import estimate, headers, hosts, job, progress
 from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
 from hydraopt_jax.rate_control.options import Options, check_options
+from hydraopt_jax.rate_control.work import Job
 from hydraopt_jax.reading import locate
 from hydraopt_jax.store import Store, files, sizes
 from hydraopt_jax.store.folder import JOB
@@ -79,7 +80,7 @@ def stoppable(path: Path) -> Iterator[None]:
 
 
 @click.command("compress")
-@click.argument("adapters", nargs=-1, required=True, type=Place())
+@click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
 @click.option("--out", required=True, type=click.Path(), help="the store: a new folder or .safetensors file")
 @click.option(
@@ -114,7 +115,7 @@ def stoppable(path: Path) -> Iterator[None]:
     metavar="DTYPE",
     help="dtype of full tensors (heads): float32, float16 or bfloat16; default: their own",
 )
-@click.option("--recipe", type=click.Path(), is_eager=True, callback=recipes.apply, help=recipes.HELP)
+@click.option("--recipe", type=click.Path(), is_eager=True, callback=recipes.apply_recipe, help=recipes.HELP)
 @click.option("--no-zstd", is_flag=True, help="write plain factors without compression")
 @click.option("--overwrite", is_flag=True, help="replace an existing store")
 @click.option("--force", is_flag=True, help="keep a store that is larger than its input")
@@ -165,7 +166,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
         if targets or beside:
             name = (targets + beside)[0].replace("_", "-").removesuffix("s")
             raise HydraOptError(f"--{name}: --form hydra is a form of its own; leave one of them out")
-        return form_of(given, tasks)
+        return asked_form(given, tasks)
     options = Options(
         budget=None if given["budget"] is None else parse_budget(given["budget"]),
         max_error=given["max_error"],
@@ -180,7 +181,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     return check_options(options)._asdict()
 
 
-def form_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
+def asked_form(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     """As `asked_of`, of an explicit form."""
     idle = {"start": "closed", "steps": 1000}
     if given["solver"] not in ("closed", "optax"):
@@ -212,11 +213,11 @@ def streamed(
     made: Mapping[str, Any],
 ) -> Callable[[], None] | None:
     """Compress what need not fit in memory; what prints the result, only the plan with `--dry-run`."""
-    who = hosts.join(given["coordinator"], given["processes"], given["process_id"])
+    who = hosts.join_processes(given["coordinator"], given["processes"], given["process_id"])
     with job.alone(path, who.rank):
         who.wait("alone")
         with stage("checking", len(sources), who.rank == 0) as advance:
-            found, bad = headers.look(
+            found, bad = headers.read_headers(
                 sources,
                 files.job_home(path) / JOB,
                 skip_bad=given["skip_bad"],
@@ -225,23 +226,20 @@ def streamed(
             )
         named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
         check_same_base(named, any_base=given["any_base"], base_suffixes=tuple(given["base_suffix"]))
-        recipes.check(given["recipe"], {x.task: x.digest for x in found.cards})
+        recipes.check_recipe(given["recipe"], {x.task: x.digest for x in found.cards})
         if given["dry_run"]:
             job.clear_if_empty(path)
             return shown_plan(given["out"], found, asked, bad)
         with progress.to_stderr(who.rank == 0 and not mode().quiet) as told:
-            store = job.run(
+            store = job.run_job(
                 path,
                 found,
                 functools.partial(compression.compress, **asked),
                 as_text(asked),
+                Job(progress=told, processes=who, left_out=bad, provenance=made),
                 overwrite=given["overwrite"],
                 limit=None if given["force"] or keeps_all(asked.get("budget")) else found.size,
                 zstd=not given["no_zstd"],
-                processes=who,
-                provenance=made,
-                left_out=bad,
-                progress=told,
             )
     return None if store is None else shown_store(path, store, found.size, given)
 
@@ -254,7 +252,7 @@ def shown_store(path: Path, store: Store, before: int, given: Mapping[str, Any])
     payload |= {
         "bytes_before": before,
         "bytes_after": after,
-        "ratio": clean(after / before),
+        "ratio": jsonable(after / before),
         "bytes_of": parts,
     }
     left = [f"left out: {x}: {why}" for x, why in store.report.get("left_out", {}).items()]
@@ -290,5 +288,5 @@ def shown_plan(out: str, found: Any, asked: Mapping[str, Any], bad: Mapping[str,
     ):
         table.add_row(name, Text(value))
     left = [f"left out: {x}: {why}" for x, why in bad.items()]
-    payload = {"plan": clean(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)}
+    payload = {"plan": jsonable(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)}
     return functools.partial(say, payload, table, *left, f"{out}: nothing was written")

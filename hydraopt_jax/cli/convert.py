@@ -42,7 +42,7 @@ def is_peft(source: str) -> bool:
 def convert(source: str, out: str, to: str, **options: Any) -> None:
     """Convert the adapter SOURCE, a PEFT folder or an Orbax checkpoint, to OUT."""
     check_dtype(options["dtype"])
-    adapter = read(source, to, **options)
+    adapter = read_source(source, to, **options)
     if to == "peft":
         write_adapter(out, adapter, dtype=options["dtype"], overwrite=options["overwrite"])
         rank, scale = max(x.shape[1] for x in adapter.a.values()), 1.0
@@ -59,7 +59,7 @@ def convert(source: str, out: str, to: str, **options: Any) -> None:
     say(payload, table, note)
 
 
-def read(source: str, to: str, **options: Any) -> Adapter:
+def read_source(source: str, to: str, **options: Any) -> Adapter:
     """The adapter, under Hugging Face's names."""
     if is_peft(source):
         if to == "peft":

@@ -8,13 +8,13 @@ import click
 from rich.text import Text
 
 from hydraopt_jax import report
-from hydraopt_jax.cli.common import Place
+from hydraopt_jax.cli.common import PlaceType
 from hydraopt_jax.cli.output import output_options, say, shown
 from hydraopt_jax.integrations import hub
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
 @click.argument("name", metavar="ORG/NAME")
 @click.option("--private/--public", default=None, help="of a repository that is made")
 @click.option("--revision", metavar="BRANCH", help="made where there is none; default: main")
@@ -41,7 +41,7 @@ def push(path: str, name: str, **given: Any) -> None:
 
 @click.command()
 @click.argument("name", metavar="ORG/NAME[@REVISION]")
-@click.argument("path", metavar="STORE", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="fetch this task only; may be repeated")
 @click.option("--base", metavar="NAME", help="the base model that the adapters must be of")
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")

@@ -10,12 +10,18 @@ from rich.text import Text
 
 from hydraopt_jax import calibration, merging, report
 from hydraopt_jax.adapters import Adapter, check
-from hydraopt_jax.cli.common import Place, check_task, parse_files, parse_numbers, read_beside, with_adapters
-from hydraopt_jax.cli.output import clean, output_options, progress, say, warn
+from hydraopt_jax.cli.common import (
+    PlaceType,
+    check_task,
+    parse_files,
+    parse_numbers,
+    read_beside,
+    with_adapters,
+)
+from hydraopt_jax.cli.output import jsonable, output_options, progress, say, warn
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import write_adapter
-from hydraopt_jax.merging import collection as merged_collection
-from hydraopt_jax.merging import registry
+from hydraopt_jax.merging import registry, whole_adapters
 from hydraopt_jax.reading import locate
 from hydraopt_jax.store.store import task_errors
 from hydraopt_jax.store.tensors import check_dtype
@@ -35,7 +41,7 @@ def weights_of(rows: Sequence[str], method: str, tasks: Sequence[str]) -> list[f
         return None
     for task in given:
         check_task("--weight", f"{task}={given[task]:g}", task, tasks)
-    own = merged_collection.check_weights(None, registry.find(method), len(tasks))
+    own = whole_adapters.check_weights(None, registry.method_of(method), len(tasks))
     return [given.get(t, float(x)) for t, x in zip(tasks, own, strict=True)]
 
 
@@ -77,7 +83,7 @@ def warnings(collection: Sequence[Adapter], method: str) -> None:
 
 
 @click.command("merge")
-@click.argument("adapters", nargs=-1, required=True, type=Place())
+@click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
 @click.option("--out", required=True, type=click.Path(), help="the PEFT folder to write")
 @click.option("--method", default="linear", show_default=True, help=f"one of {', '.join(SINGLE)}")
@@ -132,7 +138,7 @@ def merge(
     """
     options = {k: v for k, v in given.items() if v is not None}
     factor = parse_scale(scale)
-    merged_collection.check_single(method)
+    whole_adapters.check_single(method)
     registry.check_options(
         method,
         options | ({} if rank is None else {"rank": rank}) | ({"moments": moments} if moments else {}),
@@ -171,13 +177,13 @@ def merge(
     payload = {
         "out": str(out),
         "method": method,
-        "options": clean({k: v for k, v in options.items() if k != "moments"}),
+        "options": jsonable({k: v for k, v in options.items() if k != "moments"}),
         "weights": dict(zip(per_task, numbers, strict=True)) if numbers else None,
-        "scale": clean(factor),
-        "best": clean({"scale": factor * best, "mean": least}),
+        "scale": jsonable(factor),
+        "best": jsonable({"scale": factor * best, "mean": least}),
         "modules": len(merged.a),
         "rank": max(x.shape[1] for x in merged.a.values()),
-        "error": {"per_task": clean(per_task), "mean": clean(mean), "worst": clean(worst)},
+        "error": {"per_task": jsonable(per_task), "mean": jsonable(mean), "worst": jsonable(worst)},
     }
     table = report.columns("task", ">error")
     for task, value in per_task.items():

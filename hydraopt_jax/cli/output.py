@@ -37,7 +37,7 @@ def mode() -> Mode:
     return Mode(**given)
 
 
-def keep(context: click.Context, option: click.Parameter, value: bool) -> None:
+def keep_mode(context: click.Context, option: click.Parameter, value: bool) -> None:
     """Keep a mode for `mode`."""
     if value:
         context.meta.setdefault(__name__, {})[option.name] = True
@@ -50,7 +50,9 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (("--quiet", "-q"), "print nothing but errors"),
         (("--json",), "print one JSON object, and nothing else on standard output"),
     ):
-        command = click.option(*names, is_flag=True, expose_value=False, callback=keep, help=text)(command)
+        command = click.option(*names, is_flag=True, expose_value=False, callback=keep_mode, help=text)(
+            command
+        )
     return command
 
 
@@ -105,14 +107,14 @@ def wrapped(sentence: str, width: int) -> str:
     return textwrap.fill(sentence, width, break_long_words=False, break_on_hyphens=False)
 
 
-def clean(values: Any) -> Any:
+def jsonable(values: Any) -> Any:
     """Numbers as JSON has them: six significant digits, null for what is not a number."""
     if isinstance(values, dict):
-        return {k: clean(v) for k, v in values.items()}
+        return {k: jsonable(v) for k, v in values.items()}
     if isinstance(values, list | tuple):
-        return [clean(v) for v in values]
+        return [jsonable(v) for v in values]
     if isinstance(values, np.ndarray):
-        return clean(values.tolist())
+        return jsonable(values.tolist())
     if isinstance(values, float | np.floating):
         return float(f"{float(values):.6g}") if np.isfinite(values) else None
     return values

@@ -33,22 +33,22 @@ BESIDE = frozenset(
 )
 
 
-def names_of(command: click.Command) -> list[str]:
+def option_names(command: click.Command) -> list[str]:
     """Names of the options that make a store what it is."""
     return [x.name for x in command.params if x.name and x.name not in BESIDE]
 
 
-def apply(context: click.Context, option: click.Parameter, path: str | None) -> dict[str, Any] | None:
+def apply_recipe(context: click.Context, option: click.Parameter, path: str | None) -> dict[str, Any] | None:
     """Read a recipe, whose values stand where the command line gives none."""
     if path is None:
         return None
-    found = provenance.read_recipe(path, names_of(context.command))
+    found = provenance.read_recipe(path, option_names(context.command))
     adapters = [f"{x['task']}={x['source']}" for x in found["adapters"]]
     context.default_map = {**found["options"], **({"adapters": adapters} if adapters else {})}
     return {"path": path, **found}
 
 
-def check(recipe: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
+def check_recipe(recipe: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
     """Refuse adapters, by task, that are not those of the recipe."""
     if recipe is not None:
         provenance.check_digests(recipe["path"], recipe, digests)
@@ -58,7 +58,7 @@ def recorded(context: click.Context) -> dict[str, Any]:
     """The options that were given, by name, JSON-able."""
     given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT)
     out = {}
-    for name in names_of(context.command):
+    for name in option_names(context.command):
         value = context.params.get(name)
         if context.get_parameter_source(name) in given and value not in (None, (), False):
             out[name] = list(value) if isinstance(value, tuple) else value

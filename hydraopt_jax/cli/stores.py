@@ -11,8 +11,8 @@ from rich.text import Text
 
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter, layer_kind, module_shapes
-from hydraopt_jax.cli.common import CheckFailed, Place, load_moments, read_in_batches, with_adapters
-from hydraopt_jax.cli.output import clean, mode, output_options, progress, say
+from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, read_in_batches, with_adapters
+from hydraopt_jax.cli.output import jsonable, mode, output_options, progress, say
 from hydraopt_jax.cli.tables import (
     bytes_table,
     calibration_notes,
@@ -35,7 +35,7 @@ from hydraopt_jax.store.tensors import check_dtype
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
 @click.option(
     "--recipe", type=click.Path(), help="write what compresses the adapters again to this .json or .yaml file"
 )
@@ -54,7 +54,7 @@ def inspect(path: str, recipe: str | None, plot: str | None) -> None:
         provenance.write_recipe(recipe, provenance.recipe_of(content))
     own = sizes.task_bytes(content)
     rows = [
-        {"tasks": names_of(x), "leaves": {k: size_of(v) for k, v in x.leaves.items()}}
+        {"tasks": live_tasks(x), "leaves": {k: size_of(v) for k, v in x.leaves.items()}}
         for x in content.segments
     ]
     size, parts = sizes.size_on_disk(path), sizes.account(path, content)._asdict()
@@ -143,7 +143,7 @@ def leaves_table(content: store.Store) -> Table:
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="a task to export; may be repeated")
 @click.option("--all", "everything", is_flag=True, help="export every task, each to OUT/<its name>")
 @click.option("--out", required=True, type=click.Path(), help="folder to write")
@@ -176,16 +176,16 @@ def export(
     if taken or len(set(folders.values())) < len(names):
         where = (taken or list(folders.values()))[0]
         raise HydraOptError(f"{where}: exists; choose another --out or give --overwrite")
-    server.check(rank, profile)
+    server.check_ranks(rank, profile)
     for t in names:
         x = whole.sources[whole.tasks.index(t)]
-        server.check_task(profile, t, tensors_of(whole, t), x.config, x.layout)
+        server.check_served(profile, t, tensors_of(whole, t), x.config, x.layout)
     ranks, cut = {}, {}
     with progress("exporting", len(folders)) as advance:
         for content in files.batches(whole, list(folders)):
             for found in decode_all(content):
                 task = found.task
-                fitted = server.fit(found, rank=rank, padded=pad, profile=profile)
+                fitted = server.fit_server(found, rank=rank, padded=pad, profile=profile)
                 write_adapter(folders[task], fitted.adapter, dtype=dtype, overwrite=overwrite)
                 ranks[task] = max(x.shape[1] for x in fitted.adapter.a.values())
                 if fitted.errors:
@@ -203,12 +203,12 @@ def export(
         for task, x in cut.items()
     ]
     last = f"{len(written)} adapter{'s' * (len(written) != 1)} written to {out}"
-    say({"exported": written, "ranks": ranks, "cut": clean(cut)}, table, *notes, last)
+    say({"exported": written, "ranks": ranks, "cut": jsonable(cut)}, table, *notes, last)
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
-@click.argument("adapters", nargs=-1, type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
+@click.argument("adapters", nargs=-1, type=PlaceType())
 @with_adapters
 @click.option(
     "--calibration", type=click.Path(), help="what the store was made with: check errors of outputs, too"
@@ -229,7 +229,7 @@ def verify(
         raise HydraOptError("--calibration: output errors are measured against ADAPTERS: name them, too")
     leaves = store.verify(path)
     content = store.open(path)
-    moments = None if calibration is None else load_moments(content, path, calibration)
+    moments = load_moments(content, path, calibration)
     payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "leaves": leaves}
     payload["tasks"] = list(content.tasks)
     wrong: list[str] = []
@@ -244,7 +244,9 @@ def verify(
                 found |= true_errors(content, few, moments if key != "error" else None)
         for key, found in measured.items():
             claimed = dict(zip(content.tasks, task_errors(claims[key]).tolist(), strict=True))
-            payload[key] = {t: {"measured": clean(x), "claimed": clean(claimed[t])} for t, x in found.items()}
+            payload[key] = {
+                t: {"measured": jsonable(x), "claimed": jsonable(claimed[t])} for t, x in found.items()
+            }
             # a task that was coded again without its original claims no more than a bound
             over = {t: x - claimed[t] if t in bounds else abs(x - claimed[t]) for t, x in found.items()}
             wrong += [t for t, x in over.items() if not x <= 1e-6 + 0.01 * claimed[t]]
@@ -283,14 +285,14 @@ def true_errors(
     return measure(content, few, metrics_of(shapes, moments))
 
 
-def names_of(x: store.Segment) -> list[str]:
+def live_tasks(x: store.Segment) -> list[str]:
     """Names of the tasks of a segment that are in the store."""
     return [x.tasks[k] for k in x.live]
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
-@click.argument("file", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
+@click.argument("file", type=PlaceType())
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")
 @output_options
 def pack(path: str, file: str, overwrite: bool) -> None:
@@ -301,8 +303,8 @@ def pack(path: str, file: str, overwrite: bool) -> None:
 
 
 @click.command()
-@click.argument("path", metavar="STORE", type=Place())
-@click.argument("folder", type=Place())
+@click.argument("path", metavar="STORE", type=PlaceType())
+@click.argument("folder", type=PlaceType())
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")
 @output_options
 def unpack(path: str, folder: str, overwrite: bool) -> None:

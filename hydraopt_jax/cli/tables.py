@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hydraopt_jax import report
-from hydraopt_jax.cli.output import clean, mode
+from hydraopt_jax.cli.output import jsonable, mode
 from hydraopt_jax.store import Store, count, manifest
 from hydraopt_jax.store.removal import Held
 from hydraopt_jax.store.store import task_errors
@@ -32,7 +32,7 @@ def describe(path: str, content: Store) -> dict[str, Any]:
         claims["output_error"] = errors_of(content, content.output_errors) | {"of": "outputs"}
     # a form's bound is of what was made small
     for key, x in claims.items():
-        x["bound"] = clean(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
+        x["bound"] = jsonable(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
     chosen = {
         k: content.report[k]
         for k in ("forms", "estimate", "step", "left_out", "factor_bytes", "uncalibrated")
@@ -50,7 +50,7 @@ def describe(path: str, content: Store) -> dict[str, Any]:
         **claims,
         "bounded": list(content.report.get("bounded", ())),
         "entries": {"before": content.report["entries"], "after": count(content)},
-        **clean(chosen),
+        **jsonable(chosen),
     }
 
 
@@ -58,9 +58,9 @@ def errors_of(content: Store, errors: np.ndarray) -> dict[str, Any]:
     """A table of errors `[M, T]` task by task, mean and worst, JSON-able."""
     per_task = task_errors(errors)
     return {
-        "per_task": clean(dict(zip(content.tasks, per_task.tolist(), strict=True))),
-        "mean": clean(float(np.nanmean(errors))),
-        "worst": clean(float(np.max(per_task))),
+        "per_task": jsonable(dict(zip(content.tasks, per_task.tolist(), strict=True))),
+        "mean": jsonable(float(np.nanmean(errors))),
+        "worst": jsonable(float(np.max(per_task))),
     }
 
 
@@ -71,7 +71,7 @@ def worst_modules(content: Store) -> list[dict[str, Any]]:
     order = np.argsort(-np.where(np.isnan(errors), -1.0, errors), axis=None, kind="stable")[:WORST]
     places = [np.unravel_index(x, errors.shape) for x in order]
     return [
-        {"module": names[m], "task": content.tasks[t], "error": clean(float(errors[m, t]))}
+        {"module": names[m], "task": content.tasks[t], "error": jsonable(float(errors[m, t]))}
         for m, t in places
         if errors[m, t] > 0
     ]

@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 
 from hydraopt_jax import serving
-from hydraopt_jax.demo.model import Base, Branches, Lora, bind, forward
-from hydraopt_jax.demo.vocabulary import END_ID, PAD_ID, Items, pad
+from hydraopt_jax.demo.model import Base, Branches, Lora, bind
+from hydraopt_jax.demo.vocabulary import END_ID, PAD_ID, Items, pad_rows
 from hydraopt_jax.forms import Factors
 
 Module = tuple[Factors, ...]
@@ -109,19 +109,6 @@ def greedy_served(base: Base, modules: Mapping[str, Module], prompts: Array, lon
     return found.reshape(tasks, items, longest)
 
 
-def logits(base: Base, lora: Lora, tokens: Array) -> Array:
-    """Next-token logits of every task with its own adapter, for losses on the model's outputs.
-
-    Args:
-        lora: module -> `(a [T, I, S], b [T, S, O])`, or `{}`.
-        tokens: [T, N, L], padded on the right.
-
-    Returns:
-        [T, N, L, V].
-    """
-    return jax.vmap(forward, in_axes=(None, 0, 0))(base, lora, tokens)
-
-
 def edit_distance(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Levenshtein distance of many pairs of sequences, up to each one's first `<end>` or padding.
 
@@ -203,7 +190,7 @@ def evaluate(base: Base, lora: Adapted, items: Items, *, longest: int = 32, bloc
     items = jax.tree.map(lambda x: x[np.arange(tasks)[:, None], order], items)
     answers = answer_all(base, lora, items.prompts, longest=longest, block=block)
     width = max(longest, items.targets.shape[-1])
-    found = pad(answers.reshape(-1, longest).tolist(), width).reshape(*answers.shape[:2], width)
+    found = pad_rows(answers.reshape(-1, longest).tolist(), width).reshape(*answers.shape[:2], width)
     wanted = np.full_like(found, PAD_ID)
     wanted[..., : items.targets.shape[-1]] = items.targets
     right = np.all(found == wanted, -1)

@@ -24,7 +24,6 @@ from hydraopt_jax.formats import read_adapter, write_adapter
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, errors_of
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.rate_control.work import Memory
 from hydraopt_jax.store import Store, task_factors
 
 BUDGETS = (0.25, 0.125, 0.0625)
@@ -34,11 +33,11 @@ ITEMS = 24
 
 
 def stages(budgets: Sequence[float]) -> int:
-    """How often `run` calls `advance`."""
+    """How often `run_demo` calls `advance`."""
     return len(budgets) + 3
 
 
-def run(
+def run_demo(
     out: Path,
     advance: Callable[[], None] = lambda: None,
     *,
@@ -73,7 +72,7 @@ def run(
     try:
         new = work / "new"
         new.mkdir()  # with the usual permissions, which the temporary folder has not
-        result = build(new, advance, tasks, budgets, items)
+        result = build_demo(new, advance, tasks, budgets, items)
         result["plot"] = str(out / PLOT) if (new / PLOT).exists() else None
         (new / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
         os.replace(new, out)
@@ -98,7 +97,7 @@ def lora_of(content: Store, tasks: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def build(
+def build_demo(
     work: Path,
     advance: Callable[[], None],
     chosen: Sequence[str] | None,
@@ -127,7 +126,7 @@ def build(
     rows: list[dict[str, Any]] = []
     cache: dict[int, Any] = {}
     for budget in budgets:
-        kept = engine.compress_to_target(in_memory(collection), Options(budget=budget), Memory(), cache=cache)
+        kept = engine.compress_to_target(in_memory(collection), Options(budget=budget), cache=cache)
         path = work / f"store-{budget:g}"
         store.save(path, kept)
         after = score(lora_of(store.open(path), tasks))

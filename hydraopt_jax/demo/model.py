@@ -19,8 +19,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from hydraopt_jax.demo.vocabulary import PAD_ID
-
 PROJECTIONS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 Lora = dict[str, tuple[Array, Array]]
 # what the forward pass takes: pairs, or functions of a module's input that are added to its output (probes)
@@ -225,17 +223,3 @@ def forward(base: Base, lora: Branches, tokens: Array) -> Array:
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (n, length, length))
     hidden, _ = model(tokens, positions, mask, lora)
     return model.readout(hidden)
-
-
-def loss(base: Base, lora: Branches, tokens: Array, lengths: Array) -> Array:
-    """Mean cross-entropy of the answers.
-
-    Args:
-        tokens: [N, L] prompt, answer, padding.
-        lengths: [N] of the prompts, `<sep>` included: only what comes after is learnt.
-    """
-    logits = forward(base, lora, tokens[:, :-1])
-    wanted = tokens[:, 1:]
-    learnt = (jnp.arange(wanted.shape[1]) >= lengths[:, None] - 1) & (wanted != PAD_ID)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], -1)[..., 0]
-    return -jnp.sum(picked * learnt) / jnp.maximum(jnp.sum(learnt), 1)

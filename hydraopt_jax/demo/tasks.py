@@ -40,15 +40,6 @@ def task_name(task: str, language: str) -> str:
     return f"{task}-{language}"
 
 
-def task_names(tasks: tuple[str, ...] = TASKS, languages: tuple[str, ...] = tuple(LANGUAGES)) -> list[str]:
-    """All adapter names, task by task, in the order used everywhere.
-
-    >>> len(task_names()), task_names()[:2]
-    (40, ['inflect-en', 'inflect-de'])
-    """
-    return [task_name(task, language) for task in tasks for language in languages]
-
-
 def characters(text: str) -> tuple[str, ...]:
     """Text as its NFC code points.
 
@@ -93,15 +84,3 @@ def answer(item: Item) -> tuple[str, ...]:
     ('feature:V', 'feature:PST', '<end>')
     """
     return (*item.output, END)
-
-
-def to_text(tokens: tuple[str, ...]) -> str:
-    """A token sequence as a person would write it.
-
-    >>> to_text(("g", "o", "feature:V", "feature:PST")), to_text(("phoneme:k", "phoneme:a"))
-    ('go V;PST', 'k a')
-    """
-    letters = "".join(t for t in tokens if ":" not in t[1:])
-    bundle = ";".join(t.removeprefix("feature:") for t in tokens if t.startswith("feature:"))
-    sounds = " ".join(t.removeprefix("phoneme:") for t in tokens if t.startswith("phoneme:"))
-    return " ".join(part for part in (letters, bundle, sounds) if part)

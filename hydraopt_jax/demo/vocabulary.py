@@ -46,10 +46,10 @@ def from_tokens(tokens: Iterable[str]) -> Vocabulary:
     return Vocabulary(ordered, ids)
 
 
-def build(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
+def build_vocabulary(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
     """Special, task and language tokens, then every token seen `minimum` times or more, sorted.
 
-    >>> build([Item(("b", "a"), ("a",))], minimum=2).tokens[-2:]
+    >>> build_vocabulary([Item(("b", "a"), ("a",))], minimum=2).tokens[-2:]
     ('language:pl', 'a')
     """
     counts: Counter[str] = Counter()
@@ -60,17 +60,17 @@ def build(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
     return from_tokens((*fixed, *sorted(token for token, n in counts.items() if n >= minimum)))
 
 
-def encode(vocabulary: Vocabulary, tokens: Iterable[str], *, unknown: int = UNKNOWN_ID) -> list[int]:
+def token_ids(vocabulary: Vocabulary, tokens: Iterable[str], *, unknown: int = UNKNOWN_ID) -> list[int]:
     """Ids of tokens, `unknown` for those outside the vocabulary.
 
-    >>> v = build([Item(("a", "b"), ())], minimum=1)
-    >>> decode(v, encode(v, ("a", "b", "<end>", "a")))
+    >>> v = build_vocabulary([Item(("a", "b"), ())], minimum=1)
+    >>> tokens_of(v, token_ids(v, ("a", "b", "<end>", "a")))
     ('a', 'b')
     """
     return [vocabulary.ids.get(token, unknown) for token in tokens]
 
 
-def decode(vocabulary: Vocabulary, ids: Iterable[int]) -> tuple[str, ...]:
+def tokens_of(vocabulary: Vocabulary, ids: Iterable[int]) -> tuple[str, ...]:
     """Tokens of ids, up to the first `<end>` or padding."""
     found: list[str] = []
     for i in ids:
@@ -80,10 +80,10 @@ def decode(vocabulary: Vocabulary, ids: Iterable[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+def pad_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     """Rows of different lengths as one array.
 
-    >>> pad([[5], [6, 7]], 3).tolist()
+    >>> pad_rows([[5], [6, 7]], 3).tolist()
     [[5, 0, 0], [6, 7, 0]]
     """
     out = np.full((len(rows), width), PAD_ID, np.int32)
@@ -111,13 +111,13 @@ def encode_items(
     Returns:
         `Items` with arrays [T, N, ...], N the largest number of items of a task.
 
-    >>> v = build([Item(("a",), ("b",))], minimum=1)
+    >>> v = build_vocabulary([Item(("a",), ("b",))], minimum=1)
     >>> encode_items(v, {"correct-en": [Item(("a",), ("b",))]}).prompts.shape
     (1, 1, 4)
     """
     chosen = {name: list(rows)[:limit] for name, rows in items.items()}
-    prompts = [[encode(vocabulary, prompt(name, i)) for i in rows] for name, rows in chosen.items()]
-    targets = [[encode(vocabulary, answer(i), unknown=-1) for i in rows] for rows in chosen.values()]
+    prompts = [[token_ids(vocabulary, prompt(name, i)) for i in rows] for name, rows in chosen.items()]
+    targets = [[token_ids(vocabulary, answer(i), unknown=-1) for i in rows] for rows in chosen.values()]
     longest = tuple(max((len(r) for rows in side for r in rows), default=1) for side in (prompts, targets))
     p, g = widths or (longest[0], longest[1])
     if longest[0] > p or longest[1] > g:
@@ -126,8 +126,8 @@ def encode_items(
     shape = len(chosen), n
     out = Items(np.zeros((*shape, p), np.int32), np.zeros((*shape, g), np.int32), np.zeros(shape, bool))
     for t, (asked, wanted) in enumerate(zip(prompts, targets, strict=True)):
-        out.prompts[t, : len(asked)] = pad(asked, p)
-        out.targets[t, : len(wanted)] = pad(wanted, g)
+        out.prompts[t, : len(asked)] = pad_rows(asked, p)
+        out.targets[t, : len(wanted)] = pad_rows(wanted, g)
         out.valid[t, : len(asked)] = True
         # Rows that only fill up still need one real token, or their softmax has nothing to look at.
         out.prompts[t, len(asked) :, 0] = SEPARATOR_ID

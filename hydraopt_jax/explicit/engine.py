@@ -16,12 +16,12 @@ from hydraopt_jax import devices
 from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming
-from hydraopt_jax.explicit.groups import GROUP_BYTES, Block, Group, blocks, groups_of, streams
+from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, GroupFactors, groups_of, read_groups, streams
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.forms.asked import check_form
 from hydraopt_jax.rate_control.carried import full_tensors, kept_segment
 from hydraopt_jax.rate_control.segments import kept_note
-from hydraopt_jax.rate_control.work import Place, Processes, Progress
+from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Memory, Place, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import plain
 from hydraopt_jax.store.store import Store, make_segment
@@ -51,14 +51,10 @@ def form_of(options: Mapping[str, Any]) -> Hydra:
 def compress_in_form(
     found: Collection,
     form: Hydra,
-    place: Place,
+    job: Job = IN_MEMORY,
     *,
     dtype: str | None = None,
     extras_dtype: str | None = None,
-    left_out: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    processes: Processes | None = None,
     group_bytes: int = GROUP_BYTES,
 ) -> Store:
     """A store of a collection in an explicit form.
@@ -66,12 +62,9 @@ def compress_in_form(
     Args:
       found: the collection.
       form: the form and its solver.
-      place: where segments are kept; existing segments are not made again.
+      job: where segments are kept, and who takes part; existing segments are not made again.
       dtype: of the stored factors; None for the widest dtype of the input.
       extras_dtype: wider full tensors are rounded to it; None keeps them.
-      left_out, provenance: for the report, see `compression.compress`.
-      progress: callbacks for progress.
-      processes: the processes of the job; all return the same store.
       group_bytes: bytes of factors (in their dtype on disk) that are read and solved together.
 
     Returns:
@@ -83,7 +76,7 @@ def compress_in_form(
 
     Reference: Ceritli et al., HydraOpt, arXiv 2507.17706, 2025.
     """
-    progress, processes = progress or Progress(), processes or Processes()
+    place, progress, processes = job.place or Memory(), job.progress, job.processes
     tasks = len(found.cards)
     check_form(form, tasks)
     check_dtype(dtype)
@@ -105,8 +98,8 @@ def compress_in_form(
         "options": asked(form, tasks, kind, extras_dtype),
         "entries": found.entries(),
         "bound": {name: float(f"{bounds[name]:.6g}") for name in found.shapes if name in bounds},
+        **job.said,
     }
-    report |= {k: dict(v) for k, v in {"left_out": left_out, "provenance": provenance}.items() if v}
     if carried:
         segments = [segments[0].with_tensors(carried)]
     return bundled(Store((*segments, *heads), found.tasks, found.sources, Static(report)), list(found.shapes))
@@ -132,7 +125,7 @@ def bundled(store: Store, order: list[str]) -> Store:
     return store.replace(segments=(segment, *rest))
 
 
-def solve_whole(group: Group, block: Block, form: Hydra, dtype: str) -> dict[str, streaming.Solved]:
+def solve_whole(group: Group, block: GroupFactors, form: Hydra, dtype: str) -> dict[str, streaming.Solved]:
     """Any form, with all tasks of the group at once."""
     count = len(group.modules)
     a = block.a[:count].astype(np.float32).swapaxes(2, 3)
@@ -147,14 +140,14 @@ def work(
     tasks = len(found.cards)
     passes = 2 if streams(form, tasks) else 1
     numbers = iter(todo)
-    stream: Iterator[Any] = blocks(found, list(todo.values()), passes, progress.read)
+    stream: Iterator[Any] = read_groups(found, list(todo.values()), passes, progress.read)
     with contextlib.closing(stream) as coming:  # type: ignore[type-var]
         for group, parts in coming:
             name = f"group-{next(numbers)}"
             file = place.scratch / f"{name}.bin"
             if passes == 2:
                 grid = devices.make(group.room)
-                solved = streaming.solve(file, group, parts, tasks, form, dtype, grid)
+                solved = streaming.solve_group(file, group, parts, tasks, form, dtype, grid)
             else:
                 solved = solve_whole(group, next(parts), form, dtype)
             schema, leaves = plain.to_leaves({n: (x[0],) for n, x in solved.items()})

@@ -34,19 +34,7 @@ def fit_optax(
     a: jax.Array, b: jax.Array, deltas: Svd, *, solver: Gradient, **form: Any
 ) -> tuple[Factors, Info]:
     """`gradient.hydra` for modules of one shape, whose optimizer must be hashable, as those of Optax are."""
-
-    def solve(a: jax.Array, b: jax.Array, deltas: Svd) -> tuple[Factors, Info]:
-        return gradient.hydra(
-            a,
-            b,
-            deltas,
-            start=solver.start,
-            optimizer=solver.optimizer,
-            steps=solver.steps,
-            **form,
-        )
-
-    return jax.vmap(solve)(a, b, deltas)
+    return jax.vmap(lambda *x: gradient.hydra(*x, solver=solver, **form))(a, b, deltas)
 
 
 def entries(tasks: int, heads: int, rank: int, shape: tuple[int, int], side: str) -> int:
@@ -102,16 +90,20 @@ def scale(factors: Factors) -> Factors:
     return factors._replace(a=a * root, b=b / root[:, None])
 
 
-def cast(factors: Factors, dtype: str, module: str) -> Factors:
-    """Round to the stored dtype; an overflow is an error that names the module."""
+def to_stored(module: str, x: Any, dtype: str) -> np.ndarray:
+    """An array in the stored dtype; an overflow is an error that names the module."""
     with np.errstate(over="ignore"):
-        out = [
-            None if x is None else np.asarray(x).astype(dtype) for x in (factors.a, factors.b, factors.core)
-        ]
-    for x in out:
-        if x is not None and not np.isfinite(x.astype(np.float32)).all():
-            raise HydraOptError(f"{module}: values overflow {dtype}; give --dtype bfloat16 or float32")
-    return Factors(out[0], out[1], factors.a_of, factors.b_of, out[2])
+        out = np.asarray(x).astype(dtype)
+    if not np.isfinite(out.astype(np.float32)).all():
+        raise HydraOptError(f"{module}: values overflow {dtype}; give --dtype bfloat16 or float32")
+    return out
+
+
+def cast(factors: Factors, dtype: str, module: str) -> Factors:
+    """The factors in the stored dtype."""
+    core = None if factors.core is None else to_stored(module, factors.core, dtype)
+    a, b = (to_stored(module, x, dtype) for x in (factors.a, factors.b))
+    return factors._replace(a=a, b=b, core=core)
 
 
 expanded = jax.jit(jax.vmap(losses.squared_errors))

@@ -41,7 +41,7 @@ class Group(NamedTuple):
         return max(b - a for a, b in self.spans)
 
 
-class Block(NamedTuple):
+class GroupFactors(NamedTuple):
     """Factors of a group's modules for some tasks, in the files' layout.
 
     Attributes:
@@ -107,7 +107,9 @@ def zeros(shape: tuple[int, ...], kind: str) -> np.ndarray:
     return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
-def fill(found: Collection, group: Group, span: tuple[int, int], read: Callable[[int], None]) -> Block:
+def read_block(
+    found: Collection, group: Group, span: tuple[int, int], read: Callable[[int], None]
+) -> GroupFactors:
     """Read a block."""
     tasks, (inputs, outputs) = range(*span), group.shape
     kind = host_dtype(found)
@@ -128,12 +130,12 @@ def fill(found: Collection, group: Group, span: tuple[int, int], read: Callable[
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(one, tasks))
-    return Block(a, b, scale, ranks)
+    return GroupFactors(a, b, scale, ranks)
 
 
-def blocks(
+def read_groups(
     found: Collection, groups: Sequence[Group], passes: int, read: Callable[[int], None]
-) -> Iterator[tuple[Group, Iterator[Block]]]:
+) -> Iterator[tuple[Group, Iterator[GroupFactors]]]:
     """Every group with its blocks, the next one always being read; spans are read again for each pass, a
     single one once."""
     requests = [
@@ -141,14 +143,14 @@ def blocks(
     ]
     with ThreadPoolExecutor(1) as pool:
         coming = iter(requests)
-        pending: list[Future[Block]] = []
+        pending: list[Future[GroupFactors]] = []
 
         def fetch() -> None:
             request = next(coming, None)
             if request is not None:
-                pending.append(pool.submit(fill, found, *request, read))
+                pending.append(pool.submit(read_block, found, *request, read))
 
-        def take() -> Block:
+        def take() -> GroupFactors:
             block = pending.pop(0).result()
             fetch()
             return block

@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hydraopt_jax.deferred import in_file
-from hydraopt_jax.devices import MODULES, TASKS, even, padded, put
+from hydraopt_jax.devices import MODULES, TASKS, even, put_on_mesh, round_up
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import fitting, streaming_gram
-from hydraopt_jax.explicit.groups import Block, Group, applied
+from hydraopt_jax.explicit.groups import Group, GroupFactors, applied
 from hydraopt_jax.explicit.streaming_gram import BOTH, LOCAL, Basis, Grams
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.forms import Hydra
@@ -60,7 +60,7 @@ def chunks(
             lack = (rows - part.shape[0], size - part.shape[1])
             if any(lack):
                 part = np.pad(part, [(0, lack[0]), (0, lack[1]), *[(0, 0)] * (part.ndim - 2)])
-            out.append(put(grid, part, BOTH))
+            out.append(put_on_mesh(grid, part, BOTH))
         yield min(size, tasks - at), tuple(out)
 
 
@@ -98,10 +98,10 @@ class First(NamedTuple):
     ranks: np.ndarray
 
 
-Passes = Callable[[], Iterator[tuple[int, Block]]]
+Passes = Callable[[], Iterator[tuple[int, GroupFactors]]]
 
 
-def passes_of(group: Group, parts: Iterator[Block]) -> Passes:
+def passes_of(group: Group, parts: Iterator[GroupFactors]) -> Passes:
     """A function that goes through the first task and the block of every span, once a call."""
     starts = [start for start, _ in group.spans]
     if len(starts) > 1:
@@ -110,7 +110,7 @@ def passes_of(group: Group, parts: Iterator[Block]) -> Passes:
     return lambda: iter([(0, held[0])])
 
 
-def rows_of(block: Block, rows: slice) -> tuple[np.ndarray, ...]:
+def rows_of(block: GroupFactors, rows: slice) -> tuple[np.ndarray, ...]:
     """Factors and scales of some modules of a block."""
     return block.a[rows], block.b[rows], block.scale[rows]
 
@@ -126,7 +126,7 @@ def first_pass(
     grams: list[tuple[int, Grams]] = []
     present: list[np.ndarray] = []
     size = sum_tasks(group.rank, group.shape, grid)
-    length = padded(group.length, grid.shape[TASKS])
+    length = round_up(group.length, grid.shape[TASKS])
     for _, block in passes():
         present.append(block.ranks[rows])
         if direct:
@@ -139,7 +139,7 @@ def first_pass(
                 grams.append((count, part))
         if len(direct) < len(ranks):
             # the only span: `applied` sides need every task at once, and are small for it
-            every = next(chunks(rows_of(block, rows), padded(tasks, grid.shape[TASKS]), grid))[1]
+            every = next(chunks(rows_of(block, rows), round_up(tasks, grid.shape[TASKS]), grid))[1]
             for side in ranks:
                 if side not in direct:
                     basis, part = streaming_gram.of_factors(*every, mesh=grid, rank=ranks[side], side=side)
@@ -172,10 +172,10 @@ def trace_of(energies: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack([(x > 0).sum(-1) for x in energies]).sum(0).astype(jnp.float32)
 
 
-def solve(
+def solve_group(
     file: Path,
     group: Group,
-    parts: Iterator[Block],
+    parts: Iterator[GroupFactors],
     tasks: int,
     form: Hydra,
     dtype: str,
@@ -297,10 +297,10 @@ def projected(
     for side, x in sides.items():
         found = streaming_gram.range_of(x.stored.astype(np.float32))
         wide = (np.pad(y, [(0, lack), *[(0, 0)] * (y.ndim - 1)]) for y in found)
-        on_mesh[side] = streaming_gram.Range(*(put(grid, y, LOCAL) for y in wide))
+        on_mesh[side] = streaming_gram.Range(*(put_on_mesh(grid, y, LOCAL) for y in wide))
     widest = max(x.stored.shape[-1] for x in sides.values())
     most = head_tasks(group.rank, group.shape, widest, grid) * lanes
-    size = padded(even(group.length, most), lanes)
+    size = round_up(even(group.length, most), lanes)
     for start, block in passes():
         at = start
         length = block.a.shape[1]

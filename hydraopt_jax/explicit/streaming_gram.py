@@ -52,7 +52,7 @@ class Basis(NamedTuple):
     values: Array
 
 
-def load(a: Array, b: Array, scale: Array) -> tuple[Array, Array]:
+def oriented(a: Array, b: Array, scale: Array) -> tuple[Array, Array]:
     """Factors as their files have them, `[..., R, I]` and `[..., O, R]`; `a` and scaled `b.T` in float32."""
     return a.astype(jnp.float32), b.astype(jnp.float32).mT * scale[..., None, None]
 
@@ -160,7 +160,7 @@ def accumulate(
             at = jnp.minimum(k * length, tasks - length)
             one, two, factor = (jax.lax.dynamic_slice_in_dim(x, at, length, 1) for x in (a, b, scale))
             one, two = (jax.lax.bitcast_convert_type(x, jnp.dtype(dtype)) for x in (one, two))
-            low, high = load(one, two, factor)
+            low, high = oriented(one, two, factor)
             own = Grams(matmul(low, low.mT), matmul(high, high.mT))
             new = at + jnp.arange(length) >= k * length
             weights = jnp.where(new, decompose.task_weights(own.energy), 0)[..., None, None]
@@ -183,12 +183,13 @@ def accumulate(
         blank = jnp.zeros((*scale.shape, rank, rank))
         return jax.lax.fori_loop(0, -(-tasks // length), step, (sums, Grams(blank, blank)))
 
-    specs = (BOTH, BOTH, BOTH, BOTH)
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(BOTH, BOTH), check_vma=False)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(BOTH,) * 4, out_specs=(BOTH, BOTH), check_vma=False)
     return run(sums, a, b, scale)
 
 
-def leading(apply: Callable[[Array], Array], size: int, columns: int, rank: int, trace: Array) -> Basis:
+def leading_eigenpairs(
+    apply: Callable[[Array], Array], size: int, columns: int, rank: int, trace: Array
+) -> Basis:
     """Leading eigenpairs of a positive semi-definite `[size, size]` matrix given by its products.
 
     Block subspace iteration with Rayleigh-Ritz values (Halko, Martinsson and Tropp, arXiv 0909.4061), two
@@ -253,7 +254,7 @@ def of_sum(total: Sum, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> 
         # a sum over one device is a copy all the same
         whole = own if mesh.shape[TASKS] == 1 else jax.lax.psum(own, TASKS)
         size = whole[0].shape[-1]
-        solve = lambda g, t: leading(lambda q: multiply(g, q), size, columns, rank, t)  # noqa: E731
+        solve = lambda g, t: leading_eigenpairs(lambda q: multiply(g, q), size, columns, rank, t)  # noqa: E731
         return jax.vmap(solve)(whole, trace)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(BOTH, LOCAL), out_specs=LOCAL, check_vma=False)(
@@ -267,7 +268,7 @@ def of_factors(a: Array, b: Array, scale: Array, *, mesh: Mesh, rank: int, side:
 
     def local(a: Array, b: Array, scale: Array) -> tuple[Basis, Grams]:
         a, b, scale = (jax.lax.all_gather(x, TASKS, axis=1, tiled=True) for x in (a, b, scale))
-        a, b = load(a, b, scale)
+        a, b = oriented(a, b, scale)
         x = a if side == "in" else b
         grams = Grams(matmul(a, a.mT), matmul(b, b.mT))
         energy = grams.energy
@@ -278,7 +279,7 @@ def of_factors(a: Array, b: Array, scale: Array, *, mesh: Mesh, rank: int, side:
         def one(rows: Array, energy: Array) -> Basis:
             gram = matmul(rows, rows.T)
             trace = jnp.sum(energy > 0).astype(jnp.float32)
-            found = leading(lambda q: matmul(gram, q), len(rows), len(rows), rank, trace)
+            found = leading_eigenpairs(lambda q: matmul(gram, q), len(rows), len(rows), rank, trace)
             lengths = jnp.sqrt(jnp.maximum(found.values, 1e-20))
             return Basis(decompose.orthonormal(matmul(rows.T, found.vectors) / lengths), found.values)
 
@@ -361,7 +362,7 @@ def project(
     """
 
     def local(shared: Range, a: Array, b: Array, scale: Array, grams: Grams) -> Heads:
-        x, y = load(a, b, scale) if side == "in" else load(a, b, scale)[::-1]
+        x, y = oriented(a, b, scale) if side == "in" else oriented(a, b, scale)[::-1]
         yy, energy = grams.of(side)[1], grams.energy
         q, inverse, squares = shared
         tall = (*x.shape[:3], q.shape[-1])
@@ -374,7 +375,7 @@ def project(
 
         def formed() -> Array:
             # from the files again: else x would be kept for it, whether it is asked for or not
-            rest = load(a, b, scale)[side == "out"] - matmul(inner, q.mT).reshape(x.shape)
+            rest = oriented(a, b, scale)[side == "out"] - matmul(inner, q.mT).reshape(x.shape)
             return jnp.sum(matmul(rest, rest.mT) * yy, (-2, -1))
 
         near = jnp.any((energy > 0) & (left < NEAR * energy))

@@ -92,7 +92,7 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def write_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
+def replace_folder(path: Path, text: str, tensors: dict[str, np.ndarray]) -> None:
     """Put a configuration and tensors at a path whose parent is there, in the place of what is there."""
     work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
     try:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 Name = str | tuple[str, ...]
 
 
-class Row(NamedTuple):
+class ModuleRow(NamedTuple):
     """One module.
 
     Attributes:
@@ -51,9 +51,9 @@ class Table(NamedTuple):
       remainder: path of the layers after the last complete block, which are not stacked.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ModuleRow, ...]
     layer: str
-    fused: tuple[Row, ...] = ()
+    fused: tuple[ModuleRow, ...] = ()
     scanned: str = ""
     period: int = 1
     kinds: tuple[str, ...] = ("",)
@@ -85,53 +85,53 @@ LIBRARIES = {
 }
 
 _GATED = (
-    Row("mlp.gate_proj", "mlp/gate_proj/kernel"),
-    Row("mlp.up_proj", "mlp/up_proj/kernel"),
-    Row("mlp.down_proj", "mlp/down_proj/kernel"),
+    ModuleRow("mlp.gate_proj", "mlp/gate_proj/kernel"),
+    ModuleRow("mlp.up_proj", "mlp/up_proj/kernel"),
+    ModuleRow("mlp.down_proj", "mlp/down_proj/kernel"),
 )
 _TUNIX = (
-    Row("self_attn.q_proj", "attn/q_proj/w", outputs="N H"),
-    Row("self_attn.k_proj", "attn/k_proj/w", outputs="N H"),
-    Row("self_attn.v_proj", "attn/v_proj/w", outputs="N H"),
-    Row("self_attn.o_proj", "attn/o_proj/w", inputs="N H"),
+    ModuleRow("self_attn.q_proj", "attn/q_proj/w", outputs="N H"),
+    ModuleRow("self_attn.k_proj", "attn/k_proj/w", outputs="N H"),
+    ModuleRow("self_attn.v_proj", "attn/v_proj/w", outputs="N H"),
+    ModuleRow("self_attn.o_proj", "attn/o_proj/w", inputs="N H"),
     *_GATED,
 )
 _TUNIX_GEMMA = (
-    Row("self_attn.q_proj", "attn/q_einsum/w", outputs="N H"),
-    Row("self_attn.k_proj", "attn/kv_einsum/w", outputs="N H", slot=0, slots=2),
-    Row("self_attn.v_proj", "attn/kv_einsum/w", outputs="N H", slot=1, slots=2),
-    Row("self_attn.o_proj", "attn/attn_vec_einsum/w", inputs="N H"),
+    ModuleRow("self_attn.q_proj", "attn/q_einsum/w", outputs="N H"),
+    ModuleRow("self_attn.k_proj", "attn/kv_einsum/w", outputs="N H", slot=0, slots=2),
+    ModuleRow("self_attn.v_proj", "attn/kv_einsum/w", outputs="N H", slot=1, slots=2),
+    ModuleRow("self_attn.o_proj", "attn/attn_vec_einsum/w", inputs="N H"),
     *_GATED,
 )
 _TUNIX_GEMMA_FUSED = (
-    Row("self_attn.q_proj", "attn/qkv_einsum/w", outputs="N H", slot=0, slots=3),
-    Row("self_attn.k_proj", "attn/qkv_einsum/w", outputs="N H", slot=1, slots=3),
-    Row("self_attn.v_proj", "attn/qkv_einsum/w", outputs="N H", slot=2, slots=3),
+    ModuleRow("self_attn.q_proj", "attn/qkv_einsum/w", outputs="N H", slot=0, slots=3),
+    ModuleRow("self_attn.k_proj", "attn/qkv_einsum/w", outputs="N H", slot=1, slots=3),
+    ModuleRow("self_attn.v_proj", "attn/qkv_einsum/w", outputs="N H", slot=2, slots=3),
 )
 # flax names the layers that `gm.nn.LoRA` puts around others
 _GEMMA = (
-    Row("self_attn.q_proj", "attn/q_einsum/_LoRAEinsum_0", outputs="N H"),
-    Row("self_attn.k_proj", "attn/kv_einsum/_LoRAEinsum_0", outputs="N H", slot=0, slots=2),
-    Row("self_attn.v_proj", "attn/kv_einsum/_LoRAEinsum_0", outputs="N H", slot=1, slots=2),
-    Row("self_attn.o_proj", "attn/attn_vec_einsum/_LoRAEinsum_0", inputs="N H"),
-    Row("mlp.gate_proj", "mlp/_LoRAEinsum_gating_einsum", slot=0, slots=2),
-    Row("mlp.up_proj", "mlp/_LoRAEinsum_gating_einsum", slot=1, slots=2),
-    Row("mlp.down_proj", "mlp/_LoRAEinsum_linear"),
+    ModuleRow("self_attn.q_proj", "attn/q_einsum/_LoRAEinsum_0", outputs="N H"),
+    ModuleRow("self_attn.k_proj", "attn/kv_einsum/_LoRAEinsum_0", outputs="N H", slot=0, slots=2),
+    ModuleRow("self_attn.v_proj", "attn/kv_einsum/_LoRAEinsum_0", outputs="N H", slot=1, slots=2),
+    ModuleRow("self_attn.o_proj", "attn/attn_vec_einsum/_LoRAEinsum_0", inputs="N H"),
+    ModuleRow("mlp.gate_proj", "mlp/_LoRAEinsum_gating_einsum", slot=0, slots=2),
+    ModuleRow("mlp.up_proj", "mlp/_LoRAEinsum_gating_einsum", slot=1, slots=2),
+    ModuleRow("mlp.down_proj", "mlp/_LoRAEinsum_linear"),
 )
 _GEMMA_FUSED = (
-    Row("self_attn.q_proj", "attn/qkv_einsum/_LoRAEinsum_0", outputs="N H", slot=0, slots=3),
-    Row("self_attn.k_proj", "attn/qkv_einsum/_LoRAEinsum_0", outputs="N H", slot=1, slots=3),
-    Row("self_attn.v_proj", "attn/qkv_einsum/_LoRAEinsum_0", outputs="N H", slot=2, slots=3),
+    ModuleRow("self_attn.q_proj", "attn/qkv_einsum/_LoRAEinsum_0", outputs="N H", slot=0, slots=3),
+    ModuleRow("self_attn.k_proj", "attn/qkv_einsum/_LoRAEinsum_0", outputs="N H", slot=1, slots=3),
+    ModuleRow("self_attn.v_proj", "attn/qkv_einsum/_LoRAEinsum_0", outputs="N H", slot=2, slots=3),
 )
 # qwix has no axes for the heads of MaxText's dense layers
 _MAXTEXT = (
-    Row("self_attn.q_proj", "self_attention{kind}/query/kernel"),
-    Row("self_attn.k_proj", "self_attention{kind}/key/kernel"),
-    Row("self_attn.v_proj", "self_attention{kind}/value/kernel"),
-    Row("self_attn.o_proj", "self_attention{kind}/out/kernel"),
-    Row("mlp.gate_proj", "mlp{kind}/wi_0/kernel"),
-    Row("mlp.up_proj", "mlp{kind}/wi_1/kernel"),
-    Row("mlp.down_proj", "mlp{kind}/wo/kernel"),
+    ModuleRow("self_attn.q_proj", "self_attention{kind}/query/kernel"),
+    ModuleRow("self_attn.k_proj", "self_attention{kind}/key/kernel"),
+    ModuleRow("self_attn.v_proj", "self_attention{kind}/value/kernel"),
+    ModuleRow("self_attn.o_proj", "self_attention{kind}/out/kernel"),
+    ModuleRow("mlp.gate_proj", "mlp{kind}/wi_0/kernel"),
+    ModuleRow("mlp.up_proj", "mlp{kind}/wi_1/kernel"),
+    ModuleRow("mlp.down_proj", "mlp{kind}/wo/kernel"),
 )
 _QUERY, _KEY, *_OTHERS = _MAXTEXT
 _MAXTEXT_LLAMA = (

@@ -21,7 +21,7 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats import peft, server
-from hydraopt_jax.formats.lora_keys import DIALECT, ENDINGS, parse
+from hydraopt_jax.formats.lora_keys import DIALECT, ENDINGS, parse_key
 from hydraopt_jax.formats.peft_config import check_config, module_scale
 from hydraopt_jax.formats.tensor_files import disk_dtype, one_line, write_tensors
 from hydraopt_jax.locks import locked
@@ -59,7 +59,7 @@ def sort_tensors(
         for part, reason in _NOT_UNDERSTOOD.items():
             if part in key:
                 raise HydraOptError(f"{source}: {key}: {reason}: leave this file out")
-        found = parse(key)
+        found = parse_key(key)
         if found is None:
             others[key] = tensor
             continue
@@ -87,7 +87,7 @@ def config_of(file: Path) -> dict[str, Any]:
         with safetensors.safe_open(file, framework="np") as opened:
             keys = list(opened.keys())
             metadata = {k: v for k, v in (opened.metadata() or {}).items() if k != "format"}
-            lows = {m[0]: k for k in keys if (m := parse(k)) and m[1] == "A"}
+            lows = {m[0]: k for k in keys if (m := parse_key(k)) and m[1] == "A"}
             ranks = {m: opened.get_slice(k).get_shape()[0] for m, k in lows.items()}
             said = {m: opened.get_tensor(f"{m}.alpha") for m in ranks if f"{m}.alpha" in keys}
     except (safetensors.SafetensorError, OSError, TypeError, IndexError) as error:
@@ -153,7 +153,7 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, str]
     found = peft.as_came(adapter) if dtype is None else None
     if found is None:
         # scale 1, which is also the meaning of a missing scale
-        found = adapter if kohya else server.fit(adapter, padded=True).adapter
+        found = adapter if kohya else server.fit_server(adapter, padded=True).adapter
         metadata.pop(SCALES, None)
         tensors, ranks = peft.key_tensors(found, disk_dtype(dtype or adapter.dtype))
         alphas: dict[str, float] = dict(ranks)

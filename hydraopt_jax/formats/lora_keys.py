@@ -15,10 +15,10 @@ ENDINGS = (
 _KEY = re.compile("(.+?)(" + "|".join(re.escape(x) for pair in ENDINGS for x in pair) + ")")
 
 
-def parse(key: str) -> tuple[str, str, int] | None:
+def parse_key(key: str) -> tuple[str, str, int] | None:
     """Module, side ("A" or "B") and position in `ENDINGS` of a factor's key; None for other keys.
 
-    >>> parse("lora_unet_mid_block_to_k.lora_up.weight"), parse("lora_unet_mid_block_to_k.alpha")
+    >>> parse_key("lora_unet_mid_block_to_k.lora_up.weight"), parse_key("lora_unet_mid_block_to_k.alpha")
     (('lora_unet_mid_block_to_k', 'B', 0), None)
     """
     match = _KEY.fullmatch(key)

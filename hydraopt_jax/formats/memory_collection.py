@@ -7,7 +7,7 @@ import numpy as np
 
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.collection import Card, Collection, Entry, Pair
+from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair
 from hydraopt_jax.formats.peft_config import module_scale
 from hydraopt_jax.store.lossless import Raw
 
@@ -22,7 +22,7 @@ def in_memory(given: Sequence[Adapter]) -> Collection:
     cards = []
     for x in given:
         modules = {
-            n: Entry("", "", a.shape[0], x.b[n].shape[1], a.shape[1], 1.0)
+            n: ModuleEntry("", "", a.shape[0], x.b[n].shape[1], a.shape[1], 1.0)
             for n, a in x.a.items()
             if a.shape[1]
         }

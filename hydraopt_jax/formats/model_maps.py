@@ -12,17 +12,17 @@ import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats.families import FAMILIES, LIBRARIES, Library, Row, Table
+from hydraopt_jax.formats.families import FAMILIES, LIBRARIES, Library, ModuleRow, Table
 from hydraopt_jax.formats.trees import near
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.(?P<n>\d+)\.(?P<module>.+)")
 _STACKED = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\]")
 
 
-class Found(NamedTuple):
+class ModuleMatch(NamedTuple):
     """A module of a library: row, layer, and whether the layer is counted from the end of the stacks."""
 
-    row: Row
+    row: ModuleRow
     n: int
     behind: bool = False
 
@@ -43,10 +43,10 @@ def table_of(family: str, library: str) -> tuple[Table, Library]:
     return FAMILIES[family][library], LIBRARIES[library]
 
 
-def dotted(path: str) -> str:
+def tree_name(path: str) -> str:
     """The module name in `trees` of a parameter's path.
 
-    >>> dotted("attn/q_proj/w"), dotted("mlp/wo/kernel")
+    >>> tree_name("attn/q_proj/w"), tree_name("mlp/wo/kernel")
     ('attn.q_proj.w', 'mlp.wo')
     """
     return path.removesuffix("/kernel").replace("/", ".")
@@ -63,7 +63,7 @@ def heads(name: str, side: str, size: int, head_dim: int | None) -> list[int]:
     return [size // head_dim, head_dim]
 
 
-def rotated(row: Row, b: np.ndarray, head_dim: int | None, name: str, back: bool) -> np.ndarray:
+def rotated(row: ModuleRow, b: np.ndarray, head_dim: int | None, name: str, back: bool) -> np.ndarray:
     """Output-side factors `[R, O]` in the library's order and scale of heads, or back in Hugging Face's."""
     if not (row.interleaved or row.scaled):
         return b
@@ -103,7 +103,7 @@ def to_library(
     table, kept = table_of(family, library)
     if scan and not table.scanned:
         raise HydraOptError(f"{library} has no stacked layers of family {family!r}: leave scan out")
-    parts: dict[str, tuple[dict[str, Any], list[tuple[Row, str]]]] = {}
+    parts: dict[str, tuple[dict[str, Any], list[tuple[ModuleRow, str]]]] = {}
     named = {name: _split(name, library, family, table) for name in adapter.a}
     count = max([*(n + 1 for n, _ in named.values()), layers or 0])
     if layers is not None and count > layers:
@@ -112,10 +112,10 @@ def to_library(
     for name, (n, module) in named.items():
         rows = (*(table.fused if n in equal else ()), *table.rows)
         row = next(x for x in rows if x.module == module)
-        path, stack = place_of(table, row, n, count if scan else 0)
+        path, stack = parameter_place(table, row, n, count if scan else 0)
         factors = {s: kept.factor.format(path=path, side=s).split("/") for s in "ab"}
         layout: dict[str, Any] = {s: [*x, "value"] if kept.boxed else x for s, x in factors.items()}
-        key = dotted(path)
+        key = tree_name(path)
         if stack is not None:
             layout["stack"] = stack
             key += f"[{stack[1]}]"
@@ -136,7 +136,7 @@ def to_library(
                     f"{library}'s {family!r} holds both: name another family"
                 )
             b[member] = rotated(member_row, adapter.b[member], head_dim, member, back=False)
-        low, high = side_by_side(members, adapter.a, b) if row.slots else (adapter.a[name], b[name])
+        low, high = joined_factors(members, adapter.a, b) if row.slots else (adapter.a[name], b[name])
         for _, member in members:
             del b[member]
         a[key], b[key] = low, high
@@ -169,7 +169,7 @@ def _fused_layers(adapter: Adapter, named: Mapping[str, tuple[int, str]]) -> set
     }
 
 
-def place_of(table: Table, row: Row, n: int, scanned: int) -> tuple[str, list[int] | None]:
+def parameter_place(table: Table, row: ModuleRow, n: int, scanned: int) -> tuple[str, list[int] | None]:
     """Path of layer n's parameter, and `[axis, index, length]` if the layer is in a stack.
 
     Args:
@@ -186,8 +186,8 @@ def place_of(table: Table, row: Row, n: int, scanned: int) -> tuple[str, list[in
     return f"{layer}/{row.path}".format(**fields), stack
 
 
-def side_by_side(
-    members: list[tuple[Row, str]], a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
+def joined_factors(
+    members: list[tuple[ModuleRow, str]], a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Factors `[I, R]` and `[R, slots * O]` of modules that share a parameter."""
     first = a[members[0][1]]
@@ -225,7 +225,7 @@ def from_library(
         layout = adapter.layout.get(name) or {}
         founds = _find(table, patterns, name)
         if not founds:
-            known = {dotted(place_of(table, row, 0, 0)[0]) for row in (*table.fused, *table.rows)}
+            known = {tree_name(parameter_place(table, row, 0, 0)[0]) for row in (*table.fused, *table.rows)}
             raise HydraOptError(
                 f"{name}: no LoRA layer of {library}'s {family!r} (near: {near(name, known)}): name another "
                 "family or library"
@@ -248,20 +248,22 @@ def from_library(
     return adapter.replace(a=a, b=b, layout={}, config={}, raw={})
 
 
-def _patterns(table: Table) -> Iterator[tuple[Row, str, re.Pattern[str]]]:
+def _patterns(table: Table) -> Iterator[tuple[ModuleRow, str, re.Pattern[str]]]:
     """Rows with regular expressions for their modules' names, and the kind of place of each."""
     numbers = {"{n}": r"(?P<n>\d+)", "{block}": r"(?P<block>\d+)", "{slot}": r"(?P<slot>\d+)"}
     for row in (*table.fused, *table.rows):
         for layer in filter(None, (table.layer, table.scanned, table.remainder)):
             for kind in table.kinds:
-                text = re.escape(dotted(f"{layer}/{row.path}".replace("{kind}", kind)))
+                text = re.escape(tree_name(f"{layer}/{row.path}".replace("{kind}", kind)))
                 for field, pattern in numbers.items():
                     text = text.replace(re.escape(field), pattern)
                 where = "stack" if layer == table.scanned else "behind" if layer == table.remainder else ""
                 yield row, f"{where}:{kind}", re.compile(rf"(?:.+\.)?{text}")
 
 
-def _find(table: Table, patterns: list[tuple[Row, str, re.Pattern[str]]], name: str) -> list[Found]:
+def _find(
+    table: Table, patterns: list[tuple[ModuleRow, str, re.Pattern[str]]], name: str
+) -> list[ModuleMatch]:
     """The Hugging Face modules that a library's module stands for."""
     stacked = _STACKED.fullmatch(name)
     out = []
@@ -274,7 +276,7 @@ def _find(table: Table, patterns: list[tuple[Row, str, re.Pattern[str]]], name: 
         slot = int(fields.get("slot") or table.kinds.index(kind))
         block = int(stacked["index"]) if stacked else int(fields.get("block") or 0)
         n = int(fields["n"]) if "n" in fields else block * table.period + slot
-        out.append(Found(row, n, place == "behind"))
+        out.append(ModuleMatch(row, n, place == "behind"))
     return out
 
 

@@ -12,7 +12,7 @@ from orbax.checkpoint import v1 as ocp
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.tensor_files import one_line
-from hydraopt_jax.formats.trees import Scale, flatten, is_factor, leaves, place, read_tree
+from hydraopt_jax.formats.trees import Scale, flatten, insert, is_factor, leaves, read_tree
 
 # what Orbax and its back ends raise for files that are not a checkpoint's, or not whole; not among them are
 # memory that is short, a missing package and faults of a device
@@ -56,7 +56,7 @@ def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, An
     for keys, leaf in flatten(described):
         inside = list(map(str, keys[: len(root)])) == root
         if inside and is_factor(keys) and getattr(leaf, "shape", None) is not None:
-            place(want, keys, np.empty(leaf.shape, leaf.dtype))
+            insert(want, keys, np.empty(leaf.shape, leaf.dtype))
     if not want:
         raise HydraOptError(
             f"{path}: the checkpoint holds no LoRA factor{f' within {within}' if within else ''}"
@@ -102,10 +102,10 @@ def read_checkpoint(
     tree = load_factors(latest_step(Path(path)), within)
     source = os.fspath(path)
     adapter = read_tree(tree, name, task=task or Path(path).name, scale=scale, stack=stack, source=source)
-    return adapter.replace(digest=digest_of(tree))
+    return adapter.replace(digest=tree_digest(tree))
 
 
-def digest_of(tree: Any) -> str:
+def tree_digest(tree: Any) -> str:
     """SHA-256 of a tree's leaves, hexadecimal."""
     digest = hashlib.sha256()
     for keys, leaf in sorted(flatten(tree), key=lambda x: str(x[0])):
@@ -147,7 +147,7 @@ def write_checkpoint(
         load_factors(folder)  # anything else is never replaced
     tree: dict[Any, Any] = {}
     for keys, value in leaves(adapter, name, scale, rank, dtype):
-        place(tree, [str(key) for key in keys], value)
+        insert(tree, [str(key) for key in keys], value)
     try:
         ocp.save(
             folder, tree, checkpointable_name=item, overwrite=overwrite, custom_metadata=dict(metadata or {})

@@ -26,8 +26,8 @@ from hydraopt_jax.formats.adapter_folder import (
     WEIGHTS_FILE,
     check_target,
     parents,
+    replace_folder,
     weights_file,
-    write_folder,
 )
 from hydraopt_jax.formats.peft_config import (
     CONFIG_FILE,
@@ -37,7 +37,7 @@ from hydraopt_jax.formats.peft_config import (
     unit_scale_config,
 )
 from hydraopt_jax.formats.tensor_files import (
-    cast,
+    disk_array,
     disk_dtype,
     one_line,
     read_tensors,
@@ -111,7 +111,7 @@ def check_pair(module: str, pair: _Pair, config: Mapping[str, Any], source: str)
             )
     (key_a, low), (key_b, high) = pair["A"], pair["B"]
     layout: dict[str, Any] = {"kind": "embedding"} if _is_embedding(pair) else {}
-    found = lora_keys.parse(key_a) if lora_keys.DIALECT in config else None
+    found = lora_keys.parse_key(key_a) if lora_keys.DIALECT in config else None
     ending = {} if found is None else {"ending": found[2]}
     for key, tensor in pair.values():
         if not 2 <= tensor.ndim <= (2 if layout else 5) or tensor.ndim != low.ndim:
@@ -171,7 +171,7 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def locate(source: str) -> tuple[Path, str]:
+def fetch_folder(source: str) -> tuple[Path, str]:
     """An adapter's folder, fetched from the hub if necessary; and the name of its task."""
     if source.startswith("hf:"):
         return _fetch(source[3:]), source[3:]
@@ -182,7 +182,7 @@ def locate(source: str) -> tuple[Path, str]:
     return folder, folder.resolve().name
 
 
-def look(source: str) -> tuple[dict[str, Any], Path, str]:
+def look_into(source: str) -> tuple[dict[str, Any], Path, str]:
     """An adapter's configuration, its weights file, and the task's name, by default the folder's."""
     from hydraopt_jax.formats import image_files
 
@@ -190,7 +190,7 @@ def look(source: str) -> tuple[dict[str, Any], Path, str]:
     if file is not None:
         own = Path(source).resolve()
         return image_files.config_of(file), file, own.stem if own == file.resolve() else own.name
-    folder, name = locate(source)
+    folder, name = fetch_folder(source)
     return read_config(folder / CONFIG_FILE), weights_file(folder), name
 
 
@@ -233,7 +233,7 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
         low-rank delta; the message names the file, tensor or field.
     """
     source = os.fspath(path)
-    config, weights, name = look(source)
+    config, weights, name = look_into(source)
     pairs, extras = sorted_tensors(read_tensors(weights), config, str(weights))
     if not pairs:
         raise HydraOptError(f"{weights}: holds no LoRA tensor: was the right adapter saved?")
@@ -289,7 +289,7 @@ def key_tensors(adapter: Adapter, dtype: np.dtype | None) -> tuple[dict[str, np.
             high = high.reshape(*high.shape, *(1 for _ in kernel))
         for side, values in (("A", low), ("B", high)):
             key = f"{PREFIX}{module}.{part}{side}{end}"
-            tensors[key] = cast(key, values, dtype or values.dtype)
+            tensors[key] = disk_array(key, values, dtype or values.dtype)
     clash = next((key for key in adapter.extras if key in tensors), None)
     if clash is not None:
         raise HydraOptError(f"{clash}: is both a LoRA factor and a tensor of its own")
@@ -341,7 +341,7 @@ def write_adapter(
         text = json.dumps(config, indent=2, sort_keys=True)
         with parents(target), locked(target):
             check_target(target, overwrite)
-            write_folder(target, text, tensors)
+            replace_folder(target, text, tensors)
     except HydraOptError:
         raise
     except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax.collection import Card, Collection, Entry, Pair, check_shapes
+from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair, check_shapes
 from hydraopt_jax.deferred import Deferred, bytes_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import lora_keys, peft
@@ -39,7 +39,7 @@ def open_adapter(
       HydraOptError: as `formats.read_adapter`; or NaN or infinite values.
     """
     seen = {} if seen is None else seen
-    config, file, name = peft.look(source)
+    config, file, name = peft.look_into(source)
     name = name if task is None else task
     stat = file.stat()
     stamp = (stat.st_size, stat.st_mtime_ns)
@@ -68,12 +68,12 @@ def open_adapter(
     )
 
 
-def collection(cards: Sequence[Card]) -> Collection:
+def collection_of(cards: Sequence[Card]) -> Collection:
     """A collection of PEFT adapters, from their cards."""
     shapes = check_shapes(cards)
     held = {x.file: dict(read_tensors(Path(x.file))) for x in cards if not x.file.endswith(".safetensors")}
     # equal adapters share one table: a thousand adapters must not have a thousand tables
-    tables: dict[Any, Mapping[str, Entry]] = {}
+    tables: dict[Any, Mapping[str, ModuleEntry]] = {}
     shared = [x._replace(modules=tables.setdefault(tuple(x.modules.items()), x.modules)) for x in cards]
 
     def fetch(card: Card, keys: Sequence[str]) -> list[np.ndarray]:

@@ -53,10 +53,10 @@ def cut(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray
     return (u[:, :rank] * root).astype(np.float32), (root[:, None] * v[:rank]).astype(np.float32), error
 
 
-def pad(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_ranks(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors of the same product, padded with zero directions up to a rank.
 
-    >>> [x.shape for x in pad(np.ones((4, 2)), np.ones((2, 3)), 5)]
+    >>> [x.shape for x in pad_ranks(np.ones((4, 2)), np.ones((2, 3)), 5)]
     [(4, 5), (5, 3)]
     """
     more = rank - a.shape[1]
@@ -78,7 +78,7 @@ def _one_rank(adapter: Adapter) -> bool:
     return {x.shape[1] for x in adapter.a.values()} == {config.get("r")}
 
 
-def check_task(
+def check_served(
     profile: str | None,
     task: str,
     extras: Iterable[str],
@@ -117,7 +117,7 @@ def check_task(
         refuse(f"adapts the convolution {bent[0]}, which vLLM cannot", "retrain it without that module")
 
 
-def check(rank: int | None, profile: str | None) -> None:
+def check_ranks(rank: int | None, profile: str | None) -> None:
     """Raise for a rank below 1 and for an unknown profile."""
     if profile is not None and profile not in PROFILES:
         raise HydraOptError(f"--profile {profile}: choose one of {', '.join(PROFILES)}")
@@ -125,7 +125,7 @@ def check(rank: int | None, profile: str | None) -> None:
         raise HydraOptError(f"--rank {rank}: give at least 1")
 
 
-def fit(
+def fit_server(
     adapter: Adapter, *, rank: int | None = None, padded: bool = False, profile: str | None = None
 ) -> Fitted:
     """The adapter with ranks that a server accepts, and the errors of modules whose rank was cut.
@@ -141,12 +141,12 @@ def fit(
     Raises:
       HydraOptError: no such profile, a rank below 1, or a part that the profile does not allow (it is named).
     """
-    check(rank, profile)
+    check_ranks(rank, profile)
     if rank is None and profile is None and not padded:
         return Fitted(adapter, {})
     config: dict[str, Any] = dict(adapter.config)
     if profile is not None:
-        check_task(profile, adapter.task, adapter.extras, adapter.config, adapter.layout)
+        check_served(profile, adapter.task, adapter.extras, adapter.config, adapter.layout)
         config |= {k: v for k, v in _OF_TENSORS.items() if k in config}
     limit = original_rank(adapter) if rank is None and profile is not None else rank
     widest = max(x.shape[1] for x in adapter.a.values())
@@ -164,7 +164,7 @@ def fit(
             factors[name] = a, b
     if padded or profile is not None:
         width = rank if padded and rank is not None else max(1, *(x[0].shape[1] for x in factors.values()))
-        factors = {name: pad(*pair, width) for name, pair in factors.items()}
+        factors = {name: pad_ranks(*pair, width) for name, pair in factors.items()}
     return Fitted(
         adapter.replace(
             a={n: x[0] for n, x in factors.items()},

@@ -116,7 +116,7 @@ def disk_dtype(name: str) -> np.dtype:
     raise HydraOptError(f"dtype {name!r}: choose one of {', '.join(x.name for x in FLOATS)}")
 
 
-def cast(key: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def disk_array(key: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The array in its dtype on disk and in C order: safetensors ignores the strides of a transposed view."""
     with np.errstate(over="ignore"):
         result = np.array(values, dtype=dtype, order="C")

@@ -53,7 +53,7 @@ def read_trained(
     failures = []
     for name in [library] if library is not None else FAMILIES[family]:
         dialect = LIBRARIES[name].dialect
-        found = scale_of(said) if scale is None else scale
+        found = checkpoint_scale(said) if scale is None else scale
         try:
             adapter = trees.read_tree(
                 tree,
@@ -69,13 +69,13 @@ def read_trained(
         except HydraOptError as error:
             failures.append(error)
             continue
-        return adapter.replace(digest=orbax_trees.digest_of(tree))
+        return adapter.replace(digest=orbax_trees.tree_digest(tree))
     if len(failures) == 1 or any("no scale" in str(x) for x in failures):
         raise next((x for x in failures if "no scale" in str(x)), failures[0])
     raise HydraOptError(f"{source}: of no library of family {family!r}: {'; '.join(map(str, failures))}")
 
 
-def scale_of(said: Mapping[str, Any]) -> float | None:
+def checkpoint_scale(said: Mapping[str, Any]) -> float | None:
     """The scale in a checkpoint's metadata."""
     rank, alpha = said.get("lora_rank"), said.get("lora_alpha")
     return alpha / rank if isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) else None

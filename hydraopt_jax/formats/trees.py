@@ -18,7 +18,7 @@ from hydraopt_jax.adapters import Adapter, module_shapes
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats.dialects import Dialect, dialect
-from hydraopt_jax.formats.tensor_files import cast, disk_dtype
+from hydraopt_jax.formats.tensor_files import disk_array, disk_dtype
 
 Path = tuple[Any, ...]
 Scale = float | Mapping[str, float]
@@ -241,7 +241,7 @@ def write_tree(
     for path, value in leaves(adapter, name, scale, rank, dtype):
         whole = len(path) == 1
         keys = path[:-1] if not whole and path[-1] == BOX else path
-        place(tree, keys if whole else [int(k) if str(k).isdigit() else k for k in keys], value)
+        insert(tree, keys if whole else [int(k) if str(k).isdigit() else k for k in keys], value)
     return tree
 
 
@@ -271,7 +271,7 @@ def fit_tree(
     shapes: dict[Any, Any] = {}
     for path, leaf in flatten(like):
         if is_factor(path):
-            place(shapes, path, np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape))
+            insert(shapes, path, np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape))
     want = read_tree(shapes, name, task=adapter.task, scale=1.0, stack=stack, source="the model")
     names = {module: rename(module) for module in want.a}
     for module in adapter.a:
@@ -306,7 +306,7 @@ def near(name: str, known: Iterable[str]) -> str:
     return ", ".join(map(repr, difflib.get_close_matches(name, names, 3, 0.3) or names[:3])) or "none"
 
 
-def place(tree: dict[Any, Any], path: Any, value: np.ndarray) -> None:
+def insert(tree: dict[Any, Any], path: Any, value: np.ndarray) -> None:
     """Put a leaf into a nested dict."""
     *parents, last = path
     for key in parents:
@@ -354,9 +354,9 @@ def leaves(
             if "stack" in layout and path == tuple(layout[side]):
                 stacks.setdefault(path, []).append((layout["stack"], array, side))
             else:
-                yield path, cast(text(path), array, kind)
+                yield path, disk_array(text(path), array, kind)
     for path, parts in stacks.items():
-        yield path, cast(text(path), restacked(parts), kind)
+        yield path, disk_array(text(path), restacked(parts), kind)
 
 
 def restacked(parts: list[Any]) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 
 from hydraopt_jax import strict_json
-from hydraopt_jax.collection import Entry
+from hydraopt_jax.collection import ModuleEntry
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft
 from hydraopt_jax.formats.peft_config import module_scale
@@ -26,7 +26,7 @@ PIECE = 1 << 20
 DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Position of a tensor, or of several adjacent tensors, in a file."""
 
     begin: int
@@ -46,12 +46,12 @@ class Contents(NamedTuple):
       runs: groups of adjacent factors in the file, and the largest scale of each group.
     """
 
-    modules: Mapping[str, Entry]
+    modules: Mapping[str, ModuleEntry]
     extras: Sequence[Any]
     dtype: str
     layout: Mapping[str, Any]
-    places: Mapping[str, Place]
-    runs: Sequence[tuple[Place, float]]
+    places: Mapping[str, TensorPlace]
+    runs: Sequence[tuple[TensorPlace, float]]
 
 
 class _Shape(NamedTuple):
@@ -106,7 +106,7 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
         layout = peft.check_pair(module, pair, config, str(file))
         (key_a, low), (key_b, high) = pair["A"], pair["B"]
         rank = low.shape[0]
-        modules[module] = Entry(
+        modules[module] = ModuleEntry(
             key_a,
             key_b,
             int(np.prod(low.shape)) // rank,
@@ -133,11 +133,11 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
         for key in (k for e in modules.values() for k in e[:2]):
             begin, end = (len(header) + x for x in rows[key]["data_offsets"])
             dtype = np.dtype(DTYPES[rows[key]["dtype"]])
-            places[key] = Place(begin, end, dtype, tuple(rows[key]["shape"]))
+            places[key] = TensorPlace(begin, end, dtype, tuple(rows[key]["shape"]))
     scales = {k: abs(e.scale) if s else 1.0 for e in modules.values() for s, k in enumerate(e[:2])}
     runs = [
         (
-            Place(places[keys[0]].begin, places[keys[-1]].end, places[keys[0]].dtype),
+            TensorPlace(places[keys[0]].begin, places[keys[-1]].end, places[keys[0]].dtype),
             max(scales[k] for k in keys),
         )
         for keys in adjacent(list(places), places)
@@ -145,7 +145,7 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
     return Contents(modules, table, kind, layouts, places, runs)
 
 
-def adjacent(keys: Sequence[str], places: Mapping[str, Place]) -> list[list[str]]:
+def adjacent(keys: Sequence[str], places: Mapping[str, TensorPlace]) -> list[list[str]]:
     """Groups of keys of adjacent tensors of one dtype, in order of the file."""
     out: list[list[str]] = []
     for key in sorted(keys, key=lambda k: places[k].begin):
@@ -200,7 +200,7 @@ def check_file(source: str, file: Path, held: Contents, header: int) -> str:
     return digest.hexdigest()
 
 
-def check_values(source: str, file: Path, modules: Mapping[str, Entry]) -> None:
+def check_values(source: str, file: Path, modules: Mapping[str, ModuleEntry]) -> None:
     """Raise for NaN and infinite values, also after multiplication with the scale."""
     factors = {k: (m, e.scale if s else 1.0) for m, e in modules.items() for s, k in enumerate(e[:2])}
     for key, tensor in read_tensors(file):
@@ -218,7 +218,7 @@ def check_values(source: str, file: Path, modules: Mapping[str, Entry]) -> None:
 
 
 def read_places(
-    file: str, stamp: tuple[int, int], places: Mapping[str, Place], keys: Sequence[str]
+    file: str, stamp: tuple[int, int], places: Mapping[str, TensorPlace], keys: Sequence[str]
 ) -> list[np.ndarray]:
     """Factors at their positions, adjacent ones with one call.
 

@@ -1,8 +1,8 @@
 """Forms: approximations of the T deltas of one module, with their errors. Pure and differentiable.
 
-`closed_form` has HydraOpt's form and each task's own SVD, `compound` combinations of these, `gradient` the
-joint Optax loop for any of the `losses`. `similarity` and `estimates` predict what sharing and coding can
-reach.
+`closed_form` has HydraOpt's form and each task's own SVD, `diagonalization` cores between shared sides,
+`gradient` the joint Optax loop for any of the `losses`. `similarity` and `estimates` predict what sharing
+and coding can reach.
 """
 
 from hydraopt_jax.factors import Factors, count

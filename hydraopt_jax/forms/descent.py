@@ -44,7 +44,7 @@ class Trace(NamedTuple):
     aux: Any = None
 
 
-class Run(NamedTuple):
+class Carry(NamedTuple):
     """Carry of the loop in `minimize`: the state, the best parameters, and the state of the stop rule."""
 
     state: State
@@ -135,13 +135,13 @@ def minimize(
             out.append(jax.tree.map(lambda x: x[i % count], batches))
         return out if key is None else [*out, jax.random.fold_in(key, i)]
 
-    def body(run: Run) -> Run:
+    def body(run: Carry) -> Carry:
         params = run.state.params
         state, value = step(loss, optimizer, run.state, *given(run.step))
         better = value < run.best_loss
         best_loss = jnp.where(better, value, run.best_loss)
         fresh = varies | (best_loss < run.reference * (1 - tolerance))
-        return Run(
+        return Carry(
             state,
             jax.tree.map(lambda x, y: jnp.where(better, x, y), params, run.best),
             best_loss,
@@ -151,7 +151,7 @@ def minimize(
             run.trace.at[run.step].set(value),
         )
 
-    start = Run(
+    start = Carry(
         State(params, optimizer.init(params), aux),
         params,
         jnp.array(jnp.inf),
@@ -174,7 +174,7 @@ def minimize(
     return best, Trace(jnp.minimum(last, end.best_loss), end.trace, end.step, converged, state.aux)
 
 
-def _evaluate(jaxpr: Jaxpr, structure: Any, run: Run, *captured: Array) -> Run:
+def _evaluate(jaxpr: Jaxpr, structure: Any, run: Carry, *captured: Array) -> Carry:
     """The run after `jaxpr`, whose constants are `captured`."""
     leaves = jaxpr_as_fun(ClosedJaxpr(jaxpr, captured))(*jax.tree.leaves(run))
     return jax.tree.unflatten(structure, leaves)
@@ -182,20 +182,20 @@ def _evaluate(jaxpr: Jaxpr, structure: Any, run: Run, *captured: Array) -> Run:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _descend(
-    body: Callable[..., Run], steps: int, patience: int, start: Run, captured: Sequence[Array]
-) -> Run:
+    body: Callable[..., Carry], steps: int, patience: int, start: Carry, captured: Sequence[Array]
+) -> Carry:
     """`run = body(run, *captured)` until `steps` or `patience` run out."""
     return jax.lax.while_loop(lambda x: _running(x, steps, patience), lambda x: body(x, *captured), start)
 
 
 @_descend.defjvp
 def _descend_jvp(
-    body: Callable[..., Run], steps: int, patience: int, primals: Any, tangents: Any
-) -> tuple[Run, Run]:
+    body: Callable[..., Carry], steps: int, patience: int, primals: Any, tangents: Any
+) -> tuple[Carry, Carry]:
     """Tangents from a scan that does nothing after the stop, because a while loop has no transpose."""
 
-    def scanned(start: Run, captured: Sequence[Array]) -> Run:
-        def move(run: Run, _: None) -> tuple[Run, None]:
+    def scanned(start: Carry, captured: Sequence[Array]) -> Carry:
+        def move(run: Carry, _: None) -> tuple[Carry, None]:
             go = _running(run, steps, patience)
             return jax.tree.map(lambda x, y: jnp.where(go, x, y), body(run, *captured), run), None
 
@@ -204,5 +204,5 @@ def _descend_jvp(
     return _descend(body, steps, patience, *primals), jax.jvp(scanned, primals, tangents)[1]
 
 
-def _running(run: Run, steps: int, patience: int) -> Array:
+def _running(run: Carry, steps: int, patience: int) -> Array:
     return (run.step < steps) & (run.stale < patience)

@@ -15,11 +15,13 @@ from jax import Array
 from hydraopt_jax import forms
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import losses
+from hydraopt_jax.forms.asked import STARTS, Gradient
 from hydraopt_jax.forms.descent import minimize
 from hydraopt_jax.linalg import clustering, decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
 
 Params = Any
+CLOSED_START = Gradient()
 
 
 def default_optimizer(steps: int, rate: float = 2e-2) -> optax.GradientTransformation:
@@ -61,10 +63,8 @@ def hydra(
     side: str = "in",
     weights: Array | None = None,
     cores: bool = False,
-    start: str = "closed",
-    optimizer: optax.GradientTransformation | None = None,
+    solver: Gradient = CLOSED_START,
     loss: Callable[..., Array] = losses.weighted_error,
-    steps: int = 1000,
     tolerance: float = 1e-5,
 ) -> tuple[forms.Factors, forms.Info]:
     """HydraOpt's form of one module by gradient descent, shared and task-specific factors jointly.
@@ -76,10 +76,9 @@ def hydra(
       a, b: `[T, I, R]`, `[T, R, O]` the adapters' factors; used by the start from the mean.
       deltas: their decompositions.
       heads, rank, side, weights, cores: as in `forms.hydra`.
-      start: "closed" (from `forms.hydra`; never worse than it) or "mean" (stands for the published method).
-      optimizer: any `optax.GradientTransformation`; None for `default_optimizer(steps)`.
+      solver: start, optimizer and steps; from the closed form it is never worse than that.
       loss: `(a, b, a_hat, b_hat, weights) -> scalar` over `[T, ...]` stacks.
-      steps, tolerance: as in `minimize`.
+      tolerance: as in `minimize`.
 
     Returns:
       Factors and Info, as `forms.hydra` does.
@@ -87,25 +86,14 @@ def hydra(
     Raises:
       HydraOptError: unknown start, or a bad form (see `forms.hydra`).
     """
-    if start not in ("closed", "mean"):
-        raise HydraOptError(f"start = {start!r}: must be 'closed' or 'mean'")
+    if solver.start not in STARTS:
+        raise HydraOptError(f"start = {solver.start!r}: must be 'closed' or 'mean'")
+    form: dict[str, Any] = {"heads": heads, "rank": rank, "weights": weights, "cores": cores}
     if side == "out":
-        factors, info = hydra(
-            b.mT,
-            a.mT,
-            deltas.mT,
-            heads=heads,
-            rank=rank,
-            weights=weights,
-            cores=cores,
-            start=start,
-            optimizer=optimizer,
-            loss=loss,
-            steps=steps,
-            tolerance=tolerance,
-        )
+        flipped = b.mT, a.mT, deltas.mT
+        factors, info = hydra(*flipped, **form, solver=solver, loss=loss, tolerance=tolerance)
         return forms.transpose(factors), info
-    closed, closed_info = forms.hydra(deltas, heads=heads, rank=rank, side=side, weights=weights, cores=cores)
+    closed, closed_info = forms.hydra(deltas, side=side, **form)
     weights = closed_info.weights
     qa, ca = decompose.reduce(deltas.u * deltas.s[:, None, :])
     qb, cb = decompose.reduce(deltas.v.mT)
@@ -113,7 +101,7 @@ def hydra(
     ca, cb = ca / scale, cb.mT
     labels = jnp.maximum(closed.b_of, 0)
     a_start, b_start, core = closed.a[0], closed.b, closed.core
-    if start == "mean":
+    if solver.start == "mean":
         width = closed.a.shape[2]
         a_start, b_start = mean_start(a, b, labels, heads, width)
         core = None if core is None else jnp.broadcast_to(jnp.eye(width), (a.shape[0], width, width))
@@ -130,15 +118,15 @@ def hydra(
     best, trace = minimize(
         lambda p: loss(ca, cb, *stacked(p), weights * scale**2),
         params,
-        default_optimizer(steps) if optimizer is None else optimizer,
-        steps=steps,
+        solver.optimizer or default_optimizer(solver.steps),
+        steps=solver.steps,
         tolerance=tolerance,
     )
     shared, head, core = best
     root = jnp.sqrt(scale)
     factors = closed._replace(a=matmul(qa, shared * root)[None], b=matmul(head * root, qb.T), core=core)
     error = forms.errors(deltas, factors)
-    kept = (jnp.sum(weights * error) <= jnp.sum(weights * closed_info.error)) | (start == "mean")
+    kept = (jnp.sum(weights * error) <= jnp.sum(weights * closed_info.error)) | (solver.start == "mean")
     factors = jax.tree.map(lambda x, y: jnp.where(kept, x, y), factors, closed)
     error = jnp.where(kept, error, closed_info.error)
     return factors, closed_info._replace(error=error, trace=trace.trace, converged=trace.converged)

@@ -142,7 +142,7 @@ class FolderCache:
 
     def _mark(self, name: str) -> bool:
         """Hold an existing, complete folder. Needs the lock."""
-        if not whole(self.path / name):
+        if not is_complete(self.path / name):
             return False
         with self._mutex:
             (self._user / name).touch()
@@ -156,7 +156,7 @@ class FolderCache:
         new = self.path / f".new-{self._user.name}"
         try:
             new.mkdir()
-            adapter_folder.write_folder(new / "adapter", text, dict(tensors))
+            adapter_folder.replace_folder(new / "adapter", text, dict(tensors))
             for x in (new / "adapter").iterdir():
                 sync(x)
             # what is there is not whole
@@ -209,7 +209,7 @@ def alive(lock: Path) -> bool:
         return True
 
 
-def whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether a folder has an adapter whose weights file has the length that its header says."""
     try:
         with safetensors.safe_open(path / adapter_folder.WEIGHTS_FILE, framework="np"):

@@ -25,7 +25,7 @@ LIMIT = "10GB"
 WRITER = 1
 
 
-class State(NamedTuple):
+class StoreState(NamedTuple):
     """A state of a store.
 
     Attributes:
@@ -51,7 +51,7 @@ class TaskFolders:
         cache.
       limit: maximum bytes of the decoded tasks, an integer or text such as "10GB". The least recently used
         folders that are not held are removed.
-      profile: of the server, see `formats.server.fit`; None for PEFT only.
+      profile: of the server, see `formats.server.fit_server`; None for PEFT only.
 
     Raises:
       HydraOptError: no store there, an invalid limit, or a cache that cannot be written.
@@ -65,7 +65,7 @@ class TaskFolders:
         *,
         profile: str | None = "vllm",
     ) -> None:
-        server.check(None, profile)
+        server.check_ranks(None, profile)
         self.path, self.profile = store_path(store), profile
         self._state = read_state(self.path)
         self.cache = FolderCache(
@@ -129,19 +129,19 @@ class TaskFolders:
                 # a writer that replaces the store removes what this one may be reading
                 if not self._replaced(state, n):
                     raise
-        raise replaced_too_fast(self.path)
+        raise files.replaced_too_fast(self.path)
 
     def close(self) -> None:
         """Release all folders."""
         self.cache.close()
 
-    def _now(self) -> State:
+    def _now(self) -> StoreState:
         with self._mutex:
             if stamp(self.path) != self._state.stamp:
                 self._state = read_state(self.path)
             return self._state
 
-    def _replaced(self, state: State, n: int) -> bool:
+    def _replaced(self, state: StoreState, n: int) -> bool:
         """Whether the store has changed since before the n-th attempt."""
         if isinstance(self.path, Path):
             return stamp(self.path) != state.stamp
@@ -151,11 +151,11 @@ class TaskFolders:
                 self._state = read_state(self.path)
         return n == 0
 
-    def _hold(self, state: State, task: str, base: str | None) -> Path:
+    def _hold(self, state: StoreState, task: str, base: str | None) -> Path:
         source = state.store.sources[task_index(state.store.tasks, task)]
         if base is not None:
             peft_config.check_base(network.redact(str(self.path)), peft_config.base_name(source.config), base)
-        server.check_task(self.profile, task, tensors_of(state.store, task), source.config, source.layout)
+        server.check_served(self.profile, task, tensors_of(state.store, task), source.config, source.layout)
         if task not in state.versions:
             state.versions[task] = version_of(state.store, task, self.profile)
         path = self.cache.path / f"{folder_name(task)}-{state.versions[task]}"
@@ -165,7 +165,7 @@ class TaskFolders:
             decoding_it = self._decoding.setdefault(path.name, threading.Lock())
         with decoding_it:
             if not self.cache.hold(path.name):
-                fitted = server.fit(decoding.decode(state.store, task), profile=self.profile)
+                fitted = server.fit_server(decoding.decode(state.store, task), profile=self.profile)
                 self.cache.put(path.name, *peft.contents(fitted.adapter))
         return path
 
@@ -182,19 +182,14 @@ def stamp(path: Path | str) -> Any:
     return None if isinstance(path, str) else files.stamp(path)
 
 
-def read_state(path: Path | str) -> State:
-    """The `State` of the store at a path."""
+def read_state(path: Path | str) -> StoreState:
+    """The `StoreState` of the store at a path."""
     for _ in range(files.RETRIES):
         before = stamp(path)
         store = files.open(path)
         if stamp(path) == before:
-            return State(before, store, {})
-    raise replaced_too_fast(path)
-
-
-def replaced_too_fast(path: Path | str) -> HydraOptError:
-    """The error for a store that changes while it is read."""
-    return HydraOptError(f"{network.redact(str(path))}: is replaced faster than it can be read: try again")
+            return StoreState(before, store, {})
+    raise files.replaced_too_fast(path)
 
 
 def version_of(store: Store, task: str, profile: str | None) -> str:

@@ -41,7 +41,7 @@ class HoldTasks:
         messages = [await receive()]
         while messages[-1].get("more_body"):
             messages.append(await receive())
-        asked = parse(b"".join(x.get("body", b"") for x in messages))
+        asked = parse_request(b"".join(x.get("body", b"") for x in messages))
         given_up = False
 
         async def again() -> MutableMapping[str, Any]:
@@ -98,7 +98,7 @@ def is_json(scope: Scope) -> bool:
     return headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == b"application/json"
 
 
-def parse(body: bytes) -> Mapping[str, Any]:
+def parse_request(body: bytes) -> Mapping[str, Any]:
     """The JSON object of a request; empty if it is not an object, which vLLM then refuses."""
     try:
         found = json.loads(body)

@@ -60,7 +60,7 @@ def address_of(name: str) -> remote.Address:
     """The address of a repository given as ORG/NAME or hf:ORG/NAME[/FILE.safetensors][@REVISION]."""
     if name.startswith(remote.WEB):
         raise HydraOptError(f"{network.redact(name)}: give ORG/NAME, a repository of the hub")
-    return remote.parse(remote.HUB + name.removeprefix(remote.HUB))
+    return remote.parse_address(remote.HUB + name.removeprefix(remote.HUB))
 
 
 def bases_of(store: Store) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def bases_of(store: Store) -> tuple[str, ...]:
     return tuple(dict.fromkeys(x for x in (base_name(s.config) for s in store.sources) if x))
 
 
-def check_base(label: str, store: Store, model: str | None) -> None:
+def check_store_base(label: str, store: Store, model: str | None) -> None:
     """Raise if an adapter of a store has another base model or none; None accepts any.
 
     Raises:
@@ -190,9 +190,9 @@ def pull(
     files.check_target(path, overwrite)
     source = remote.find(address.text)
     content = portable.open_source(source)
-    check_base(address.label, content, base)
+    check_store_base(address.label, content, base)
     if tasks:
-        content = removal.keep(content, list(dict.fromkeys(tasks)))
+        content = removal.keep_tasks(content, list(dict.fromkeys(tasks)))
     elif source.path is None:
         hub = network.client(address.label)
         with network.explained(address.label, "cannot be downloaded"), network.quiet(progress):
@@ -204,7 +204,7 @@ def pull(
         commit = remote.commit_of(copy, address.file)
         source = remote.find(address._replace(revision=commit).text)
         content = portable.open_source(source)
-        check_base(address.label, content, base)
+        check_store_base(address.label, content, base)
     pinned = address._replace(revision=source.version)
     files.save(path, content, overwrite=overwrite)
     return Pulled(pinned.text, source.version, str(path), content.tasks, sizes.size_on_disk(path))

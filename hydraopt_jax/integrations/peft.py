@@ -61,7 +61,7 @@ def load_adapter(
     served = getattr(getattr(model, "config", None), "name_or_path", "")
     if own and served and not any_base:
         check_base(f"task {task!r}", own, served)
-    adapter = server.fit(decode(found, task), rank=rank, padded=rank is not None).adapter
+    adapter = server.fit_server(decode(found, task), rank=rank, padded=rank is not None).adapter
     wrapped = isinstance(model, peft.PeftModel)
     _check_modules(model.get_base_model() if wrapped else model, adapter)
     fields, arrays = peft_folders.contents(adapter)

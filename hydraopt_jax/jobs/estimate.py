@@ -35,7 +35,7 @@ CODING_MEMORY = 72
 CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
 
 
-class Plan(NamedTuple):
+class Costs(NamedTuple):
     """Estimates.
 
     Attributes:
@@ -105,7 +105,7 @@ def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int)
 
 def form_costs(
     found: Collection, form: Hydra, dtype: str | None = None, group_bytes: int = GROUP_BYTES
-) -> Plan:
+) -> Costs:
     """Estimate a job of an explicit form. Forms other than a head per task are counted as if they were; they
     take longer."""
     tasks = len(found.cards)
@@ -128,10 +128,10 @@ def form_costs(
         read += (passes + 2) * itemsize * per_module
     store += 2 * len(found.shapes) * tasks
     seconds = flops / (EFFICIENCY * matmul_rate()) + (read + store) / READ_RATE
-    return Plan(len(groups), memory, flops, read, store, seconds)
+    return Costs(len(groups), memory, flops, read, store, seconds)
 
 
-def target_costs(found: Collection, options: Options) -> Plan:
+def target_costs(found: Collection, options: Options) -> Costs:
     """Estimate a job to a budget or an error target; the store that an error asks for is not known before,
     and counted as what comes in."""
     goal = search.target_of(found, options, raw_tensors(found, options.extras_dtype))
@@ -145,7 +145,7 @@ def target_costs(found: Collection, options: Options) -> Plan:
     count = len(parts.parts_of(found))
     memory = CODING_MEMORY * min(parts.SEGMENT_BYTES, 2 * entries) * min(count, jax.local_device_count())
     seconds = PILOT + PASSES * 2 * entries / CODING_RATE + (read + store) / READ_RATE
-    return Plan(count, memory, flops, read, store, seconds)
+    return Costs(count, memory, flops, read, store, seconds)
 
 
 def raw_tensors(found: Collection, dtype: str | None) -> int:
@@ -158,6 +158,6 @@ def raw_tensors(found: Collection, dtype: str | None) -> int:
     return sum(map(tensors.raw_size, half))
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def as_dict(plan: Costs) -> dict[str, Any]:
     """JSON-able."""
     return plan._asdict() | {"seconds": float(f"{plan.seconds:.2g}"), "time_class": plan.time_class}

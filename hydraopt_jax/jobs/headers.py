@@ -8,7 +8,7 @@ from typing import Any
 
 from hydraopt_jax.collection import Card, Collection
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats.peft_collection import collection, open_adapter
+from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 from hydraopt_jax.jobs.place import read_json, write_json
 from hydraopt_jax.rate_control.work import Processes
 
@@ -18,7 +18,7 @@ READERS = 2
 Source = tuple[str, str | None]
 
 
-def look(
+def read_headers(
     sources: Sequence[Source],
     folder: Path,
     *,
@@ -87,7 +87,7 @@ def look(
         chosen = [x for x in chosen if x.source not in bad]
         if not chosen:
             raise HydraOptError(f"no adapter is left: {next(iter(bad.values()))}")
-    return collection(chosen), {s: bad[s] for s, _ in sources if s in bad}
+    return collection_of(chosen), {s: bad[s] for s, _ in sources if s in bad}
 
 
 def odd_ones(cards: Sequence[Card]) -> Mapping[str, str]:

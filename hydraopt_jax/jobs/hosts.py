@@ -13,7 +13,7 @@ SILENCE = 20
 PATIENCE = 7 * 86400
 
 
-def join(coordinator: str | None, size: int | None, rank: int | None) -> Processes:
+def join_processes(coordinator: str | None, size: int | None, rank: int | None) -> Processes:
     """The processes of a job, after joining them.
 
     Args:

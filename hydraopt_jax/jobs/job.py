@@ -14,7 +14,7 @@ from hydraopt_jax.errors import HydraOptError, TooLarge
 from hydraopt_jax.jobs.place import Folder, fingerprint
 from hydraopt_jax.locks import locked
 from hydraopt_jax.rate_control.search import Unmet
-from hydraopt_jax.rate_control.work import Processes
+from hydraopt_jax.rate_control.work import IN_MEMORY, Job
 from hydraopt_jax.store import files, folder
 from hydraopt_jax.store.store import Store
 
@@ -72,30 +72,26 @@ def clear_if_empty(path: Path) -> None:
         clear(path)
 
 
-def run(
+def run_job(
     path: Path,
     found: Collection,
     compress: Callable[..., Store],
     asked: Mapping[str, Any],
+    job: Job = IN_MEMORY,
     *,
     overwrite: bool = False,
     limit: int | None = None,
     zstd: bool = True,
-    processes: Processes | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    **common: Any,
 ) -> Store | None:
     """The store on disk, after compressing a collection; None in all processes but the first.
 
     Args:
       path: the store; `alone` holds its lock.
       found: the collection.
-      compress: `(found, place=..., processes=..., **common)` -> store, such as `compression.compress`.
+      compress: `(found, job=...)` -> store, such as `compression.compress`.
       asked: all inputs and options that the result depends on, JSON-able.
+      job: its `place` is not used; a job that goes on keeps the provenance of its start.
       overwrite, limit, zstd: see `store.save`.
-      processes: the processes of the job.
-      provenance: see `compression.compress`; a resumed job keeps that of its start.
-      **common: for `compress`.
 
     Returns:
       The store on disk; None in all processes but the first.
@@ -104,19 +100,19 @@ def run(
       HydraOptError: the folder belongs to another job; and every error of `compress`.
       TooLarge: see `store.save`.
     """
-    processes = processes or Processes()
+    processes = job.processes
     files.check_target(path, overwrite)
     at = files.job_home(path)
     place = Folder(at, fingerprint(found, asked), zstd, processes.size > 1)
     if processes.rank == 0:
         place.enter()
-        if provenance is not None and place.note("provenance") is None:
-            place.keep_note("provenance", provenance)
+        if job.provenance is not None and place.note("provenance") is None:
+            place.keep_note("provenance", job.provenance)
     processes.wait("entered")
-    if provenance is not None:
+    if job.provenance is not None:
         # one date for all processes, and for resumed jobs
-        common["provenance"] = place.note("provenance")
-    store = compress(found, place=place, processes=processes, **common)
+        job = job._replace(provenance=place.note("provenance"))
+    store = compress(found, job=job._replace(place=place))
     # the first removes what the others may still be reading
     processes.wait("compressed")
     processes.leave()

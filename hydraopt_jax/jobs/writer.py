@@ -19,23 +19,23 @@ import numpy as np
 
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.store import folder, segment_data
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Segment
 
 # variables that would make JAX treat the child as a process of the job, or claim its devices
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def write_run(path: Path, segment: Segment) -> Entry:
+def write_run(path: Path, segment: Segment) -> SegmentEntry:
     """Write a segment's run as a file, and return its entry."""
-    found: list[Entry] = []
+    found: list[SegmentEntry] = []
     with path.open("wb") as sink:
-        for piece in segment_data.run(segment, found.append):
+        for piece in segment_data.run_pieces(segment, found.append):
             sink.write(piece)
     return found[0]
 
 
-def open_run(store: Path, path: Path, entry: Entry, tasks: Sequence[str]) -> Segment:
+def open_run(store: Path, path: Path, entry: SegmentEntry, tasks: Sequence[str]) -> Segment:
     """The segment that `write_run` wrote."""
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -114,10 +114,10 @@ def end(child: "subprocess.Popen[str]") -> None:
     child.wait()
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
+def respond(asked: dict[str, Any]) -> dict[str, Any]:
     """The child's answer to one request."""
     identity, size, header, sha = asked["entry"]
-    entry = Entry(identity, size, (header[0], header[1]), sha)
+    entry = SegmentEntry(identity, size, (header[0], header[1]), sha)
     store = Path(asked["store"])
     try:
         segment = open_run(store, Path(asked["run"]), entry, asked["tasks"])
@@ -133,7 +133,7 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         for line in sys.stdin:
-            print(json.dumps(answer(json.loads(line))), file=out, flush=True)
+            print(json.dumps(respond(json.loads(line))), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from jax import Array
 
 from hydraopt_jax import forms
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors, compound
+from hydraopt_jax.forms import Factors, diagonalization
 from hydraopt_jax.linalg import clustering, decompose
 from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.merging.sums import side_by_side
@@ -22,7 +22,7 @@ def separate(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
     return forms.separate(decompose.svd(a, b), rank=rank)[0]
 
 
-def assign(gram: Array, slots: int, threshold: float = 1.0) -> Array:
+def k_merge_slots(gram: Array, slots: int, threshold: float = 1.0) -> Array:
     """The slot of each adapter in K-Merge.
 
     Adapters arrive in order. If the cosine with every stored mean is below `threshold` and a slot is free,
@@ -41,7 +41,7 @@ def assign(gram: Array, slots: int, threshold: float = 1.0) -> Array:
       HydraOptError: fewer than one slot.
 
     >>> gram = jnp.array([[1.0, 0.0, 0.9], [0.0, 1.0, 0.1], [0.9, 0.1, 1.0]])
-    >>> print(assign(gram, 2))
+    >>> print(k_merge_slots(gram, 2))
     [0 1 0]
     """
     tasks = gram.shape[0]
@@ -74,7 +74,7 @@ def k_merge(
     threshold: float = 1.0,
     gram: Array | None = None,
 ) -> Factors:
-    """K-Merge: K slots, each the mean delta of the adapters merged into it, cut to rank S; see `assign`.
+    """K-Merge: K slots, each the mean delta of its adapters, cut to rank S, see `k_merge_slots`.
 
     The running mean `(n mean + delta) / (n + 1)` is the mean of the slot's members. It is cut to rank S once,
     at the end.
@@ -85,7 +85,7 @@ def k_merge(
       weights: `[T]`, of the tasks in the mean of their slot.
       rank: S.
       slots: K.
-      threshold: see `assign`.
+      threshold: see `k_merge_slots`.
       gram: `[T, T]` inner products of whole adapters; None for those of this module only.
 
     Returns:
@@ -94,7 +94,7 @@ def k_merge(
     Reference: Shenaj et al., K-Merge: Online Continual Merging of Adapters for On-device Large Language
     Models, 2025, arXiv 2510.13537.
     """
-    labels = assign(decompose.gram(a, b) if gram is None else gram, slots, threshold)
+    labels = k_merge_slots(decompose.gram(a, b) if gram is None else gram, slots, threshold)
     average, _ = clustering.membership(labels, weights, min(slots, a.shape[0]))
     left, right = jax.lax.map(lambda w: truncate(*side_by_side(a, b, w), rank), average)
     here = jnp.any(b != 0, (1, 2)) & jnp.any(a != 0, (1, 2))
@@ -102,12 +102,12 @@ def k_merge(
     return Factors(left, right, of, of)
 
 
-def joint(
+def joint_diagonalization(
     a: Array, b: Array, weights: Array, *, rank: int, clusters: int = 1, diagonal: bool = False
 ) -> Factors:
     """Joint diagonalization, `delta[t] ~= a[k] @ core[t] @ b[k]`, within each of `clusters` groups of tasks.
 
-    Groups are those of `clustering.ward`. Each is fitted by `compound.joint_diagonal` with weight 0 for the
+    Groups are those of `clustering.ward`. Each is fitted by `forms.diagonalization` with weight 0 for the
     other tasks.
 
     Args:
@@ -133,12 +133,12 @@ def joint(
     deltas = decompose.svd(a, b)
     importance = weights * decompose.task_weights(deltas.energy)
     if clusters == 1:
-        return compound.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=importance)[0]
+        return diagonalization.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=importance)[0]
     labels = clustering.ward(decompose.gram(a, b), importance, clusters)
 
     def one(k: Array) -> Factors:
         inside = jnp.where(labels == k, importance, 0.0)
-        return compound.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=inside)[0]
+        return diagonalization.joint_diagonal(deltas, rank=rank, diagonal=diagonal, weights=inside)[0]
 
     each = jax.lax.map(one, jnp.arange(clusters, dtype=labels.dtype))
     of = forms.present(deltas, labels)

@@ -13,11 +13,11 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, registry
-from hydraopt_jax.merging.collection import (
+from hydraopt_jax.merging.whole_adapters import (
+    least_error_scale,
     merge_stacked,
     modules_of,
     relative_errors,
-    scale_of,
     squared_errors,
 )
 from hydraopt_jax.tradeoff import Curve, Point, cuts, summary
@@ -28,13 +28,13 @@ BASELINES = tuple(k for k, v in registry.METHODS.items() if k != "separate" and 
 WIDTHS = (1, 2, 4)
 
 
-def parse(text: str) -> tuple[str, ...]:
+def parse_names(text: str) -> tuple[str, ...]:
     """Names of baselines from text: `all`, or names separated by commas.
 
     Raises:
       HydraOptError: an unknown method, or one that needs more than the adapters.
 
-    >>> parse("ties, knots")
+    >>> parse_names("ties, knots")
     ('ties', 'knots')
     """
     names = BASELINES if text.strip() == "all" else tuple(x.strip() for x in text.split(","))
@@ -51,9 +51,9 @@ def kept_errors(a: Array, b: Array, factors: Factors) -> tuple[Array, Array]:
 
 
 def single(stacked: Adapters, name: str) -> Point:
-    """The point of a method with one adapter for all tasks, at its best scale, see `scale_of`."""
+    """The point of a method with one adapter for all tasks, at its best scale, see `least_error_scale`."""
     found = merge_stacked(stacked, name)
-    scale, _ = scale_of(modules_of(stacked), found)
+    scale, _ = least_error_scale(modules_of(stacked), found)
     scaled = {module: (left, right * np.float32(scale)) for module, (left, right) in found.items()}
     rows = relative_errors(modules_of(stacked), lambda m, a, b: squared_errors(a, b, *scaled[m]))
     size = sum(2 * (left.size + right.size) for left, right in found.values())
@@ -89,7 +89,7 @@ def curves_of(
     """One curve per method: errors against each task's own delta; progress is called with 1 after each."""
     out = []
     for name in names:
-        if registry.find(name).single:
+        if registry.method_of(name).single:
             points = [single(stacked, name)]
         else:
             points = [kept(stacked, name, s, **options) for s, options in settings(stacked, name).items()]

@@ -55,8 +55,8 @@ METHODS: Mapping[str, Method] = {
     "core-space": Method(spectral.core_space),
     "regmean": Method(activations.regmean, needs=("moments",)),
     "k-merge": Method(compressors.k_merge, single=False),
-    "jd-full": Method(compressors.joint, single=False),
-    "jd-diag": Method(functools.partial(compressors.joint, diagonal=True), single=False),
+    "jd-full": Method(compressors.joint_diagonalization, single=False),
+    "jd-diag": Method(functools.partial(compressors.joint_diagonalization, diagonal=True), single=False),
     "share": Method(compressors.share, single=False),
     "separate": Method(compressors.separate, single=False),
 }
@@ -67,7 +67,7 @@ COUNTS = ("rank", "keep", "slots", "clusters")
 FRACTIONS = {"density": (0.0, False, 1.0), "outliers": (0.0, True, 1.0), "off_diagonal": (0.0, True, 1.0)}
 
 
-def find(name: str) -> Method:
+def method_of(name: str) -> Method:
     """The method of a name.
 
     Raises:
@@ -84,7 +84,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
       HydraOptError: the message names the option.
     """
-    method = find(name)
+    method = method_of(name)
     for option, value in options.items():
         if option not in method.options:
             known = ", ".join(x for x in method.options if x not in ("key", "gram")) or "no option"

@@ -11,7 +11,7 @@ from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.merging.sparse import combine, trim
 from hydraopt_jax.merging.sums import side_by_side
-from hydraopt_jax.merging.truncation import split, truncate
+from hydraopt_jax.merging.truncation import split_values, truncate
 
 TOLERANCE = 1e-5
 
@@ -121,7 +121,7 @@ def iso_c(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Arra
     total = decompose.svd(*side_by_side(a, b, weights))
     counts = significant(total.s)
     mean = total.s.sum() / jnp.maximum(counts.sum(), 1.0)
-    return split(total._replace(s=mean * counts), rank)
+    return split_values(total._replace(s=mean * counts), rank)
 
 
 def core_space(

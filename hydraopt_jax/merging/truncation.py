@@ -18,7 +18,7 @@ ROUNDS = 8
 SPARE = 8
 
 
-def split(found: decompose.Svd, rank: int) -> tuple[Array, Array]:
+def split_values(found: decompose.Svd, rank: int) -> tuple[Array, Array]:
     """The first `rank` directions as `(a: [I, S], b: [S, O])`, singular values split evenly."""
     root = decompose.safe_sqrt(found.s[:rank])
     return found.u[:, :rank] * root, root[:, None] * found.v[:rank]
@@ -65,7 +65,7 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     """
     width, least = 2 * rank + SPARE, min(*a.shape, b.shape[1])
     if least <= max(EXACT, width):
-        return split(decompose.svd(a, b), rank)
+        return split_values(decompose.svd(a, b), rank)
     # delta @ delta.T acts on a @ c as gram_b @ gram_a does on c, which is small
     gram_a, gram_b = self_product(a.T), self_product(b)
     c = jax.random.normal(jax.random.key(0), (a.shape[1], width))
@@ -81,7 +81,7 @@ def truncate_dense(x: Array, rank: int) -> tuple[Array, Array]:
     """Factors of the best rank-S approximation of `x: [I, O]`, see `truncate`."""
     width, least = 2 * rank + SPARE, min(x.shape)
     if least <= max(EXACT, width):
-        return split(decompose.Svd(*decompose.thin_svd(x)), rank)
+        return split_values(decompose.Svd(*decompose.thin_svd(x)), rank)
     y = jax.random.normal(jax.random.key(0), (x.shape[1], width))
     for _ in range(ROUNDS):
         y = decompose.orthonormal(onto(x.T, decompose.orthonormal(onto(x, y))))

@@ -28,7 +28,7 @@ def full_tensors(
     carriers = [t for t, x in enumerate(found.cards) if x.extras]
     if not apart:
         return [], [
-            tensors.coded(read_tensors(found, t), dtype) if t in carriers else Tensors((), b"")
+            tensors.encode_tensors(task_tensors(found, t), dtype) if t in carriers else Tensors((), b"")
             for t in range(len(found.cards))
         ]
     groups: list[list[int]] = []
@@ -42,7 +42,7 @@ def full_tensors(
         room -= size
     for n in range(processes.rank, len(groups), processes.size):
         if place.note(f"tensors-{n}") is None:
-            own = [tensors.coded(read_tensors(found, t), dtype) for t in groups[n]]
+            own = [tensors.encode_tensors(task_tensors(found, t), dtype) for t in groups[n]]
             names = [found.tasks[t] for t in groups[n]]
             place.keep(f"tensors-{n}", make_segment(names, {}, {}, tensors=own))
             place.keep_note(f"tensors-{n}", {})
@@ -51,7 +51,7 @@ def full_tensors(
     return [kept_segment(place, f"tensors-{n}") for n in range(len(groups))], []
 
 
-def read_tensors(found: Collection, task: int) -> dict[str, np.ndarray]:
+def task_tensors(found: Collection, task: int) -> dict[str, np.ndarray]:
     """A task's full tensors, in the order of its card."""
     have = found.read_extras(task)
     if isinstance(have, Tensors):

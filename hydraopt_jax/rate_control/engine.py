@@ -29,8 +29,8 @@ from hydraopt_jax.rate_control.coding import (
     sample,
 )
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of, uncovered
-from hydraopt_jax.rate_control.options import Options, account, check_options, task_weights
-from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read
+from hydraopt_jax.rate_control.options import Options, as_report, check_options, relative_weights
+from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read_part
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.rate_control.search import Pass, Target
 from hydraopt_jax.rate_control.segments import (
@@ -44,7 +44,7 @@ from hydraopt_jax.rate_control.segments import (
     put_together,
     sized_segment,
 )
-from hydraopt_jax.rate_control.work import Memory, Place, Processes, Progress
+from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Memory, Place, Processes, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, sizes, tensors
 from hydraopt_jax.store.store import Segment, Store, make_segment, task_errors
@@ -63,12 +63,8 @@ ROUNDS, LOWEST, HIGHEST, DAMPING = 3, 0.1, 10.0, 0.9
 def compress_to_target(
     found: Collection,
     options: Options,
-    place: Place,
+    job: Job = IN_MEMORY,
     *,
-    left_out: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    processes: Processes | None = None,
     segment_bytes: int = SEGMENT_BYTES,
     cache: dict[int, Problem] | None = None,
 ) -> Store:
@@ -77,9 +73,7 @@ def compress_to_target(
     Args:
       found: the collection.
       options: the target.
-      place: where segments are kept; existing segments are not made again.
-      left_out, provenance: for the report, see `compression.compress`.
-      progress, processes: see `rate_control.work`; all processes return the same store.
+      job: where segments are kept, and who takes part; existing segments are not made again.
       segment_bytes: half-precision bytes of the factors that are coded together.
       cache: analyses of a small collection, reusable for other targets with the same weights.
 
@@ -90,10 +84,9 @@ def compress_to_target(
       HydraOptError: bad options, or a target that cannot be met (the message says which can).
     """
     options = check_options(options)
-    progress, processes = progress or Progress(), processes or Processes()
+    place, processes, said = job.place or Memory(), job.processes, job.said
     parts = parts_of(found, segment_bytes)
-    said = {k: dict(v) for k, v in (("left_out", left_out), ("provenance", provenance)) if v}
-    task_weights(found.tasks, options)
+    relative_weights(found.tasks, options)
     if options.calibration is not None:
         uncovered(found.shapes, options.calibration)
     heads, carried = full_tensors(found, options.extras_dtype, place, processes, apart=len(parts) != 1)
@@ -111,27 +104,28 @@ def compress_to_target(
         if keeps_all or sizes.measure_size(kept, place.path) <= goal.limit + size:
             return kept
     analyses = {} if cache is None else cache
-    run = Run(found, options, parts, place, progress, processes, analyses, {}, carried)
+    run = Run(found, options, parts, place, job.progress, processes, analyses, {}, carried)
     if len(parts) > CACHED or processes.size > 1:
         return passes(run, goal, heads, said)
     drafts = run._replace(place=Memory(place.path), drafts={})
     return passes(drafts, goal, heads, said, place)
 
 
-def compress_at_step(found: Collection, options: Options, place: Place, step: float) -> Store:
+def compress_at_step(found: Collection, options: Options, step: float) -> Store:
     """A store of a collection at a given quantizer step, relative to the norm of a delta, without a target.
 
     Args:
       found: the collection, of one part or few.
       options: all but the target.
-      place, step: where segments are kept, and the step.
+      step: the step.
     """
+    place = Memory()
     parts = parts_of(found)
     heads, carried = full_tensors(found, options.extras_dtype, place, Processes(), apart=len(parts) != 1)
     run = Run(found, options, parts, place, Progress(), Processes(), {}, {}, carried)
-    weights = task_weights(found.tasks, options)
+    weights = relative_weights(found.tasks, options)
     known: dict[str, Any] = {"deep": True, "unit": None}
-    first = problem_of(run, 0, weights, known, read(found, parts[0]))
+    first = problem_of(run, 0, weights, known, read_part(found, parts[0]))
     known["unit"] = first.unit
     encode_parts(run, 0, step, fit_tables(first, step), weights, known)
     return put_together(run, 0, step, heads, {})
@@ -147,10 +141,10 @@ def as_they_are(
     """A lossless store of the adapters, see `lossless`; factors are not read before they are written."""
     tasks = range(len(found.cards))
     rows = {m: [found.raw(t, m) if found.rank(m, t) else None for t in tasks] for m in found.shapes}
-    modules, errors, facts = lossless.modules_of(rows)
+    modules, errors, facts = lossless.lossless_terms(rows)
     schema, leaves = plain.to_leaves(modules)
     segment = make_segment(found.tasks, schema, leaves, errors, tensors=carried)
-    report = account(options, found) | facts | dict(said)
+    report = as_report(options, found) | facts | dict(said)
     return Store((segment, *heads), found.tasks, found.sources, Static(report))
 
 
@@ -170,7 +164,7 @@ def passes(
       said: further fields of the report.
       place: of the finished segment, for a run with drafts.
     """
-    weights = task_weights(run.found.tasks, run.options)
+    weights = relative_weights(run.found.tasks, run.options)
     known = pilot(run, goal, weights)
     step, frequencies = known["step"], np.array(known["frequencies"])
     number, mean, aim = 0, float("nan"), goal
@@ -258,7 +252,7 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
     if run.processes.rank == 0 and run.place.note("pilot") is None:
         one = len(run.parts) == 1
         part = run.parts[0] if one else pilot_part(run.found)
-        given = read(run.found, part)
+        given = read_part(run.found, part)
         if one:
             whole = problem_of(run, 0, weights, {}, given)
             problem = whole.take(sample(whole, SAMPLE_CODES))

@@ -83,7 +83,7 @@ def check_options(options: Options) -> Options:
     return options
 
 
-def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
+def relative_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
     """Weights `[T]` with a mean of 1."""
     unknown = set(options.weights) - set(tasks)
     if unknown:
@@ -94,7 +94,7 @@ def task_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
     return weights / weights.mean()
 
 
-def account(options: Options, found: Collection) -> dict[str, Any]:
+def as_report(options: Options, found: Collection) -> dict[str, Any]:
     """The options as JSON: the first fields of a store's report."""
     asked = {k: v for k, v in options._asdict().items() if k not in ("weights", "calibration")}
     asked |= {"weights": dict(options.weights), "calibrated": options.calibration is not None}

@@ -86,7 +86,9 @@ def pick_names(names: Sequence[str], count: int) -> list[str]:
     return [names[i] for i in sorted(places)] if count < len(names) else list(names)
 
 
-def read(found: Collection, wanted: Part, count: Callable[[int], None] = lambda size: None) -> list[Adapter]:
+def read_part(
+    found: Collection, wanted: Part, count: Callable[[int], None] = lambda size: None
+) -> list[Adapter]:
     """The part's factors in float32."""
     out = found.adapters(wanted.tasks, wanted.modules)
     count(2 * sum(x.a[n].size + x.b[n].size for x in out for n in x.a))
@@ -99,8 +101,8 @@ def ahead(
     """The factors of each part, while the `depth` following parts are read in the background."""
     with ThreadPoolExecutor(depth) as pool:
         coming = iter(wanted)
-        pending = deque(pool.submit(read, found, x, count) for x in itertools.islice(coming, depth))
+        pending = deque(pool.submit(read_part, found, x, count) for x in itertools.islice(coming, depth))
         while pending:
             now = pending.popleft().result()
-            pending.extend(pool.submit(read, found, x, count) for x in itertools.islice(coming, 1))
+            pending.extend(pool.submit(read_part, found, x, count) for x in itertools.islice(coming, 1))
             yield now

@@ -16,7 +16,7 @@ from hydraopt_jax.rate_control.coding import Trial
 from hydraopt_jax.rate_control.errors_of import with_errors
 from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.mode_decision import Choice
-from hydraopt_jax.rate_control.options import Options, account
+from hydraopt_jax.rate_control.options import Options, as_report
 from hydraopt_jax.rate_control.parts import Part
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.search import Pass, Target
@@ -122,7 +122,7 @@ def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> d
     note = {
         "no_joint": sorted(problem.no_joint),
         "forms": forms,
-        "tail": eigen_tail(problem, trial),
+        "tail": mean_tail(problem, trial),
         "modules": int(np.count_nonzero(~np.isnan(trial.errors))),
         "counts": trial.coded.counts.tolist(),
     }
@@ -136,7 +136,7 @@ def label(choice: Choice, tasks: Sequence[str]) -> str:
     return "joint basis"
 
 
-def eigen_tail(problem: Problem, trial: Trial) -> float:
+def mean_tail(problem: Problem, trial: Trial) -> float:
     """Mean relative energy beyond the directions that each task keeps: the bound at these ranks."""
     coded, tails = trial.coded, []
     for t in range(problem.weights.shape[1]):
@@ -162,7 +162,7 @@ def put_together(
             forms[form] = forms.get(form, 0) + count
     weights = [max(x["modules"], 1) for x in notes]
     tail = float(np.average([x["tail"] for x in notes], weights=weights))
-    report = account(run.options, run.found) | {
+    report = as_report(run.options, run.found) | {
         "form": "coded",
         "step": float(f"{step:.6g}"),
         "forms": forms,

@@ -1,4 +1,4 @@
-"""Interfaces of a job: its processes, its progress, and the place of its segments."""
+"""A job: its processes, its progress, and the place of its segments."""
 
 import shutil
 import tempfile
@@ -65,6 +65,34 @@ class Place(Protocol):
 
     def keep_note(self, name: str, note: Mapping[str, Any]) -> None:
         """Keep a JSON-able note, after its segment, so that a note means that the segment is finished."""
+
+
+class Job(NamedTuple):
+    """How a compression runs, whatever it is to reach.
+
+    Attributes:
+      place: where segments are kept; None for memory.
+      progress: callbacks.
+      processes: who takes part; all return the same store.
+      left_out: adapters that were skipped, with the reason, for the report.
+      provenance: how the store is made, for the report; None for no entry.
+    """
+
+    place: Place | None = None
+    progress: Progress = Progress()
+    processes: Processes = Processes()
+    left_out: Mapping[str, str] | None = None
+    provenance: Mapping[str, Any] | None = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the report says of it."""
+        rows = {"left_out": self.left_out, "provenance": self.provenance}
+        return {k: dict(v) for k, v in rows.items() if v}
+
+
+IN_MEMORY = Job()
+"""A job of this process alone, whose segments are kept in memory."""
 
 
 class Memory:

@@ -222,7 +222,7 @@ def unrounded(
         rebuilt = []
         for k, term in enumerate(terms):
             rest = [
-                residual(adapter, name, terms, skip=k, task=t) if term.a_of[t] >= 0 else None
+                remainder(adapter, name, terms, skip=k, task=t) if term.a_of[t] >= 0 else None
                 for t, adapter in enumerate(collection)
             ]
             rest = [None if x is None else (inputs(x[0]), outputs(x[1].T).T) for x in rest]
@@ -249,7 +249,7 @@ def within_cell(stored: np.ndarray, best: np.ndarray) -> np.ndarray:
     return np.where(live, stored + np.clip(best - stored, -CELL, CELL), 0.0).astype(np.float32)
 
 
-def residual(
+def remainder(
     adapter: Adapter, name: str, terms: Sequence[Factors], *, skip: int, task: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """A task's delta minus all terms but one, as float64 factors `[I, r]`, `[r, O]`; None without a delta."""

@@ -91,7 +91,7 @@ def accumulating(optimizer: optax.GradientTransformation, batches: int) -> optax
     return optax.MultiSteps(optimizer, batches)
 
 
-def value(loss: Any, like: Modules, original: Lora, moved: Any, batch: Any) -> Array:
+def moved_loss(loss: Any, like: Modules, original: Lora, moved: Any, batch: Any) -> Array:
     """The loss of moved factors, with the indices of `like`."""
     return loss(stacked(with_arrays(like, moved)), original, batch)
 
@@ -110,7 +110,7 @@ def step(
 
     def through(factors: Any, moved: Any, batch: Any) -> Array:
         straight = jax.tree.map(straight_through, factors, moved, slope)
-        return value(loss, like, original, straight, batch)
+        return moved_loss(loss, like, original, straight, batch)
 
     return descent.step(through, chain, state, moved, batch)
 
@@ -239,7 +239,7 @@ def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -
         shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items()}
         metrics = metrics_of(shapes, given.calibration)
     loss, folder = given.loss, given.folder
-    measure = jax.jit(lambda *x: value(*x))
+    measure = jax.jit(lambda *x: moved_loss(*x))
     take = jax.jit(lambda *x: step(*x), static_argnums=0)
     original, unit = originals(ordered), units(kept, segment.coded)
     if segment.coded:
@@ -258,26 +258,26 @@ def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -
         n: tuple(x._replace(a=(), b=(), core=None if x.core is None else ()) for x in t)
         for n, t in kept.items()
     }
-    before = float(measure(loss, like, original, wide(arrays(kept)), given.check))
+    before = float(measure(loss, like, original, to_float32(arrays(kept)), given.check))
     factors = jax.tree.map(lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), arrays(begin), unit)
     state, done, trace = resume(State(factors, chain.init(factors), rounded.tables), folder)
     moved: Any = None
     for i in range(done, given.steps):
         if moved is None or i % given.accumulate == 0:
-            whole = with_arrays(kept, scaled(state.factors, unit))
+            whole = with_arrays(kept, times_units(state.factors, unit))
             found, tables = rounded.round(whole, state.tables, i >= SETTLED * given.steps)
-            state, moved = state._replace(tables=tables), wide(arrays(found))
+            state, moved = state._replace(tables=tables), to_float32(arrays(found))
         at = descent.State(state.factors, state.optimizer)
         (factors, memory, _), lost = take(chain, loss, like, original, slope, at, moved, given.batch_at(i))
         state = State(factors, memory, state.tables)
         trace.append(float(lost))
         given.progress(trace[-1])
         if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
-            keep(state, i + 1, trace, folder)
-    modules, leaves = rounded.finish(with_arrays(kept, scaled(state.factors, unit)), state.tables)
+            keep_step(state, i + 1, trace, folder)
+    modules, leaves = rounded.finish(with_arrays(kept, times_units(state.factors, unit)), state.tables)
     after = float("inf")
     if modules:
-        after = float(measure(loss, like, original, wide(arrays(modules)), given.check))
+        after = float(measure(loss, like, original, to_float32(arrays(modules)), given.check))
     if not after < before:
         return segment, Refined(before, before, np.array(trace))
     return with_factors(segment, modules, leaves, ordered, metrics), Refined(before, after, np.array(trace))
@@ -314,12 +314,12 @@ def vectors(moved: Any) -> Any:
     return {n: tuple((a, flip(b), core) for a, b, core in terms) for n, terms in moved.items()}
 
 
-def wide(moved: Any) -> Any:
+def to_float32(moved: Any) -> Any:
     """The arrays in float32 on the device."""
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(np.float32)), moved)
 
 
-def scaled(factors: Any, unit: Any) -> Any:
+def times_units(factors: Any, unit: Any) -> Any:
     """Factors multiplied with their units, on the host."""
     return jax.tree.map(lambda x, u: np.asarray(x) * u, factors, unit)
 
@@ -333,7 +333,7 @@ def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:
     return [known[t] for t in store.tasks]
 
 
-def keep(state: State, done: int, trace: Sequence[float], folder: Path) -> None:
+def keep_step(state: State, done: int, trace: Sequence[float], folder: Path) -> None:
     """Save a step, from which a run can resume."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = {"state": state, "trace": np.array(trace)}

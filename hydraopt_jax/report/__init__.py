@@ -1,7 +1,6 @@
 """Text, tables, figures and progress bars for people. Nothing here computes anything."""
 
 from hydraopt_jax.report.figures import can_plot, plot_errors, plot_frontier, plot_similarity, plot_tradeoff
-from hydraopt_jax.report.progress import bars, progress
 from hydraopt_jax.report.tables import (
     MEASURES,
     frontier_table,
@@ -10,6 +9,7 @@ from hydraopt_jax.report.tables import (
     points_table,
     task_table,
 )
+from hydraopt_jax.report.terminal import bars, progress
 from hydraopt_jax.report.text import (
     columns,
     format_bytes,

@@ -91,10 +91,10 @@ def with_schemes(svg: str) -> str:
     return f"{svg[:end]}\n<style>@media (prefers-color-scheme: dark) {{\n{rules}}}</style>{svg[end:]}"
 
 
-def spread(wanted: Sequence[float], gap: float = GAP) -> list[float]:
+def spread_labels(wanted: Sequence[float], gap: float = GAP) -> list[float]:
     """Positions of labels near the wanted ones, at least `gap` apart, in the same order.
 
-    >>> [round(x, 2) for x in spread([0.5, 0.52, 0.1], 0.1)]
+    >>> [round(x, 2) for x in spread_labels([0.5, 0.52, 0.1], 0.1)]
     [0.46, 0.56, 0.1]
     """
     order = sorted(range(len(wanted)), key=lambda n: wanted[n])
@@ -292,7 +292,7 @@ def _label(axis: Any, ends: Sequence[tuple[str, str, tuple[float, float]]]) -> N
     axis.autoscale_view()
     to_axes = axis.transData + axis.transAxes.inverted()
     gap = min(GAP, 1 / max(len(ends), 1))
-    places = spread([float(to_axes.transform(end)[1]) for _, _, end in ends], gap)
+    places = spread_labels([float(to_axes.transform(end)[1]) for _, _, end in ends], gap)
     for (name, color, end), y in zip(ends, places, strict=True):
         axis.annotate(
             _plain(name, 60),

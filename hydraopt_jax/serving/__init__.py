@@ -14,14 +14,14 @@ from hydraopt_jax.serving.layers import (
     wrap,
 )
 from hydraopt_jax.serving.loading import Shardings, load
-from hydraopt_jax.serving.slots import Slots, State
+from hydraopt_jax.serving.slots import Slots, SlotState
 
 __all__ = [
     "Module",
     "Served",
     "Shardings",
+    "SlotState",
     "Slots",
-    "State",
     "Stored",
     "apply",
     "branches",

@@ -20,7 +20,7 @@ from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.codec.fixed_rate import Packed
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.serving.grouped import by_blocks, check_method, choose, dot, product
+from hydraopt_jax.serving.grouped import by_blocks, check_method, choose_method, dot, product
 
 # one module on the device; factors are arrays, or `fixed_rate.Packed` codes of vectors along the last axis
 Module = tuple[Factors, ...]
@@ -133,7 +133,7 @@ def _mixed(x: Array, term: Factors, ids: Array, method: str | None, precision: A
     left, right = _dense(term.a, True), _dense(term.b, False)
     kind = jnp.promote_types(x.dtype, right.dtype)
     many = min(left.shape[0], right.shape[0]) > 1
-    if many and (method or choose(x.shape[0], left.shape[0], left.shape[2])) == "blocks":
+    if many and (method or choose_method(x.shape[0], left.shape[0], left.shape[2])) == "blocks":
         # sorted once, by task, for both sides
         one = functools.partial(_block, term=term, left=left, right=right, precision=precision)
         return jnp.where(present[:, None], by_blocks(x, task, term.a_of.shape[0], one), 0.0)

@@ -28,10 +28,10 @@ FEW_COLUMNS = 128
 BLOCKS = (16, 32, 64)
 
 
-def choose(rows: int, groups: int, rank: int) -> str:
+def choose_method(rows: int, groups: int, rank: int) -> str:
     """The method for N rows, G groups and matrices whose smaller side is S, by static shape.
 
-    >>> choose(512, 4, 32), choose(16, 40, 16), choose(4096, 40, 32)
+    >>> choose_method(512, 4, 32), choose_method(16, 40, 16), choose_method(4096, 40, 32)
     ('mask', 'mask', 'blocks')
     """
     if rows <= FEW_ROWS or groups * rank <= FEW_COLUMNS:
@@ -60,7 +60,7 @@ def product(
       x: `[N, P]`.
       w: `[G, P, Q]`.
       group: `[N]` int, each in 0..G-1.
-      method: "mask", "blocks" or "ragged"; None for `choose`.
+      method: "mask", "blocks" or "ragged"; None for `choose_method`.
       precision: of the matrix products.
 
     Returns:
@@ -77,7 +77,7 @@ def product(
     groups, inputs, outputs = w.shape
     if groups == 1:
         return dot(x, w[0], precision)
-    method = method or choose(x.shape[0], groups, min(inputs, outputs))
+    method = method or choose_method(x.shape[0], groups, min(inputs, outputs))
     kind = jnp.promote_types(x.dtype, w.dtype)
     compute: dict[str, Callable[..., Array]] = {"mask": masked, "blocks": blocked, "ragged": ragged}
     return compute[method](x.astype(kind), w.astype(kind), group, precision)

@@ -108,7 +108,7 @@ def names_of(name: Name) -> tuple[str, ...]:
     return name if isinstance(name, tuple) else (name,)
 
 
-def parts_of(name: Name, modules: Mapping[str, Module]) -> tuple[Module | None, ...]:
+def factors_of(name: Name, modules: Mapping[str, Module]) -> tuple[Module | None, ...]:
     """Factors of the modules of a layer; None for a module that is missing."""
     return tuple(modules.get(x) for x in names_of(name))
 
@@ -144,7 +144,7 @@ def wrap(
     """
     layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(model) if is_layer(x)}
     served = {path: rename(path) for path in layers}
-    served = {path: name for path, name in served.items() if any(parts_of(name, modules))}
+    served = {path: name for path, name in served.items() if any(factors_of(name, modules))}
     matches = lambda path, pattern: fnmatch.fnmatchcase(path, pattern)  # noqa: E731
     for pattern in patterns or ():
         if not any(matches(path, pattern) for path in served):
@@ -163,11 +163,11 @@ def wrap(
                 )
     chosen = [p for p in served if patterns is None or any(matches(p, x) for x in patterns)]
     for path in chosen:
-        check_shape(path, layers[path][1], parts_of(served[path], modules))
+        check_shape(path, layers[path][1], factors_of(served[path], modules))
     ids = TaskIds(jnp.array(-1, jnp.int32))
     for path in chosen:
         keys, base = layers[path]
-        found = parts_of(served[path], modules)
+        found = factors_of(served[path], modules)
         module = found if isinstance(served[path], tuple) else found[0]
         replace(model, keys, Served(base, module, ids, name=served[path], method=method))
     return chosen
@@ -204,13 +204,13 @@ def set_modules(model: nnx.Module, modules: Mapping[str, Module]) -> None:
       HydraOptError: the model has no such layer, a layer without a module, or shapes that differ.
     """
     for layer in served_layers(model):
-        parts = parts_of(layer.name, modules)
+        parts = factors_of(layer.name, modules)
         for name, old, new in zip(names_of(layer.name), layer.stored.get_value(), parts, strict=True):
             if old is not None and new is None:
                 raise HydraOptError(f"{name}: no such module: near names are {near(name, modules)}")
         check_shape(names_of(layer.name)[0], layer.base, parts)
     for layer in served_layers(model):
-        layer.stored.set_value(parts_of(layer.name, modules))
+        layer.stored.set_value(factors_of(layer.name, modules))
 
 
 def task_ids(tasks: Store | Sequence[str], names: Sequence[str]) -> np.ndarray:
@@ -268,7 +268,7 @@ def load_task(
     name = next(fits, names[0])
     like: dict[Any, Any] = {}
     for keys, variable in variables.items():
-        trees.place(like, keys, variable.get_value())
+        trees.insert(like, keys, variable.get_value())
     fitted = trees.fit_tree(adapter, name, like, rename=rename, stack=stack)
     for keys, value in trees.leaves(fitted, name, scale, None, "float32"):
         variable = variables[keys]

@@ -86,7 +86,7 @@ def _device(name: str, term: Factors, dtype: Any, bits: int | None, kernel: Name
     core = None if term.core is None else np.asarray(term.core, np.float32)
     rest = {"a_of": np.asarray(term.a_of, np.int32), "b_of": np.asarray(term.b_of, np.int32), "core": core}
     if bits is None:
-        a, b = (cast(name, x, serving_dtype(x.dtype, dtype)) for x in (a, b))
+        a, b = (to_dtype(name, x, serving_dtype(x.dtype, dtype)) for x in (a, b))
         return place(name, Factors(a, b, **rest), kernel)
     a, b = (fixed_rate.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
     return Factors(a, b, **jax.tree.map(jnp.asarray, rest))
@@ -102,7 +102,7 @@ def serving_dtype(stored: Any, asked: Any = None) -> np.dtype:
     return jnp.dtype(asked if asked is not None else stored if stored.itemsize <= 2 else jnp.bfloat16)
 
 
-def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def to_dtype(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """An array of a module, converted to a dtype.
 
     Raises:
@@ -133,10 +133,10 @@ def place(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
     """
     if kernel is None:
         return jax.tree.map(jnp.asarray, term)
-    return jax.tree.map(jax.device_put, term, split(name, term, kernel))
+    return jax.tree.map(jax.device_put, term, shardings_of(name, term, kernel))
 
 
-def split(name: str, term: Factors, kernel: NamedSharding) -> Factors:
+def shardings_of(name: str, term: Factors, kernel: NamedSharding) -> Factors:
     """The shardings of a term's arrays, from that of its layer's kernel `[I, O]`; see `place`."""
     size = term.a.shape[-2], term.b.shape[-1]
     try:

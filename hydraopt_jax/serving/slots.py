@@ -24,12 +24,12 @@ from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.apply import Module
 from hydraopt_jax.serving.loading import (
     Shardings,
-    cast,
     check_base_of,
     kernel_sharding,
     place,
     serving_dtype,
-    split,
+    shardings_of,
+    to_dtype,
 )
 from hydraopt_jax.store import Store, decode_terms, task_index
 from hydraopt_jax.store.schema import PlainShape
@@ -37,7 +37,7 @@ from hydraopt_jax.store.schema import PlainShape
 EMPTY = -1
 
 
-class State(NamedTuple):
+class SlotState(NamedTuple):
     """Content of the slots: a pytree of arrays with constant structure and shapes.
 
     Attributes:
@@ -67,7 +67,7 @@ class Shape(NamedTuple):
     steps: bool
 
 
-class Row(NamedTuple):
+class SlotRow(NamedTuple):
     """One task in one module.
 
     Attributes:
@@ -106,7 +106,7 @@ def slot_shapes(store: Store) -> dict[str, Shape]:
     return {name: out[name] for name in store.shapes if out[name].rank}
 
 
-def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype: np.dtype) -> Row:
+def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype: np.dtype) -> SlotRow:
     """One task in one module in the layout of a slot: terms concatenated, zero directions left out.
 
     Args:
@@ -149,16 +149,19 @@ def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype:
     a, b, core = np.pad(a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0))), np.pad(core, (0, more))
     if not shape.steps:
         b = core[:, None] * b
-    return Row(
-        cast(name, a, dtype), cast(name, b, dtype), core if shape.steps else None, np.bool_(bool(left))
+    return SlotRow(
+        to_dtype(name, a, dtype),
+        to_dtype(name, b, dtype),
+        core if shape.steps else None,
+        np.bool_(bool(left)),
     )
 
 
-def put(modules: Mapping[str, Module], slot: Array, rows: Mapping[str, Row]) -> dict[str, Module]:
+def put(modules: Mapping[str, Module], slot: Array, rows: Mapping[str, SlotRow]) -> dict[str, Module]:
     """The modules with another task in a slot; pure, with equal shapes for all tasks.
 
     Args:
-      modules: of a `State`.
+      modules: of a `SlotState`.
       slot: int scalar.
       rows: module name -> the task in it.
     """
@@ -213,7 +216,7 @@ def assign(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Slots:
-    """Slots for some of a store's tasks at a time; their content is a `State`.
+    """Slots for some of a store's tasks at a time; their content is a `SlotState`.
 
     Attributes:
       store: from `compress` or `open`; a task is decoded on the host when a batch first needs it.
@@ -243,7 +246,7 @@ class Slots:
         """Module -> `Shape` of a slot."""
         return slot_shapes(self.store)
 
-    def init(self) -> State:
+    def init(self) -> SlotState:
         """The state with empty slots, in which every row is computed by the base model.
 
         Raises:
@@ -253,9 +256,9 @@ class Slots:
             name: (place(name, self._empty(name), kernel_sharding(self.shardings, name)),)
             for name in self.shapes
         }
-        return State(modules, np.full(self.count, EMPTY, np.int32), np.arange(self.count, dtype=np.int32))
+        return SlotState(modules, np.full(self.count, EMPTY, np.int32), np.arange(self.count, dtype=np.int32))
 
-    def load(self, state: State, names: Sequence[str | None]) -> tuple[State, np.ndarray]:
+    def load(self, state: SlotState, names: Sequence[str | None]) -> tuple[SlotState, np.ndarray]:
         """The state with the tasks of a batch in it, and the slot of each row.
 
         The arrays of `state` are donated to the new state: do not use `state` again.
@@ -285,9 +288,9 @@ class Slots:
             modules = self._put(modules, np.int32(slot), mine)
         slot_of = {int(t): k for k, t in enumerate(tasks) if t != EMPTY}
         ids = np.array([slot_of.get(t, EMPTY) for t in wanted], np.int32)
-        return State(modules, tasks, order), ids
+        return SlotState(modules, tasks, order), ids
 
-    def _rows(self, tasks: Sequence[int]) -> list[dict[str, Row]]:
+    def _rows(self, tasks: Sequence[int]) -> list[dict[str, SlotRow]]:
         """Rows of tasks in the layout of the slots; all are decoded before any is loaded."""
         terms = decode_terms(self.store, [self.store.tasks[t] for t in tasks]) if tasks else {}
         dtypes = {name: serving_dtype(x.dtype, self.dtype) for name, x in self.shapes.items()}
@@ -303,7 +306,7 @@ class Slots:
         if self.shardings is not None:
             kernels = {name: kernel_sharding(self.shardings, name) for name in self.shapes}
             shardings = {
-                name: (None if kernel is None else split(name, self._empty(name), kernel),)
+                name: (None if kernel is None else shardings_of(name, self._empty(name), kernel),)
                 for name, kernel in kernels.items()
             }
         return jax.jit(put, donate_argnums=0, out_shardings=shardings)

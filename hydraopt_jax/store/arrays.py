@@ -9,7 +9,7 @@ import numpy as np
 
 from hydraopt_jax import buckets
 from hydraopt_jax.errors import HydraOptError, damaged
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.segment_data import SegmentEntry
 
 # bytes of chunks that all readers together keep
 CACHE_BYTES = 1 << 24
@@ -47,7 +47,7 @@ def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any
 
 
 def run_reader(
-    path: Any, entry: Entry, sizes: Sequence[int], opened: Callable[[int], Any]
+    path: Any, entry: SegmentEntry, sizes: Sequence[int], opened: Callable[[int], Any]
 ) -> Callable[[int, int], np.ndarray]:
     """The function of `reader`, from the sizes of the arrays and a function that opens each of them."""
     starts = list(itertools.accumulate(sizes, initial=0))
@@ -77,10 +77,10 @@ def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
     return damaged(path, f"{what} ({' '.join(str(error).split())[:120]})")
 
 
-def held(total: int, sizes: Sequence[int]) -> bool:
+def fit_run(total: int, sizes: Sequence[int]) -> bool:
     """Whether array sizes fit a run of so many bytes; the last array may be longer.
 
-    >>> held(10, [4, 8]), held(10, [4, 4]), held(3, [4, 4])
+    >>> fit_run(10, [4, 8]), fit_run(10, [4, 4]), fit_run(3, [4, 4])
     (True, False, False)
     """
     return bool(sizes) and sum(sizes[:-1]) < total <= sum(sizes)

@@ -19,9 +19,9 @@ import numpy as np
 from hydraopt_jax import buckets, remote
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import folder, manifest, portable
-from hydraopt_jax.store.arrays import held, open_array, run_reader
+from hydraopt_jax.store.arrays import fit_run, open_array, run_reader
 from hydraopt_jax.store.folder import ARRAY_BYTES, MANIFEST, SEGMENTS
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Store
 
 # mark of a writer in the names of its segments: its start time in seconds and a random number
@@ -35,14 +35,14 @@ def new_mark() -> str:
     return f"{int(time.time()):08x}{secrets.token_hex(4)}"
 
 
-def whole(at: str) -> str:
+def root_object(at: str) -> str:
     """The object whose replacement changes the store: the manifest or the single file."""
     return at if portable.named(at) else f"{at}/{MANIFEST}"
 
 
-def state(at: str) -> buckets.Found:
+def state(at: str) -> buckets.StoredObject:
     """The version of a store's main object; absence has a version too."""
-    return buckets.read(whole(at), 0, 1)
+    return buckets.read_object(root_object(at), 0, 1)
 
 
 def stamp(at: str) -> bytes | None:
@@ -68,19 +68,19 @@ def manifest_data(at: str) -> bytes:
     Raises:
       HydraOptError: no store there.
     """
-    data = buckets.read(whole(at)).data
+    data = buckets.read_object(root_object(at)).data
     if data is None:
         raise HydraOptError(f"{at}: no store there")
     return data
 
 
-def source(at: str) -> remote.Source:
+def source(at: str) -> remote.RemoteFile:
     """The single file as a version with partial reads."""
     read = buckets.one_version(at)
-    first = buckets.read(at, 0, 1)
+    first = buckets.read_object(at, 0, 1)
     if first.data is None:
         raise HydraOptError(f"{at}: no store there")
-    return remote.Source(at, None, first.version.hex(), read)
+    return remote.RemoteFile(at, None, first.version.hex(), read)
 
 
 def open_bucket(at: str) -> Store:
@@ -89,7 +89,9 @@ def open_bucket(at: str) -> Store:
         return portable.open_source(source(at))
     said = read_manifest(at)
     chunks = segment_keys(at)
-    return folder.opened(at, said, lambda row: reader(at, manifest.entry_of(row), row["arrays"], chunks))
+    return folder.from_manifest(
+        at, said, lambda row: reader(at, manifest.entry_of(row), row["arrays"], chunks)
+    )
 
 
 def segment_keys(at: str) -> dict[str, list[str]]:
@@ -102,12 +104,12 @@ def segment_keys(at: str) -> dict[str, list[str]]:
 
 
 def reader(
-    at: str, entry: Entry, arrays: Any, known: Mapping[str, list[str]]
+    at: str, entry: SegmentEntry, arrays: Any, known: Mapping[str, list[str]]
 ) -> Callable[[int, int], np.ndarray]:
     """A function `(start, stop)` -> bytes of a segment's run, see `folder.reader`."""
     if entry.id not in known:
         raise damaged(at, f"segment {entry.id} is missing")
-    if entry.bytes > ARRAY_BYTES * len(known[entry.id]) or not held(entry.bytes, [n for _, n in arrays]):
+    if entry.bytes > ARRAY_BYTES * len(known[entry.id]) or not fit_run(entry.bytes, [n for _, n in arrays]):
         raise damaged(at, f"segment {entry.id} claims what its objects cannot hold")
 
     @functools.lru_cache
@@ -130,16 +132,16 @@ def check_files(at: str, said: Mapping[str, Any]) -> None:
         inside = tuple(f"{x}/" for x, _ in row["arrays"])
         found = hashlib.sha256()
         for key in sorted((x for x in known[row["id"]] if x.startswith(inside)), key=lambda x: x.split("/")):
-            data = buckets.read(f"{place}/{key}").data or b""
+            data = buckets.read_object(f"{place}/{key}").data or b""
             folder.hash_file(found, key, len(data), [data])
         if found.hexdigest()[:16] != row["files"]:
             raise damaged(at, f"an object of segment {row['id']} does not match its checksum")
 
 
-def size(at: str) -> int:
+def size_in_bucket(at: str) -> int:
     """Bytes of the file, or of a folder's manifest and uncompressed arrays."""
     if portable.named(at):
-        return portable.size_of(source(at))
+        return portable.remote_bytes(source(at))
     data = manifest_data(at)
     said = manifest.parse(at, manifest.gunzipped(at, data))
     return len(data) + sum(n for row in said["segments"] for _, n in row["arrays"])
@@ -166,12 +168,12 @@ def publish(written: Path, at: str, before: bytes) -> None:
     new = {key: x for key, x in sorted(new.items()) if x.is_file()}
     data = (written / MANIFEST).read_bytes()
     try:
-        buckets.upload(segments, {key: x.read_bytes for key, x in new.items()})
-        if not buckets.write(whole(at), data, before):
+        buckets.write_objects(segments, {key: x.read_bytes for key, x in new.items()})
+        if not buckets.write(root_object(at), data, before):
             raise overtaken(at)
     except BaseException:
         named = {x["id"] for x in old["segments"]}
-        buckets.remove(segments, [key for key in new if key.partition("/")[0] not in named])
+        buckets.remove_objects(segments, [key for key in new if key.partition("/")[0] not in named])
         raise
     remove_unnamed(at, manifest.parse(at, manifest.gunzipped(at, data)), old)
 
@@ -190,7 +192,7 @@ def remove_unnamed(at: str, said: Mapping[str, Any], old: Mapping[str, Any]) -> 
         dead = began is not None and time.time() - int(began[1], 16) > DEAD
         if name not in named and (name in replaced or dead):
             gone += [f"{name}/{x}" for x in rest]
-    buckets.remove(f"{at}/{SEGMENTS}/", gone)
+    buckets.remove_objects(f"{at}/{SEGMENTS}/", gone)
 
 
 def staging(at: str) -> Path:

@@ -32,7 +32,7 @@ def need(holds: bool, what: str) -> None:
         raise Unbelievable(what)
 
 
-def whole(x: Any, low: int, high: int) -> bool:
+def is_whole(x: Any, low: int, high: int) -> bool:
     """Whether x is an integer from low to high."""
     return type(x) is int and low <= x <= high
 
@@ -73,26 +73,26 @@ def check_manifest(said: Any) -> None:
     check_sources(said["sources"], len(tasks))
     report = said["report"]
     need(isinstance(report["form"], str) and isinstance(report["options"], dict), "report")
-    need(whole(report["entries"], 0, 1 << 60) and isinstance(report["bound"], dict), "report")
+    need(is_whole(report["entries"], 0, 1 << 60) and isinstance(report["bound"], dict), "report")
     check_provenance(report.get("provenance", {}))
     ids = set()
     for n, x in enumerate(said["segments"]):
         need(isinstance(x["id"], str) and x["id"] not in ids, "ids of segments")
         need(all(c.isalnum() or c in "-_" for c in x["id"]) and 0 < len(x["id"]) <= 80, "ids of segments")
         ids.add(x["id"])
-        need(whole(x["bytes"], 1, LARGEST) and isinstance(x["sha256"], str), "sizes of segments")
-        need(len(x["header"]) == 2 and all(whole(k, 1, LARGEST) for k in x["header"]), "sizes of headers")
+        need(is_whole(x["bytes"], 1, LARGEST) and isinstance(x["sha256"], str), "sizes of segments")
+        need(len(x["header"]) == 2 and all(is_whole(k, 1, LARGEST) for k in x["header"]), "sizes of headers")
         live = [t for t in x["tasks"] if not isinstance(t, str)]
-        need(bool(x["tasks"]) and all(whole(t, 0, len(tasks) - 1) for t in live), "tasks of a segment")
+        need(bool(x["tasks"]) and all(is_whole(t, 0, len(tasks) - 1) for t in live), "tasks of a segment")
         need(len(set(live)) == len(live), "tasks of a segment")
-        need(whole(x.get("tables", -1), -1, n - 1), "tables of a segment")
+        need(is_whole(x.get("tables", -1), -1, n - 1), "tables of a segment")
         for segment, place in x.get("references", ()):
-            need(whole(segment, 0, n - 1), "references of a segment")
-            need(whole(place, -1, len(said["segments"][segment]["tasks"]) - 1), "references of a segment")
+            need(is_whole(segment, 0, n - 1), "references of a segment")
+            need(is_whole(place, -1, len(said["segments"][segment]["tasks"]) - 1), "references of a segment")
         need(isinstance(x.get("files", ""), str), "checksums of segments")
         for name, size in x.get("arrays", ()):
             need(isinstance(name, str) and ".." not in name and name[:1] != "/", "arrays of a segment")
-            need(whole(size, 1, 2 * x["bytes"] + 1), "arrays of a segment")
+            need(is_whole(size, 1, 2 * x["bytes"] + 1), "arrays of a segment")
 
 
 def check_provenance(said: Any) -> None:
@@ -137,8 +137,8 @@ def check_segment(
         need(key.isdecimal() and int(key) < places, "tensors")
         for name, dtype, shape, size in table:
             need(isinstance(name, str) and isinstance(dtype, str), "tensors")
-            need("O" not in dtype and all(whole(n, 0, 1 << 40) for n in shape), "tensors")
-            need(whole(size, 0, LARGEST) and raw_size([name, dtype, shape]) <= DEFLATE * size, "tensors")
+            need("O" not in dtype and all(is_whole(n, 0, 1 << 40) for n in shape), "tensors")
+            need(is_whole(size, 0, LARGEST) and raw_size([name, dtype, shape]) <= DEFLATE * size, "tensors")
         need(sum(size for *_, size in table) == sizes.get(f"tensors_{key}", 0), "tensors")
 
 
@@ -148,7 +148,7 @@ def check_schema(said: Mapping[str, Any], tasks: int, references: int) -> tuple[
     for a_of, b_of, core in said["patterns"]:
         need(len(a_of) == len(b_of) == tasks, "patterns")
         need(core in ("", "diagonal", "scale", "full", "coded"), "patterns")
-        need(all(whole(k, -1, 2 * tasks) for k in (*a_of, *b_of)), "patterns")
+        need(all(is_whole(k, -1, 2 * tasks) for k in (*a_of, *b_of)), "patterns")
         need(all((a < 0) == (b < 0) for a, b in zip(a_of, b_of, strict=True)), "patterns")
         counts.append((max(a_of) + 1, max(b_of) + 1, len(a_of), core))
     entries, seen = 0, set()
@@ -156,10 +156,10 @@ def check_schema(said: Mapping[str, Any], tasks: int, references: int) -> tuple[
         need(isinstance(name, str) and name not in seen, "module names")
         seen.add(name)
         for pattern, inputs, rank, outputs, kind, *elsewhere in row:
-            need(len(elsewhere) in (0, 3) and all(whole(x, -1, 1 << 20) for x in elsewhere), "terms")
+            need(len(elsewhere) in (0, 3) and all(is_whole(x, -1, 1 << 20) for x in elsewhere), "terms")
             need(all(x < references for x in elsewhere[:2]) and elsewhere[2:] != [-1], "terms")
-            need(whole(pattern, 0, len(counts) - 1), "terms")
-            need(all(whole(n, 1, 1 << 40) for n in (inputs, rank, outputs)), "shapes")
+            need(is_whole(pattern, 0, len(counts) - 1), "terms")
+            need(all(is_whole(n, 1, 1 << 40) for n in (inputs, rank, outputs)), "shapes")
             a, b, users, core = counts[pattern]
             coded = core == "coded"
             kinds.add(coded)

@@ -62,7 +62,7 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
                     )
                     core[t, np.logical_and(*(y > 0 for y in sides))] = live[place][name, k]
             values = [
-                stacked([found.values[position[name, k, side, f]] for f in kept], (length, x.rank))
+                stack_pieces([found.values[position[name, k, side, f]] for f in kept], (length, x.rank))
                 for side, kept, length in ((0, a, x.inputs), (1, b, x.outputs))
             ]
             made.append(Factors(values[0], values[1].swapaxes(1, 2), a_of, b_of, core))
@@ -70,7 +70,7 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
     return out
 
 
-def stacked(values: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.ndarray:
+def stack_pieces(values: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.ndarray:
     """Values of pieces in one array; a missing piece means a damaged store."""
     if any(x is None for x in values):
         raise bitstream.Damaged("a factor whose leaf is not there")

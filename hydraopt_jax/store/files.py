@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydraopt_jax import buckets, network, remote
 from hydraopt_jax.deferred import Deferred, bytes_of
@@ -23,6 +23,7 @@ from hydraopt_jax.store.folder import MANIFEST
 from hydraopt_jax.store.store import Segment, Store, select
 
 Path_ = str | os.PathLike
+T = TypeVar("T")
 
 
 def is_file(path: Path_) -> bool:
@@ -58,16 +59,29 @@ def open(path: Path_) -> Store:
     if remote.is_address(path):
         return portable.open_remote(str(path))
     at = located(path)
+    return steadily(at, lambda before: watched(at, open_at(at), before))
+
+
+def steadily(at: Path | str, look: Callable[[Any], T]) -> T:
+    """What `look` finds of a store; it looks again where the store was replaced and it failed.
+
+    Args:
+      at: the result of `located`.
+      look: takes the store's `stamp`.
+    """
     for _ in range(RETRIES):
         before = stamp(at)
         try:
-            found = open_at(at)
+            return look(before)
         except HydraOptError:
             if stamp(at) == before:
                 raise
-        else:
-            return watched(at, found, before)
-    raise HydraOptError(f"{at}: is replaced faster than it can be read: try again")
+    raise replaced_too_fast(at)
+
+
+def replaced_too_fast(path: Path | str) -> HydraOptError:
+    """The error for a store that changes while it is read."""
+    return HydraOptError(f"{network.redact(str(path))}: is replaced faster than it can be read: try again")
 
 
 def open_at(at: Path | str) -> Store:
@@ -347,19 +361,15 @@ def verify(path: Path_) -> int:
     if remote.is_address(path):
         return check_leaves(open(path))
     at = located(path)
-    for _ in range(RETRIES):
-        before = stamp(at)
-        try:
-            leaves = check_leaves(open(at))
-            if not is_file(at):
-                check = bucket.check_files if isinstance(at, str) else folder.check_files
-                check(at, read_manifest(at))  # type: ignore[arg-type]
-        except HydraOptError:
-            if stamp(at) == before:
-                raise
-        else:
-            return leaves
-    raise HydraOptError(f"{at}: is replaced faster than it can be read: try again")
+
+    def check(before: Any) -> int:
+        leaves = check_leaves(open(at))
+        if not is_file(at):
+            files = bucket.check_files if isinstance(at, str) else folder.check_files
+            files(at, read_manifest(at))  # type: ignore[arg-type]
+        return leaves
+
+    return steadily(at, check)
 
 
 def check_leaves(store: Store) -> int:

@@ -28,8 +28,8 @@ import numpy as np
 from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.arrays import held, open_array, run_reader
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.arrays import fit_run, open_array, run_reader
+from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Reference, Segment, Store
 
 MANIFEST = "manifest.json.gz"
@@ -42,6 +42,8 @@ JOB, GONE = "job", ".job.gone"
 CHUNK, MAX_CHUNKS = 1 << 16, 256
 # maximum bytes per array; a writer holds an array twice, its own and Orbax's copy
 ARRAY_BYTES = 1 << 26
+# the same for a segment that so many arrays suffice for; for more of them Orbax takes longer and longer
+SMALL_ARRAY_BYTES, FEW_ARRAYS = 1 << 25, 16
 # what a checkpoint takes beside its chunks and the path in its commit marker, and what a path is counted as
 # where it is not known
 CHECKPOINT_BYTES, PATH_BYTES = 735, 128
@@ -93,7 +95,9 @@ def unfinished(path: Path) -> bool:
     return any((path / x).exists() for x in (JOB, NEW)) or not any(path.iterdir())
 
 
-def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callable[[int, int], np.ndarray]:
+def reader(
+    path: Path, entry: SegmentEntry, arrays: Sequence[Sequence[Any]]
+) -> Callable[[int, int], np.ndarray]:
     """A function `(start, stop)` -> bytes of a segment's run."""
     folder = path / SEGMENTS / entry.id
     if not folder.is_dir():
@@ -102,7 +106,7 @@ def reader(path: Path, entry: Entry, arrays: Sequence[Sequence[Any]]) -> Callabl
         stored = tree_bytes(folder)
     except OSError:
         raise damaged(path, f"segment {entry.id} is missing") from None
-    if entry.bytes > ROOM + EXPANSION * stored or not held(entry.bytes, [n for _, n in arrays]):
+    if entry.bytes > ROOM + EXPANSION * stored or not fit_run(entry.bytes, [n for _, n in arrays]):
         raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
 
     @functools.lru_cache
@@ -132,10 +136,12 @@ def open_folder(path: Path) -> Store:
     Raises:
       HydraOptError: see `read_manifest`; or a missing or damaged segment.
     """
-    return opened(path, read_manifest(path), lambda row: reader(path, manifest.entry_of(row), row["arrays"]))
+    return from_manifest(
+        path, read_manifest(path), lambda row: reader(path, manifest.entry_of(row), row["arrays"])
+    )
 
 
-def opened(
+def from_manifest(
     path: Any, said: Mapping[str, Any], read: Callable[[Any], Callable[[int, int], np.ndarray]]
 ) -> Store:
     """A store from its manifest, and a function from a segment's row to a reader of its run."""
@@ -159,11 +165,17 @@ def division(total: int) -> list[tuple[int, int]]:
 
     An array is a whole number of chunks; the last chunk is padded with zeros. Without padding Orbax would
     choose a chunk size that divides the array, which may be one byte.
+
+    >>> [len(division(x << 20)) for x in (32, 33, 512, 513)]
+    [1, 2, 16, 9]
     """
     out = []
-    for at in range(0, total, ARRAY_BYTES):
-        size = min(total - at, ARRAY_BYTES)
-        count = min(max(round(size / CHUNK), 1), MAX_CHUNKS)
+    limit, most = ARRAY_BYTES, MAX_CHUNKS
+    if SMALL_ARRAY_BYTES < total <= FEW_ARRAYS * SMALL_ARRAY_BYTES:
+        limit, most = min(SMALL_ARRAY_BYTES, ARRAY_BYTES), MAX_CHUNKS // 2
+    for at in range(0, total, limit):
+        size = min(total - at, limit)
+        count = min(max(round(size / CHUNK), 1), most)
         chunk = -(-size // count)
         out.append((chunk * -(-size // chunk), chunk))
     return out
@@ -219,8 +231,8 @@ def write_segment(
             f"{store}: folders are written by programs of one process, this is one of "
             f"{jax.process_count()}: save a .safetensors file, from one of them"
         )
-    parts = division(segment_data.size(segment))
-    found: list[Entry] = []
+    parts = division(segment_data.run_size(segment))
+    found: list[SegmentEntry] = []
     name = name or segment_data.entry_of(segment).id
     folder = store / SEGMENTS / name
     # a segment that no manifest names was left by a dead writer
@@ -233,7 +245,7 @@ def write_segment(
     context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=parts[0][1]
     )
-    pieces = arrays_of(segment_data.run(segment, found.append), parts)
+    pieces = arrays_of(segment_data.run_pieces(segment, found.append), parts)
     try:
         with WRITING, context, quiet():
             if len(parts) == 1:
@@ -253,7 +265,7 @@ def write_segment(
         raise
     sync_tree(folder)
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
-    arrays = [[locate(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
+    arrays = [[array_path(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
     files = checksum(folder, [str(x) for x, _ in arrays])
     return {**found[0]._replace(id=name)._asdict(), "arrays": arrays, "files": files}
 
@@ -287,11 +299,16 @@ def check_files(path: Path, said: Mapping[str, Any]) -> None:
     """
     for row in said["segments"]:
         folder = path / SEGMENTS / row["id"]
-        if checksum(folder, [x for x, _ in row["arrays"]]) != row["files"]:
+        try:
+            right = checksum(folder, [x for x, _ in row["arrays"]]) == row["files"]
+        except FileNotFoundError:
+            # gone since it was listed: removed, or the store is being replaced
+            right = False
+        if not right:
             raise damaged(path, f"a file of segment {row['id']} does not match its checksum")
 
 
-def locate(folder: Path, name: str) -> str:
+def array_path(folder: Path, name: str) -> str:
     """The path of an array that Orbax has written, relative to its checkpoint."""
     (found,) = folder.glob(f"*/{name}")
     return found.relative_to(folder).as_posix()

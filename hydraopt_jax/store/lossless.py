@@ -44,16 +44,18 @@ def terms(rows: Sequence[Raw | None]) -> tuple[Factors, ...]:
         scales = np.ones(len(rows), np.float32)
         scales[tasks] = [x.scale for x in members]
         core = None if (scales == 1).all() else np.repeat(scales[:, None], rank, 1)
-        out.append(Factors(stack([x.a for x in members]), stack([x.b for x in members]), of, of, core))
+        out.append(
+            Factors(stack_arrays([x.a for x in members]), stack_arrays([x.b for x in members]), of, of, core)
+        )
     return tuple(out)
 
 
-def stack(arrays: Sequence[Any]) -> Any:
+def stack_arrays(arrays: Sequence[Any]) -> Any:
     """Arrays stacked into one, or as a list if some are deferred."""
     return np.stack(arrays) if all(isinstance(x, np.ndarray) for x in arrays) else list(arrays)
 
 
-def modules_of(
+def lossless_terms(
     rows: Mapping[str, Sequence[Raw | None]],
 ) -> tuple[dict[str, tuple[Factors, ...]], np.ndarray, dict[str, Any]]:
     """Terms and errors `[M, T]` of all modules, and their part of the report."""

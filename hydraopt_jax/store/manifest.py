@@ -9,7 +9,7 @@ from hydraopt_jax import strict_json
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import checks
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Source, Store
 from hydraopt_jax.store.tensors import DEFLATE
 
@@ -23,7 +23,7 @@ def as_json(store: Store, written: Sequence[Mapping[str, Any]], name: str = "") 
 
     Args:
       store: the store.
-      written: for each segment its `Entry` as a mapping, with fields of the container.
+      written: for each segment its `SegmentEntry` as a mapping, with fields of the container.
       name: of the store, for messages.
 
     Raises:
@@ -116,9 +116,9 @@ def old(path: Any, version: Any) -> HydraOptError:
     )
 
 
-def entry_of(row: Mapping[str, Any]) -> Entry:
-    """The `Entry` of a segment."""
-    return Entry(row["id"], row["bytes"], (row["header"][0], row["header"][1]), row["sha256"])
+def entry_of(row: Mapping[str, Any]) -> SegmentEntry:
+    """The `SegmentEntry` of a segment."""
+    return SegmentEntry(row["id"], row["bytes"], (row["header"][0], row["header"][1]), row["sha256"])
 
 
 def readable(path: str) -> str:

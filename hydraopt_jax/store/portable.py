@@ -18,8 +18,8 @@ from hydraopt_jax import remote, strict_json
 from hydraopt_jax.durable import sync
 from hydraopt_jax.errors import HydraOptError, TooLarge, damaged
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.folder import opened
-from hydraopt_jax.store.segment_data import Entry
+from hydraopt_jax.store.folder import from_manifest
+from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Store
 
 SUFFIX = ".safetensors"
@@ -95,12 +95,12 @@ def open_remote(address: str) -> Store:
     return open_source(remote.find(address))
 
 
-def open_source(source: remote.Source) -> Store:
+def open_source(source: remote.RemoteFile) -> Store:
     """The result of `open_remote`, for a version that was found already."""
     return opened_at(source.label, *source_header(source), source.read)
 
 
-def size_of(source: remote.Source) -> int:
+def remote_bytes(source: remote.RemoteFile) -> int:
     """Size in bytes of a version of a file; computed from its header if the server does not say it."""
     if source.size is not None:
         return source.size
@@ -108,13 +108,13 @@ def size_of(source: remote.Source) -> int:
     return 8 + length + max((row["data_offsets"][1] for row in rows.values()), default=0)
 
 
-def source_header(source: remote.Source) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+def source_header(source: remote.RemoteFile) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """The result of `read_header`, for a version of a remote file."""
     rows, said, length = header_rows(source)
     return manifest_of(source.label, said.get(KEY), said.get(SEAL), rows, length)
 
 
-def header_rows(source: remote.Source) -> tuple[dict[str, Any], dict[str, Any], int]:
+def header_rows(source: remote.RemoteFile) -> tuple[dict[str, Any], dict[str, Any], int]:
     """The rows of the header, checked; its metadata; its length."""
     label = source.label
     length = int.from_bytes(source.read(0, 8), "little")
@@ -162,10 +162,10 @@ def opened_at(
 
         return part
 
-    return opened(path, said, reader)
+    return from_manifest(path, said, reader)
 
 
-def header(store: Store, entries: list[Entry], name: str) -> bytes:
+def header(store: Store, entries: list[SegmentEntry], name: str) -> bytes:
     """The header of the file, preceded by its length, padded to eight bytes as the format requires."""
     text = manifest.to_text(manifest.as_json(store, [x._asdict() for x in entries], name), name).decode()
     seal = hashlib.sha256(text.encode()).hexdigest()
@@ -196,7 +196,7 @@ def write_portable(path: Path, store: Store, limit: int | None = None) -> None:
         with new.open("wb") as file:
             file.write(head)
             for x in store.segments:
-                for piece in segment_data.run(x, lambda entry: None):
+                for piece in segment_data.run_pieces(x, lambda entry: None):
                     file.write(piece)
         sync(new)
         os.replace(new, path)

@@ -34,7 +34,7 @@ class Held(NamedTuple):
     fitted: bool
 
 
-class Trace(NamedTuple):
+class Remnant(NamedTuple):
     """What is left of a removed task in one segment.
 
     Attributes:
@@ -62,10 +62,10 @@ def remove(store: Store, task: str) -> Store:
     task_index(store.tasks, task)
     if len(store.tasks) == 1:
         raise HydraOptError(f"{task!r} is the store's only task: delete the store instead")
-    return keep(store, [t for t in store.tasks if t != task])
+    return keep_tasks(store, [t for t in store.tasks if t != task])
 
 
-def keep(store: Store, tasks: Sequence[str]) -> Store:
+def keep_tasks(store: Store, tasks: Sequence[str]) -> Store:
     """The store with some tasks only, in the order given; their data are not touched.
 
     Raises:
@@ -73,13 +73,13 @@ def keep(store: Store, tasks: Sequence[str]) -> Store:
     """
     left = select(store, tasks)
     gone = [t for t in store.tasks if t not in set(tasks)]
-    report = changed(store.report, -round(len(gone) * store.report["entries"] / len(store.tasks)))
+    report = changed_report(store.report, -round(len(gone) * store.report["entries"] / len(store.tasks)))
     for task in gone:
         report = report.replace(**unnamed(report, task))
     return left.replace(report=report)
 
 
-def changed(report: Static, entries: int) -> Static:
+def changed_report(report: Static, entries: int) -> Static:
     """The report after a change, without statements about the collection as it was compressed."""
     kept = {k: v for k, v in report.items() if k not in ("estimate", "refinement")}
     return Static({**kept, "entries": report["entries"] + entries, "bound": {}})
@@ -108,7 +108,7 @@ def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
     return out
 
 
-def trace(segment: Segment, gone: int, live: Iterable[int]) -> Trace:
+def trace(segment: Segment, gone: int, live: Iterable[int]) -> Remnant:
     """What a segment has of the task at one place, if the tasks at `live` places must stay."""
     if segment.coded:
         return coded_trace(segment.modules, segment.leaves, gone, set(live))
@@ -119,10 +119,10 @@ def trace(segment: Segment, gone: int, live: Iterable[int]) -> Trace:
         for x in terms
         for of in (x.a_of, x.b_of)
     )
-    return Trace(size_of(segment.leaves.get(f"task_{gone}", b"")), 0, frozenset(), fitted)
+    return Remnant(size_of(segment.leaves.get(f"task_{gone}", b"")), 0, frozenset(), fitted)
 
 
-def coded_trace(modules: schema.Schema, leaves: Mapping[str, Any], gone: int, living: set[int]) -> Trace:
+def coded_trace(modules: schema.Schema, leaves: Mapping[str, Any], gone: int, living: set[int]) -> Remnant:
     """The result of `trace` for a coded segment."""
     rows, _ = pieces(modules)  # type: ignore[arg-type]
     users = [schema.readers(modules, x) for x in rows]
@@ -146,11 +146,11 @@ def coded_trace(modules: schema.Schema, leaves: Mapping[str, Any], gone: int, li
             # a basis of all tasks, which no task owns
             fitted = True
     own = size_of(leaves.get(f"task_{gone}", b""))
-    return Trace(own, int(np.ceil(among)), frozenset(needed), fitted)
+    return Remnant(own, int(np.ceil(among)), frozenset(needed), fitted)
 
 
-def traces(store: Store) -> dict[tuple[int, int], Trace]:
-    """(segment, place) of every removed task that is still named -> its `Trace` there."""
+def traces(store: Store) -> dict[tuple[int, int], Remnant]:
+    """(segment, place) of every removed task that is still named -> its `Remnant` there."""
     needed = closure(store.segments, {n: set(x.live) for n, x in enumerate(store.segments)})
     out = {}
     for n, x in enumerate(store.segments):
@@ -196,7 +196,7 @@ def followers(store: Store, segment: int, place: int, shared: bool) -> list[str]
     return out
 
 
-def clean(store: Store) -> Store:
+def forget_names(store: Store) -> Store:
     """The store without the names of removed tasks that left no vectors."""
     left = traces(store)
     segments = []

@@ -22,7 +22,7 @@ from hydraopt_jax.deferred import Deferred, size_of, span_of
 from hydraopt_jax.errors import damaged
 from hydraopt_jax.store import checks, schema
 from hydraopt_jax.store.store import Reference, Segment
-from hydraopt_jax.store.tensors import DEFLATE, inflate
+from hydraopt_jax.store.tensors import DEFLATE, inflate_at_most
 
 DIGEST = 16
 # number of leaves in the cache of read leaves, and bytes that a writer hashes at once
@@ -30,7 +30,7 @@ CACHED = 4
 PIECE = 1 << 24
 
 
-class Entry(NamedTuple):
+class SegmentEntry(NamedTuple):
     """The entry of a segment in a manifest.
 
     Attributes:
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     sha256: str
 
 
-def header_of(segment: Segment) -> tuple[bytes, int]:
+def deflated_header(segment: Segment) -> tuple[bytes, int]:
     """The deflated header, and its size when inflated."""
     said = {
         **schema.as_json(segment.modules),
@@ -58,18 +58,18 @@ def header_of(segment: Segment) -> tuple[bytes, int]:
     return zlib.compress(text, 9), len(text)
 
 
-def size(segment: Segment) -> int:
+def run_size(segment: Segment) -> int:
     """Bytes of the run."""
     leaves = sum(map(size_of, segment.leaves.values()))
-    return len(header_of(segment)[0]) + leaves + DIGEST * len(segment.leaves)
+    return len(deflated_header(segment)[0]) + leaves + DIGEST * len(segment.leaves)
 
 
-def run(segment: Segment, done: Callable[[Entry], None]) -> Iterator[Any]:
+def run_pieces(segment: Segment, done: Callable[[SegmentEntry], None]) -> Iterator[Any]:
     """The run of a segment in pieces; deferred leaves are read one by one.
 
     `done` receives the entry at the end. The id in the entry is the first 16 digits of the checksum.
     """
-    packed, raw = header_of(segment)
+    packed, raw = deflated_header(segment)
     yield packed
     digests = b""
     for leaf in segment.leaves.values():
@@ -94,7 +94,7 @@ def known_digest(leaf: Any) -> bytes:
     return leaf.digest if isinstance(leaf, Deferred) else b""
 
 
-def digest_of(leaf: Any) -> bytes:
+def leaf_digest(leaf: Any) -> bytes:
     """The digest of a leaf."""
     if known := known_digest(leaf):
         return known
@@ -104,29 +104,29 @@ def digest_of(leaf: Any) -> bytes:
     return own.digest()[:DIGEST]
 
 
-def sealed(segment: Segment, packed: bytes, raw: int, digests: bytes) -> Entry:
+def sealed(segment: Segment, packed: bytes, raw: int, digests: bytes) -> SegmentEntry:
     """The entry of a segment, from its deflated header, the inflated size of the header, and the digests."""
     sha = hashlib.sha256(packed + digests).hexdigest()
     total = len(packed) + sum(map(size_of, segment.leaves.values())) + len(digests)
-    return Entry(sha[:16], total, (len(packed), raw), sha)
+    return SegmentEntry(sha[:16], total, (len(packed), raw), sha)
 
 
-def entry_of(segment: Segment) -> Entry:
+def entry_of(segment: Segment) -> SegmentEntry:
     """The entry of a segment; leaves with known digests are not read."""
-    return sealed(segment, *header_of(segment), b"".join(map(digest_of, segment.leaves.values())))
+    return sealed(segment, *deflated_header(segment), b"".join(map(leaf_digest, segment.leaves.values())))
 
 
-def likely_entry(segment: Segment, n: int) -> Entry:
+def likely_entry(segment: Segment, n: int) -> SegmentEntry:
     """An entry of the same length as that of the segment, for counting bytes without reading leaves."""
-    packed, raw = header_of(segment)
+    packed, raw = deflated_header(segment)
     leaves = sum(map(size_of, segment.leaves.values())) + DIGEST * len(segment.leaves)
     sha = hashlib.sha256(n.to_bytes(4, "little")).hexdigest()
-    return Entry(sha[:16], len(packed) + leaves, (len(packed), raw), sha)
+    return SegmentEntry(sha[:16], len(packed) + leaves, (len(packed), raw), sha)
 
 
 def open_segment(
     path: Any,
-    entry: Entry,
+    entry: SegmentEntry,
     read: Callable[[int, int], np.ndarray],
     tasks: tuple[str, ...],
     removed: frozenset[int],
@@ -148,7 +148,7 @@ def open_segment(
     if packed > entry.bytes or raw > DEFLATE * packed:
         raise damaged(path, f"{name} has no header of its size")
     head = bytes(read(0, packed))
-    text = inflate(head, raw + 1)
+    text = inflate_at_most(head, raw + 1)
     try:
         said = strict_json.loads(text)
         leaves = [(str(k), int(n)) for k, n in said["leaves"]]

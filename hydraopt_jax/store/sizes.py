@@ -70,9 +70,9 @@ def size_on_disk(path: Path_) -> int:
     For a folder in a bucket: bytes of its manifest and uncompressed arrays.
     """
     if remote.is_address(path):
-        return portable.size_of(remote.find(str(path)))
+        return portable.remote_bytes(remote.find(str(path)))
     if buckets.is_bucket(path):
-        return bucket.size(buckets.address(str(path)))
+        return bucket.size_in_bucket(buckets.address(str(path)))
     at = Path(path)
     if at.is_file():
         return at.stat().st_size

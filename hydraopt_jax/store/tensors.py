@@ -30,7 +30,7 @@ class Tensors(Mapping[str, np.ndarray]):
       table: `(name, dtype, shape, coded bytes)` of each tensor.
       blob: their concatenated bytes, possibly deferred.
 
-    >>> x = coded({"score.weight": np.ones((2, 3), np.float16)})
+    >>> x = encode_tensors({"score.weight": np.ones((2, 3), np.float16)})
     >>> x["score.weight"].tolist(), len(x), x.nbytes < 30
     ([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], 1, True)
     """
@@ -69,7 +69,7 @@ def stored_size(row: Sequence[Any]) -> int:
     return row[3]
 
 
-def coded(tensors: Mapping[str, np.ndarray], dtype: str | None = None) -> Tensors:
+def encode_tensors(tensors: Mapping[str, np.ndarray], dtype: str | None = None) -> Tensors:
     """Coded tensors. Floating-point tensors wider than `dtype` are rounded to it; None rounds nothing.
 
     Raises:
@@ -80,7 +80,7 @@ def coded(tensors: Mapping[str, np.ndarray], dtype: str | None = None) -> Tensor
     table: list[list[Any]] = []
     parts = []
     for name, x in tensors.items():
-        kept = rounded(name, np.asarray(x), dtype)
+        kept = round_tensor(name, np.asarray(x), dtype)
         parts.append(encode_tensor(kept))
         table.append([name, kept.dtype.name, list(kept.shape), len(parts[-1])])
     return Tensors(table, b"".join(parts))
@@ -97,7 +97,7 @@ def narrows(kind: str, dtype: str | None) -> bool:
     return np.dtype(kind).itemsize > np.dtype(dtype).itemsize
 
 
-def rounded(name: str, x: np.ndarray, dtype: str | None) -> np.ndarray:
+def round_tensor(name: str, x: np.ndarray, dtype: str | None) -> np.ndarray:
     """A tensor in its stored dtype."""
     if dtype is None or not narrows(x.dtype.name, dtype):
         return x
@@ -124,14 +124,14 @@ def decode_tensor(row: Sequence[Any], data: bytes) -> np.ndarray:
     """
     name, dtype, shape = row[:3]
     kind, size = np.dtype(dtype), raw_size(row)
-    data = inflate(data, size + 1)
+    data = inflate_at_most(data, size + 1)
     if len(data) != size:
         raise HydraOptError(f"{name}: its bytes in the store are not the tensor that its table describes")
     data = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.tobytes()
     return np.frombuffer(data, np.uint8).view(kind).reshape(shape).copy()
 
 
-def inflate(data: bytes, limit: int) -> bytes:
+def inflate_at_most(data: bytes, limit: int) -> bytes:
     """Inflate at most `limit` bytes; return b"" for invalid input."""
     try:
         return zlib.decompressobj().decompress(data, limit)

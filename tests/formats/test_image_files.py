@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from hydraopt_jax import compression, reading, store
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import image_files, read_adapter, server, write_adapter
-from hydraopt_jax.formats.peft_collection import collection, open_adapter
+from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 
 Q, CONV, POINT = "lora_unet_mid_block_attn1_to_q", "lora_unet_conv_in", "lora_te_text_model_proj"
 
@@ -171,7 +171,7 @@ def test_bfloat16_and_files_are_looked_at_without_being_held(tmp_path):
     card = open_adapter(str(tmp_path / "a.safetensors"), None, {})
     assert (card.task, card.dtype, len(card.places)) == ("a", "bfloat16", 6)
     (tmp_path / "beside").write_bytes(b"x" * 10**6)
-    found = collection([card])
+    found = collection_of([card])
     assert found.size == (tmp_path / "a.safetensors").stat().st_size
     ((low, high, scale),) = found.read(0, [CONV])
     np.testing.assert_allclose(
@@ -219,7 +219,7 @@ def test_what_is_no_lora_file_is_refused(tmp_path, file):
 
 def test_servers_of_language_models_refuse_it(file):
     with pytest.raises(HydraOptError, match="'cat' is of an image model"):
-        server.fit(read_adapter(file), profile="vllm")
+        server.fit_server(read_adapter(file), profile="vllm")
 
 
 def test_a_failed_write_leaves_nothing(file, tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ def test_mixed_ranks_of_which_the_widest_is_rare(tmp_path, asked):
     model = trained(base, config)
     want = output(model)
     model.save_pretrained(tmp_path / "in")
-    fitted = server.fit(read_adapter(tmp_path / "in"), **asked)
+    fitted = server.fit_server(read_adapter(tmp_path / "in"), **asked)
     assert fitted.errors == {}
     write_adapter(tmp_path / "out", fitted.adapter)
     loaded = peft.PeftModel.from_pretrained(again, tmp_path / "out")

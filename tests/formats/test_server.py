@@ -28,7 +28,7 @@ def ignoring_patterns(path):
 @pytest.mark.parametrize("asked", [{}, {"padded": True}, {"profile": "vllm"}, {"rank": 8, "padded": True}])
 def test_mixed_ranks_are_the_same_with_and_without_patterns(tmp_path, asked):
     source = adapter(MIXED, config=CONFIG | {"r": 4, "lora_alpha": 12})
-    fitted = server.fit(source, **asked)
+    fitted = server.fit_server(source, **asked)
     assert fitted.errors == {}
     write_adapter(tmp_path / "out", fitted.adapter)
     for name, found in ignoring_patterns(tmp_path / "out").items():
@@ -40,7 +40,7 @@ def test_mixed_ranks_are_the_same_with_and_without_patterns(tmp_path, asked):
 
 def test_a_module_wider_than_asked_is_cut_to_the_nearest_product(tmp_path):
     source = adapter(MIXED)
-    found, errors = server.fit(source, rank=2)
+    found, errors = server.fit_server(source, rank=2)
     assert list(errors) == ["layers.0.q"]
     u, s, v = np.linalg.svd(delta(source, "layers.0.q"))
     np.testing.assert_allclose(delta(found, "layers.0.q"), u[:, :2] * s[:2] @ v[:2], atol=1e-5)
@@ -50,17 +50,17 @@ def test_a_module_wider_than_asked_is_cut_to_the_nearest_product(tmp_path):
 
 def test_the_profile_never_exceeds_the_rank_of_the_original():
     wide = adapter({"q": 3, "v": 1}, config=CONFIG)
-    found, errors = server.fit(wide, profile="vllm")
+    found, errors = server.fit_server(wide, profile="vllm")
     assert {x.shape[1] for x in found.a.values()} == {CONFIG["r"]}
     assert set(errors) == {"q"}
-    asked = server.fit(wide, profile="vllm", rank=3)
+    asked = server.fit_server(wide, profile="vllm", rank=3)
     assert {x.shape[1] for x in asked.adapter.a.values()} == {3}
     assert asked.errors == {}
 
 
 def test_a_zero_delta_stays_zero():
     zero = adapter({"q": 3}).replace(b={"q": np.zeros((3, 3), np.float32)})
-    found, errors = server.fit(zero, rank=1)
+    found, errors = server.fit_server(zero, rank=1)
     assert errors == {"q": 0.0}
     assert not delta(found, "q").any()
 
@@ -93,8 +93,8 @@ def test_an_adapter_of_one_rank_is_kept_bit_for_bit(tmp_path):
 )
 def test_what_vllm_refuses_is_refused_by_name(change, words):
     with pytest.raises(HydraOptError, match=words):
-        server.fit(adapter({"q": 2}).replace(**change), profile="vllm")
-    server.fit(adapter({"q": 2}).replace(**change), rank=2)
+        server.fit_server(adapter({"q": 2}).replace(**change), profile="vllm")
+    server.fit_server(adapter({"q": 2}).replace(**change), rank=2)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_what_vllm_refuses_is_refused_by_name(change, words):
 )
 def test_what_is_asked_is_checked(asked, words):
     with pytest.raises(HydraOptError, match=words):
-        server.fit(adapter({"q": 2}), **asked)
+        server.fit_server(adapter({"q": 2}), **asked)
 
 
 def test_fields_that_promise_tensors_that_are_not_there_are_cleared():
     config = CONFIG | {"modules_to_save": ["score"], "bias": "lora_only", "trainable_token_indices": [1]}
-    found, _ = contents(server.fit(adapter({"q": 2}, config=config), profile="vllm").adapter)
+    found, _ = contents(server.fit_server(adapter({"q": 2}, config=config), profile="vllm").adapter)
     assert (found["modules_to_save"], found["bias"], found["trainable_token_indices"]) == (None, "none", None)
 
 

@@ -98,7 +98,7 @@ def opened(content: store.Store) -> Opened:
     for row in said["segments"]:
         for key in ("bytes", "header", "sha256"):
             del row[key]
-    headers = [json.loads(zlib.decompress(segment_data.header_of(x)[0])) for x in content.segments]
+    headers = [json.loads(zlib.decompress(segment_data.deflated_header(x)[0])) for x in content.segments]
     bodies = [b"".join(bytes(v) for v in x.leaves.values()) for x in content.segments]
     return json.loads(json.dumps({"manifest": said, "headers": headers})), bodies
 
@@ -224,7 +224,7 @@ def portable(data: bytes) -> None:
 def options(data: bytes) -> None:
     """Option strings."""
     text = data.decode(errors="replace")
-    for parse in (parse_budget, lambda x: parse_numbers("--weight", [x]), merging.curves.parse):
+    for parse in (parse_budget, lambda x: parse_numbers("--weight", [x]), merging.curves.parse_names):
         guarded(functools.partial(parse, text))
 
 

@@ -145,7 +145,7 @@ def test_headers_that_claim_a_terabyte(tmp_path):
         targets.describe(path, said)
     array.write_text(was)
     assert targets.describe(path, said).tasks == ("one", "../two")
-    assert tensors.inflate(zlib.compress(bytes(1 << 24)), 100) == bytes(100)
+    assert tensors.inflate_at_most(zlib.compress(bytes(1 << 24)), 100) == bytes(100)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
 
 

@@ -119,7 +119,7 @@ def test_one_task_fetches_its_bytes_and_no_other(place, tmp_path):
     at, server = f"{place[0]}/store.safetensors", place[1]
     hydra.save(at, kept)
     whole = sizes.size_on_disk(at)
-    assert whole == len(buckets.read(at).data)
+    assert whole == len(buckets.read_object(at).data)
     server.log.clear()
     found = hydra.open(at)
     same(found, kept, ["task 7"])
@@ -163,7 +163,7 @@ def test_what_a_dead_writer_left_goes_after_a_day(place, several, kept, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(buckets, "write", dies)
-        patched.setattr(buckets, "remove", lambda *_: None)
+        patched.setattr(buckets, "remove_objects", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             hydra.update(at, lambda store: hydra.add(store, several[3]))
     same(hydra.open(at), kept, "abc")
@@ -183,7 +183,7 @@ def test_damage_is_found_and_named(place, kept):
     chunk = next(x for x in bucket.segment_keys(at).items())
     key = next(x for x in chunk[1] if re.fullmatch(r".*/data/\d+", x))
     where = f"{at}/segments/{chunk[0]}/{key}"
-    data = bytearray(buckets.read(where).data)
+    data = bytearray(buckets.read_object(where).data)
     data[len(data) // 2] ^= 1
     buckets.write(where, bytes(data))
     with pytest.raises(hydra.HydraOptError, match="damaged store"):

@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_nothing(folders, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.adapter_folder, "write_folder", fail)
+    monkeypatch.setattr(cache.adapter_folder, "replace_folder", fail)
     with pytest.raises(HydraOptError, match="cache: cannot be written: No space left on device"):
         folders.folder(TASKS[0])
     assert sorted(x.name for x in folders.cache.path.iterdir()) == [".lock", "users"]

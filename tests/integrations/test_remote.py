@@ -220,7 +220,7 @@ def test_every_byte_of_a_damaged_file_is_noticed(server, predicted, tmp_path):
 @pytest.mark.parametrize("text", ["hf:", "hf:name", "hf:org/", "hf:/name", "hf:org/name/file.bin", "hf:@v1"])
 def test_what_is_no_address(text):
     with pytest.raises(HydraOptError, match="give hf:ORG/NAME"):
-        remote.parse(text)
+        remote.parse_address(text)
 
 
 def test_addresses_without_the_client(monkeypatch):
@@ -241,10 +241,10 @@ def test_secrets_are_not_told(monkeypatch):
 
 
 def test_an_address_and_its_parts():
-    found = remote.parse("hf:org/name/sub/en.safetensors@v1")
+    found = remote.parse_address("hf:org/name/sub/en.safetensors@v1")
     assert found.text == "hf:org/name/sub/en.safetensors@v1"
     assert (found.repository, found.file, found.revision) == ("org/name", "sub/en.safetensors", "v1")
-    assert remote.parse("hf:org/name").text == "hf:org/name"
+    assert remote.parse_address("hf:org/name").text == "hf:org/name"
 
 
 def test_looking_at_a_store_costs_its_headers(server, hundred, tmp_path):

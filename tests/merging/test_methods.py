@@ -29,12 +29,12 @@ def moments(seed=3, tasks=T):
 
 @functools.cache
 def jitted(name, options):
-    return jax.jit(functools.partial(registry.find(name).function, **dict(options)))
+    return jax.jit(functools.partial(registry.method_of(name).function, **dict(options)))
 
 
 def call(name, a, b, weights=WEIGHTS, **options):
     """A method on one module, with what it needs beside the options."""
-    known = registry.find(name).options
+    known = registry.method_of(name).options
     traced = {"key": KEY, "moments": moments()} | options
     traced = {k: traced.pop(k) for k in ("key", "moments")}
     static = {"rank": T * R} | {k: v for k, v in options.items() if k not in traced}
@@ -269,7 +269,7 @@ LOSSLESS = {"density": 1.0, "epsilon": 0.0, "outliers": 0.0}
 @pytest.mark.parametrize("name", [x for x in registry.METHODS if x != "iso-c"])
 def test_one_task_alone_comes_back(name):
     a, b = factors(tasks=1)
-    given = {k: v for k, v in LOSSLESS.items() if k in registry.find(name).options}
+    given = {k: v for k, v in LOSSLESS.items() if k in registry.method_of(name).options}
     got = result(name, a, b, weights=np.ones(1), moments=moments(tasks=1), **given)
     np.testing.assert_allclose(got.reshape(I, O), (a @ b)[0], atol=1e-3)
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.morphology import outputs
 from hydraopt_jax import calibration
-from hydraopt_jax.demo import outputs
 from hydraopt_jax.demo.evaluate import answer_all
 from hydraopt_jax.demo.model import Base, Config, forward, init_base, modules
 from hydraopt_jax.demo.vocabulary import PAD_ID

@@ -10,10 +10,11 @@ import pytest
 
 from experiments.morphology import dataset, stores
 from experiments.morphology.adapters import init_adapters, scaled, train_adapters
+from experiments.morphology.assets import save_adapters
 from experiments.morphology.config import Adapting, Data, Pretraining, Refining
 from experiments.morphology.pretrain import pretrain, vocabulary_of
 from hydraopt_jax import formats
-from hydraopt_jax.demo.assets import save_adapters, unpack_adapters
+from hydraopt_jax.demo.assets import unpack_adapters
 from hydraopt_jax.demo.evaluate import evaluate
 from hydraopt_jax.demo.model import Config
 from hydraopt_jax.demo.tasks import LANGUAGES

@@ -4,18 +4,19 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.morphology import assets as written
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.model import Config, init_base, modules
-from hydraopt_jax.demo.tasks import Item, answer, characters, features, phonemes, prompt, to_text
+from hydraopt_jax.demo.tasks import Item, answer, characters, features, phonemes, prompt
 from hydraopt_jax.demo.vocabulary import (
     PAD_ID,
     SEPARATOR_ID,
     UNKNOWN_ID,
-    build,
-    decode,
-    encode,
+    build_vocabulary,
     encode_items,
     from_tokens,
+    token_ids,
+    tokens_of,
 )
 
 ITEMS = {
@@ -27,19 +28,19 @@ ITEMS = {
 
 @pytest.mark.parametrize("name", list(ITEMS))
 def test_tokens_survive_a_round_trip(name):
-    vocabulary = build(ITEMS.values(), minimum=1)
+    vocabulary = build_vocabulary(ITEMS.values(), minimum=1)
     for tokens in (prompt(name, ITEMS[name]), ITEMS[name].output):
-        assert decode(vocabulary, encode(vocabulary, tokens)) == tokens
-    assert decode(vocabulary, encode(vocabulary, answer(ITEMS[name]))) == ITEMS[name].output
+        assert tokens_of(vocabulary, token_ids(vocabulary, tokens)) == tokens
+    assert tokens_of(vocabulary, token_ids(vocabulary, answer(ITEMS[name]))) == ITEMS[name].output
 
 
 def test_letters_and_phonemes_of_one_shape_differ():
-    vocabulary = build([Item(("a",), ("phoneme:a",))], minimum=1)
-    assert len(set(encode(vocabulary, ("a", "phoneme:a")))) == 2
+    vocabulary = build_vocabulary([Item(("a",), ("phoneme:a",))], minimum=1)
+    assert len(set(token_ids(vocabulary, ("a", "phoneme:a")))) == 2
 
 
 def test_what_the_vocabulary_lacks_is_unknown_in_a_prompt_and_never_right_in_an_answer():
-    vocabulary = build([Item(("a",), ("a",))], minimum=1)
+    vocabulary = build_vocabulary([Item(("a",), ("a",))], minimum=1)
     items = encode_items(vocabulary, {"correct-en": [Item(("z",), ("z",))], "correct-de": []})
     assert UNKNOWN_ID in items.prompts[0, 0]
     assert items.targets[0, 0, 0] == -1
@@ -49,7 +50,7 @@ def test_what_the_vocabulary_lacks_is_unknown_in_a_prompt_and_never_right_in_an_
 
 def test_decomposed_text_is_composed():
     assert characters("e\u0301") == ("é",)
-    assert to_text(phonemes("a\u0303 b")) == "ã b"
+    assert phonemes("a\u0303 b") == ("phoneme:ã", "phoneme:b")
 
 
 def test_repeated_tokens_are_refused():
@@ -58,15 +59,15 @@ def test_repeated_tokens_are_refused():
 
 
 def test_items_too_long_for_the_widths_are_refused():
-    vocabulary = build(ITEMS.values(), minimum=1)
+    vocabulary = build_vocabulary(ITEMS.values(), minimum=1)
     with pytest.raises(ValueError, match="do not fit the widths"):
         encode_items(vocabulary, {n: [i] for n, i in ITEMS.items()}, widths=(4, 4))
 
 
 def test_the_sample_file_keeps_items(tmp_path):
     items = {name: [item] for name, item in ITEMS.items()}
-    assets.save_sample(tmp_path / "a.gz", items)
-    assets.save_sample(tmp_path / "b.gz", items)
+    written.save_sample(tmp_path / "a.gz", items)
+    written.save_sample(tmp_path / "b.gz", items)
     assert assets.load_sample(tmp_path / "a.gz") == items
     assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
 
@@ -79,8 +80,8 @@ def test_adapters_come_back_with_the_scale_in_b(tmp_path, name):
         m: (rng.normal(size=(i, 4)).astype(np.float16), rng.normal(size=(4, o)).astype(np.float16))
         for m, (i, o) in modules(config).items()
     }
-    assets.save_adapters(tmp_path / name, {"inflect-de": lora, "analyse-pl": lora}, alpha=12.0)
-    found = assets.load_adapters(tmp_path / name)
+    written.save_adapters(tmp_path / name, {"inflect-de": lora, "analyse-pl": lora}, alpha=12.0)
+    found = written.load_adapters(tmp_path / name)
     assert set(found) == {"inflect-de", "analyse-pl"}
     for module, (a, b) in lora.items():
         np.testing.assert_array_equal(found["inflect-de"][module][0], a.astype(np.float32))
@@ -89,13 +90,13 @@ def test_adapters_come_back_with_the_scale_in_b(tmp_path, name):
 
 def test_an_empty_folder_is_no_collection(tmp_path):
     with pytest.raises(FileNotFoundError, match="no PEFT folder"):
-        assets.load_adapters(tmp_path)
+        written.load_adapters(tmp_path)
 
 
 def test_the_base_keeps_its_sizes_and_its_vocabulary(tmp_path):
     base = init_base(Config(9, layers=1, width=8, hidden=16), jax.random.key(0))
     vocabulary = from_tokens("abcdefghi")
-    assets.save_base(tmp_path / "base.safetensors", base, vocabulary)
+    written.save_base(tmp_path / "base.safetensors", base, vocabulary)
     found = assets.load_base(tmp_path / "base.safetensors")
     assert found.config == base.config
     assert assets.load_vocabulary(tmp_path / "base.safetensors") == vocabulary

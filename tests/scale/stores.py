@@ -1,6 +1,7 @@
 """Stores on disk, compared and made by jobs."""
 
 from hydraopt_jax.jobs import job
+from hydraopt_jax.rate_control.work import IN_MEMORY
 
 # what Orbax notes of a checkpoint beside its arrays: when it was written, and where
 PASSING = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -15,7 +16,7 @@ def content(path):
     }
 
 
-def work(path, found, compress, asked, processes=None, **more):
+def work(path, found, compress, asked, how=IN_MEMORY, **more):
     """A job as the command does it: the store, None in all processes but the first."""
-    with job.alone(path, 0 if processes is None else processes.rank):
-        return job.run(path, found, compress, asked, processes=processes, **more)
+    with job.alone(path, how.processes.rank):
+        return job.run_job(path, found, compress, asked, how, **more)

@@ -27,7 +27,7 @@ def deltas(a, b, scale):
 
 
 def on_mesh(arrays, spec):
-    return tuple(devices.put(GRID, x, spec) for x in arrays)
+    return tuple(devices.put_on_mesh(GRID, x, spec) for x in arrays)
 
 
 def added(a, b, scale, sides, size):

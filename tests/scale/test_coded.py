@@ -17,7 +17,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft_collection
 from hydraopt_jax.rate_control import engine, errors_of, parts, search, segments
 from hydraopt_jax.rate_control.options import Options, check_options
-from hydraopt_jax.rate_control.work import Processes, Progress
+from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Processes, Progress
 from hydraopt_jax.store import folder, removal, sizes, task_factors
 from hydraopt_jax.store.store import task_errors
 
@@ -35,7 +35,7 @@ def given(tmp_path_factory):
     for x in made:
         formats.write_adapter(place / x.task, x, dtype="float16")
     names = [str(place / x.task) for x in made]
-    found = peft_collection.collection([peft_collection.open_adapter(n, None, {}) for n in names])
+    found = peft_collection.collection_of([peft_collection.open_adapter(n, None, {}) for n in names])
     return names, found, [formats.read_adapter(n) for n in names]
 
 
@@ -48,11 +48,11 @@ def narrow():
         yield
 
 
-def code(out, found, segment_bytes=SMALL, processes=None, progress=None, **target):
+def code(out, found, segment_bytes=SMALL, how=IN_MEMORY, **target):
     options = check_options(Options(**(target or {"budget": 0.5})))
     compress = functools.partial(engine.compress_to_target, options=options, segment_bytes=segment_bytes)
     asked = {k: v for k, v in options._asdict().items() if k != "calibration"}
-    return work(out, found, compress, asked, processes, progress=progress)
+    return work(out, found, compress, asked, how)
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +161,11 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_store(given, kept, alike, 
             raise Stopped
 
     with pytest.raises(Stopped):
-        code(alike, found, progress=Progress(step=step))
+        code(alike, found, how=Job(progress=Progress(step=step)))
     with pytest.raises(HydraOptError, match="an unfinished job: run its command again"):
         store.open(alike)
     before = []
-    code(alike, found, progress=Progress(start=lambda total, done: before.append(done)))
+    code(alike, found, how=Job(progress=Progress(start=lambda total, done: before.append(done))))
     assert before[0] > 0
     assert content(alike) == content(kept[0])
 
@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(given, kept, alike, monk
             code(alike, given[1])
     assert list((alike / "job").glob("pass-*.json"))
     before = []
-    code(alike, given[1], progress=Progress(start=lambda total, done: before.append(total - done)))
+    code(alike, given[1], how=Job(progress=Progress(start=lambda total, done: before.append(total - done))))
     assert set(before) == {0}
     assert content(alike) == content(kept[0])
 
@@ -195,7 +195,7 @@ def test_two_processes_make_the_same_store(given, tmp_path):
 
     def one(rank):
         who = Processes(rank, 2, lambda name: barrier.wait() and None)
-        said[rank] = code(tmp_path / "two", given[1], processes=who, max_error=0.02)
+        said[rank] = code(tmp_path / "two", given[1], how=Job(processes=who), max_error=0.02)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
     for x in threads:
@@ -214,8 +214,8 @@ def test_the_first_process_ends_the_job_when_all_have_read_it(given, kept, tmp_p
     barrier, ends = threading.Barrier(2, timeout=120), queue.Queue()
     seen = []
 
-    def compress(found, *, place, processes):
-        if processes.rank:
+    def compress(found, *, job):
+        if job.processes.rank:
             # the last to be done: the first waits for it, or has gone on
             seen.append(ends.get(timeout=120))
         return store.open(kept[0]).load()
@@ -227,7 +227,7 @@ def test_the_first_process_ends_the_job_when_all_have_read_it(given, kept, tmp_p
             barrier.wait()
 
         leave = (lambda: None) if rank else (lambda: ends.put("left"))
-        work(tmp_path / "s", given[1], compress, {}, Processes(rank, 2, wait, leave))
+        work(tmp_path / "s", given[1], compress, {}, Job(processes=Processes(rank, 2, wait, leave)))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, range(2)))

@@ -25,7 +25,7 @@ b = rng.standard_normal((rows, tasks, outputs, rank)).astype(np.float32)
 # a few directions of either side are common to all tasks
 a += 3 * rng.standard_normal((rows, 1, rank, inputs)).astype(np.float32)
 b += 3 * rng.standard_normal((rows, 1, outputs, rank)).astype(np.float32)
-block = groups.Block(a, b, np.full((rows, tasks), 2.0, np.float32), np.full((rows, tasks), rank))
+block = groups.GroupFactors(a, b, np.full((rows, tasks), 2.0, np.float32), np.full((rows, tasks), rank))
 group = groups.Group(("x", "y", "z"), rows, (inputs, outputs), rank, ((0, tasks),))
 streaming.SUM_BYTES["cpu"] = streaming.HEAD_BYTES["cpu"] = 1
 grid = devices.make(rows)
@@ -35,7 +35,7 @@ deltas /= np.linalg.norm(deltas, axis=(2, 3), keepdims=True)
 for side, sided in (("in", deltas), ("out", deltas.swapaxes(2, 3))):
     file = Path(sys.argv[1]) / side
     form = Hydra(rank=5, side=side)
-    kept = streaming.solve(file, group, iter([block] * 2), tasks, form, "float32", grid)
+    kept = streaming.solve_group(file, group, iter([block] * 2), tasks, form, "float32", grid)
     for m, (_, errors, bound) in enumerate(kept.values()):
         u = np.linalg.svd(np.concatenate(sided[m], 1))[0][:, :5]
         expected = 1 - np.square(u.T @ sided[m]).sum((1, 2))
@@ -61,7 +61,7 @@ modules = {f"layers.{n}.{p}": (48, 64) for n in range(2) for p in "qv"}
 for x in synthetic.collection(tasks=7, modules=modules, rank=4):
     formats.write_adapter(folder / x.task, x, dtype="float16")
 names = sorted(str(x) for x in folder.iterdir())
-found = peft_collection.collection([peft_collection.open_adapter(n, None, {}) for n in names])
+found = peft_collection.collection_of([peft_collection.open_adapter(n, None, {}) for n in names])
 before, used, together = engine.encode_at_step, set(), threading.Barrier(3)
 def code(*arguments):
     # three devices at the least are at work at once
@@ -75,7 +75,7 @@ def compress(found, **more):
     return engine.compress_to_target(found, Options(max_error=0.05), segment_bytes=1 << 12, **more)
 def run(path):
     with job.alone(path):
-        job.run(path, found, compress, {})
+        job.run_job(path, found, compress, {})
 # each device compiles everything for itself: three of eight, not the first ones
 every = jax.local_devices()
 assert len(every) == 8

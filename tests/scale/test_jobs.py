@@ -35,7 +35,7 @@ def written(adapters, place):
         formats.write_adapter(place / f"in{n}", adapter)
         cards.append(peft_collection.open_adapter(str(place / f"in{n}"), adapter.task, {}))
         read.append(formats.read_adapter(place / f"in{n}", task=adapter.task))
-    return peft_collection.collection(cards), read
+    return peft_collection.collection_of(cards), read
 
 
 def run(out, found, form, group_bytes=GROUP_BYTES, dtype=None):

@@ -54,7 +54,7 @@ def sources(tmp_path):
 
 
 def collection(sources):
-    return peft_collection.collection([peft_collection.open_adapter(x, None, {}) for x in sources])
+    return peft_collection.collection_of([peft_collection.open_adapter(x, None, {}) for x in sources])
 
 
 FORM = ["--form", "hydra", "--rank", "3", "--side", "in"]

@@ -27,7 +27,7 @@ _TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 def check_single(name: str) -> None:
     """Raise for a method that keeps factors of every task."""
-    if not registry.find(name).single:
+    if not registry.method_of(name).single:
         raise HydraOptError(
             f"method {name!r} keeps a part for each task and makes no single adapter: see hydraopt "
             f"compress, or hydraopt frontier --baselines {name}"
@@ -55,7 +55,7 @@ def _jitted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -
     return jax.jit(functools.partial(function, **dict(static)))
 
 
-def solve(
+def merge_module(
     method: Method, module: str, a: jax.Array, b: jax.Array, weights: jax.Array, options: Mapping[str, Any]
 ) -> Any:
     """The result of a method for one module, jitted if possible; masks depend on the module's name."""
@@ -148,7 +148,7 @@ def _prepare(
     options: Mapping[str, Any],
 ) -> tuple[Method, jax.Array, dict[str, Any]]:
     """The checked method, weights and options."""
-    method = registry.find(name)
+    method = registry.method_of(name)
     given = {k: v for k, v in options.items() if v is not None}
     registry.check_options(name, given | ({} if rank is None else {"rank": rank}))
     w = jnp.asarray(check_weights(weights, method, len(tasks)))
@@ -172,7 +172,7 @@ def _merge(
         each = dict(given, key=key)
         if "rank" in known:
             each["rank"] = max(int(ranks.max()), 1) if rank is None else rank
-        found = solve(method, module, jnp.asarray(a), jnp.asarray(b), weights, each)
+        found = merge_module(method, module, jnp.asarray(a), jnp.asarray(b), weights, each)
         out[module] = jax.device_get(found)
         progress()
     return out
@@ -275,7 +275,7 @@ def products(
     )
 
 
-def scale_of(modules: Iterable[Module], found: Mapping[str, tuple[Any, Any]]) -> tuple[float, float]:
+def least_error_scale(modules: Iterable[Module], found: Mapping[str, tuple[Any, Any]]) -> tuple[float, float]:
     """The scale of a merged adapter with the least mean relative squared error, and that error.
 
     The papers tune this scale on data. For the error of weights it has a closed form. The error of a module
@@ -309,4 +309,4 @@ def best_scale(collection: Sequence[Adapter], merged: Adapter) -> tuple[float, f
     (0.25, 0.0)
     """
     found = {module: (merged.a[module], merged.b[module]) for module in merged.a}
-    return scale_of(stream(collection, adapters.check(collection)), found)
+    return least_error_scale(stream(collection, adapters.check(collection)), found)

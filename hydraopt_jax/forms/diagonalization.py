@@ -1,6 +1,6 @@
-"""Compound forms: a shared part plus a remainder per task, and joint diagonalization.
+"""Joint diagonalization: both sides shared, a core per task.
 
-They have the contract of `forms`: decompositions of one module's T deltas in, factors and `Info` out.
+It has the contract of `forms`: decompositions of one module's T deltas in, factors and `Info` out.
 """
 
 from typing import Any
@@ -10,51 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from hydraopt_jax import forms
-from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors, Info
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
-
-
-def residual(
-    deltas: Svd,
-    *,
-    heads: int,
-    rank: int,
-    residual_rank: int,
-    side: str = "in",
-    weights: Array | None = None,
-) -> tuple[tuple[Factors, Factors], Info]:
-    """HydraOpt's form plus a truncated SVD of each task's remainder: `delta[t] ~= a @ b[k] + x[t] @ y[t]`.
-
-    The curve runs from one merged adapter (K = 1, no remainder) to lossless. The second term is optimal given
-    the first; the two are not optimized jointly.
-
-    Args:
-      deltas: T decompositions of one module.
-      heads, rank, side, weights: of the shared part, see `forms.hydra`.
-      residual_rank: singular directions of each task's remainder, at least 1.
-
-    Returns:
-      The two terms, and Info whose bound is each task's own tail beyond `rank + residual_rank` directions:
-      no matrix of that rank is nearer.
-
-    Raises:
-      HydraOptError: an argument out of range.
-
-    Reference: Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
-    """
-    if residual_rank < 1:
-        raise HydraOptError(f"residual_rank = {residual_rank}: must be at least 1")
-    shared, info = forms.hydra(deltas, heads=heads, rank=rank, side=side, weights=weights)
-    a, b = forms.pair(shared)
-    left = jnp.concatenate([deltas.u * deltas.s[:, None, :], -a], -1)
-    rest = decompose.svd(left, jnp.concatenate([deltas.v, b], -2))
-    own, tail = forms.separate(rest, rank=residual_rank)
-    beyond = jnp.sum(deltas.s[:, rank + residual_rank :] ** 2, -1)
-    bound = jnp.sum(info.weights * beyond)
-    loss = jnp.sum(info.weights * tail.error)
-    return (shared, own), Info(tail.error, info.energy, info.weights, bound, loss[None], jnp.array(True))
 
 
 def joint_diagonal(

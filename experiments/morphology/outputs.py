@@ -55,7 +55,7 @@ def batch(found: Sequences, start: int, size: int) -> Sequences:
 
 
 @functools.partial(jax.jit, static_argnames="names")
-def gather(
+def sum_moments(
     base: Base, lora: Lora, tokens: Array, counts: Array, key: Array, names: tuple[str, ...]
 ) -> dict[str, tuple[Array, Array]]:
     """Sums of `x x.T` and `g g.T` over one batch of one task, by module.
@@ -106,7 +106,7 @@ def moments(base: Base, lora: Lora, found: Sequences, key: Array) -> dict[str, n
     tokens = int((found.tokens != PAD_ID).sum())
     for t in range(len(found.tokens)):
         own = {n: (a[t], b[t]) for n, (a, b) in lora.items()}
-        new = gather(base, own, found.tokens[t], found.counts[t], jax.random.fold_in(key, t), names)
+        new = sum_moments(base, own, found.tokens[t], found.counts[t], jax.random.fold_in(key, t), names)
         total = new if not total else jax.tree.map(jnp.add, total, new)
     out = {}
     for n, (x, g) in total.items():

@@ -1,12 +1,12 @@
-"""Compound forms: exact where they can be, between their bounds and their parts elsewhere."""
+"""Joint diagonalization: exact where it can be, above its bound elsewhere."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydraopt_jax import HydraOptError, forms
-from hydraopt_jax.forms import compound
+from hydraopt_jax import forms
+from hydraopt_jax.forms import diagonalization
 from hydraopt_jax.linalg import decompose
 
 pytestmark = pytest.mark.numeric
@@ -35,24 +35,9 @@ def measured(deltas, terms):
     return (true**2).sum((1, 2))
 
 
-@pytest.mark.parametrize(("heads", "residual_rank"), [(1, 1), (2, 2)])
-def test_residual_errors_are_true_and_above_the_bound(deltas, heads, residual_rank):
-    terms, info = compound.residual(deltas, heads=heads, rank=2, residual_rank=residual_rank)
-    np.testing.assert_allclose(measured(deltas, terms), info.error, rtol=1e-3, atol=1e-4)
-    assert float(info.bound) <= loss(info) * (1 + 1e-5)
-
-
-def test_remainder_lowers_the_error_down_to_nothing(deltas):
-    losses = [loss(compound.residual(deltas, heads=1, rank=2, residual_rank=r)[1]) for r in range(1, R + 3)]
-    plain = loss(forms.hydra(deltas, heads=1, rank=2)[1])
-    assert plain > losses[0]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 1e-9
-
-
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_joint_diagonal_lies_between_its_bound_and_one_merged_adapter(deltas, diagonal):
-    factors, info = compound.joint_diagonal(deltas, rank=3, diagonal=diagonal)
+    factors, info = diagonalization.joint_diagonal(deltas, rank=3, diagonal=diagonal)
     np.testing.assert_allclose(measured(deltas, [factors]), info.error, rtol=1e-3)
     merged = loss(forms.hydra(deltas, heads=1, rank=3)[1])
     assert float(info.bound) < loss(info) < merged
@@ -60,7 +45,7 @@ def test_joint_diagonal_lies_between_its_bound_and_one_merged_adapter(deltas, di
 
 
 def test_full_cores_are_no_worse_than_diagonal_ones(deltas):
-    full, diagonal = (compound.joint_diagonal(deltas, rank=4, diagonal=d)[1] for d in (False, True))
+    full, diagonal = (diagonalization.joint_diagonal(deltas, rank=4, diagonal=d)[1] for d in (False, True))
     assert loss(full) <= loss(diagonal) * 1.01
 
 
@@ -69,7 +54,7 @@ def test_full_cores_do_not_start_from_the_mean_of_unlike_tasks_alone():
     keys = jax.random.split(jax.random.key(4), 2)
     sides = jax.random.normal(keys[0], (T, I, R)), jax.random.normal(keys[1], (T, R, O))
     unlike = jax.vmap(decompose.svd)(*sides)
-    full, diagonal = (compound.joint_diagonal(unlike, rank=3, diagonal=d)[1] for d in (False, True))
+    full, diagonal = (diagonalization.joint_diagonal(unlike, rank=3, diagonal=d)[1] for d in (False, True))
     assert loss(full) < loss(diagonal)
 
 
@@ -80,10 +65,5 @@ def test_deltas_of_the_form_come_back(diagonal):
     a, b = jax.random.normal(keys[0], (I, R)), jax.random.normal(keys[1], (R, O))
     core = jax.vmap(jnp.diag)(1.0 + jax.random.uniform(keys[2], (T, R)))
     made = jax.vmap(lambda c: decompose.svd(a @ c, b))(core)
-    _, info = compound.joint_diagonal(made, rank=R, diagonal=diagonal, steps=200)
+    _, info = diagonalization.joint_diagonal(made, rank=R, diagonal=diagonal, steps=200)
     assert loss(info) < 1e-4
-
-
-def test_remainder_needs_a_rank(deltas):
-    with pytest.raises(HydraOptError, match="residual_rank = 0"):
-        compound.residual(deltas, heads=1, rank=2, residual_rank=0)
