@@ -49,13 +49,17 @@ def load_adapter(
       The PEFT model in evaluation mode; `model` itself if it was a PEFT model.
 
     Raises:
-      HydraOptError: no such task, another base model, or modules that the model lacks. The model is then
-        unchanged.
+      HydraOptError: no such task, another base model, a name with dots, or modules that the model lacks. The
+        model is then unchanged.
     """
     try:
         import peft
     except ImportError:
         raise HydraOptError("load_adapter needs PEFT and PyTorch: install the peft extra") from None
+    if name is not None and (not name or "." in name):
+        raise HydraOptError(
+            f"name {name!r}: PyTorch takes no dots and no empty name: leave it out, or give another"
+        )
     found = store if isinstance(store, Store) else open_store(store)
     own = base_name(found.sources[task_index(found.tasks, task)].config)
     served = getattr(getattr(model, "config", None), "name_or_path", "")
@@ -106,14 +110,21 @@ def adapter_name(task: str) -> str:
 
 
 def _check_modules(base: Any, adapter: Adapter) -> None:
-    """Raise if an adapter has modules that the model lacks."""
-    for module in adapter.a:
+    """Raise if an adapter has modules that the model lacks or has in other sizes."""
+    for module, a in adapter.a.items():
         try:
-            base.get_submodule(module)
+            layer = base.get_submodule(module)
         except AttributeError:
             raise HydraOptError(
                 f"task {adapter.task!r} adapts {module}, which the model lacks: use its own base model"
             ) from None
+        wanted = [a.shape[0], adapter.b[module].shape[1]]
+        sizes = [getattr(layer, x, None) for x in ("in_features", "out_features")]
+        if None not in sizes and sizes != wanted:
+            raise HydraOptError(
+                f"task {adapter.task!r} adapts {module} as [in, out] = {wanted}, which the model has as "
+                f"{sizes}: use its own base model"
+            )
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
