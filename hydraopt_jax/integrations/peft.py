@@ -67,7 +67,11 @@ def load_adapter(
         check_base(f"task {task!r}", own, served)
     adapter = server.fit(decode(found, task), rank=rank, padded=rank is not None).adapter
     wrapped = isinstance(model, peft.PeftModel)
-    _check_modules(model.get_base_model() if wrapped else model, adapter)
+    base = model
+    if wrapped:
+        # PEFT's own way fails where the last adapter was unloaded
+        base = model.get_base_model() if model.peft_config else model.base_model.model
+    _check_modules(base, adapter)
     fields, arrays = peft_folders.contents(adapter)
     config, state = peft.PeftConfig.from_peft_type(**fields), _tensors(arrays)
     name = adapter_name(task) if name is None else name
@@ -88,7 +92,7 @@ def load_adapter(
 
 
 def unload_adapter(model: Any, task: str) -> None:
-    """Remove a task's adapter from a PEFT model.
+    """Remove a task's adapter from a PEFT model, which needs another one before it runs again.
 
     Raises:
       HydraOptError: the model has no adapter of this task.

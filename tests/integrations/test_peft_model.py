@@ -95,6 +95,12 @@ def test_tasks_are_side_by_side_and_unloaded(base, coded, tmp_path):
         ours.unload_adapter(model, "one")
     model.set_adapter(ours.adapter_name("a.b"))
     same(output(model), exported(coded, "a.b", base, tmp_path / "again"))
+    # the last one, and another in its place
+    for task in TASKS[1:]:
+        ours.unload_adapter(model, task)
+    assert not model.peft_config
+    assert ours.load_adapter(model, coded, "one") is model
+    same(output(model), exported(coded, "one", base, tmp_path / "last"))
 
 
 def weights(model, name):
