@@ -166,6 +166,23 @@ def test_other_names_are_refused_with_near_ones(made, name, near):
         compression.compress(made, max_error=0.02, calibration={name: moment(0, 12)})
 
 
+def test_a_prefix_is_shown_where_names_end_alike(made):
+    """Of all modules the one that the calibration has under another prefix is named, not the first."""
+    given = {"base.layers.1.k": moment(0, 12), "base.layers.1.k:output": moment(1, 8)}
+    said = "it has 'base.layers.1.k', the adapters have 'layers.1.k': rename"
+    with pytest.raises(HydraOptError, match=said):
+        compression.compress(made, max_error=0.02, calibration=given)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("none", "no such file"), (".", "no readable calibration file .safetensors.")]
+)
+def test_a_file_that_is_none_says_how_to_make_one(tmp_path, name, what):
+    said = f"{what}: `hydraopt calibrate MODEL TEXT --out FILE` makes one"
+    with pytest.raises(HydraOptError, match=said):
+        calibration.load(tmp_path / name)
+
+
 def test_the_command_says_what_falls_back(made, tmp_path, capsys):
     for x in made:
         formats.write_adapter(tmp_path / x.task, x)

@@ -15,7 +15,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -178,17 +178,17 @@ PARTS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("parts", nargs="*", default="all", choices=["all", *PARTS])
     parser.add_argument("--folder", type=Path, required=True, help="where the stores are kept")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    for part in given.parts:
+    for part in PARTS if "all" in given.parts else given.parts:
         found[part] = PARTS[part](given.folder)
         print(part, json.dumps(found[part]), flush=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n")

@@ -211,4 +211,6 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise HydraOptError(f"{path}: no readable calibration file (safetensors): {error}") from error
+        what = "no readable calibration file (safetensors)" if Path(path).exists() else "no such file"
+        advice = "`hydraopt calibrate MODEL TEXT --out FILE` makes one"
+        raise HydraOptError(f"{path}: {what}: {advice}") from error

@@ -15,7 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import click
 
-from hydraopt_jax import compilation
+from hydraopt_jax import buckets, compilation
 from hydraopt_jax.cli.verbs import Verbs
 from hydraopt_jax.errors import HydraOptError, TooLarge
 
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; turn every expected failure into one line and an exit status."""
     few_heaps()
     compilation.keep_compiled()
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(x in str(word) for x in buckets.SCHEMES for word in words):
+        silence_libraries()
     try:
         sys.exit(cli.main(args=arguments, prog_name="hydraopt", standalone_mode=False) or 0)
     except TooLarge as error:
@@ -81,6 +84,18 @@ def few_heaps() -> None:
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
+
+
+def silence_libraries() -> None:
+    """Send what C++ libraries print to standard error nowhere; Python still prints there.
+
+    Those that TensorStore reads buckets with log a dozen lines where credentials are missing, and have no
+    setting against it. TENSORSTORE_VERBOSE_LOGGING keeps all.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if sys.stderr.fileno() == 2 and "TENSORSTORE_VERBOSE_LOGGING" not in os.environ:
+            sys.stderr = os.fdopen(os.dup(2), "w", 1, sys.stderr.encoding, sys.stderr.errors)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def fail(message: str, status: int) -> None:

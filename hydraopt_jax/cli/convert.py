@@ -13,7 +13,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, read_trained, write_adapter, write_trained
 from hydraopt_jax.formats.families import FAMILIES, LIBRARIES
 from hydraopt_jax.formats.image_files import file_of
-from hydraopt_jax.formats.peft_config import CONFIG_FILE
+from hydraopt_jax.formats.peft_config import CONFIG_FILE, base_name
 from hydraopt_jax.store.tensors import check_dtype
 
 
@@ -34,7 +34,7 @@ def is_peft(source: str) -> bool:
 @click.option("--scan", is_flag=True, help="write layers stacked, as MaxText's scan_layers")
 @click.option("--layers", type=int, help="count of layers to stack")
 @click.option("--step", type=int, default=0, show_default=True, help="number of the checkpoint to write")
-@click.option("--base", help="name of the base model, for PEFT's configuration")
+@click.option("--base", help="name of the base model, for PEFT's configuration; as it came if not given")
 @click.option("--prefix", default="model.layers", show_default=True, help="what PEFT's names begin with")
 @click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; as it came where not given")
 @click.option("--overwrite", is_flag=True, help="replace what is there")
@@ -56,6 +56,8 @@ def convert(source: str, out: str, to: str, **options: Any) -> None:
     table.add_row(Text(report.shorten(out)), str(len(adapter.a)), str(rank), f"{rank * scale:g}")
     payload = {"out": out, "to": to, "modules": len(adapter.a), "rank": rank, "alpha": rank * scale}
     note = None if to in ("peft", "gemma") else "Make the model with this rank and alpha."
+    if to == "peft" and not base_name(adapter.config):
+        note = "The base model's name is not in the checkpoint: --base NAME writes it."
     say(payload, table, note)
 
 
@@ -77,4 +79,5 @@ def read_source(source: str, to: str, **options: Any) -> Adapter:
         head_dim=options["head_dim"],
         prefix=options["prefix"],
     )
-    return found.replace(config={"base_model_name_or_path": options["base"]} if options["base"] else {})
+    known = {"base_model_name_or_path": options["base"]} if options["base"] else {}
+    return found.replace(config={**found.config, **known})

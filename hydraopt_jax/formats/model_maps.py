@@ -55,7 +55,10 @@ def tree_name(path: str) -> str:
 def heads(name: str, side: str, size: int, head_dim: int | None) -> list[int]:
     """Count and size of the heads of one side."""
     if head_dim is None:
-        raise HydraOptError(f"{name}: its {side}puts are split into heads: give head_dim, the heads' size")
+        raise HydraOptError(
+            f"{name}: its {side}puts are split into heads: give head_dim (--head-dim), as "
+            "in the base model's config.json"
+        )
     if head_dim < 1 or size % head_dim:
         raise HydraOptError(
             f"{name}: head_dim = {head_dim}: its {size} {side}puts are not a multiple of that size"

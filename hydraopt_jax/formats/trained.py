@@ -15,6 +15,8 @@ from hydraopt_jax.formats import orbax_trees, trees
 from hydraopt_jax.formats.families import FAMILIES, LIBRARIES
 from hydraopt_jax.formats.model_maps import from_library, table_of, to_library
 
+# of PEFT's configuration, what a checkpoint that is written here keeps
+KEPT = ("base_model_name_or_path", "task_type")
 # the axis of MaxText's stacked layers; no other factor of these libraries has extra axes on both sides
 STACK = 1
 
@@ -30,6 +32,8 @@ def read_trained(
     prefix: str = "model.layers",
 ) -> Adapter:
     """The adapter in a library's checkpoint of a LoRA run, with Hugging Face's names.
+
+    The base model's name is known where `write_trained` wrote the checkpoint of an adapter that has it.
 
     Args:
       path: folder of a run, whose last step is read, or of one step.
@@ -69,7 +73,8 @@ def read_trained(
         except HydraOptError as error:
             failures.append(error)
             continue
-        return adapter.replace(digest=orbax_trees.tree_digest(tree))
+        config = {"task_type": "CAUSAL_LM"} | {k: said[k] for k in KEPT if isinstance(said.get(k), str)}
+        return adapter.replace(config=config, digest=orbax_trees.tree_digest(tree))
     if len(failures) == 1 or any("no scale" in str(x) for x in failures):
         raise next((x for x in failures if "no scale" in str(x)), failures[0])
     raise HydraOptError(f"{source}: of no library of family {family!r}: {'; '.join(map(str, failures))}")
@@ -120,6 +125,7 @@ def write_trained(
         raise HydraOptError(f"scale = {scale}: gemma has no scale: leave it at 1")
     found = to_library(adapter, family, library, head_dim=head_dim, scan=scan, layers=layers)
     width = rank or max(x.shape[1] for x in found.a.values())
+    known = {k: adapter.config[k] for k in KEPT if isinstance(adapter.config.get(k), str)}
     orbax_trees.write_checkpoint(
         Path(path) / str(step) if kept.numbered else path,
         found,
@@ -128,7 +134,7 @@ def write_trained(
         rank=width,
         dtype=dtype,
         item=kept.item,
-        metadata={"lora": {"lora_rank": width, "lora_alpha": width * scale, "head_dim": head_dim}},
+        metadata={"lora": {"lora_rank": width, "lora_alpha": width * scale, "head_dim": head_dim, **known}},
         overwrite=overwrite,
     )
     return width

@@ -1,19 +1,30 @@
-"""Middleware of vLLM's server that keeps the tasks of running requests in the cache, and releases others.
+"""Middleware of vLLM's server: lets it ask for tasks, and keeps those of running requests in the cache.
 
 It sees requests that the resolver (`vllm`) does not see: those for an adapter that vLLM has loaded before and
 may have dropped since.
+
+vLLM asks resolvers only where VLLM_ALLOW_RUNTIME_LORA_UPDATING is set, and adds requests by which clients
+load any path if it is set when the server makes its routes. Middleware begins later, so that it can allow the
+one without the other.
 """
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.integrations.vllm import NAME, STORE, UNLOAD, Changed
+from hydraopt_jax.integrations.vllm import ALLOW, LOG, NAME, STORE, UNLOAD, Changed
 
 # seconds that a folder stays after a cancelled request: the engine may not know yet
 LINGER = 5.0
+
+# vLLM's own check of this comes before the middleware
+SEVERAL = (
+    "HoldTasks: several API servers give different adapters the same number, and answers would be of another "
+    "task: give --api-server-count 1"
+)
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -35,7 +46,13 @@ class HoldTasks:
         self.app, self.resolver = app, LoRAResolverRegistry.get_resolver(NAME)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Answer a request; when the server starts, allow vLLM to ask for tasks."""
+        if scope["type"] == "lifespan":
+            if servers(scope) > 1:
+                await receive()
+                return await send({"type": "lifespan.startup.failed", "message": SEVERAL})
+            if os.environ.setdefault(ALLOW, "1").strip().lower() not in ("1", "true"):
+                LOG.warning("no task is served: %s=%s: leave it out", ALLOW, os.environ[ALLOW])
         if scope["type"] != "http" or scope["method"] != "POST" or not is_json(scope):
             return await self.app(scope, receive, send)
         messages = [await receive()]
@@ -85,6 +102,12 @@ class HoldTasks:
             await send(message)
 
         return noting
+
+
+def servers(scope: Scope) -> int:
+    """How many API servers share vLLM's engine; 1 if its arguments are not known."""
+    state = getattr(scope.get("app"), "state", None)
+    return getattr(getattr(state, "args", None), "api_server_count", None) or 1
 
 
 def unloads(scope: Scope) -> bool:

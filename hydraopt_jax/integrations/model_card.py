@@ -15,6 +15,7 @@ import numpy as np
 from hydraopt_jax import remote, report
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.formats.peft_config import base_name
+from hydraopt_jax.integrations.vllm import MIDDLEWARE
 from hydraopt_jax.store import Store, manifest, schema
 from hydraopt_jax.store.store import closure, places_of, task_errors
 
@@ -222,8 +223,8 @@ def usage(task: str, repository: str, file: str, base: str) -> Sequence[str]:
         "",
         "```bash",
         f"hydraopt pull {address.removeprefix(remote.HUB)} store.safetensors",
-        "HYDRAOPT_STORE=store.safetensors VLLM_ALLOW_RUNTIME_LORA_UPDATING=True \\",
-        f"  vllm serve {shlex.quote(base)} --enable-lora",
+        f"HYDRAOPT_STORE=store.safetensors vllm serve {shlex.quote(base)} --enable-lora \\",
+        f"  --middleware {MIDDLEWARE}",
         "```",
         "",
         "JAX:",

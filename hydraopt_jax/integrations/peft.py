@@ -49,13 +49,17 @@ def load_adapter(
       The PEFT model in evaluation mode; `model` itself if it was a PEFT model.
 
     Raises:
-      HydraOptError: no such task, another base model, or modules that the model lacks. The model is then
-        unchanged.
+      HydraOptError: no such task, another base model, a name with dots, or modules that the model lacks. The
+        model is then unchanged.
     """
     try:
         import peft
     except ImportError:
         raise HydraOptError("load_adapter needs PEFT and PyTorch: install the peft extra") from None
+    if name is not None and (not name or "." in name):
+        raise HydraOptError(
+            f"name {name!r}: PyTorch takes no dots and no empty name: leave it out, or give another"
+        )
     found = store if isinstance(store, Store) else open_store(store)
     own = base_name(found.sources[task_index(found.tasks, task)].config)
     served = getattr(getattr(model, "config", None), "name_or_path", "")
@@ -63,7 +67,11 @@ def load_adapter(
         check_base(f"task {task!r}", own, served)
     adapter = server.fit_server(decode(found, task), rank=rank, padded=rank is not None).adapter
     wrapped = isinstance(model, peft.PeftModel)
-    _check_modules(model.get_base_model() if wrapped else model, adapter)
+    base = model
+    if wrapped:
+        # PEFT's own way fails where the last adapter was unloaded
+        base = model.get_base_model() if model.peft_config else model.base_model.model
+    _check_modules(base, adapter)
     fields, arrays = peft_folders.contents(adapter)
     config, state = peft.PeftConfig.from_peft_type(**fields), _tensors(arrays)
     name = adapter_name(task) if name is None else name
@@ -84,7 +92,7 @@ def load_adapter(
 
 
 def unload_adapter(model: Any, task: str) -> None:
-    """Remove a task's adapter from a PEFT model.
+    """Remove a task's adapter from a PEFT model, which needs another one before it runs again.
 
     Raises:
       HydraOptError: the model has no adapter of this task.
@@ -106,14 +114,21 @@ def adapter_name(task: str) -> str:
 
 
 def _check_modules(base: Any, adapter: Adapter) -> None:
-    """Raise if an adapter has modules that the model lacks."""
-    for module in adapter.a:
+    """Raise if an adapter has modules that the model lacks or has in other sizes."""
+    for module, a in adapter.a.items():
         try:
-            base.get_submodule(module)
+            layer = base.get_submodule(module)
         except AttributeError:
             raise HydraOptError(
                 f"task {adapter.task!r} adapts {module}, which the model lacks: use its own base model"
             ) from None
+        wanted = [a.shape[0], adapter.b[module].shape[1]]
+        sizes = [getattr(layer, x, None) for x in ("in_features", "out_features")]
+        if None not in sizes and sizes != wanted:
+            raise HydraOptError(
+                f"task {adapter.task!r} adapts {module} as [in, out] = {wanted}, which the model has as "
+                f"{sizes}: use its own base model"
+            )
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -8,12 +8,14 @@
 vLLM reads a folder again, inside its engine's loop, when its own caches have dropped the adapter, and stops
 if the folder is gone. So a folder that was given to vLLM stays while the process lives. With the middleware
 `hold_tasks.HoldTasks`, which sees all requests, it stays only while a request for its task is being answered,
-and is decoded again for a later one. The cache then needs room only for the tasks in use at one time.
+and is decoded again for a later one. The cache then needs room only for the tasks in use at one time. The
+middleware also has vLLM ask for tasks; without it VLLM_ALLOW_RUNTIME_LORA_UPDATING must be set.
 """
 
 import asyncio
 import hashlib
 import logging
+import multiprocessing
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,10 @@ from hydraopt_jax.store.store import task_index
 LOG = logging.getLogger("vllm.hydraopt_jax")
 NAME = "hydraopt"
 STORE, CACHE, CACHE_LIMIT, ANY_BASE = (f"HYDRAOPT_{x}" for x in ("STORE", "CACHE", "CACHE_LIMIT", "ANY_BASE"))
+# vLLM's own: whether it asks resolvers
+ALLOW = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+# vLLM's option by which it asks them, and serves more tasks than fit the cache
+MIDDLEWARE = "hydraopt_jax.integrations.hold_tasks.HoldTasks"
 # maximum number of tasks that are decoded, or wait for room, at once
 THREADS = 32
 # path of vLLM's request to unload an adapter
@@ -51,6 +57,8 @@ def register() -> None:
             files.read_manifest(path)
         LoRAResolver.register(StoreResolver)
         LoRAResolverRegistry.register_resolver(NAME, StoreResolver())
+        if ALLOW not in os.environ and multiprocessing.parent_process() is None:
+            LOG.info("tasks of %s are served by name with --middleware %s", os.environ[STORE], MIDDLEWARE)
 
 
 class Changed(HydraOptError):
@@ -188,7 +196,7 @@ class StoreResolver:
             if path is not None:
                 self.folders.cache.drop(path.name)
             raise Changed(
-                f"{self.folders.path}: task {task!r} has changed since it was loaded: POST its name to "
-                f"{UNLOAD}, or start the server again"
+                f"{self.folders.path}: task {task!r} has changed since it was loaded: start the server "
+                f"again, or, with {ALLOW}=1, POST its name to {UNLOAD}"
             )
         return known

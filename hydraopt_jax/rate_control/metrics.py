@@ -172,11 +172,12 @@ def uncovered(shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, n
     ['k']
     """
     if shapes and not any(n in calibration for n in shapes):
-        name = next(iter(shapes))
-        near = [n.removesuffix(OUTPUT) for n in calibration if ends_alike(n.removesuffix(OUTPUT), name)]
-        near = near[:1] or difflib.get_close_matches(name, calibration, 1, 0) or ["none at all"]
+        first, names = next(iter(shapes)), [n.removesuffix(OUTPUT) for n in calibration]
+        alike = ((x, n) for x in shapes for n in names if ends_alike(n, x))
+        near = difflib.get_close_matches(first, calibration, 1, 0) or ["none at all"]
+        name, other = next(alike, (first, near[0]))
         raise HydraOptError(
-            f"calibration: no tensor has the name of a module: it has {near[0]!r}, the adapters have "
+            f"calibration: no tensor has the name of a module: it has {other!r}, the adapters have "
             f"{name!r}: rename its tensors, or collect it with rename="
         )
     both = any(n.endswith(OUTPUT) for n in calibration)

@@ -111,6 +111,17 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
     back = formats.read_adapter("back")
     assert formats.base_name(back.config) == "org/base"
     trainers.check_same(back, one)
+    # as it came, where it is not given
+    named = {"base_model_name_or_path": "org/first", "task_type": "SEQ_CLS"}
+    formats.write_adapter("named", one.replace(config=named))
+    assert run(capsys, "convert", "named", "kept", "--to", "tunix", *options)[0] == 0
+    assert run(capsys, "convert", "kept", "again", "--family", "qwen", "--to", "maxtext")[0] == 0
+    status, said, _ = run(capsys, "convert", "again", "kept-back", "--family", "qwen")
+    assert (status, "--base" in said) == (0, False)
+    assert named.items() <= formats.read_adapter("kept-back").config.items()
+    status, said, _ = run(capsys, "convert", "run", "nameless", "--family", "qwen")
+    assert "The base model's name is not in the checkpoint: --base NAME writes it." in said
+    assert formats.read_adapter("nameless").config["task_type"] == "CAUSAL_LM"
     # from one library to another
     assert run(capsys, "convert", "run", "other", "--family", "qwen", "--to", "maxtext", "--scan")[0] == 0
     trainers.check_same(formats.read_trained("other", "qwen", "maxtext"), one)
@@ -121,7 +132,7 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
     [
         (
             ("peft", "out", "--family", "qwen", "--to", "tunix"),
-            "its outputs are split into heads: give head_dim",
+            "its outputs are split into heads: give head_dim .--head-dim",
         ),
         (
             ("peft", "out", "--family", "qwen", "--to", "tunix", "--head-dim", 7),

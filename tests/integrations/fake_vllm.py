@@ -1,12 +1,15 @@
 """The part of vLLM that a resolver meets, recorded from its sources (0.9 to 0.32), without its engine.
 
-A name that was resolved once is kept with its path, and the resolver is not asked again. The worker keeps so
-many adapters, drops the least recently used, and reads the path again: where that fails the engine stops.
+Resolvers are asked where VLLM_ALLOW_RUNTIME_LORA_UPDATING is set at the time of a request; where it is set
+when the routes are made, clients may load adapters by path. A name that was resolved once is kept with its
+path, and the resolver is not asked again. The worker keeps so many adapters, drops the least
+recently used, and reads the path again: where that fails the engine stops.
 """
 
 import asyncio
 import dataclasses
 import json
+import os
 import types
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -54,6 +57,11 @@ class Registry:
         return self.resolvers[resolver_name]
 
 
+def allowed():
+    """Whether adapters may be loaded while the server runs."""
+    return os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() in ("1", "true")
+
+
 def modules():
     """Name -> module, as `sys.modules` has them."""
     found = {x: types.ModuleType(x) for x in ("vllm", "vllm.lora", "vllm.lora.request", "vllm.lora.resolver")}
@@ -90,17 +98,20 @@ class Server:
       registry: its resolvers.
       base: name of the base model.
       slots: adapters that the worker keeps.
+      servers: of the same engine, as its arguments say.
     """
 
-    def __init__(self, registry, base, slots, max_rank=8):
+    def __init__(self, registry, base, slots, max_rank=8, servers=None):
+        self.open, self.state = allowed(), types.SimpleNamespace()
+        self.state.args = types.SimpleNamespace(api_server_count=servers)
         self.registry, self.base, self.slots, self.max_rank = registry, base, slots, max_rank
         self.known, self.worker, self.loads, self.dead = {}, OrderedDict(), 0, None
         self.locks = {}
 
     async def resolve(self, name):
         async with self.locks.setdefault(name, asyncio.Lock()):
-            if name in self.known:
-                return self.known[name]
+            if name in self.known or not allowed():
+                return self.known.get(name)
             for resolver in self.registry.resolvers.values():
                 found = await resolver.resolve_lora(self.base, name)
                 if found is not None:
@@ -121,6 +132,9 @@ class Server:
         return self.worker[name]
 
     async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            await receive()
+            return await send({"type": "lifespan.startup.complete"})
         parts = [await receive()]
         while parts[-1]["more_body"]:
             parts.append(await receive())
@@ -144,6 +158,20 @@ class Server:
                 said = {name: float(x.sum()) for name, x in deltas.items()}
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(said).encode()})
+
+
+async def start(app, server):
+    """The answer of a server's application with its middleware to its start."""
+    sent = []
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message):
+        sent.append(message)
+
+    await app({"type": "lifespan", "app": server}, receive, send)
+    return sent[0]
 
 
 async def post(app, path, said, kind=b"application/json", receive=None):

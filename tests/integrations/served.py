@@ -3,7 +3,7 @@
 import numpy as np
 from plain_stores import plain_store
 
-from hydraopt_jax import changes, compression, formats, store, synthetic
+from hydraopt_jax import store
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.static import Static
 
@@ -53,6 +53,9 @@ def right(found, expected):
 
 def write_trained(place):
     """Write adapters of one base, one folder with a card, and their store, to which one was added."""
+    # they need JAX, which a server that serves a store has not
+    from hydraopt_jax import changes, compression, formats, synthetic
+
     made = synthetic.collection(
         5,
         tasks=["one", "two|<b>/three", "a.b", "four"],

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -203,3 +206,16 @@ def test_folders_for_servers_come_from_a_bucket(place, kept, tmp_path):
     assert formats.read_adapter(folders.folder("b")).a.keys() == hydra.decode(kept, "b").a.keys()
     folders.close()
     shutil.rmtree(tmp_path / "tasks")
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_no_connection_and_no_credentials_are_one_line(scheme, tmp_path):
+    """TensorStore's libraries would log where they looked for credentials."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "GOOGLE_"))}
+    nobody = "http://127.0.0.1:9"
+    environment |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    environment |= {"AWS_ENDPOINT_URL": nobody, "TENSORSTORE_GCS_HTTP_URL": nobody}
+    command = [sys.executable, "-m", "hydraopt_jax.cli", "inspect", f"{scheme}://bucket/store"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    said = f"hydraopt: {scheme}://bucket/store/manifest.json.gz: cannot be read: no connection to the service"
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", f"{said}\n")

@@ -95,6 +95,12 @@ def test_tasks_are_side_by_side_and_unloaded(base, coded, tmp_path):
         ours.unload_adapter(model, "one")
     model.set_adapter(ours.adapter_name("a.b"))
     same(output(model), exported(coded, "a.b", base, tmp_path / "again"))
+    # the last one, and another in its place
+    for task in TASKS[1:]:
+        ours.unload_adapter(model, task)
+    assert not model.peft_config
+    assert ours.load_adapter(model, coded, "one") is model
+    same(output(model), exported(coded, "one", base, tmp_path / "last"))
 
 
 def weights(model, name):
@@ -186,11 +192,32 @@ def test_what_cannot_be_loaded_leaves_the_model_as_it_was(base, coded, adapters,
     with pytest.raises(HydraOptError, match=r"names 'hydraopt-jax/synthetic', but the model is 'org/other'"):
         ours.load_adapter(named, coded, "one")
     monkeypatch.undo()
-    wide = [x.replace(a={n: v[:3] for n, v in x.a.items()}) for x in adapters]
-    with pytest.raises(HydraOptError, match=r"adapter 'slot' cannot be loaded: .*size mismatch"):
-        ours.load_adapter(model, compression.compress(wide, budget=1.0), "one", name="slot")
+    wide = compression.compress(
+        [x.replace(a={n: v[:3] for n, v in x.a.items()}) for x in adapters], budget=1.0
+    )
+    plain = copy.deepcopy(base)
+    for given, name in ((model, "slot"), (model, None), (plain, None)):
+        with pytest.raises(HydraOptError, match=r"adapts .* as \[in, out\] = \[3, .*the model has as \["):
+            ours.load_adapter(given, wide, "one", name=name)
+    for name in ("v1.2", ""):
+        with pytest.raises(HydraOptError, match=f"name '{name}': PyTorch takes no dots"):
+            ours.load_adapter(model, coded, "one", name=name)
+    assert not [x for x, _ in plain.named_modules() if "lora" in x]
+    # whatever PEFT itself does not like
+    change = peft.set_peft_model_state_dict
+    refused = [RuntimeError("of another kind")]
+
+    def refuse_once(*given, **options):
+        if refused:
+            raise refused.pop()
+        return change(*given, **options)
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", refuse_once)
+    with pytest.raises(HydraOptError, match=r"adapter 'slot' cannot be loaded: .*of another kind"):
+        ours.load_adapter(model, compression.compress(adapters, budget=1.0), "one", name="slot")
     same(output(model), before)
     assert model.active_adapters == ["slot"]
+    assert list(model.peft_config) == ["slot"]
 
 
 def test_without_peft_the_extra_is_named(base, coded, monkeypatch):

@@ -31,6 +31,8 @@ def path(tmp_path):
 @pytest.fixture
 def registry(path, tmp_path, monkeypatch):
     """vLLM's, after it has loaded its plugins."""
+    monkeypatch.setenv(vllm.ALLOW, "")
+    monkeypatch.delenv(vllm.ALLOW)  # set by the middleware, and taken away again after the test
     for name, value in (("STORE", path), ("CACHE", tmp_path / "cache"), ("CACHE_LIMIT", LIMIT)):
         monkeypatch.setenv(f"HYDRAOPT_{name}", str(value))
     for name, module in fake_vllm.modules().items():
@@ -39,6 +41,13 @@ def registry(path, tmp_path, monkeypatch):
     found = sys.modules["vllm.lora.resolver"].LoRAResolverRegistry
     yield found
     found.get_resolver("hydraopt").close()
+
+
+def started(server):
+    """A server with the middleware, after its start."""
+    app = hold_tasks.HoldTasks(server)
+    assert asyncio.run(fake_vllm.start(app, server)) == {"type": "lifespan.startup.complete"}
+    return app
 
 
 def resolve(registry, task, base=served.BASE):
@@ -55,6 +64,18 @@ def test_the_entry_point_is_vllms_and_is_called_in_every_process(registry):
     assert list(registry.resolvers.items()) == [("hydraopt", resolver)]
     # a worker that is never asked opens nothing
     assert not Path(os.environ["HYDRAOPT_CACHE"]).exists()
+
+
+def test_without_the_middleware_the_log_says_what_to_type(registry, path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    for before in (None, "1"):
+        registry.resolvers.clear()
+        monkeypatch.setattr(os, "environ", os.environ | ({vllm.ALLOW: before} if before else {}))
+        vllm.register()
+    (line,) = caplog.messages
+    assert line.endswith("s.safetensors are served by name with --middleware " + vllm.MIDDLEWARE)
+    module, name = vllm.MIDDLEWARE.rsplit(".", 1)
+    assert getattr(sys.modules[module], name) is hold_tasks.HoldTasks
 
 
 def test_without_a_store_nothing_is_registered(registry, monkeypatch):
@@ -122,7 +143,7 @@ def ask(app, *tasks, **said):
 
 def test_with_the_middleware_tasks_take_turns(registry, path):
     server = fake_vllm.Server(registry, served.BASE, slots=1)
-    app = hold_tasks.HoldTasks(server)
+    app = started(server)
     expected = served.answers(store.open(path))
     order = TASKS * 2
     for task, (status, found) in zip(order, ask(app, *order), strict=True):
@@ -131,6 +152,35 @@ def test_with_the_middleware_tasks_take_turns(registry, path):
     assert (server.dead, server.loads) == (None, 16)
     assert ask(app, served.BASE, "unknown") == [(200, {}), (404, {})]
     assert not registry.get_resolver("hydraopt").folders.cache._holds
+
+
+def test_the_middleware_allows_tasks_and_no_paths(registry, monkeypatch, caplog):
+    """One variable and the middleware: vLLM asks for tasks, and has no request that loads any path."""
+    server = fake_vllm.Server(registry, served.BASE, slots=1)
+    assert ask(hold_tasks.HoldTasks(server), TASKS[0])[0][0] == 404
+    app = started(server)
+    assert ask(app, TASKS[0])[0][0] == 200
+    assert not server.open
+    assert not caplog.messages
+    # what the user has said stays
+    monkeypatch.setenv(vllm.ALLOW, "0")
+    app = started(fake_vllm.Server(registry, served.BASE, slots=1))
+    assert caplog.messages == [f"no task is served: {vllm.ALLOW}=0: leave it out"]
+    assert ask(app, TASKS[0])[0][0] == 404
+    monkeypatch.setenv(vllm.ALLOW, "true")
+    server = fake_vllm.Server(registry, served.BASE, slots=1)
+    assert ask(started(server), TASKS[0])[0][0] == 200
+    assert server.open
+    assert os.environ[vllm.ALLOW] == "true"
+
+
+def test_several_servers_of_one_engine_are_refused(registry):
+    """Each would number adapters by itself, which vLLM refuses where the variable is set from the first."""
+    server = fake_vllm.Server(registry, served.BASE, slots=1, servers=2)
+    said = asyncio.run(fake_vllm.start(hold_tasks.HoldTasks(server), server))
+    assert said["type"] == "lifespan.startup.failed"
+    assert "give --api-server-count 1" in said["message"]
+    assert vllm.ALLOW not in os.environ
 
 
 def test_the_middleware_leaves_other_requests_alone(registry):
@@ -154,7 +204,7 @@ def test_the_middleware_leaves_other_requests_alone(registry):
 
 def test_a_task_that_changed_is_refused_until_vllm_forgets_it(registry, path):
     server = fake_vllm.Server(registry, served.BASE, slots=1)
-    app = hold_tasks.HoldTasks(server)
+    app = started(server)
     ask(app, TASKS[0])
     changed = served.make(TASKS, seed=1)
     store.save(path, changed, overwrite=True)
@@ -163,10 +213,8 @@ def test_a_task_that_changed_is_refused_until_vllm_forgets_it(registry, path):
     ask(app, *TASKS[1:4])
     ((status, said),) = ask(app, TASKS[0])
     assert status == 409
-    assert (
-        "has changed since it was loaded: POST its name to /v1/unload_lora_adapter"
-        in said["error"]["message"]
-    )
+    assert "has changed since it was loaded: start the server again, or" in said["error"]["message"]
+    assert "POST its name to /v1/unload_lora_adapter" in said["error"]["message"]
     assert asyncio.run(fake_vllm.post(app, "/v1/unload_lora_adapter", {"lora_name": "none"}))[0] == 404
     assert ask(app, TASKS[0])[0][0] == 409
     assert asyncio.run(fake_vllm.post(app, "/v1/unload_lora_adapter", {"lora_name": TASKS[0]}))[0] == 200
@@ -180,7 +228,7 @@ def test_a_task_that_changed_is_refused_until_vllm_forgets_it(registry, path):
 
 
 def test_a_damaged_store_is_an_answer_and_no_end(registry, path):
-    app = hold_tasks.HoldTasks(fake_vllm.Server(registry, served.BASE, slots=1))
+    app = started(fake_vllm.Server(registry, served.BASE, slots=1))
     ask(app, *TASKS[:4])
     path.write_bytes(path.read_bytes()[:-40])
     ((status, said),) = ask(app, TASKS[0])
@@ -190,7 +238,7 @@ def test_a_damaged_store_is_an_answer_and_no_end(registry, path):
 
 def test_a_store_that_is_gone_stops_nothing_else(registry, path, caplog):
     server = fake_vllm.Server(registry, served.BASE, slots=1)
-    app = hold_tasks.HoldTasks(server)
+    app = started(server)
     ask(app, *TASKS[:4])
     path.rename(path.with_name("moved"))
     assert ask(app, served.BASE, TASKS[3], TASKS[4])[::2] == [(200, {}), (404, {})]
@@ -223,7 +271,7 @@ def test_a_request_that_is_given_up_holds_on_for_a_while(registry, monkeypatch):
 def test_a_request_that_is_cancelled_while_it_waits_lets_go(registry, monkeypatch):
     monkeypatch.setattr("hydraopt_jax.integrations.cache.PATIENCE", 1)
     server = fake_vllm.Server(registry, served.BASE, slots=1)
-    app = hold_tasks.HoldTasks(server)
+    app = started(server)
     resolver = registry.get_resolver("hydraopt")
     ask(app, *TASKS[:4])
     full = [resolver.folders.folder(x) for x in TASKS[2:4]]
@@ -246,8 +294,8 @@ def test_a_request_that_is_cancelled_while_it_waits_lets_go(registry, monkeypatc
 LOAD = """
 import asyncio, json, os, random, sys
 os.fsync = lambda handle: None
-import fake_vllm, served
 sys.modules |= {x: None for x in ("jax", "jaxlib", "flax", "optax", "orbax", "torch")}
+import fake_vllm, served
 sys.modules |= fake_vllm.modules()
 from hydraopt_jax import store
 from hydraopt_jax.integrations import hold_tasks, vllm
@@ -256,6 +304,7 @@ vllm.register()
 registry = sys.modules["vllm.lora.resolver"].LoRAResolverRegistry
 server = fake_vllm.Server(registry, served.BASE, slots=20)
 app = hold_tasks.HoldTasks(server)
+asyncio.run(fake_vllm.start(app, server))
 content = store.open(os.environ["HYDRAOPT_STORE"])
 expected = served.answers(content)
 order = random.Random(int(sys.argv[1])).choices(content.tasks, k=200)
