@@ -4,23 +4,29 @@
     python -m experiments.figures --check    # name the pages that are stale, exit status 1
 
 A page marks a region by the lines `<!-- figures: NAME -->` and `<!-- end of figures -->`. What lies
-between is what the function NAME of `REGIONS` returns. `tests/test_figures.py` checks every page. Takes
-seconds.
+between is what the function NAME of `REGIONS` returns; each experiment has its own in `figures.py`.
+`tests/test_figures.py` checks every page. Takes seconds.
 """
 
 import argparse
 import functools
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+
+from experiments.frontier import figures as frontier
 from experiments.llm import table
 from experiments.llm.table import REGIMES, TASKS
+from experiments.markdown import ROOT, markdown, read
+from experiments.morphology import figures as morphology
+from experiments.peers import figures as peers
+from experiments.reliability import figures as reliability
+from experiments.scale import figures as scale
+from experiments.serving import figures as serving
 
-ROOT = Path(__file__).parents[1]
 REGION = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end of figures -->)", re.S)
 # rows of experiments/llm that the README has, as `compare` names them
 ROWS = (
@@ -31,33 +37,6 @@ ROWS = (
     "budget 0.03",
     "budget 0.03, refined",
 )
-
-
-def read(path: str) -> Any:
-    """The content of a JSON file in `experiments/`."""
-    return json.loads((ROOT / "experiments" / path).read_text())
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table.
-
-    >>> print(markdown(["a", "b"], [["1", "2"]]), end="")
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    lines = [heads, *rows]
-    out = ["| " + " | ".join(x).rstrip() + " |" for x in lines]
-    return "\n".join([out[0], "|---" * len(heads) + "|", *out[1:]]) + "\n"
-
-
-def error(value: float) -> str:
-    """An error with four decimals, or two figures below a thousandth.
-
-    >>> error(0.00496786), error(0.0885929), error(0.000266525), error(8.46e-7), error(0.541368)
-    ('0.0050', '0.0886', '0.00027', '8.5e-7', '0.5414')
-    """
-    return f"{value:.4f}" if value >= 0.001 else f"{value:.2g}".replace("e-0", "e-")
 
 
 def scores(results: Path = ROOT / "experiments/llm/results") -> str:
@@ -104,6 +83,23 @@ def reached() -> str:
     return "\n".join(table.target_lines({x: stored_rows(x)[0] for x in REGIMES})) + "\n"
 
 
+def own_adapters() -> str:
+    """Scores of the language model's own adapters, and without them."""
+    folder = ROOT / "experiments/llm"
+    return "\n".join(table.adapter_lines(folder / "results", folder / "adapters")) + "\n"
+
+
+def similarities() -> str:
+    """Mean similarity of pairs of the language model's adapters, by regime."""
+    found = {x: read(f"llm/results/similarity-{x}.json")["mean"] for x in REGIMES}
+    kinds = list(found[REGIMES[0]])
+    rows = []
+    for regime, means in found.items():
+        pairs = ~np.eye(len(means[kinds[0]]), dtype=bool)
+        rows.append([regime, *(f"{np.mean(np.array(means[x])[pairs]):.3f}" for x in kinds)])
+    return markdown(["mean over pairs of tasks, all modules", *(x.replace("_", " ") for x in kinds)], rows)
+
+
 def waits() -> str:
     """What a user waits for, with targets and the load at which it was measured."""
     rows = []
@@ -118,175 +114,21 @@ def waits() -> str:
     return markdown(["wait", "measured", "processor seconds", "target", "load"], rows)
 
 
-def curve(label: str) -> list[dict[str, Any]]:
-    """The points of one curve of the six GPT-2 adapters."""
-    found = read("frontier/gpt2.json")
-    return (found["curves"] | found["estimates"])[label]
-
-
-def at(label: str) -> dict[str, str]:
-    """Errors of a curve of budgets or of an estimate, by budget."""
-    return {p["setting"].removeprefix("budget "): error(p["mean"]) for p in curve(label)}
-
-
-def frontier() -> str:
-    """Errors at each budget: this package with and without sharing, and both estimates."""
-    labels = ("hydraopt_jax", "hydraopt_jax, nothing shared", *read("frontier/gpt2.json")["estimates"])
-    columns = [at(x) for x in labels]
-    rows = [[budget, *(x[budget] for x in columns)] for budget in columns[0]]
-    heads = ["bytes", "this package", "nothing shared", *(x for x in labels[2:])]
-    return markdown(heads, rows)
-
-
-def against_plain() -> str:
-    """Errors at each budget beside the best plain SVD and HydraOpt that are no larger."""
-    mine, alone = at("hydraopt_jax"), at("hydraopt_jax, nothing shared")
-    plain = [(bits, p) for bits in (16, 8, 4) for p in curve(f"separate SVD, {bits} bits")]
-    rows = []
-    for budget in list(mine)[1:]:
-        # 1% of room: a plain row counts no container
-        fits = [(p["mean"], bits, p) for bits, p in plain if p["fraction"] <= 1.01 * float(budget)]
-        paper = [p for p in curve("HydraOpt, fp16") if p["fraction"] <= 1.01 * float(budget)]
-        least = min(fits, key=lambda x: x[0], default=None)
-        best = min(paper, key=lambda x: x["mean"], default=None)
-        rows.append(
-            [
-                budget,
-                mine[budget],
-                alone[budget],
-                f"{error(least[0])} ({least[1]} bits, {least[2]['setting']})" if least else "",
-                f"{error(best['mean'])} ({best['setting']})" if best else "",
-            ]
-        )
-    heads = ["bytes", "this package", "nothing shared", "best plain SVD at 16, 8 or 4 bits", "HydraOpt, fp16"]
-    return markdown(heads, rows)
-
-
-def rates() -> str:
-    """Bjontegaard-delta rates against the other curves."""
-    found = {
-        name: f"{-value:.1f}% fewer bytes than {name}"
-        for name, value in read("frontier/gpt2.json")["bjontegaard_delta_rate_percent"].items()
-        if value is not None
-    }
-    return "At the same error (Bjontegaard-delta rate): " + "; ".join(found.values()) + ".\n"
-
-
-def paper() -> str:
-    """HydraOpt with all heads, and the rates against it and against SVDs at 4 bits."""
-    last = curve("HydraOpt, fp16")[-1]
-    rate = read("frontier/gpt2.json")["bjontegaard_delta_rate_percent"]
-    most, bits = (f"{-rate[name]:.1f}%" for name in ("HydraOpt, fp16", "separate SVD, 4 bits"))
-    return (
-        f"HydraOpt with all six heads has {error(last['mean'])} at {last['fraction']:.3f}. At the same\n"
-        f"error (Bjontegaard-delta rate) this package takes {most} fewer bytes than HydraOpt with\n"
-        f"K = 1..6, {bits} fewer than SVDs at 4 bits.\n"
-    )
-
-
-def entropy() -> str:
-    """Bytes of coders over the entropy of the same codes."""
-    found = read("frontier/entropy.json")
-    names = [x for x in next(iter(found.values())) if x != "entropy"]
-    rows = [[budget, *(f"{100 * (x[n] - 1):.1f}%" for n in names)] for budget, x in found.items()]
-    return markdown(["budget", *(f"{x}, bytes above the entropy" for x in names)], rows)
-
-
-def ablation() -> str:
-    """Bytes that the coder saves against one with one thing changed, per cent, and seconds of the search."""
-    found = read("frontier/ablation.json")
-    cells = [(name, budget, x) for name, budgets in found.items() for budget, x in budgets.items()]
-    variants = [x for x in cells[0][2] if x != "error"]
-    rows = []
-    for variant in variants:
-        saved = [f"{100 * x[variant]['saved']:.1f}" for _, _, x in cells]
-        seconds = sorted(x[variant]["seconds"] for _, _, x in cells)
-        rows.append([variant, *saved, f"{seconds[0]:.2f} to {seconds[-1]:.2f}"])
-    heads = ["instead", *(f"{name}, {budget}" for name, budget, _ in cells), "processor seconds"]
-    return markdown(heads, rows)
-
-
-def survived() -> str:
-    """What was done to stores, how often, and what was lost or not found."""
-    found = read("reliability/run.json")
-    kills = {k: x for k, x in found.items() if k.startswith("kill ")}
-    damage = [x for k, x in found.items() if k.startswith("damage ")]
-    names = ", ".join(f"`{x.removeprefix('kill ')}`" for x in sorted(kills))
-    rows = []
-    for kind, text in (
-        ("random instants", f"SIGKILL at a random instant of {names}"),
-        ("renames", "SIGKILL before and after each of their renames"),
-        ("removals", "SIGKILL before every third removal of a file"),
-    ):
-        tried = sum(x["tried"].get(kind, 0) for x in kills.values())
-        rows.append([text, tried, sum(y.startswith(kind) for x in kills.values() for y in x["lost"])])
-    lost = sum(len(x["lost"]) for x in damage)
-    stores = ", ".join(k.removeprefix("damage ") for k in found if k.startswith("damage "))
-    for kind, text in (
-        ("bits", f"a bit flipped in each byte of stores ({stores})"),
-        ("files cut short or removed", "files of them cut short or removed"),
-    ):
-        tried = [x["tried"][kind] for x in damage if kind in x["tried"]]
-        count = sum(x["tried"] for x in tried)
-        missed = count - sum(x.get("verify: named", 0) for x in tried)
-        rows.append([f"{text}, named by `verify`", count, missed])
-    both = rows[-1][1] + rows[-2][1]
-    rows.append(["the same damage, opened and decoded: read with other numbers, or a crash", both, lost])
-    for kind, text in (
-        (
-            "mutations",
-            "mutated configurations, headers, manifests, leaves, portable stores, options",
-        ),
-        ("fuzz", "inputs of the coverage-guided fuzzer (atheris, a minute)"),
-    ):
-        if kind in found:
-            rows.append([text, sum((found[kind]["tried"] or {}).values()), len(found[kind]["lost"])])
-    if "races" in found:
-        x = found["races"]["tried"]
-        text = (
-            f"reads of a folder, then of a file, that two processes replace ({x['writes']} times; "
-            f"{x['writers told to wait']} times one was told to wait; {x['readers told to open it again']} "
-            "reads were told to open it again)"
-        )
-        rows.append([text, x["reads"], len(found["races"]["lost"])])
-    cells = [[a, f"{b:,}" if isinstance(b, int) else b, str(c)] for a, b, c in rows]
-    return markdown(["tried", "times", "lost or not found"], cells)
-
-
-def verbs(**files: str) -> str:
-    """Processor seconds and peak memory of every verb, a pair of columns for each file of `living`."""
-    found = {label: read(f"scale/{name}.json") for label, name in files.items()}
-    names = dict.fromkeys(verb for x in found.values() for verb in x["verbs"])
-    rows = []
-    for verb in names:
-        row = [f"`{verb}`" if verb != "nothing" else "Python, JAX and one product"]
-        for x in found.values():
-            took = x["verbs"].get(verb)
-            good = took is not None and not took.get("failed")
-            row += (
-                [f"{took['cpu_seconds']:.1f}", f"{took['peak_memory_bytes'] / 1e6:.0f}"] if good else ["", ""]
-            )
-        rows.append(row)
-    heads = [f"{label}: {y}" for label in found for y in ("cpu s", "peak MB")]
-    return markdown(["verb", *heads], rows)
-
-
 REGIONS: dict[str, Callable[[], str]] = {
     "scores of the language model": scores,
     "tasks worth keeping": worth_keeping,
+    "scores of own adapters": own_adapters,
+    "similarity of own adapters": similarities,
     "stores of the shared regime": functools.partial(stores, "shared"),
     "stores of the independent regime": functools.partial(stores, "independent"),
     "what stores were to reach": reached,
     "what a user waits for": waits,
-    "trade-off of six adapters": frontier,
-    "trade-off against plain methods": against_plain,
-    "rates of six adapters": rates,
-    "HydraOpt on six adapters": paper,
-    "coders and entropy": entropy,
-    "what each part saves": ablation,
-    "what stores survive": survived,
-    "verbs on 999 adapters": lambda: verbs(**{"5d9d005": "living-5d9d005", "now": "living"}),
-    "verbs on 299 adapters": lambda: verbs(f68485a="living-300-f68485a", now="living-300"),
+    **frontier.REGIONS,
+    **morphology.REGIONS,
+    **scale.REGIONS,
+    **serving.REGIONS,
+    **reliability.REGIONS,
+    **peers.REGIONS,
 }
 
 

@@ -1,6 +1,7 @@
 """Figures on the pages are those of the JSON files beside them, whatever these hold."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -28,6 +29,14 @@ def test_a_stale_figure_is_noticed(page):
     stale = figures.REGION.sub(r"\1| an | older | table |\n\3", text)
     assert stale != text
     assert figures.filled(stale) == text
+
+
+MEASURED = re.compile(r"^\|.*[ (]-?\d+\.\d{2,}%?[ ),].*\|$", re.M)
+
+
+def test_no_table_of_measurements_is_copied_by_hand():
+    found = {x: MEASURED.findall(figures.REGION.sub("", x.read_text())) for x in figures.pages()}
+    assert not {k: v for k, v in found.items() if v and k.name == "README.md"}, "give them a region"
 
 
 def test_rows_that_were_not_measured_are_left_out(tmp_path):
