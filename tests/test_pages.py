@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from hydraopt_jax import formats, synthetic
-
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+START = ROOT / "docs" / "start.md"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.S | re.M)
 # tests/integrations/test_docs.py types these: they need a partner or a stand-in for one
 PARTNERS = {"serving-vllm.md", "peft.md"}
@@ -19,20 +18,21 @@ WITH_BLOCKS = [x for x in PAGES if x.name not in PARTNERS and BLOCK.search(x.rea
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Adapters as the pages name them, in the folder that the examples run in."""
+def folder(tmp_path, monkeypatch):
+    """An empty folder, in which the examples run."""
     monkeypatch.chdir(tmp_path)
-    names = ["legal", "medical", "sports", "finance"]
-    for adapter in synthetic.collection(tasks=names, likeness=0.8, dtype="float32"):
-        formats.write_adapter(
-            Path("more" if adapter.task == "finance" else "adapters") / adapter.task, adapter
-        )
+
+
+def blocks_of(page):
+    """A page's blocks, after those of docs/start.md that write adapters as the pages name them."""
+    start = [x for x in BLOCK.findall(START.read_text()) if "write_adapter" in x[1]]
+    return BLOCK.findall(page.read_text()) if page == START else start + BLOCK.findall(page.read_text())
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=[str(x.relative_to(ROOT)) for x in WITH_BLOCKS])
-def test_a_page_runs(page, folders, capsys):
+def test_a_page_runs(page, folder, capsys):
     names: dict = {}
-    for language, code in BLOCK.findall(page.read_text()):
+    for language, code in blocks_of(page):
         if language == "python":
             exec(compile(code, str(page), "exec"), names)
             continue

@@ -54,7 +54,7 @@ def _figure(path: str | Path, width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise HydraOptError(
-            f"{path}: plots need matplotlib: pip install hydraopt-jax[plot], or leave --plot out"
+            f"{path}: plots need matplotlib: pip install 'hydraopt-jax[plot]', or leave --plot out"
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
