@@ -234,7 +234,7 @@ def test_commands_say_what_is_left_and_are_rid_of_it(many, tmp_path, capsys):
     assert (held["task"], sorted(held["needed_by"])) == (task, sorted(others))
     assert json.loads(said)["bytes_held"] == held["bytes"] > 0
     words = " ".join(run(capsys, "inspect", out)[1].split())
-    assert f"of {task}, which was removed" in words
+    assert f"removed task {task}: " in words
     assert all(x in words for x in others)
     assert json.loads(run(capsys, "inspect", out, "--json")[1])["held"] == [held]
     # one original has moved

@@ -12,6 +12,7 @@ from hydraopt_jax import compression, formats, report, store, synthetic
 from hydraopt_jax.cli import tables
 from hydraopt_jax.forms import similarity
 from hydraopt_jax.jobs import progress
+from hydraopt_jax.static import Static
 
 LONG = "a-task-with-a-name-that-is-longer-than-any-table-has-room-for"
 
@@ -99,6 +100,27 @@ def test_inspect_begins_with_the_tasks_and_lists_leaves_on_request(capsys, made)
     assert "task_0" in ok(capsys, "inspect", made, "--verbose")
 
 
+def test_changes_and_parts_say_what_their_numbers_are(capsys, place, tmp_path):
+    s = tmp_path / "s"
+    ok(capsys, "compress", place / "in", "--max-error", "0.05", "--out", s)
+    removed = ok(capsys, "remove", s, "c").splitlines()
+    assert removed[0].split() == ["task", "error", "of", "weights"]
+    assert removed[2].startswith("mean of 2 ")
+    added = ok(capsys, "add", s, place / "in/c", "--estimate").splitlines()
+    assert added[0].split("  ")[-1].strip() == "after a refit"
+    assert [x.split()[0] for x in added[2:4]] == ["c", "mean"]
+    parts = next(x for x in ok(capsys, "inspect", s).splitlines() if x.startswith("part of the store"))
+    assert parts.endswith("bytes on disk   of fp16 factors")
+
+
+@pytest.mark.parametrize(("bound", "rows"), [(0.0, 0), (0.01, 1)])
+def test_a_bound_of_zero_is_no_row(made, bound, rows):
+    content = store.open(made)
+    said = Static({**content.report, "bound": dict.fromkeys(content.shapes, bound)})
+    headings = [str(x) for x in tables.errors_table(content.replace(report=said)).columns[0].cells]
+    assert sum(x.startswith("lower bound") for x in headings) == rows
+
+
 def test_quiet_prints_nothing_but_errors(capsys, place, made, tmp_path):
     assert run(capsys, "inspect", made, "--quiet") == (0, "", "")
     assert run(capsys, "compress", place / "in", "--max-error", "0.1", "-q", "--out", tmp_path / "s") == (
@@ -124,7 +146,10 @@ def test_the_command_alone_prints_its_help(capsys):
         (["compres"], "did you mean 'compress'? (options: hydraopt --help)"),
         (["x"], "must be one of similarity, compress,"),
         (["compress"], "(options: hydraopt compress --help)"),
-        (["inspect", "s", "--jsn"], "--json"),
+        (
+            ["inspect", "s", "--jsn"],
+            "No such option '--jsn': did you mean '--json'? (options: hydraopt inspect",
+        ),
     ],
 )
 def test_bad_use_says_what_is_near_and_where_help_is(capsys, arguments, said):

@@ -17,7 +17,7 @@ import click
 
 from hydraopt_jax import buckets, compilation
 from hydraopt_jax.cli.verbs import Verbs
-from hydraopt_jax.errors import HydraOptError, TooLarge
+from hydraopt_jax.errors import HydraOptError, TooLarge, suggest
 
 # of glibc's mallopt: how many heaps threads allocate from
 M_ARENA_MAX, HEAPS = -8, 2
@@ -55,9 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"{error}; --force keeps it", 1)
     except HydraOptError as error:
         fail(str(error), 2)
+    except click.NoSuchOption as error:
+        near = f": {suggest(error.option_name, error.possibilities)}" if error.possibilities else ""
+        fail(f"No such option {error.option_name!r}{near}{options_of(error)}", error.exit_code)
     except click.UsageError as error:
-        where = "" if error.ctx is None else f" (options: {error.ctx.command_path} --help)"
-        fail(f"{error.format_message().rstrip('.')}{where}", error.exit_code)
+        fail(f"{error.format_message().rstrip('.')}{options_of(error)}", error.exit_code)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -96,6 +98,11 @@ def silence_libraries() -> None:
         if sys.stderr.fileno() == 2 and "TENSORSTORE_VERBOSE_LOGGING" not in os.environ:
             sys.stderr = os.fdopen(os.dup(2), "w", 1, sys.stderr.encoding, sys.stderr.errors)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def options_of(error: click.UsageError) -> str:
+    """Where the options of the verb are listed, in parentheses."""
+    return "" if error.ctx is None else f" (options: {error.ctx.command_path} --help)"
 
 
 def fail(message: str, status: int) -> None:

@@ -14,13 +14,15 @@ from hydraopt_jax.errors import HydraOptError
 @click.command()
 @click.argument("model", type=PlaceType())
 @click.argument("text", type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="the file to write, of safetensors")
-@click.option(
-    "--outputs", is_flag=True, help="gather moments of output gradients, too: takes a backward pass"
-)
+@click.option("--out", required=True, type=click.Path(), help="safetensors file to write")
+@click.option("--outputs", is_flag=True, help="also gather moments of output gradients, by a backward pass")
 @click.option("--diagonal", is_flag=True, help="variances only: [I] per module in place of [I, I]")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="the most to read"
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=16384,
+    show_default=True,
+    help="upper limit of tokens to read",
 )
 @click.option(
     "--length", type=click.IntRange(min=1), default=512, show_default=True, help="tokens per sequence"

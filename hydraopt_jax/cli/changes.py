@@ -74,9 +74,11 @@ def options(command: Any) -> Any:
     for decorate in (
         output_options,
         click.option(
-            "--calibration", type=click.Path(), help="what the store was made with, where it is needed"
+            "--calibration", type=click.Path(), help="calibration file that the store was made with, if any"
         ),
-        click.option("--estimate", is_flag=True, help="print what a refit of all tasks would give"),
+        click.option(
+            "--estimate", is_flag=True, help="print the errors that a refit of all tasks would give"
+        ),
         click.option(
             "--original",
             "known",
@@ -104,9 +106,9 @@ def change_report(path: str, before: int, content: Store, found: "Refit | None",
         "uncalibrated": list(content.report.get("uncalibrated", ())),
         "error": {"mean": jsonable(float(own.mean()))},
     }
-    then = [] if found is None else [">refit"]
-    table = report.columns("error of weights", ">now", *then)
-    rows = [("mean", float(own.mean()), None if found is None else found.mean)]
+    then = [] if found is None else [">after a refit"]
+    table = report.columns("task", ">error of weights", *then)
+    rows = [(f"mean of {len(own)}", float(own.mean()), None if found is None else found.mean)]
     if task is not None:
         payload["error"]["task"] = jsonable(float(own[task_index(content.tasks, task)]))
         rows.insert(0, (task, payload["error"]["task"], None if found is None else found.task))
@@ -117,7 +119,7 @@ def change_report(path: str, before: int, content: Store, found: "Refit | None",
         table.add_row(Text(report.shorten(name)), report.format_error(now), *then)
     notes = calibration_notes(content)
     if held:
-        notes += [*held_notes(held), f"to be rid of that: hydraopt remove {path} --purge"]
+        notes += [*held_notes(held), f"to remove them: hydraopt remove {path} --purge"]
     if found is not None and found.due:
         notes.append("A refit is due: --refit would lower the mean error by more than a tenth.")
     return payload, (table, *notes), sentence(content, before, payload["bytes_after"])
@@ -170,7 +172,9 @@ def add(
 @click.command()
 @click.argument("path", metavar="STORE", type=PlaceType())
 @click.argument("task", required=False)
-@click.option("--purge", is_flag=True, help="leave nothing of removed tasks: code again what depends on them")
+@click.option(
+    "--purge", is_flag=True, help="leave nothing of removed tasks: code again the tasks that depend on them"
+)
 @options
 @click.pass_context
 def remove(

@@ -28,7 +28,7 @@ LEGEND = (
 @click.option("--plot", type=click.Path(dir_okay=False), help="write heat maps to this PNG, PDF or SVG")
 @output_options
 def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], plot: str | None) -> None:
-    """How alike ADAPTERS are: factors, deltas and subspaces, per layer kind and task by task."""
+    """Measure how alike ADAPTERS are: factors, deltas and subspaces, per layer kind and pair of tasks."""
     summary = summarize(stack(read_all(adapters, any_base, base_suffix)))
     if plot:
         report.plot_similarity(plot, summary)
@@ -64,7 +64,9 @@ def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[st
     metavar="SHARE",
     help="share of the factors' fp16 bytes, such as 0.125; may be repeated",
 )
-@click.option("--baselines", metavar="NAMES", help="merging methods to add: all, or names with commas")
+@click.option(
+    "--baselines", metavar="NAMES", help="merging methods to add: all, or names separated by commas"
+)
 @click.option("--plot", type=click.Path(dir_okay=False), help="write the plot to this PNG, PDF or SVG")
 @output_options
 def frontier(
@@ -75,7 +77,7 @@ def frontier(
     baselines: str | None,
     plot: str | None,
 ) -> None:
-    """The whole trade-off of ADAPTERS: bytes against error, with HydraOpt, merging, SVDs and estimates.
+    """Measure error against bytes for ADAPTERS: this package, HydraOpt, merging, SVDs and estimates.
 
     --verbose lists every point of every method.
     """

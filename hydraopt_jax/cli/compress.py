@@ -86,7 +86,7 @@ def stoppable(path: Path) -> Iterator[None]:
 @click.option(
     "--budget",
     metavar="SIZE",
-    help="share of the factors' fp16 bytes (0.125 or 12.5%), bytes of all (3MB), or 1: lossless",
+    help="share of the factors' fp16 bytes (0.125 or 12.5%), bytes on disk (3MB), or 1: lossless",
 )
 @click.option("--max-error", type=float, help="largest mean relative squared error, such as 0.01")
 @click.option("--max-task-error", type=float, help="largest relative squared error of any task")
@@ -122,7 +122,9 @@ def stoppable(path: Path) -> Iterator[None]:
 @click.option("--skip-bad", is_flag=True, help="leave out adapters that cannot be read, and list them")
 @click.option("--dry-run", is_flag=True, help="print memory, time and size to expect, and stop")
 @click.option(
-    "--coordinator", metavar="ADDRESS:PORT", help="of process 0 of several; auto on TPU pods and SLURM"
+    "--coordinator",
+    metavar="ADDRESS:PORT",
+    help="address of process 0 of several; auto on TPU pods and SLURM",
 )
 @click.option("--processes", type=int, help="with --coordinator: how many processes take part")
 @click.option("--process-id", type=int, help="with --coordinator: number of this process, from 0")

@@ -27,16 +27,21 @@ def is_peft(source: str) -> bool:
 @click.argument("out", type=click.Path())
 @click.option("--to", default="peft", show_default=True, type=click.Choice(["peft", *LIBRARIES]))
 @click.option("--family", required=True, type=click.Choice(list(FAMILIES)), help="the base model's family")
-@click.option("--from", "library", type=click.Choice(list(LIBRARIES)), help="what wrote a checkpoint; found")
+@click.option(
+    "--from",
+    "library",
+    type=click.Choice(list(LIBRARIES)),
+    help="library that wrote the checkpoint; default: detected",
+)
 @click.option("--scale", type=float, help="alpha / rank of the checkpoint, read or written")
 @click.option("--head-dim", type=int, help="size of a head, as in the base model's config.json")
-@click.option("--rank", type=int, help="rank to write; the widest module's where not given")
+@click.option("--rank", type=int, help="rank to write; default: the widest module's")
 @click.option("--scan", is_flag=True, help="write layers stacked, as MaxText's scan_layers")
 @click.option("--layers", type=int, help="count of layers to stack")
 @click.option("--step", type=int, default=0, show_default=True, help="number of the checkpoint to write")
-@click.option("--base", help="name of the base model, for PEFT's configuration; as it came if not given")
-@click.option("--prefix", default="model.layers", show_default=True, help="what PEFT's names begin with")
-@click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; as it came where not given")
+@click.option("--base", help="name of the base model, for PEFT's configuration; default: the source's")
+@click.option("--prefix", default="model.layers", show_default=True, help="prefix of module names in PEFT")
+@click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; default: the source's")
 @click.option("--overwrite", is_flag=True, help="replace what is there")
 @output_options
 def convert(source: str, out: str, to: str, **options: Any) -> None:

@@ -16,10 +16,12 @@ from hydraopt_jax.integrations import hub
 @click.command()
 @click.argument("path", metavar="STORE", type=PlaceType())
 @click.argument("name", metavar="ORG/NAME")
-@click.option("--private/--public", default=None, help="of a repository that is made")
-@click.option("--revision", metavar="BRANCH", help="made where there is none; default: main")
-@click.option("--message", default="", metavar="TEXT", help="of the commit")
-@click.option("--license", metavar="NAME", help="of the whole; default: that of the adapters' own cards")
+@click.option("--private/--public", default=None, help="visibility of a new repository")
+@click.option("--revision", metavar="BRANCH", help="branch to write, made if absent; default: main")
+@click.option("--message", default="", metavar="TEXT", help="commit message")
+@click.option(
+    "--license", metavar="NAME", help="license in the model card; default: that of the adapters' own cards"
+)
 @output_options
 def push(path: str, name: str, **given: Any) -> None:
     """Write STORE to the Hugging Face hub, as one file with a model card.
@@ -43,7 +45,7 @@ def push(path: str, name: str, **given: Any) -> None:
 @click.argument("name", metavar="ORG/NAME[@REVISION]")
 @click.argument("path", metavar="STORE", type=PlaceType())
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="fetch this task only; may be repeated")
-@click.option("--base", metavar="NAME", help="the base model that the adapters must be of")
+@click.option("--base", metavar="NAME", help="refuse a store of another base model")
 @click.option("--overwrite", is_flag=True, help="replace a store that is there")
 @output_options
 def pull(name: str, path: str, tasks: Sequence[str], **given: Any) -> None:

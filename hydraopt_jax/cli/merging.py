@@ -29,8 +29,8 @@ from hydraopt_jax.store.tensors import check_dtype
 # methods that make one adapter; the others are baselines of frontier
 SINGLE = [name for name, x in registry.METHODS.items() if x.single]
 WORSE = (
-    "An error of 100% is that of no adapter at all; above it the merged delta is farther from the task's own "
-    "than zero is."
+    "An error of 100% is that of no adapter. Above 100% the merged delta is farther from the task's own "
+    "delta than zero is."
 )
 
 
@@ -67,7 +67,9 @@ def parse_scale(text: str) -> float | None:
     except ValueError:
         value = float("nan")
     if not np.isfinite(value):
-        raise HydraOptError(f"--scale {text}: give a number, or auto for the one of least mean error")
+        raise HydraOptError(
+            f"--scale {text}: give a number, or auto for the factor with the lowest mean error"
+        )
     return value
 
 
@@ -98,9 +100,9 @@ def warnings(collection: Sequence[Adapter], method: str) -> None:
     "--scale",
     default="1",
     metavar="NUMBER",
-    help="factor of the merged delta (lambda of task arithmetic and TIES); auto: the one of least mean error",
+    help="factor of the merged delta (lambda of task arithmetic and TIES); auto: that of lowest mean error",
 )
-@click.option("--rank", type=int, help="of the merged adapter; default: the adapters' largest")
+@click.option("--rank", type=int, help="rank of the merged adapter; default: the largest of the adapters")
 @click.option("--density", type=float, help="fraction of entries kept, in (0, 1]")
 @click.option("--epsilon", type=float, help="della: width of the range of probabilities")
 @click.option("--outliers", type=float, help="breadcrumbs: fraction of largest entries dropped")
@@ -111,10 +113,12 @@ def warnings(collection: Sequence[Adapter], method: str) -> None:
     "--moments",
     multiple=True,
     metavar="NAME=FILE",
-    help="regmean: second moments of a task's inputs; repeated for each task",
+    help="regmean: second moments of a task's inputs; once per task",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="of random masks")
-@click.option("--dtype", metavar="DTYPE", help="on disk: float32, float16 or bfloat16; default: as they came")
+@click.option("--seed", type=int, default=0, show_default=True, help="seed of the random masks")
+@click.option(
+    "--dtype", metavar="DTYPE", help="dtype on disk: float32, float16 or bfloat16; default: the adapters' own"
+)
 @click.option("--overwrite", is_flag=True, help="replace what is there")
 @output_options
 def merge(
@@ -193,7 +197,7 @@ def merge(
         notes.append(WORSE)
     if least < 0.99 * mean:
         low = report.format_error(least)
-        notes.append(f"The scale of least mean error is {factor * best:.3g}, with {low}: --scale auto")
+        notes.append(f"Lowest mean error: {low}, at scale {factor * best:.3g} (--scale auto)")
     how = f"{method}, rank {payload['rank']}, scale {factor:.3g}"
     last = f"{out}: {len(tasks)} adapters merged by {how}, mean error {report.format_error(mean)}"
     say(payload, table, *notes, last)

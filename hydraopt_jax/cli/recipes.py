@@ -8,7 +8,7 @@ from click.core import ParameterSource
 
 from hydraopt_jax import provenance
 
-HELP = "take adapters and options from this .json or .yaml file, see inspect --recipe"
+HELP = "read adapters and options from this .json or .yaml file; inspect --recipe writes one"
 # what a recipe does not hold: where to write, what to print, who takes part
 BESIDE = frozenset(
     [

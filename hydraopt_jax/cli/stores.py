@@ -37,7 +37,9 @@ from hydraopt_jax.store.tensors import check_dtype
 @click.command()
 @click.argument("path", metavar="STORE", type=PlaceType())
 @click.option(
-    "--recipe", type=click.Path(), help="write what compresses the adapters again to this .json or .yaml file"
+    "--recipe",
+    type=click.Path(),
+    help="write a .json or .yaml file that repeats the compression: compress --recipe",
 )
 @click.option(
     "--plot",
@@ -46,7 +48,7 @@ from hydraopt_jax.store.tensors import check_dtype
 )
 @output_options
 def inspect(path: str, recipe: str | None, plot: str | None) -> None:
-    """What is in STORE: tasks with bytes, errors and sources, then modules; --verbose lists every leaf."""
+    """Show STORE: tasks with bytes, errors and sources, then modules; --verbose lists every leaf."""
     content = store.open(path)
     if plot:
         report.plot_errors(plot, list(claims_of(content).values())[-1], list(content.shapes), content.tasks)
@@ -147,7 +149,9 @@ def leaves_table(content: store.Store) -> Table:
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="a task to export; may be repeated")
 @click.option("--all", "everything", is_flag=True, help="export every task, each to OUT/<its name>")
 @click.option("--out", required=True, type=click.Path(), help="folder to write")
-@click.option("--dtype", metavar="DTYPE", help="on disk: float32, float16 or bfloat16; default: as it came")
+@click.option(
+    "--dtype", metavar="DTYPE", help="dtype on disk: float32, float16 or bfloat16; default: the adapter's own"
+)
 @click.option("--overwrite", is_flag=True, help="replace what is there")
 @click.option("--rank", type=int, help="truncate wider modules to this rank")
 @click.option("--pad", is_flag=True, help="fill narrower modules with zeros, up to --rank where given")
@@ -211,7 +215,9 @@ def export(
 @click.argument("adapters", nargs=-1, type=PlaceType())
 @with_adapters
 @click.option(
-    "--calibration", type=click.Path(), help="what the store was made with: check errors of outputs, too"
+    "--calibration",
+    type=click.Path(),
+    help="calibration file that the store was made with: check errors of outputs, too",
 )
 @output_options
 def verify(
@@ -223,7 +229,7 @@ def verify(
 ) -> None:
     """Check STORE's checksums; with ADAPTERS, its originals, measure the errors and check its claims.
 
-    Errors of weights, and with --calibration those of the modules' outputs, each against its own claim.
+    Compares errors of weights, and with --calibration errors of the modules' outputs, with what STORE claims.
     """
     if calibration is not None and not adapters:
         raise HydraOptError("--calibration: output errors are measured against ADAPTERS: name them, too")

@@ -79,7 +79,7 @@ def worst_modules(content: Store) -> list[dict[str, Any]]:
 
 def bytes_table(parts: Mapping[str, int], content: Store) -> Table:
     """What takes the bytes of a store, see `sizes.account`."""
-    table = report.columns("bytes on disk", ">", ">of the factors in fp16")
+    table = report.columns("part of the store", ">bytes on disk", ">of fp16 factors")
     whole = 2 * max(content.report["entries"], 1)
     names = {
         "factors": "factors",
@@ -121,15 +121,15 @@ def errors_table(content: Store) -> Table:
         values = (low + report.format_error(float(x[t])) for x in per_task)
         table.add_row(Text(report.shorten(task)), *values)
     if len(chosen) < len(content.tasks):
-        table.add_row(f"{len(content.tasks) - len(chosen)} tasks with less: --verbose")
+        table.add_row(f"{len(content.tasks) - len(chosen)} tasks with lower errors: --verbose")
     table.add_section()
     table.add_row("mean", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
     table.add_row("worst task", *(report.format_error(float(x.max())) for x in per_task))
     # of what was made small
     last = [""] * (len(claims) - 1)
     bound = list(content.report["bound"].values())
-    if bound:
-        table.add_row("least error of this form and rank", *last, report.format_error(float(np.mean(bound))))
+    if any(bound):
+        table.add_row("lower bound for this form and rank", *last, report.format_error(float(np.mean(bound))))
     for name, value in content.report.get("estimate", {}).items():
         table.add_row(ESTIMATES.get(name, name), *last, report.format_error(value))
     return table
@@ -188,8 +188,8 @@ def held_notes(held: Sequence[Held]) -> list[str]:
         why = []
         if x.bytes:
             names = ", ".join(x.needed_by)
-            why.append(f"{report.format_bytes(x.bytes)} are kept, because {names} are predicted from them")
+            why.append(f"{report.format_bytes(x.bytes)} stay, because {names} are predicted from them")
         if x.fitted:
-            why.append("vectors that the others share were fitted to it, too")
-        out.append(f"of {x.task}, which was removed, {'; and '.join(why)}")
+            why.append("vectors that other tasks share were fitted to it")
+        out.append(f"removed task {x.task}: {'; '.join(why)}")
     return out

@@ -8,11 +8,11 @@ from hydraopt_jax.errors import suggest
 
 # verb -> module and name of its command, and its line in the help
 VERBS = {
-    "similarity": ("collections", "similarity", "How alike adapters are: factors, deltas, subspaces."),
+    "similarity": ("collections", "similarity", "Measure how alike ADAPTERS are."),
     "compress": ("compress", "compress", "Compress ADAPTERS into one store."),
-    "frontier": ("collections", "frontier", "The whole trade-off: bytes against error."),
+    "frontier": ("collections", "frontier", "Measure error against bytes, beside other methods."),
     "merge": ("merging", "merge", "Merge ADAPTERS into one by a published method."),
-    "inspect": ("stores", "inspect", "What is in a store."),
+    "inspect": ("stores", "inspect", "Show the tasks and modules of a store."),
     "export": ("stores", "export", "Write tasks of a store as PEFT folders."),
     "verify": ("stores", "verify", "Check a store, against its ADAPTERS if given."),
     "add": ("changes", "add", "Add ADAPTER to a store."),
@@ -21,9 +21,9 @@ VERBS = {
     "unpack": ("stores", "unpack", "Write a store as a folder."),
     "push": ("hub", "push", "Write a store to the Hugging Face hub."),
     "pull": ("hub", "pull", "Write a store of the hub to disk."),
-    "calibrate": ("calibrate", "calibrate", "Gather second moments for --calibration."),
+    "calibrate": ("calibrate", "calibrate", "Measure second moments for compress --calibration."),
     "convert": ("convert", "convert", "Convert an adapter between PEFT, Tunix, MaxText and gemma."),
-    "demo": ("collections", "demo", "Forty trained adapters at three budgets."),
+    "demo": ("collections", "demo", "Compress forty trained adapters and score them."),
 }
 
 

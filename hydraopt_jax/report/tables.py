@@ -122,7 +122,10 @@ def frontier_table(found: Frontier) -> Table:
     """A row per method: its least mean error within each share of the bytes, and the rate against it."""
     ours = found.curves[0]
     shares = found.fractions[:SHARES]
-    title = "Least mean error within a share of the factors' fp16 bytes, and our bytes at the same error"
+    title = (
+        "Lowest mean error within a share of the factors' fp16 bytes (- where a method takes more), and our "
+        "bytes at the same error"
+    )
     table = columns("method", *(f">{100 * f:.3g}%" for f in shares), ">our bytes", title=title)
     for curve in (*found.curves, *found.estimates):
         known = curve is not ours and curve.label in found.delta_rate
