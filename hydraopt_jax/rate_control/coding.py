@@ -15,29 +15,28 @@ from hydraopt_jax.rate_control.parts import pick_names
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.decoding import all_terms
 
-# rate-distortion decisions and the tables they are charged by shape each other: rounds until they agree, on
-# modules of about this many entries, at least so many modules; how much faster than its counts a symbol's
-# charge may move in a round
+# tables and rate-distortion decisions depend on each other: rounds of fitting, and limit of the extra change
+# of a symbol's frequency per round; entries of the modules of a sample, and minimum of modules
 ROUNDS, FASTEST = 8, 2.0
 TABLE_CODES = 1 << 18
 LEAST_MODULES = 3
 # weight of the prior in fitted tables
 PRIOR_COUNTS = 8
-# approximate share of a task's error that the rounding of its gains adds
+# approximate fraction that rounding of gains adds to a task's error
 ROUNDED = 3e-4
 LEAST_GAIN_BITS, MOST_GAIN_BITS = 3, 20
 
 
 class Trial(NamedTuple):
-    """A collection coded at one step.
+    """Codes and errors of a collection at one step.
 
     Attributes:
       step: the quantizer step.
-      coded: its codes.
+      coded: the codes.
       gains: task -> decoded gains in the codec's order.
       errors: `[M, T]` relative squared errors, NaN where absent.
-      bytes: estimate of its payload.
-      choices: form of each module.
+      bytes: estimated bytes of the payload.
+      choices: module -> form.
     """
 
     step: float
@@ -51,17 +50,17 @@ class Trial(NamedTuple):
 def solve_gains(
     terms: Sequence[Factors], live: np.ndarray, deltas: decompose.Svd, metrics: Metrics = (None, None)
 ) -> tuple[np.ndarray, ...]:
-    """The gains of least error for decoded factors of one module, for all tasks, over all terms jointly.
+    """Gains of lowest error for the decoded factors of one module, for all tasks and all terms jointly.
 
     Args:
-      terms: decoded factors in steps.
+      terms: decoded factors in units of the step.
       live: `[T, S]` bool, coded directions of each task, terms concatenated.
       deltas: relative decompositions, `u: [T, I, R]`.
-      metrics: of the module's inputs and outputs.
+      metrics: metrics of the module's inputs and outputs.
 
     Returns:
-      Gains `[T, S]`; and the quadratic form of the error: `gram: [T, S, S]`, `cross: [T, S]` and energies
-      `[T]`, all computed from the same arrays, so that small errors survive the cancellation.
+      Gains `[T, S]`, and the quadratic form of the error: `gram: [T, S, S]`, `cross: [T, S]`, energies `[T]`.
+      All come from the same arrays, so that cancellation does not hide small errors.
     """
     a = np.concatenate([np.asarray(x.a, np.float64)[np.maximum(x.a_of, 0)] for x in terms], 2)
     b = np.concatenate([np.asarray(x.b, np.float64)[np.maximum(x.b_of, 0)] for x in terms], 1)
@@ -84,7 +83,7 @@ def solve_gains(
 def targets_at_step(
     problem: Problem, step: float, modes_at: float | None = None
 ) -> tuple[dict[str, tuple[encode.Target, ...]], dict[str, mode_decision.Choice]]:
-    """What is to be coded at a step, module by module, and the form chosen for it, or for `modes_at`."""
+    """Module -> targets of the quantizer, and module -> form, which is chosen for `modes_at` or `step`."""
     goals: dict[str, tuple[encode.Target, ...]] = {}
     choices: dict[str, mode_decision.Choice] = {}
     for x in problem.spectra:
@@ -100,7 +99,7 @@ def targets_at_step(
 
 
 def unweigh_own(metric: Metric | None, a: np.ndarray, of: Sequence[int]) -> np.ndarray:
-    """`unweigh` of the factors that tasks read; a joint basis already is in coded coordinates."""
+    """`unweigh` of the factors that tasks read; a joint basis is already in coded coordinates."""
     read = np.isin(np.arange(len(a)), of)
     return np.where(read[:, None, None], unweigh(metric, a), a)
 
@@ -112,14 +111,14 @@ def prior_tables() -> np.ndarray:
 
 
 def fitted_tables(counts: np.ndarray) -> np.ndarray:
-    """Frequencies for decisions, from counts at a step nearby."""
+    """Frequencies for rate-distortion decisions, from counts at a nearby step."""
     return counts + PRIOR_COUNTS * prior_tables()
 
 
 def fit_tables(problem: Problem, step: float, rounds: int = ROUNDS) -> np.ndarray:
-    """Frequencies to decide with at a step: quantization and counting alternate on some of the modules.
+    """Frequencies for decisions at a step: quantization and counting alternate on a sample of modules.
 
-    What a symbol is charged moves by twice what its counts do, in logarithms, so that half the rounds do.
+    Logarithms of frequencies change by twice the change of the counts, which halves the number of rounds.
     """
     few = problem.take(sample(problem, TABLE_CODES))
     goals, _ = targets_at_step(few, step)
@@ -132,13 +131,13 @@ def fit_tables(problem: Problem, step: float, rounds: int = ROUNDS) -> np.ndarra
 
 
 def shares(frequencies: np.ndarray) -> np.ndarray:
-    """Frequencies over their sum in each context and quantizer; positive."""
+    """Positive relative frequencies per context and quantizer."""
     floor = np.maximum(frequencies, 1e-9)
     return floor / floor.sum(-1, keepdims=True)
 
 
 def sample(problem: Problem, codes: int) -> list[str]:
-    """Some modules, so many that their vectors have about so many entries; at least `LEAST_MODULES`."""
+    """Names of at least `LEAST_MODULES` modules whose vectors have about `codes` entries in total."""
     rank = max(x.deltas.s.shape[-1] for x in problem.spectra)
     sizes = {
         n: x.norms.shape[1] * rank * (x.deltas.u.shape[-2] + x.deltas.v.shape[-1])
@@ -152,14 +151,14 @@ def sample(problem: Problem, codes: int) -> list[str]:
 def encode_at_step(
     problem: Problem, step: float, frequencies: np.ndarray | None = None, modes_at: float | None = None
 ) -> Trial:
-    """Code the collection at one step and measure it.
+    """The collection coded at one step, with its errors.
 
     Args:
       problem: the collection.
       step: the quantizer step.
-      frequencies: what the quantizer is charged; None fits them for the step.
-      modes_at: the step that forms are chosen for, where it is another: bytes and errors of the same forms
-        are smooth in the step.
+      frequencies: rate model of the quantizer; None to fit it at the step.
+      modes_at: the step that forms are chosen for; None for `step`. For fixed forms bytes and errors are
+        smooth in the step.
     """
     if frequencies is None:
         frequencies = fit_tables(problem, step)
@@ -170,11 +169,10 @@ def encode_at_step(
 
 
 def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:
-    """Encode with and without the joint basis; disable it where it raises the Lagrangian cost, or everywhere
-    if that is cheaper overall.
+    """The problem without the joint basis where it raises the Lagrangian cost, or everywhere if cheaper.
 
-    The mode decision's estimate is made before vectors are filtered by second moments and quantized; this is
-    after.
+    The chosen modules are encoded with and without the joint basis. This comparison includes the filter by
+    second moments and quantization; the estimate of the mode decision does not.
     """
     chosen = [
         n
@@ -197,7 +195,7 @@ def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Pro
 
 
 def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
-    """Decoded gains, and errors `[M, T]` with these gains."""
+    """Task -> decoded gains, and errors `[M, T]` with these gains."""
     tasks = problem.weights.shape[1]
     decoded = all_terms(coded.shapes, coded.pieces, coded.values)
     live = [syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t) for t in range(tasks)]
@@ -253,10 +251,10 @@ def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.
 
 
 def gain_bits(solved: Sequence[tuple[np.ndarray, ...]], task: int) -> int:
-    """Bits of a task's gains after the leading one, so few that rounding adds about `ROUNDED` to its error.
+    """Bits of a task's gains after the leading one, such that rounding adds about `ROUNDED` to its error.
 
     Args:
-      solved: of each module gains, quadratic form and energies of `solve_gains`.
+      solved: results of `solve_gains`, per module.
       task: its position.
     """
     error = energy = 0.0

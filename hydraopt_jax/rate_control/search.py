@@ -1,4 +1,4 @@
-"""Search for the step that meets a target: first on a sample, then corrected after each pass."""
+"""Search for the quantizer step that meets a target: first on a sample, then corrected after each pass."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -15,35 +15,35 @@ from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.store import task_errors
 
-# share of a target that may stay unused: of a collection in few parts, and where a pass takes long
+# fraction of a target that may stay unused: for up to FEW_PARTS parts, and for more
 SLACK, WIDE_SLACK, FEW_PARTS = 0.002, 0.01, 4
 # bytes of a budget that may stay unused in any case: small stores grow in jumps
 GRAIN = 16
-# passes over the collection until the target is met, and further ones where a store in bytes was larger than
-# its draft
+# upper limit of passes over the collection, and of further passes where a store in bytes was larger than its
+# draft
 PASSES, FURTHER = 12, 4
-# trials on the sample, at least so many, and how near it has to come: the sample is not the whole
+# upper and lower limit of trials on the sample, and their tolerance: the sample differs from the whole
 TRIALS, SETTLED, NEAR = 8, 2, 0.01
-# about what the smallest store takes beside its codes, and each of its segments, to start from
+# approximate bytes of the smallest store beside its codes, and of each segment
 LEAST_OVERHEAD, SEGMENT_OVERHEAD = 700, 1200
 # the finest and the coarsest step, relative to the norm of a delta
 STEPS = (1e-6, 0.7)
 STEPS_LOG = (float(np.log(STEPS[0])), float(np.log(STEPS[1])))
-# how bytes and errors move with the step, all in logarithms: least and most that is believed, the change of
-# the step that estimates of it are made with, and what a secant between passes may differ by from that
+# slopes of log bytes (-1) and log error (+1) over the log of the step: limits of estimates; the change of the
+# step for an estimate; limits of a secant between passes over the estimate
 SLOPES = {-1.0: (0.05, 3.0), 1.0: (0.2, 4.0)}
 CHANGE = 0.1
 BELIEVED = (0.4, 1.6)
-# a pass whose forms the next ones keep: logarithms of its miss, or of how near another one's step is across a
-# jump
+# later passes keep the forms of a pass whose log miss is below CLOSE, or whose step is within NARROW (log) of
+# a pass on the other side of the target
 CLOSE, NARROW = 0.03, 0.02
-# where between two passes the next one lies, at most; and passes so near each other, over the slack, that the
-# curve has a step between them
+# limits of the next step between two passes; and the distance of two steps, over the slack, at which the
+# curve is taken to jump between them
 INSIDE, TIGHT = (0.15, 0.85), 1.0
 
 
 class Unmet(HydraOptError):
-    """No pass can meet the target."""
+    """The error for a target that no pass meets."""
 
 
 class Target(NamedTuple):
@@ -51,11 +51,11 @@ class Target(NamedTuple):
 
     Attributes:
       sign: -1 for bytes, which fall with the step; +1 for the error, which rises.
-      limit: bytes on disk of all but the full tensors, or relative squared error.
+      limit: bytes on disk without the full tensors, or relative squared error.
       heads: bytes of the full tensors, not included in the limit.
-      worst: whether the error is that of the worst task instead of the mean.
-      slack: share that may stay unused.
-      settling: number of first passes that only provide tables and are not accepted.
+      worst: whether the error is that of the worst task, not the mean.
+      slack: fraction of the limit that may stay unused.
+      settling: number of first passes that only provide tables.
       passes: number of passes after which the best one that meets the target is taken.
     """
 
@@ -69,14 +69,13 @@ class Target(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One pass over the collection.
+    """Result of one pass over the collection.
 
     Attributes:
       step: the quantizer step.
-      miss: log of what came out over the target: of the codes, over the room that all else leaves for them,
-        or of the error.
-      value: what came out: bytes without the full tensors, or the error.
-      forms: the step that forms were chosen for, where it is another.
+      miss: log of result over target: bytes of the codes over the bytes left for them, or error over limit.
+      value: the result: bytes without the full tensors, or the error.
+      forms: the step that forms were chosen for; None for `step`.
     """
 
     step: float
@@ -86,7 +85,7 @@ class Pass(NamedTuple):
 
 
 def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -> Target:
-    """The target in bytes or in error; `heads` are the bytes of the full tensors.
+    """The target of the options, in bytes or in error; `heads` are the bytes of the full tensors.
 
     Raises:
       HydraOptError: a budget that suffices for lossless storage.
@@ -134,10 +133,10 @@ class Found(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What Gaussian coefficients would take at a step, by the modes decided for it.
+    """Estimate for Gaussian coefficients at a step, with the modes decided for it.
 
     Attributes:
-      bytes: their bytes.
+      bytes: bytes of the codes.
       error: relative squared error, summed over modules and tasks with their weights.
     """
 
@@ -146,7 +145,7 @@ class Estimate(NamedTuple):
 
 
 def gaussian(problem: Problem, step: float) -> Estimate:
-    """What to expect of a step without coding anything."""
+    """The estimate of bytes and error at a step; nothing is coded."""
     plans = [mode_decision.decide_modes(x, step) for x in problem.spectra]
     size = sum(float(x.bytes.sum()) for x in plans)
     cost = sum(float(x.cost.sum()) for x in plans)
@@ -154,7 +153,7 @@ def gaussian(problem: Problem, step: float) -> Estimate:
 
 
 def first_step(problem: Problem, goal: float, sign: float = -1.0) -> float:
-    """The step whose Gaussian estimate takes so many bytes (`sign` -1), or has so large an error (+1)."""
+    """The step whose Gaussian estimate has `goal` bytes (`sign` -1) or a summed error of `goal` (+1)."""
     low, high = STEPS_LOG
     for _ in range(14):
         middle = (low + high) / 2
@@ -165,22 +164,21 @@ def first_step(problem: Problem, goal: float, sign: float = -1.0) -> float:
 
 
 def slope_at(problem: Problem, step: float, sign: float) -> float:
-    """How the logarithm of bytes (`sign` -1) or of the error (+1) moves with that of the step, by Gaussian
-    estimates."""
+    """Slope of log bytes (`sign` -1) or of log error (+1) over the log of the step, by Gaussian estimates."""
     two = [gaussian(problem, float(step * np.exp(x))) for x in (-CHANGE, CHANGE)]
     fine, coarse = (max(x.bytes if sign < 0 else x.error, 1e-30) for x in two)
     return sign * float(np.clip(sign * np.log(coarse / fine) / (2 * CHANGE), *SLOPES[sign]))
 
 
 def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, start: float) -> Found:
-    """Find the step whose trial on a sample has `miss(trial)` about 0, by Newton's method in logarithms.
+    """The step whose trial on a sample has `miss(trial)` near 0, by Newton's method in logarithms.
 
-    Every trial is coded with the tables that the one before has counted, so that both settle together; slopes
-    are those of Gaussian estimates, as differences between trials show their tables as well.
+    Each trial is coded with tables fitted to the trial before, so that step and tables converge together.
+    Slopes come from Gaussian estimates: differences between trials also contain changes of their tables.
 
     Args:
       problem: the sample.
-      miss: log of a quantity over its target.
+      miss: log of the quantity over its target.
       sign: -1 if a larger step lowers the quantity (bytes), +1 if it raises it (error).
       start: first step.
     """
@@ -213,11 +211,11 @@ def error_miss(trial: Trial, *, goal: Target) -> float:
 
 
 def forms_of(done: Sequence[Pass], goal: Target) -> float | None:
-    """The step whose forms the following passes keep, None for the forms of their own step.
+    """The step whose forms the following passes keep; None for the forms of each pass's own step.
 
-    Bytes and errors jump where modules change their form, and are smooth in the step as long as none does. A
-    pass that is close is the one to go on from, or that which meets the target next to such a jump. From a
-    pass below an error target it is met at a coarser step, from one above perhaps at none.
+    Bytes and errors are smooth in the step for fixed forms, and jump where a module changes its form. The
+    kept forms are those of the first close pass; without one, of the pass that meets the target next to a
+    jump. For an error target a close pass must be below it: a coarser step then meets the target.
     """
     own = [x for x in done[goal.settling :] if x.forms is None]
     close = [x for x in own if abs(x.miss) < CLOSE and (goal.sign < 0 or x.miss <= 0)]
@@ -230,23 +228,24 @@ def forms_of(done: Sequence[Pass], goal: Target) -> float | None:
 
 
 def bracket(done: Sequence[Pass]) -> tuple[Pass, Pass] | None:
-    """The two passes next to each other between which the target lies, by their steps; None for none."""
+    """The two passes of adjacent steps that enclose the target; None if there are none."""
     rows = sorted(done, key=lambda x: x.step)
     found = [(x, y) for x, y in itertools.pairwise(rows) if (x.miss > 0) != (y.miss > 0) and x.step < y.step]
     return min(found, key=lambda pair: pair[1].step / pair[0].step) if found else None
 
 
 def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
-    """The step of the next pass, which aims at the middle of the slack: between what is known to be too fine
-    and too coarse, or by Newton's method in logarithms.
+    """The step of the next pass, which aims at the middle of the slack.
+
+    It interpolates between passes that enclose the target, or extrapolates by Newton's method in logarithms.
 
     Args:
       done: the passes so far.
-      slope: of the sample.
+      slope: slope of the sample.
       goal: the target.
     """
     forms = forms_of(done, goal)
-    # earlier passes had other tables or other forms, and another curve
+    # passes with other tables or forms are on another curve
     known = done[goal.settling :] if len(done) > goal.settling else done[-1:]
     known = [x for x in known if x.forms == forms or x.step == forms]
     ends = bracket(known)
@@ -264,9 +263,9 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
 
 
 def met(done: Sequence[Pass], goal: Target) -> int | None:
-    """The pass that meets the target within the slack; after the last pass, the best one that meets it."""
+    """Index of the pass that meets the target within the slack; after the last pass, the best below it."""
     fits = [k for k, x in enumerate(done) if x.miss <= 0 and k >= goal.settling]
-    # no finer step than the finest, and none coarser than the coarsest
+    # steps beyond STEPS are not tried
     edge = STEPS[0] * 1.0001 if goal.sign < 0 else STEPS[1] / 1.0001
     outside = (lambda step: step <= edge) if goal.sign < 0 else (lambda step: step >= edge)
     close = [k for k in fits if done[k].miss > -goal.slack or outside(done[k].step)]
