@@ -1,7 +1,7 @@
-"""The whole trade-off of a collection: every method's bytes against its errors, and what to expect.
+"""The trade-off of a collection: bytes and errors of several methods, and Gaussian estimates.
 
-Plain methods are measured without writing anything: their bytes are those of the factors and scales alone,
-which flatters them; the curve of budgets counts every byte on disk.
+Bytes of budgets are all bytes on disk. Plain methods write nothing: their bytes are those of factors and
+scales alone, which favors them.
 """
 
 import functools
@@ -31,20 +31,20 @@ from hydraopt_jax.store.store import task_errors
 
 FRACTIONS = (0.5, 0.25, 0.125, 0.0625, 0.03)
 HYDRAOPT = "HydraOpt, fp16"
-OURS, ALONE = "hydraopt_jax", "hydraopt_jax, nothing shared"
 """Label of the paper's form."""
+OURS, ALONE = "hydraopt_jax", "hydraopt_jax, nothing shared"
 # bit widths of the plain per-adapter SVD
 WIDTHS = (16, 8, 4)
 
 
 class Point(NamedTuple):
-    """One method at one setting.
+    """Bytes and errors of one method at one setting.
 
     Attributes:
-      setting: what was set, such as "K = 3".
-      bytes: what it stores.
+      setting: the setting, such as "K = 3".
+      bytes: stored bytes.
       mean: mean relative squared error over tasks and modules.
-      worst: the worst task's.
+      worst: relative squared error of the worst task, averaged over its modules.
     """
 
     setting: str
@@ -54,7 +54,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One method over its settings, by bytes."""
+    """Points of one method."""
 
     label: str
     points: tuple[Point, ...]
@@ -65,11 +65,11 @@ class Frontier(NamedTuple):
 
     Attributes:
       reference: the fp16 bytes of the factors.
-      fractions: budgets that were asked for, of the reference, the largest first.
-      curves: methods, that of budgets first.
-      estimates: curves that Gaussian models expect (`estimates`); no bounds.
-      delta_rate: Bjontegaard-delta rate of the curve of budgets against every other one, per cent; None where
-        no error is reached by both.
+      fractions: budgets as fractions of the reference, descending.
+      curves: curves of methods; the first is that of budgets.
+      estimates: curves of Gaussian models (`forms.estimates`), which are no bounds.
+      delta_rate: label -> Bjontegaard-delta rate of the curve of budgets against that curve, per cent; None
+        if they have no error in common.
     """
 
     reference: int
@@ -80,13 +80,13 @@ class Frontier(NamedTuple):
 
 
 def summary(setting: str, size: float, errors: np.ndarray) -> Point:
-    """A point from the errors `[M, T]`, NaN where a task lacks a module."""
+    """The point of errors `[M, T]`, which are NaN where a task lacks a module."""
     return Point(setting, float(size), float(np.nanmean(errors)), float(task_errors(errors).max()))
 
 
 @functools.partial(jax.jit, static_argnames="bits")
 def rounded_directions(deltas: Svd, bits: int) -> tuple[Array, Array]:
-    """The two vectors of every direction as codes give them back, `x: [..., I, R]`, `y: [..., R, O]`."""
+    """Dequantized vectors of every direction: `x: [..., I, R]`, `y: [..., R, O]`."""
     root = jnp.sqrt(deltas.s)
     x, y = deltas.u * root[..., None, :], deltas.v * root[..., None]
     if bits == 16:
@@ -96,9 +96,10 @@ def rounded_directions(deltas: Svd, bits: int) -> tuple[Array, Array]:
 
 @jax.jit
 def prefix_errors(deltas: Svd, x: Array, y: Array) -> Array:
-    """Squared error of the first 1, 2, ..., R rounded directions, `[..., R]`, free of cancellation.
+    """Squared errors of the first 1, 2, ..., R rounded directions, `[..., R]`, without cancellation.
 
-    With `p = u sqrt(s)`, `q = sqrt(s) v` a kept direction misses `(p - x) q + x (q - y)`, one left out `p q`.
+    With `p = u sqrt(s)`, `q = sqrt(s) v` the error of a kept direction is `(p - x) q + x (q - y)`, that of an
+    omitted direction `p q`.
     """
     root = decompose.safe_sqrt(deltas.s)
     p, q = deltas.u * root[..., None, :], deltas.v * root[..., None]
@@ -110,7 +111,7 @@ def prefix_errors(deltas: Svd, x: Array, y: Array) -> Array:
 
 
 def separate_points(collection: Adapters, bits: int) -> Curve:
-    """Each adapter's own truncated SVD at ranks 1 to R, one bit width, a scale a vector."""
+    """The curve of truncated SVDs per adapter: ranks 1 to R, one bit width, one scale per vector."""
     rank = max(x.a.shape[3] for x in collection.buckets)
     errors: list[list[np.ndarray]] = [[] for _ in range(rank)]
     taken = np.zeros(rank)
@@ -130,14 +131,14 @@ def separate_points(collection: Adapters, bits: int) -> Curve:
 
 
 def hydra_point(collection: Sequence[Adapter], heads: int) -> Point:
-    """The paper's form at a number of heads, closed form, half precision, the adapters' rank."""
+    """The point of HydraOpt with `heads` heads: closed form, fp16, the adapters' rank."""
     kept = compress(collection, form=Hydra(heads=heads), dtype="float16")
     return summary(f"K = {heads}", 2 * count(kept), kept.errors)
 
 
 @jax.jit
 def mean_delta_errors(a: Array, b: Array) -> tuple[Array, Array]:
-    """Squared errors `[M, T]` of the mean delta cut to the adapters' rank, and the energies."""
+    """Squared errors of the mean delta truncated to the adapters' rank, and the energies, `[M, T]` each."""
 
     def one(a: Array, b: Array) -> tuple[Array, Array]:
         tasks, _, rank = a.shape
@@ -151,7 +152,7 @@ def mean_delta_errors(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def merged(collection: Adapters) -> Curve:
-    """One adapter for all: the mean delta cut to the adapters' rank, half precision."""
+    """The curve of one adapter for all tasks: the mean delta truncated to the adapters' rank, in fp16."""
     errors, size = [], 0
     for bucket in collection.buckets:
         squared, energy = (
@@ -165,7 +166,7 @@ def merged(collection: Adapters) -> Curve:
 def under_budget(
     collection: Sequence[Adapter], fraction: float, share: bool, cache: dict[int, Any]
 ) -> Point | None:
-    """A store under a byte budget, every byte on disk counted; None below the smallest store."""
+    """The point of a store within a byte budget, all bytes on disk counted; None below the smallest store."""
     options = Options(budget=float(fraction), share=share)
     try:
         kept = engine.compress_to_target(in_memory(collection), options, cache=cache)
@@ -180,7 +181,7 @@ def compressed(
     heads: Sequence[int],
     progress: Callable[[int], None],
 ) -> list[Curve]:
-    """The curves of stores under budgets, and that of the paper's form, which is last."""
+    """Curves of stores within budgets, then the curve of HydraOpt."""
     turn = threading.Lock()
     labels = {True: OURS, **({False: ALONE} if len(collection) > 1 else {})}
     caches: dict[bool, dict[int, Any]] = {share: {} for share in labels}
@@ -191,7 +192,7 @@ def compressed(
             progress(1)
         return found
 
-    # the first point of a curve leaves its analysis to the others
+    # the other points of a curve reuse the analysis of its first point
     first = devices.together([functools.partial(point, x, fractions[0]) for x in labels])
     calls: list[Callable[[], Point | None]] = [
         functools.partial(point, x, f) for x in labels for f in fractions[1:]
@@ -206,10 +207,10 @@ def compressed(
 
 
 def at_errors_of(collection: Sequence[Adapter], other: Curve) -> list[Point]:
-    """Stores at the least error of another curve's envelope, and above its largest one below 1."""
+    """Points of stores at the lowest error of another curve and above its highest error below 1."""
     errors = [p.mean for p in lower_envelope(other.points) if 0 < p.mean < 1]
     points = []
-    # a store is a little better than it need be
+    # a store may have a lower error than its target
     for error in (errors[0], 1.3 * errors[-1]) if errors else ():
         kept = engine.compress_to_target(in_memory(collection), Options(max_error=error))
         points.append(summary(f"error {error:.3g}", sizes.measure_size(kept), kept.errors))
@@ -217,19 +218,19 @@ def at_errors_of(collection: Sequence[Adapter], other: Curve) -> list[Point]:
 
 
 def cuts(tasks: int) -> tuple[int, ...]:
-    """Numbers of heads worth trying: all up to 8 tasks, powers of two and all tasks beyond."""
+    """Numbers of heads to measure: 1 to T for up to 8 tasks, else powers of two and T."""
     if tasks <= 8:
         return tuple(range(1, tasks + 1))
     return (*(1 << k for k in range(tasks.bit_length()) if 1 << k < tasks), tasks)
 
 
 def bjontegaard(curve: Curve, other: Curve) -> float | None:
-    """Bjontegaard-delta rate: mean difference of log bytes over the errors that both reach, in per cent.
+    """Bjontegaard-delta rate in per cent: mean difference of log bytes at equal errors.
 
-    Both curves are interpolated as log bytes over log error, monotone piecewise cubics, and integrated over
-    the common range; -50 means half the bytes at the same error. A point of error 0 is lossless: with its
-    bytes a curve reaches every error below its least positive one. Curves that meet at one error only are
-    compared there; None where they have no error in common.
+    A rate of -50 is half the bytes at the same error. Log bytes over log error are interpolated by monotone
+    piecewise cubics and integrated over the common range of errors. A point of error 0 is lossless: with its
+    bytes a curve reaches every error below its lowest positive error. Curves with one common error are
+    compared there. Without a common error the result is None.
 
     Reference: G. Bjontegaard, Calculation of average PSNR differences between RD-curves, VCEG-M33, 2001.
 
@@ -257,7 +258,7 @@ def bjontegaard(curve: Curve, other: Curve) -> float | None:
 
 
 def log_bytes_at(points: Sequence[Point], x: float) -> float:
-    """Log bytes at the log error `x`, which the points reach."""
+    """Log bytes at the log error `x`, which must be within the points' range."""
     from scipy.interpolate import PchipInterpolator
 
     if len(points) == 1:
@@ -276,7 +277,7 @@ def log_bytes(points: Sequence[Point], lossless: float | None, low: float, high:
 
 
 def lower_envelope(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both bytes and mean error, by rising error; a lossless one first."""
+    """The points that no other point beats in both bytes and mean error, by ascending error."""
     kept: list[Point] = []
     for p in sorted(points, key=lambda p: (p.mean, p.bytes)):
         if not kept or (p.bytes < kept[-1].bytes and p.mean > kept[-1].mean):
@@ -292,14 +293,14 @@ def frontier(
     baselines: Sequence[Curve] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> Frontier:
-    """Every curve of a collection.
+    """All curves of a collection.
 
     Args:
       collection: adapters of one base model.
-      fractions: budgets of the first curve, of the fp16 bytes.
-      heads: K of the paper's curve; None for those of `cuts`.
-      baselines: curves of other methods to draw beside these, see `merging.curves`.
-      progress: called with 1 after each budget.
+      fractions: budgets of the first curve, as fractions of the fp16 bytes.
+      heads: values of K of the HydraOpt curve; None for those of `cuts`.
+      baselines: curves of other methods to add, see `merging.curves`.
+      progress: called with 1 after each store of a budget.
 
     Returns:
       Frontier.
@@ -327,7 +328,7 @@ def frontier(
     ]
     rates = {x.label: bjontegaard(ours, x) for x in curves[1:]}
     if rates[HYDRAOPT] is None:
-        # budgets at which no error is HydraOpt's: compress to some that are
+        # no budget has an error of HydraOpt's curve: compress to errors of that curve
         paper = next(x for x in curves if x.label == HYDRAOPT)
         extended = ours._replace(points=ours.points + tuple(at_errors_of(collection, paper)))
         rates[HYDRAOPT] = bjontegaard(extended, paper)
@@ -336,13 +337,13 @@ def frontier(
 
 
 def relative_deltas(deltas: Svd) -> Svd:
-    """Decompositions of deltas of norm 1; zero ones stay so."""
+    """Decompositions of the deltas scaled to norm 1; zero deltas stay zero."""
     norms = jnp.sqrt(deltas.energy)[..., None]
     return Svd(deltas.u, jnp.where(norms > 0, deltas.s / jnp.where(norms > 0, norms, 1.0), 0.0), deltas.v)
 
 
 def as_dict(x: Frontier) -> dict[str, Any]:
-    """JSON-able; the worst task is null where only the mean is known."""
+    """A frontier as a JSON-able object; `worst` is None where only the mean is known."""
 
     def row(p: Point) -> dict[str, Any]:
         worst = p.worst if np.isfinite(p.worst) else None

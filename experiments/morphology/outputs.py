@@ -1,7 +1,7 @@
-"""What the adapters themselves say about unlabeled inputs: answers to learn from, and second moments.
+"""The adapters' own answers to unlabeled prompts, and second moments on them.
 
-No gold answer is used. Prompts are answered by each task's own adapter, greedily; on these sequences a stored
-adapter is compared with the original one, and inputs and output gradients of the modules are gathered.
+No gold answer is used: each task's own adapter answers the prompts greedily. Refinement compares a stored
+adapter with the original on these sequences. Calibration gathers inputs and output gradients on them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hydraopt_jax.demo.vocabulary import PAD_ID
 
 
 class Sequences(NamedTuple):
-    """Prompts with the adapters' own answers: what a forward pass takes and which predictions count.
+    """Prompts with the adapters' own answers.
 
     Attributes:
       tokens: `[T, N, L]` int32, padded on the right.
@@ -33,7 +33,7 @@ class Sequences(NamedTuple):
 
 
 def answered(base: Base, lora: Lora, prompts: np.ndarray, *, longest: int = 24, keep: int = 36) -> Sequences:
-    """Prompts `[T, N, P]` and the greedy answers of each task's own adapter, cut to `keep` tokens."""
+    """Prompts `[T, N, P]` with the greedy answers of each task's own adapter, cut to `keep` tokens."""
     answers = answer_all(base, lora, prompts, longest=longest)
     tasks, count, width = prompts.shape
     tokens = np.full((tasks, count, width + longest), PAD_ID, np.int32)
@@ -49,7 +49,7 @@ def answered(base: Base, lora: Lora, prompts: np.ndarray, *, longest: int = 24, 
 
 
 def batch(found: Sequences, start: int, size: int) -> Sequences:
-    """Rows `start` to `start + size` of every task, from the front again after the last."""
+    """Rows `start` to `start + size` of every task; after the last row the first one follows."""
     rows = (start + np.arange(size)) % found.tokens.shape[1]
     return Sequences(found.tokens[:, rows], found.counts[:, rows])
 
@@ -60,8 +60,8 @@ def sum_moments(
 ) -> dict[str, tuple[Array, Array]]:
     """Sums of `x x.T` and `g g.T` over one batch of one task, by module.
 
-    x are the module's inputs at all tokens; g the gradients, at its outputs, of the log-likelihood of next
-    tokens drawn from the model itself.
+    x are the module's inputs at all tokens. g are gradients at its outputs of the log-likelihood of next
+    tokens that are drawn from the model itself.
     """
     shape = tokens.shape
     sizes = modules(base.config)
@@ -93,13 +93,13 @@ def sum_moments(
 
 
 def moments(base: Base, lora: Lora, found: Sequences, key: Array) -> dict[str, np.ndarray]:
-    """Second moments of every module's inputs and output gradients, as a calibration file holds them.
+    """Second moments of every module's inputs and output gradients, by their names in a calibration file.
 
     Args:
       base: the transformer.
       lora: module -> `(a [T, I, R], b [T, R, O])`.
       found: answered prompts of the T tasks.
-      key: draws the next tokens.
+      key: PRNG key of the drawn tokens.
     """
     names = tuple(lora)
     total: dict[str, Any] = {}

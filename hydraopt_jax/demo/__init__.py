@@ -1,1 +1,1 @@
-"""The demonstration and its model: five word-level tasks in eight languages, a character transformer."""
+"""The demonstration: a character transformer with adapters for five word-level tasks in eight languages."""

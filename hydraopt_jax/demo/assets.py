@@ -22,20 +22,20 @@ SAMPLE_FILE = DATA / "held-out.tsv.gz"
 
 
 def load_base(path: Path = BASE_FILE) -> Base:
-    """The trained transformer, in fp32."""
+    """The trained transformer in float32."""
     with safe_open(path, "numpy") as file:
         params = {k: jnp.asarray(file.get_tensor(k), jnp.float32) for k in sorted(file.keys())}
         return Base(params, Config(**json.loads(file.metadata()["config"])))
 
 
 def load_vocabulary(path: Path = BASE_FILE) -> Vocabulary:
-    """The tokens the base was trained with."""
+    """The vocabulary that the base was trained with."""
     with safe_open(path, "numpy") as file:
         return from_tokens(json.loads(file.metadata()["vocabulary"]))
 
 
 def unpack_adapters(path: Path, folder: Path) -> list[Path]:
-    """Takes the PEFT folders out of an archive; returns them in the archive's order."""
+    """Paths of the PEFT folders of an archive, extracted to `folder`, in the archive's order."""
     with zipfile.ZipFile(path) as archive:
         archive.extractall(folder)
         return [folder / name for name in dict.fromkeys(entry.split("/")[0] for entry in archive.namelist())]

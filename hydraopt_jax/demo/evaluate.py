@@ -1,4 +1,4 @@
-"""Scores of a whole stack of adapters at once: greedy answers, exact match, character error rate.
+"""Scores of stacked adapters: greedy answers, exact match, character error rate.
 
 Letters: T tasks, N items, P and G padded prompt and answer lengths, I/O in/out, S stored rank, V vocabulary.
 """
@@ -24,26 +24,25 @@ Adapted = Lora | Mapping[str, Module]
 
 
 class Scores(NamedTuple):
-    """Per-task results."""
+    """Scores per task."""
 
-    exact: np.ndarray  # [T] share of items answered exactly
+    exact: np.ndarray  # [T] fraction of items answered exactly
     error: np.ndarray  # [T] character error rate: edits / length of the true answers
 
 
 def greedy(base: Base, lora: Branches, prompts: Array, longest: int) -> Array:
-    """The most likely next token, again and again, with cached keys and values.
+    """Greedy answers to prompts, decoded with cached keys and values.
 
-    The cache has P columns for the prompts and one for each answered token. A row's unused prompt columns
-    stay masked, and rotary positions go on from its own length, so the answers are those of an unpadded
-    prompt.
+    The cache has P columns for the prompts and one column per answered token. Unused prompt columns of a row
+    stay masked, and rotary positions continue from the row's own length. Padding does not change the answers.
 
     Args:
         lora: module -> `(a [I, S], b [S, O])`, or `{}`.
         prompts: [N, P], padded on the right.
-        longest: tokens at most, `<end>` included (static).
+        longest: upper limit of answered tokens, `<end>` included (static).
 
     Returns:
-        Answers [N, longest], `<end>` included where it came, padding after it.
+        Answers [N, longest]: tokens up to `<end>`, then padding.
     """
     model = bind(base)
     n, p = prompts.shape
@@ -80,7 +79,7 @@ def greedy(base: Base, lora: Branches, prompts: Array, longest: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames="longest")
 def greedy_tasks(base: Base, lora: Lora, prompts: Array, longest: int) -> Array:
-    """`greedy` for every task with its own adapter.
+    """Answers of `greedy` for every task with its own adapter.
 
     Args:
         lora: module -> `(a [T, I, S], b [T, S, O])`, or `{}`.
@@ -94,10 +93,10 @@ def greedy_tasks(base: Base, lora: Lora, prompts: Array, longest: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames="longest")
 def greedy_served(base: Base, modules: Mapping[str, Module], prompts: Array, longest: int) -> Array:
-    """`greedy` for the items of all tasks in one batch that mixes them, through `serving.branches`.
+    """Answers of `greedy` for the items of all tasks in one mixed batch, through `serving.branches`.
 
     Args:
-        modules: of a store of T tasks, as `serving.load` gives them.
+        modules: modules of a store of T tasks, from `serving.load`.
         prompts: [T, N, P].
 
     Returns:
@@ -110,7 +109,7 @@ def greedy_served(base: Base, modules: Mapping[str, Module], prompts: Array, lon
 
 
 def edit_distance(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Levenshtein distance of many pairs of sequences, up to each one's first `<end>` or padding.
+    """Levenshtein distances of pairs of sequences; each ends before its first `<end>` or padding token.
 
     Args:
         found: [N, F].
@@ -142,9 +141,9 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 def answer_all(
     base: Base, lora: Adapted, prompts: np.ndarray, *, longest: int = 32, block: int = 32
 ) -> np.ndarray:
-    """Greedy answers [T, N, longest] to prompts [T, N, P], `block` items of every task at a time.
+    """Greedy answers [T, N, longest] to prompts [T, N, P], computed for `block` items per task at a time.
 
-    All blocks have one shape, so there is one compilation however many items there are.
+    All blocks have one shape, so that the function compiles once.
     """
     n = prompts.shape[1]
     block = min(block, n)
@@ -162,30 +161,30 @@ def answer_all(
 def evaluate(base: Base, lora: Adapted, items: Items, *, longest: int = 32, block: int = 32) -> Scores:
     """Exact match and character error rate of every task.
 
-    `exact[t]` is the share of t's valid items whose answer is the true one, and `error[t]` the sum of edit
-    distances over the sum of lengths (features and phonemes count as one character each).
+    `exact[t]` is the fraction of valid items of task t whose answer is the true one. `error[t]` is the sum of
+    edit distances over the sum of lengths; a feature or a phoneme counts as one character.
 
     Args:
         base: the transformer.
-        lora: module -> `(a [T, I, S], b [T, S, O])` stacked in the order of the tasks of `items`, scale
-            folded in; any S, `{}` for the base alone. Or the modules of a store, from `serving.load`: its
-            tasks are then answered in batches that mix them.
+        lora: module -> `(a [T, I, S], b [T, S, O])` in the order of the tasks of `items`, scale folded in, of
+            any S; `{}` for the base alone. Modules of a store from `serving.load` are answered in mixed
+            batches.
         items: encoded held-out items.
-        longest: tokens the model may write; a longer true answer counts as missed.
-        block: items of each task decoded together; less needs less memory.
+        longest: upper limit of answered tokens; a longer true answer counts as missed.
+        block: items per task decoded together; fewer need less memory.
 
     Returns:
-        `Scores` with arrays [T]; a task without items has nan.
+        `Scores` with arrays [T], NaN for a task without items.
 
     Raises:
-        ValueError: the adapters are of another number of tasks than the items.
+        ValueError: the adapters and the items differ in the number of tasks.
     """
     tasks = len(items.prompts)
     for name, terms in lora.items():
         counts = {len(x.a_of) if isinstance(x, Factors) else x.shape[0] for x in terms}
         if counts != {tasks}:
             raise ValueError(f"{name}: factors of {sorted(counts)} tasks for items of {tasks} tasks")
-    # a block ends with its longest answer: items of like length belong together
+    # a block takes as long as its longest answer: sort items by length
     order = np.argsort(_lengths(items.targets.reshape(-1, items.targets.shape[-1])).reshape(tasks, -1), 1)
     items = jax.tree.map(lambda x: x[np.arange(tasks)[:, None], order], items)
     answers = answer_all(base, lora, items.prompts, longest=longest, block=block)

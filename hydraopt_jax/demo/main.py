@@ -1,7 +1,7 @@
-"""The demonstration: forty trained adapters, three budgets, bytes and scores before and after.
+"""The demonstration: bytes and scores of forty trained adapters, before and after, at three budgets.
 
-Five word-level tasks in eight languages on a small character transformer, all of which ship with the
-package (`demo/data`).
+The adapters do five word-level tasks in eight languages on a small character transformer. Model, adapters and
+held-out items ship with the package (`demo/data`).
 """
 
 import json
@@ -28,12 +28,12 @@ from hydraopt_jax.store import Store, task_factors
 
 BUDGETS = (0.25, 0.125, 0.0625)
 PLOT = "tradeoff.png"
-# words of each task that are scored
+# scored words per task
 ITEMS = 24
 
 
 def stages(budgets: Sequence[float]) -> int:
-    """How often `run_demo` calls `advance`."""
+    """The number of calls of `advance` by `run_demo`."""
     return len(budgets) + 3
 
 
@@ -48,16 +48,16 @@ def run_demo(
     """Write the adapters as PEFT folders, compress them at each budget, score, export, verify, plot.
 
     Args:
-      out: a new folder; it appears whole or not at all.
+      out: a new folder; it is written completely or not at all.
       advance: called after each of `stages(budgets)` stages.
       tasks: names of the adapters to use; None for all forty.
       budgets: fractions of the adapters' fp16 bytes.
       items: held-out words of each task to score, at most 48.
 
     Returns:
-      JSON-able: for each budget the bytes on disk, their share of the fp16 bytes, the error and the scores;
-      scores of the adapters themselves and of the model without any; the path of the plot, None where
-      matplotlib is not installed. Also written to `out/demo.json`.
+      JSON-able results, also written to `out/demo.json`. Per budget: bytes on disk, their fraction of the
+      fp16 bytes, error, scores. Also the scores of the adapters themselves and of the model without adapters,
+      and the path of the plot, None if matplotlib is not installed.
 
     Raises:
       HydraOptError: `out` exists or cannot be written.
@@ -71,7 +71,7 @@ def run_demo(
         raise HydraOptError(f"{out}: cannot be written: {error.strerror or error}") from error
     try:
         new = work / "new"
-        new.mkdir()  # with the usual permissions, which the temporary folder has not
+        new.mkdir()  # mkdtemp's folder is its owner's only; this one has the usual permissions
         result = build_demo(new, advance, tasks, budgets, items)
         result["plot"] = str(out / PLOT) if (new / PLOT).exists() else None
         (new / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -82,7 +82,7 @@ def run_demo(
 
 
 def lora_of(content: Store, tasks: Sequence[str]) -> dict[str, Any]:
-    """A store's factors as the model takes them: module -> `(a [T, I, S], b [T, S, O])`, ranks padded."""
+    """Module -> `(a [T, I, S], b [T, S, O])` of a store, padded to equal ranks, as the model takes them."""
     rows = [task_factors(content, t) for t in tasks]
     out = {}
     for name in content.shapes:
@@ -104,7 +104,7 @@ def build_demo(
     budgets: Sequence[float],
     count: int,
 ) -> dict[str, Any]:
-    """The demonstration's files inside `work`."""
+    """Write the demonstration's files to `work`; return the results of `run_demo`."""
     paths = assets.unpack_adapters(assets.ADAPTERS_FILE, work / "adapters")
     for path in paths:
         if chosen is not None and path.name not in chosen:

@@ -1,9 +1,9 @@
 """A small decoder-only character transformer, with LoRA factors as an argument.
 
 Each block is `x + attention(norm(x))` then `x + mlp(norm(x))`, with RMS norms, rotary positions (Su et al.
-2021, arXiv 2104.09864) and tied embeddings. Every projection is `y = x @ w + (x @ a) @ b`, the LoRA pair
-(Hu et al. 2021, arXiv 2106.09685) given from outside and left out where there is none, so one function
-serves the base, one adapter, and (under `vmap`) a stack of them.
+2021, arXiv 2104.09864) and tied embeddings. Every projection is `y = x @ w + (x @ a) @ b`. The LoRA pair
+(Hu et al. 2021, arXiv 2106.09685) is an argument and may be absent: one function serves the base, one
+adapter, and, under `vmap`, a stack of adapters.
 
 Letters: N batch, L length, V vocabulary, D width, H heads, C columns of a cache, I/O in/out, S stored rank.
 """
@@ -21,13 +21,13 @@ from jax import Array
 
 PROJECTIONS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 Lora = dict[str, tuple[Array, Array]]
-# what the forward pass takes: pairs, or functions of a module's input that are added to its output (probes)
+# module -> LoRA pair, or a function of the module's input whose value is added to its output
 Branches = Mapping[str, tuple[Array, Array] | Callable[[Array], Array]]
 Cache = list[tuple[Array, Array]]
 
 
 class Config(NamedTuple):
-    """Sizes of the transformer. Hashable, so it can be static under `jit`."""
+    """Sizes of the transformer; hashable, so that it can be static under `jit`."""
 
     vocabulary: int
     layers: int = 3
@@ -46,7 +46,7 @@ class Base:
 
 
 def modules(config: Config) -> dict[str, tuple[int, int]]:
-    """Adapted modules and their (I, O).
+    """Adapted module -> (I, O).
 
     >>> modules(Config(10, layers=1, width=8, hidden=16))["layers.0.up_proj"]
     (8, 16)
@@ -57,12 +57,12 @@ def modules(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def low_rank(x: Array, a: Array, b: Array) -> Array:
-    """`(x @ a) @ b`: x [..., I], a [I, S], b [S, O]."""
+    """`(x @ a) @ b` [..., O] of x [..., I], a [I, S], b [S, O]."""
     return jnp.dot(jnp.dot(x, a, precision="highest"), b, precision="highest")
 
 
 def rotate(x: Array, positions: Array) -> Array:
-    """Rotary position embedding.
+    """`x` with rotary position embedding.
 
     Args:
         x: [N, L, H, E] with E even.
@@ -76,7 +76,7 @@ def rotate(x: Array, positions: Array) -> Array:
 
 
 class Block(nnx.Module):
-    """One transformer block, with its projections under the names PEFT users expect."""
+    """One transformer block; its projections have the names that are usual in PEFT."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         d, h = config.width, config.hidden
@@ -111,9 +111,9 @@ class Block(nnx.Module):
         cache: tuple[Array, Array] | None = None,
         column: Array | int = 0,
     ) -> tuple[Array, tuple[Array, Array]]:
-        """Returns the new x [N, L, D] and this block's keys and values [N, C, H, E].
+        """The new x [N, L, D], and this block's keys and values [N, C, H, E].
 
-        With a cache, the L new keys and values are written at `column`; `mask` is [N, L, C].
+        With a cache the L new keys and values are written at `column`; `mask` is [N, L, C].
         """
         n, length, d = x.shape
         split = (n, length, self.heads, d // self.heads)
@@ -133,7 +133,7 @@ class Block(nnx.Module):
 
 
 class CharTransformer(nnx.Module):
-    """The whole model."""
+    """The character transformer."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
@@ -150,7 +150,7 @@ class CharTransformer(nnx.Module):
         cache: Cache | None = None,
         column: Array | int = 0,
     ) -> tuple[Array, Cache]:
-        """Returns the final hidden states [N, L, D] and the keys and values of every block."""
+        """The final hidden states [N, L, D], and the keys and values of every block."""
         x = self.embed(tokens)
         kept: Cache = []
         for i, block in enumerate(self.layers):
@@ -160,13 +160,13 @@ class CharTransformer(nnx.Module):
         return self.final_norm(x), kept
 
     def readout(self, x: Array) -> Array:
-        """Logits [..., V] of hidden states [..., D], with the embedding as the output matrix."""
+        """Logits [..., V] of hidden states [..., D]; the output matrix is the embedding."""
         return jnp.dot(x, self.embed.embedding[...].T, precision="highest")
 
 
 @functools.cache
 def _structure(config: Config) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
-    """The model's graph definition and its parameter paths, made once without allocating anything."""
+    """The model's graph definition and parameter paths, computed without allocating parameters."""
     shape = nnx.eval_shape(lambda: CharTransformer(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(shape, nnx.Param)
     return graph, tuple(tuple(path) for path, _ in nnx.to_flat_state(state))
@@ -189,7 +189,7 @@ def bind(base: Base) -> CharTransformer:
 
 
 def init_base(config: Config, key: Array) -> Base:
-    """Fresh parameters.
+    """A base with random parameters.
 
     >>> base = init_base(Config(10, layers=1, width=8, heads=2, hidden=16), jax.random.key(0))
     >>> base.params["layers.0.up_proj.kernel"].shape
@@ -202,16 +202,16 @@ def init_base(config: Config, key: Array) -> Base:
 
 
 def forward(base: Base, lora: Branches, tokens: Array) -> Array:
-    """Logits of every next token.
+    """Logits of the next token at every position.
 
     Args:
         base: the transformer.
-        lora: for each adapted module `(a [I, S], b [S, O])`, scale folded in; `{}` for the base alone. S may
-            differ between modules, and modules may be missing.
+        lora: module -> `(a [I, S], b [S, O])`, scale folded in; `{}` for the base alone. S may differ between
+            modules, and modules may be missing.
         tokens: [N, L], padded on the right.
 
     Returns:
-        Logits [N, L, V]; those at padding mean nothing.
+        Logits [N, L, V], undefined at padding.
 
     >>> base = init_base(Config(10, layers=1, width=8, heads=2, hidden=16), jax.random.key(0))
     >>> forward(base, {}, jnp.ones((2, 5), int)).shape

@@ -1,8 +1,8 @@
-"""The five word-level tasks in eight languages, and how an item becomes a prompt.
+"""Five word-level tasks in eight languages, and the prompts of their items.
 
-An item is a pair of token sequences. A prompt is `task language input... <sep>`, and what the model has to
-write is `output... <end>`. Characters are tokens by themselves; morphological features (`feature:PST`) and
-phonemes (`phoneme:t͡s`) are whole tokens with a prefix, so that the letter `a` and the phoneme `a` differ.
+An item is a pair of token sequences. Its prompt is `task language input... <sep>`, its answer `output...
+<end>`. A character is one token. A morphological feature (`feature:PST`) and a phoneme (`phoneme:t͡s`) are one
+token each with a prefix: the letter `a` and the phoneme `a` differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAD, UNKNOWN, SEPARATOR, END = "<pad>", "<unk>", "<sep>", "<end>"
 
 
 class Item(NamedTuple):
-    """One question and its answer, as token strings."""
+    """One question and its answer as token strings."""
 
     input: tuple[str, ...]
     output: tuple[str, ...]
@@ -41,7 +41,7 @@ def task_name(task: str, language: str) -> str:
 
 
 def characters(text: str) -> tuple[str, ...]:
-    """Text as its NFC code points.
+    """The NFC code points of a text.
 
     >>> characters("Öl")
     ('Ö', 'l')
@@ -50,7 +50,7 @@ def characters(text: str) -> tuple[str, ...]:
 
 
 def features(text: str) -> tuple[str, ...]:
-    """A UniMorph bundle as feature tokens.
+    """The feature tokens of a UniMorph bundle.
 
     >>> features("V;PST")
     ('feature:V', 'feature:PST')
@@ -59,7 +59,7 @@ def features(text: str) -> tuple[str, ...]:
 
 
 def phonemes(text: str) -> tuple[str, ...]:
-    """A space-separated transcription as phoneme tokens.
+    """The phoneme tokens of a transcription, which spaces separate.
 
     >>> phonemes("k a ts")
     ('phoneme:k', 'phoneme:a', 'phoneme:ts')
@@ -68,7 +68,7 @@ def phonemes(text: str) -> tuple[str, ...]:
 
 
 def prompt(name: str, item: Item) -> tuple[str, ...]:
-    """What the model is given for one item of the task called `name`.
+    """The prompt of an item of the task `name`.
 
     >>> prompt("analyse-en", Item(("r", "a", "n"), ("feature:V", "feature:PST")))
     ('task:analyse', 'language:en', 'r', 'a', 'n', '<sep>')
@@ -78,7 +78,7 @@ def prompt(name: str, item: Item) -> tuple[str, ...]:
 
 
 def answer(item: Item) -> tuple[str, ...]:
-    """What the model has to write.
+    """The tokens of an item's true answer.
 
     >>> answer(Item(("r", "a", "n"), ("feature:V", "feature:PST")))
     ('feature:V', 'feature:PST', '<end>')

@@ -1,4 +1,4 @@
-"""Token strings to ids and back."""
+"""The vocabulary: token strings to ids and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAD_ID, UNKNOWN_ID, SEPARATOR_ID, END_ID = range(4)
 
 
 class Vocabulary(NamedTuple):
-    """All tokens, position = id, and the inverse."""
+    """Tokens by id, and ids by token."""
 
     tokens: tuple[str, ...]
     ids: dict[str, int]
@@ -24,8 +24,8 @@ class Vocabulary(NamedTuple):
 class Items(NamedTuple):
     """Encoded held-out items of T tasks, N each.
 
-    Rows past a task's own number of items have `valid` False; targets end in `<end>` and are padded. A target
-    token outside the vocabulary is -1, which no model can write, so such an item counts as missed.
+    Rows beyond a task's number of items have `valid` False. Targets end in `<end>` and are padded. A target
+    token outside the vocabulary is -1: no model can write it, and the item counts as missed.
     """
 
     prompts: np.ndarray  # [T, N, P] int32
@@ -34,7 +34,7 @@ class Items(NamedTuple):
 
 
 def from_tokens(tokens: Iterable[str]) -> Vocabulary:
-    """A vocabulary from tokens in order of id.
+    """The vocabulary of tokens in the order of their ids.
 
     >>> from_tokens(["<pad>", "a"]).ids["a"]
     1
@@ -47,7 +47,7 @@ def from_tokens(tokens: Iterable[str]) -> Vocabulary:
 
 
 def build_vocabulary(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
-    """Special, task and language tokens, then every token seen `minimum` times or more, sorted.
+    """A vocabulary: special, task and language tokens, then tokens seen at least `minimum` times, sorted.
 
     >>> build_vocabulary([Item(("b", "a"), ("a",))], minimum=2).tokens[-2:]
     ('language:pl', 'a')
@@ -61,7 +61,7 @@ def build_vocabulary(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
 
 
 def token_ids(vocabulary: Vocabulary, tokens: Iterable[str], *, unknown: int = UNKNOWN_ID) -> list[int]:
-    """Ids of tokens, `unknown` for those outside the vocabulary.
+    """Ids of tokens; `unknown` for tokens outside the vocabulary.
 
     >>> v = build_vocabulary([Item(("a", "b"), ())], minimum=1)
     >>> tokens_of(v, token_ids(v, ("a", "b", "<end>", "a")))
@@ -71,7 +71,7 @@ def token_ids(vocabulary: Vocabulary, tokens: Iterable[str], *, unknown: int = U
 
 
 def tokens_of(vocabulary: Vocabulary, ids: Iterable[int]) -> tuple[str, ...]:
-    """Tokens of ids, up to the first `<end>` or padding."""
+    """Tokens of ids before the first `<end>` or padding."""
     found: list[str] = []
     for i in ids:
         if i in (END_ID, PAD_ID):
@@ -81,7 +81,7 @@ def tokens_of(vocabulary: Vocabulary, ids: Iterable[int]) -> tuple[str, ...]:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    """Rows of different lengths as one array.
+    """Rows of different lengths as one padded array `[N, width]`.
 
     >>> pad_rows([[5], [6, 7]], 3).tolist()
     [[5, 0, 0], [6, 7, 0]]
@@ -99,17 +99,17 @@ def encode_items(
     limit: int | None = None,
     widths: tuple[int, int] | None = None,
 ) -> Items:
-    """Held-out items of several tasks as arrays for `evaluate`.
+    """Held-out items of several tasks as arrays.
 
     Args:
         vocabulary: the model's tokens.
-        items: for each of T tasks, in the order of the result, its items.
-        limit: the first this many items of each task.
-        widths: P and G, the padded lengths of prompts and targets; the longest of each by default. Fix them
-            to reuse one compilation for several sets of items.
+        items: task -> its items, in the order of the result.
+        limit: number of first items to take per task; None for all.
+        widths: P and G, the padded lengths of prompts and targets; None for the longest of each. Fixed widths
+            reuse one compilation for several sets of items.
 
     Returns:
-        `Items` with arrays [T, N, ...], N the largest number of items of a task.
+        `Items` with arrays [T, N, ...]; N is the largest number of items of a task.
 
     >>> v = build_vocabulary([Item(("a",), ("b",))], minimum=1)
     >>> encode_items(v, {"correct-en": [Item(("a",), ("b",))]}).prompts.shape
@@ -129,6 +129,6 @@ def encode_items(
         out.prompts[t, : len(asked)] = pad_rows(asked, p)
         out.targets[t, : len(wanted)] = pad_rows(wanted, g)
         out.valid[t, : len(asked)] = True
-        # Rows that only fill up still need one real token, or their softmax has nothing to look at.
+        # padding rows need one real token: a softmax over none is not defined
         out.prompts[t, len(asked) :, 0] = SEPARATOR_ID
     return out

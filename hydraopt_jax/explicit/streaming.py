@@ -1,7 +1,7 @@
-"""Solve a group's modules in two passes over the tasks, in chunks, writing heads as they are computed.
+"""Solve a group's modules in two passes over chunks of tasks, and write heads as they are computed.
 
-A step takes as many modules as the mesh has rows. The devices compute the next step's sums while the host
-writes this step's heads.
+A step takes as many modules as the mesh has rows. The devices compute the sums of the next step while the
+host writes the heads of this one.
 """
 
 import functools
@@ -25,33 +25,33 @@ from hydraopt_jax.factors import Factors
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control import errors_of
 
-# float32 bytes of a chunk of tasks on one device: what its caches hold on a CPU, what keeps others busy
+# float32 bytes of a chunk of tasks on one device: the size of the caches on a CPU, enough work elsewhere
 SUM_BYTES = {"cpu": 1 << 23}
 HEAD_BYTES = {"cpu": 1 << 24}
 ELSEWHERE = 1 << 28
-# rows that a chunk adds to a sum at least: the whole sum is read and written for them
+# minimum of rows that a chunk adds to a sum, which is read and written as a whole for each chunk
 SUM_ROWS = 512
 
 
 def piece_tasks(limit: dict[str, int], width: int, grid: Mesh, least: int = 1) -> int:
-    """Tasks of `width` numbers that a device takes at once: about so many bytes, but `least` or more."""
+    """Number of tasks of `width` numbers per chunk of a device: within `limit` bytes, at least `least`."""
     return max(limit.get(grid.devices.flat[0].platform, ELSEWHERE) // (4 * width), least)
 
 
 def sum_tasks(rank: int, shape: tuple[int, int], grid: Mesh) -> int:
-    """Tasks that a device adds to a sum at once."""
+    """Number of tasks that a device adds to a sum at once."""
     return piece_tasks(SUM_BYTES, rank * sum(shape), grid, -(-SUM_ROWS // rank))
 
 
 def head_tasks(rank: int, shape: tuple[int, int], width: int, grid: Mesh) -> int:
-    """Tasks that a device projects at once onto a factor of rank `width`."""
+    """Number of tasks that a device projects at once onto a factor of rank `width`."""
     return piece_tasks(HEAD_BYTES, rank * sum(shape) + 2 * width * max(shape), grid)
 
 
 def chunks(
     arrays: Sequence[np.ndarray], size: int, grid: Mesh
 ) -> Iterator[tuple[int, tuple[jax.Array, ...]]]:
-    """Chunks of `[M, T, ...]` arrays on the mesh, filled up to one size with zeros; with the real count."""
+    """Real count of tasks, and chunk of `[M, T, ...]` arrays on the mesh, padded with zeros to one size."""
     rows, tasks = grid.shape[MODULES], arrays[0].shape[1]
     for at in range(0, tasks, size):
         out = []
@@ -65,7 +65,7 @@ def chunks(
 
 
 def ranks_of(form: Hydra, shape: tuple[int, int], rank: int, tasks: int) -> dict[str, int]:
-    """Side -> width of its shared factor; with side "auto" both at the entries of the cheaper one."""
+    """Side -> rank of its shared factor; for side "auto" both sides, at the entries of the cheaper one."""
     wanted = form.rank or rank
     if form.side != "auto":
         size = shape[0] if form.side == "in" else shape[1]
@@ -78,18 +78,18 @@ def ranks_of(form: Hydra, shape: tuple[int, int], rank: int, tasks: int) -> dict
     return out
 
 
-# factors of a module, relative squared errors `[T]`, the form's bound
+# factors of a module, relative squared errors `[T]`, lower bound of the form's error
 Solved = tuple[Factors, np.ndarray, float]
 
 
 class First(NamedTuple):
-    """What the first pass found out about a step's modules, on the devices.
+    """Results of the first pass over a step's modules, on the devices.
 
     Attributes:
       rows: the modules of the group.
       bases: side -> leading directions.
-      grams: of every chunk or span of tasks, with their real count.
-      ranks: `[M, T]` on the host.
+      grams: real count of tasks and Gram matrices of every chunk or span.
+      ranks: `[M, T]` ranks of the adapters, on the host.
     """
 
     rows: slice
@@ -102,7 +102,7 @@ Passes = Callable[[], Iterator[tuple[int, GroupFactors]]]
 
 
 def passes_of(group: Group, parts: Iterator[GroupFactors]) -> Passes:
-    """A function that goes through the first task and the block of every span, once a call."""
+    """A function whose calls iterate over the spans: first task, block."""
     starts = [start for start, _ in group.spans]
     if len(starts) > 1:
         return lambda: ((start, next(parts)) for start in starts)
@@ -111,14 +111,14 @@ def passes_of(group: Group, parts: Iterator[GroupFactors]) -> Passes:
 
 
 def rows_of(block: GroupFactors, rows: slice) -> tuple[np.ndarray, ...]:
-    """Factors and scales of some modules of a block."""
+    """Factors and scales of the modules `rows` of a block."""
     return block.a[rows], block.b[rows], block.scale[rows]
 
 
 def first_pass(
     group: Group, rows: slice, passes: Passes, tasks: int, ranks: dict[str, int], grid: Mesh
 ) -> First:
-    """Leading directions of each side, not waited for; `ranks` are their numbers."""
+    """`First` of a step: leading directions per side, computed asynchronously; `ranks` are their numbers."""
     sizes = dict(zip(("in", "out"), group.shape, strict=True))
     direct = tuple(s for s in ranks if not applied(tasks, group.rank, sizes[s]))
     sums = blank(tuple(sizes[s] for s in direct), mesh=grid)
@@ -138,7 +138,7 @@ def first_pass(
                 )
                 grams.append((count, part))
         if len(direct) < len(ranks):
-            # the only span: `applied` sides need every task at once, and are small for it
+            # the only span: `applied` sides need all tasks at once; they are small enough
             every = next(chunks(rows_of(block, rows), round_up(tasks, grid.shape[TASKS]), grid))[1]
             for side in ranks:
                 if side not in direct:
@@ -156,7 +156,7 @@ def first_pass(
 
 @functools.partial(jax.jit, static_argnames=("sizes", "mesh"))
 def blank(sizes: tuple[int, ...], *, mesh: Mesh) -> tuple[streaming_gram.Sum, ...]:
-    """Sums of nothing, one of each size n."""
+    """Sums of zeros, one for each size n."""
     lead = (mesh.shape[MODULES], mesh.shape[TASKS])
     zeros = lambda *shape: jax.lax.with_sharding_constraint(  # noqa: E731
         jnp.zeros(lead + shape), jax.sharding.NamedSharding(mesh, BOTH)
@@ -168,7 +168,7 @@ def blank(sizes: tuple[int, ...], *, mesh: Mesh) -> tuple[streaming_gram.Sum, ..
 
 @jax.jit
 def trace_of(energies: tuple[jax.Array, ...]) -> jax.Array:
-    """Trace of a weighted sum: how many deltas there are, `[M]`."""
+    """Trace `[M]` of a weighted sum: the number of deltas that are not zero."""
     return jnp.stack([(x > 0).sum(-1) for x in energies]).sum(0).astype(jnp.float32)
 
 
@@ -181,19 +181,19 @@ def solve_group(
     dtype: str,
     grid: Mesh,
 ) -> dict[str, Solved]:
-    """Solve a group and write its factors to `file`.
+    """Factors, errors and bounds of a group's modules; the factors are written to `file`.
 
     Args:
-      file: to write.
+      file: the file to write.
       group: the modules.
-      parts: the blocks of its spans, twice over.
+      parts: the blocks of its spans, in order, twice.
       tasks: T.
-      form: HydraOpt's, a head per task.
-      dtype: of what is stored.
+      form: HydraOpt's form with a head per task.
+      dtype: stored dtype.
       grid: the devices.
 
     Raises:
-      HydraOptError: values that overflow the stored dtype.
+      HydraOptError: values overflow the stored dtype.
     """
     ranks = ranks_of(form, group.shape, group.rank, tasks)
     passes = passes_of(group, parts)
@@ -209,12 +209,12 @@ def solve_group(
 
 
 class Chosen(NamedTuple):
-    """A side's factor for a step's modules.
+    """Shared factors of one side for a step's modules.
 
     Attributes:
-      stored: `[M, n, S]` as it is stored.
-      loss: `[M]` what the form loses of the tasks' unit energies, summed over the tasks.
-      sure: `[M]` the same less what it may be off by: the form's bound.
+      stored: `[M, n, S]` in the stored dtype.
+      loss: `[M]` lost share of the tasks' unit energies, summed over the tasks.
+      sure: `[M]` the loss minus its uncertainty: the lower bound of the form.
     """
 
     stored: np.ndarray
@@ -231,7 +231,7 @@ def second_pass(
     dtype: str,
     grid: Mesh,
 ) -> dict[str, Solved]:
-    """Project a step's tasks onto its bases, and write."""
+    """Project a step's tasks onto its bases and write the heads; factors, errors and bounds by module."""
     names = group.modules[first.rows]
     grams = [np.concatenate([np.asarray(x[k])[:, :n] for n, x in first.grams], 1) for k in (0, 1)]
     energy = (grams[0] * grams[1]).sum((-2, -1))[: len(names)]
@@ -271,7 +271,7 @@ def second_pass(
     for m, (name, side) in enumerate(zip(names, chosen, strict=True)):
         width = sides[side].stored.shape[-1]
         if not heads[m]:
-            # a module whose deltas are all zero is one head of zeros
+            # a module with zero deltas only has one head of zeros
             heads[m].append((0, sink.tell()))
             sink.write(bytes(np.dtype(dtype).itemsize * width * max(group.shape)))
         kept[name] = (
@@ -291,7 +291,7 @@ def projected(
     grid: Mesh,
     dtype: str,
 ) -> Iterator[tuple[int, int, str, streaming_gram.Heads]]:
-    """Second pass: first task, count of tasks, side and heads of every chunk."""
+    """First task, count of tasks, side and heads of every chunk of the second pass."""
     lack, lanes = grid.shape[MODULES] - (rows.stop - rows.start), grid.shape[TASKS]
     on_mesh = {}
     for side, x in sides.items():
@@ -315,7 +315,7 @@ def projected(
 
 
 def ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, each only when the next one has been asked for: the device works on that meanwhile."""
+    """The same items, one late: the device computes the next item while the host uses this one."""
     waiting: list[Any] = []
     for item in items:
         waiting.append(item)
@@ -325,7 +325,7 @@ def ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def check_finite(name: str, values: np.ndarray, dtype: str) -> None:
-    """Refuse an overflow of the stored dtype."""
+    """Raise HydraOptError if values overflow the stored dtype."""
     if dtype == "float16" and not np.isfinite(values).all():
         raise HydraOptError(f"{name}: values overflow {dtype}; give --dtype bfloat16 or float32")
 
@@ -340,7 +340,7 @@ def where(
     shared_at: int,
     heads: list[tuple[int, int]],
 ) -> Factors:
-    """The factors of a module where they lie in a file: lists of deferred arrays."""
+    """Factors of a module as deferred arrays in a file."""
     inputs, outputs = group.shape
     zero, of = np.full(tasks, -1, np.int32), np.full(tasks, -1, np.int32)
     for k, (t, _) in enumerate(heads):

@@ -1,11 +1,10 @@
-"""HydraOpt's form with a head per task, in two passes over the tasks: sums first, heads second.
+"""HydraOpt's form with a head per task in two passes over the tasks: first sums, then heads.
 
-With `G = sum_t w_t delta_t delta_t.T` the shared factor is G's S leading eigenvectors, and the heads are
-projections (`forms.hydra`). Here no pass has more than a few tasks on the device: G is accumulated over
-chunks of tasks, so T is unbounded. If T R < I, G is never formed: with `G = W.T W` and fewer rows than
-columns in W, the eigenvectors come from `W W.T`. The layout `a: [T, R, I]`, `b: [T, R, O]` of `delta = a.T @
-b` is symmetric, so both sides share code. On a mesh modules and tasks are sharded; sums over tasks are then a
-`psum`.
+With `G = sum_t w_t delta_t delta_t.T` the shared factor is the S leading eigenvectors of G, and the heads are
+projections (`forms.hydra`). G is accumulated over chunks of tasks: a pass has few tasks on the device, and T
+is unbounded. If T R < I, G is not formed: with `G = W.T W` the eigenvectors come from the smaller `W W.T`.
+The layout `a: [T, R, I]`, `b: [T, R, O]` of `delta = a.T @ b` is symmetric, so that both sides share code.
+A mesh shards modules and tasks; sums over tasks are then a `psum`.
 """
 
 import functools
@@ -24,16 +23,16 @@ from hydraopt_jax.devices import MODULES, TASKS, even
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import matmul
 
-# up to this size an eigenproblem is solved outright
+# largest eigenproblem that is solved directly
 DIRECT = 256
-# about so many rows has a strip of a sum
+# approximate number of rows of a strip of a sum
 STRIP = 1024
-# change of the captured share of the energy at which iterating stops, and the most rounds
+# change of the captured fraction of the energy at which iteration stops; upper limit of rounds
 TOLERANCE = 1e-5
 ROUNDS = 60
 
-# share of the energy below which what a basis leaves of a factor is formed, not found by a difference: the
-# difference is then right to about 1e-5
+# fraction of the energy below which the residual of a basis is formed instead of computed as a difference;
+# above it the difference is right to about 1e-5
 NEAR = 1e-2
 
 BOTH = P(MODULES, TASKS)
@@ -53,17 +52,17 @@ class Basis(NamedTuple):
 
 
 def oriented(a: Array, b: Array, scale: Array) -> tuple[Array, Array]:
-    """Factors as their files have them, `[..., R, I]` and `[..., O, R]`; `a` and scaled `b.T` in float32."""
+    """`a` and scaled `b.T` in float32, of factors in the layout of files, `[..., R, I]` and `[..., O, R]`."""
     return a.astype(jnp.float32), b.astype(jnp.float32).mT * scale[..., None, None]
 
 
 def flat(x: Array) -> Array:
-    """Tasks and ranks as one axis: `[M, T, R, n] -> [M, T R, n]`."""
+    """`[M, T R, n]` of `[M, T, R, n]`: tasks and ranks as one axis."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class Grams(NamedTuple):
-    """Gram matrices of a chunk's factors, which tell the energies and most of what errors need.
+    """Gram matrices of a chunk's factors: energies follow from them, and errors mostly.
 
     Attributes:
       a: `[M, T, R, R]`, of the rows of `a`.
@@ -79,17 +78,17 @@ class Grams(NamedTuple):
         return (self.a * self.b).sum((-2, -1))
 
     def of(self, side: str) -> tuple[Array, Array]:
-        """Of the shared side's factor and of the other one."""
+        """Gram matrices of the shared side's factor and of the other factor."""
         return (self.a, self.b) if side == "in" else (self.b, self.a)
 
 
-# the upper triangle of a symmetric sum in strips of rows, `[M, D, end - at, n - at]`, each from its diagonal
-# block on; D devices share the tasks
+# upper triangle of a symmetric sum as strips of rows, `[M, D, end - at, n - at]`; a strip begins at its
+# diagonal block; D devices share the tasks
 Sum = tuple[Array, ...]
 
 
 def rows_of_strips(size: int) -> list[tuple[int, int]]:
-    """Where the strips of a sum begin and end: two or more, which save a fourth of the products or more.
+    """Begin and end of every strip of a sum; there are at least two, which saves a quarter of the products.
 
     >>> rows_of_strips(896)
     [(0, 448), (448, 896)]
@@ -99,7 +98,7 @@ def rows_of_strips(size: int) -> list[tuple[int, int]]:
 
 
 def entries_of_strips(size: int) -> int:
-    """Numbers that the strips of a sum hold.
+    """Count of the numbers in the strips of a sum.
 
     >>> entries_of_strips(896) / 896**2
     0.75
@@ -108,19 +107,19 @@ def entries_of_strips(size: int) -> int:
 
 
 def multiply(strips: Sum, q: Array) -> Array:
-    """Product of a sum, whose strips lack the leading axes here, with `[n, P]`; the whole is never formed."""
+    """Product `[n, P]` of a sum with `q: [n, P]`, from strips without leading axes; the sum is not formed."""
     spans = rows_of_strips(len(q))
     out = [matmul(strip, q[at:]) for strip, (at, _) in zip(strips, spans, strict=True)]
-    # what is below a strip's diagonal block is what is to the right of it
+    # by symmetry the part below a diagonal block is the transpose of the part to its right
     right = jnp.zeros((q.shape[1], len(q)), jnp.float32)
     for strip, (at, end) in zip(strips[:-1], spans[:-1], strict=True):
-        # of the whole strip: a slice of it would be a copy
+        # product with the whole strip: slicing would copy it
         right = right.at[:, end:].add(matmul(q[at:end].T, strip)[:, end - at :])
     return jnp.concatenate(out) + right.T
 
 
 def bits(factor: np.ndarray) -> np.ndarray:
-    """Halves as integers: to slice halves, XLA on a CPU turns the whole array into float32."""
+    """A half-precision array as integers: XLA on a CPU converts a whole array to float32 before it slices."""
     return factor.view(np.uint16) if factor.dtype.itemsize == 2 else factor
 
 
@@ -136,15 +135,15 @@ def accumulate(
     dtype: str,
     size: int,
 ) -> tuple[tuple[Sum, ...], Grams]:
-    """Add tasks to the sums, piece by piece: intermediate results of all pieces share one place in memory.
+    """Sums with tasks added, and the tasks' Gram matrices; all pieces of tasks reuse one buffer.
 
     Args:
-      sums: one a side, each device adding up its own tasks.
-      a, b, scale: as the files have them, `[M, T, R, I]`, `[M, T, O, R]`, `[M, T]`; `bits` of a and b.
-      mesh: where they lie.
+      sums: one per side; each device adds its own tasks.
+      a, b, scale: `[M, T, R, I]`, `[M, T, O, R]`, `[M, T]` in the layout of files; `bits` of a and b.
+      mesh: the devices.
       sides: "in", "out" or both.
-      dtype: of a and b.
-      size: the most tasks of a piece on a device.
+      dtype: dtype of a and b.
+      size: upper limit of tasks per piece and device.
 
     Returns:
       The sums, and the tasks' Gram matrices.
@@ -156,7 +155,7 @@ def accumulate(
 
         def step(k: Array, state: tuple[tuple[Sum, ...], Grams]) -> tuple[tuple[Sum, ...], Grams]:
             sums, grams = state
-            # the last piece reaches back to be as long as the others
+            # the last piece overlaps the one before: all have one length
             at = jnp.minimum(k * length, tasks - length)
             one, two, factor = (jax.lax.dynamic_slice_in_dim(x, at, length, 1) for x in (a, b, scale))
             one, two = (jax.lax.bitcast_convert_type(x, jnp.dtype(dtype)) for x in (one, two))
@@ -169,8 +168,8 @@ def accumulate(
                 x = low if side == "in" else high
                 heavy = flat(matmul(own.of(side)[1] * weights, x))
                 rows, strips = flat(x).mT, []
-                # nothing, but known only when the strip before is done: else the products of all strips are
-                # held at once
+                # a zero that depends on the strip before: else the products of all strips are in memory at
+                # once
                 nothing = jnp.zeros((1, 1, 1))
                 for strip, (begin, end) in zip(total, rows_of_strips(x.shape[-1]), strict=True):
                     product = matmul(rows[:, begin:end] + nothing, heavy[:, :, begin:])
@@ -190,18 +189,18 @@ def accumulate(
 def leading_eigenpairs(
     apply: Callable[[Array], Array], size: int, columns: int, rank: int, trace: Array
 ) -> Basis:
-    """Leading eigenpairs of a positive semi-definite `[size, size]` matrix given by its products.
+    """Leading eigenpairs of a positive semi-definite `[size, size]` matrix, given by its products.
 
     Block subspace iteration with Rayleigh-Ritz values (Halko, Martinsson and Tropp, arXiv 0909.4061), two
-    products a round, until the share of the trace that is captured rests. Exact in one round where the block
-    is as wide as the matrix's range.
+    products per round, until the captured fraction of the trace is stable. One round is exact if the block is
+    as wide as the matrix's range.
 
     Args:
       apply: `[size, P] -> [size, P]`.
       size: n.
-      columns: width of the factor that the matrix is made of: no rank is higher.
+      columns: upper limit of the matrix's rank.
       rank: S.
-      trace: of the matrix.
+      trace: trace of the matrix.
     """
     reach = min(size, columns)
     width = reach if reach <= DIRECT else min(reach, rank + max(rank, 8))
@@ -231,15 +230,15 @@ def leading_eigenpairs(
 
 
 def uncertainty(values: np.ndarray, reach: int, trace: np.ndarray) -> np.ndarray:
-    """What the sum of leading eigenvalues `[M, S]` may be off by, `[M]`.
+    """Uncertainty `[M]` of the sum of leading eigenvalues `[M, S]`.
 
-    N eigenvalues of a matrix that is known to eps times its largest one are off by N eps of that in sum
-    (`forms.sure_tail`); where they were iterated for, what the last round changed comes on top.
+    If a matrix is known to eps times its largest eigenvalue, the sum of N eigenvalues is known to N eps times
+    that (`forms.sure_tail`). Iteration adds the tolerance of its last round.
 
     Args:
-      values: as of `Basis`.
-      reach: N, the most nonzero eigenvalues that the matrix can have.
-      trace: `[M]` of the matrix.
+      values: eigenvalues of `Basis`.
+      reach: N, the upper limit of nonzero eigenvalues.
+      trace: `[M]` trace of the matrix.
     """
     noise = reach * np.finfo(np.float32).eps * values.max(-1, initial=0.0)
     return noise + (TOLERANCE * trace if reach > DIRECT else 0.0)
@@ -247,11 +246,11 @@ def uncertainty(values: np.ndarray, reach: int, trace: np.ndarray) -> np.ndarray
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rank", "columns"))
 def of_sum(total: Sum, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> Basis:
-    """Leading directions of an accumulated sum; `trace` is `[M]`."""
+    """Leading directions of an accumulated sum of trace `[M]`."""
 
     def local(total: Sum, trace: Array) -> Basis:
         own = tuple(x[:, 0] for x in total)
-        # a sum over one device is a copy all the same
+        # psum copies even on one device
         whole = own if mesh.shape[TASKS] == 1 else jax.lax.psum(own, TASKS)
         size = whole[0].shape[-1]
         solve = lambda g, t: leading_eigenpairs(lambda q: multiply(g, q), size, columns, rank, t)  # noqa: E731
@@ -264,7 +263,7 @@ def of_sum(total: Sum, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rank", "side"))
 def of_factors(a: Array, b: Array, scale: Array, *, mesh: Mesh, rank: int, side: str) -> tuple[Basis, Grams]:
-    """Leading directions of the sum, by the Gram matrix of all tasks' factors; and the tasks' own."""
+    """Leading directions of the sum by the Gram matrix of all factors, and each task's Gram matrices."""
 
     def local(a: Array, b: Array, scale: Array) -> tuple[Basis, Grams]:
         a, b, scale = (jax.lax.all_gather(x, TASKS, axis=1, tiled=True) for x in (a, b, scale))
@@ -303,12 +302,12 @@ class Heads(NamedTuple):
 
 
 class Range(NamedTuple):
-    """What a stored shared factor s spans: `s = q r` with orthonormal q.
+    """Orthonormal basis q of the range of a stored shared factor `s = q r`.
 
     Attributes:
-      q: `[M, n, S]`; columns of zeros where s has less than S directions.
-      inverse: `[M, S, S]`, inverse of `r.T`, a generalized one where columns depend on each other.
-      squares: `[M, S]` of the columns of s.
+      q: `[M, n, S]`; columns of zeros if s has rank below S.
+      inverse: `[M, S, S]`, inverse of `r.T`, pseudoinverse if columns are linearly dependent.
+      squares: `[M, S]` squared norms of the columns of s.
     """
 
     q: Array
@@ -319,7 +318,7 @@ class Range(NamedTuple):
 def range_of(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`Range` of shared factors `[M, n, S]`, on the host.
 
-    With unit columns w and `c = w.T w`, `q = w c^(-1/2)`: of all orthonormal bases the one next to w.
+    With unit columns w and `c = w.T w`, `q = w c^(-1/2)` is the orthonormal basis nearest to w.
 
     >>> q, inverse, _ = range_of(np.array([[[2.0, 0.0], [0.0, 0.0], [0.0, 4.0]]], np.float32))
     >>> q[0].tolist(), inverse[0].diagonal().tolist()
@@ -327,7 +326,7 @@ def range_of(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     wide = stored.astype(np.float64)
     squares = (wide**2).sum(-2)
-    # directions that are not there take no part: one over infinity
+    # absent directions get zero: one over infinity
     scales = (np.where(squares > 0, squares, np.inf) ** -0.5)[..., None, :]
     unit = wide * scales
     values, vectors = np.linalg.eigh(unit.mT @ unit)
@@ -347,18 +346,18 @@ def project(
 
         |delta - s kept|^2 = |delta - q q.T delta|^2 + |s lost|^2.
 
-    The first term is the energy less what q captures where that is no small difference; else what q leaves
-    of x is formed, so that nothing large is subtracted from anything large. Of the second one the products of
-    different rows of `lost` are left out: as the columns of s are orthogonal to rounding, at most 2^-7 of it
-    with bfloat16 and 2^-10 with float16, and as they are rounding errors some 1e-5.
+    The first term is the energy minus the energy that q captures. If this difference is small, the residual
+    of x is formed instead, which avoids cancellation. The second term leaves out products of different rows
+    of `lost`. The columns of s are orthogonal to rounding, so that these products are at most 2^-7 of it in
+    bfloat16 and 2^-10 in float16, and about 1e-5 for rounding errors.
 
     Args:
-      shared: of the stored factors.
-      a, b, scale: a chunk as the files have it.
-      grams: the chunk's, as `accumulate` gives them.
-      mesh: where they lie.
-      side: the shared one.
-      dtype: of the stored heads.
+      shared: `Range` of the stored factors.
+      a, b, scale: a chunk in the layout of files.
+      grams: the chunk's Gram matrices, from `accumulate`.
+      mesh: the devices.
+      side: the shared side.
+      dtype: dtype of the stored heads.
     """
 
     def local(shared: Range, a: Array, b: Array, scale: Array, grams: Grams) -> Heads:
@@ -374,7 +373,7 @@ def project(
         left = energy - jnp.sum(captured, (-2, -1))
 
         def formed() -> Array:
-            # from the files again: else x would be kept for it, whether it is asked for or not
+            # loaded again: else x would be kept in memory even if the residual is not needed
             rest = oriented(a, b, scale)[side == "out"] - matmul(inner, q.mT).reshape(x.shape)
             return jnp.sum(matmul(rest, rest.mT) * yy, (-2, -1))
 
@@ -390,10 +389,10 @@ def project(
 
 
 def gains(values: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """What balances the shared factor's columns against the heads' rows, `[M, S]`.
+    """Factors `[M, S]` that balance the shared factor's columns and the heads' rows.
 
-    A head's row s has a mean square of about `values[s]` times the mean energy over the tasks (weights are
-    inverse energies); the factor has unit columns. The root of the ratio's root goes to either side.
+    Row s of a head has a mean square of about `values[s]` times the mean energy over the tasks (weights are
+    inverse energies). The shared factor has unit columns. Each side gets the fourth root of the ratio.
     """
     present = np.maximum((energy > 0).sum(-1), 1)
     squares = np.maximum(values, 0) / present[:, None] * (energy.sum(-1) / present)[:, None]

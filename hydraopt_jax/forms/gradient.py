@@ -1,7 +1,7 @@
-"""HydraOpt's form by gradient descent: shared and task-specific factors together, any loss, any optimizer.
+"""HydraOpt's form by gradient descent on all factors jointly, with any loss and any Optax optimizer.
 
-`hydra` has the contract of `forms.hydra`. A run from the mean of the adapters' factors stands for the
-published method; a run from the closed form can only improve on it, because the best iterate is kept.
+`hydra` has the contract of `forms.hydra`. A run from the mean of the adapters' factors stands in for the
+published method. A run from the closed form is never worse than the closed form: the best iterate is kept.
 """
 
 from collections.abc import Callable
@@ -25,24 +25,24 @@ CLOSED_START = Gradient()
 
 
 def default_optimizer(steps: int, rate: float = 2e-2) -> optax.GradientTransformation:
-    """Adam with a cosine decay to zero over `steps`; the rate suits deltas scaled to unit energy.
+    """Adam with cosine decay to zero over `steps`; the default rate suits deltas of unit energy.
 
-    `eps_root` keeps derivatives of the iterates finite where a gradient is exactly zero.
+    `eps_root` keeps derivatives of the iterates finite if a gradient is exactly zero.
     """
     return optax.adam(optax.cosine_decay_schedule(rate, steps), eps_root=1e-16)
 
 
 def mean_start(a: Array, b: Array, labels: Array, heads: int, rank: int) -> tuple[Array, Array]:
-    """The published start: the mean of all input factors, and the mean output factor of each head.
+    """The initialization from the mean: mean of all input factors, and mean output factor per head.
 
     Args:
-      a, b: `[T, I, R]`, `[T, R, O]` as the adapters hold them (the mean depends on their gauge).
-      labels: `[T]` head of each task.
+      a, b: `[T, I, R]`, `[T, R, O]` factors of the adapters; the mean depends on their gauge.
+      labels: `[T]` head index of each task.
       heads: K.
       rank: S, at most R.
 
     Returns:
-      `[I, S]` and `[K, S, O]`.
+      Shared factor `[I, S]` and heads `[K, S, O]`.
     """
     if rank > a.shape[2]:
         raise HydraOptError(
@@ -67,21 +67,21 @@ def hydra(
     loss: Callable[..., Array] = losses.weighted_error,
     tolerance: float = 1e-5,
 ) -> tuple[forms.Factors, forms.Info]:
-    """HydraOpt's form of one module by gradient descent, shared and task-specific factors jointly.
+    """HydraOpt's form of one module by gradient descent on shared and task-specific factors jointly.
 
-    It runs in the reduced coordinates of both sides, where errors are unchanged, on deltas scaled to unit
-    mean energy, so that one learning rate serves all modules.
+    It runs in reduced coordinates of both sides, which preserve errors, on deltas scaled to unit mean energy:
+    one learning rate suits all modules.
 
     Args:
-      a, b: `[T, I, R]`, `[T, R, O]` the adapters' factors; used by the start from the mean.
-      deltas: their decompositions.
+      a, b: `[T, I, R]`, `[T, R, O]` factors of the adapters, used by start "mean".
+      deltas: decompositions of the deltas.
       heads, rank, side, weights, cores: as in `forms.hydra`.
       solver: start, optimizer and steps; from the closed form it is never worse than that.
       loss: `(a, b, a_hat, b_hat, weights) -> scalar` over `[T, ...]` stacks.
       tolerance: as in `minimize`.
 
     Returns:
-      Factors and Info, as `forms.hydra` does.
+      Factors and Info, as of `forms.hydra`.
 
     Raises:
       HydraOptError: unknown start, or a bad form (see `forms.hydra`).

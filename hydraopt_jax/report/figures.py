@@ -1,6 +1,6 @@
-"""Figures: heat maps of similarities, and trade-offs with labeled lines. They need matplotlib.
+"""Figures with matplotlib: heat maps of similarities and errors, trade-offs with labeled lines.
 
-PNG and PDF files have a white ground. In SVG files text and lines follow the reader's light or dark scheme.
+PNG and PDF files have a white background. Colors of SVG files follow the reader's light or dark scheme.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from hydraopt_jax.tradeoff import Frontier
 
 
-# names that an axis has room for
+# upper limit of names on an axis
 LABELS = 200
-# colors in the light scheme -> in the dark one; Okabe and Ito's are told apart by color-blind readers
+# color in the light scheme -> in the dark scheme; Okabe and Ito's colors suit color-blind readers
 SCHEMES = {
     "#ffffff": "#161b22",
     "#1f2328": "#e6edf3",
@@ -38,7 +38,7 @@ SCHEMES = {
     "#56b4e9": "#a5d8ff",
 }
 PAPER, INK, GRID, FAINT, GRAY, *COLORS = SCHEMES
-# space between two labels, in heights of the axes
+# distance of two labels, as a fraction of the axes' height
 GAP = 0.055
 
 
@@ -48,7 +48,7 @@ def can_plot() -> bool:
 
 
 def _figure(path: str | Path, width: float, height: float) -> Any:
-    """A matplotlib figure bound to the Agg canvas, outside pyplot's global state."""
+    """A matplotlib figure with the Agg canvas, independent of pyplot's global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def with_schemes(svg: str) -> str:
-    """An SVG of matplotlib with a style sheet that replaces the light colors by the dark ones on request."""
+    """An SVG of matplotlib with a style sheet that has dark colors for readers who prefer them."""
     rules = "".join(
         f'[style*="{kind}: {light}"] {{{kind}: {dark} !important}}\n'
         for light, dark in (*SCHEMES.items(), ("#000000", SCHEMES[INK]))
@@ -92,13 +92,13 @@ def with_schemes(svg: str) -> str:
 
 
 def spread_labels(wanted: Sequence[float], gap: float = GAP) -> list[float]:
-    """Positions of labels near the wanted ones, at least `gap` apart, in the same order.
+    """Positions near the wanted ones, at least `gap` apart, in the same order.
 
     >>> [round(x, 2) for x in spread_labels([0.5, 0.52, 0.1], 0.1)]
     [0.46, 0.56, 0.1]
     """
     order = sorted(range(len(wanted)), key=lambda n: wanted[n])
-    # groups of labels that touch: total of the wanted positions less their offsets, and count
+    # groups of adjacent labels: sum of wanted positions less offsets, and count
     groups: list[list[float]] = []
     for n in order:
         groups.append([wanted[n], 1.0])
@@ -118,18 +118,18 @@ def spread_labels(wanted: Sequence[float], gap: float = GAP) -> list[float]:
 
 
 def _plain(text: str, limit: int = 24) -> str:
-    """A label that matplotlib does not read as mathematics, shortened in the middle."""
+    """A label shortened in its middle, with `$` escaped: matplotlib reads it as mathematics."""
     short = text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"
     return short.replace("$", r"\$")
 
 
 def plot_similarity(path: str | Path, summary: Summary, *, title: str = "") -> None:
-    """Heat maps of all measures, averaged over modules.
+    """Write heat maps of all measures, averaged over modules.
 
     Args:
       path: PNG, PDF or SVG file to write.
-      summary: of `similarity.summarize`.
-      title: above the panels; none where empty.
+      summary: result of `similarity.summarize`.
+      title: title above the panels; none if empty.
 
     Raises:
       HydraOptError: matplotlib is missing, or the file cannot be written.
@@ -145,7 +145,7 @@ def plot_similarity(path: str | Path, summary: Summary, *, title: str = "") -> N
     for axis, (field, heading) in zip(axes, MEASURES.items(), strict=True):
         matrix = np.asarray(getattr(summary.mean, field))
         angle = field.endswith("subspace")
-        # A cosine has a sign and a middle, a share of a subspace has neither.
+        # a cosine has a sign; an overlap of subspaces is in [0, 1]
         image = axis.imshow(
             matrix, cmap="viridis" if angle else "RdBu_r", vmin=0.0 if angle else -1.0, vmax=1.0
         )
@@ -171,7 +171,7 @@ def plot_similarity(path: str | Path, summary: Summary, *, title: str = "") -> N
 
 
 def plot_errors(path: str | Path, errors: np.ndarray, modules: Sequence[str], tasks: Sequence[str]) -> None:
-    """A heat map of errors by module and task, on a logarithmic scale; white where a task lacks a module.
+    """Write a heat map of errors by module and task, logarithmic; white where a task lacks a module.
 
     Args:
       path: PNG, PDF or SVG file to write.
@@ -200,11 +200,11 @@ def plot_errors(path: str | Path, errors: np.ndarray, modules: Sequence[str], ta
 
 
 def _write_values(axis: Any, matrix: np.ndarray, angle: bool) -> None:
-    """Each cell's value in it, light on dark."""
+    """Write each cell's value into it, light on dark cells."""
     for s, row in enumerate(matrix):
         for t, value in enumerate(row):
             dark = value < 0.6 if angle else abs(value) > 0.6
-            # no colors of a scheme: the cell's color stays, too
+            # not a color of a scheme: the cell keeps its color in both schemes
             color = "#fefefe" if dark else "#010101"
             axis.text(t, s, f"{value:.2f}", ha="center", va="center", fontsize=5.5, color=color)
 
@@ -220,21 +220,21 @@ def plot_tradeoff(
     error_label: str = "relative squared error of delta",
     logarithmic: bool = True,
 ) -> None:
-    """Error against size, both axes logarithmic, one marked and labeled line per curve.
+    """Write a plot of error against size on logarithmic axes, one labeled line per curve.
 
     Args:
       path: PNG, PDF or SVG file to write.
-      curves: name -> (fraction of the bytes, error) pairs, in any order. Errors of 0 have no place on a
-        logarithmic axis: they are drawn as open markers on its lower edge.
-      dashed: name of a curve -> a second line of its color, dashed and without markers.
-      gray: name -> a gray line, such as an estimate; its errors of 0 are left out.
-      title: above the axes; none where empty.
-      bytes_label: of the horizontal axis.
-      error_label: of the vertical axis.
-      logarithmic: whether the vertical axis is (the horizontal one always is).
+      curves: name -> (fraction of the bytes, error) pairs, in any order. Errors of 0 are drawn as open
+        markers on the lower edge.
+      dashed: name of a curve -> a second line of its color, dashed, without markers.
+      gray: name -> a gray line, such as an estimate, without its errors of 0.
+      title: title above the axes; none if empty.
+      bytes_label: label of the horizontal axis.
+      error_label: label of the vertical axis.
+      logarithmic: whether the vertical axis is logarithmic; the horizontal axis is.
 
     Raises:
-      HydraOptError: no point to draw, a size that is not positive, matplotlib missing, or the file cannot be
+      HydraOptError: no point, a size that is not positive, matplotlib is missing, or the file cannot be
         written.
     """
     points = [point for curve in curves.values() for point in curve]
@@ -248,7 +248,7 @@ def plot_tradeoff(
     positive = [y for _, y in points if y > 0]
     floor = min(positive, default=1e-3) / 2
     markers = ["o", "s", "^", "D", "v", "P", "X"]
-    # name, color and last point of each line
+    # name, color and last point per line
     ends: list[tuple[str, str, tuple[float, float]]] = []
     for n, (name, curve) in enumerate(curves.items()):
         color, marker = COLORS[n % len(COLORS)], markers[(n + n // len(COLORS)) % len(markers)]
@@ -287,7 +287,7 @@ def plot_tradeoff(
 
 
 def _label(axis: Any, ends: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
-    """The name of each line to the right of the axes, joined to its last point."""
+    """Write each line's name to the right of the axes, connected to its last point."""
     axis.margins(0.04)
     axis.autoscale_view()
     to_axes = axis.transData + axis.transAxes.inverted()
@@ -308,7 +308,7 @@ def _label(axis: Any, ends: Sequence[tuple[str, str, tuple[float, float]]]) -> N
 
 
 def plot_frontier(path: str | Path, found: Frontier) -> None:
-    """The frontier of a collection: mean error solid, worst task dashed, Gaussian estimates gray."""
+    """Write the plot of a frontier: mean errors solid, errors of the worst task dashed, estimates gray."""
     mean = lambda c: [(p.bytes / found.reference, p.mean) for p in c.points]  # noqa: E731
     worst = {c.label: [(p.bytes / found.reference, p.worst) for p in c.points] for c in found.curves[:1]}
     plot_tradeoff(

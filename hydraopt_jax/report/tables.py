@@ -1,4 +1,4 @@
-"""Tables of similarities and of trade-offs."""
+"""Tables of similarities and trade-offs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ MEASURES = {
 """Field of Similarity -> its heading."""
 SHORT = ("a", "b", "delta", "span of a", "span of b")
 
-# tasks whose similarities a terminal shows in per cent, and in tenths
+# upper limits of tasks in a table of hundredths, and in a table of tenths
 HUNDREDTHS, TENTHS = 16, 56
 
 
 def kinds_table(summary: Summary) -> Table:
-    """Table of layer kinds by measure: means over pairs of tasks and modules."""
+    """A table of mean similarities over pairs of tasks and modules: layer kind by measure."""
     table = columns(
         "layer kind", *(f">{x}" for x in SHORT), title="Similarity by layer kind, mean over pairs of tasks"
     )
@@ -55,7 +55,7 @@ def _means(value: Similarity) -> list[str]:
 
 
 def cell(value: float, width: int) -> str:
-    """A similarity in a cell: hundredths of 1, or in one character tenths, `.` near 0 and `-` below.
+    """Text of a similarity: hundredths; in a cell of one character tenths, `.` near 0, `-` below.
 
     >>> cell(0.684, 3), cell(0.684, 1), cell(0.03, 1), cell(-0.2, 1), cell(0.99, 1)
     (' 68', '7', '.', '-', '9')
@@ -66,9 +66,9 @@ def cell(value: float, width: int) -> str:
 
 
 def task_table(summary: Summary, measure: str = "delta") -> Table | None:
-    """Task-by-task table of one measure, averaged over modules, alike tasks side by side.
+    """A table of one measure by pairs of tasks, averaged over modules; similar tasks are neighbors.
 
-    In hundredths up to `HUNDREDTHS` tasks, in tenths up to `TENTHS`; None beyond, which no terminal holds.
+    It is in hundredths for up to `HUNDREDTHS` tasks and in tenths for up to `TENTHS`; None for more.
 
     Raises:
       HydraOptError: `measure` is not a field of Similarity.
@@ -85,19 +85,19 @@ def task_table(summary: Summary, measure: str = "delta") -> Table | None:
     table = columns(
         "", "task", "", title=f"Similarity of {MEASURES[measure]}s, {unit}; alike tasks side by side"
     )
-    # of one character each, the columns are counted by their last digit
+    # columns of one character are numbered by the last digit
     table.columns[2].header = "".join(
         f"{n + 1:3d}" if width > 1 else str((n + 1) % 10) for n in range(len(order))
     )
     for n, t in enumerate(order):
         cells = "".join(" " * (width - 1) + "*" if s == t else cell(matrix[t, s], width) for s in order)
-        # Text, not str: a task's name may hold what rich would read as markup.
+        # Text, not str: a name may contain markup of rich
         table.add_row(str(n + 1), Text(shorten(summary.tasks[t], 18)), Text(cells))
     return table
 
 
 def nearest_table(summary: Summary, measure: str = "delta", count: int = 12) -> Table:
-    """The pairs of tasks that are most alike."""
+    """A table of the most similar pairs of tasks."""
     from hydraopt_jax.forms.similarity import nearest_pairs
 
     table = columns(f">{measure}", "task", "task", title="")
@@ -109,17 +109,17 @@ def nearest_table(summary: Summary, measure: str = "delta", count: int = 12) -> 
 
 
 def best_below(curve: Curve, size: float) -> str:
-    """The least mean error of a curve at no more than some bytes; a dash where none is so small."""
+    """Text of a curve's lowest mean error within `size` bytes; a dash if no point is that small."""
     errors = [p.mean for p in curve.points if p.bytes <= size]
     return format_brief(min(errors)) if errors else "-"
 
 
-# shares that a line of 80 columns has room for
+# upper limit of budgets in a line of 80 columns
 SHARES = 6
 
 
 def frontier_table(found: Frontier) -> Table:
-    """A row per method: its least mean error within each share of the bytes, and the rate against it."""
+    """A table of methods: lowest mean error within each fraction of the bytes, and our rate against it."""
     ours = found.curves[0]
     shares = found.fractions[:SHARES]
     title = (
@@ -130,7 +130,7 @@ def frontier_table(found: Frontier) -> Table:
     for curve in (*found.curves, *found.estimates):
         known = curve is not ours and curve.label in found.delta_rate
         rate = found.delta_rate[curve.label] if known else None
-        # a budget's own bytes may pass its share by a rounding
+        # rounding may take a store slightly over its budget
         cells = (best_below(curve, 1.001 * f * found.reference) for f in shares)
         said = "" if not known else "-" if rate is None else format_rate(rate)
         table.add_row(Text(shorten(curve.label, 28 if len(shares) < 6 else 20)), *cells, said)
@@ -138,7 +138,7 @@ def frontier_table(found: Frontier) -> Table:
 
 
 def points_table(found: Frontier) -> Table:
-    """Every point of every curve: bytes, share of the fp16 bytes, mean and worst-task error."""
+    """A table of every point: bytes, fraction of the fp16 bytes, mean error, worst task's error."""
     table = columns("method", "setting", ">bytes", ">of fp16", ">mean error", ">worst task")
     for curve in (*found.curves, *found.estimates):
         for p in curve.points:

@@ -1,4 +1,4 @@
-"""Numbers with their units, and the shape of every table: no wider than 80 columns, no word broken."""
+"""Numbers with units, shortened names, and empty tables for 80 columns."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-# columns of a name in a table
+# width of a name in a table
 NAME = 32
 
 
 def format_bytes(count: float) -> str:
-    """A byte count for people, in decimal units as disks and file managers count.
+    """Text of a byte count in decimal units, three significant digits.
 
     >>> format_bytes(999), format_bytes(47_535_094), format_bytes(2e9)
     ('999 B', '47.5 MB', '2.00 GB')
@@ -25,7 +25,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_share(value: float) -> str:
-    """A fraction in per cent, three significant digits.
+    """Text of a fraction in per cent, three significant digits.
 
     >>> format_share(0.12449), format_share(4.773), format_share(9.78e-7), format_share(0.0)
     ('12.4%', '477%', '0.0000978%', '0%')
@@ -40,7 +40,7 @@ def format_share(value: float) -> str:
 
 
 def format_error(value: float) -> str:
-    """A relative squared error for people: per cent of the delta's energy, empty where it is not known.
+    """Text of a relative squared error in per cent; empty if it is not known.
 
     >>> format_error(0.0), format_error(0.00123456), format_error(float("nan"))
     ('lossless', '0.123%', '')
@@ -49,7 +49,7 @@ def format_error(value: float) -> str:
 
 
 def format_brief(value: float) -> str:
-    """`format_error` in at most seven characters.
+    """Text of a relative squared error in at most seven characters.
 
     >>> format_brief(0.0826), format_brief(1.518), format_brief(2.9e-4), format_brief(9.8e-7)
     ('8.3%', '152%', '0.029%', '<0.001%')
@@ -63,7 +63,7 @@ def format_brief(value: float) -> str:
 
 
 def format_rate(value: float | None) -> str:
-    """A Bjontegaard-delta rate for people: what the bytes at the same error are, compared.
+    """Text of a Bjontegaard-delta rate: difference in bytes at the same error.
 
     >>> format_rate(-91.94), format_rate(3.0), format_rate(None)
     ('-91.9%', '+3.0%', 'no error in common')
@@ -72,7 +72,7 @@ def format_rate(value: float | None) -> str:
 
 
 def times_smaller(before: float, after: float) -> str:
-    """How two sizes compare, in words.
+    """Text of the ratio of two sizes.
 
     >>> times_smaller(19.5e6, 1.24e6), times_smaller(1e3, 2e3)
     ('15.7x smaller', '2.0x larger')
@@ -84,7 +84,7 @@ def times_smaller(before: float, after: float) -> str:
 
 
 def shorten(text: str, limit: int = NAME) -> str:
-    """A name in at most `limit` characters: its middle is left out, as its ends tell names apart.
+    """A name in at most `limit` characters; longer names lose their middle.
 
     >>> shorten("model.layers.11.self_attn.q_proj", 20), shorten("legal")
     ('model.la…attn.q_proj', 'legal')
@@ -96,7 +96,7 @@ def shorten(text: str, limit: int = NAME) -> str:
 
 
 def shorten_path(text: str, limit: int = NAME) -> str:
-    """A path in at most `limit` characters: its end.
+    """A path in at most `limit` characters; longer paths keep their end.
 
     >>> shorten_path("/home/me/adapters/legal", 16), shorten_path("adapters/legal")
     ('…adapters/legal', 'adapters/legal')
@@ -108,7 +108,7 @@ def shorten_path(text: str, limit: int = NAME) -> str:
 
 
 def columns(*headings: str, title: str = "") -> Table:
-    """An empty table; a heading that begins with `>` is of a column of numbers, flush right.
+    """An empty table with headings; `>` before a heading aligns its column to the right.
 
     >>> columns("task", ">bytes").columns[1].justify
     'right'
@@ -121,7 +121,7 @@ def columns(*headings: str, title: str = "") -> Table:
 
 
 def off_diagonal(matrix: np.ndarray) -> float:
-    """Mean over pairs of different tasks of a `[T, T]` matrix; its only entry where T = 1.
+    """Mean of the off-diagonal entries of a `[T, T]` matrix; its only entry if T = 1.
 
     >>> off_diagonal(np.array([[1.0, 0.2], [0.4, 1.0]]))
     0.3
