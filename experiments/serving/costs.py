@@ -165,8 +165,8 @@ def into_peft(folder: Path) -> dict[str, Any]:
 
 
 def lines_to_type(folder: Path) -> int:
-    """Lines of the page's first example, from imports to the answer; the tests run it."""
-    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[0]
+    """Lines of the page's example from imports to the answer, without the lines that make a model to try."""
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[1]
     return len([x for x in code.splitlines() if x.strip()])
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from hydraopt_jax import calibration, formats, store, synthetic
 
 DOCS = Path(__file__).parents[2] / "docs"
+PYTHON = re.compile(r"```python\n(.*?)```", re.S)
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def type_commands(capsys, page):
         words = [y for x in shlex.split(line) for y in (sorted(glob.glob(x)) if glob.has_magic(x) else [x])]
         status, _, error = run(capsys, *words)
         assert status == 0, error
-    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+    return "\n".join(PYTHON.findall(text))
 
 
 def test_serving(place, capsys, monkeypatch):
@@ -68,23 +69,15 @@ def test_image_files(place, capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_peft(place, capsys):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    pytest.importorskip("peft")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained("org/base")
-    words = {x: n for n, x in enumerate(["<unk>", "Sec", ".", "1", *map(chr, range(97, 123))])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>").save_pretrained("org/base")
-    Path("text.txt").write_text("Sec . 1 a b c " * 20)
-    code = type_commands(capsys, "peft.md")
+def test_peft(tmp_path, monkeypatch, capsys):
+    for name in ("torch", "transformers", "tokenizers", "peft"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    setup, *rest = PYTHON.findall((DOCS / "peft.md").read_text())
+    exec(setup, {})
+    type_commands(capsys, "peft.md")
     names: dict = {}
-    exec(code, names)
+    exec("\n".join(rest), names)
     assert "Sec" in capsys.readouterr().out
     assert list(names["model"].peft_config) == ["legal"]
     one, pooled = (calibration.load(x) for x in ("calibration.safetensors", "pooled.safetensors"))
