@@ -273,7 +273,7 @@ def test_a_store_is_packed_into_a_file_and_unpacked(capsys, folders, made, tmp_p
     assert ok(capsys, "inspect", file)["leaves"] == ok(capsys, "inspect", path)["leaves"]
     assert "exists" in refused(capsys, "pack", path, file)
     assert ".safetensors" in refused(capsys, "pack", path, tmp_path / "s.bin")
-    assert "name a folder" in refused(capsys, "unpack", path, tmp_path / "t.safetensors")
+    assert "give the name of a folder" in refused(capsys, "unpack", path, tmp_path / "t.safetensors")
     ok(capsys, "unpack", file, again)
     files = {x.relative_to(again): x for x in again.rglob("*") if x.is_file()}
     assert {x.relative_to(path) for x in path.rglob("*") if x.is_file()} == set(files)

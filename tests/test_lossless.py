@@ -131,7 +131,7 @@ def test_fp16_takes_little_more_than_its_bytes(capsys, tmp_path):
     assert (status, error) == (0, "")
     size = 2 * 8 * 300
     assert size < sizes.size_on_disk(tmp_path / "s") < size + 4000
-    assert "bit for bit as they came: 4.80 kB, 100% of their fp16 bytes" in " ".join(said.split())
+    assert "kept bit for bit: 4.80 kB, 100% of their fp16 bytes" in " ".join(said.split())
 
 
 def test_the_large_path_writes_the_same_store(tmp_path):

@@ -19,7 +19,7 @@ from hydraopt_jax import buckets, compilation
 from hydraopt_jax.cli.verbs import Verbs
 from hydraopt_jax.errors import HydraOptError, TooLarge, suggest
 
-# of glibc's mallopt: how many heaps threads allocate from
+# option of glibc's mallopt: number of heaps
 M_ARENA_MAX, HEAPS = -8, 2
 LESS = "give fewer adapters or tasks at once, or a machine with more"
 
@@ -43,7 +43,7 @@ def cli(context: click.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; turn every expected failure into one line and an exit status."""
+    """Run the command; every expected failure is one line and an exit status."""
     few_heaps()
     compilation.keep_compiled()
     words = sys.argv[1:] if arguments is None else arguments
@@ -79,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def few_heaps() -> None:
-    """Have all threads of this process allocate from few heaps, where glibc is its library.
+    """Limit glibc to few heaps.
 
-    It has a heap for each thread else, and each keeps what was freed there: a fifth more memory where many
-    threads write chunk after chunk.
+    By default every thread has a heap of its own, which keeps freed memory: a fifth more memory if many
+    threads write chunks.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
@@ -101,11 +101,11 @@ def silence_libraries() -> None:
 
 
 def options_of(error: click.UsageError) -> str:
-    """Where the options of the verb are listed, in parentheses."""
+    """A reference to the help of the verb, in parentheses."""
     return "" if error.ctx is None else f" (options: {error.ctx.command_path} --help)"
 
 
 def fail(message: str, status: int) -> None:
-    """One line on standard error, and the exit status."""
+    """Print one line on standard error and exit with a status."""
     click.echo(f"hydraopt: {' '.join(message.split())}", err=True)
     sys.exit(status)

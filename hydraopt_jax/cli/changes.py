@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def original_of(content: Store, given: Sequence[Adapter]) -> Callable[[str], Adapter | None]:
-    """Task -> its original, if it is given or lies unchanged where it was read from."""
+    """A function: task -> its original if given or unchanged at its source, else None."""
     known = {x.task: x for x in given}
     sources = dict(zip(content.tasks, content.sources, strict=True))
 
@@ -42,13 +42,13 @@ def original_of(content: Store, given: Sequence[Adapter]) -> Callable[[str], Ada
 
 
 def originals_of(content: Store, given: Sequence[Adapter]) -> dict[str, Adapter]:
-    """The tasks' originals that are given or at hand."""
+    """Task -> original, for originals that are given or at their source."""
     find = original_of(content, given)
     return {t: x for t in content.tasks if (x := find(t)) is not None}
 
 
 def refit_store(content: Store, given: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None) -> Store:
-    """The store fitted anew; the originals of all its tasks must be at hand."""
+    """The store fitted again; it needs the originals of all tasks."""
     from hydraopt_jax.changes import refitting
 
     collection, absent = refitting.originals_or_decoded(content, originals_of(content, given))
@@ -63,14 +63,14 @@ def refit_store(content: Store, given: Sequence[Adapter], moments: Mapping[str, 
 def estimated(
     content: Store, given: Sequence[Adapter], task: str | None, moments: Mapping[str, np.ndarray] | None
 ) -> "Refit":
-    """What a refit would give."""
+    """Estimated errors of a refit."""
     from hydraopt_jax.changes import refitting
 
     return refitting.estimate_refit(content, originals_of(content, given), task, moments)
 
 
 def options(command: Any) -> Any:
-    """What both verbs take."""
+    """The command with the options of both verbs."""
     for decorate in (
         output_options,
         click.option(
@@ -93,7 +93,7 @@ def options(command: Any) -> Any:
 
 
 def change_report(path: str, before: int, content: Store, found: "Refit | None", task: str | None) -> Any:
-    """The JSON object, the table and notes, and the last sentence of a change."""
+    """JSON object, table with notes, and last sentence on a change."""
     own = task_errors(content.errors)
     held = removal.held(content)
     payload: dict[str, Any] = {
@@ -187,12 +187,12 @@ def remove(
     does so for tasks that were removed before.
     """
     if task is None and not purge:
-        raise HydraOptError("remove: name the TASK, or give --purge for what removed tasks have left")
+        raise HydraOptError("remove: give a TASK, or --purge to erase what removed tasks left in the store")
     if purge and given["refit"]:
-        raise HydraOptError("--purge: --refit leaves nothing of a removed task either: give one of them")
+        raise HydraOptError("--purge: --refit erases removed tasks, too: give one of them")
     if given["calibration"] is not None and not (purge or given["refit"] or given["estimate"]):
         raise HydraOptError(
-            "--calibration: only --purge, --refit and --estimate code anything with it; leave it out"
+            "--calibration: used with --purge, --refit or --estimate only: give one of them, or leave it out"
         )
     files.located(path)
     content = store.open(path)

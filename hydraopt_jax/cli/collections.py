@@ -97,7 +97,7 @@ def frontier(
 
 
 def against_hydraopt(found: tradeoff.Frontier) -> str:
-    """The comparison with the paper's form in one sentence."""
+    """A sentence that compares bytes with HydraOpt's form."""
     value = found.delta_rate[tradeoff.HYDRAOPT]
     if value is None:
         return "HydraOpt's form has no error below 100% that a store could have, too: no rate against it"

@@ -1,4 +1,4 @@
-"""What the verbs share: reading collections, options of the form NAME=VALUE, calibrations."""
+"""Functions of several verbs: reading collections, options NAME=VALUE, calibrations."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +18,12 @@ from hydraopt_jax.store import Store
 Command = Callable[..., Any]
 Source = tuple[str, str | None]
 
-# bytes of adapters from which on they are not held in memory all at once
+# bytes of adapters that are held in memory at once
 LARGE = 1 << 28
 
 
 class CheckFailed(click.ClickException):
-    """A check that did not hold: exit status 1."""
+    """The error of a failed check: exit status 1."""
 
     exit_code = 1
 
@@ -34,19 +34,19 @@ class PlaceType(click.Path):
     name = "place"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """As it came: what it may be is said where it is read."""
+        """The value, unchanged: the code that reads it checks it."""
         return value
 
 
 def read_all(given: Sequence[str], any_base: bool, base_suffix: Sequence[str]) -> list[Adapter]:
-    """Read adapters given as `reading.locate` takes them and check that they adapt one base model."""
+    """Adapters of arguments of `reading.locate`, checked to be of one base model."""
     return read_beside([], locate(given), any_base, base_suffix)
 
 
 def read_beside(
     before: Sequence[Adapter], sources: Sequence[Source], any_base: bool, base_suffix: Sequence[str]
 ) -> list[Adapter]:
-    """As `read_all`, of adapters that follow others."""
+    """Adapters of some sources, checked to fit each other and the adapters `before`."""
     out = []
     with progress("reading", len(sources)) as advance:
         for path, task in sources:
@@ -58,7 +58,7 @@ def read_beside(
 
 
 def source_bytes(source: Source) -> int:
-    """Bytes of the folder or file of an adapter; 0 where there is none."""
+    """Bytes of an adapter's folder or file; 0 if it does not exist."""
     folder = Path(source[0])
     if folder.is_file():
         return folder.stat().st_size
@@ -68,7 +68,7 @@ def source_bytes(source: Source) -> int:
 def read_in_batches(
     given: Sequence[str], any_base: bool, base_suffix: Sequence[str]
 ) -> Iterator[list[Adapter]]:
-    """As `read_all`, about `LARGE` bytes at a time; each adapter is compared with those before."""
+    """Lists of about `LARGE` bytes of the adapters of `read_all`; each is checked against those before."""
     before: list[Adapter] = []
     sources = locate(given)
     ends = zip(itertools.accumulate(map(source_bytes, sources)), sources, strict=True)
@@ -79,7 +79,7 @@ def read_in_batches(
 
 
 def shell(x: Adapter) -> Adapter:
-    """An adapter without its numbers, to compare others with."""
+    """An adapter without its numbers, for checks of other adapters against it."""
     return x.replace(
         a={n: v[:, :0].copy() for n, v in x.a.items()},
         b={n: v[:0].copy() for n, v in x.b.items()},
@@ -88,7 +88,7 @@ def shell(x: Adapter) -> Adapter:
 
 
 def with_adapters(command: Command) -> Command:
-    """The options of every verb that reads a collection."""
+    """The command with the options of every verb that reads a collection."""
     for decorate in (
         click.option(
             "--base-suffix",
@@ -103,7 +103,7 @@ def with_adapters(command: Command) -> Command:
 
 
 def parse_numbers(option: str, rows: Sequence[str]) -> dict[str, float]:
-    """Numbers of tasks given as NAME=NUMBER.
+    """Task -> number, of options NAME=NUMBER.
 
     >>> parse_numbers("--weight", ["legal=2", "a=b=0.5"])
     {'legal': 2.0, 'a=b': 0.5}
@@ -123,11 +123,11 @@ def parse_numbers(option: str, rows: Sequence[str]) -> dict[str, float]:
 
 
 def parse_files(option: str, rows: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
-    """Files of tasks given as NAME=FILE."""
+    """Task -> file, of options NAME=FILE."""
     out: dict[str, str] = {}
     for row in rows:
         task, sep, path = row.partition("=")
-        # a name may have the sign in it, and so may a path
+        # names and paths may contain "="
         task = max((x for x in tasks if row.startswith(f"{x}=")), key=len, default=task)
         check_task(option, row, task if sep else "", tasks)
         out[task] = row[len(task) + 1 :] if sep else path
@@ -135,7 +135,7 @@ def parse_files(option: str, rows: Sequence[str], tasks: Sequence[str]) -> dict[
 
 
 def check_task(option: str, row: str, task: str, tasks: Sequence[str]) -> None:
-    """Refuse a NAME=VALUE whose name is none of the tasks."""
+    """Raise HydraOptError if the name of a NAME=VALUE is not a task."""
     if not task:
         raise HydraOptError(f"{option} {row}: give NAME=VALUE, NAME one of {', '.join(tasks)}")
     if task not in tasks:
@@ -146,7 +146,7 @@ def load_moments(content: Store, path: str, calibration: str | None) -> Mapping[
     """The second moments that a store was made with; None if no file is given.
 
     Raises:
-      HydraOptError: it was made without any, or with others.
+      HydraOptError: the store was made without a calibration, or with another one.
     """
     if calibration is None:
         return None
@@ -155,7 +155,7 @@ def load_moments(content: Store, path: str, calibration: str | None) -> Mapping[
     known = content.report.get("calibration")
     if known is None:
         raise HydraOptError(
-            f"{path}: claims no output errors (no --calibration when it was made): leave it out"
+            f"{path}: claims no output errors, as it was made without --calibration: leave it out"
         )
     moments = load(calibration)
     if digest(moments) != known:

@@ -55,14 +55,14 @@ DEFAULT_NOTE = (
 
 
 class Terminated(click.ClickException):
-    """The job was told to stop."""
+    """The error of a job that SIGTERM stopped."""
 
     exit_code = 143
 
 
 @contextlib.contextmanager
 def stoppable(path: Path) -> Iterator[None]:
-    """Turn SIGTERM into a clean end with a message."""
+    """End with a message on SIGTERM."""
 
     def stop(*_: Any) -> None:
         raise Terminated(
@@ -141,7 +141,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
     made = {"made": provenance.entry("compress", recipes.recorded(context))}
     if given["coordinator"] is not None and buckets.is_bucket(out):
         raise HydraOptError(
-            "--coordinator: its processes share a folder: give one as --out, then pack or unpack it"
+            "--coordinator: several processes need a folder as --out; pack or unpack it afterwards"
         )
     given["out"] = str(files.located(out))
     tell: Callable[[], None] | None
@@ -152,7 +152,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
 
 
 def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
-    """Keywords of `compression.compress` for what the command was given.
+    """Keyword arguments of `compression.compress` for the command's options.
 
     Raises:
       HydraOptError: options that contradict each other.
@@ -161,13 +161,11 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     fixed = [k for k, v in FORM.items() if given[k] != v]
     beside = [k for k in ("weights", "calibration", "alone") if given[k]]
     if given["form"] is None and fixed:
-        raise HydraOptError(
-            f"--{fixed[0]}: a budget or a target chooses the form itself; give --form hydra, or leave it out"
-        )
+        raise HydraOptError(f"--{fixed[0]}: is an option of --form hydra: give --form hydra, or leave it out")
     if given["form"] is not None:
         if targets or beside:
             name = (targets + beside)[0].replace("_", "-").removesuffix("s")
-            raise HydraOptError(f"--{name}: --form hydra is a form of its own; leave one of them out")
+            raise HydraOptError(f"--{name}: cannot be combined with --form hydra: leave one of them out")
         return asked_form(given, tasks)
     options = Options(
         budget=None if given["budget"] is None else parse_budget(given["budget"]),
@@ -184,7 +182,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
 
 
 def asked_form(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
-    """As `asked_of`, of an explicit form."""
+    """Keyword arguments of `compression.compress` for --form."""
     idle = {"start": "closed", "steps": 1000}
     if given["solver"] not in ("closed", "optax"):
         raise HydraOptError(f"solver = {given['solver']!r}: {suggest(given['solver'], ['closed', 'optax'])}")
@@ -201,7 +199,7 @@ def asked_form(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
 
 
 def as_text(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for as JSON has it: what a job must agree in to go on."""
+    """JSON-able keyword arguments; a job continues only if they are equal."""
     moments = asked.get("calibration")
     known = None if moments is None else calibration.digest(moments)
     return {**{k: v for k, v in asked.items() if k != "calibration"}, "calibration": known}
@@ -214,7 +212,7 @@ def streamed(
     given: Mapping[str, Any],
     made: Mapping[str, Any],
 ) -> Callable[[], None] | None:
-    """Compress what need not fit in memory; what prints the result, only the plan with `--dry-run`."""
+    """A function that prints the result of compressing the sources, or the plan with --dry-run."""
     who = hosts.join_processes(given["coordinator"], given["processes"], given["process_id"])
     with job.alone(path, who.rank):
         who.wait("alone")
@@ -247,7 +245,7 @@ def streamed(
 
 
 def shown_store(path: Path, store: Store, before: int, given: Mapping[str, Any]) -> Callable[[], None]:
-    """What prints a store that was just written; the last line says it all."""
+    """A function that prints a new store; the last line is the summary."""
     after = sizes.size_on_disk(path)
     parts = sizes.account(path, store)._asdict()
     payload = describe(given["out"], store)
@@ -262,7 +260,7 @@ def shown_store(path: Path, store: Store, before: int, given: Mapping[str, Any])
         size = payload["factor_bytes"]
         share = report.format_share(size / (2 * store.report["entries"]))
         left.insert(
-            0, f"factors, bit for bit as they came: {report.format_bytes(size)}, {share} of their fp16 bytes"
+            0, f"original factors, kept bit for bit: {report.format_bytes(size)}, {share} of their fp16 bytes"
         )
     left += calibration_notes(store)
     if all(given[k] is None for k in ("budget", "max_error", "max_task_error", "form")):
@@ -273,12 +271,12 @@ def shown_store(path: Path, store: Store, before: int, given: Mapping[str, Any])
 
 
 def shown_plan(out: str, found: Any, asked: Mapping[str, Any], bad: Mapping[str, str]) -> Callable[[], None]:
-    """What prints what a job will take."""
+    """A function that prints the plan of a job."""
     if "form" in asked:
         plan = estimate.form_costs(found, asked["form"], asked["dtype"])
     else:
         plan = estimate.target_costs(found, Options(**asked))
-    table = report.columns("to expect", ">")
+    table = report.columns("quantity", ">estimate")
     for name, value in (
         ("input", report.format_bytes(found.size)),
         ("bytes read", report.format_bytes(plan.read)),

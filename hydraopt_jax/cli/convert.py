@@ -18,7 +18,7 @@ from hydraopt_jax.store.tensors import check_dtype
 
 
 def is_peft(source: str) -> bool:
-    """Whether an adapter is PEFT's or a LoRA file, and no Orbax checkpoint."""
+    """Whether an adapter is a PEFT folder or a LoRA file, not an Orbax checkpoint."""
     return source.startswith("hf:") or (Path(source) / CONFIG_FILE).exists() or file_of(source) is not None
 
 
@@ -67,12 +67,12 @@ def convert(source: str, out: str, to: str, **options: Any) -> None:
 
 
 def read_source(source: str, to: str, **options: Any) -> Adapter:
-    """The adapter, under Hugging Face's names."""
+    """The adapter, with Hugging Face's module names."""
     if is_peft(source):
         if to == "peft":
-            raise HydraOptError(f"{source}: is PEFT's already: give --to {', --to '.join(LIBRARIES)}")
+            raise HydraOptError(f"{source}: is a PEFT folder already: give --to {', --to '.join(LIBRARIES)}")
         if options["library"]:
-            raise HydraOptError(f"{source}: is no checkpoint of {options['library']}'s: leave --from out")
+            raise HydraOptError(f"{source}: is not a checkpoint of {options['library']}: leave --from out")
         return read_adapter(source)
     if not Path(source).is_dir():
         raise HydraOptError(f"{source}: no such folder: pass a PEFT folder or an Orbax checkpoint")

@@ -1,4 +1,4 @@
-"""Verbs of the hub: push, pull. They need no JAX, but to write a folder."""
+"""Verbs of the hub: push, pull. Only writing a folder needs JAX."""
 
 import sys
 from collections.abc import Sequence

@@ -35,7 +35,7 @@ WORSE = (
 
 
 def weights_of(rows: Sequence[str], method: str, tasks: Sequence[str]) -> list[float] | None:
-    """One weight per task; the method's own for those that are not named, None where none is."""
+    """One weight per task, the method's default for unnamed tasks; None if no weight is given."""
     given = parse_numbers("--weight", rows)
     if not given:
         return None
@@ -46,7 +46,7 @@ def weights_of(rows: Sequence[str], method: str, tasks: Sequence[str]) -> list[f
 
 
 def read_moments(rows: Sequence[str], tasks: Sequence[str]) -> list[Mapping[str, np.ndarray]]:
-    """Second moments of each task's inputs, given as NAME=FILE, in the order of `tasks`."""
+    """Second moments of each task's inputs, from options NAME=FILE, in the order of `tasks`."""
     files = parse_files("--moments", rows, tasks)
     missing = [x for x in tasks if x not in files]
     if missing:
@@ -55,7 +55,7 @@ def read_moments(rows: Sequence[str], tasks: Sequence[str]) -> list[Mapping[str,
 
 
 def parse_scale(text: str) -> float | None:
-    """A factor; None for `auto`.
+    """The factor of --scale; None for `auto`.
 
     >>> parse_scale("0.5"), parse_scale("auto")
     (0.5, None)
@@ -74,7 +74,7 @@ def parse_scale(text: str) -> float | None:
 
 
 def warnings(collection: Sequence[Adapter], method: str) -> None:
-    """Say what a user may not expect of the result."""
+    """Warn of results that may surprise."""
     if method == "linear-factors":
         warn("linear-factors averages factors, not deltas: cross terms between adapters come in; use linear")
     extras = sorted({name for x in collection for name in x.extras})

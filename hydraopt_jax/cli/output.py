@@ -1,4 +1,4 @@
-"""What a verb prints: one JSON object, tables and sentences, or nothing; and how it shows that it works."""
+"""Output of the verbs: a JSON object, tables and sentences, or nothing; progress and warnings."""
 
 import json
 import textwrap
@@ -12,12 +12,12 @@ from rich.console import Console
 
 from hydraopt_jax import report
 
-# versions of the JSON objects; a field that is added leaves its version, any other change raises it
+# versions of the JSON objects; a new field keeps the version, any other change raises it
 VERSIONS: Mapping[str, int] = {}
 
 
 class Mode(NamedTuple):
-    """What was asked for.
+    """Output options of the running verb.
 
     Attributes:
       json: one JSON object on standard output and nothing else.
@@ -31,20 +31,20 @@ class Mode(NamedTuple):
 
 
 def mode() -> Mode:
-    """The mode of the verb that runs."""
+    """The mode of the running verb."""
     context = click.get_current_context(silent=True)
     given = {} if context is None else context.meta.get(__name__, {})
     return Mode(**given)
 
 
 def keep_mode(context: click.Context, option: click.Parameter, value: bool) -> None:
-    """Keep a mode for `mode`."""
+    """Record an output option for `mode`."""
     if value:
         context.meta.setdefault(__name__, {})[option.name] = True
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every verb has."""
+    """The command with the options of every verb."""
     for names, text in (
         (("--verbose", "-v"), "print every table"),
         (("--quiet", "-q"), "print nothing but errors"),
@@ -57,30 +57,30 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shown() -> bool:
-    """Whether people read along: progress, tables and warnings are for them."""
+    """Whether progress and tables are printed."""
     return not (mode().json or mode().quiet)
 
 
 @contextmanager
 def progress(stage: str, total: int | None = None, enabled: bool = True) -> Iterator[Callable[..., None]]:
-    """`report.progress` where people read along."""
+    """`report.progress`, if progress is printed."""
     with report.progress(stage, total, enabled and shown()) as advance:
         yield advance
 
 
 def warn(message: str) -> None:
-    """One line on standard error, unless nothing but errors is to be printed."""
+    """Print a warning on standard error, unless --quiet is given."""
     if not mode().quiet:
         click.echo(f"hydraopt: warning: {message}", err=True)
 
 
 def say(payload: Mapping[str, Any], *parts: Any, more: Sequence[Any] = ()) -> None:
-    """Print the JSON object, or tables and sentences.
+    """Print a JSON object, or tables and sentences.
 
     Args:
-      payload: the object; the name of its schema is put before it.
-      *parts: tables, and sentences as text; None is left out.
-      more: what comes before them with `--verbose`.
+      payload: the object; the name of its schema is added.
+      *parts: tables, and sentences as text; None is skipped.
+      more: parts that --verbose prints before the others.
     """
     if mode().json:
         context = click.get_current_context()
@@ -95,7 +95,7 @@ def say(payload: Mapping[str, Any], *parts: Any, more: Sequence[Any] = ()) -> No
             click.echo(wrapped(part, console.width))
         elif part is not None:
             if part.title:
-                # a table breaks its title where it ends itself
+                # rich would break the title at the width of the table
                 click.echo(wrapped(str(part.title), console.width))
                 part.title = None
             console.print(part)
@@ -103,12 +103,12 @@ def say(payload: Mapping[str, Any], *parts: Any, more: Sequence[Any] = ()) -> No
 
 
 def wrapped(sentence: str, width: int) -> str:
-    """A sentence in lines that break between words only."""
+    """A sentence as lines of at most `width` characters, broken between words."""
     return textwrap.fill(sentence, width, break_long_words=False, break_on_hyphens=False)
 
 
 def jsonable(values: Any) -> Any:
-    """Numbers as JSON has them: six significant digits, null for what is not a number."""
+    """JSON-able values: numbers with six significant digits, None for NaN and infinity."""
     if isinstance(values, dict):
         return {k: jsonable(v) for k, v in values.items()}
     if isinstance(values, list | tuple):

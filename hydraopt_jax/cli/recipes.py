@@ -1,4 +1,4 @@
-"""Recipes on the command line: the options that a file gives, and those that a store keeps."""
+"""Recipes on the command line: options read from a file, and options recorded in a store."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from click.core import ParameterSource
 from hydraopt_jax import provenance
 
 HELP = "read adapters and options from this .json or .yaml file; inspect --recipe writes one"
-# what a recipe does not hold: where to write, what to print, who takes part
+# parameters that are not part of a recipe: output, printing, processes
 BESIDE = frozenset(
     [
         "adapters",
@@ -34,12 +34,12 @@ BESIDE = frozenset(
 
 
 def option_names(command: click.Command) -> list[str]:
-    """Names of the options that make a store what it is."""
+    """Names of the options that determine a store's content."""
     return [x.name for x in command.params if x.name and x.name not in BESIDE]
 
 
 def apply_recipe(context: click.Context, option: click.Parameter, path: str | None) -> dict[str, Any] | None:
-    """Read a recipe, whose values stand where the command line gives none."""
+    """The recipe of a file; its values become the defaults of the command line."""
     if path is None:
         return None
     found = provenance.read_recipe(path, option_names(context.command))
@@ -49,13 +49,13 @@ def apply_recipe(context: click.Context, option: click.Parameter, path: str | No
 
 
 def check_recipe(recipe: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
-    """Refuse adapters, by task, that are not those of the recipe."""
+    """Raise HydraOptError if adapters, by task, differ from those of the recipe."""
     if recipe is not None:
         provenance.check_digests(recipe["path"], recipe, digests)
 
 
 def recorded(context: click.Context) -> dict[str, Any]:
-    """The options that were given, by name, JSON-able."""
+    """Name -> value of the given options, JSON-able."""
     given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT)
     out = {}
     for name in option_names(context.command):

@@ -86,7 +86,7 @@ def inspect(path: str, recipe: str | None, plot: str | None) -> None:
 
 
 def tasks_table(content: store.Store, own: Mapping[str, int]) -> Table:
-    """The tasks: bytes of their own, errors, and where they came from."""
+    """A table of tasks: own bytes, errors, sources."""
     claims = claims_of(content)
     heads = ["error"] if len(claims) == 1 else ["of weights", "of outputs"]
     table = report.columns("task", ">own bytes", *(f">{x}" for x in heads), "source")
@@ -107,7 +107,7 @@ def tasks_table(content: store.Store, own: Mapping[str, int]) -> Table:
 
 
 def kinds_of(content: store.Store) -> dict[str, Any]:
-    """Layer kind -> how many modules, their shapes and the lowest and highest rank."""
+    """Layer kind -> number of modules, shapes, lowest and highest rank."""
     out: dict[str, Any] = {}
     ranks: dict[str, int] = {}
     for x in content.segments:
@@ -124,7 +124,7 @@ def kinds_of(content: store.Store) -> dict[str, Any]:
 
 
 def modules_table(content: store.Store) -> Table:
-    """Every module: shape, rank, and how many factors of either side it has."""
+    """A table of modules: shape, rank, number of factors per side."""
     table = report.columns("module", ">in x out", ">rank", ">inputs", ">outputs")
     for x in content.segments:
         for name, terms in x.modules.items():
@@ -136,7 +136,7 @@ def modules_table(content: store.Store) -> Table:
 
 
 def leaves_table(content: store.Store) -> Table:
-    """Every leaf of every segment."""
+    """A table of leaves by segment, with bytes."""
     table = report.columns(">segment", "leaf", ">bytes")
     for n, x in enumerate(content.segments):
         for leaf, value in x.leaves.items():
@@ -232,7 +232,7 @@ def verify(
     Compares errors of weights, and with --calibration errors of the modules' outputs, with what STORE claims.
     """
     if calibration is not None and not adapters:
-        raise HydraOptError("--calibration: output errors are measured against ADAPTERS: name them, too")
+        raise HydraOptError("--calibration: errors of outputs are measured against ADAPTERS: give them, too")
     leaves = store.verify(path)
     content = store.open(path)
     moments = load_moments(content, path, calibration)
@@ -253,7 +253,7 @@ def verify(
             payload[key] = {
                 t: {"measured": jsonable(x), "claimed": jsonable(claimed[t])} for t, x in found.items()
             }
-            # a task that was coded again without its original claims no more than a bound
+            # a task that was coded again without its original claims an upper bound
             over = {t: x - claimed[t] if t in bounds else abs(x - claimed[t]) for t, x in found.items()}
             wrong += [t for t, x in over.items() if not x <= 1e-6 + 0.01 * claimed[t]]
         payload["ok"] = not wrong
@@ -273,14 +273,14 @@ def verify(
         raise CheckFailed(f"{path}: the errors of {names} differ from what the store claims")
 
 
-# what is claimed, and what it is called
+# claim -> its name
 ERRORS = {"error": "of weights", "output_error": "of outputs"}
 
 
 def true_errors(
     content: store.Store, few: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None
 ) -> dict[str, float]:
-    """Measured errors of some tasks: of weights, or of outputs where second moments are given."""
+    """Task -> measured error: of weights, or of outputs if second moments are given."""
     from hydraopt_jax.rate_control.errors_of import measure
 
     if moments is None:
@@ -292,7 +292,7 @@ def true_errors(
 
 
 def live_tasks(x: store.Segment) -> list[str]:
-    """Names of the tasks of a segment that are in the store."""
+    """Names of a segment's tasks that are in the store."""
     return [x.tasks[k] for k in x.live]
 
 
@@ -316,12 +316,12 @@ def pack(path: str, file: str, overwrite: bool) -> None:
 def unpack(path: str, folder: str, overwrite: bool) -> None:
     """Write STORE as a FOLDER."""
     if files.is_file(folder):
-        raise HydraOptError(f"{folder}: a store of that name is one file: name a folder")
+        raise HydraOptError(f"{folder}: is the name of a file: give the name of a folder")
     copy(path, folder, overwrite)
 
 
 def copy(path: str, out: str, overwrite: bool) -> None:
-    """Write a store somewhere else, as a folder or a file by its name."""
+    """Copy a store to a folder or a file, by the name of `out`."""
     store.save(out, store.open(path), overwrite=overwrite)
     before, after = sizes.size_on_disk(path), sizes.size_on_disk(out)
     said = f"{report.format_bytes(before)}, and {out}, {report.format_bytes(after)}"

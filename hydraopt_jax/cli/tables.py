@@ -1,4 +1,4 @@
-"""What is said of a store: the JSON description, its tables, and one sentence that says it all."""
+"""Descriptions of a store: a JSON object, tables, and one sentence."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,9 +13,9 @@ from hydraopt_jax.store import Store, count, manifest
 from hydraopt_jax.store.removal import Held
 from hydraopt_jax.store.store import task_errors
 
-# tasks that a table names unless every one is asked for
+# upper limit of tasks in a table without --verbose
 ROWS = 20
-# modules of tasks with the highest errors that are listed
+# number of listed modules with the highest errors
 WORST = 10
 ESTIMATES = {
     "separate": "Gaussian estimate at this size, nothing shared",
@@ -25,12 +25,12 @@ ESTIMATES = {
 
 
 def describe(path: str, content: Store) -> dict[str, Any]:
-    """What a store is, JSON-able."""
+    """Description of a store, JSON-able."""
     bound = list(content.report["bound"].values())
     claims: dict[str, Any] = {"error": errors_of(content, content.errors) | {"of": "weights"}}
     if content.output_errors is not None:
         claims["output_error"] = errors_of(content, content.output_errors) | {"of": "outputs"}
-    # a form's bound is of what was made small
+    # the bound is of the errors that were minimized
     for key, x in claims.items():
         x["bound"] = jsonable(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
     chosen = {
@@ -55,7 +55,7 @@ def describe(path: str, content: Store) -> dict[str, Any]:
 
 
 def errors_of(content: Store, errors: np.ndarray) -> dict[str, Any]:
-    """A table of errors `[M, T]` task by task, mean and worst, JSON-able."""
+    """Errors `[M, T]` per task, mean and worst, JSON-able."""
     per_task = task_errors(errors)
     return {
         "per_task": jsonable(dict(zip(content.tasks, per_task.tolist(), strict=True))),
@@ -65,7 +65,7 @@ def errors_of(content: Store, errors: np.ndarray) -> dict[str, Any]:
 
 
 def worst_modules(content: Store) -> list[dict[str, Any]]:
-    """The modules of tasks with the highest errors, of outputs where these are known, JSON-able."""
+    """Modules and tasks with the highest errors, of outputs if these are known, JSON-able."""
     errors = list(claims_of(content).values())[-1]
     names = list(content.shapes)
     order = np.argsort(-np.where(np.isnan(errors), -1.0, errors), axis=None, kind="stable")[:WORST]
@@ -78,7 +78,7 @@ def worst_modules(content: Store) -> list[dict[str, Any]]:
 
 
 def bytes_table(parts: Mapping[str, int], content: Store) -> Table:
-    """What takes the bytes of a store, see `sizes.account`."""
+    """A table of the bytes of a store's parts, see `sizes.account`."""
     table = report.columns("part of the store", ">bytes on disk", ">of fp16 factors")
     whole = 2 * max(content.report["entries"], 1)
     names = {
@@ -93,7 +93,7 @@ def bytes_table(parts: Mapping[str, int], content: Store) -> Table:
 
 
 def claims_of(content: Store) -> dict[str, np.ndarray]:
-    """Heading -> errors `[M, T]`: of weights, and of calibrated outputs where the store has them."""
+    """Heading -> errors `[M, T]`: of weights, and of outputs if the store has them."""
     claims = {"error of weights": content.errors}
     if content.output_errors is not None:
         claims["error of outputs"] = content.output_errors
@@ -101,7 +101,7 @@ def claims_of(content: Store) -> dict[str, np.ndarray]:
 
 
 def most_telling(per_task: Sequence[np.ndarray]) -> list[int]:
-    """The tasks that a table names: all if few or if every one is asked for, else the worst."""
+    """Indices of the tasks in a table: all if there are few or with --verbose, else the worst."""
     tasks = len(per_task[0])
     if tasks <= ROWS or mode().verbose:
         return list(range(tasks))
@@ -109,7 +109,7 @@ def most_telling(per_task: Sequence[np.ndarray]) -> list[int]:
 
 
 def errors_table(content: Store) -> Table:
-    """Relative squared errors of each task; mean, worst, bound and estimates."""
+    """A table of relative squared errors: per task, mean, worst, lower bound, estimates."""
     claims = claims_of(content)
     table = report.columns("task", *(f">{x}" for x in claims))
     per_task = [task_errors(x) for x in claims.values()]
@@ -125,7 +125,7 @@ def errors_table(content: Store) -> Table:
     table.add_section()
     table.add_row("mean", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
     table.add_row("worst task", *(report.format_error(float(x.max())) for x in per_task))
-    # of what was made small
+    # of the errors that were minimized
     last = [""] * (len(claims) - 1)
     bound = list(content.report["bound"].values())
     if any(bound):
@@ -136,7 +136,7 @@ def errors_table(content: Store) -> Table:
 
 
 def forms_table(content: Store) -> Table | None:
-    """How many modules took which form."""
+    """A table of forms with their numbers of modules."""
     if "forms" not in content.report:
         return None
     table = report.columns("form of a module", ">modules")
@@ -146,14 +146,14 @@ def forms_table(content: Store) -> Table | None:
 
 
 def sentence(content: Store, before: int, after: int) -> str:
-    """A store in one sentence that can be repeated.
+    """A sentence on a store: tasks, bytes, error, estimate.
 
     Args:
       content: the store.
-      before: bytes of the adapters' files; 0 where they are not known.
+      before: bytes of the adapters' files; 0 if unknown.
       after: bytes of the store on disk.
 
-    Its estimate is the lower one of `ESTIMATES`.
+    The estimate is the lower one of `ESTIMATES`.
     """
     tasks = len(content.tasks)
     size = report.format_bytes(after)
@@ -174,7 +174,7 @@ def sentence(content: Store, before: int, after: int) -> str:
 
 
 def calibration_notes(content: Store) -> list[str]:
-    """What a calibration said nothing of."""
+    """Notes on modules that the calibration lacks."""
     without = content.report.get("uncalibrated", [])
     more = f" and {len(without) - 1} more" if len(without) > 1 else ""
     said = "no second moment in the calibration: their errors count as errors of weights"
@@ -182,7 +182,7 @@ def calibration_notes(content: Store) -> list[str]:
 
 
 def held_notes(held: Sequence[Held]) -> list[str]:
-    """What a store still holds of removed tasks, a line each."""
+    """Notes on what a store still holds of removed tasks, one per task."""
     out = []
     for x in held:
         why = []

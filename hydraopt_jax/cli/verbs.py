@@ -1,4 +1,4 @@
-"""The verbs, loaded when they are called: what only lists them imports neither JAX nor any mathematics."""
+"""The verbs, imported when they are called: the list of verbs needs neither JAX nor NumPy."""
 
 import importlib
 
@@ -6,7 +6,7 @@ import click
 
 from hydraopt_jax.errors import suggest
 
-# verb -> module and name of its command, and its line in the help
+# verb -> module and name of its command, line in the help
 VERBS = {
     "similarity": ("collections", "similarity", "Measure how alike ADAPTERS are."),
     "compress": ("compress", "compress", "Compress ADAPTERS into one store."),
@@ -28,7 +28,7 @@ VERBS = {
 
 
 class Verbs(click.Group):
-    """A group whose commands are imported one by one."""
+    """A group that imports a command when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All verbs, in the order of use."""
@@ -44,12 +44,12 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The verb that was typed, or an error that names near ones."""
+        """The given verb, or an error that names similar verbs."""
         if args and not args[0].startswith("-") and args[0] not in VERBS:
             raise click.UsageError(f"No such command {args[0]!r}: {suggest(args[0], VERBS)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The verbs with a line each."""
+        """Write one line per verb."""
         with formatter.section("Commands"):
             formatter.write_dl([(verb, line) for verb, (_, _, line) in VERBS.items()])

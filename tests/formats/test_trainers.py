@@ -142,7 +142,7 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
             ("peft", "out", "--family", "qwen", "--to", "gemma"),
             "no table of family 'qwen': .* tunix, maxtext",
         ),
-        (("peft", "out", "--family", "qwen"), "is PEFT's already: give --to tunix"),
+        (("peft", "out", "--family", "qwen"), "is a PEFT folder already: give --to tunix"),
         (
             ("odd", "out", "--family", "qwen", "--to", "tunix", "--head-dim", DIM),
             "q_prj: .*near: 'self_attn.q_",
