@@ -113,7 +113,7 @@ def test_another_calibration_or_none_is_said(given, made, capsys, tmp_path):
     for path, given_one, more, words in (
         (made[0], other, names, "not the calibration that"),
         (plain, cal, names, "claims no output errors"),
-        (made[0], cal, [], "name them"),
+        (made[0], cal, [], "give them, too"),
     ):
         code, out, err = run(capsys, "verify", path, *more, "--calibration", given_one)
         assert (code, out) == (2, "")
