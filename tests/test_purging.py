@@ -258,9 +258,9 @@ def test_commands_say_what_is_left_and_are_rid_of_it(many, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "name the TASK"),
+        ([], "give a TASK"),
         (["legal", "--purge", "--refit"], "--refit"),
-        (["legal", "--calibration", "c"], "only --purge"),
+        (["legal", "--calibration", "c"], "used with --purge"),
         (["legal", "--purge", "--calibration", "c"], "claims no output errors"),
     ],
 )

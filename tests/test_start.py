@@ -127,8 +127,8 @@ def test_a_folder_is_written_by_orbax(kept, tmp_path):
         (["unpack", "{}/none", "{}/x"], "no store there"),
         (["add", "{}/none", "{}/x"], "no store there"),
         (["add", "{}/s", "{}/x"], "{}/x"),
-        (["remove", "{}/s"], "name the TASK"),
-        (["remove", "{}/s", "one", "--calibration", "x"], "--calibration: only"),
+        (["remove", "{}/s"], "give a TASK"),
+        (["remove", "{}/s", "one", "--calibration", "x"], "--calibration: used with"),
         (["remove", "{}/s", "onr"], "did you mean 'one'"),
     ],
 )
