@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.morphology.assets import load_adapters
 from experiments.serving import example
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.model import forward
@@ -16,7 +17,7 @@ def test_trees_in_orbax_become_a_jitted_mixed_batch(tmp_path, capsys):
     assert store.tasks == example.TASKS
     assert "relative squared error" in capsys.readouterr().out
     assert 0 < store.report["refinement"]["after"] < store.report["refinement"]["before"]
-    adapters = assets.load_adapters()
+    adapters = load_adapters()
     base = assets.load_base()
     whole = jax.jit(forward)
     nothing = {name: (a, 0 * b) for name, (a, b) in adapters[store.tasks[0]].items()}

@@ -8,6 +8,7 @@ from flax import nnx
 from plain_stores import plain_store
 
 import hydraopt_jax as hydra
+from experiments.morphology.assets import load_adapters
 from hydraopt_jax import nnx_layers, serving
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.evaluate import greedy
@@ -349,7 +350,7 @@ def test_bad_wrapping_is_named(kept):
 
 @pytest.fixture(scope="module")
 def shipped():
-    adapters = assets.load_adapters()
+    adapters = load_adapters()
     return store_of({t: adapters[t] for t in ("lemmatise-en", "pronounce-es", "inflect-de")})
 
 
