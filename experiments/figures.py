@@ -36,6 +36,7 @@ ROWS = (
     "budget 0.0625",
     "budget 0.03",
     "budget 0.03, refined",
+    "budget 0.015, refined",
 )
 
 
