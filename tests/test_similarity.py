@@ -200,7 +200,7 @@ def test_report_bad_input(tmp_path):
 
 def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(HydraOptError, match=r"pip install hydraopt-jax\[plot\]"):
+    with pytest.raises(HydraOptError, match=r"pip install 'hydraopt-jax\[plot\]'"):
         report.plot_tradeoff(tmp_path / "t.png", {"x": [(1.0, 1.0)]})
 
 
