@@ -151,7 +151,7 @@ def predicted_segment(store: Store, new: Adapter, problem: Problem, step: float)
             target = (terms[0].b if side else terms[0].a)[0]
             base = base_of(known, chosen, (name, side))
             if base is not None:
-                one, guesses[name, side], _ = prediction.predict(target, base)
+                one, guesses[name, side], _ = prediction.predict(target, prediction.scaled(base))
                 none = Prediction(np.zeros(target.shape[1], bool), np.zeros((base.shape[1], 0), np.int32))
                 found.append(one or none)
             remains = target - guesses.get((name, side), np.float32(0))
@@ -188,7 +188,11 @@ def choose_references(
         for slot in known.keys() - set(chosen):
             tried = tuple(sorted((*chosen, slot)))
             bases = {k: base_of(known, tried, k) for k in targets}
-            gains[slot] = sum(prediction.predict(targets[k], x)[2] for k, x in bases.items() if x is not None)
+            gains[slot] = sum(
+                prediction.predict(targets[k], prediction.scaled(x))[2]
+                for k, x in bases.items()
+                if x is not None
+            )
         following = max(gains, key=lambda s: (gains[s], -s[0], -s[1]), default=None)
         if following is None or gains[following] - best <= WORTH * total:
             break

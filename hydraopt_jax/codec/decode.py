@@ -70,12 +70,16 @@ def decode_leaves(
         decode_lanes,
     )
     values: list[np.ndarray | None] = [None] * len(rows)
+    bases: dict[int, prediction.Base] = {}
     for name, flat in zip(order, codes, strict=True):
         at = 0
         for i, used, weights in zip(members[name], sides[name].used, sides[name].weights, strict=True):
             value, at = syntax.take_codes(flat, at, rows[i], contexts[i])
             if used is not None and weights is not None and used.any():
-                value[:, used] += predicted(values[rows[i].base], contexts[rows[i].base], weights)
+                at_base = rows[i].base
+                if at_base not in bases:
+                    bases[at_base] = base_of(values[at_base], contexts[at_base])
+                value[:, used] += prediction.weigh(bases[at_base], weights)
                 value[:, contexts[i] == 0] = 0
             values[i] = value
     every = [contexts.get(i, np.zeros(x.rank, np.int64)) for i, x in enumerate(rows)]
@@ -83,11 +87,11 @@ def decode_leaves(
     return Decoded(rows, every, values, gains)
 
 
-def predicted(base: np.ndarray | None, context: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Predictions of vectors from the coded vectors of a base."""
-    if base is None:
+def base_of(values: np.ndarray | None, context: np.ndarray) -> prediction.Base:
+    """The `Base` of a decoded factor: its coded vectors."""
+    if values is None:
         raise Damaged("a prediction from a factor that comes later")
-    return prediction.weigh(base[:, context > 0], weights)
+    return prediction.scaled(values[:, context > 0])
 
 
 def split_gains(

@@ -17,7 +17,7 @@ import numpy as np
 from hydraopt_jax import devices
 from hydraopt_jax.codec import contexts, prediction, streams, syntax, tables, trellis
 from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
-from hydraopt_jax.codec.decode import Decoded, decode_leaves
+from hydraopt_jax.codec.decode import Decoded, base_of, decode_leaves
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.rans import PERIOD
@@ -119,6 +119,7 @@ def quantize(
     predictions: list[Prediction | None] = [None] * len(rows)
     offsets: list[Any] = [None] * len(rows)
     values: list[Any] = [None] * len(rows)
+    bases: dict[int, prediction.Base] = {}
     symbols: list[Symbols] = []
     for now in (leaves[:1], leaves[1:]):
         flat, flat_context, guesses = [], [], {}
@@ -132,8 +133,9 @@ def quantize(
                 check(target, piece.module)
                 guesses[i] = np.zeros_like(target)
                 if piece.base >= 0:
-                    coded = values[piece.base][:, context[piece.base] > 0]
-                    predictions[i], guesses[i], _ = prediction.predict(target, coded)
+                    if piece.base not in bases:
+                        bases[piece.base] = base_of(values[piece.base], context[piece.base])
+                    predictions[i], guesses[i], _ = prediction.predict(target, bases[piece.base])
                 rests[i] = np.where(target.any(0), target - guesses[i], 0.0)
                 # a vector wholly predicted still needs a context: the least one
                 spread = np.sqrt((rests[i] ** 2).mean(0))

@@ -55,29 +55,43 @@ def exponents(base: np.ndarray) -> np.ndarray:
     return np.array(square, np.int64) // 2 + int(np.log2(GRID)) - UNIT
 
 
-def scaled(base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors scaled to norms near 2, float64, and their exponents."""
-    e = exponents(base)
-    return np.ldexp(base.astype(np.float64), -e), e
+class Base(NamedTuple):
+    """Vectors that others are predicted from.
+
+    Attributes:
+      known: `[n, D]` float64, scaled to norms near 2.
+      exponents: `[D]`.
+      peaks: `[D]` largest magnitudes of `known`.
+    """
+
+    known: np.ndarray
+    exponents: np.ndarray
+    peaks: np.ndarray
 
 
-def fits(known: np.ndarray, e: np.ndarray, coefficients: np.ndarray) -> bool:
+def scaled(vectors: np.ndarray) -> Base:
+    """The `Base` of decoded vectors `[n, D]`, in steps."""
+    e = exponents(vectors)
+    known = np.ldexp(vectors.astype(np.float64), -e)
+    return Base(known, e, np.abs(known).max(0, initial=0))
+
+
+def fits(base: Base, coefficients: np.ndarray) -> bool:
     """Whether sums of products are exact."""
-    peak = np.abs(known).max(0, initial=0) @ np.abs(coefficients.astype(np.float64)).max(1, initial=0)
-    finest = float(e.max(initial=0)) - np.log2(GRID)
+    peak = base.peaks @ np.abs(coefficients.astype(np.float64)).max(1, initial=0)
+    finest = float(base.exponents.max(initial=0)) - np.log2(GRID)
     return bool(np.log2(max(float(peak), 1.0)) + 1 + finest <= EXACT_BITS)
 
 
-def weigh(base: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+def weigh(base: Base, coefficients: np.ndarray) -> np.ndarray:
     """The predicted vectors `[n, S]` float32, in steps.
 
     Raises:
       Damaged: coefficients beyond what is exact.
     """
-    known, e = scaled(base)
-    if not fits(known, e, coefficients):
+    if not fits(base, coefficients):
         raise Damaged("coefficients of a prediction that are too large")
-    return (np.rint(known @ coefficients.astype(np.float64) / GRID) * GRID).astype(np.float32)
+    return (np.rint(base.known @ coefficients.astype(np.float64) / GRID) * GRID).astype(np.float32)
 
 
 def coefficient_bits(energy: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -97,24 +111,24 @@ def spent(coefficients: np.ndarray) -> np.ndarray:
     return coefficient_bits(energy, np.array(len(coefficients)))
 
 
-def predict(target: np.ndarray, base: np.ndarray) -> tuple[Prediction | None, np.ndarray, float]:
+def predict(target: np.ndarray, base: Base) -> tuple[Prediction | None, np.ndarray, float]:
     """Least-squares prediction of those vectors for which it saves more bits than it costs.
 
     Args:
       target: `[n, S]` in steps.
-      base: `[n, D]` the base's coded vectors.
+      base: the coded vectors of the other factor.
 
     Returns:
       Prediction or None, the predicted part `[n, S]`, and the bits saved.
     """
     nothing: tuple[None, np.ndarray, float] = None, np.zeros_like(target), 0.0
-    if not base.any() or not target.any():
+    known = base.known
+    if not base.peaks.any() or not target.any():
         return nothing
-    known, e = scaled(base)
     gram = known.T @ known
     exact = np.linalg.solve(gram + RIDGE * np.eye(len(gram)), known.T @ target)
     rounded = np.clip(np.rint(exact), -(2**30), 2**30).astype(np.int32)
-    if not fits(known, e, rounded):
+    if not fits(base, rounded):
         return nothing
     guess = weigh(base, rounded)
     before, after = (target**2).mean(0), ((target - guess) ** 2).mean(0)

@@ -108,38 +108,52 @@ def active(
 
 
 def encode(
-    pair: np.ndarray, table: np.ndarray, lengths: np.ndarray, frequency: np.ndarray, start: np.ndarray
+    index: np.ndarray, lengths: np.ndarray, frequency: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States and words of lanes, encoded from the last symbol to the first, so that decoding runs forward.
+    """States and words of lanes, encoded from the last symbol to the first, so that decoding runs forward:
+
+        while x >= 2^20 f: words <- x mod 2^16, x <- floor(x / 2^16);   x <- x + floor(x / f) (2^12 - f) + c
 
     Args:
-      pair: `[n, L]` signed symbols, `2 * symbol + sign`.
-      table: `[n, L]` row of `frequency` that each is coded with.
+      index: `[n, L]` of each symbol in the tables.
       lengths: `[L]` symbols of each lane, in descending order.
-      frequency: `[rows, pairs]` slots of each signed symbol; positive where one occurs.
-      start: `[rows, pairs]` first slot of each.
+      frequency: `[symbols of all tables]` slots of each; positive where one occurs.
+      start: `[symbols of all tables]` first slot of each.
 
     Returns:
       States `[L]` uint32; words of all lanes, one lane after another, in the order of decoding; how many each
       lane has, `[L]`.
     """
-    flat_f, flat_c = frequency.astype(np.uint32).ravel(), start.astype(np.uint32).ravel()
-    width = frequency.shape[1]
+    both = frequency.astype(np.uint32) << np.uint32(SLOT_BITS) | start.astype(np.uint32)
     x = np.full(len(lengths), LOW, np.uint32)
     count = np.zeros(len(lengths), np.int64)
-    words = np.zeros(pair.shape, np.uint16)
+    words = np.zeros(index.shape, np.uint16)
+    real, whole, above = (np.empty(len(lengths), t) for t in (np.float64, np.uint32, bool))
     steps = int(lengths.max(initial=0))
     lanes = np.searchsorted(-lengths, -np.arange(steps), side="left")
-    for step in range(steps - 1, -1, -1):
-        k = int(lanes[step])
-        at = table[step, :k] * width + pair[step, :k]
-        f, y = flat_f[at], x[:k]
-        (full,) = ((y >> np.uint32(32 - SLOT_BITS)) >= f).nonzero()
-        words[count[full], full] = y[full] & np.uint32(0xFFFF)
-        count[full] += 1
-        y[full] >>= np.uint32(16)
-        quotient = y // f
-        x[:k] = (quotient << np.uint32(SLOT_BITS)) + (y - quotient * f) + flat_c[at]
+    for last in range(steps, 0, -ROWS):
+        first = max(last - ROWS, 0)
+        found = np.take(both, index[first:last, : lanes[first]])
+        f, c = found >> np.uint32(SLOT_BITS), found & np.uint32(SLOTS - 1)
+        # of 2^32 the largest state is left
+        largest = (f << np.uint32(32 - SLOT_BITS)) - np.uint32(1)
+        inverse, rest = 1.0 / np.maximum(f, 1), np.uint32(SLOTS) - f
+        for step in range(last - 1, first - 1, -1):
+            row, k = step - first, int(lanes[step])
+            y, r, q = x[:k], real[:k], whole[:k]
+            np.greater(y, largest[row, :k], out=above[:k])
+            (full,) = above[:k].nonzero()
+            emitted, at = y[full], count[full]
+            words[at, full] = emitted
+            count[full] = at + 1
+            y[full] = emitted >> np.uint32(16)
+            # half a step from every integer: the product rounds to the quotient
+            np.add(y, 0.5, out=r)
+            np.multiply(r, inverse[row, :k], out=r)
+            np.copyto(q, r, casting="unsafe")
+            np.multiply(q, rest[row, :k], out=q)
+            np.add(y, q, out=y)
+            np.add(y, c[row, :k], out=y)
     most = int(count.max(initial=0))
     # what was written last is read first
     backward = words[:most].T[:, ::-1]

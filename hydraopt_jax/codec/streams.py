@@ -138,10 +138,12 @@ def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
     """The bytes of each stream."""
     sizes = [(len(x.magnitude), x.lanes) for x in streams]
     places = sort_lanes(sizes)
-    pairs, rows = [], []
+    levels, symbols, index = [], [], []
     for x in streams:
-        pairs.append((2 * symbol(x.level, RAW_BITS[x.context]) + x.signed).astype(np.int32))
-        rows.append(x.context.astype(np.int32) * 2 + x.quantizer)
+        levels.append(x.level)
+        symbols.append(symbol(levels[-1], RAW_BITS[x.context]))
+        row = x.context.astype(np.int32) * 2 + x.quantizer
+        index.append(((row * SYMBOLS + symbols[-1]) * 2 + x.signed).astype(np.int32))
     slots = np.stack(
         [
             tables.halves(row, bool(wide))
@@ -151,25 +153,21 @@ def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
     )
     lanes = [x.lanes for x in streams]
     state, words, count = rans.encode(
-        gather(pairs, lanes, places),
-        gather(rows, lanes, places),
-        places.lengths,
-        slots,
-        np.cumsum(slots, -1) - slots,
+        gather(index, lanes, places), places.lengths, slots.ravel(), (np.cumsum(slots, -1) - slots).ravel()
     )
     ends = np.cumsum(count)
     out = []
-    for x, columns in zip(streams, places.columns, strict=True):
+    for x, each, coded, columns in zip(streams, levels, symbols, places.columns, strict=True):
         if not x.lanes:
             out.append(number(0))
             continue
         mine = count[columns]
-        escaped = x.level[symbol(x.level, RAW_BITS[x.context]) >= ESCAPE]
+        escaped = each[coded >= ESCAPE]
         head = (
             number(x.lanes) + number(len(escaped)) + number(int(mine.min())) + pack_planes(mine - mine.min())
         )
         body = [words[ends[c] - count[c] : ends[c]] for c in columns]
-        middle = pack_middle(x.level, RAW_BITS[x.context])
+        middle = pack_middle(each, RAW_BITS[x.context])
         out.append(
             head
             + state[columns].astype("<u4").tobytes()

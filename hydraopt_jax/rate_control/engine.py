@@ -170,6 +170,8 @@ def passes(
     number, mean, aim = 0, float("nan"), goal
     best: Store | None = None
     for round_number in range(ROUNDS if goal.worst else 1):
+        # other weights have other forms
+        pilots = None if round_number else known["forms"]
         done: list[Pass] = []
         made: list[Store | None] = []
         numbers: list[int] = []
@@ -197,9 +199,9 @@ def passes(
                     return best
                 raise search.unmet(done, goal, run.found.entries(), mean)
             if done:
-                step = search.next_step(done, known["slope"], goal)
+                step = search.next_step(done, known["slope"], goal, pilots)
             # tables and forms stay as they are in the end, so that the search sees a smooth curve
-            forms = search.forms_of(done, goal)
+            forms = search.forms_of(done, goal, pilots)
             counted = encode_parts(run, number, step, frequencies, weights, known, forms)
             frequencies = counted if number < goal.settling else frequencies
             found, passed, mean = outcome(run, number, step, aim, heads, said)
@@ -261,6 +263,8 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
         if goal.sign < 0:
             beside = search.LEAST_OVERHEAD + search.SEGMENT_OVERHEAD * len(run.parts)
             room = max(goal.limit - beside, goal.limit / 4)
+            # passes over few parts settle first; over many, the first one aims at the middle of the slack
+            room *= 1.0 if goal.settling else float(np.exp(-goal.slack / 2))
             room *= sum(x.a[n].size + x.b[n].size for x in given for n in x.a) / run.found.entries()
             start = search.first_step(whole, room)
             miss = functools.partial(search.bytes_miss, whole=whole, problem=problem, room=room)
@@ -274,6 +278,7 @@ def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
             {
                 "step": found.step,
                 "slope": found.slope,
+                "forms": found.forms,
                 "frequencies": found.frequencies.tolist(),
                 "deep": any(x.form == "joint" for x in found.last.choices.values()),
                 "unit": problem.unit,

@@ -24,6 +24,8 @@ GRAIN = 16
 PASSES, FURTHER = 12, 4
 # upper and lower limit of trials on the sample, and their tolerance: the sample differs from the whole
 TRIALS, SETTLED, NEAR = 8, 2, 0.01
+# log of the bytes that a pass with tables of the pass before saves over one with those of the sample, about
+SETTLED_BYTES = 0.0012
 # approximate bytes of the smallest store beside its codes, and of each segment
 LEAST_OVERHEAD, SEGMENT_OVERHEAD = 700, 1200
 # the finest and the coarsest step, relative to the norm of a delta
@@ -124,12 +126,14 @@ class Found(NamedTuple):
       slope: of the log of the bounded quantity over the log of the step.
       frequencies: `[COUNT, 2, SYMBOLS]`, the rate model of the quantizer.
       last: the last trial.
+      forms: the step that forms were chosen for, if a trial was close; None for those of each trial's step.
     """
 
     step: float
     slope: float
     frequencies: np.ndarray
     last: Trial
+    forms: float | None = None
 
 
 class Estimate(NamedTuple):
@@ -175,6 +179,8 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
 
     Each trial is coded with tables fitted to the trial before, so that step and tables converge together.
     Slopes come from Gaussian estimates: differences between trials also contain changes of their tables.
+    The forms of the first close trial are kept: with those of each step, bytes jump where many modules change
+    their forms at once.
 
     Args:
       problem: the sample.
@@ -182,15 +188,26 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
       sign: -1 if a larger step lowers the quantity (bytes), +1 if it raises it (error).
       start: first step.
     """
-    step, frequencies = start, fit_tables(problem, start)
+    step, frequencies, forms = start, fit_tables(problem, start), None
     for n in range(TRIALS):
-        trial = encode_at_step(problem, step, frequencies)
+        trial = encode_at_step(problem, step, frequencies, forms)
         frequencies = fitted_tables(trial.coded.counts)
         missed, slope = miss(trial), slope_at(problem, step, sign)
+        if forms is None and is_close(missed, sign):
+            forms = step
         before, step = step, float(np.exp(np.clip(np.log(step) - missed / slope, *STEPS_LOG)))
         if n + 1 >= SETTLED and (abs(missed) < NEAR or step == before):
             break
-    return Found(step, slope, frequencies, trial)
+    return Found(step, slope, frequencies, trial, forms)
+
+
+def is_close(miss: float, sign: float) -> bool:
+    """Whether further passes keep the forms of one with this miss.
+
+    It must be below an error target: the error of the directions that its forms leave out is not mended by a
+    finer step.
+    """
+    return abs(miss) < CLOSE and (sign < 0 or miss <= 0)
 
 
 def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -> float:
@@ -210,15 +227,23 @@ def error_miss(trial: Trial, *, goal: Target) -> float:
     return float(np.log(max(value(trial.errors, goal.worst), 1e-30) / goal.limit))
 
 
-def forms_of(done: Sequence[Pass], goal: Target) -> float | None:
-    """The step whose forms the following passes keep; None for the forms of each pass's own step.
+def forms_of(done: Sequence[Pass], goal: Target, pilot: float | None = None) -> float | None:
+    """The step whose forms the following pass has; None for the forms of its own step.
 
     Bytes and errors are smooth in the step for fixed forms, and jump where a module changes its form. The
-    kept forms are those of the first close pass; without one, of the pass that meets the target next to a
-    jump. For an error target a close pass must be below it: a coarser step then meets the target.
+    kept forms are the pilot's if they are close, or those of the first close pass; without one, of the pass
+    that meets the target next to a jump.
+
+    Args:
+      done: the passes so far.
+      goal: the target.
+      pilot: the step of the pilot's forms; None if they are not to be kept.
     """
-    own = [x for x in done[goal.settling :] if x.forms is None]
-    close = [x for x in own if abs(x.miss) < CLOSE and (goal.sign < 0 or x.miss <= 0)]
+    known = done[goal.settling :]
+    if pilot is not None and (not known or (known[0].forms == pilot and is_close(known[0].miss, goal.sign))):
+        return pilot
+    own = [x for x in known if x.forms is None]
+    close = [x for x in own if is_close(x.miss, goal.sign)]
     if close:
         return close[0].step
     ends = bracket(own)
@@ -234,7 +259,7 @@ def bracket(done: Sequence[Pass]) -> tuple[Pass, Pass] | None:
     return min(found, key=lambda pair: pair[1].step / pair[0].step) if found else None
 
 
-def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
+def next_step(done: Sequence[Pass], slope: float, goal: Target, pilot: float | None = None) -> float:
     """The step of the next pass, which aims at the middle of the slack.
 
     It interpolates between passes that enclose the target, or extrapolates by Newton's method in logarithms.
@@ -243,8 +268,9 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
       done: the passes so far.
       slope: slope of the sample.
       goal: the target.
+      pilot: see `forms_of`.
     """
-    forms = forms_of(done, goal)
+    forms = forms_of(done, goal, pilot)
     # passes with other tables or forms are on another curve
     known = done[goal.settling :] if len(done) > goal.settling else done[-1:]
     known = [x for x in known if x.forms == forms or x.step == forms]
@@ -258,7 +284,9 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target) -> float:
         (x0, m0), (x1, m1) = ((float(np.log(x.step)), x.miss) for x in known[-2:])
         secant = (m1 - m0) / (x1 - x0) if x1 != x0 else slope
         slope *= float(np.clip(secant / slope, *BELIEVED))
-    aim = np.log(last.step) - (last.miss + goal.slack / 2) / slope
+    # tables of all modules take less than those of the sample
+    gained = SETTLED_BYTES if goal.sign < 0 and len(done) == goal.settling else 0.0
+    aim = np.log(last.step) - (last.miss - gained + goal.slack / 2) / slope
     return float(np.exp(np.clip(aim, *STEPS_LOG)))
 
 

@@ -102,7 +102,7 @@ def add_predictions(
     bases = {k: base for k in keys if (base := base_of(known, references, k)) is not None}
     sizes = [(base.shape[1], terms[n][0].a.shape[2]) for (n, _), base in bases.items()]
     guesses = {
-        key: prediction.weigh(base, found.coefficients)
+        key: prediction.weigh(prediction.scaled(base), found.coefficients)
         for (key, base), found in zip(bases.items(), from_leaf(packed, sizes), strict=True)
     }
     out = {}

@@ -133,9 +133,10 @@ def test_prediction_does_not_depend_on_the_order_of_sums():
     weights = np.rint(rng.normal(size=(6, 3)) * 5000).astype(np.int64)
     order = rng.permutation(6)
     np.testing.assert_array_equal(
-        prediction.weigh(base, weights), prediction.weigh(base[:, order], weights[order])
+        prediction.weigh(prediction.scaled(base), weights),
+        prediction.weigh(prediction.scaled(base[:, order]), weights[order]),
     )
-    assert (prediction.weigh(base, weights) / prediction.GRID % 1 == 0).all()
+    assert (prediction.weigh(prediction.scaled(base), weights) / prediction.GRID % 1 == 0).all()
     lengths = np.sqrt((base**2).sum(0))
     assert (np.abs(np.log2(lengths) - prediction.exponents(base)) < 1).all()
 
@@ -143,7 +144,7 @@ def test_prediction_does_not_depend_on_the_order_of_sums():
 def test_coefficients_beyond_what_is_exact_are_refused():
     base = np.full((4, 1), 2.0**28, np.float32)
     with pytest.raises(Damaged, match="too large"):
-        prediction.weigh(base, np.full((1, 1), 2**30))
+        prediction.weigh(prediction.scaled(base), np.full((1, 1), 2**30))
 
 
 def test_the_decoder_needs_no_jax():
