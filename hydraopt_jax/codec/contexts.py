@@ -34,6 +34,8 @@ COUNT = 2 * PER_SIDE
 BLOCK, FARTHEST = 64, 9
 # bits that an offset costs, and each step of it; what the flag of a vector's offsets has to save
 OFFSET_BITS, OFFSET_STEP_BITS, LEAST_SAVED = 0.9, 0.8, 8.0
+# vectors whose offsets are found at once, to bound memory
+TOGETHER = 256
 # variance in squared steps that quantization adds to that of a block's codes, about
 ROUNDING = 0.7
 
@@ -48,12 +50,12 @@ RAW_BITS = np.maximum((np.arange(COUNT, dtype=np.int32) % PER_SIDE - 1) // PER_O
 WIDE = RAW_BITS > 0
 
 
-def classify(spread: np.ndarray, side: int) -> np.ndarray:
+def classify(spread: np.ndarray, side: int | np.ndarray) -> np.ndarray:
     """Context of each vector from its rms in quantizer steps; a code is about two steps.
 
     Args:
       spread: `[S]` rms of the entries in steps; 0 for a vector that is not coded.
-      side: 0 for the input side, 1 for the output side.
+      side: 0 for the input side, 1 for the output side; of each vector, or of all.
 
     >>> classify(np.array([0.0, 2.0]), 0).tolist()
     [0, 10]
@@ -71,29 +73,33 @@ def blocks(length: int) -> int:
     return -(-length // BLOCK) if length > BLOCK else 0
 
 
-def offsets(values: np.ndarray, context: np.ndarray) -> np.ndarray:
+def offsets(vectors: np.ndarray, context: np.ndarray) -> np.ndarray:
     """Offsets of the contexts of each vector's blocks, `[S, blocks]` int64; all 0 where they save nothing.
 
     Gaussian entries of variance v cost `log2(w) / 2 + v / (2 ln 2 w)` bits each where w is expected.
 
     Args:
-      values: `[n, S]` in steps.
+      vectors: `[S, n]` in steps.
       context: `[S]` of the vectors, 0 for one that is not coded.
     """
-    count = blocks(len(values))
-    if not count:
-        return np.zeros((values.shape[1], 0), np.int64)
+    length = vectors.shape[1]
+    count = blocks(length)
+    out = np.zeros((len(vectors), count), np.int64)
     first = np.arange(count) * BLOCK
-    entries = np.diff(first, append=len(values))
-    energy = np.add.reduceat(values.astype(np.float64) ** 2, first, 0).T
+    entries = np.diff(first, append=length)
     tried = np.arange(-FARTHEST, FARTHEST + 1)
-    expected = (2 * rms(shifted(context[:, None], tried[None]))) ** 2 + ROUNDING
-    each = np.log2(expected)[:, None] * entries[:, None]
-    cost = (each + (energy + ROUNDING * entries)[..., None] / (np.log(2) * expected[:, None])) / 2
-    paid = cost + OFFSET_BITS + OFFSET_STEP_BITS * np.abs(tried)
-    best = paid.argmin(-1)
-    saved = (cost[..., FARTHEST] - paid.min(-1)).sum(-1)
-    return np.where(((saved > LEAST_SAVED) & (context > 0))[:, None], tried[best], 0)
+    side = OFFSET_BITS + OFFSET_STEP_BITS * np.abs(tried)
+    for at in range(0, len(vectors) if count else 0, TOGETHER):
+        mine = slice(at, at + TOGETHER)
+        energy = np.add.reduceat(vectors[mine].astype(np.float64) ** 2, first, 1)
+        expected = (2 * rms(shifted(context[mine, None], tried[None]))) ** 2 + ROUNDING
+        each = np.log2(expected)[:, None] * entries[:, None]
+        cost = (each + (energy + ROUNDING * entries)[..., None] / (np.log(2) * expected[:, None])) / 2
+        paid = cost + side
+        best = paid.argmin(-1)
+        saved = (cost[..., FARTHEST] - paid.min(-1)).sum(-1)
+        out[mine] = np.where(((saved > LEAST_SAVED) & (context[mine] > 0))[:, None], tried[best], 0)
+    return out
 
 
 def shifted(context: np.ndarray, offset: np.ndarray) -> np.ndarray:

@@ -121,43 +121,67 @@ def quantize(
     values: list[Any] = [None] * len(rows)
     bases: dict[int, prediction.Base] = {}
     symbols: list[Symbols] = []
+    members: dict[str, list[int]] = {leaf: [] for leaf in leaves}
+    for i, x in enumerate(rows):
+        members[x.leaf].append(i)
     for now in (leaves[:1], leaves[1:]):
-        flat, flat_context, guesses = [], [], {}
-        for leaf in now:
-            members = [i for i, x in enumerate(rows) if x.leaf == leaf]
-            rests = {}
-            for i in members:
-                piece = rows[i]
-                term = modules[piece.module][piece.term]
-                target = (term.b if piece.side else term.a)[piece.factor]
-                check(target, piece.module)
-                guesses[i] = np.zeros_like(target)
-                if piece.base >= 0:
-                    if piece.base not in bases:
-                        bases[piece.base] = base_of(values[piece.base], context[piece.base])
-                    predictions[i], guesses[i], _ = prediction.predict(target, bases[piece.base])
-                rests[i] = np.where(target.any(0), target - guesses[i], 0.0)
-                # a vector wholly predicted still needs a context: the least one
-                spread = np.sqrt((rests[i] ** 2).mean(0))
-                context[i] = contexts.classify(
-                    np.where(target.any(0), np.maximum(spread, 1e-6), 0.0), piece.side
-                )
-                offsets[i] = contexts.offsets(rests[i], context[i])
-            flat.append(join([rests[i][:, context[i] > 0].T.ravel() for i in members], np.float32))
-            flat_context.append(
-                syntax.code_contexts(
-                    [rows[i] for i in members], [context[i] for i in members], [offsets[i] for i in members]
-                )
-            )
-        found = quantize_streams(flat, flat_context, frequencies, multiplier)
+        rests, guesses = {}, {}
+        for i in (i for leaf in now for i in members[leaf]):
+            piece = rows[i]
+            term = modules[piece.module][piece.term]
+            target = (term.b if piece.side else term.a)[piece.factor]
+            check(target, piece.module)
+            guesses[i] = np.zeros_like(target)
+            if piece.base >= 0:
+                if piece.base not in bases:
+                    bases[piece.base] = base_of(values[piece.base], context[piece.base])
+                predictions[i], guesses[i], _ = prediction.predict(target, bases[piece.base])
+            rests[i] = Rest((target - guesses[i]).T, target.any(0))
+        for i, (vectors, kind, moved) in classified(rests, rows).items():
+            rests[i], context[i], offsets[i] = rests[i]._replace(vectors=vectors), kind, moved
+        found = quantize_streams(
+            [join([rests[i].vectors[rests[i].coded].ravel() for i in members[x]], np.float32) for x in now],
+            [
+                syntax.code_contexts([rows[i] for i in m], [context[i] for i in m], [offsets[i] for i in m])
+                for m in (members[leaf] for leaf in now)
+            ],
+            frequencies,
+            multiplier,
+        )
         symbols += found
-        for leaf, x in zip(now, found, strict=True):
-            codes, at = streams.values(x), 0
-            for i in (i for i, row in enumerate(rows) if row.leaf == leaf):
+        for leaf, stream in zip(now, found, strict=True):
+            codes, at = streams.values(stream), 0
+            for i in members[leaf]:
                 value, at = syntax.take_codes(codes, at, rows[i], context[i])
-                values[i] = np.where(context[i] > 0, value + guesses[i], 0).astype(np.float32)
+                values[i] = np.where(rests[i].coded, value + guesses[i], 0).astype(np.float32)
     counts = streams.histogram(symbols)
     return Coded(shapes, rows, context, predictions, offsets, values, leaves, symbols, counts)
+
+
+class Rest(NamedTuple):
+    """What prediction leaves of a piece: `vectors` `[S, n]` in steps, and which are `coded`, `[S]` bool."""
+
+    vectors: np.ndarray
+    coded: np.ndarray
+
+
+def classified(
+    rests: Mapping[int, Rest], rows: Sequence[Piece]
+) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Vectors (0 where uncoded), contexts and offsets of pieces, computed for all of one length at once."""
+    out: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for length in {rows[i].length for i in rests}:
+        same = [i for i in rests if rows[i].length == length]
+        coded = np.concatenate([rests[i].coded for i in same])
+        vectors = np.concatenate([rests[i].vectors for i in same]) * coded[:, None]
+        side = np.repeat([rows[i].side for i in same], [len(rests[i].coded) for i in same])
+        # a vector wholly predicted still needs a context: the least one
+        spread = np.maximum(np.sqrt((vectors**2).mean(1)), 1e-6)
+        context = contexts.classify(np.where(coded, spread, 0.0), side)
+        ends = np.cumsum([len(rests[i].coded) for i in same])[:-1]
+        each = (np.split(x, ends) for x in (vectors, context, contexts.offsets(vectors, context)))
+        out |= dict(zip(same, zip(*each, strict=True), strict=True))
+    return out
 
 
 def check(target: np.ndarray, module: str) -> None:

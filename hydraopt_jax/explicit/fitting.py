@@ -1,7 +1,7 @@
 """Fit modules of one shape, round to the stored dtype, and measure errors; the mathematics is in `forms`."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,45 @@ CHUNK = 24
 EXPANSION_FLOOR = 1e-3
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "rank", "side", "cores"))
-def fit_closed(deltas: Svd, *, heads: int, rank: int, side: str, cores: bool) -> Any:
-    """`forms.hydra` for modules of one shape, decompositions of `[M, T]` deltas."""
-    solve = functools.partial(forms.hydra, heads=heads, rank=rank, side=side, cores=cores)
+@functools.partial(jax.jit, static_argnames=("heads", "rank", "cores"))
+def fit_closed(deltas: Svd, *, heads: int, rank: int, cores: bool) -> tuple[Factors, Info]:
+    """`forms.hydra` with a shared `a` for modules of one shape, decompositions of `[M, T]` deltas."""
+    solve = functools.partial(forms.hydra, heads=heads, rank=rank, cores=cores)
     return jax.vmap(solve)(deltas)
+
+
+class Reduced(NamedTuple):
+    """Deltas in coordinates of what the tasks of each module span, in which all errors are the same.
+
+    Attributes:
+      deltas: decompositions, `u: [M, T, N, R]`, `v: [M, T, R, P]`; N and P are T R unless I or O is smaller.
+      inputs, outputs: orthonormal bases `[M, I, N]` and `[M, O, P]`; None for the standard basis.
+    """
+
+    deltas: Svd
+    inputs: Any
+    outputs: Any
+
+
+reduced_side = jax.jit(jax.vmap(decompose.reduce))
+
+
+def reduced(deltas: Svd) -> Reduced:
+    """`Reduced` deltas, so that modules of all shapes, and both sides, share compilations."""
+    tasks, rank = deltas.s.shape[1:]
+    sides, bases = [], []
+    for x in (deltas.u, deltas.v.mT):
+        base, x = reduced_side(x) if tasks > 1 and tasks * rank < x.shape[2] else (None, x)
+        sides.append(x)
+        bases.append(base)
+    return Reduced(Svd(sides[0], deltas.s, sides[1].mT), *bases)
+
+
+def restored(factors: Factors, inputs: np.ndarray | None, outputs: np.ndarray | None) -> Factors:
+    """Factors of one module of `Reduced` deltas in its own coordinates; arrays of the host."""
+    a = factors.a if inputs is None else inputs @ factors.a
+    b = factors.b if outputs is None else factors.b @ outputs.T
+    return factors._replace(a=a, b=b)
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "heads", "rank", "side", "cores"))
@@ -52,22 +86,30 @@ def fit(a: jax.Array, b: jax.Array, asked: Hydra, heads: int, rank: int) -> list
     """Factors of modules of one shape; with side "auto" each module gets the better side at equal entries."""
     shape, tasks = (a.shape[2], b.shape[3]), a.shape[1]
     deltas = decompose.batched_svd(a, b)
+    small = reduced(deltas) if asked.solver is None else Reduced(deltas, None, None)
     solutions = []
     costs = {side: entries(tasks, heads, rank, shape, side) for side in ("in", "out")}
-    for side in ("in", "out") if asked.side == "auto" else (asked.side,):
+    sides = ("in", "out") if asked.side == "auto" else (asked.side,)
+    for side in sides:
         width = rank
         if asked.side == "auto":
             width = min(rank_at(min(costs.values()), tasks, heads, shape, side), rank)
-        form: dict[str, Any] = {"heads": heads, "rank": width, "side": side, "cores": asked.cores}
+        form: dict[str, Any] = {"heads": heads, "rank": width, "cores": asked.cores}
         if asked.solver is None:
-            found = fit_closed(deltas, **form)
+            found = fit_closed(small.deltas.mT if side == "out" else small.deltas, **form)
         else:
-            found = fit_optax(a, b, deltas, solver=asked.solver, **form)
+            found = fit_optax(a, b, deltas, solver=asked.solver, side=side, **form)
         solutions.append(jax.device_get(found))
     losses = np.array([(info.weights * info.error).sum(-1) for _, info in solutions])
-    return [
-        jax.tree.map(lambda x, m=m: x[m], solutions[best]) for m, best in enumerate(losses.argmin(0).tolist())
-    ]
+    bases = jax.device_get((small.inputs, small.outputs))
+    out = []
+    for m, best in enumerate(losses.argmin(0).tolist()):
+        factors, info = jax.tree.map(lambda x, m=m: x[m], solutions[best])
+        if asked.solver is None:
+            factors = forms.transpose(factors) if sides[best] == "out" else factors
+            factors = restored(factors, *(None if x is None else x[m] for x in bases))
+        out.append((factors, info))
+    return out
 
 
 def prune(factors: Factors) -> Factors:

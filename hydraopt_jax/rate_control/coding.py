@@ -15,9 +15,10 @@ from hydraopt_jax.rate_control.parts import pick_names
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.decoding import all_terms
 
-# tables and rate-distortion decisions depend on each other: rounds of fitting, and limit of the extra change
-# of a symbol's frequency per round; entries of the modules of a sample, and minimum of modules
-ROUNDS, FASTEST = 8, 2.0
+# tables and rate-distortion decisions depend on each other: rounds of fitting, how much further than its count
+# the logarithm of a frequency moves in each, and the limit of that; entries of the modules of a sample, and
+# minimum of modules
+MOMENTUM, FASTEST = (2, 2, 2, 1, 1), 2.0
 TABLE_CODES = 1 << 18
 LEAST_MODULES = 3
 # weight of the prior in fitted tables
@@ -115,18 +116,18 @@ def fitted_tables(counts: np.ndarray) -> np.ndarray:
     return counts + PRIOR_COUNTS * prior_tables()
 
 
-def fit_tables(problem: Problem, step: float, rounds: int = ROUNDS) -> np.ndarray:
+def fit_tables(problem: Problem, step: float) -> np.ndarray:
     """Frequencies for decisions at a step: quantization and counting alternate on a sample of modules.
 
-    Logarithms of frequencies change by twice the change of the counts, which halves the number of rounds.
+    Logarithms of frequencies move further than those of the counts, which takes a third of the rounds.
     """
     few = problem.take(sample(problem, TABLE_CODES))
     goals, _ = targets_at_step(few, step)
     frequencies = fitted_tables(encode.quantize(goals, prior_tables()).counts)
-    for _ in range(rounds - 1):
+    for power in MOMENTUM:
         counted = fitted_tables(encode.quantize(goals, frequencies).counts)
         change = shares(counted) / shares(frequencies)
-        frequencies = counted * np.clip(change, 1 / FASTEST, FASTEST)
+        frequencies = counted * np.clip(change, 1 / FASTEST, FASTEST) ** power
     return frequencies
 
 

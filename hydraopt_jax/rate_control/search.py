@@ -23,7 +23,7 @@ GRAIN = 16
 # draft
 PASSES, FURTHER = 12, 4
 # upper and lower limit of trials on the sample, and their tolerance: the sample differs from the whole
-TRIALS, SETTLED, NEAR = 8, 2, 0.01
+TRIALS, SETTLED, NEAR = 8, 1, 0.01
 # log of the bytes that a pass with tables of the pass before saves over one with those of the sample, about
 SETTLED_BYTES = 0.0012
 # approximate bytes of the smallest store beside its codes, and of each segment
