@@ -1,9 +1,10 @@
 """Devices of this process: a mesh with a module axis and a task axis, or one device per work item."""
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
@@ -38,12 +39,15 @@ def put_on_mesh(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
 
 
 def spread(
-    work: Callable[[Item], None], items: Iterator[Item], devices: Sequence[jax.Device] | None = None
+    work: Callable[[Item], Callable[[], None] | None],
+    items: Iterator[Item],
+    devices: Sequence[jax.Device] | None = None,
 ) -> None:
     """Call `work` for every item. Each device has one thread, which takes the next item when it is free.
 
     Args:
-      work: processes one item on JAX's default device.
+      work: processes one item on JAX's default device. What it returns finishes the item: it is called on
+        another thread, beside the work on the next item.
       items: iterated by one thread at a time.
       devices: None for the devices of this process.
 
@@ -53,23 +57,30 @@ def spread(
     found = list(jax.local_devices() if devices is None else devices)
     turn, stop = threading.Lock(), threading.Event()
 
-    def serve(device: jax.Device) -> None:
+    def serve(device: jax.Device | None) -> None:
+        finishing: Future[None] | None = None
         try:
-            while not stop.is_set():
-                with turn:
-                    item = next(items, None)
-                if item is None:
-                    return
-                with jax.default_device(device):
-                    work(item)
+            with ThreadPoolExecutor(1) as beside:
+                while not stop.is_set():
+                    with turn:
+                        item = next(items, None)
+                    if item is None:
+                        break
+                    with jax.default_device(device):
+                        finish = work(item)
+                    del item
+                    if finishing is not None:
+                        finishing.result()
+                    finishing = None if finish is None else beside.submit(on, device, finish)
+                if finishing is not None:
+                    finishing.result()
         except BaseException:
             stop.set()
             raise
 
     if len(found) == 1:
         # naming the device would recompile what was compiled without a name
-        for item in items:
-            work(item)
+        serve(jax.config.jax_default_device)  # type: ignore[attr-defined]
         return
     with ThreadPoolExecutor(len(found)) as pool:
         try:
@@ -79,19 +90,20 @@ def spread(
             stop.set()
 
 
+def on(device: jax.Device | None, call: Callable[[], Item]) -> Item:
+    """The result of a call for which this is JAX's default device."""
+    with jax.default_device(device):
+        return call()
+
+
 def together(calls: Sequence[Callable[[], Item]]) -> list[Item]:
     """Results of calls, in order: as many at once as the processor has cores, on the caller's device."""
     workers = min(len(calls), os.cpu_count() or 1)
     if workers < 2:
         return [call() for call in calls]
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
-
-    def here(call: Callable[[], Item]) -> Item:
-        with jax.default_device(device):
-            return call()
-
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(here, calls))
+        return list(pool.map(functools.partial(on, device), calls))
 
 
 def round_up(count: int, parts: int) -> int:

@@ -15,8 +15,8 @@ from hydraopt_jax.rate_control.parts import pick_names
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.decoding import all_terms
 
-# tables and rate-distortion decisions depend on each other: rounds of fitting, how much further than its count
-# the logarithm of a frequency moves in each, and the limit of that; entries of the modules of a sample, and
+# tables and rate-distortion decisions depend on each other: rounds of fitting, how far beyond its count the
+# logarithm of a frequency moves in each, and the limit of that; entries of the modules of a sample, and
 # minimum of modules
 MOMENTUM, FASTEST = (2, 2, 2, 1, 1), 2.0
 TABLE_CODES = 1 << 18

@@ -9,29 +9,29 @@ divide the parts, and a killed job resumes with the remaining parts and ends wit
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from hydraopt_jax import adapters, devices
+from hydraopt_jax import devices
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.rate_control import budget, search
+from hydraopt_jax.rate_control import budget, pilot, prepared, search
 from hydraopt_jax.rate_control.carried import full_tensors
 from hydraopt_jax.rate_control.coding import (
+    Trial,
     disable_joint,
     encode_at_step,
     fit_tables,
     fitted_tables,
-    sample,
 )
-from hydraopt_jax.rate_control.metrics import Metrics, metrics_of, uncovered
+from hydraopt_jax.rate_control.metrics import uncovered
 from hydraopt_jax.rate_control.options import Options, as_report, check_options, relative_weights
-from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, Part, ahead, parts_of, pilot_part, read_part
-from hydraopt_jax.rate_control.problem import Problem, prepare
+from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, ahead, parts_of, read_part
+from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.search import Pass, Target
 from hydraopt_jax.rate_control.segments import (
     Draft,
@@ -39,6 +39,7 @@ from hydraopt_jax.rate_control.segments import (
     coded_segment,
     finished,
     kept_note,
+    miss_of,
     note_of,
     pass_of,
     put_together,
@@ -50,12 +51,8 @@ from hydraopt_jax.store import lossless, plain, sizes, tensors
 from hydraopt_jax.store.store import Segment, Store, make_segment, task_errors
 from hydraopt_jax.store.tensors import Tensors
 
-# parts whose analysis, and what was encoded last, are kept from pass to pass
-CACHED = 4
 # bytes that stay free once a store was larger than its draft
 SPARE = 4
-# entries of the sample of a collection with one part
-SAMPLE_CODES = 1 << 19
 # rounds in which weights of tasks below the error target are lowered; least and largest change, damping
 ROUNDS, LOWEST, HIGHEST, DAMPING = 3, 0.1, 10.0, 0.9
 
@@ -105,7 +102,7 @@ def compress_to_target(
             return kept
     analyses = {} if cache is None else cache
     run = Run(found, options, parts, place, job.progress, processes, analyses, {}, carried)
-    if len(parts) > CACHED or processes.size > 1:
+    if len(parts) > prepared.CACHED or processes.size > 1:
         return passes(run, goal, heads, said)
     drafts = run._replace(place=Memory(place.path), drafts={})
     return passes(drafts, goal, heads, said, place)
@@ -125,9 +122,9 @@ def compress_at_step(found: Collection, options: Options, step: float) -> Store:
     run = Run(found, options, parts, place, Progress(), Processes(), {}, {}, carried)
     weights = relative_weights(found.tasks, options)
     known: dict[str, Any] = {"deep": True, "unit": None}
-    first = problem_of(run, 0, weights, known, read_part(found, parts[0]))
+    first = prepared.problem_of(run, 0, weights, known, read_part(found, parts[0]))
     known["unit"] = first.unit
-    encode_parts(run, 0, step, fit_tables(first, step), weights, known)
+    encode_parts(run, 0, run.mine, step, fit_tables(first, step), weights, known)
     return put_together(run, 0, step, heads, {})
 
 
@@ -165,7 +162,7 @@ def passes(
       place: of the finished segment, for a run with drafts.
     """
     weights = relative_weights(run.found.tasks, run.options)
-    known = pilot(run, goal, weights)
+    known = pilot.run_pilot(run, goal, weights)
     step, frequencies = known["step"], np.array(known["frequencies"])
     number, mean, aim = 0, float("nan"), goal
     best: Store | None = None
@@ -202,8 +199,9 @@ def passes(
                 step = search.next_step(done, known["slope"], goal, pilots)
             # tables and forms stay as they are in the end, so that the search sees a smooth curve
             forms = search.forms_of(done, goal, pilots)
-            counted = encode_parts(run, number, step, frequencies, weights, known, forms)
-            frequencies = counted if number < goal.settling else frequencies
+            step = encode_pass(run, number, step, frequencies, weights, known, goal, forms)
+            if number < goal.settling:
+                frequencies = counted(run, number)
             found, passed, mean = outcome(run, number, step, aim, heads, said)
             done.append(passed._replace(forms=forms))
             made.append(found)
@@ -249,125 +247,89 @@ def outcome(
     return None, Pass(step, before["miss"], before["value"]), before["error"]
 
 
-def pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
-    """The note of the pilot: the result of a sample of the collection, which the first process computes."""
-    if run.processes.rank == 0 and run.place.note("pilot") is None:
-        one = len(run.parts) == 1
-        part = run.parts[0] if one else pilot_part(run.found)
-        given = read_part(run.found, part)
-        if one:
-            whole = problem_of(run, 0, weights, {}, given)
-            problem = whole.take(sample(whole, SAMPLE_CODES))
-        else:
-            whole = problem = prepare_part(run, part, given, weights, deep=True, unit=None)
-        if goal.sign < 0:
-            beside = search.LEAST_OVERHEAD + search.SEGMENT_OVERHEAD * len(run.parts)
-            room = max(goal.limit - beside, goal.limit / 4)
-            # passes over few parts settle first; over many, the first one aims at the middle of the slack
-            room *= 1.0 if goal.settling else float(np.exp(-goal.slack / 2))
-            room *= sum(x.a[n].size + x.b[n].size for x in given for n in x.a) / run.found.entries()
-            start = search.first_step(whole, room)
-            miss = functools.partial(search.bytes_miss, whole=whole, problem=problem, room=room)
-        else:
-            present = sum(x.norms[x.norms > 0].size for x in problem.spectra)
-            start = search.first_step(problem, goal.limit * present, goal.sign)
-            miss = functools.partial(search.error_miss, goal=goal)
-        found = search.find_step(problem, miss, goal.sign, start)
-        run.place.keep_note(
-            "pilot",
-            {
-                "step": found.step,
-                "slope": found.slope,
-                "forms": found.forms,
-                "frequencies": found.frequencies.tolist(),
-                "deep": any(x.form == "joint" for x in found.last.choices.values()),
-                "unit": problem.unit,
-            },
-        )
-    run.processes.wait("pilot")
-    known = run.place.note("pilot")
-    assert known is not None
-    return known
-
-
-def prepare_part(
-    run: Run, part: Part, given: list[Adapter], weights: np.ndarray, deep: bool, unit: float | None
-) -> Problem:
-    """The `Problem` of a part: its decompositions and comparisons."""
-    order = tuple(n for n in part.modules if any(n in x.a for x in given))
-    metrics = (
-        {n: module_metrics(run, n, given) for n in order} if run.options.calibration is not None else None
-    )
-    own = weights[list(part.tasks)]
-    return prepare(adapters.stack(given), order, own, metrics, run.options.share, deep, unit)
-
-
-def module_metrics(run: Run, name: str, given: Sequence[Adapter]) -> Metrics:
-    """The metrics of a module, computed once for all parts with it unless they depend on a part's factors."""
-    if name in run.metrics:
-        return run.metrics[name]
-    calibration = run.options.calibration
-    assert calibration is not None
-    mine = [x for x in given if name in x.a]
-    around = np.concatenate([x.a[name] for x in mine], 1), np.concatenate([x.b[name] for x in mine]).T
-    found = metrics_of({name: run.found.shapes[name]}, calibration, {name: around})
-    if all(x is None or x.moment is None for x in found[name]):
-        run.metrics.update(found)
-    return found[name]
-
-
-def problem_of(
-    run: Run, n: int, weights: np.ndarray, known: Mapping[str, Any], given: list[Adapter]
-) -> Problem:
-    """The problem of a part; those of a few parts are cached."""
-    if n in run.cache:
-        return run.cache[n]
-    one = len(run.parts) == 1
-    deep, unit = (True, None) if one else (known["deep"], known["unit"])
-    found = prepare_part(run, run.parts[n], given, weights, deep, unit)
-    if len(run.parts) <= CACHED:
-        run.cache[n] = found
-    return found
-
-
-def encode_parts(
+def encode_pass(
     run: Run,
     number: int,
     step: float,
     frequencies: np.ndarray,
     weights: np.ndarray,
     known: Mapping[str, Any],
-    modes_at: float | None = None,
-) -> np.ndarray:
-    """Encode this process's parts that are not done, as many at once as it has devices, in the forms of the
-    step `modes_at`; of a run with drafts their bytes are estimated.
+    goal: Target,
+    modes_at: float | None,
+) -> float:
+    """Encode all parts; of many parts every other one comes first, and the step of the rest makes up for what
+    these miss, as the rate control of video does.
 
     Returns:
-      Frequencies for the next pass, from the counts of all parts.
+      The step, or the mean of both.
     """
+    if len(run.parts) <= search.FEW_PARTS or goal.worst:
+        encode_parts(run, number, run.mine, step, frequencies, weights, known, modes_at)
+        run.processes.wait(f"pass {number}")
+        return step
+    first = [n for n in range(len(run.parts)) if n // run.processes.size % 2 == 0]
+    encode_parts(
+        run, number, [n for n in run.mine if n in first], step, frequencies, weights, known, modes_at
+    )
+    run.processes.wait(f"half of pass {number}")
+    miss, share = miss_of(run, number, first, goal, known["beside"])
+    other = step
+    if abs(miss) < search.CLOSE:
+        aim = np.log(step) - (miss + goal.slack / 2) / (1 - share) / known["slope"]
+        other = float(np.exp(np.clip(aim, *search.STEPS_LOG)))
+    encode_parts(
+        run, number, [n for n in run.mine if n not in first], other, frequencies, weights, known, modes_at
+    )
+    run.processes.wait(f"pass {number}")
+    return float(step**share * other ** (1 - share))
+
+
+def counted(run: Run, number: int) -> np.ndarray:
+    """Frequencies for the next pass, from the counts of all parts."""
+    notes = (kept_note(run.place, f"pass-{number}-{n}") for n in range(len(run.parts)))
+    return fitted_tables(sum((np.array(x["counts"]) for x in notes), np.zeros(())))
+
+
+def encode_parts(
+    run: Run,
+    number: int,
+    chosen: Sequence[int],
+    step: float,
+    frequencies: np.ndarray,
+    weights: np.ndarray,
+    known: Mapping[str, Any],
+    modes_at: float | None = None,
+) -> None:
+    """Encode those of the chosen parts that are not done, as many at once as this process has devices, in the
+    forms of the step `modes_at`; of a run with drafts their bytes are estimated."""
     parts = run.parts
-    todo = [n for n in run.mine if run.place.note(f"pass-{number}-{n}") is None]
+    left = [n for n in run.mine if run.place.note(f"pass-{number}-{n}") is None]
+    todo = [n for n in left if n in chosen]
     total = sum(len(parts[n].modules) for n in run.mine)
-    run.progress.start(total, total - sum(len(parts[n].modules) for n in todo))
+    run.progress.start(total, total - sum(len(parts[n].modules) for n in left))
     told = threading.Lock()
 
-    def one(item: tuple[int, list[Adapter]]) -> None:
+    def one(item: tuple[int, list[Adapter]]) -> Callable[[], None]:
         n, given = item
         name = f"pass-{number}-{n}"
-        problem = problem_of(run, n, weights, known, given)
+        problem = prepared.problem_of(run, n, weights, known, given)
         before = run.place.note(f"pass-0-{n}")
         if before is None:
             problem = disable_joint(problem, step, frequencies)
         else:
             problem = problem._replace(no_joint=frozenset(before["no_joint"]))
         trial = encode_at_step(problem, step, frequencies, modes_at)
+        return functools.partial(finish, n, name, problem, trial, given)
+
+    def finish(n: int, name: str, problem: Problem, trial: Trial, given: list[Adapter]) -> None:
+        """Keep the part; its bytes are made beside the analysis of the next part."""
         if run.drafts is None:
             segment = coded_segment(run, n, problem, trial, given)
         else:
             run.drafts[name] = Draft(problem, trial, given)
-            segment = sized_segment(run, n, problem, trial)
+            segment = sized_segment(run, parts[n], problem, trial)
         run.place.keep(name, segment)
-        run.place.keep_note(name, note_of(run, problem, trial, [x.task for x in given]))
+        run.place.keep_note(name, note_of(problem, trial, segment, [x.task for x in given]))
         with told:
             run.progress.step(len(parts[n].modules))
 
@@ -383,6 +345,3 @@ def encode_parts(
         else ahead(run.found, [parts[n] for n in todo], count, len(jax.local_devices()))
     )
     devices.spread(one, zip(todo, coming, strict=True))
-    run.processes.wait(f"pass {number}")
-    notes = [kept_note(run.place, f"pass-{number}-{n}") for n in range(len(parts))]
-    return fitted_tables(sum((np.array(x["counts"]) for x in notes), np.zeros(())))

@@ -22,8 +22,8 @@ GRAIN = 16
 # upper limit of passes over the collection, and of further passes where a store in bytes was larger than its
 # draft
 PASSES, FURTHER = 12, 4
-# upper and lower limit of trials on the sample, and their tolerance: the sample differs from the whole
-TRIALS, SETTLED, NEAR = 8, 1, 0.01
+# upper limit of trials on the sample, and their tolerance: the sample differs from the whole
+TRIALS, NEAR = 8, 0.01
 # log of the bytes that a pass with tables of the pass before saves over one with those of the sample, about
 SETTLED_BYTES = 0.0012
 # approximate bytes of the smallest store beside its codes, and of each segment
@@ -174,7 +174,9 @@ def slope_at(problem: Problem, step: float, sign: float) -> float:
     return sign * float(np.clip(sign * np.log(coarse / fine) / (2 * CHANGE), *SLOPES[sign]))
 
 
-def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, start: float) -> Found:
+def find_step(
+    problem: Problem, miss: Callable[[Trial], float], sign: float, start: float, near: float = NEAR
+) -> Found:
     """The step whose trial on a sample has `miss(trial)` near 0, by Newton's method in logarithms.
 
     Each trial is coded with tables fitted to the trial before, so that step and tables converge together.
@@ -187,16 +189,17 @@ def find_step(problem: Problem, miss: Callable[[Trial], float], sign: float, sta
       miss: log of the quantity over its target.
       sign: -1 if a larger step lowers the quantity (bytes), +1 if it raises it (error).
       start: first step.
+      near: limit of the last trial's miss, of which the step is corrected.
     """
     step, frequencies, forms = start, fit_tables(problem, start), None
-    for n in range(TRIALS):
+    for _ in range(TRIALS):
         trial = encode_at_step(problem, step, frequencies, forms)
         frequencies = fitted_tables(trial.coded.counts)
         missed, slope = miss(trial), slope_at(problem, step, sign)
         if forms is None and is_close(missed, sign):
             forms = step
         before, step = step, float(np.exp(np.clip(np.log(step) - missed / slope, *STEPS_LOG)))
-        if n + 1 >= SETTLED and (abs(missed) < NEAR or step == before):
+        if abs(missed) < near or step == before:
             break
     return Found(step, slope, frequencies, trial, forms)
 
@@ -210,8 +213,8 @@ def is_close(miss: float, sign: float) -> bool:
     return abs(miss) < CLOSE and (sign < 0 or miss <= 0)
 
 
-def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -> float:
-    """Log of the estimated bytes of the whole over the available bytes, from a trial of a part.
+def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: Callable[[Trial], float]) -> float:
+    """Log of the estimated bytes of the whole over the available bytes `room`, from a trial of a part.
 
     Modules are assumed to differ in bytes as their Gaussian estimates do.
     """
@@ -219,7 +222,7 @@ def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: float) -
     if whole is not problem:
         few = max(gaussian(problem, trial.step).bytes, 1.0)
         scale = max(gaussian(whole, trial.step).bytes, 1.0) / few
-    return float(np.log(trial.bytes * scale / room))
+    return float(np.log(trial.bytes * scale / room(trial)))
 
 
 def error_miss(trial: Trial, *, goal: Target) -> float:

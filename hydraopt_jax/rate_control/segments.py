@@ -84,10 +84,10 @@ def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Seque
     return with_errors(made, given, trial.errors) if problem.metrics else made
 
 
-def sized_segment(run: Run, n: int, problem: Problem, trial: Trial) -> Segment:
+def sized_segment(run: Run, part: Part, problem: Problem, trial: Trial) -> Segment:
     """A segment of about the size of a trial's segment, without codes."""
-    names = [run.found.tasks[t] for t in run.parts[n].tasks]
-    carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
+    names = [run.found.tasks[t] for t in part.tasks]
+    carried = [run.carried[t] for t in part.tasks] if run.carried else ()
     leaves = {*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}
     each = max(-(-int(trial.bytes) // len(leaves)), 1)
     bodies = {leaf: np.broadcast_to(np.uint8(0), (each,)) for leaf in sorted(leaves)}
@@ -95,6 +95,21 @@ def sized_segment(run: Run, n: int, problem: Problem, trial: Trial) -> Segment:
     return make_segment(
         names, trial.coded.shapes, bodies, trial.errors, output_errors=outputs, tensors=carried
     )
+
+
+def overhead(run: Run, part: Part, problem: Problem, trial: Trial) -> float:
+    """Bytes that a store of all parts takes beside its codes, if each task of a part takes as much as in this
+    one."""
+    segment = sized_segment(run._replace(carried=()), part, problem, trial)
+    sources = tuple(run.found.sources[t] for t in part.tasks)
+    one = Store((segment,), segment.tasks, sources, Static({}))
+    beside = sizes.measure_size(one, run.place.path) - codes_of([segment])
+    return beside * sum(len(x.tasks) for x in run.parts) / len(part.tasks)
+
+
+def codes_of(segments: Sequence[Segment]) -> int:
+    """Bytes of the coded factors of segments."""
+    return sum(size_of(v) for x in segments for k, v in x.leaves.items() if k.startswith(FACTOR_LEAVES))
 
 
 def finished(run: Run, number: int, draft: Store, place: Place) -> Store:
@@ -112,7 +127,7 @@ def finished(run: Run, number: int, draft: Store, place: Place) -> Store:
     return draft.replace(segments=(*segments, *draft.segments[len(segments) :]), report=Static(report))
 
 
-def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> dict[str, Any]:
+def note_of(problem: Problem, trial: Trial, segment: Segment, tasks: Sequence[str]) -> dict[str, Any]:
     """The note of an encoded part: counts, errors and forms, beside its segment."""
     # one reference in each segment: names of all would tell nothing
     names = tasks if len(tasks) <= NAMED else ["another task"] * len(tasks)
@@ -124,6 +139,8 @@ def note_of(run: Run, problem: Problem, trial: Trial, tasks: Sequence[str]) -> d
         "forms": forms,
         "tail": mean_tail(problem, trial),
         "modules": int(np.count_nonzero(~np.isnan(trial.errors))),
+        "bytes": codes_of([segment]),
+        "error": float(np.nansum(trial.errors)),
         "counts": trial.coded.counts.tolist(),
     }
     return note
@@ -179,11 +196,24 @@ def pass_of(step: float, store: Store, goal: Target, place: Place) -> Pass:
         found = search.value(errors, goal.worst)
         return Pass(step, float(np.log(max(found, 1e-30) / goal.limit)), found)
     size = sizes.measure_size(store, place.path) - goal.heads
-    codes = sum(
-        size_of(v) for x in store.segments for k, v in x.leaves.items() if k.startswith(FACTOR_LEAVES)
-    )
+    codes = codes_of(store.segments)
     room = max(goal.limit - (size - codes), codes / HOPELESS)
     return Pass(step, float(np.log(codes / room)), size)
+
+
+def miss_of(run: Run, number: int, chosen: Sequence[int], goal: Target, beside: float) -> tuple[float, float]:
+    """Log of what a pass will reach over the target, if all parts are as the chosen ones; and their share."""
+    notes = [kept_note(run.place, f"pass-{number}-{n}") for n in chosen]
+    sizes = [
+        sum(run.found.rank(m, t) * sum(run.found.shapes[m]) for m in x.modules for t in x.tasks)
+        for x in run.parts
+    ]
+    share = sum(sizes[n] for n in chosen) / sum(sizes)
+    if goal.sign > 0:
+        error = sum(x["error"] for x in notes) / max(sum(x["modules"] for x in notes), 1)
+        return float(np.log(max(error, 1e-30) / goal.limit)), share
+    codes = sum(x["bytes"] for x in notes) / share
+    return float(np.log(codes / max(goal.limit - beside, codes / HOPELESS))), share
 
 
 def kept_note(place: Place, name: str) -> Mapping[str, Any]:

@@ -1,0 +1,66 @@
+"""The pilot: a sample of the collection from all over it, coded to find the step of the first pass."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hydraopt_jax.rate_control import search
+from hydraopt_jax.rate_control.coding import Trial, sample
+from hydraopt_jax.rate_control.parts import pilot_part, read_part
+from hydraopt_jax.rate_control.prepared import prepare_part, problem_of
+from hydraopt_jax.rate_control.search import Target
+from hydraopt_jax.rate_control.segments import Run, overhead
+
+# entries of the sample of a collection with one part
+SAMPLE_CODES = 1 << 19
+
+
+def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
+    """The note of the pilot: the result of a sample of the collection, which the first process computes."""
+    if run.processes.rank == 0 and run.place.note("pilot") is None:
+        one = len(run.parts) == 1
+        part = run.parts[0] if one else pilot_part(run.found)
+        given = read_part(run.found, part)
+        if one:
+            whole = problem_of(run, 0, weights, {}, given)
+            problem = whole.take(sample(whole, SAMPLE_CODES))
+        else:
+            whole = problem = prepare_part(run, part, given, weights, deep=True, unit=None)
+        if goal.sign < 0:
+            share = sum(x.a[n].size + x.b[n].size for x in given for n in x.a) / run.found.entries()
+            # passes over few parts settle first; over many, the first one aims at the middle of the slack
+            share *= 1.0 if goal.settling else float(np.exp(-goal.slack / 2))
+
+            def room(trial: Trial | None) -> float:
+                beside = float(search.LEAST_OVERHEAD + search.SEGMENT_OVERHEAD * len(run.parts))
+                if trial is not None and not one:
+                    beside = overhead(run, part, whole, trial)
+                return share * max(goal.limit - beside, goal.limit / 4)
+
+            start = search.first_step(whole, room(None))
+            miss = functools.partial(search.bytes_miss, whole=whole, problem=problem, room=room)
+        else:
+            present = sum(x.norms[x.norms > 0].size for x in problem.spectra)
+            start = search.first_step(problem, goal.limit * present, goal.sign)
+            miss = functools.partial(search.error_miss, goal=goal)
+        # where no pass is spent on settling, the first one should do
+        near = search.NEAR if goal.settling else goal.slack / 4
+        found = search.find_step(problem, miss, goal.sign, start, near)
+        run.place.keep_note(
+            "pilot",
+            {
+                "step": found.step,
+                "slope": found.slope,
+                "forms": found.forms,
+                "frequencies": found.frequencies.tolist(),
+                "beside": 0.0 if one or goal.sign > 0 else overhead(run, part, whole, found.last),
+                "deep": any(x.form == "joint" for x in found.last.choices.values()),
+                "unit": problem.unit,
+            },
+        )
+    run.processes.wait("pilot")
+    known = run.place.note("pilot")
+    assert known is not None
+    return known
