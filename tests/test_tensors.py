@@ -15,7 +15,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import engine as explicit
 from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 from hydraopt_jax.jobs import job
-from hydraopt_jax.rate_control import carried, engine
+from hydraopt_jax.rate_control import carried, engine, prepared
 from hydraopt_jax.store import sizes, tensors
 from hydraopt_jax.store.store import tensors_of
 
@@ -116,7 +116,7 @@ def test_a_budget_below_the_heads_is_refused_at_once(headed, tmp_path, make, mon
     """Before anything is fitted, by name, with the way out; nothing is left behind."""
     names = written(headed, tmp_path / "in")
     fits = []
-    monkeypatch.setattr(engine, "prepare_part", lambda *x: fits.append(x))
+    monkeypatch.setattr(prepared, "prepare_part", lambda *x: fits.append(x))
     monkeypatch.setattr(engine, "passes", lambda *x: fits.append(x))
     begin = time.process_time()
     with pytest.raises(HydraOptError) as caught:

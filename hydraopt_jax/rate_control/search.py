@@ -21,7 +21,7 @@ SLACK, WIDE_SLACK, FEW_PARTS = 0.002, 0.01, 4
 GRAIN = 16
 # upper limit of passes over the collection, and of further passes where a store in bytes was larger than its
 # draft
-PASSES, FURTHER = 12, 4
+PASSES, FURTHER = 12, 6
 # upper limit of trials on the sample, and their tolerance: the sample differs from the whole
 TRIALS, NEAR = 8, 0.01
 # log of the bytes that a pass with tables of the pass before saves over one with those of the sample, about
@@ -275,8 +275,8 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target, pilot: float | N
     """
     forms = forms_of(done, goal, pilot)
     # passes with other tables or forms are on another curve
-    known = done[goal.settling :] if len(done) > goal.settling else done[-1:]
-    known = [x for x in known if x.forms == forms or x.step == forms]
+    known = done[goal.settling :]
+    known = [x for x in known if x.forms == forms or x.step == forms] or done[-1:]
     ends = bracket(known)
     if ends is not None:
         one, two = ends

@@ -15,7 +15,7 @@ from hydraopt_jax import compression, formats, refinement, store, synthetic
 from hydraopt_jax.changes import add
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft_collection
-from hydraopt_jax.rate_control import engine, errors_of, parts, search, segments
+from hydraopt_jax.rate_control import engine, errors_of, parts, prepared, search, segments
 from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Processes, Progress
 from hydraopt_jax.store import folder, removal, sizes, task_factors
@@ -44,7 +44,7 @@ def narrow():
     """Segments of at most three tasks, each written as it is encoded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "DIRECTIONS", 12)
-        patch.setattr(engine, "CACHED", 1)
+        patch.setattr(prepared, "CACHED", 1)
         yield
 
 
@@ -269,7 +269,7 @@ def test_targets_that_cannot_be_met_say_so(given, tmp_path, target, message):
 def test_few_parts_are_written_once(given, kept, tmp_path, monkeypatch):
     """What misses the target is estimated, and never in bytes."""
     written = []
-    monkeypatch.setattr(engine, "CACHED", 99)
+    monkeypatch.setattr(prepared, "CACHED", 99)
     monkeypatch.setattr(segments, "coded_segment", watched(written, segments.coded_segment))
     few = code(tmp_path / "few", given[1])
     assert len(written) > 1
