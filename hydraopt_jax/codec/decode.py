@@ -71,10 +71,11 @@ def decode_leaves(
     )
     values: list[np.ndarray | None] = [None] * len(rows)
     bases: dict[int, prediction.Base] = {}
-    for name, flat in zip(order, codes, strict=True):
-        at = 0
+    for name in order:
+        flat = codes.pop(0)
         for i, used, weights in zip(members[name], sides[name].used, sides[name].weights, strict=True):
-            value, at = syntax.take_codes(flat, at, rows[i], contexts[i])
+            taken = flat.take(syntax.code_count(rows[i], contexts[i]))
+            value = syntax.as_piece(taken, rows[i], contexts[i])
             if used is not None and weights is not None and used.any():
                 at_base = rows[i].base
                 if at_base not in bases:

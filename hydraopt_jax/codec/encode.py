@@ -152,7 +152,8 @@ def quantize(
         for leaf, stream in zip(now, found, strict=True):
             codes, at = streams.values(stream), 0
             for i in members[leaf]:
-                value, at = syntax.take_codes(codes, at, rows[i], context[i])
+                end = at + syntax.code_count(rows[i], context[i])
+                value, at = syntax.as_piece(codes[at:end], rows[i], context[i]), end
                 values[i] = np.where(rests[i].coded, value + guesses[i], 0).astype(np.float32)
     counts = streams.histogram(symbols)
     return Coded(shapes, rows, context, predictions, offsets, values, leaves, symbols, counts)

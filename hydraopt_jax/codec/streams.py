@@ -25,6 +25,8 @@ from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, 
 
 # coded bytes and number of codes per lane, and the maximum lanes of a stream
 LANE_BYTES, LANE_CODES = 3200, 8192
+# contexts that are counted at once
+BLOCK = 1 << 18
 MAX_LANES = 4096
 
 
@@ -188,14 +190,20 @@ def pack_middle(level: np.ndarray, raw: np.ndarray) -> bytes:
 
 
 def unpack_middle(data: bytes, raw: np.ndarray) -> np.ndarray:
-    """The inverse of `pack_middle`: `[N]` int32."""
-    out = np.zeros(raw.shape, np.int32)
-    bits, at = np.unpackbits(np.frombuffer(data, np.uint8)), 0
+    """The inverse of `pack_middle`: those of the codes that have any, in order, int32."""
+    wide = raw[raw > 0]
+    out = np.zeros(wide.shape, np.int32)
+    packed, at = np.frombuffer(data, np.uint8), 0
     for width in range(1, int(raw.max(initial=0)) + 1):
-        chosen = raw == width
+        chosen = wide == width
         count = int(np.count_nonzero(chosen)) * width
-        planes = bits[at : at + count].reshape(-1, width).astype(np.int32)
-        out[chosen] = planes @ (1 << np.arange(width - 1, -1, -1, dtype=np.int32))
+        first = at // 8
+        bits = np.unpackbits(packed[first : -(-(at + count) // 8)])[at - 8 * first :][:count]
+        planes = bits.reshape(-1, width)
+        found = np.zeros(len(planes), np.int32)
+        for plane in planes.T:
+            found = found << 1 | plane
+        out[chosen] = found
         at += count
     return out
 
@@ -208,7 +216,7 @@ class Parsed(NamedTuple):
       state: `[L]` uint32.
       taken: `[L]` words of each lane.
       words: uint16 of all lanes.
-      middle: middle bits of each code, `[N]` int32; None where no code has any.
+      middle: middle bits of the codes that have any, in order, int32; None where no code has.
       escaped: `level >> 1` of the escapes.
     """
 
@@ -246,8 +254,8 @@ def parse(data: bytes, context: np.ndarray) -> Parsed:
     state = reader.array("<u4", lanes)
     words = reader.array("<u2", int(count.sum()))
     middle = None
-    if (wide := np.bincount(context, minlength=COUNT)[:COUNT] @ RAW_BITS) > 0:
-        middle = unpack_middle(reader.take(-(-int(wide) // 8)), RAW_BITS[context])
+    if (wide := occurrences(context) @ RAW_BITS) > 0:
+        middle = unpack_middle(reader.take(-(-int(wide) // 8)), RAW_BITS.astype(np.uint8)[context])
     escaped = reader.array("<u4", escapes)
     if reader.rest():
         raise Damaged("bytes after the end of a stream")
@@ -259,8 +267,8 @@ def decode(
     contexts: Sequence[np.ndarray],
     frequencies: np.ndarray,
     decode_lanes: rans.DecodeLanes = rans.decode,
-) -> list[np.ndarray]:
-    """Values in steps of each stream, `[N]` int32.
+) -> "list[Values]":
+    """The `Values` of each stream.
 
     Args:
       data: bytes of each stream.
@@ -273,7 +281,7 @@ def decode(
     """
     present = np.zeros(COUNT, bool)
     for context in contexts:
-        present |= np.bincount(context, minlength=COUNT)[:COUNT] > 0
+        present |= occurrences(context) > 0
         if len(context) and context.max() >= COUNT:
             raise Damaged(f"context {context.max()}")
     lookup = tables.lookup(frequencies, present)
@@ -281,7 +289,7 @@ def decode(
     lanes = [x.lanes for x in parsed]
     places = sort_lanes([(len(c), k) for c, k in zip(contexts, lanes, strict=True)])
     if not len(places.lengths):
-        return [np.zeros(0, np.int32) for _ in parsed]
+        return [Values(np.zeros(0, np.int16), c, x) for c, x in zip(contexts, parsed, strict=True)]
     place = np.concatenate(places.columns)
     # words stay stream by stream; lanes say where theirs begin
     count, begin = np.concatenate([x.taken for x in parsed]), np.zeros(len(place), np.int64)
@@ -289,7 +297,7 @@ def decode(
     state, first, last = (np.empty_like(x) for x in (np.concatenate([x.state for x in parsed]), begin, begin))
     state[place] = np.concatenate([x.state for x in parsed])
     first[place], last[place] = begin, begin + count
-    values = decode_lanes(
+    matrix = decode_lanes(
         state,
         np.concatenate([x.words for x in parsed]),
         first,
@@ -298,35 +306,64 @@ def decode(
         gather([np.asarray(c, np.uint8) for c in contexts], lanes, places),
         lookup,
     )
-    out = []
+    del first, last, begin, count
+    flat = []
     for x, context, columns in zip(parsed, contexts, places.columns, strict=True):
-        steps = -(-len(context) // max(x.lanes, 1))
-        mine = values if len(parsed) == 1 else values[:steps, columns]
-        out.append(finish(from_lanes(mine, len(context)).astype(np.int32), context, x))
-    return out
+        whole = len(columns) == matrix.shape[1]
+        mine = matrix if whole else matrix[: -(-len(context) // max(x.lanes, 1)), columns]
+        flat.append(from_lanes(mine, len(context)))
+    return [Values(*each) for each in zip(flat, contexts, parsed, strict=True)]
 
 
-def finish(value: np.ndarray, context: np.ndarray, x: Parsed) -> np.ndarray:
-    """Values of a stream from the entries of the decoding tables, with wide contexts and escapes resolved."""
-    special = value >= tables.ESCAPED
-    if int(np.count_nonzero(special)) != len(x.escaped):
-        raise Damaged("another number of escapes")
-    if x.middle is not None:
-        wide = WIDE[context] & ~special
+def occurrences(context: np.ndarray) -> np.ndarray:
+    """Codes of each context, `[COUNT]`; some at a time, as `bincount` takes eight bytes for each."""
+    parts = (context[at : at + BLOCK] for at in range(0, len(context), BLOCK))
+    return sum((np.bincount(x, minlength=COUNT)[:COUNT] for x in parts), np.zeros(COUNT, np.int64))
+
+
+class Values:
+    """The values of a stream, taken in order: as a whole they are larger than what they are made of.
+
+    Attributes:
+      coded: `[N]` entries of the decoding tables.
+      context: `[N]` of the codes.
+      middle, escaped: of a `Parsed` stream.
+      at, seen, escapes: codes, middle bits and escapes that have been taken.
+
+    Raises:
+      Damaged: another number of escapes than the stream has.
+    """
+
+    def __init__(self, coded: np.ndarray, context: np.ndarray, parsed: Parsed) -> None:
+        self.coded, self.context, self.escaped = coded, context, parsed.escaped
+        self.middle = np.zeros(0, np.int32) if parsed.middle is None else parsed.middle
+        self.at = self.seen = self.escapes = 0
+        if int(np.count_nonzero(coded >= tables.ESCAPED)) != len(self.escaped):
+            raise Damaged("another number of escapes")
+
+    def take(self, count: int) -> np.ndarray:
+        """The next values, int32 in steps, with wide contexts and escapes resolved."""
+        value = self.coded[self.at : self.at + count].astype(np.int32)
+        context = self.context[self.at : self.at + count]
+        self.at += count
+        special, wide = value >= tables.ESCAPED, WIDE[context]
+        middle = self.middle[self.seen : self.seen + np.count_nonzero(wide)][~special[wide]]
+        self.seen += int(np.count_nonzero(wide))
+        wide &= ~special
         found = value[wide]
         coded = found >> 2
         high = (coded >> 1) << (RAW_BITS[context[wide]] + 1)
         negative = found & 1
-        magnitude = (high | x.middle[wide] << 1 | coded & 1) + negative
-        value[wide] = signed(magnitude, (found >> 1) & 1, negative)
-    if len(x.escaped):
-        if x.escaped.max() > MAX_MAGNITUDE >> 1:
+        value[wide] = signed((high | middle << 1 | coded & 1) + negative, (found >> 1) & 1, negative)
+        escaped = self.escaped[self.escapes : self.escapes + np.count_nonzero(special)]
+        self.escapes += len(escaped)
+        if escaped.max(initial=0) > MAX_MAGNITUDE >> 1:
             raise Damaged("an escape beyond the largest magnitude")
         found = value[special]
         negative = (found >> 1) & 1
-        magnitude = (x.escaped.astype(np.int32) << 1 | found & 1) + (WIDE[context[special]] & (negative > 0))
+        magnitude = (escaped.astype(np.int32) << 1 | found & 1) + (WIDE[context[special]] & (negative > 0))
         value[special] = signed(magnitude, (found >> 2) & 1, negative)
-    return value
+        return value
 
 
 def signed(magnitude: np.ndarray, quantizer: np.ndarray, negative: np.ndarray) -> np.ndarray:

@@ -61,13 +61,17 @@ def code_contexts(
     return join(parts, np.uint8)
 
 
-def take_codes(codes: np.ndarray, at: int, piece: Piece, context: np.ndarray) -> tuple[np.ndarray, int]:
-    """A piece's codes `[length, S]` float32, zeros where uncoded, and where the next piece's begin."""
+def as_piece(codes: np.ndarray, piece: Piece, context: np.ndarray) -> np.ndarray:
+    """A piece's codes `[length, S]` float32, zeros where uncoded, from `code_count` codes in a row."""
     coded = np.flatnonzero(context > 0)
     out = np.zeros((piece.length, piece.rank), np.float32)
-    end = at + piece.length * len(coded)
-    out[:, coded] = codes[at:end].reshape(len(coded), piece.length).T
-    return out, end
+    out[:, coded] = codes.reshape(len(coded), piece.length).T
+    return out
+
+
+def code_count(piece: Piece, context: np.ndarray) -> int:
+    """Number of codes of a piece."""
+    return piece.length * int(np.count_nonzero(context > 0))
 
 
 def direction_contexts(

@@ -74,6 +74,9 @@ def stack_pieces(values: Sequence[np.ndarray | None], shape: tuple[int, int]) ->
     """Values of pieces in one array; a missing piece means a damaged store."""
     if any(x is None for x in values):
         raise bitstream.Damaged("a factor whose leaf is not there")
+    if len(values) == 1:
+        # no copy of what is all of a task's own
+        return values[0][None]  # type: ignore[index]
     return np.stack(values) if values else np.zeros((0, *shape), np.float32)  # type: ignore[arg-type]
 
 
@@ -156,6 +159,8 @@ def decode_segments(
                 if r.place == SHARED
                 else references.task_vectors(every[r.place], 0)
             )
+        # as large as the terms that are kept
+        del found, every
     return out
 
 
@@ -250,11 +255,11 @@ def decode_all(store: Store, tasks: Sequence[str] | None = None) -> Iterator[Ada
     names = store.tasks if tasks is None else tuple(tasks)
     terms = decode_terms(store, names)
     for k, task in enumerate(names):
-        yield adapter_of(store, task, terms, k)
+        yield adapter_of(store, task, terms, k, last=k + 1 == len(names))
 
 
-def adapter_of(store: Store, task: str, terms: Terms, place: int) -> Adapter:
-    """The adapter of the task at one place of some terms."""
+def adapter_of(store: Store, task: str, terms: Terms, place: int, last: bool) -> Adapter:
+    """The adapter of the task at one place of some terms; the last one takes them out, module by module."""
     source = store.sources[task_index(store.tasks, task)]
     came: dict[str, Any] = {
         "dtype": source.dtype,
@@ -268,8 +273,8 @@ def adapter_of(store: Store, task: str, terms: Terms, place: int) -> Adapter:
     if raw is not None:
         return Adapter(task, *lossless.folded(raw), **came, raw=raw)
     a, b = {}, {}
-    for name, every in terms.items():
-        pair = task_pair(every, place)
+    for name in list(terms):
+        pair = task_pair(terms.pop(name) if last else terms[name], place)
         if pair is not None:
             a[name], b[name] = balanced(*pair)
             if not (np.isfinite(a[name]).all() and np.isfinite(b[name]).all()):

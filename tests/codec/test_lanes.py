@@ -42,13 +42,14 @@ def test_every_value_is_that_of_numpy(several):
     assert WIDE[given[1][0]].any()
     for way in (streams.rans.decode, lanes.decode):
         for got, want in zip(streams.decode(*given, way), values, strict=True):
-            np.testing.assert_array_equal(got, want)
+            parts = [got.take(n) for n in (len(want) // 3, len(want) - len(want) // 3)]
+            np.testing.assert_array_equal(np.concatenate(parts), want)
 
 
 def verdict(*given):
     """The values of a damaged stream, or what is said of it."""
     try:
-        return [x.tolist() for x in streams.decode(*given)]
+        return [x.take(len(y)).tolist() for x, y in zip(streams.decode(*given), given[1], strict=True)]
     except Damaged as error:
         return str(error)
 
