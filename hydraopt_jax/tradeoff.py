@@ -24,7 +24,7 @@ from hydraopt_jax.forms import Hydra, estimates
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.rate_control import engine
-from hydraopt_jax.rate_control.errors_of import relative
+from hydraopt_jax.rate_control.distortion import relative
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import count, sizes
 from hydraopt_jax.store.store import task_errors

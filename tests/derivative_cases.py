@@ -160,7 +160,7 @@ def least(center: jax.Array, weight: jax.Array) -> Any:
 def stepped(params: jax.Array, batch: jax.Array) -> Any:
     optimizer = optax.sgd(0.1, momentum=0.5)
     loss = lambda x, y, aux: (jnp.sum((x - y) ** 2 * aux), aux + jnp.sum(y))  # noqa: E731
-    state = descent.State(params, optimizer.init(params), jnp.float32(0.7))
+    state = descent.DescentState(params, optimizer.init(params), jnp.float32(0.7))
     return descent.step(loss, optimizer, state, batch)
 
 

@@ -19,7 +19,7 @@ from hydraopt_jax.deferred import bytes_of, joined
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.memory_collection import raw_of
 from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, gains_and_errors, targets_at_step
-from hydraopt_jax.rate_control.errors_of import with_errors
+from hydraopt_jax.rate_control.distortion import with_errors
 from hydraopt_jax.rate_control.metrics import metrics_of, uncovered
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.static import Static

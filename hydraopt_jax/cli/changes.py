@@ -12,8 +12,8 @@ from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
 from hydraopt_jax.cli.common import PlaceType, load_moments, read_all, with_adapters
+from hydraopt_jax.cli.descriptions import calibration_notes, held_notes, sentence
 from hydraopt_jax.cli.output import jsonable, output_options, say
-from hydraopt_jax.cli.tables import calibration_notes, held_notes, sentence
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
 from hydraopt_jax.store import Store, files, removal, sizes, task_index

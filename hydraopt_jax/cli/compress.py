@@ -15,9 +15,7 @@ from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
 from hydraopt_jax.cli.common import PlaceType, Source, parse_numbers, with_adapters
-from hydraopt_jax.cli.output import jsonable, mode, output_options, say
-from hydraopt_jax.cli.output import progress as stage
-from hydraopt_jax.cli.tables import (
+from hydraopt_jax.cli.descriptions import (
     bytes_table,
     calibration_notes,
     describe,
@@ -25,6 +23,8 @@ from hydraopt_jax.cli.tables import (
     forms_table,
     sentence,
 )
+from hydraopt_jax.cli.output import jsonable, mode, output_options, say
+from hydraopt_jax.cli.output import progress as stage
 from hydraopt_jax.errors import HydraOptError, suggest
 from hydraopt_jax.formats import check_same_base
 from hydraopt_jax.forms import Gradient, Hydra

@@ -62,7 +62,7 @@ def applied(tasks: int, rank: int, size: int) -> bool:
     return tasks * rank < size
 
 
-def streams(form: Hydra, tasks: int) -> bool:
+def is_streamed(form: Hydra, tasks: int) -> bool:
     """Whether a form is solved in passes over the tasks; other forms need all tasks at once."""
     return form.solver is None and form.heads in (None, tasks) and tasks > 1
 
@@ -80,7 +80,7 @@ def groups_of(found: Collection, form: Hydra, limit: int = GROUP_BYTES) -> list[
         module = size * tasks * rank * sum(shape)
         room = min(max(limit // module, 1), CHUNK, len(names))
         room = even(len(names), room)
-        whole = not streams(form, tasks) or any(applied(tasks, rank, n) for n in shape)
+        whole = not is_streamed(form, tasks) or any(applied(tasks, rank, n) for n in shape)
         length = tasks if whole else min(tasks, max(limit * tasks // module, 1))
         spans = tuple((t, min(t + length, tasks)) for t in range(0, tasks, length))
         for at in range(0, len(names), room):

@@ -23,7 +23,7 @@ from hydraopt_jax.explicit.groups import Group, GroupFactors, applied
 from hydraopt_jax.explicit.streaming_gram import BOTH, LOCAL, Basis, Grams
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.forms import Hydra
-from hydraopt_jax.rate_control import errors_of
+from hydraopt_jax.rate_control import distortion
 
 # float32 bytes of a chunk of tasks on one device: the size of the caches on a CPU, enough work elsewhere
 SUM_BYTES = {"cpu": 1 << 23}
@@ -276,7 +276,7 @@ def second_pass(
             sink.write(bytes(np.dtype(dtype).itemsize * width * max(group.shape)))
         kept[name] = (
             where(sink.name, side, group, tasks, width, dtype, shared_at[m], heads[m]),
-            np.where(first.ranks[m] > 0, errors_of.relative(squares[m], energy[m]), np.nan),
+            np.where(first.ranks[m] > 0, distortion.relative(squares[m], energy[m]), np.nan),
             float(sides[side].sure[m]) / max(int(present[m]), 1),
         )
     return kept

@@ -16,7 +16,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import registry
 from hydraopt_jax.merging.registry import Method
-from hydraopt_jax.rate_control.errors_of import relative
+from hydraopt_jax.rate_control.distortion import relative
 
 # name, `a: [T, I, R]`, `b: [T, R, O]`, ranks `[T]`
 Module = tuple[str, np.ndarray, np.ndarray, np.ndarray]

@@ -2,5 +2,5 @@
 
 `analysis` has what a choice depends on, `mode_decision` chooses in one currency, `targets` are the factors in
 steps, `coding` codes a part at one step, `search` moves the step until the target is met, and `engine` does
-so for a collection of any size; `errors_of` measures what a store decodes to.
+so for a collection of any size; `distortion` measures what a store decodes to.
 """

@@ -13,7 +13,7 @@ from hydraopt_jax.forms import estimates
 from hydraopt_jax.rate_control import search
 from hydraopt_jax.rate_control.carried import kept_segment
 from hydraopt_jax.rate_control.coding import Trial
-from hydraopt_jax.rate_control.errors_of import with_errors
+from hydraopt_jax.rate_control.distortion import with_errors
 from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.mode_decision import Choice
 from hydraopt_jax.rate_control.options import Options, as_report
