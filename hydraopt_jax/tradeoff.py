@@ -315,7 +315,7 @@ def frontier(
     curves += [merged(stacked), *baselines]
     reference = 2 * stacked.size
     deltas = [decompose.batched_svd(jnp.asarray(x.a), jnp.asarray(x.b)) for x in stacked.buckets]
-    found = estimates.estimates([relative_deltas(x) for x in deltas], np.asarray(fractions) * reference)
+    found = estimates.errors_by_model([relative_deltas(x) for x in deltas], np.asarray(fractions) * reference)
     expected = [
         Curve(
             f"Gaussian estimate, {name}",

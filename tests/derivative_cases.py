@@ -76,7 +76,7 @@ MODULES = {
 
 EXEMPT = {
     "estimates.component_energies": "host code of estimates",
-    "estimates.estimates": "host code around separate_estimate and joint_estimate",
+    "estimates.errors_by_model": "host code around separate_estimate and joint_estimate",
     "clustering.fill_empty": "labels",
     "clustering.hierarchy": "labels",
     "clustering.partitions": "labels",
@@ -264,8 +264,10 @@ CASES = {
         lambda x: seen(Svd(*factorizations.thin_svd(x.mT))), (TALL,)
     ),
     "forms.add_cores": Case(cores, FACTORS, 1e-3, 3e-2),
-    "forms.errors": Case(
-        lambda a, b, x, y: forms.errors(decompose.svd(a, b), Factors(x, y, jnp.zeros(T, int), jnp.arange(T))),
+    "forms.squared_errors": Case(
+        lambda a, b, x, y: forms.squared_errors(
+            decompose.svd(a, b), Factors(x, y, jnp.zeros(T, int), jnp.arange(T))
+        ),
         (A, B, normal(7, 1, I, R), normal(8, T, R, O)),
     ),
     "forms.hydra": Case(on_deltas(forms.hydra, heads=T, rank=2), FACTORS),
@@ -318,6 +320,6 @@ CASES = {
     "similarity.principal_cosines": Case(
         lambda x: similarity.principal_cosines(decompose.orthonormal(x), jnp.array([2, 3])), (TALL,)
     ),
-    "similarity.similarity": Case(lambda a, b: similarity.similarity(a[None], b[None]), (A, B)),
+    "similarity.compare": Case(lambda a, b: similarity.compare(a[None], b[None]), (A, B)),
     **MERGING,
 }

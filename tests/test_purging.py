@@ -266,7 +266,7 @@ def test_commands_say_what_is_left_and_are_rid_of_it(many, tmp_path, capsys):
 )
 def test_options_of_remove_that_do_nothing_are_refused(many, tmp_path, capsys, arguments, words):
     store.save(tmp_path / "s", compress(many[:2], max_error=0.1))
-    calibration.save(tmp_path / "c", {})
+    calibration.write_moments(tmp_path / "c", {})
     code, out, err = run(capsys, "remove", tmp_path / "s", *arguments)
     assert (code, out) == (2, "")
     assert words in err

@@ -12,6 +12,7 @@ from commands import run
 from hydraopt_jax import changes, formats, forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 from hydraopt_jax.jobs import job
 from hydraopt_jax.rate_control import carried, engine

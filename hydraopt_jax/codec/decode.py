@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.codec import prediction, rans, streams, syntax, tables
+from hydraopt_jax.codec import frequency_tables, prediction, rans, streams, syntax
 from hydraopt_jax.codec.bitstream import Damaged, Reader
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.syntax import SHARED, Side
@@ -52,7 +52,7 @@ def decode_leaves(
         raise Damaged(f"no leaf {min(missing)}")
     order = (SHARED, *sorted(set(leaves) - {SHARED}))
     readers = {name: Reader(leaves[name]) for name in order}
-    table = tables.unpack(readers[SHARED]) if frequencies is None else frequencies
+    table = frequency_tables.unpack_tables(readers[SHARED]) if frequencies is None else frequencies
     members = {name: [i for i, x in enumerate(rows) if x.leaf == name] for name in order}
     contexts: dict[int, np.ndarray] = {}
     sides: dict[str, Side] = {}
@@ -87,7 +87,7 @@ def predicted(base: np.ndarray | None, context: np.ndarray, weights: np.ndarray)
     """Predictions of vectors from the coded vectors of a base."""
     if base is None:
         raise Damaged("a prediction from a factor that comes later")
-    return prediction.weigh(base[:, context > 0], weights)
+    return prediction.apply_weights(base[:, context > 0], weights)
 
 
 def split_gains(

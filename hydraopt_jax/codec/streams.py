@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.codec import rans, tables
+from hydraopt_jax.codec import frequency_tables, rans
 from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_planes, unpack_planes
 from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE, level, symbol
 
@@ -144,7 +144,7 @@ def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
         rows.append(x.context.astype(np.int32) * 2 + x.quantizer)
     slots = np.stack(
         [
-            tables.halves(row, bool(wide))
+            frequency_tables.halves(row, bool(wide))
             for table, wide in zip(frequencies, WIDE, strict=True)
             for row in table
         ]
@@ -278,7 +278,7 @@ def decode(
         present |= np.bincount(context, minlength=COUNT)[:COUNT] > 0
         if len(context) and context.max() >= COUNT:
             raise Damaged(f"context {context.max()}")
-    lookup = tables.lookup(frequencies, present)
+    lookup = frequency_tables.lookup(frequencies, present)
     parsed = [parse(blob, context) for blob, context in zip(data, contexts, strict=True)]
     lanes = [x.lanes for x in parsed]
     places = sort_lanes([(len(c), k) for c, k in zip(contexts, lanes, strict=True)])
@@ -310,7 +310,7 @@ def decode(
 
 def finish(value: np.ndarray, context: np.ndarray, x: Parsed) -> np.ndarray:
     """Values of a stream from the entries of the decoding tables, with wide contexts and escapes resolved."""
-    special = value >= tables.ESCAPED
+    special = value >= frequency_tables.ESCAPED
     if int(np.count_nonzero(special)) != len(x.escaped):
         raise Damaged("another number of escapes")
     if x.middle is not None:

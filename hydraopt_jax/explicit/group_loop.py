@@ -18,7 +18,7 @@ from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming
 from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, GroupFactors, groups_of, is_streamed, read_groups
 from hydraopt_jax.forms import Gradient, Hydra
-from hydraopt_jax.forms.asked import check_form
+from hydraopt_jax.forms.hyperparameters import check_form
 from hydraopt_jax.rate_control.carried import full_tensors, kept_segment
 from hydraopt_jax.rate_control.segments import kept_note
 from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Memory, Place, Progress

@@ -155,7 +155,7 @@ def first_pass(
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "mesh"))
-def blank(sizes: tuple[int, ...], *, mesh: Mesh) -> tuple[streaming_gram.Sum, ...]:
+def blank(sizes: tuple[int, ...], *, mesh: Mesh) -> tuple[streaming_gram.Strips, ...]:
     """Sums of zeros, one for each size n."""
     lead = (mesh.shape[MODULES], mesh.shape[TASKS])
     zeros = lambda *shape: jax.lax.with_sharding_constraint(  # noqa: E731

@@ -244,7 +244,7 @@ def principal_angles(a: Array, b: Array) -> Angles:
     return _batched_angles(_decompose(a, b))
 
 
-def similarity(a: Array, b: Array) -> Similarity:
+def compare(a: Array, b: Array) -> Similarity:
     """All measures for modules of one shape.
 
     Args:
@@ -294,7 +294,7 @@ def summarize(adapters: Adapters) -> Summary:
     """
     modules: dict[str, Similarity] = {}
     for bucket in adapters.buckets:
-        found = [np.asarray(x) for x in similarity(jnp.asarray(bucket.a), jnp.asarray(bucket.b))]
+        found = [np.asarray(x) for x in compare(jnp.asarray(bucket.a), jnp.asarray(bucket.b))]
         modules |= {name: Similarity(*(x[m] for x in found)) for m, name in enumerate(bucket.modules)}
     kinds: dict[str, list[Similarity]] = {}
     for name, value in modules.items():

@@ -12,7 +12,7 @@ from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming, streaming_gram
 from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, is_streamed
 from hydraopt_jax.forms import Hydra
-from hydraopt_jax.forms.asked import check_form
+from hydraopt_jax.forms.hyperparameters import check_form
 from hydraopt_jax.rate_control import parts, search
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import tensors

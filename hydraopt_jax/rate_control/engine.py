@@ -332,10 +332,10 @@ def encode_parts(
     frequencies: np.ndarray,
     weights: np.ndarray,
     known: Mapping[str, Any],
-    modes_at: float | None = None,
+    forms_at: float | None = None,
 ) -> np.ndarray:
     """Encode this process's parts that are not done, as many at once as it has devices, in the forms of the
-    step `modes_at`; of a run with drafts their bytes are estimated.
+    step `forms_at`; of a run with drafts their bytes are estimated.
 
     Returns:
       Frequencies for the next pass, from the counts of all parts.
@@ -355,7 +355,7 @@ def encode_parts(
             problem = disable_joint(problem, step, frequencies)
         else:
             problem = problem._replace(no_joint=frozenset(before["no_joint"]))
-        trial = encode_at_step(problem, step, frequencies, modes_at)
+        trial = encode_at_step(problem, step, frequencies, forms_at)
         if run.drafts is None:
             segment = coded_segment(run, n, problem, trial, given)
         else:

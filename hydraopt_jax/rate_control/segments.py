@@ -107,7 +107,7 @@ def finished(run: Run, number: int, draft: Store, place: Place) -> Store:
         place.keep(name, coded_segment(run, n, problem, trial, given))
         segments.append(kept_segment(place, name))
         if len(run.parts) == 1 and not problem.metrics:
-            expected = estimates.estimates([x.deltas for x in problem.spectra], np.array([trial.bytes]))
+            expected = estimates.errors_by_model([x.deltas for x in problem.spectra], np.array([trial.bytes]))
             report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in expected.items()}
     return draft.replace(segments=(*segments, *draft.segments[len(segments) :]), report=Static(report))
 

@@ -264,7 +264,7 @@ def load_task(
     if not variables:
         raise HydraOptError("the model has no LoRA parameters: make them with Flax or qwix first")
     names = ["flax_nnx", "qwix"]
-    fits = (n for n in names if all(DIALECTS[n].key.fullmatch(trees.text(keys)) for keys in variables))
+    fits = (n for n in names if all(DIALECTS[n].key.fullmatch(trees.path_text(keys)) for keys in variables))
     name = next(fits, names[0])
     like: dict[Any, Any] = {}
     for keys, variable in variables.items():

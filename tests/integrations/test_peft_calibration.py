@@ -197,8 +197,10 @@ def test_what_it_gives_is_a_calibration(model, batches, tmp_path):
     shapes = {f"model.layers.{n}.self_attn.q_proj": (24, 24) for n in range(2)}
     shapes |= {f"model.layers.{n}.mlp.down_proj": (40, 24) for n in range(2)}
     made = synthetic.collection(1, tasks=["a", "b"], modules=shapes, rank=2, dtype="float32")
-    calibration.save(tmp_path / "c.safetensors", calibration.collect(model, batches, outputs=True))
-    store = hydra.compress(made, max_error=0.05, calibration=calibration.load(tmp_path / "c.safetensors"))
+    calibration.write_moments(tmp_path / "c.safetensors", calibration.collect(model, batches, outputs=True))
+    store = hydra.compress(
+        made, max_error=0.05, calibration=calibration.read_moments(tmp_path / "c.safetensors")
+    )
     assert store.output_errors.shape == (4, 2)
     assert "uncalibrated" not in store.report
 
@@ -231,7 +233,7 @@ def test_the_command_gathers_what_collect_does(place, model, base, capsys, name,
     schemas = json.loads((Path(__file__).parents[2] / "docs" / "schemas.json").read_text())
     jsonschema.Draft202012Validator({**schemas, "$ref": "#/$defs/calibrate"}).validate(payload)
     assert [payload[x] for x in ("modules", "tokens", "widest")] == [modules, 45, 40]
-    found = calibration.load("c.safetensors")
+    found = calibration.read_moments("c.safetensors")
     tokens = torch.tensor([["abcdefghij".index(x) + 1 for x in TEXT.split()]])
     batches = [tokens[:, n : min(n + 20, 45)] for n in (0, 20, 40)]
     wanted = calibration.collect({"adapter": model, "org/base": base}[name], batches)
@@ -245,7 +247,7 @@ def test_the_command_gathers_gradients_and_says_what_is_little(place, capsys):
     status, said, error = run(capsys, *asked)
     assert (status, error) == (0, "")
     assert "9 tokens are fewer than the widest module's 40 inputs: give more text" in " ".join(said.split())
-    assert {x for x in calibration.load("c.safetensors") if x.endswith(":output")} >= {f"{Q}:output"}
+    assert {x for x in calibration.read_moments("c.safetensors") if x.endswith(":output")} >= {f"{Q}:output"}
     status, _, error = run(capsys, *asked)
     assert status == 2
     assert "c.safetensors: exists" in error
