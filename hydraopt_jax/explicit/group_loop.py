@@ -1,9 +1,10 @@
-"""The engine of explicit forms: group after group, each kept as a plain segment as soon as it is done.
+"""The loop of explicit forms: group after group, each kept as a plain segment as soon as it is done.
 
-Where segments and notes are kept, who waits for whom, progress and full tensors are those of
-`rate_control.engine`, see `rate_control.work` and `carried`. The loop is another one: a group is some modules
-of all tasks, solved once from sums that stream over them; a target's part is some modules of few tasks, coded
-again at every step until the whole meets the target. One loop for both would branch at each of its lines.
+What it shares with the loop over a target's parts (`rate_control.engine`) is one function each: places,
+notes, processes and progress (`rate_control.work`), full tensors and what is kept (`carried`), reading ahead
+(`collection.read_ahead`). The loops are two. Here a group is some modules of all tasks, which all devices
+solve together from sums over its tasks, once. There a part is some modules of few tasks, which one device
+codes, again at every step until the whole meets the target. One loop for both would branch at each line.
 """
 
 import contextlib

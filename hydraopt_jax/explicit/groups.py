@@ -1,14 +1,16 @@
 """Groups: modules of one shape that are read and solved together, and reading them from files."""
 
+import functools
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.collection import Collection
+from hydraopt_jax.collection import Collection, read_ahead
 from hydraopt_jax.devices import even
 from hydraopt_jax.explicit.fitting import CHUNK
 from hydraopt_jax.forms import Hydra
@@ -138,28 +140,16 @@ def read_groups(
 ) -> Iterator[tuple[Group, Iterator[GroupFactors]]]:
     """Every group with its blocks, the next one always being read; spans are read again for each pass, a
     single one once."""
-    requests = [
-        (group, span) for group in groups for span in group.spans * (passes if len(group.spans) > 1 else 1)
-    ]
-    with ThreadPoolExecutor(1) as pool:
-        coming = iter(requests)
-        pending: list[Future[GroupFactors]] = []
-
-        def fetch() -> None:
-            request = next(coming, None)
-            if request is not None:
-                pending.append(pool.submit(read_block, found, *request, read))
-
-        def take() -> GroupFactors:
-            block = pending.pop(0).result()
-            fetch()
-            return block
-
-        fetch()
-        for group in groups:
-            if len(group.spans) == 1:
-                block = take()
-                yield group, iter([block] * passes)
-                del block
-            else:
-                yield group, (take() for _ in range(passes * len(group.spans)))
+    requests = (
+        functools.partial(read_block, found, group, span, read)
+        for group in groups
+        for span in group.spans * (passes if len(group.spans) > 1 else 1)
+    )
+    blocks = read_ahead(requests)
+    for group in groups:
+        if len(group.spans) == 1:
+            block = next(blocks)
+            yield group, iter([block] * passes)
+            del block
+        else:
+            yield group, itertools.islice(blocks, passes * len(group.spans))

@@ -201,7 +201,7 @@ def solve_group(
     steps = (slice(at, min(at + step, count)) for at in range(0, count, step))
     kept: dict[str, Solved] = {}
     with file.open("wb") as sink:
-        for first in ahead(first_pass(group, x, passes, tasks, ranks, grid) for x in steps):
+        for first in one_ahead(first_pass(group, x, passes, tasks, ranks, grid) for x in steps):
             kept |= second_pass(sink, group, first, passes, tasks, dtype, grid)
         sink.flush()
         os.fsync(sink.fileno())
@@ -257,7 +257,7 @@ def second_pass(
     squares = np.zeros((len(names), tasks))
     heads: list[list[tuple[int, int]]] = [[] for _ in names]
     wanted = {x: sides[x] for x in dict.fromkeys(chosen)}
-    for at, count, side, out in ahead(projected(group, first.rows, passes, wanted, grams, grid, dtype)):
+    for at, count, side, out in one_ahead(projected(group, first.rows, passes, wanted, grams, grid, dtype)):
         values, error = np.asarray(out.values), np.asarray(out.error)
         for m in (m for m in range(len(names)) if chosen[m] == side):
             squares[m, at : at + count] = error[m, :count]
@@ -314,7 +314,7 @@ def projected(
             at += count
 
 
-def ahead(items: Iterator[Any]) -> Iterator[Any]:
+def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
     """The same items, one late: the device computes the next item while the host uses this one."""
     waiting: list[Any] = []
     for item in items:

@@ -255,7 +255,7 @@ def compare(a: Array, b: Array) -> Similarity:
       Similarity of `[M, T, T]` arrays.
 
     >>> import jax.numpy as jnp
-    >>> print(similarity(jnp.ones((1, 2, 3, 1)), jnp.ones((1, 2, 1, 3))).delta.shape)
+    >>> print(compare(jnp.ones((1, 2, 3, 1)), jnp.ones((1, 2, 1, 3))).delta.shape)
     (1, 2, 2)
     """
     return _batched_measure(jnp.asarray(a), jnp.asarray(b), _decompose(a, b))
