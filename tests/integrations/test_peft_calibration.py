@@ -3,6 +3,7 @@
 Needs the `peft` extra; models are tiny, random and built from their configurations.
 """
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from commands import run
 import hydraopt_jax as hydra
 from hydraopt_jax import calibration, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.integrations.transformers import open_model
 
 torch = pytest.importorskip("torch", reason="pip install '.[peft]'")
 transformers = pytest.importorskip("transformers", reason="pip install '.[peft]'")
@@ -222,6 +224,20 @@ def place(base, model, tmp_path, monkeypatch):
     model.save_pretrained("adapter")
     Path("text.txt").write_text(TEXT)
     return tmp_path
+
+
+@pytest.mark.parametrize("name", ["org/base", "./none"])
+def test_what_transformers_prints_is_left_as_its_user_has_it(place, name):
+    log = transformers.utils.logging
+    before = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_info()
+    log.enable_progress_bar()
+    with contextlib.suppress(HydraOptError):
+        open_model(name)
+    found = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(before[0])
+    (log.enable_progress_bar if before[1] else log.disable_progress_bar)()
+    assert found == (log.INFO, True)
 
 
 @pytest.mark.parametrize(("name", "modules"), [("adapter", 4), ("org/base", 14)])
