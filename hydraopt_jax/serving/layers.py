@@ -30,8 +30,8 @@ from hydraopt_jax.formats.dialects import DIALECTS
 from hydraopt_jax.formats.families import Name
 from hydraopt_jax.formats.trees import near
 from hydraopt_jax.nnx_layers import contraction, dotted, is_layer, matrix, replace
-from hydraopt_jax.serving.apply import Module, apply, shape
 from hydraopt_jax.serving.loading import check_base_of
+from hydraopt_jax.serving.mixed_tasks import Module, apply, shape
 from hydraopt_jax.store import Store
 
 

@@ -12,7 +12,7 @@ from hydraopt_jax.codec import fixed_rate, lanes, rans
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.serving.apply import Module
+from hydraopt_jax.serving.mixed_tasks import Module
 from hydraopt_jax.store import Store, decode_terms, select, task_index
 
 # shardings of kernels as matrices `[I, O]`: one for all modules, or a function of the name; None: one device

@@ -21,7 +21,6 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import times
 from hydraopt_jax.formats.server import cut
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.serving.apply import Module
 from hydraopt_jax.serving.loading import (
     Shardings,
     check_base_of,
@@ -31,6 +30,7 @@ from hydraopt_jax.serving.loading import (
     shardings_of,
     to_dtype,
 )
+from hydraopt_jax.serving.mixed_tasks import Module
 from hydraopt_jax.store import Store, decode_terms, task_index
 from hydraopt_jax.store.schema import PlainShape
 
