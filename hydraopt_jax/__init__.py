@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hydraopt_jax.factors import Factors
     from hydraopt_jax.forms.similarity import summarize as similarity
     from hydraopt_jax.merging.whole_adapters import merge_adapters as merge
-    from hydraopt_jax.rate_control.errors_of import measure
+    from hydraopt_jax.rate_control.distortion import measure
     from hydraopt_jax.reading import export, read
     from hydraopt_jax.refinement import refine
     from hydraopt_jax.store import Store, decode, open, save, select, update, verify
@@ -61,7 +61,7 @@ _HOMES = {
     "factors": ("Factors",),
     "forms.similarity": ("similarity",),
     "merging.whole_adapters": ("merge",),
-    "rate_control.errors_of": ("measure",),
+    "rate_control.distortion": ("measure",),
     "reading": ("export", "read"),
     "refinement": ("refine",),
     "store": ("Store", "decode", "open", "save", "select", "update", "verify"),

@@ -7,7 +7,7 @@ rank, S stored rank, K heads. A module's kernel is `[I, O]` (`y = x @ kernel`), 
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,28 +98,11 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     Raises:
       HydraOptError: no adapter, duplicate task names, shapes that disagree, NaN or infinite values.
     """
-    if not collection:
-        raise HydraOptError("no adapter given: name at least one")
-    seen: dict[str, str] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    owner: dict[str, str] = {}
+    shapes = check_headers((x.task, x.source, x.config, module_shapes(x)) for x in collection)
     for adapter in collection:
-        check_texts(adapter.task, adapter.source, adapter.config)
-        if adapter.task in seen:
-            raise HydraOptError(
-                f"task name {adapter.task!r} is used by both {seen[adapter.task]} and {adapter.source}: "
-                "rename one with NAME=ADAPTER"
-            )
-        seen[adapter.task] = adapter.source or adapter.task
         if not adapter.a:
             raise HydraOptError(f"{adapter.source or adapter.task}: holds no LoRA factor")
-        for name, shape in module_shapes(adapter).items():
-            if shapes.setdefault(name, shape) != shape:
-                raise HydraOptError(
-                    f"{name}: {adapter.task!r} has [in, out] = {list(shape)}, {owner[name]!r} has "
-                    f"{list(shapes[name])}: adapters of one store must adapt one base model"
-                )
-            owner.setdefault(name, adapter.task)
+        for name in adapter.a:
             for side, factor in (("input", adapter.a[name]), ("output", adapter.b[name])):
                 if not np.isfinite(factor.astype(np.float32, copy=False)).all():
                     raise HydraOptError(
@@ -127,6 +110,38 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
                         f"{side}-side factor: leave this adapter out or retrain it"
                     )
             check_size(adapter, name)
+    return shapes
+
+
+# task, source, configuration, and module -> (I, O) of an adapter
+Header = tuple[str, str, Mapping[str, Any], Mapping[str, tuple[int, int]]]
+
+
+def check_headers(headers: Iterable[Header]) -> dict[str, tuple[int, int]]:
+    """Check that adapters can be stored together by what is known without their factors; module -> (I, O).
+
+    Raises:
+      HydraOptError: no adapter, equal names, or shapes that disagree.
+    """
+    seen: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for task, source, config, own in headers:
+        check_texts(task, source, config)
+        if task in seen:
+            raise HydraOptError(
+                f"task name {task!r} is used by both {seen[task]} and {source}: rename one with NAME=ADAPTER"
+            )
+        seen[task] = source or task
+        for name, shape in own.items():
+            if shapes.setdefault(name, shape) != shape:
+                raise HydraOptError(
+                    f"{name}: {task!r} has [in, out] = {list(shape)}, {owner[name]!r} has "
+                    f"{list(shapes[name])}: adapters of one store must adapt one base model"
+                )
+            owner.setdefault(name, task)
+    if not seen:
+        raise HydraOptError("no adapter given: name at least one")
     return shapes
 
 

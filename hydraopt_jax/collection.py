@@ -4,17 +4,21 @@ Names, shapes and sizes are known at once; factors are read module by module. Th
 so one adapter and ten thousand, in memory or on disk, take the same path.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from hydraopt_jax.adapters import Adapter, check_texts
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.adapters import Adapter, check_headers
 from hydraopt_jax.static import Static
 from hydraopt_jax.store.lossless import Raw
 from hydraopt_jax.store.store import Source
+
+Item = TypeVar("Item")
 
 # one module of one adapter in the files' layout: `a: [R, I]`, `b: [O, R]` and the scale of the delta
 Pair = tuple[np.ndarray, np.ndarray, float]
@@ -117,6 +121,21 @@ class Collection(NamedTuple):
         return out
 
 
+def read_ahead(reads: Iterable[Callable[[], Item]], depth: int = 1) -> Iterator[Item]:
+    """The result of each call, in order, while the `depth` following calls run in the background.
+
+    >>> [*read_ahead([lambda: 1, lambda: 2, lambda: 3])]
+    [1, 2, 3]
+    """
+    coming = iter(reads)
+    with ThreadPoolExecutor(depth) as pool:
+        pending = deque(pool.submit(x) for x in itertools.islice(coming, depth))
+        while pending:
+            pending.extend(pool.submit(x) for x in itertools.islice(coming, 1))
+            # no name holds a result that its reader has done with
+            yield pending.popleft().result()
+
+
 def widest_dtype(names: Iterable[str]) -> str:
     """float16 or bfloat16 if all adapters have it, else float32.
 
@@ -128,30 +147,6 @@ def widest_dtype(names: Iterable[str]) -> str:
 
 
 def check_shapes(cards: Sequence[Card]) -> dict[str, tuple[int, int]]:
-    """Module -> (I, O), checked as `adapters.check` does, from cards.
-
-    Raises:
-      HydraOptError: no adapter, equal names, or shapes that disagree.
-    """
-    if not cards:
-        raise HydraOptError("no adapter given: name at least one")
-    seen: dict[str, str] = {}
-    owner: dict[str, str] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for card in cards:
-        check_texts(card.task, card.source, {})
-        if card.task in seen:
-            raise HydraOptError(
-                f"task name {card.task!r} is used by both {seen[card.task]} and {card.source}: "
-                "rename one with NAME=ADAPTER"
-            )
-        seen[card.task] = card.source
-        for name, entry in card.modules.items():
-            shape = (entry.inputs, entry.outputs)
-            if shapes.setdefault(name, shape) != shape:
-                raise HydraOptError(
-                    f"{name}: {card.task!r} has [in, out] = {list(shape)}, {owner[name]!r} has "
-                    f"{list(shapes[name])}: adapters of one store must adapt one base model"
-                )
-            owner.setdefault(name, card.task)
-    return shapes
+    """Module -> (I, O), checked by `adapters.check_headers`."""
+    sizes = ({n: (x.inputs, x.outputs) for n, x in card.modules.items()} for card in cards)
+    return check_headers((x.task, x.source, {}, own) for x, own in zip(cards, sizes, strict=True))

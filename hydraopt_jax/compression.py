@@ -8,7 +8,7 @@ from hydraopt_jax import pytrees  # noqa: F401  (what is made here may be traced
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control import engine
@@ -70,7 +70,7 @@ def compress(
         idle = targets | {"weights": weights, "calibration": calibration, "share=False": None if share else 1}
         for name in (k for k, v in idle.items() if v is not None):
             raise HydraOptError(f"{name}: a form excludes it: leave one of them out")
-        return explicit.compress_in_form(found, form, job, dtype=dtype, extras_dtype=extras_dtype)
+        return group_loop.compress_in_form(found, form, job, dtype=dtype, extras_dtype=extras_dtype)
     if dtype is not None:
         raise HydraOptError("dtype: only plain factors have one: give a form, or leave it out")
     if all(v is None for v in targets.values()):

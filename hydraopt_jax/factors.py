@@ -51,6 +51,11 @@ def task_pair(terms: Any, task: int) -> tuple[np.ndarray, np.ndarray] | None:
     if not left:
         return None
     a, b = np.concatenate(left, 1), np.concatenate(right, 0)
+    return without_zeros(a, b)
+
+
+def without_zeros(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`a: [I, S]` and `b: [S, O]` without directions that are zero on either side; at least one stays."""
     used = (np.abs(a).max(0) > 0) & (np.abs(b).max(1) > 0)
     used[0] |= not used.any()
     return a[:, used], b[used]

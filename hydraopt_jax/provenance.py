@@ -53,7 +53,7 @@ def entry(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"verb": verb, "options": dict(options), "version": version(), "date": today()}
 
 
-def carried(before: Store, after: Store) -> Store:
+def keep_provenance(before: Store, after: Store) -> Store:
     """The store with the provenance of the store that it was made from."""
     known = before.report.get(KEY)
     return after if known is None else after.replace(report=Static({**after.report, KEY: known}))

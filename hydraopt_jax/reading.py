@@ -46,7 +46,11 @@ def inside(folder: Path) -> list[str]:
     )
 
 
-def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> list[tuple[str, str | None]]:
+# place of an adapter, and its task name; None for that of its folder
+NamedPath = tuple[str, str | None]
+
+
+def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> list[NamedPath]:
     """`(place, task name)` of each adapter; the name is None if the folder's name is to be used.
 
     Args:
@@ -58,7 +62,7 @@ def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> lis
     Raises:
       HydraOptError: a pattern or a folder without any adapter, or a name for several.
     """
-    out: list[tuple[str, str | None]] = []
+    out: list[NamedPath] = []
     for text in map(str, [given] if isinstance(given, str | Path) else given):
         path, task = Path(text), None
         if not path.exists():

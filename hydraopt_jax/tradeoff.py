@@ -24,7 +24,7 @@ from hydraopt_jax.forms import Hydra, estimates
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.rate_control import engine
-from hydraopt_jax.rate_control.errors_of import relative
+from hydraopt_jax.rate_control.distortion import relative
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import count, sizes
 from hydraopt_jax.store.store import task_errors
@@ -315,7 +315,7 @@ def frontier(
     curves += [merged(stacked), *baselines]
     reference = 2 * stacked.size
     deltas = [decompose.batched_svd(jnp.asarray(x.a), jnp.asarray(x.b)) for x in stacked.buckets]
-    found = estimates.estimates([relative_deltas(x) for x in deltas], np.asarray(fractions) * reference)
+    found = estimates.errors_by_model([relative_deltas(x) for x in deltas], np.asarray(fractions) * reference)
     expected = [
         Curve(
             f"Gaussian estimate, {name}",

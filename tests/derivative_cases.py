@@ -51,7 +51,7 @@ from hydraopt_jax.forms import (
 from hydraopt_jax.linalg import clustering, decompose, factorizations
 from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.merging import activations, compressors, sparse, spectral, sums, truncation
-from hydraopt_jax.serving import apply, grouped
+from hydraopt_jax.serving import apply, grouped, mixed_tasks
 
 MODULES = {
     "decompose": decompose,
@@ -64,7 +64,7 @@ MODULES = {
     "descent": descent,
     "gradient": gradient,
     "similarity": similarity,
-    "serving.apply": __import__("sys").modules["hydraopt_jax.serving.apply"],
+    "serving.mixed_tasks": mixed_tasks,
     "serving.grouped": grouped,
     "merging.activations": activations,
     "merging.compressors": compressors,
@@ -76,7 +76,7 @@ MODULES = {
 
 EXEMPT = {
     "estimates.component_energies": "host code of estimates",
-    "estimates.estimates": "host code around separate_estimate and joint_estimate",
+    "estimates.errors_by_model": "host code around separate_estimate and joint_estimate",
     "clustering.fill_empty": "labels",
     "clustering.hierarchy": "labels",
     "clustering.partitions": "labels",
@@ -89,7 +89,7 @@ EXEMPT = {
     "merging.sparse.nth_largest": "a threshold to compare with, constant in derivatives",
     "merging.spectral.significant": "zeros and ones",
     "gradient.default_optimizer": "makes an optimizer",
-    "serving.apply.shape": "sizes",
+    "serving.mixed_tasks.shape": "sizes",
     "serving.grouped.arrange": "places",
     "serving.grouped.check_method": "checks a name",
     "serving.grouped.choose_method": "chooses a name",
@@ -160,7 +160,7 @@ def least(center: jax.Array, weight: jax.Array) -> Any:
 def stepped(params: jax.Array, batch: jax.Array) -> Any:
     optimizer = optax.sgd(0.1, momentum=0.5)
     loss = lambda x, y, aux: (jnp.sum((x - y) ** 2 * aux), aux + jnp.sum(y))  # noqa: E731
-    state = descent.State(params, optimizer.init(params), jnp.float32(0.7))
+    state = descent.DescentState(params, optimizer.init(params), jnp.float32(0.7))
     return descent.step(loss, optimizer, state, batch)
 
 
@@ -264,8 +264,10 @@ CASES = {
         lambda x: seen(Svd(*factorizations.thin_svd(x.mT))), (TALL,)
     ),
     "forms.add_cores": Case(cores, FACTORS, 1e-3, 3e-2),
-    "forms.errors": Case(
-        lambda a, b, x, y: forms.errors(decompose.svd(a, b), Factors(x, y, jnp.zeros(T, int), jnp.arange(T))),
+    "forms.squared_errors": Case(
+        lambda a, b, x, y: forms.squared_errors(
+            decompose.svd(a, b), Factors(x, y, jnp.zeros(T, int), jnp.arange(T))
+        ),
         (A, B, normal(7, 1, I, R), normal(8, T, R, O)),
     ),
     "forms.hydra": Case(on_deltas(forms.hydra, heads=T, rank=2), FACTORS),
@@ -298,9 +300,9 @@ CASES = {
     "gradient.mean_start": Case(lambda a, b: gradient.mean_start(a, b, LABELS, 2, 1), (A, B)),
     "descent.step": Case(stepped, (normal(19, 4), normal(20, 4))),
     "descent.minimize": Case(least, (normal(18, 4), np.linspace(0.5, 2, 4, dtype=np.float32))),
-    "serving.apply.apply": Case(served, (X, A, B, normal(7, T, R, R))),
-    "serving.apply.branches": Case(modules_of, (X, A, B)),
-    "serving.apply.dequantize": Case(modules_of, (X, A, B)),
+    "serving.mixed_tasks.apply": Case(served, (X, A, B, normal(7, T, R, R))),
+    "serving.mixed_tasks.branches": Case(modules_of, (X, A, B)),
+    "serving.mixed_tasks.dequantize": Case(modules_of, (X, A, B)),
     "serving.grouped.blocked": Case(lambda x, w: grouped.blocked(x, w, TASKS % T, "highest"), GROUPED),
     "serving.grouped.by_blocks": Case(by_blocks, GROUPED),
     "serving.grouped.dot": Case(lambda x, w: grouped.dot(x, w[0], "highest"), GROUPED),
@@ -318,6 +320,6 @@ CASES = {
     "similarity.principal_cosines": Case(
         lambda x: similarity.principal_cosines(decompose.orthonormal(x), jnp.array([2, 3])), (TALL,)
     ),
-    "similarity.similarity": Case(lambda a, b: similarity.similarity(a[None], b[None]), (A, B)),
+    "similarity.compare": Case(lambda a, b: similarity.compare(a[None], b[None]), (A, B)),
     **MERGING,
 }

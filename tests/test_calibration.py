@@ -25,8 +25,8 @@ def test_accumulated_batches_are_the_mean_outer_product():
 
 def test_file_comes_back(tmp_path):
     moments = {"layers/0.q": np.eye(4), "k": np.arange(3.0)}
-    calibration.save(tmp_path / "c.safetensors", moments)
-    back = calibration.load(tmp_path / "c.safetensors")
+    calibration.write_moments(tmp_path / "c.safetensors", moments)
+    back = calibration.read_moments(tmp_path / "c.safetensors")
     assert set(back) == set(moments)
     np.testing.assert_array_equal(back["layers/0.q"], np.eye(4))
 
@@ -34,15 +34,15 @@ def test_file_comes_back(tmp_path):
 def test_unreadable_file_is_one_line(tmp_path):
     path = tmp_path / "c.safetensors"
     with pytest.raises(HydraOptError, match=r"c\.safetensors: no such file: `hydraopt calibrate .*`"):
-        calibration.load(path)
+        calibration.read_moments(path)
     path.write_bytes(b"no tensors")
     with pytest.raises(HydraOptError, match="calibration file"):
-        calibration.load(path)
+        calibration.read_moments(path)
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(HydraOptError, match=r"none/c\.safetensors: cannot be written: No such file or dir"):
-        calibration.save(tmp_path / "none" / "c.safetensors", {"q": np.eye(2)})
+        calibration.write_moments(tmp_path / "none" / "c.safetensors", {"q": np.eye(2)})
 
 
 SHAPES = {"layers.0.q": (12, 8), "layers.1.q": (12, 8), "layers.1.k": (8, 12)}
@@ -179,13 +179,13 @@ def test_a_prefix_is_shown_where_names_end_alike(made):
 def test_a_file_that_is_none_says_how_to_make_one(tmp_path, name, what):
     said = f"{what}: `hydraopt calibrate MODEL TEXT --out FILE` makes one"
     with pytest.raises(HydraOptError, match=said):
-        calibration.load(tmp_path / name)
+        calibration.read_moments(tmp_path / name)
 
 
 def test_the_command_says_what_falls_back(made, tmp_path, capsys):
     for x in made:
         formats.write_adapter(tmp_path / x.task, x)
-    calibration.save(tmp_path / "c.safetensors", {"layers.0.q": moment(0, 12)})
+    calibration.write_moments(tmp_path / "c.safetensors", {"layers.0.q": moment(0, 12)})
     given = [tmp_path / x.task for x in made], tmp_path / "s"
     status, said, error = run(
         capsys, "compress", *given[0], "--out", given[1], "--max-error", "0.05", "--calibration",
@@ -205,7 +205,7 @@ def test_the_command_says_what_falls_back(made, tmp_path, capsys):
 def test_a_task_that_is_added_says_what_the_calibration_lacks(made, tmp_path, capsys):
     """A module that only the new task has; before, its errors counted as errors of weights in silence."""
     known = {n: moment(0, i) for n, (i, _) in SHAPES.items()}
-    calibration.save(tmp_path / "c.safetensors", known)
+    calibration.write_moments(tmp_path / "c.safetensors", known)
     more = synthetic.collection(5, tasks=["c"], modules={**SHAPES, "layers.2.v": (12, 8)}, rank=2)[0]
     for x in (*made, more):
         formats.write_adapter(tmp_path / x.task, x)

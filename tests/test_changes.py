@@ -6,7 +6,7 @@ import pytest
 from hydraopt_jax import changes, forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.rate_control import errors_of
+from hydraopt_jax.rate_control import distortion
 from hydraopt_jax.store import removal, sizes
 from hydraopt_jax.store.store import task_errors, tensors_of
 
@@ -55,7 +55,7 @@ def test_add_leaves_the_others_bit_for_bit(made, tmp_path):
     grown = saved(changes.add(saved(grown, tmp_path, "one"), fifth), tmp_path, "two")
     assert grown.tasks == ("t0", "t1", "t2", "t3", "t4")
     assert all(same(made, grown, x) for x in made.tasks)
-    measured = errors_of.measure(grown, [*collection()[:4], fifth])
+    measured = distortion.measure(grown, [*collection()[:4], fifth])
     np.testing.assert_allclose(list(measured.values()), task_errors(grown.errors), rtol=0.01, atol=1e-6)
     assert np.isnan(grown.errors[1, 4])
     np.testing.assert_array_equal(tensors_of(grown, "t4")["score.weight"], extra["score.weight"])
@@ -103,7 +103,7 @@ def test_a_task_may_come_back_under_its_name(made):
     again = changes.add(left, many[4].replace(task="t1"))
     assert again.tasks == ("t0", "t2", "t1")
     assert all(same(made, again, x) for x in ("t0", "t2"))
-    measured = errors_of.measure(again, [many[4].replace(task="t1")])["t1"]
+    measured = distortion.measure(again, [many[4].replace(task="t1")])["t1"]
     np.testing.assert_allclose(measured, task_errors(again.errors)[2], rtol=0.01, atol=1e-6)
 
 
@@ -175,7 +175,7 @@ def test_a_calibrated_store_takes_a_task_with_its_calibration():
     grown = changes.add(content, many[3], calibration=known)
     assert grown.output_errors.shape == (2, 4)
     assert 0 < task_errors(grown.output_errors)[3] < 0.03
-    measured = errors_of.measure(grown, many[3:4])["t3"]
+    measured = distortion.measure(grown, many[3:4])["t3"]
     np.testing.assert_allclose(measured, task_errors(grown.errors)[3], rtol=0.01)
 
 

@@ -39,7 +39,7 @@ def test_estimates_fall_with_bytes_and_with_sharing(likeness):
     many = synthetic.collection(tasks=["a", "b", "c"], modules={"q": (96, 64)}, rank=4, likeness=likeness)
     stacked = adapters.stack(many)
     (ready,) = problem.prepare(stacked, ["q"], np.ones(3), share=False).spectra
-    found = estimates.estimates([ready.deltas], np.array([0.1, 0.2, 0.4]) * 2 * stacked.size)
+    found = estimates.errors_by_model([ready.deltas], np.array([0.1, 0.2, 0.4]) * 2 * stacked.size)
     for values in found.values():
         assert (np.diff(values) < 0).all()
     assert (found["joint"] <= found["separate"] * 1.1).all()
@@ -53,6 +53,6 @@ def test_alike_tasks_have_a_lower_joint_estimate():
         bucket = adapters.stack(many).buckets[0]
         deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
         scale = jnp.sqrt(decompose.task_weights(deltas.energy))
-        found = estimates.estimates([deltas._replace(s=deltas.s * scale[..., None])], sizes)
+        found = estimates.errors_by_model([deltas._replace(s=deltas.s * scale[..., None])], sizes)
         ratios.append(found["joint"] / found["separate"])
     assert ratios[1] < 0.6 * ratios[0]

@@ -192,7 +192,7 @@ def test_no_fit_lies_below_its_bound(side, rank, heads, scale):
 
 def test_real_adapters_reach_the_bound(gpt2):
     from hydraopt_jax import compression
-    from hydraopt_jax.rate_control.errors_of import error_table
+    from hydraopt_jax.rate_control.distortion import error_table
     from hydraopt_jax.store import decode_terms
 
     kept = compression.compress(gpt2, form=forms.Hydra(side="in"))

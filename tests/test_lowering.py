@@ -11,7 +11,7 @@ from jax import export
 
 import hydraopt_jax
 from hydraopt_jax import adapters, compression, forms, refinement, serving, synthetic, tradeoff
-from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import similarity
 from hydraopt_jax.merging import curves, whole_adapters
@@ -69,14 +69,14 @@ def test_what_the_engines_jit_lowers(monkeypatch):
         batches=[np.ones((5, 96), np.float32)],
     )
     serving.load(coded, on_device=True)
-    explicit.compress_in_form(in_memory(few), forms.Hydra(heads=2, rank=3))
+    group_loop.compress_in_form(in_memory(few), forms.Hydra(heads=2, rank=3))
     # all heads: exact errors where nothing is lost, and sums over more tasks than a side is long
-    explicit.compress_in_form(
+    group_loop.compress_in_form(
         in_memory(few[:1]), forms.Hydra(heads=1, rank=3, solver=forms.Gradient(steps=2))
     )
     many = synthetic.collection(tasks=40, modules={"q": (96, 64)}, rank=3)
     for found in (few, many):
-        explicit.compress_in_form(in_memory(found), forms.Hydra(rank=3))
+        group_loop.compress_in_form(in_memory(found), forms.Hydra(rank=3))
     stacked = adapters.stack(few)
     tradeoff.frontier(few, [0.5])
     similarity.summarize(stacked)

@@ -35,7 +35,7 @@ def test_from_the_closed_form_it_never_gets_worse(heads, side, cores):
     _, closed = forms.hydra(deltas, **form)
     factors, info = gradient.hydra(a, b, deltas, **form, solver=forms.Gradient(steps=60))
     assert loss(info) <= loss(closed) * (1 + 1e-6)
-    np.testing.assert_allclose(forms.errors(deltas, factors), info.error, rtol=1e-4)
+    np.testing.assert_allclose(forms.squared_errors(deltas, factors), info.error, rtol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["in", "out"])

@@ -42,7 +42,7 @@ def many():
 def given(many, tmp_path):
     for x in many:
         formats.write_adapter(tmp_path / x.task, x)
-    calibration.save(tmp_path / "cal.safetensors", moments())
+    calibration.write_moments(tmp_path / "cal.safetensors", moments())
     return [tmp_path / x.task for x in many], tmp_path / "cal.safetensors"
 
 
@@ -107,7 +107,7 @@ def test_each_error_is_labeled_where_it_is_shown(made, capsys):
 def test_another_calibration_or_none_is_said(given, made, capsys, tmp_path):
     names, cal = given
     other = tmp_path / "other.safetensors"
-    calibration.save(other, {k: 2 * v for k, v in moments().items()})
+    calibration.write_moments(other, {k: 2 * v for k, v in moments().items()})
     plain = tmp_path / "plain"
     assert run(capsys, "compress", *names, "--budget", "0.5", "--out", plain)[0] == 0
     for path, given_one, more, words in (

@@ -62,18 +62,18 @@ def test_merged_adapters_checkpoints_and_moments(capsys, small, folders, tmp_pat
     formats.write_checkpoint(tmp_path / "tree", small[0], "flax_nnx", scale=1.0)
     check(tmp_path / "tree", mask)
     (tmp_path / "m").mkdir()
-    calibration.save(tmp_path / "m" / "moments.safetensors", {"q": np.ones(3)})
+    calibration.write_moments(tmp_path / "m" / "moments.safetensors", {"q": np.ones(3)})
     check(tmp_path / "m", mask)
 
 
 def test_a_file_that_is_there_keeps_its_permissions(tmp_path, mask):
     file = tmp_path / "moments.safetensors"
-    calibration.save(file, {"q": np.ones(3)})
+    calibration.write_moments(file, {"q": np.ones(3)})
     file.chmod(0o640)
-    calibration.save(file, {"q": np.ones(4)})
+    calibration.write_moments(file, {"q": np.ones(4)})
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
     with pytest.raises(Exception):  # noqa: B017, PT011 - whatever safetensors raises
-        calibration.save(tmp_path / "none", {"q": object()})
+        calibration.write_moments(tmp_path / "none", {"q": object()})
     assert not (tmp_path / "none").exists()
 
 

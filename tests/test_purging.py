@@ -10,7 +10,7 @@ from hydraopt_jax import calibration, changes, formats, forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.memory_collection import in_memory
-from hydraopt_jax.rate_control import engine, errors_of, parts
+from hydraopt_jax.rate_control import distortion, engine, parts
 from hydraopt_jax.rate_control.metrics import metrics_of
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import manifest, removal, segment_data, sizes
@@ -104,7 +104,7 @@ def test_a_purge_decodes_within_the_errors_that_it_states(many, grown, tmp_path,
     store.save(tmp_path / "s", purged)
     back = store.open(tmp_path / "s")
     assert f'"{task}"' not in text(back)
-    measured = errors_of.measure(back, [x for x in many if x.task != task])
+    measured = distortion.measure(back, [x for x in many if x.task != task])
     claimed = dict(zip(back.tasks, task_errors(back.errors), strict=True))
     bounds = set(back.report.get("bounded", ()))
     assert bounds == (set() if originals else set(again))
@@ -137,7 +137,7 @@ def test_a_chain_of_later_tasks_is_coded_again(many):
     assert purged.tasks == ("legal", "sports", "news")
     assert removal.held(purged) == ()
     np.testing.assert_allclose(
-        list(errors_of.measure(purged, [many[0], many[2], many[3]]).values()),
+        list(distortion.measure(purged, [many[0], many[2], many[3]]).values()),
         task_errors(purged.errors),
         rtol=0.01,
     )
@@ -171,7 +171,7 @@ def test_segments_are_coded_again_by_themselves(many, tmp_path, monkeypatch):
     assert 0 < len(again) < len(back.tasks)
     assert list(back.report["bounded"]) == again
     assert all(same(made, back, t) for t in back.tasks if t not in again)
-    measured = errors_of.measure(back, [x for x in many if x.task != task])
+    measured = distortion.measure(back, [x for x in many if x.task != task])
     claimed = dict(zip(back.tasks, task_errors(back.errors), strict=True))
     assert all(error <= 1.01 * claimed[t] for t, error in measured.items())
     assert removal.traces(back) == {}
@@ -189,7 +189,7 @@ def test_plain_stores_say_what_was_fitted_to_a_removed_task(many, form):
     assert "medical" not in text(purged)
     rest = [many[0], many[2]]
     np.testing.assert_allclose(
-        list(errors_of.measure(purged, rest).values()), task_errors(purged.errors), rtol=0.01, atol=1e-9
+        list(distortion.measure(purged, rest).values()), task_errors(purged.errors), rtol=0.01, atol=1e-9
     )
 
 
@@ -216,7 +216,7 @@ def test_calibrated_stores_need_their_calibration(many):
     rest = [x for x in many[:3] if x.task in again]
     metrics = metrics_of(MODULES, known)
     for claims, more in ((purged.errors, None), (purged.output_errors, metrics)):
-        measured = errors_of.measure(purged, rest, more)
+        measured = distortion.measure(purged, rest, more)
         assert (np.array(list(measured.values())) <= 1.01 * task_errors(claims)).all()
 
 
@@ -266,7 +266,7 @@ def test_commands_say_what_is_left_and_are_rid_of_it(many, tmp_path, capsys):
 )
 def test_options_of_remove_that_do_nothing_are_refused(many, tmp_path, capsys, arguments, words):
     store.save(tmp_path / "s", compress(many[:2], max_error=0.1))
-    calibration.save(tmp_path / "c", {})
+    calibration.write_moments(tmp_path / "c", {})
     code, out, err = run(capsys, "remove", tmp_path / "s", *arguments)
     assert (code, out) == (2, "")
     assert words in err

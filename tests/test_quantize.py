@@ -18,9 +18,9 @@ MAX_1960 = {2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003495, 6: 0.001041}
 def test_packed_codes_come_back(bits):
     top = 2 ** (bits - 1) - 1
     codes = np.random.default_rng(0).integers(-top, top + 1, 37).astype(np.int8)
-    data = fixed_rate.pack(codes, bits)
+    data = fixed_rate.pack_codes(codes, bits)
     assert data.nbytes == -(-37 * bits // 8)
-    np.testing.assert_array_equal(fixed_rate.unpack(data, bits, 37), codes)
+    np.testing.assert_array_equal(fixed_rate.unpack_codes(data, bits, 37), codes)
 
 
 @pytest.mark.parametrize("bits", list(MAX_1960))

@@ -43,7 +43,7 @@ def dense_angles(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cosines_match_dense(shape):
     a, b = factors(shape)
-    found = similarity.similarity(a, b)
+    found = similarity.compare(a, b)
     for m in range(len(a)):
         np.testing.assert_allclose(found.input_factor[m], dense_cosine(a[m]), atol=1e-5)
         np.testing.assert_allclose(found.output_factor[m], dense_cosine(b[m]), atol=1e-5)
@@ -54,7 +54,7 @@ def test_cosines_match_dense(shape):
 def test_principal_angles_match_dense(shape):
     a, b = factors(shape)
     deltas = a @ b
-    angles, found = similarity.principal_angles(a, b), similarity.similarity(a, b)
+    angles, found = similarity.principal_angles(a, b), similarity.compare(a, b)
     for m, s, t in np.ndindex(len(a), 5, 5):
         rows = dense_angles(deltas[m, s], deltas[m, t])
         columns = dense_angles(deltas[m, s].T, deltas[m, t].T)
@@ -69,17 +69,15 @@ def test_principal_angles_match_dense(shape):
 def test_gauge_changes_nothing(shape, field):
     a, b = factors(shape)
     gauge = np.random.default_rng(1).normal(size=(2, 5, shape[2], shape[2])) + 3 * np.eye(shape[2])
-    turned = similarity.similarity(
-        (a @ gauge).astype(np.float32), (np.linalg.inv(gauge) @ b).astype(np.float32)
-    )
-    before = similarity.similarity(a, b)
+    turned = similarity.compare((a @ gauge).astype(np.float32), (np.linalg.inv(gauge) @ b).astype(np.float32))
+    before = similarity.compare(a, b)
     np.testing.assert_allclose(getattr(turned, field), getattr(before, field), atol=1e-3)
 
 
 def test_factor_cosine_depends_on_gauge():
     a, b = factors((9, 7, 3))
     turn = np.linalg.qr(np.random.default_rng(2).normal(size=(2, 5, 3, 3)))[0].astype(np.float32)
-    change = np.abs(similarity.similarity(a @ turn, turn.mT @ b).input_factor - dense_cosine(a[0]))
+    change = np.abs(similarity.compare(a @ turn, turn.mT @ b).input_factor - dense_cosine(a[0]))
     assert change.max() > 0.1
 
 
@@ -87,8 +85,8 @@ def test_factor_cosine_depends_on_gauge():
 def test_permuting_tasks_permutes_results(field):
     a, b = factors((9, 7, 3))
     order = np.array([3, 0, 4, 1, 2])
-    expected = np.asarray(getattr(similarity.similarity(a, b), field))[:, order][:, :, order]
-    found = getattr(similarity.similarity(a[:, order], b[:, order]), field)
+    expected = np.asarray(getattr(similarity.compare(a, b), field))[:, order][:, :, order]
+    found = getattr(similarity.compare(a[:, order], b[:, order]), field)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -96,8 +94,8 @@ def test_permuting_tasks_permutes_results(field):
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e12])
 def test_scale_changes_nothing(field, scale):
     a, b = factors((9, 7, 3))
-    found = getattr(similarity.similarity(a * np.float32(scale), b), field)
-    np.testing.assert_allclose(found, getattr(similarity.similarity(a, b), field), atol=1e-5)
+    found = getattr(similarity.compare(a * np.float32(scale), b), field)
+    np.testing.assert_allclose(found, getattr(similarity.compare(a, b), field), atol=1e-5)
 
 
 @pytest.mark.parametrize("field", similarity.Similarity._fields)
@@ -105,15 +103,15 @@ def test_zero_padding_is_no_direction(field):
     a, b = factors((9, 7, 3))
     wide_a = np.concatenate([a, np.zeros_like(a[..., :2])], -1)
     wide_b = np.concatenate([b, np.zeros_like(b[..., :2, :])], -2)
-    found = getattr(similarity.similarity(wide_a, wide_b), field)
-    np.testing.assert_allclose(found, getattr(similarity.similarity(a, b), field), atol=1e-4)
+    found = getattr(similarity.compare(wide_a, wide_b), field)
+    np.testing.assert_allclose(found, getattr(similarity.compare(a, b), field), atol=1e-4)
 
 
 def test_rank_deficient_factors_count_their_rank():
     a, b = factors((9, 7, 3))
     a[:, 0, :, 2] = a[:, 0, :, 1]
     a[:, 1] = 0
-    angles, found = similarity.principal_angles(a, b), similarity.similarity(a, b)
+    angles, found = similarity.principal_angles(a, b), similarity.compare(a, b)
     np.testing.assert_array_equal(angles.rank, [[2, 0, 3, 3, 3]] * 2)
     assert np.all(np.asarray(angles.input)[:, 0, :, 2] == 0)
     np.testing.assert_allclose(found.input_subspace[:, 0, 0], 1.0, atol=1e-5)
@@ -126,7 +124,7 @@ def test_nested_subspace_counts_as_whole():
     a, b = factors((9, 7, 3))
     a[:, 1], b[:, 1] = a[:, 0], b[:, 0]
     a[:, 1, :, 1:] = 0
-    np.testing.assert_allclose(similarity.similarity(a, b).input_subspace[:, 0, 1], 1.0, atol=1e-5)
+    np.testing.assert_allclose(similarity.compare(a, b).input_subspace[:, 0, 1], 1.0, atol=1e-5)
 
 
 def test_summary_leaves_missing_modules_out():

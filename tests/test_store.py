@@ -10,7 +10,7 @@ import hydraopt_jax as hydra
 from hydraopt_jax import forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError, TooLarge
-from hydraopt_jax.rate_control import errors_of
+from hydraopt_jax.rate_control import distortion
 from hydraopt_jax.store import folder, manifest, sizes
 from hydraopt_jax.store.store import tensors_of
 
@@ -106,7 +106,7 @@ def test_missing_modules_mixed_ranks_and_full_tensors(small, tmp_path):
     back = store.open(tmp_path / "s")
     assert name not in store.decode(back, less.task).a
     np.testing.assert_array_equal(tensors_of(back, less.task)["score.weight"], less.extras["score.weight"])
-    assert max(errors_of.measure(back, collection).values()) < 1e-10
+    assert max(distortion.measure(back, collection).values()) < 1e-10
     assert np.isnan(kept.errors).sum() == 1
 
 
@@ -121,7 +121,7 @@ def test_all_zero_adapter_comes_back_as_zeros(small, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16"}])
 def test_one_adapter_alone_is_kept_whole(small, options):
     kept = compress(small[:1], form=forms.Hydra(), **options)
-    assert errors_of.measure(kept, small[:1])["one"] < 1e-6
+    assert distortion.measure(kept, small[:1])["one"] < 1e-6
 
 
 @pytest.mark.parametrize("folder_name", ["qwen25-vi-alpaca", "distilbert-imdb", "bert-sms-spam"])

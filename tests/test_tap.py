@@ -183,8 +183,10 @@ def test_what_it_gives_is_a_calibration(model, batches, tmp_path):
     shapes = {"layers.0.q": (WIDTH, HEADS * HEAD), "layers.1.o": (HEADS * HEAD, WIDTH)}
     made = synthetic.collection(1, tasks=["a", "b"], modules=shapes, rank=2, dtype="float32")
     found = calibration.collect(model, batches, modules=shapes, outputs=True)
-    calibration.save(tmp_path / "c.safetensors", found)
-    store = hydra.compress(made, max_error=0.05, calibration=calibration.load(tmp_path / "c.safetensors"))
+    calibration.write_moments(tmp_path / "c.safetensors", found)
+    store = hydra.compress(
+        made, max_error=0.05, calibration=calibration.read_moments(tmp_path / "c.safetensors")
+    )
     assert store.output_errors.shape == (2, 2)
     assert "uncalibrated" not in store.report
 

@@ -12,7 +12,7 @@ from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.compression import compress
 from hydraopt_jax.forms import diagonalization
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control import errors_of
+from hydraopt_jax.rate_control import distortion
 from hydraopt_jax.store import sizes, task_factors
 from hydraopt_jax.store.store import task_errors
 
@@ -46,7 +46,7 @@ def test_store_on_disk_meets_its_budget_and_its_claims(alike, budget, tmp_path):
     back = store.open(tmp_path / "store")
     size = sizes.size_on_disk(tmp_path / "store")
     assert 0.96 * budget < size / (2 * kept.report["entries"]) <= budget
-    measured = errors_of.measure(back, alike)
+    measured = distortion.measure(back, alike)
     claimed = task_errors(kept.errors)
     np.testing.assert_allclose(list(measured.values()), claimed, rtol=0.02, atol=1e-6)
 
@@ -217,7 +217,7 @@ def test_calibration_lowers_the_output_error(alike):
 def test_lossless_above_the_input(alike):
     kept = compress(alike, budget=4.0)
     assert kept.report["form"] == "lossless"
-    assert max(errors_of.measure(kept, alike).values()) < 1e-12
+    assert max(distortion.measure(kept, alike).values()) < 1e-12
 
 
 def test_mixed_ranks_missing_modules_and_zero_deltas(tmp_path):
@@ -231,7 +231,7 @@ def test_mixed_ranks_missing_modules_and_zero_deltas(tmp_path):
     store.save(tmp_path / "store", kept)
     back = store.open(tmp_path / "store")
     assert np.isnan(back.errors[1, 1])
-    measured = errors_of.measure(back, many)
+    measured = distortion.measure(back, many)
     assert measured["task 0"] < 1e-3
     assert measured["task 1"] < 1e-3
     assert measured["task 2"] == 0

@@ -12,7 +12,7 @@ from commands import run
 from hydraopt_jax import changes, formats, forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 from hydraopt_jax.jobs import job
 from hydraopt_jax.rate_control import carried, engine, prepared
@@ -138,7 +138,7 @@ def test_heads_are_rounded_to_their_own_dtype(headed, tmp_path, dtype):
     names = written(headed, tmp_path)
     options = {"form": forms.Hydra(rank=4), "extras_dtype": dtype}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explicit, "TOGETHER", 0)
+        patch.setattr(group_loop, "TOGETHER", 0)
         with job.alone(tmp_path / "parts"):
             job.run_job(tmp_path / "parts", found_in(names), functools.partial(compress, **options), {})
     content = compress([formats.read_adapter(x) for x in names], **options)

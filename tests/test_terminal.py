@@ -9,7 +9,7 @@ from commands import run
 from rich.console import Console
 
 from hydraopt_jax import compression, formats, report, store, synthetic
-from hydraopt_jax.cli import tables
+from hydraopt_jax.cli import descriptions
 from hydraopt_jax.forms import similarity
 from hydraopt_jax.jobs import progress
 from hydraopt_jax.static import Static
@@ -117,7 +117,7 @@ def test_changes_and_parts_say_what_their_numbers_are(capsys, place, tmp_path):
 def test_a_bound_of_zero_is_no_row(made, bound, rows):
     content = store.open(made)
     said = Static({**content.report, "bound": dict.fromkeys(content.shapes, bound)})
-    headings = [str(x) for x in tables.errors_table(content.replace(report=said)).columns[0].cells]
+    headings = [str(x) for x in descriptions.errors_table(content.replace(report=said)).columns[0].cells]
     assert sum(x.startswith("lower bound") for x in headings) == rows
 
 
@@ -187,9 +187,9 @@ def test_more_tasks_than_a_terminal_holds_are_listed_by_pairs():
 
 def test_many_tasks_are_named_by_the_worst(made):
     content = store.open(made)
-    assert tables.most_telling([np.arange(50.0)]) == list(range(49, 39, -1))
-    assert tables.most_telling([np.arange(3.0)]) == [0, 1, 2]
-    assert tables.sentence(content, 10**6, 10**4).startswith(
+    assert descriptions.most_telling([np.arange(50.0)]) == list(range(49, 39, -1))
+    assert descriptions.most_telling([np.arange(3.0)]) == [0, 1, 2]
+    assert descriptions.sentence(content, 10**6, 10**4).startswith(
         "3 adapters, 1.00 MB -> 10.0 kB (100x smaller), error "
     )
 

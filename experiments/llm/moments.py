@@ -95,7 +95,7 @@ def moments(lower: Lower, folder: Path, tasks: list[str], data: Path) -> dict[st
     """Mean second moments of a collection's modules, as a calibration of hydraopt_jax names them."""
     path = cache_folder() / f"moments-{stores.digest(stores.read_collection(folder, tasks))}.safetensors"
     if path.exists():
-        return calibration.load(path)
+        return calibration.read_moments(path)
     total: Any = None
     count = 0.0
     for n, name in enumerate(tasks):
@@ -122,5 +122,5 @@ def moments(lower: Lower, folder: Path, tasks: list[str], data: Path) -> dict[st
             for i, moment in enumerate(np.asarray(stacked)):
                 name = f"model.layers.{lower.depth + i}.{model.GROUPS[module]}.{module}{suffix}"
                 out[name] = moment / count
-    calibration.save(path, out)
+    calibration.write_moments(path, out)
     return out

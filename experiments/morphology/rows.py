@@ -25,7 +25,7 @@ from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Factors, Gradient, Hydra
 from hydraopt_jax.merging import whole_adapters
 from hydraopt_jax.rate_control import engine
-from hydraopt_jax.rate_control.errors_of import error_table
+from hydraopt_jax.rate_control.distortion import error_table
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.static import Static

@@ -29,7 +29,7 @@ from hydraopt_jax import compression, serving, store, synthetic
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.integrations.model_card import bytes_of_tasks
-from hydraopt_jax.integrations.peft import load_adapter
+from hydraopt_jax.integrations.peft_model import load_adapter
 
 RESULT = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"

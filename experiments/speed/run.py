@@ -233,7 +233,7 @@ def gpt2(spare: Path, options: argparse.Namespace) -> Rows:
     plain = cold_and_warm(spare, *compressing(few, spare / "plain"))[1]
     for kind, target in (("diagonal", 2), ("full", 4)):
         file = spare / f"{kind}.safetensors"
-        calibration.save(file, moments[kind])
+        calibration.write_moments(file, moments[kind])
         given = ("--budget", BUDGET, "--calibration", str(file))
         warm = cold_and_warm(spare, *compressing(few, spare / kind, *given))[1]
         what = f"compress --calibration with {kind} moments over the plain command, two GPT-2 adapters, warm"

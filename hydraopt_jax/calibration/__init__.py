@@ -6,9 +6,28 @@ and `hooks` from one of PyTorch.
 
 from typing import Any
 
-from hydraopt_jax.calibration.moments import OUTPUT, Moment, accumulate, digest, load, mean, save, start
+from hydraopt_jax.calibration.moments import (
+    OUTPUT,
+    Moment,
+    accumulate,
+    digest,
+    mean,
+    read_moments,
+    start,
+    write_moments,
+)
 
-__all__ = ["OUTPUT", "Moment", "accumulate", "collect", "digest", "load", "mean", "save", "start"]
+__all__ = [
+    "OUTPUT",
+    "Moment",
+    "accumulate",
+    "collect",
+    "digest",
+    "mean",
+    "read_moments",
+    "start",
+    "write_moments",
+]
 
 
 def __getattr__(name: str) -> Any:

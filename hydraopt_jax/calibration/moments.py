@@ -175,7 +175,7 @@ def aligned(shape: tuple[int, ...], lead: tuple[int, ...], name: str) -> tuple[i
     return (*shape, *[1] * (len(lead) - len(shape)))
 
 
-def save(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) -> None:
+def write_moments(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) -> None:
     """Write second moments, module name -> `[I, I]` or `[I]`.
 
     Raises:
@@ -202,7 +202,7 @@ def digest(moments: Mapping[str, np.ndarray]) -> str:
     return out.hexdigest()[:16]
 
 
-def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_moments(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Second moments from a file.
 
     Raises:

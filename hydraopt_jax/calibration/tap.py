@@ -159,7 +159,7 @@ def collect(
     outputs: bool = False,
     key: Array | None = None,
 ) -> dict[str, np.ndarray]:
-    """Second moments of the inputs of a model's layers, for `save` and `compress(calibration=)`.
+    """Second moments of the inputs of a model's layers, for `write_moments` and `compress(calibration=)`.
 
     The model is not changed. Of a Flax NNX model the `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum`
     layers are observed; of a PyTorch model the layers that PEFT adapts, or, without any, all linear layers

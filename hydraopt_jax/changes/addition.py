@@ -18,8 +18,8 @@ from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.deferred import bytes_of, joined
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.memory_collection import raw_of
-from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, gains_and_errors, targets_at_step
-from hydraopt_jax.rate_control.errors_of import with_errors
+from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, gains_and_errors, terms_at_step
+from hydraopt_jax.rate_control.distortion import with_errors
 from hydraopt_jax.rate_control.metrics import metrics_of, uncovered
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.static import Static
@@ -140,9 +140,9 @@ def predicted_segment(store: Store, new: Adapter, problem: Problem, step: float)
     """The task's segment, predicted from the references that save the most bits."""
     known, tables = candidates(store)
     table = references.frequencies(bytes(bytes_of(store.segments[tables].leaves["shared"])))
-    goals, _ = targets_at_step(problem, step)
+    goals, _ = terms_at_step(problem, step)
     chosen = choose_references(goals, known)
-    rest: dict[str, tuple[encode.Target, ...]] = {}
+    rest: dict[str, tuple[encode.TermInSteps, ...]] = {}
     found: list[Prediction] = []
     guesses: dict[tuple[str, int], np.ndarray] = {}
     for name, terms in goals.items():
@@ -173,7 +173,7 @@ def predicted_segment(store: Store, new: Adapter, problem: Problem, step: float)
 
 
 def choose_references(
-    goals: Mapping[str, Sequence[encode.Target]], known: Mapping[Reference, Vectors]
+    goals: Mapping[str, Sequence[encode.TermInSteps]], known: Mapping[Reference, Vectors]
 ) -> tuple[Reference, ...]:
     """The references that save the most bits, greedily."""
     targets = {(n, side): (v[0].b if side else v[0].a)[0] for n, v in goals.items() if v for side in (0, 1)}

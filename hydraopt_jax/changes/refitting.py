@@ -7,7 +7,7 @@ import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.changes.addition import need_calibration
-from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
@@ -63,14 +63,14 @@ def refit(
         options = options_of(store)._replace(calibration=calibration)
         return engine.compress_at_step(found, options, store.report["step"])
     asked = store.report["options"]
-    form = explicit.form_of(asked)
+    form = group_loop.form_of(asked)
     tasks = len(collection)
     # a head per task stays a head per task
     every = asked["heads"] >= max(len(x.tasks) for x in store.segments)
     heads = None if every else min(form.heads or tasks, tasks)
     cores = form.cores and heads is not None and heads < tasks
     form = form._replace(heads=heads, cores=cores)
-    return explicit.compress_in_form(
+    return group_loop.compress_in_form(
         found, form, dtype=asked["dtype"], extras_dtype=asked.get("extras_dtype")
     )
 

@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(str(error), 2)
     except click.NoSuchOption as error:
         near = f": {suggest(error.option_name, error.possibilities)}" if error.possibilities else ""
-        fail(f"No such option {error.option_name!r}{near}{options_of(error)}", error.exit_code)
+        fail(f"No such option {error.option_name!r}{near}{help_of(error)}", error.exit_code)
     except click.UsageError as error:
-        fail(f"{error.format_message().rstrip('.')}{options_of(error)}", error.exit_code)
+        fail(f"{error.format_message().rstrip('.')}{help_of(error)}", error.exit_code)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -100,7 +100,7 @@ def silence_libraries() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def options_of(error: click.UsageError) -> str:
+def help_of(error: click.UsageError) -> str:
     """A reference to the help of the verb, in parentheses."""
     return "" if error.ctx is None else f" (options: {error.ctx.command_path} --help)"
 

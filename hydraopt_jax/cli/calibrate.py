@@ -54,7 +54,7 @@ def calibrate(
         diagonal=diagonal,
         outputs=outputs,
     )
-    calibration.save(out, moments)
+    calibration.write_moments(out, moments)
     inputs = {k: x for k, x in moments.items() if not k.endswith(calibration.OUTPUT)}
     widest, size = max(len(x) for x in inputs.values()), Path(out).stat().st_size
     table = report.columns("calibration", ">modules", ">tokens", ">widest input")

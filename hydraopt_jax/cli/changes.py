@@ -12,8 +12,8 @@ from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
 from hydraopt_jax.cli.common import PlaceType, load_moments, read_all, with_adapters
+from hydraopt_jax.cli.descriptions import calibration_notes, held_notes, sentence
 from hydraopt_jax.cli.output import jsonable, output_options, say
-from hydraopt_jax.cli.tables import calibration_notes, held_notes, sentence
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
 from hydraopt_jax.store import Store, files, removal, sizes, task_index
@@ -57,7 +57,7 @@ def refit_store(content: Store, given: Sequence[Adapter], moments: Mapping[str, 
             f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
             f"give --original {absent[0]}=FOLDER"
         )
-    return provenance.carried(content, refitting.refit(content, collection, moments))
+    return provenance.keep_provenance(content, refitting.refit(content, collection, moments))
 
 
 def estimated(
@@ -69,7 +69,7 @@ def estimated(
     return refitting.estimate_refit(content, originals_of(content, given), task, moments)
 
 
-def options(command: Any) -> Any:
+def change_options(command: Any) -> Any:
     """The command with the options of both verbs."""
     for decorate in (
         output_options,
@@ -129,7 +129,7 @@ def change_report(path: str, before: int, content: Store, found: "Refit | None",
 @click.argument("path", metavar="STORE", type=PlaceType())
 @click.argument("adapter", type=PlaceType())
 @with_adapters
-@options
+@change_options
 @click.pass_context
 def add(
     context: click.Context,
@@ -175,7 +175,7 @@ def add(
 @click.option(
     "--purge", is_flag=True, help="leave nothing of removed tasks: code again the tasks that depend on them"
 )
-@options
+@change_options
 @click.pass_context
 def remove(
     context: click.Context, path: str, task: str | None, purge: bool, known: Sequence[str], **given: Any

@@ -12,11 +12,10 @@ from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.cli.output import progress
 from hydraopt_jax.errors import HydraOptError, suggest
 from hydraopt_jax.formats import check_same_base, read_adapter
-from hydraopt_jax.reading import locate
+from hydraopt_jax.reading import NamedPath, locate
 from hydraopt_jax.store import Store
 
 Command = Callable[..., Any]
-Source = tuple[str, str | None]
 
 # bytes of adapters that are held in memory at once
 LARGE = 1 << 28
@@ -44,7 +43,7 @@ def read_all(given: Sequence[str], any_base: bool, base_suffix: Sequence[str]) -
 
 
 def read_beside(
-    before: Sequence[Adapter], sources: Sequence[Source], any_base: bool, base_suffix: Sequence[str]
+    before: Sequence[Adapter], sources: Sequence[NamedPath], any_base: bool, base_suffix: Sequence[str]
 ) -> list[Adapter]:
     """Adapters of some sources, checked to fit each other and the adapters `before`."""
     out = []
@@ -57,7 +56,7 @@ def read_beside(
     return out
 
 
-def source_bytes(source: Source) -> int:
+def source_bytes(source: NamedPath) -> int:
     """Bytes of an adapter's folder or file; 0 if it does not exist."""
     folder = Path(source[0])
     if folder.is_file():
@@ -150,14 +149,14 @@ def load_moments(content: Store, path: str, calibration: str | None) -> Mapping[
     """
     if calibration is None:
         return None
-    from hydraopt_jax.calibration import digest, load
+    from hydraopt_jax.calibration import digest, read_moments
 
     known = content.report.get("calibration")
     if known is None:
         raise HydraOptError(
             f"{path}: claims no output errors, as it was made without --calibration: leave it out"
         )
-    moments = load(calibration)
+    moments = read_moments(calibration)
     if digest(moments) != known:
         raise HydraOptError(f"{calibration}: is not the calibration that {path} was made with: give that one")
     return moments

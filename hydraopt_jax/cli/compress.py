@@ -14,10 +14,8 @@ from rich.text import Text
 from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
-from hydraopt_jax.cli.common import PlaceType, Source, parse_numbers, with_adapters
-from hydraopt_jax.cli.output import jsonable, mode, output_options, say
-from hydraopt_jax.cli.output import progress as stage
-from hydraopt_jax.cli.tables import (
+from hydraopt_jax.cli.common import PlaceType, parse_numbers, with_adapters
+from hydraopt_jax.cli.descriptions import (
     bytes_table,
     calibration_notes,
     describe,
@@ -25,15 +23,17 @@ from hydraopt_jax.cli.tables import (
     forms_table,
     sentence,
 )
+from hydraopt_jax.cli.output import jsonable, mode, output_options, say
+from hydraopt_jax.cli.output import progress as stage
 from hydraopt_jax.errors import HydraOptError, suggest
 from hydraopt_jax.formats import check_same_base
 from hydraopt_jax.forms import Gradient, Hydra
-from hydraopt_jax.forms.asked import check_form
+from hydraopt_jax.forms.hyperparameters import check_form
 from hydraopt_jax.jobs import estimate, headers, hosts, job, progress
 from hydraopt_jax.rate_control.budget import keeps_all, parse_budget
 from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.rate_control.work import Job
-from hydraopt_jax.reading import locate
+from hydraopt_jax.reading import NamedPath, locate
 from hydraopt_jax.store import Store, files, sizes
 from hydraopt_jax.store.folder import JOB
 from hydraopt_jax.store.tensors import check_dtype
@@ -135,7 +135,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
 
     Without a target the store takes a quarter of the bytes that the factors take in fp16.
     """
-    files.check_target(out, given["overwrite"])
+    files.check_output(out, given["overwrite"])
     sources = locate(adapters, strict=not given["skip_bad"])
     asked = asked_of(given, len(sources))
     made = {"made": provenance.entry("compress", recipes.recorded(context))}
@@ -172,7 +172,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
         max_error=given["max_error"],
         max_task_error=given["max_task_error"],
         weights=parse_numbers("--weight", given["weights"]),
-        calibration=None if given["calibration"] is None else calibration.load(given["calibration"]),
+        calibration=None if given["calibration"] is None else calibration.read_moments(given["calibration"]),
         share=not given["alone"],
         extras_dtype=given["extras_dtype"],
     )
@@ -207,7 +207,7 @@ def as_text(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def streamed(
     path: Path,
-    sources: Sequence[Source],
+    sources: Sequence[NamedPath],
     asked: Mapping[str, Any],
     given: Mapping[str, Any],
     made: Mapping[str, Any],

@@ -45,13 +45,13 @@ def weights_of(rows: Sequence[str], method: str, tasks: Sequence[str]) -> list[f
     return [given.get(t, float(x)) for t, x in zip(tasks, own, strict=True)]
 
 
-def read_moments(rows: Sequence[str], tasks: Sequence[str]) -> list[Mapping[str, np.ndarray]]:
+def moments_of_tasks(rows: Sequence[str], tasks: Sequence[str]) -> list[Mapping[str, np.ndarray]]:
     """Second moments of each task's inputs, from options NAME=FILE, in the order of `tasks`."""
     files = parse_files("--moments", rows, tasks)
     missing = [x for x in tasks if x not in files]
     if missing:
         raise HydraOptError(f"--moments: none for {', '.join(missing)}: give --moments NAME=FILE for each")
-    return [calibration.load(files[x]) for x in tasks]
+    return [calibration.read_moments(files[x]) for x in tasks]
 
 
 def parse_scale(text: str) -> float | None:
@@ -155,7 +155,7 @@ def merge(
     tasks = [x.task for x in collection]
     numbers = weights_of(weights, method, tasks)
     if moments:
-        options["moments"] = read_moments(moments, tasks)
+        options["moments"] = moments_of_tasks(moments, tasks)
     with progress(f"merging by {method}", len(check(collection))) as advance:
         merged = merging.merge_adapters(
             collection,

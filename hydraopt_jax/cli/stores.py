@@ -12,8 +12,7 @@ from rich.text import Text
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter, layer_kind, module_shapes
 from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, read_in_batches, with_adapters
-from hydraopt_jax.cli.output import jsonable, mode, output_options, progress, say
-from hydraopt_jax.cli.tables import (
+from hydraopt_jax.cli.descriptions import (
     bytes_table,
     calibration_notes,
     claims_of,
@@ -24,6 +23,7 @@ from hydraopt_jax.cli.tables import (
     sentence,
     worst_modules,
 )
+from hydraopt_jax.cli.output import jsonable, mode, output_options, progress, say
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import server, write_adapter
@@ -281,7 +281,7 @@ def true_errors(
     content: store.Store, few: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None
 ) -> dict[str, float]:
     """Task -> measured error: of weights, or of outputs if second moments are given."""
-    from hydraopt_jax.rate_control.errors_of import measure
+    from hydraopt_jax.rate_control.distortion import measure
 
     if moments is None:
         return measure(content, few)

@@ -1,7 +1,7 @@
 """The codec: factors in quantizer steps become bytes, and bytes become factors. Arrays and bytes, no files.
 
 - `contexts`: the statistical model: the context of a vector, and the symbols of its codes.
-- `tables`: integer frequencies of the symbols in each context, and their bytes.
+- `frequency_tables`: integer frequencies of the symbols in each context, and their bytes.
 - `trellis`: the dependent quantizer (JAX).
 - `rans`: the entropy coder, many lanes side by side (NumPy, integers only).
 - `streams`: the codes of a leaf as lanes and as bytes.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.codec import prediction, rans, streams, syntax, tables
+from hydraopt_jax.codec import frequency_tables, prediction, rans, streams, syntax
 from hydraopt_jax.codec.bitstream import Damaged, Reader
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.syntax import SHARED, Side
@@ -52,7 +52,7 @@ def decode_leaves(
         raise Damaged(f"no leaf {min(missing)}")
     order = (SHARED, *sorted(set(leaves) - {SHARED}))
     readers = {name: Reader(leaves[name]) for name in order}
-    table = tables.unpack(readers[SHARED]) if frequencies is None else frequencies
+    table = frequency_tables.unpack_tables(readers[SHARED]) if frequencies is None else frequencies
     members = {name: [i for i, x in enumerate(rows) if x.leaf == name] for name in order}
     contexts: dict[int, np.ndarray] = {}
     sides: dict[str, Side] = {}
@@ -80,7 +80,7 @@ def decode_leaves(
                 at_base = rows[i].base
                 if at_base not in bases:
                     bases[at_base] = base_of(values[at_base], contexts[at_base])
-                value[:, used] += prediction.weigh(bases[at_base], weights)
+                value[:, used] += prediction.apply_weights(bases[at_base], weights)
                 value[:, contexts[i] == 0] = 0
             values[i] = value
     every = [contexts.get(i, np.zeros(x.rank, np.int64)) for i, x in enumerate(rows)]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax import devices
-from hydraopt_jax.codec import contexts, prediction, streams, syntax, tables, trellis
+from hydraopt_jax.codec import contexts, frequency_tables, prediction, streams, syntax, trellis
 from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
 from hydraopt_jax.codec.decode import Decoded, base_of, decode_leaves
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
     first: int
 
 
-class Target(NamedTuple):
+class TermInSteps(NamedTuple):
     """A term to be coded.
 
     Attributes:
@@ -100,7 +100,7 @@ def context_bits(frequencies: np.ndarray) -> np.ndarray:
 
 
 def quantize(
-    modules: Mapping[str, Sequence[Target]], frequencies: np.ndarray, multiplier: float = MULTIPLIER
+    modules: Mapping[str, Sequence[TermInSteps]], frequencies: np.ndarray, multiplier: float = MULTIPLIER
 ) -> Coded:
     """The quantized factors of a collection.
 
@@ -130,7 +130,7 @@ def quantize(
             piece = rows[i]
             term = modules[piece.module][piece.term]
             target = (term.b if piece.side else term.a)[piece.factor]
-            check(target, piece.module)
+            check_range(target, piece.module)
             guesses[i] = np.zeros_like(target)
             if piece.base >= 0:
                 if piece.base not in bases:
@@ -185,7 +185,7 @@ def classified(
     return out
 
 
-def check(target: np.ndarray, module: str) -> None:
+def check_range(target: np.ndarray, module: str) -> None:
     """Raise for entries beyond the range of codes."""
     if not (np.abs(target) < MAX_MAGNITUDE).all():
         raise HydraOptError(
@@ -250,7 +250,7 @@ def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:
     ]
 
 
-def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
+def estimate_bytes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
     """Estimate of the bytes of `serialize`, accurate to some tenths of a per cent, without coding."""
     side = sum(len(x) for x in sides(coded, gains).values())
     lanes = sum(x.lanes for x in coded.symbols)
@@ -261,7 +261,7 @@ def sizes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
         + 5.2 * lanes
         + 8 * len(coded.leaves)
         + entropy_bytes(coded.counts)
-        + len(tables.pack(tables.from_counts(coded.counts)))
+        + len(frequency_tables.pack_tables(frequency_tables.from_counts(coded.counts)))
     )
 
 
@@ -272,9 +272,9 @@ def signs(x: Symbols) -> np.ndarray:
 
 def entropy_bytes(counts: np.ndarray) -> float:
     """Bytes of the symbols under the tables that are made of their counts."""
-    frequency = tables.from_counts(counts)
+    frequency = frequency_tables.from_counts(counts)
     used = counts > 0
-    bits = -counts[used] * np.log2(frequency[used] / tables.SLOTS)
+    bits = -counts[used] * np.log2(frequency[used] / frequency_tables.SLOTS)
     wide = np.broadcast_to(WIDE[:, None, None], counts.shape)[used]
     return float((bits * np.where(wide, 0.5, 1)).sum()) / 8
 
@@ -336,11 +336,11 @@ def serialize_and_decode(
     Returns:
       Leaf name -> bytes; and their decoded values, equal to `coded.values` and the gains bit for bit.
     """
-    table = tables.from_counts(coded.counts) if frequencies is None else frequencies
+    table = frequency_tables.from_counts(coded.counts) if frequencies is None else frequencies
     bodies = dict(zip(coded.leaves, streams.encode(coded.symbols, table), strict=True))
     out = {leaf: side + bodies.get(leaf, b"\x00") for leaf, side in sides(coded, gains).items()}
     if frequencies is None:
-        out[SHARED] = tables.pack(table) + out[SHARED]
+        out[SHARED] = frequency_tables.pack_tables(table) + out[SHARED]
     return out, checked(out, coded, gains, frequencies)
 
 

@@ -90,12 +90,12 @@ def rounded(x: Array, bits: int, axis: int = -1) -> Array:
     return jnp.moveaxis(dequantize(quantize(jnp.moveaxis(x, axis, -1), bits)), -1, axis)
 
 
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes as a row of bytes, `bits` bits each, most significant first.
 
-    >>> pack(np.array([1, -1, 3, 0], np.int8), 3).tolist()
+    >>> pack_codes(np.array([1, -1, 3, 0], np.int8), 3).tolist()
     [61, 128]
-    >>> unpack(pack(np.array([1, -1, 3, 0], np.int8), 3), 3, 4).tolist()
+    >>> unpack_codes(pack_codes(np.array([1, -1, 3, 0], np.int8), 3), 3, 4).tolist()
     [1, -1, 3, 0]
     """
     check_bits(bits)
@@ -103,8 +103,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(np.unpackbits(raw, axis=1)[:, 8 - bits :])
 
 
-def unpack(data: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The inverse of `pack`: `count` codes, int8."""
+def unpack_codes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The inverse of `pack_codes`: `count` codes, int8."""
     check_bits(bits)
     planes = np.unpackbits(data, count=count * bits).reshape(count, bits)
     sign = np.repeat(planes[:, :1], 8 - bits, 1)
@@ -141,7 +141,7 @@ def packed(x: Array, bits: int) -> Packed:
     """
     q = jax.jit(quantize, static_argnums=1)(x, bits)
     rows = np.asarray(q.codes).reshape(-1, x.shape[-1])
-    data = np.stack([pack(row, bits) for row in rows])
+    data = np.stack([pack_codes(row, bits) for row in rows])
     return Packed(jnp.asarray(data.reshape(*x.shape[:-1], -1)), q.scale, bits, x.shape[-1])
 
 

@@ -14,8 +14,8 @@ from jax import Array, lax
 
 from hydraopt_jax.codec import rans
 from hydraopt_jax.codec.bitstream import Damaged
+from hydraopt_jax.codec.frequency_tables import SLOT_BITS, SLOTS, Lookup
 from hydraopt_jax.codec.rans import LOW, PERIOD
-from hydraopt_jax.codec.tables import SLOT_BITS, SLOTS, Lookup
 
 # symbols of a lane that one turn of the compiled loop takes
 UNROLL = 4
@@ -50,7 +50,7 @@ def scan(
       lengths: `[L]` int32, symbols of each lane.
       words: `[W]` uint16, the words of all lanes.
       context: `[n, L]` uint8.
-      row, entry, value: `tables.Lookup`.
+      row, entry, value: `frequency_tables.Lookup`.
     """
 
     def step(carry: Any, each: tuple[Array, Array]) -> tuple[Any, Array]:

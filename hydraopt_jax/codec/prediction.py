@@ -83,7 +83,7 @@ def fits(base: Base, coefficients: np.ndarray) -> bool:
     return bool(np.log2(max(float(peak), 1.0)) + 1 + finest <= EXACT_BITS)
 
 
-def weigh(base: Base, coefficients: np.ndarray) -> np.ndarray:
+def apply_weights(base: Base, coefficients: np.ndarray) -> np.ndarray:
     """The predicted vectors `[n, S]` float32, in steps.
 
     Raises:
@@ -130,7 +130,7 @@ def predict(target: np.ndarray, base: Base) -> tuple[Prediction | None, np.ndarr
     rounded = np.clip(np.rint(exact), -(2**30), 2**30).astype(np.int32)
     if not fits(base, rounded):
         return nothing
-    guess = weigh(base, rounded)
+    guess = apply_weights(base, rounded)
     before, after = (target**2).mean(0), ((target - guess) ** 2).mean(0)
     saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent(rounded)
     used = (saved > 0) & target.any(0)
@@ -139,18 +139,18 @@ def predict(target: np.ndarray, base: Base) -> tuple[Prediction | None, np.ndarr
     return Prediction(used, rounded), (guess * used).astype(np.float32), float(saved[used].sum())
 
 
-def pack(found: Sequence[Prediction | None]) -> bytes:
+def pack_coefficients(found: Sequence[Prediction | None]) -> bytes:
     """The bytes of the used coefficients, vector by vector; empty if there are none."""
     rows = [x.coefficients[:, x.used].T.ravel() for x in found if x is not None and x.used.any()]
     flat = np.concatenate([np.zeros(0, np.int32), *rows])
     return pack_planes(zigzag(flat)) if len(flat) else b""
 
 
-def unpack(reader: Reader, count: int) -> np.ndarray:
-    """The inverse of `pack`: all `count` coefficients in a row, int64.
+def unpack_coefficients(reader: Reader, count: int) -> np.ndarray:
+    """The inverse of `pack_coefficients`: all `count` coefficients in a row, int64.
 
     >>> x = Prediction(np.array([True, False]), np.array([[-3, 9], [300, 9]], np.int32))
-    >>> unpack(Reader(pack([None, x])), 2).tolist()
+    >>> unpack_coefficients(Reader(pack_coefficients([None, x])), 2).tolist()
     [-3, 300]
     """
     return unzigzag(unpack_planes(reader, count)) if count else np.zeros(0, np.int64)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from hydraopt_jax.codec.bitstream import Damaged
-from hydraopt_jax.codec.tables import SLOT_BITS, SLOTS, Lookup
+from hydraopt_jax.codec.frequency_tables import SLOT_BITS, SLOTS, Lookup
 
 LOW = 1 << 16
 # steps after which the trellis starts again

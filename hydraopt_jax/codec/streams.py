@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.codec import rans, tables
+from hydraopt_jax.codec import frequency_tables, rans
 from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_planes, unpack_planes
 from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE, level, symbol
 
@@ -148,7 +148,7 @@ def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
         index.append(((row * SYMBOLS + symbols[-1]) * 2 + x.signed).astype(np.int32))
     slots = np.stack(
         [
-            tables.halves(row, bool(wide))
+            frequency_tables.halves(row, bool(wide))
             for table, wide in zip(frequencies, WIDE, strict=True)
             for row in table
         ]
@@ -284,7 +284,7 @@ def decode(
         present |= occurrences(context) > 0
         if len(context) and context.max() >= COUNT:
             raise Damaged(f"context {context.max()}")
-    lookup = tables.lookup(frequencies, present)
+    lookup = frequency_tables.lookup(frequencies, present)
     parsed = [parse(blob, context) for blob, context in zip(data, contexts, strict=True)]
     lanes = [x.lanes for x in parsed]
     places = sort_lanes([(len(c), k) for c, k in zip(contexts, lanes, strict=True)])
@@ -338,7 +338,7 @@ class Values:
         self.coded, self.context, self.escaped = coded, context, parsed.escaped
         self.middle = np.zeros(0, np.int32) if parsed.middle is None else parsed.middle
         self.at = self.seen = self.escapes = 0
-        if int(np.count_nonzero(coded >= tables.ESCAPED)) != len(self.escaped):
+        if int(np.count_nonzero(coded >= frequency_tables.ESCAPED)) != len(self.escaped):
             raise Damaged("another number of escapes")
 
     def take(self, count: int) -> np.ndarray:
@@ -346,7 +346,7 @@ class Values:
         value = self.coded[self.at : self.at + count].astype(np.int32)
         context = self.context[self.at : self.at + count]
         self.at += count
-        special, wide = value >= tables.ESCAPED, WIDE[context]
+        special, wide = value >= frequency_tables.ESCAPED, WIDE[context]
         middle = self.middle[self.seen : self.seen + np.count_nonzero(wide)][~special[wide]]
         self.seen += int(np.count_nonzero(wide))
         wide &= ~special

@@ -2,11 +2,11 @@
 
 A leaf holds the factors, here called pieces, that one set of tasks reads (`layout`), in canonical order:
 
-    tables                     in the shared leaf only (`tables.pack`)
+    tables                     in the shared leaf only (`frequency_tables.pack_tables`)
     side information           deflated: the context of each vector of each piece, a byte each; then for each
                                piece that may be predicted a bit for each vector, whether it is; then for each
                                piece of more than one block likewise whether its blocks have contexts
-    coefficients               of the predicted vectors (`prediction.pack`), where there are any
+    coefficients               of the predicted vectors (`prediction.pack_coefficients`), where there are any
     offsets                    of the contexts of such blocks, zigzag in byte planes, where there are any
     gains                      their bytes as a number, then `pack_gains`; in a task's own leaf only
     stream                     codes of all vectors of a context other than 0, vector after vector (`streams`)
@@ -192,7 +192,7 @@ def pack_side(
             body += np.packbits(offset.any(1)).tobytes()
             shifts = np.append(shifts, offset[offset.any(1)].ravel().astype(np.int32))
     packed = deflate(body)
-    coefficients = prediction.pack([x for _, x in conditional])
+    coefficients = prediction.pack_coefficients([x for _, x in conditional])
     moved = pack_planes(zigzag(shifts)) if len(shifts) else b""
     return number(len(packed)) + packed + coefficients + moved + number(len(gains)) + gains
 
@@ -253,7 +253,7 @@ def unpack_side(
         if mask is not None and base is None:
             raise Damaged("a prediction from a factor that is not there")
         sizes.append((0, 0) if mask is None or base is None else (int((base > 0).sum()), int(mask.sum())))
-    flat = prediction.unpack(reader, sum(d * s for d, s in sizes))
+    flat = prediction.unpack_coefficients(reader, sum(d * s for d, s in sizes))
     parts = np.split(flat, np.cumsum([d * s for d, s in sizes])[:-1]) if sizes else []
     weights = [
         None if mask is None else part.reshape(s, d).T

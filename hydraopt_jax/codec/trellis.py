@@ -63,7 +63,7 @@ def nearest(value: Array, quantizer: Array, parity: Array) -> Array:
     return jnp.maximum(near, parity)
 
 
-def branches(value: Array, context: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
+def branch_costs(value: Array, context: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
     """Cost of each branch for each symbol, independent of the state, computed for all symbols at once.
 
     Returns:
@@ -97,7 +97,7 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
       Magnitudes `[n, L]` int32 and the quantizer of each `[n, L]` int32; the sign is that of `y`.
     """
     value = jnp.abs(y)
-    paid, below = branches(value, context, bits, multiplier)
+    paid, below = branch_costs(value, context, bits, multiplier)
 
     def forward(total: Array, paid: Array) -> tuple[Array, Array]:
         first = total[FROM[:, 0]] + paid[BRANCH[:, 0]]

@@ -22,7 +22,7 @@ from hydraopt_jax.demo.vocabulary import encode_items
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, write_adapter
 from hydraopt_jax.formats.memory_collection import in_memory
-from hydraopt_jax.rate_control import engine, errors_of
+from hydraopt_jax.rate_control import distortion, engine
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import Store, task_factors
 
@@ -144,7 +144,7 @@ def build_demo(
     content = store.open(path)
     write_adapter(work / "exported" / tasks[0], store.decode(content, tasks[0]))
     back = read_adapter(work / "exported" / tasks[0])
-    measured = errors_of.measure(content, collection)
+    measured = distortion.measure(content, collection)
     if report.can_plot():
         report.plot_tradeoff(
             work / PLOT,

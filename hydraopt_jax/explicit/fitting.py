@@ -14,7 +14,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors, Gradient, Hydra, Info, gradient, losses
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd
-from hydraopt_jax.rate_control.errors_of import relative
+from hydraopt_jax.rate_control.distortion import relative
 
 # maximum modules solved in one call, to bound memory and to update the progress bar
 CHUNK = 24

@@ -1,14 +1,16 @@
 """Groups: modules of one shape that are read and solved together, and reading them from files."""
 
+import functools
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.collection import Collection
+from hydraopt_jax.collection import Collection, read_ahead
 from hydraopt_jax.devices import even
 from hydraopt_jax.explicit.fitting import CHUNK
 from hydraopt_jax.forms import Hydra
@@ -62,7 +64,7 @@ def applied(tasks: int, rank: int, size: int) -> bool:
     return tasks * rank < size
 
 
-def streams(form: Hydra, tasks: int) -> bool:
+def is_streamed(form: Hydra, tasks: int) -> bool:
     """Whether a form is solved in passes over the tasks; other forms need all tasks at once."""
     return form.solver is None and form.heads in (None, tasks) and tasks > 1
 
@@ -80,7 +82,7 @@ def groups_of(found: Collection, form: Hydra, limit: int = GROUP_BYTES) -> list[
         module = size * tasks * rank * sum(shape)
         room = min(max(limit // module, 1), CHUNK, len(names))
         room = even(len(names), room)
-        whole = not streams(form, tasks) or any(applied(tasks, rank, n) for n in shape)
+        whole = not is_streamed(form, tasks) or any(applied(tasks, rank, n) for n in shape)
         length = tasks if whole else min(tasks, max(limit * tasks // module, 1))
         spans = tuple((t, min(t + length, tasks)) for t in range(0, tasks, length))
         for at in range(0, len(names), room):
@@ -138,28 +140,16 @@ def read_groups(
 ) -> Iterator[tuple[Group, Iterator[GroupFactors]]]:
     """Every group with its blocks, the next one always being read; spans are read again for each pass, a
     single one once."""
-    requests = [
-        (group, span) for group in groups for span in group.spans * (passes if len(group.spans) > 1 else 1)
-    ]
-    with ThreadPoolExecutor(1) as pool:
-        coming = iter(requests)
-        pending: list[Future[GroupFactors]] = []
-
-        def fetch() -> None:
-            request = next(coming, None)
-            if request is not None:
-                pending.append(pool.submit(read_block, found, *request, read))
-
-        def take() -> GroupFactors:
-            block = pending.pop(0).result()
-            fetch()
-            return block
-
-        fetch()
-        for group in groups:
-            if len(group.spans) == 1:
-                block = take()
-                yield group, iter([block] * passes)
-                del block
-            else:
-                yield group, (take() for _ in range(passes * len(group.spans)))
+    requests = (
+        functools.partial(read_block, found, group, span, read)
+        for group in groups
+        for span in group.spans * (passes if len(group.spans) > 1 else 1)
+    )
+    blocks = read_ahead(requests)
+    for group in groups:
+        if len(group.spans) == 1:
+            block = next(blocks)
+            yield group, iter([block] * passes)
+            del block
+        else:
+            yield group, itertools.islice(blocks, passes * len(group.spans))

@@ -23,7 +23,7 @@ from hydraopt_jax.explicit.groups import Group, GroupFactors, applied
 from hydraopt_jax.explicit.streaming_gram import BOTH, LOCAL, Basis, Grams
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.forms import Hydra
-from hydraopt_jax.rate_control import errors_of
+from hydraopt_jax.rate_control import distortion
 
 # float32 bytes of a chunk of tasks on one device: the size of the caches on a CPU, enough work elsewhere
 SUM_BYTES = {"cpu": 1 << 23}
@@ -155,7 +155,7 @@ def first_pass(
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "mesh"))
-def blank(sizes: tuple[int, ...], *, mesh: Mesh) -> tuple[streaming_gram.Sum, ...]:
+def blank(sizes: tuple[int, ...], *, mesh: Mesh) -> tuple[streaming_gram.Strips, ...]:
     """Sums of zeros, one for each size n."""
     lead = (mesh.shape[MODULES], mesh.shape[TASKS])
     zeros = lambda *shape: jax.lax.with_sharding_constraint(  # noqa: E731
@@ -201,7 +201,7 @@ def solve_group(
     steps = (slice(at, min(at + step, count)) for at in range(0, count, step))
     kept: dict[str, Solved] = {}
     with file.open("wb") as sink:
-        for first in ahead(first_pass(group, x, passes, tasks, ranks, grid) for x in steps):
+        for first in one_ahead(first_pass(group, x, passes, tasks, ranks, grid) for x in steps):
             kept |= second_pass(sink, group, first, passes, tasks, dtype, grid)
         sink.flush()
         os.fsync(sink.fileno())
@@ -257,7 +257,7 @@ def second_pass(
     squares = np.zeros((len(names), tasks))
     heads: list[list[tuple[int, int]]] = [[] for _ in names]
     wanted = {x: sides[x] for x in dict.fromkeys(chosen)}
-    for at, count, side, out in ahead(projected(group, first.rows, passes, wanted, grams, grid, dtype)):
+    for at, count, side, out in one_ahead(projected(group, first.rows, passes, wanted, grams, grid, dtype)):
         values, error = np.asarray(out.values), np.asarray(out.error)
         for m in (m for m in range(len(names)) if chosen[m] == side):
             squares[m, at : at + count] = error[m, :count]
@@ -276,7 +276,7 @@ def second_pass(
             sink.write(bytes(np.dtype(dtype).itemsize * width * max(group.shape)))
         kept[name] = (
             where(sink.name, side, group, tasks, width, dtype, shared_at[m], heads[m]),
-            np.where(first.ranks[m] > 0, errors_of.relative(squares[m], energy[m]), np.nan),
+            np.where(first.ranks[m] > 0, distortion.relative(squares[m], energy[m]), np.nan),
             float(sides[side].sure[m]) / max(int(present[m]), 1),
         )
     return kept
@@ -314,7 +314,7 @@ def projected(
             at += count
 
 
-def ahead(items: Iterator[Any]) -> Iterator[Any]:
+def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
     """The same items, one late: the device computes the next item while the host uses this one."""
     waiting: list[Any] = []
     for item in items:

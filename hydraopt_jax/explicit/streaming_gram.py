@@ -84,7 +84,7 @@ class Grams(NamedTuple):
 
 # upper triangle of a symmetric sum as strips of rows, `[M, D, end - at, n - at]`; a strip begins at its
 # diagonal block; D devices share the tasks
-Sum = tuple[Array, ...]
+Strips = tuple[Array, ...]
 
 
 def rows_of_strips(size: int) -> list[tuple[int, int]]:
@@ -106,7 +106,7 @@ def entries_of_strips(size: int) -> int:
     return sum((end - at) * (size - at) for at, end in rows_of_strips(size))
 
 
-def multiply(strips: Sum, q: Array) -> Array:
+def multiply(strips: Strips, q: Array) -> Array:
     """Product `[n, P]` of a sum with `q: [n, P]`, from strips without leading axes; the sum is not formed."""
     spans = rows_of_strips(len(q))
     out = [matmul(strip, q[at:]) for strip, (at, _) in zip(strips, spans, strict=True)]
@@ -125,7 +125,7 @@ def bits(factor: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("mesh", "sides", "dtype", "size"), donate_argnums=0)
 def accumulate(
-    sums: tuple[Sum, ...],
+    sums: tuple[Strips, ...],
     a: Array,
     b: Array,
     scale: Array,
@@ -134,7 +134,7 @@ def accumulate(
     sides: tuple[str, ...],
     dtype: str,
     size: int,
-) -> tuple[tuple[Sum, ...], Grams]:
+) -> tuple[tuple[Strips, ...], Grams]:
     """Sums with tasks added, and the tasks' Gram matrices; all pieces of tasks reuse one buffer.
 
     Args:
@@ -149,11 +149,11 @@ def accumulate(
       The sums, and the tasks' Gram matrices.
     """
 
-    def local(sums: tuple[Sum, ...], a: Array, b: Array, scale: Array) -> tuple[tuple[Sum, ...], Grams]:
+    def local(sums: tuple[Strips, ...], a: Array, b: Array, scale: Array) -> tuple[tuple[Strips, ...], Grams]:
         tasks, rank = a.shape[1:3]
         length = even(tasks, size)
 
-        def step(k: Array, state: tuple[tuple[Sum, ...], Grams]) -> tuple[tuple[Sum, ...], Grams]:
+        def step(k: Array, state: tuple[tuple[Strips, ...], Grams]) -> tuple[tuple[Strips, ...], Grams]:
             sums, grams = state
             # the last piece overlaps the one before: all have one length
             at = jnp.minimum(k * length, tasks - length)
@@ -245,10 +245,10 @@ def uncertainty(values: np.ndarray, reach: int, trace: np.ndarray) -> np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rank", "columns"))
-def of_sum(total: Sum, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> Basis:
+def of_sum(total: Strips, trace: Array, *, mesh: Mesh, rank: int, columns: int) -> Basis:
     """Leading directions of an accumulated sum of trace `[M]`."""
 
-    def local(total: Sum, trace: Array) -> Basis:
+    def local(total: Strips, trace: Array) -> Basis:
         own = tuple(x[:, 0] for x in total)
         # psum copies even on one device
         whole = own if mesh.shape[TASKS] == 1 else jax.lax.psum(own, TASKS)

@@ -47,7 +47,7 @@ def weights_file(folder: Path) -> Path:
     raise HydraOptError(f"{folder / WEIGHTS_FILE}: no such file: the folder has no adapter weights")
 
 
-def check_target(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: bool) -> None:
     if not (path.exists() or path.is_symlink()):
         return
     if not overwrite:

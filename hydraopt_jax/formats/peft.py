@@ -24,7 +24,7 @@ from hydraopt_jax.formats import lora_keys
 from hydraopt_jax.formats.adapter_folder import (
     PICKLE_FILE,
     WEIGHTS_FILE,
-    check_target,
+    check_output,
     parents,
     replace_folder,
     weights_file,
@@ -336,11 +336,11 @@ def write_adapter(
         return image_files.write_lora_file(path, adapter, dtype=dtype, overwrite=overwrite)
     target = Path(path).resolve()
     try:
-        check_target(target, overwrite)
+        check_output(target, overwrite)
         config, tensors = contents(adapter, dtype)
         text = json.dumps(config, indent=2, sort_keys=True)
         with parents(target), locked(target):
-            check_target(target, overwrite)
+            check_output(target, overwrite)
             replace_folder(target, text, tensors)
     except HydraOptError:
         raise

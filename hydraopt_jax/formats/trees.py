@@ -50,7 +50,7 @@ def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, tree
 
 
-def text(path: Path) -> str:
+def path_text(path: Path) -> str:
     """The key of a path, which dialects match."""
     return "/".join(map(str, path[:-1] if len(path) > 1 and path[-1] == BOX else path))
 
@@ -72,28 +72,30 @@ def pairs(tree: Any, style: Dialect, source: str) -> dict[str, dict[str, tuple[P
             continue
         if OPTIMIZER & set(map(str, path)):
             raise HydraOptError(
-                f"{source}: {text(path)} is an optimizer's: read the parameters alone (of a checkpoint: "
+                f"{source}: {path_text(path)} is an optimizer's: read the parameters alone (of a checkpoint: "
                 "within='params')"
             )
-        match = style.key.fullmatch(text(path))
+        match = style.key.fullmatch(path_text(path))
         if match is None:
             raise HydraOptError(
-                f"{source}: {text(path)} is no LoRA factor as {style.library} names them: choose another "
-                "dialect, or leave it out of the tree"
+                f"{source}: {path_text(path)} is no LoRA factor as {style.library} names them: choose "
+                "another dialect, or leave it out of the tree"
             )
         weight = match.groupdict().get("weight")
         module = match["module"].removeprefix("params/").replace("/", ".")
         module += f".{weight}" if weight not in (None, "kernel", "embeddings") else ""
         side = match["side"].lower()
         if side in out.setdefault(module, {}):
-            raise HydraOptError(f"{source}: {text(path)} clashes with {text(out[module][side][0])}")
+            raise HydraOptError(f"{source}: {path_text(path)} clashes with {path_text(out[module][side][0])}")
         out[module][side] = path, leaf
     if not out:
         raise HydraOptError(f"{source}: holds no LoRA factor as {style.library} names them")
     for sides in out.values():
         if len(sides) < 2:
             ((side, (path, _)),) = sides.items()
-            raise HydraOptError(f"{source}: {text(path)} has no lora_{'b' if side == 'a' else 'a'} beside it")
+            raise HydraOptError(
+                f"{source}: {path_text(path)} has no lora_{'b' if side == 'a' else 'a'} beside it"
+            )
     return out
 
 
@@ -143,19 +145,19 @@ def read_tree(
         for path, factor in ((path_a, low), (path_b, high)):
             if factor.dtype not in FLOATS:
                 raise HydraOptError(
-                    f"{source}: {text(path)} is {factor.dtype}: a LoRA factor must be floating"
+                    f"{source}: {path_text(path)} is {factor.dtype}: a LoRA factor must be floating"
                 )
         dtypes |= {low.dtype.name, high.dtype.name}
         if style.transposed:
             low, high = low.T, high.T
         where = {"a": list(path_a), "b": list(path_b)}
-        if text(path_a).endswith("lora_embeddings_a"):
+        if path_text(path_a).endswith("lora_embeddings_a"):
             where["kind"] = "embedding"  # type: ignore[assignment]
         for index, x, y in unstacked(module, low, high, stack, source):
             part = module if index is None else f"{module}[{index}]"
             if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[0]:
                 raise HydraOptError(
-                    f"{source}: {text(path_a)} has shape {list(low.shape)}, {text(path_b)} "
+                    f"{source}: {path_text(path_a)} has shape {list(low.shape)}, {path_text(path_b)} "
                     f"{list(high.shape)}: they must share a rank, [in..., rank] and [rank, out...]"
                 )
             axes = {"in": list(x.shape[:-1]), "out": list(y.shape[1:])}
@@ -354,9 +356,9 @@ def leaves(
             if "stack" in layout and path == tuple(layout[side]):
                 stacks.setdefault(path, []).append((layout["stack"], array, side))
             else:
-                yield path, disk_array(text(path), array, kind)
+                yield path, disk_array(path_text(path), array, kind)
     for path, parts in stacks.items():
-        yield path, disk_array(text(path), restacked(parts), kind)
+        yield path, disk_array(path_text(path), restacked(parts), kind)
 
 
 def restacked(parts: list[Any]) -> np.ndarray:
@@ -376,7 +378,7 @@ def restacked(parts: list[Any]) -> np.ndarray:
 
 def home(style: Dialect, module: str, layout: Mapping[str, Any], side: str) -> Path:
     """Path of a factor: its original path if that is of this dialect, else the library's usual path."""
-    if side in layout and style.key.fullmatch(text(tuple(layout[side]))):
+    if side in layout and style.key.fullmatch(path_text(tuple(layout[side]))):
         return tuple(layout[side])
     key = style.place.format(
         module=module.replace(".", style.join or "/"), side=side.upper() if style.transposed else side

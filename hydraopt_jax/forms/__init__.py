@@ -6,19 +6,19 @@ and coding can reach.
 """
 
 from hydraopt_jax.factors import Factors, count
-from hydraopt_jax.forms.asked import Gradient, Hydra
 from hydraopt_jax.forms.closed_form import (
     Info,
     add_cores,
-    errors,
     hydra,
     pair,
     partition,
     present,
     separate,
+    squared_errors,
     sure_tail,
     transpose,
 )
+from hydraopt_jax.forms.hyperparameters import Gradient, Hydra
 
 __all__ = [
     "Factors",
@@ -27,12 +27,12 @@ __all__ = [
     "Info",
     "add_cores",
     "count",
-    "errors",
     "hydra",
     "pair",
     "partition",
     "present",
     "separate",
+    "squared_errors",
     "sure_tail",
     "transpose",
 ]

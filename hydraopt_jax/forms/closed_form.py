@@ -73,7 +73,7 @@ def transpose(factors: Factors) -> Factors:
     return Factors(factors.b.mT, factors.a.mT, factors.b_of, factors.a_of, core)
 
 
-def errors(deltas: Svd, factors: Factors) -> Array:
+def squared_errors(deltas: Svd, factors: Factors) -> Array:
     """Squared errors `[T]` of the factors against the deltas, free of cancellation."""
     a, b = pair(factors)
     return decompose.residual_energy(deltas.u * deltas.s[..., None, :], deltas.v, a, b)

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 Params = Any
 
 
-class State(NamedTuple):
+class DescentState(NamedTuple):
     """State of a descent: parameters, optimizer state, and the loss's auxiliary state or None."""
 
     params: Params
@@ -47,7 +47,7 @@ class Trace(NamedTuple):
 class Carry(NamedTuple):
     """Carry of the loop in `minimize`: the state, the best parameters, and the state of the stop rule."""
 
-    state: State
+    state: DescentState
     best: Params
     best_loss: Array
     reference: Array
@@ -57,8 +57,8 @@ class Carry(NamedTuple):
 
 
 def step(
-    loss: Callable[..., Any], optimizer: optax.GradientTransformation, state: State, *given: Any
-) -> tuple[State, Array]:
+    loss: Callable[..., Any], optimizer: optax.GradientTransformation, state: DescentState, *given: Any
+) -> tuple[DescentState, Array]:
     """The state after one step of the optimizer, and the loss before it.
 
     Args:
@@ -77,7 +77,7 @@ def step(
         found, gradient = jax.value_and_grad(loss, has_aux=True)(state.params, *given, state.aux)
         value, aux = found
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), opt_state, aux), value
+    return DescentState(optax.apply_updates(state.params, updates), opt_state, aux), value
 
 
 def minimize(
@@ -152,7 +152,7 @@ def minimize(
         )
 
     start = Carry(
-        State(params, optimizer.init(params), aux),
+        DescentState(params, optimizer.init(params), aux),
         params,
         jnp.array(jnp.inf),
         jnp.array(jnp.inf),

@@ -50,7 +50,7 @@ def joint_diagonal(
     bound = jnp.maximum(info.bound, other.bound)
     if diagonal:
         factors, trace = polyadic(deltas, rank, info.weights, steps)
-        error = forms.errors(deltas, factors)
+        error = forms.squared_errors(deltas, factors)
         settled = jnp.abs(trace[-2] - trace[-1]) <= 1e-4 * trace[-1]
         return factors, Info(error, info.energy, info.weights, bound, trace, settled)
     factors, found = full_cores(deltas, common.a, info.weights, steps)
@@ -73,7 +73,7 @@ def full_cores(deltas: Svd, common: Array, weights: Array, steps: int) -> tuple[
     better = trace[-1] < info.trace[-1]
     factors, trace = jax.tree.map(lambda x, y: jnp.where(better, x, y), (other, trace), (mean, info.trace))
     settled = jnp.abs(trace[-2] - trace[-1]) <= 1e-4 * trace[-1]
-    return factors, info._replace(error=forms.errors(deltas, factors), trace=trace, converged=settled)
+    return factors, info._replace(error=forms.squared_errors(deltas, factors), trace=trace, converged=settled)
 
 
 def polyadic(deltas: Svd, rank: int, weights: Array, steps: int) -> tuple[Factors, Array]:

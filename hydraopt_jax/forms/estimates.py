@@ -159,7 +159,7 @@ def component_energies(vectors: np.ndarray, s: np.ndarray) -> np.ndarray:
     return np.maximum(np.linalg.eigvalsh(flat.swapaxes(1, 2) @ flat), 0.0)
 
 
-def estimates(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
+def errors_by_model(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Mean relative squared error that each model predicts at given sizes: estimates, not bounds.
 
     Args:

@@ -15,8 +15,8 @@ from jax import Array
 from hydraopt_jax import forms
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import losses
-from hydraopt_jax.forms.asked import STARTS, Gradient
 from hydraopt_jax.forms.descent import minimize
+from hydraopt_jax.forms.hyperparameters import STARTS, Gradient
 from hydraopt_jax.linalg import clustering, decompose
 from hydraopt_jax.linalg.decompose import Svd, matmul
 
@@ -125,7 +125,7 @@ def hydra(
     shared, head, core = best
     root = jnp.sqrt(scale)
     factors = closed._replace(a=matmul(qa, shared * root)[None], b=matmul(head * root, qb.T), core=core)
-    error = forms.errors(deltas, factors)
+    error = forms.squared_errors(deltas, factors)
     kept = (jnp.sum(weights * error) <= jnp.sum(weights * closed_info.error)) | (solver.start == "mean")
     factors = jax.tree.map(lambda x, y: jnp.where(kept, x, y), factors, closed)
     error = jnp.where(kept, error, closed_info.error)

@@ -244,7 +244,7 @@ def principal_angles(a: Array, b: Array) -> Angles:
     return _batched_angles(_decompose(a, b))
 
 
-def similarity(a: Array, b: Array) -> Similarity:
+def compare(a: Array, b: Array) -> Similarity:
     """All measures for modules of one shape.
 
     Args:
@@ -255,7 +255,7 @@ def similarity(a: Array, b: Array) -> Similarity:
       Similarity of `[M, T, T]` arrays.
 
     >>> import jax.numpy as jnp
-    >>> print(similarity(jnp.ones((1, 2, 3, 1)), jnp.ones((1, 2, 1, 3))).delta.shape)
+    >>> print(compare(jnp.ones((1, 2, 3, 1)), jnp.ones((1, 2, 1, 3))).delta.shape)
     (1, 2, 2)
     """
     return _batched_measure(jnp.asarray(a), jnp.asarray(b), _decompose(a, b))
@@ -294,7 +294,7 @@ def summarize(adapters: Adapters) -> Summary:
     """
     modules: dict[str, Similarity] = {}
     for bucket in adapters.buckets:
-        found = [np.asarray(x) for x in similarity(jnp.asarray(bucket.a), jnp.asarray(bucket.b))]
+        found = [np.asarray(x) for x in compare(jnp.asarray(bucket.a), jnp.asarray(bucket.b))]
         modules |= {name: Similarity(*(x[m] for x in found)) for m, name in enumerate(bucket.modules)}
     kinds: dict[str, list[Similarity]] = {}
     for name, value in modules.items():

@@ -187,7 +187,7 @@ def pull(
       HydraOptError: no such store, no network, another base model, or a path that cannot be written.
     """
     address = address_of(name)
-    files.check_target(path, overwrite)
+    files.check_output(path, overwrite)
     source = remote.find(address.text)
     content = portable.open_source(source)
     check_store_base(address.label, content, base)

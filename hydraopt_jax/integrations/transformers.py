@@ -1,6 +1,8 @@
 """Causal language models of transformers, with or without an adapter of PEFT's; PyTorch only when used."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +31,40 @@ def open_model(place: str | os.PathLike[str]) -> tuple[Any, Any]:
         raise HydraOptError(
             f"{place}: needs PyTorch, transformers and PEFT: install the peft extra"
         ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     name, revision = os.fspath(place), "main"
     if name.startswith("hf:"):
         name, _, revision = name[3:].partition("@")
     at = {"revision": revision or "main"}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto", **at)
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **at)
-        except (OSError, ValueError, KeyError):
-            # an adapter without one of its own
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
+        with quiet(transformers.utils.logging):
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto", **at)
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name, **at)
+            except (OSError, ValueError, KeyError):
+                # an adapter without one of its own
+                tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
     except Exception as error:
         # of many classes, by what is missing
         raise HydraOptError(f"{place}: cannot be loaded: {one_line(error)[:200]}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+@contextmanager
+def quiet(log: Any) -> Iterator[None]:
+    """Errors only, and no progress bars, of transformers; then what its user has set.
+
+    Args:
+      log: `transformers.utils.logging`.
+    """
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
 
 
 def moments_of_text(

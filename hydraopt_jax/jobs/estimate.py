@@ -10,9 +10,9 @@ import numpy as np
 from hydraopt_jax import devices
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming, streaming_gram
-from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, streams
+from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, is_streamed
 from hydraopt_jax.forms import Hydra
-from hydraopt_jax.forms.asked import check_form
+from hydraopt_jax.forms.hyperparameters import check_form
 from hydraopt_jax.rate_control import parts, search
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import tensors
@@ -123,7 +123,7 @@ def form_costs(
             fitting.entries(tasks, form.heads or tasks, r, group.shape, side) for side, r in ranks.items()
         )
         store += stored * len(group.modules) * cheapest
-        passes = 2 if len(group.spans) > 1 and streams(form, tasks) else 1
+        passes = 2 if len(group.spans) > 1 and is_streamed(form, tasks) else 1
         per_module = sum(found.rank(m, t) for m in group.modules for t in range(tasks)) * sum(group.shape)
         read += (passes + 2) * itemsize * per_module
     store += 2 * len(found.shapes) * tasks

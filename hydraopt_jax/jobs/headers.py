@@ -11,15 +11,14 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 from hydraopt_jax.jobs.place import read_json, write_json
 from hydraopt_jax.rate_control.work import Processes
+from hydraopt_jax.reading import NamedPath
 
 # number of files that are read and hashed at once
 READERS = 2
 
-Source = tuple[str, str | None]
-
 
 def read_headers(
-    sources: Sequence[Source],
+    sources: Sequence[NamedPath],
     folder: Path,
     *,
     skip_bad: bool = False,

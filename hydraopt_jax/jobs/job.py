@@ -101,7 +101,7 @@ def run_job(
       TooLarge: see `store.save`.
     """
     processes = job.processes
-    files.check_target(path, overwrite)
+    files.check_output(path, overwrite)
     at = files.job_home(path)
     place = Folder(at, fingerprint(found, asked), zstd, processes.size > 1)
     if processes.rank == 0:
@@ -119,7 +119,7 @@ def run_job(
     if processes.rank:
         return None
     if at == path:
-        files.check_target(path, True)
+        files.check_output(path, True)
         files.write_folder(path, store, limit, zstd, place.rows())
     else:
         files.save(path, store, overwrite=True, limit=limit)

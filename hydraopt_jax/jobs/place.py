@@ -99,7 +99,7 @@ class Folder:
         if not self._row(name).exists():
             return None
         row = read_json(self._row(name))
-        entry = manifest.entry_of(row)
+        entry = manifest.entry_from_row(row)
         read = folder.reader(self.store, entry, row["arrays"])
         return segment_data.open_segment(self.store, entry, read, tuple(row["names"]), frozenset())
 

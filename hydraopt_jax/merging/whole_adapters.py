@@ -13,10 +13,11 @@ import numpy as np
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter, Adapters
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import without_zeros
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import registry
 from hydraopt_jax.merging.registry import Method
-from hydraopt_jax.rate_control.errors_of import relative
+from hydraopt_jax.rate_control.distortion import relative
 
 # name, `a: [T, I, R]`, `b: [T, R, O]`, ranks `[T]`
 Module = tuple[str, np.ndarray, np.ndarray, np.ndarray]
@@ -239,9 +240,8 @@ def merge_adapters(
     found = _merge(stream(collection, shapes), chosen, w, rank, seed, progress, given)
     a, b, layout = {}, {}, {}
     for module, (left, right) in found.items():
-        used = (np.abs(left).max(0) > 0) & (np.abs(right).max(1) > 0)
-        used[0] |= not used.any()
-        a[module], b[module] = left[:, used], right[used] * np.float32(scale)
+        low, high = without_zeros(left, right)
+        a[module], b[module] = low, high * np.float32(scale)
         owner = next(x for x in collection if module in x.a)
         if module in owner.layout:
             layout[module] = owner.layout[module]

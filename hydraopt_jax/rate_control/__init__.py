@@ -2,6 +2,6 @@
 
 `analysis` has what a choice depends on, `mode_decision` chooses in one currency, `targets` are the factors in
 steps, `coding` codes a part at one step, `pilot` finds the step of the first pass on a sample, `search` moves
-it until the target is met, and `engine` does so for a collection of any size; `errors_of` measures what a
+it until the target is met, and `engine` does so for a collection of any size; `distortion` measures what a
 store decodes to.
 """

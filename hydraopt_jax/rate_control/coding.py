@@ -9,10 +9,11 @@ from hydraopt_jax.codec import contexts, encode, syntax
 from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control import mode_decision, targets
+from hydraopt_jax.rate_control import mode_decision
 from hydraopt_jax.rate_control.metrics import Metric, Metrics, unweigh
 from hydraopt_jax.rate_control.parts import pick_names
 from hydraopt_jax.rate_control.problem import Problem
+from hydraopt_jax.rate_control.terms import terms_in_steps
 from hydraopt_jax.store.decoding import all_terms
 
 # tables and rate-distortion decisions depend on each other: rounds of fitting, how far beyond its count the
@@ -81,15 +82,15 @@ def solve_gains(
     return np.linalg.solve(system, cross[..., None])[..., 0] * live, gram, cross, energy
 
 
-def targets_at_step(
-    problem: Problem, step: float, modes_at: float | None = None
-) -> tuple[dict[str, tuple[encode.Target, ...]], dict[str, mode_decision.Choice]]:
-    """Module -> targets of the quantizer, and module -> form, which is chosen for `modes_at` or `step`."""
-    goals: dict[str, tuple[encode.Target, ...]] = {}
+def terms_at_step(
+    problem: Problem, step: float, forms_at: float | None = None
+) -> tuple[dict[str, tuple[encode.TermInSteps, ...]], dict[str, mode_decision.Choice]]:
+    """Module -> terms in steps, and module -> form, which is chosen for `forms_at` or `step`."""
+    goals: dict[str, tuple[encode.TermInSteps, ...]] = {}
     choices: dict[str, mode_decision.Choice] = {}
     for x in problem.spectra:
-        chosen = mode_decision.decide_modes(x, modes_at or step, problem.no_joint)
-        for name, terms in targets.targets(x, chosen, step).items():
+        chosen = mode_decision.decide_modes(x, forms_at or step, problem.no_joint)
+        for name, terms in terms_in_steps(x, chosen, step).items():
             left, right = problem.metrics.get(name, (None, None))
             goals[name] = tuple(
                 t._replace(a=unweigh_own(left, t.a, t.shape.a_of), b=unweigh_own(right, t.b, t.shape.b_of))
@@ -122,7 +123,7 @@ def fit_tables(problem: Problem, step: float) -> np.ndarray:
     Logarithms of frequencies move further than those of the counts, which takes a third of the rounds.
     """
     few = problem.take(sample(problem, TABLE_CODES))
-    goals, _ = targets_at_step(few, step)
+    goals, _ = terms_at_step(few, step)
     frequencies = fitted_tables(encode.quantize(goals, prior_tables()).counts)
     for power in MOMENTUM:
         counted = fitted_tables(encode.quantize(goals, frequencies).counts)
@@ -150,7 +151,7 @@ def sample(problem: Problem, codes: int) -> list[str]:
 
 
 def encode_at_step(
-    problem: Problem, step: float, frequencies: np.ndarray | None = None, modes_at: float | None = None
+    problem: Problem, step: float, frequencies: np.ndarray | None = None, forms_at: float | None = None
 ) -> Trial:
     """The collection coded at one step, with its errors.
 
@@ -158,15 +159,15 @@ def encode_at_step(
       problem: the collection.
       step: the quantizer step.
       frequencies: rate model of the quantizer; None to fit it at the step.
-      modes_at: the step that forms are chosen for; None for `step`. For fixed forms bytes and errors are
+      forms_at: the step that forms are chosen for; None for `step`. For fixed forms bytes and errors are
         smooth in the step.
     """
     if frequencies is None:
         frequencies = fit_tables(problem, step)
-    goals, choices = targets_at_step(problem, step, modes_at)
+    goals, choices = terms_at_step(problem, step, forms_at)
     coded = encode.quantize(goals, frequencies)
     gains, errors = gains_and_errors(problem, coded)
-    return Trial(step, coded, gains, errors, encode.sizes(coded, gains), choices)
+    return Trial(step, coded, gains, errors, encode.estimate_bytes(coded, gains), choices)
 
 
 def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:

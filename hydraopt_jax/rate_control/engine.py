@@ -201,7 +201,7 @@ def passes(
             forms = search.forms_of(done, goal, pilots)
             step = encode_pass(run, number, step, frequencies, weights, known, goal, forms)
             if number < goal.settling:
-                frequencies = counted(run, number)
+                frequencies = next_frequencies(run, number)
             found, passed, mean = outcome(run, number, step, aim, heads, said)
             done.append(passed._replace(forms=forms))
             made.append(found)
@@ -255,7 +255,7 @@ def encode_pass(
     weights: np.ndarray,
     known: Mapping[str, Any],
     goal: Target,
-    modes_at: float | None,
+    forms_at: float | None,
 ) -> float:
     """Encode all parts; of many parts every other one comes first, and the step of the rest makes up for what
     these miss, as the rate control of video does.
@@ -264,12 +264,12 @@ def encode_pass(
       The step, or the mean of both.
     """
     if len(run.parts) <= search.FEW_PARTS or goal.worst:
-        encode_parts(run, number, run.mine, step, frequencies, weights, known, modes_at)
+        encode_parts(run, number, run.mine, step, frequencies, weights, known, forms_at)
         run.processes.wait(f"pass {number}")
         return step
     first = [n for n in range(len(run.parts)) if n // run.processes.size % 2 == 0]
     encode_parts(
-        run, number, [n for n in run.mine if n in first], step, frequencies, weights, known, modes_at
+        run, number, [n for n in run.mine if n in first], step, frequencies, weights, known, forms_at
     )
     run.processes.wait(f"half of pass {number}")
     miss, share = miss_of(run, number, first, goal, known["beside"])
@@ -278,13 +278,13 @@ def encode_pass(
         aim = np.log(step) - (miss + goal.slack / 2) / (1 - share) / known["slope"]
         other = float(np.exp(np.clip(aim, *search.STEPS_LOG)))
     encode_parts(
-        run, number, [n for n in run.mine if n not in first], other, frequencies, weights, known, modes_at
+        run, number, [n for n in run.mine if n not in first], other, frequencies, weights, known, forms_at
     )
     run.processes.wait(f"pass {number}")
     return float(step**share * other ** (1 - share))
 
 
-def counted(run: Run, number: int) -> np.ndarray:
+def next_frequencies(run: Run, number: int) -> np.ndarray:
     """Frequencies for the next pass, from the counts of all parts."""
     notes = (kept_note(run.place, f"pass-{number}-{n}") for n in range(len(run.parts)))
     return fitted_tables(sum((np.array(x["counts"]) for x in notes), np.zeros(())))
@@ -298,10 +298,10 @@ def encode_parts(
     frequencies: np.ndarray,
     weights: np.ndarray,
     known: Mapping[str, Any],
-    modes_at: float | None = None,
+    forms_at: float | None = None,
 ) -> None:
     """Encode those of the chosen parts that are not done, as many at once as this process has devices, in the
-    forms of the step `modes_at`; of a run with drafts their bytes are estimated."""
+    forms of the step `forms_at`; of a run with drafts their bytes are estimated."""
     parts = run.parts
     left = [n for n in run.mine if run.place.note(f"pass-{number}-{n}") is None]
     todo = [n for n in left if n in chosen]
@@ -318,7 +318,7 @@ def encode_parts(
             problem = disable_joint(problem, step, frequencies)
         else:
             problem = problem._replace(no_joint=frozenset(before["no_joint"]))
-        trial = encode_at_step(problem, step, frequencies, modes_at)
+        trial = encode_at_step(problem, step, frequencies, forms_at)
         return functools.partial(finish, n, name, problem, trial, given)
 
     def finish(n: int, name: str, problem: Problem, trial: Trial, given: list[Adapter]) -> None:

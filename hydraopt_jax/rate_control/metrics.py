@@ -73,7 +73,7 @@ class Metric(NamedTuple):
         if self.moment is None:
             weighed = self.weigh(x)
             return weighed.swapaxes(-1, -2) @ weighed
-        return x.swapaxes(-1, -2) @ product(self.moment, self.scale, x)
+        return x.swapaxes(-1, -2) @ moment_product(self.moment, self.scale, x)
 
 
 Metrics = tuple[Metric | None, Metric | None]
@@ -112,7 +112,7 @@ def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
     return np.stack(filtered).astype(np.float32)
 
 
-def product(moment: np.ndarray, scale: float, x: np.ndarray) -> np.ndarray:
+def moment_product(moment: np.ndarray, scale: float, x: np.ndarray) -> np.ndarray:
     """`C @ x` of a moment over its scale, with its ridge; in float64, some rows of a moment at a time."""
     parts = [moment[at : at + ROWS].astype(np.float64) @ x for at in range(0, len(moment), ROWS)]
     return np.concatenate(parts, -2) / scale + RIDGE * x
@@ -157,7 +157,7 @@ def krylov_space(moment: np.ndarray, scale: float, around: np.ndarray) -> tuple[
         for _ in range(2):
             block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
         basis = np.concatenate([basis, block], 1)
-        block = product(moment, scale, block)
+        block = moment_product(moment, scale, block)
         products.append(block)
     return basis, np.concatenate(products, 1)
 

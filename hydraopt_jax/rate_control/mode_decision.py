@@ -74,7 +74,7 @@ def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = ()) -> Pl
     modules = range(len(x.modules))
     options.append((total, (bits * keep).sum((1, 2)), [Choice("separate")] * len(modules), keep))
     for c, task in enumerate(x.references):
-        options.append(predicted(x, c, task, energy, keep, (inputs, outputs)))
+        options.append(predicted_cost(x, c, task, energy, keep, (inputs, outputs)))
     if x.joint:
         options.append(joint(x.joint, energy, keep, (inputs, outputs)))
         options[-1][0][[n in no_joint for n in x.modules]] = np.inf
@@ -89,7 +89,7 @@ def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = ()) -> Pl
     )
 
 
-def predicted(
+def predicted_cost(
     x: Spectrum,
     c: int,
     task: int,

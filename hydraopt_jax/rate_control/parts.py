@@ -6,14 +6,12 @@ one common quantizer step: a common step allocates bits optimally over the whole
 collection is one part.
 """
 
-import itertools
-from collections import deque
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.collection import Collection
+from hydraopt_jax.collection import Collection, read_ahead
 
 # half-precision bytes of a part's factors; coding takes some thirty times as much
 SEGMENT_BYTES = 1 << 24
@@ -99,10 +97,4 @@ def ahead(
     found: Collection, wanted: Sequence[Part], count: Callable[[int], None], depth: int = 1
 ) -> Iterator[list[Adapter]]:
     """The factors of each part, while the `depth` following parts are read in the background."""
-    with ThreadPoolExecutor(depth) as pool:
-        coming = iter(wanted)
-        pending = deque(pool.submit(read_part, found, x, count) for x in itertools.islice(coming, depth))
-        while pending:
-            now = pending.popleft().result()
-            pending.extend(pool.submit(read_part, found, x, count) for x in itertools.islice(coming, 1))
-            yield now
+    return read_ahead((functools.partial(read_part, found, x, count) for x in wanted), depth)

@@ -148,7 +148,7 @@ class Estimate(NamedTuple):
     error: float
 
 
-def gaussian(problem: Problem, step: float) -> Estimate:
+def gaussian_estimate(problem: Problem, step: float) -> Estimate:
     """The estimate of bytes and error at a step; nothing is coded."""
     plans = [mode_decision.decide_modes(x, step) for x in problem.spectra]
     size = sum(float(x.bytes.sum()) for x in plans)
@@ -161,7 +161,7 @@ def first_step(problem: Problem, goal: float, sign: float = -1.0) -> float:
     low, high = STEPS_LOG
     for _ in range(14):
         middle = (low + high) / 2
-        found = gaussian(problem, float(np.exp(middle)))
+        found = gaussian_estimate(problem, float(np.exp(middle)))
         fine = found.bytes > goal if sign < 0 else found.error < goal
         low, high = (middle, high) if fine else (low, middle)
     return float(np.exp(high if sign < 0 else low))
@@ -169,7 +169,7 @@ def first_step(problem: Problem, goal: float, sign: float = -1.0) -> float:
 
 def slope_at(problem: Problem, step: float, sign: float) -> float:
     """Slope of log bytes (`sign` -1) or of log error (+1) over the log of the step, by Gaussian estimates."""
-    two = [gaussian(problem, float(step * np.exp(x))) for x in (-CHANGE, CHANGE)]
+    two = [gaussian_estimate(problem, float(step * np.exp(x))) for x in (-CHANGE, CHANGE)]
     fine, coarse = (max(x.bytes if sign < 0 else x.error, 1e-30) for x in two)
     return sign * float(np.clip(sign * np.log(coarse / fine) / (2 * CHANGE), *SLOPES[sign]))
 
@@ -220,8 +220,8 @@ def bytes_miss(trial: Trial, *, whole: Problem, problem: Problem, room: Callable
     """
     scale = 1.0
     if whole is not problem:
-        few = max(gaussian(problem, trial.step).bytes, 1.0)
-        scale = max(gaussian(whole, trial.step).bytes, 1.0) / few
+        few = max(gaussian_estimate(problem, trial.step).bytes, 1.0)
+        scale = max(gaussian_estimate(whole, trial.step).bytes, 1.0) / few
     return float(np.log(trial.bytes * scale / room(trial)))
 
 

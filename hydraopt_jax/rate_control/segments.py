@@ -13,7 +13,7 @@ from hydraopt_jax.forms import estimates
 from hydraopt_jax.rate_control import search
 from hydraopt_jax.rate_control.carried import kept_segment
 from hydraopt_jax.rate_control.coding import Trial
-from hydraopt_jax.rate_control.errors_of import with_errors
+from hydraopt_jax.rate_control.distortion import with_errors
 from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.mode_decision import Choice
 from hydraopt_jax.rate_control.options import Options, as_report
@@ -122,7 +122,7 @@ def finished(run: Run, number: int, draft: Store, place: Place) -> Store:
         place.keep(name, coded_segment(run, n, problem, trial, given))
         segments.append(kept_segment(place, name))
         if len(run.parts) == 1 and not problem.metrics:
-            expected = estimates.estimates([x.deltas for x in problem.spectra], np.array([trial.bytes]))
+            expected = estimates.errors_by_model([x.deltas for x in problem.spectra], np.array([trial.bytes]))
             report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in expected.items()}
     return draft.replace(segments=(*segments, *draft.segments[len(segments) :]), report=Static(report))
 

@@ -52,7 +52,9 @@ class Tables(NamedTuple):
     multiplier: np.ndarray
 
 
-def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> dict[str, list[encode.Target]]:
+def terms_in_steps(
+    modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]
+) -> dict[str, list[encode.TermInSteps]]:
     """Factors in steps in the codec's layout; diverged entries are clipped to the range of a code."""
 
     def held(x: Any) -> np.ndarray:
@@ -60,7 +62,7 @@ def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> di
 
     return {
         n: [
-            encode.Target(shape, held(x.a), np.ascontiguousarray(held(x.b).swapaxes(1, 2)))
+            encode.TermInSteps(shape, held(x.a), np.ascontiguousarray(held(x.b).swapaxes(1, 2)))
             for shape, x in zip(shapes[n], terms, strict=True)
         ]
         for n, terms in modules.items()
@@ -69,7 +71,7 @@ def targets(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> di
 
 def quantized(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]], tables: Tables) -> Coded:
     """The quantized values of factors in steps."""
-    return encode.quantize(targets(modules, shapes), tables.frequencies, float(tables.multiplier[0]))
+    return encode.quantize(terms_in_steps(modules, shapes), tables.frequencies, float(tables.multiplier[0]))
 
 
 def coded_terms(segment: Segment) -> dict[str, tuple[Factors, ...]]:
@@ -117,13 +119,13 @@ def gains_of(coded: Coded, modules: Modules, tasks: int) -> dict[int, list[np.nd
     return gains
 
 
-def arrays(modules: Modules) -> Any:
+def trainable_arrays(modules: Modules) -> Any:
     """The arrays that are optimized: module -> `(a, b, core)` per term, with an empty core for none."""
     return {n: tuple((x.a, x.b, () if x.core is None else x.core) for x in t) for n, t in modules.items()}
 
 
 def with_arrays(modules: Modules, moved: Any) -> dict[str, tuple[Factors, ...]]:
-    """The inverse of `arrays`."""
+    """The inverse of `trainable_arrays`."""
     return {
         n: tuple(
             x._replace(a=a, b=b, core=None if x.core is None else core)
@@ -149,18 +151,18 @@ class Rounding(NamedTuple):
     finish: Callable[[Modules, Any], tuple[Modules, dict[str, bytes] | None]]
 
 
-def casting(kept: Modules) -> Rounding:
+def cast_rounding(kept: Modules) -> Rounding:
     """The rounding of a plain segment: each factor to the dtype it is stored in."""
-    dtypes = jax.tree.map(lambda x: np.asarray(x).dtype, arrays(kept))
+    dtypes = jax.tree.map(lambda x: np.asarray(x).dtype, trainable_arrays(kept))
 
     def cast(modules: Modules, tables: Any, settled: bool = False) -> tuple[Modules, Any]:
-        moved = jax.tree.map(lambda x, dtype: np.asarray(x).astype(dtype), arrays(modules), dtypes)
+        moved = jax.tree.map(lambda x, dtype: np.asarray(x).astype(dtype), trainable_arrays(modules), dtypes)
         return with_arrays(modules, moved), tables
 
     return Rounding(np.zeros(1), cast, lambda modules, tables: (cast(modules, tables)[0], None))
 
 
-def coding(segment: Segment, kept: Modules) -> Rounding:
+def coded_rounding(segment: Segment, kept: Modules) -> Rounding:
     """The rounding of a coded segment; the price of a bit is adjusted so that bytes do not grow."""
     shapes, tasks = segment.modules, len(segment.tasks)
     factors = (np.size(v) for k, v in segment.leaves.items() if k.startswith(("shared", "task_", "head_")))
@@ -168,7 +170,7 @@ def coding(segment: Segment, kept: Modules) -> Rounding:
     tables = start_tables(kept, shapes)
 
     def estimate(coded: Coded, modules: Modules) -> float:
-        return encode.sizes(coded, gains_of(coded, modules, tasks))
+        return encode.estimate_bytes(coded, gains_of(coded, modules, tasks))
 
     def serialize(coded: Coded, modules: Modules) -> tuple[dict[str, bytes], int]:
         leaves = encode.serialize(coded, gains_of(coded, modules, tasks))

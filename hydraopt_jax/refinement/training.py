@@ -28,11 +28,11 @@ from orbax.checkpoint import v1 as ocp
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import descent
-from hydraopt_jax.rate_control.errors_of import error_table, segment_terms
+from hydraopt_jax.rate_control.distortion import error_table, segment_terms
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
 from hydraopt_jax.refinement import rounding
 from hydraopt_jax.refinement.objectives import Forward, Lora, divergence, originals, stacked
-from hydraopt_jax.refinement.rounding import Modules, arrays, with_arrays
+from hydraopt_jax.refinement.rounding import Modules, trainable_arrays, with_arrays
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Segment, Store, plain
 from hydraopt_jax.store.store import make_segment, tensors_at
@@ -56,7 +56,7 @@ class Refined(NamedTuple):
     trace: np.ndarray
 
 
-class State(NamedTuple):
+class RefinementState(NamedTuple):
     """State of a refinement: unrounded factors in their units, optimizer state, the coder's tables."""
 
     factors: Any
@@ -102,10 +102,10 @@ def step(
     like: Modules,
     original: Lora,
     slope: Any,
-    state: descent.State,
+    state: descent.DescentState,
     moved: Any,
     batch: Any,
-) -> tuple[descent.State, Array]:
+) -> tuple[descent.DescentState, Array]:
     """One step of `chain` on unrounded factors, by the gradient at the rounded ones, `moved`."""
 
     def through(factors: Any, moved: Any, batch: Any) -> Array:
@@ -243,10 +243,10 @@ def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -
     take = jax.jit(lambda *x: step(*x), static_argnums=0)
     original, unit = originals(ordered), units(kept, segment.coded)
     if segment.coded:
-        rounded, begin = rounding.coding(segment, kept), rounding.unrounded(kept, ordered, metrics)
+        rounded, begin = rounding.coded_rounding(segment, kept), rounding.unrounded(kept, ordered, metrics)
     else:
-        rounded, begin = rounding.casting(kept), dict(kept)
-    live = jax.tree.map(lambda x: np.asarray(np.abs(np.asarray(x, np.float32)) > 0), arrays(begin))
+        rounded, begin = rounding.cast_rounding(kept), dict(kept)
+    live = jax.tree.map(lambda x: np.asarray(np.abs(np.asarray(x, np.float32)) > 0), trainable_arrays(begin))
     if segment.coded:
         live = jax.tree.map(lambda x: x.any(-2, keepdims=True) if x.ndim == 3 else x, vectors(live))
         live = vectors(live)
@@ -258,18 +258,20 @@ def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -
         n: tuple(x._replace(a=(), b=(), core=None if x.core is None else ()) for x in t)
         for n, t in kept.items()
     }
-    before = float(measure(loss, like, original, to_float32(arrays(kept)), given.check))
-    factors = jax.tree.map(lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), arrays(begin), unit)
-    state, done, trace = resume(State(factors, chain.init(factors), rounded.tables), folder)
+    before = float(measure(loss, like, original, to_float32(trainable_arrays(kept)), given.check))
+    factors = jax.tree.map(
+        lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), trainable_arrays(begin), unit
+    )
+    state, done, trace = resume(RefinementState(factors, chain.init(factors), rounded.tables), folder)
     moved: Any = None
     for i in range(done, given.steps):
         if moved is None or i % given.accumulate == 0:
             whole = with_arrays(kept, times_units(state.factors, unit))
             found, tables = rounded.round(whole, state.tables, i >= SETTLED * given.steps)
-            state, moved = state._replace(tables=tables), to_float32(arrays(found))
-        at = descent.State(state.factors, state.optimizer)
+            state, moved = state._replace(tables=tables), to_float32(trainable_arrays(found))
+        at = descent.DescentState(state.factors, state.optimizer)
         (factors, memory, _), lost = take(chain, loss, like, original, slope, at, moved, given.batch_at(i))
-        state = State(factors, memory, state.tables)
+        state = RefinementState(factors, memory, state.tables)
         trace.append(float(lost))
         given.progress(trace[-1])
         if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
@@ -277,7 +279,7 @@ def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -
     modules, leaves = rounded.finish(with_arrays(kept, times_units(state.factors, unit)), state.tables)
     after = float("inf")
     if modules:
-        after = float(measure(loss, like, original, to_float32(arrays(modules)), given.check))
+        after = float(measure(loss, like, original, to_float32(trainable_arrays(modules)), given.check))
     if not after < before:
         return segment, Refined(before, before, np.array(trace))
     return with_factors(segment, modules, leaves, ordered, metrics), Refined(before, after, np.array(trace))
@@ -333,14 +335,14 @@ def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:
     return [known[t] for t in store.tasks]
 
 
-def keep_step(state: State, done: int, trace: Sequence[float], folder: Path) -> None:
+def keep_step(state: RefinementState, done: int, trace: Sequence[float], folder: Path) -> None:
     """Save a step, from which a run can resume."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = {"state": state, "trace": np.array(trace)}
     ocp.save((folder / str(done)).resolve(), tree, overwrite=True)
 
 
-def resume(state: State, folder: Path | None) -> tuple[State, int, list[float]]:
+def resume(state: RefinementState, folder: Path | None) -> tuple[RefinementState, int, list[float]]:
     """The newest saved state, its step and trace; or the given state at step 0."""
     done = [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder is not None else []
     if not done:

@@ -3,7 +3,6 @@
 A single task can also be loaded into a model's own LoRA parameters.
 """
 
-from hydraopt_jax.serving.apply import Module, apply, branches, dequantize, shape
 from hydraopt_jax.serving.layers import (
     Served,
     Stored,
@@ -14,6 +13,7 @@ from hydraopt_jax.serving.layers import (
     wrap,
 )
 from hydraopt_jax.serving.loading import Shardings, load
+from hydraopt_jax.serving.mixed_tasks import Module, apply, branches, dequantize, shape
 from hydraopt_jax.serving.slots import Slots, SlotState
 
 __all__ = [

@@ -30,8 +30,8 @@ from hydraopt_jax.formats.dialects import DIALECTS
 from hydraopt_jax.formats.families import Name
 from hydraopt_jax.formats.trees import near
 from hydraopt_jax.nnx_layers import contraction, dotted, is_layer, matrix, replace
-from hydraopt_jax.serving.apply import Module, apply, shape
 from hydraopt_jax.serving.loading import check_base_of
+from hydraopt_jax.serving.mixed_tasks import Module, apply, shape
 from hydraopt_jax.store import Store
 
 
@@ -264,7 +264,7 @@ def load_task(
     if not variables:
         raise HydraOptError("the model has no LoRA parameters: make them with Flax or qwix first")
     names = ["flax_nnx", "qwix"]
-    fits = (n for n in names if all(DIALECTS[n].key.fullmatch(trees.text(keys)) for keys in variables))
+    fits = (n for n in names if all(DIALECTS[n].key.fullmatch(trees.path_text(keys)) for keys in variables))
     name = next(fits, names[0])
     like: dict[Any, Any] = {}
     for keys, variable in variables.items():

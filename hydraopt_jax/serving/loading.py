@@ -12,7 +12,7 @@ from hydraopt_jax.codec import fixed_rate, lanes, rans
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.serving.apply import Module
+from hydraopt_jax.serving.mixed_tasks import Module
 from hydraopt_jax.store import Store, decode_terms, select, task_index
 
 # shardings of kernels as matrices `[I, O]`: one for all modules, or a function of the name; None: one device
@@ -87,7 +87,7 @@ def _device(name: str, term: Factors, dtype: Any, bits: int | None, kernel: Name
     rest = {"a_of": np.asarray(term.a_of, np.int32), "b_of": np.asarray(term.b_of, np.int32), "core": core}
     if bits is None:
         a, b = (to_dtype(name, x, serving_dtype(x.dtype, dtype)) for x in (a, b))
-        return place(name, Factors(a, b, **rest), kernel)
+        return place_term(name, Factors(a, b, **rest), kernel)
     a, b = (fixed_rate.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
     return Factors(a, b, **jax.tree.map(jnp.asarray, rest))
 
@@ -120,7 +120,7 @@ def kernel_sharding(shardings: Shardings, name: str) -> NamedSharding | None:
     return shardings(name) if callable(shardings) else shardings
 
 
-def place(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
+def place_term(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
     """A term on the devices of a layer's kernel, with matching shardings.
 
     Args:
@@ -137,7 +137,7 @@ def place(name: str, term: Factors, kernel: NamedSharding | None) -> Factors:
 
 
 def shardings_of(name: str, term: Factors, kernel: NamedSharding) -> Factors:
-    """The shardings of a term's arrays, from that of its layer's kernel `[I, O]`; see `place`."""
+    """The shardings of a term's arrays, from that of its layer's kernel `[I, O]`; see `place_term`."""
     size = term.a.shape[-2], term.b.shape[-1]
     try:
         kernel.shard_shape(size)

@@ -21,16 +21,16 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import times
 from hydraopt_jax.formats.server import cut
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.serving.apply import Module
 from hydraopt_jax.serving.loading import (
     Shardings,
     check_base_of,
     kernel_sharding,
-    place,
+    place_term,
     serving_dtype,
     shardings_of,
     to_dtype,
 )
+from hydraopt_jax.serving.mixed_tasks import Module
 from hydraopt_jax.store import Store, decode_terms, task_index
 from hydraopt_jax.store.schema import PlainShape
 
@@ -51,7 +51,7 @@ class SlotState(NamedTuple):
     order: Any
 
 
-class Shape(NamedTuple):
+class SlotShape(NamedTuple):
     """Shapes and dtype of one module in a slot.
 
     Attributes:
@@ -82,9 +82,9 @@ class SlotRow(NamedTuple):
     present: Any
 
 
-def slot_shapes(store: Store) -> dict[str, Shape]:
-    """Module -> `Shape` of a slot, the widest of any task, computed from the store's schema only."""
-    out: dict[str, Shape] = {}
+def slot_shapes(store: Store) -> dict[str, SlotShape]:
+    """Module -> `SlotShape` of a slot, the widest of any task, computed from the store's schema only."""
+    out: dict[str, SlotShape] = {}
     ranks: dict[str, dict[str, int]] = {}
     for x in store.segments:
         for name, terms in x.modules.items():
@@ -92,7 +92,7 @@ def slot_shapes(store: Store) -> dict[str, Shape]:
                 plain = isinstance(term, PlainShape)
                 kind = np.dtype(term.b_dtype if plain and term.a_dtype == term.b_dtype else np.float32)
                 steps = not plain or term.core in ("diagonal", "scale")
-                known = out.get(name, Shape(term.inputs, 0, term.outputs, kind, False))
+                known = out.get(name, SlotShape(term.inputs, 0, term.outputs, kind, False))
                 # float16 and bfloat16 have no common half precision
                 kind = kind if kind == known.dtype else np.dtype(np.float32)
                 out[name] = known._replace(dtype=kind, steps=known.steps or steps)
@@ -106,7 +106,7 @@ def slot_shapes(store: Store) -> dict[str, Shape]:
     return {name: out[name] for name in store.shapes if out[name].rank}
 
 
-def row_of(name: str, terms: Sequence[Factors], place: int, shape: Shape, dtype: np.dtype) -> SlotRow:
+def row_of(name: str, terms: Sequence[Factors], place: int, shape: SlotShape, dtype: np.dtype) -> SlotRow:
     """One task in one module in the layout of a slot: terms concatenated, zero directions left out.
 
     Args:
@@ -242,8 +242,8 @@ class Slots:
         check_base_of(self.store, self.store.tasks, self.base)
 
     @functools.cached_property
-    def shapes(self) -> dict[str, Shape]:
-        """Module -> `Shape` of a slot."""
+    def shapes(self) -> dict[str, SlotShape]:
+        """Module -> `SlotShape` of a slot."""
         return slot_shapes(self.store)
 
     def init(self) -> SlotState:
@@ -253,7 +253,7 @@ class Slots:
           HydraOptError: a sharding that does not fit a module.
         """
         modules = {
-            name: (place(name, self._empty(name), kernel_sharding(self.shardings, name)),)
+            name: (place_term(name, self._empty(name), kernel_sharding(self.shardings, name)),)
             for name in self.shapes
         }
         return SlotState(modules, np.full(self.count, EMPTY, np.int32), np.arange(self.count, dtype=np.int32))

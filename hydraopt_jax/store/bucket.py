@@ -90,7 +90,7 @@ def open_bucket(at: str) -> Store:
     said = read_manifest(at)
     chunks = segment_keys(at)
     return folder.from_manifest(
-        at, said, lambda row: reader(at, manifest.entry_of(row), row["arrays"], chunks)
+        at, said, lambda row: reader(at, manifest.entry_from_row(row), row["arrays"], chunks)
     )
 
 

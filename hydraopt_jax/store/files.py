@@ -145,7 +145,7 @@ def stamp(path: Path | str) -> Any:
     return found.st_ino, found.st_ctime_ns, found.st_size
 
 
-def check_target(path: Path_, overwrite: bool) -> None:
+def check_output(path: Path_, overwrite: bool) -> None:
     """Raise if an output exists, unless it is a store that may be replaced, or one of an unfinished job."""
     at = located(path)
     if bucket.stamp(at) is None if isinstance(at, str) else not at.exists() or folder.unfinished(at):
@@ -174,12 +174,12 @@ def save(
     at = located(path)
     if isinstance(at, str):
         before = bucket.state(at).version
-        check_target(at, overwrite)
+        check_output(at, overwrite)
         upload(at, store, before, limit, zstd)
         return
-    check_target(at, overwrite)
+    check_output(at, overwrite)
     with locked(at, again=True):
-        check_target(at, overwrite)
+        check_output(at, overwrite)
         if is_file(at):
             write_file(at, store, limit)
         else:
@@ -198,7 +198,7 @@ def staged(path: Path_, overwrite: bool) -> Iterator[Path]:
         yield at
         return
     before, here = bucket.state(at).version, bucket.staging(at)
-    check_target(at, overwrite)
+    check_output(at, overwrite)
     if here.exists() and not folder.unfinished(here):
         # left by a job whose upload failed
         shutil.rmtree(here.parent)

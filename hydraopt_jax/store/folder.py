@@ -137,7 +137,7 @@ def open_folder(path: Path) -> Store:
       HydraOptError: see `read_manifest`; or a missing or damaged segment.
     """
     return from_manifest(
-        path, read_manifest(path), lambda row: reader(path, manifest.entry_of(row), row["arrays"])
+        path, read_manifest(path), lambda row: reader(path, manifest.entry_from_row(row), row["arrays"])
     )
 
 
@@ -151,7 +151,7 @@ def from_manifest(
         names = tuple(t if isinstance(t, str) else tasks[t] for t in row["tasks"])
         gone = frozenset(k for k, t in enumerate(row["tasks"]) if isinstance(t, str))
         references = tuple(Reference(*r) for r in row.get("references", ()))
-        entry, tables = manifest.entry_of(row), row.get("tables", -1)
+        entry, tables = manifest.entry_from_row(row), row.get("tables", -1)
         return segment_data.open_segment(path, entry, read(row), names, gone, references, tables)
 
     with ThreadPoolExecutor(READERS) as pool:

@@ -116,7 +116,7 @@ def old(path: Any, version: Any) -> HydraOptError:
     )
 
 
-def entry_of(row: Mapping[str, Any]) -> SegmentEntry:
+def entry_from_row(row: Mapping[str, Any]) -> SegmentEntry:
     """The `SegmentEntry` of a segment."""
     return SegmentEntry(row["id"], row["bytes"], (row["header"][0], row["header"][1]), row["sha256"])
 

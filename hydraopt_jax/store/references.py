@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hydraopt_jax.codec import contexts, prediction, tables
+from hydraopt_jax.codec import contexts, frequency_tables, prediction
 from hydraopt_jax.codec.bitstream import Reader
 from hydraopt_jax.codec.decode import Decoded
 from hydraopt_jax.codec.prediction import Prediction
@@ -26,7 +26,7 @@ Terms = Mapping[str, Sequence[Factors]]
 
 def to_leaf(found: Sequence[Prediction]) -> bytes:
     """Predictions as bytes: flags, then coefficients."""
-    return b"".join(np.packbits(x.used).tobytes() for x in found) + prediction.pack(found)
+    return b"".join(np.packbits(x.used).tobytes() for x in found) + prediction.pack_coefficients(found)
 
 
 def from_leaf(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
@@ -34,7 +34,11 @@ def from_leaf(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]
     reader = Reader(data)
     used = [np.unpackbits(reader.array("u1", -(-rank // 8)))[:rank].astype(bool) for _, rank in sizes]
     counts = [width * int(mask.sum()) for (width, _), mask in zip(sizes, used, strict=True)]
-    flat = np.split(prediction.unpack(reader, sum(counts)), np.cumsum(counts)[:-1]) if counts else []
+    flat = (
+        np.split(prediction.unpack_coefficients(reader, sum(counts)), np.cumsum(counts)[:-1])
+        if counts
+        else []
+    )
     out = []
     for mask, part, (width, rank) in zip(used, flat, sizes, strict=True):
         coefficients: np.ndarray = np.zeros((width, rank), np.int64)
@@ -48,8 +52,8 @@ def frequencies(shared: bytes) -> np.ndarray:
 
     All counts are integers before they are scaled, so that every machine has the same tables.
     """
-    known = tables.unpack(Reader(shared))
-    return tables.from_counts(known * KNOWN + np.rint(PRIOR * contexts.gaussian()) + 1)
+    known = frequency_tables.unpack_tables(Reader(shared))
+    return frequency_tables.from_counts(known * KNOWN + np.rint(PRIOR * contexts.gaussian()) + 1)
 
 
 def task_vectors(modules: Terms, task: int) -> dict[tuple[str, int], np.ndarray]:
@@ -102,7 +106,7 @@ def add_predictions(
     bases = {k: base for k in keys if (base := base_of(known, references, k)) is not None}
     sizes = [(base.shape[1], terms[n][0].a.shape[2]) for (n, _), base in bases.items()]
     guesses = {
-        key: prediction.weigh(prediction.scaled(base), found.coefficients)
+        key: prediction.apply_weights(prediction.scaled(base), found.coefficients)
         for (key, base), found in zip(bases.items(), from_leaf(packed, sizes), strict=True)
     }
     out = {}

@@ -60,7 +60,7 @@ def blocks(rng):
 
 def target(shape, a, b):
     """A term to be coded."""
-    return encode.Target(shape, np.asarray(a, np.float32), np.asarray(b, np.float32))
+    return encode.TermInSteps(shape, np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def describe(name, make):

@@ -25,13 +25,13 @@ def terms(predicted):
     a[1], b[1] = a[0] + 0.3 * rng.normal(size=a[0].shape), b[0][:, ::-1]
     a[1, :, 2] = 0
     shape = TermShape((0, 1), (0, 1), 96, 3, 64, predicted)
-    return {"q": (encode.Target(shape, a, b),)}
+    return {"q": (encode.TermInSteps(shape, a, b),)}
 
 
 def one_term(a, b):
     """One task of one module."""
     shape = TermShape((0,), (0,), a.shape[0], a.shape[1], b.shape[0], 0)
-    return {"q": (encode.Target(shape, a[None], b[None]),)}
+    return {"q": (encode.TermInSteps(shape, a[None], b[None]),)}
 
 
 @pytest.mark.parametrize("predicted", [0, PROJECTED])
@@ -44,7 +44,7 @@ def test_leaves_decode_to_what_was_encoded(predicted):
     np.testing.assert_allclose(np.concatenate(back.gains[0]), [0.5, 0.25, 2.0], rtol=1e-3)
     np.testing.assert_allclose(np.concatenate(back.gains[1]), [1.0, -1.0], rtol=1e-3)
     size = sum(map(len, leaves.values()))
-    assert abs(encode.sizes(coded, GAINS) - size) < 0.02 * size + 16
+    assert abs(encode.estimate_bytes(coded, GAINS) - size) < 0.02 * size + 16
 
 
 def test_errors_of_decoded_factors_are_a_fraction_of_a_step():
@@ -133,10 +133,10 @@ def test_prediction_does_not_depend_on_the_order_of_sums():
     weights = np.rint(rng.normal(size=(6, 3)) * 5000).astype(np.int64)
     order = rng.permutation(6)
     np.testing.assert_array_equal(
-        prediction.weigh(prediction.scaled(base), weights),
-        prediction.weigh(prediction.scaled(base[:, order]), weights[order]),
+        prediction.apply_weights(prediction.scaled(base), weights),
+        prediction.apply_weights(prediction.scaled(base[:, order]), weights[order]),
     )
-    assert (prediction.weigh(prediction.scaled(base), weights) / prediction.GRID % 1 == 0).all()
+    assert (prediction.apply_weights(prediction.scaled(base), weights) / prediction.GRID % 1 == 0).all()
     lengths = np.sqrt((base**2).sum(0))
     assert (np.abs(np.log2(lengths) - prediction.exponents(base)) < 1).all()
 
@@ -144,7 +144,7 @@ def test_prediction_does_not_depend_on_the_order_of_sums():
 def test_coefficients_beyond_what_is_exact_are_refused():
     base = np.full((4, 1), 2.0**28, np.float32)
     with pytest.raises(Damaged, match="too large"):
-        prediction.weigh(prediction.scaled(base), np.full((1, 1), 2**30))
+        prediction.apply_weights(prediction.scaled(base), np.full((1, 1), 2**30))
 
 
 def test_the_decoder_needs_no_jax():

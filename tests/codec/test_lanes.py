@@ -5,7 +5,7 @@ import pytest
 from compilations import compiled
 from test_streams import in_contexts, laplacian
 
-from hydraopt_jax.codec import contexts, encode, lanes, streams, tables
+from hydraopt_jax.codec import contexts, encode, frequency_tables, lanes, streams
 from hydraopt_jax.codec.bitstream import Damaged
 from hydraopt_jax.codec.contexts import WIDE
 from hydraopt_jax.codec.rans import PERIOD
@@ -22,7 +22,7 @@ def coded(*lengths, seed=0):
     # one entry that no symbol of its context has: an escape
     made[0][0][-1] = 1e6
     symbols = encode.quantize_streams(*zip(*made, strict=True), contexts.gaussian(), encode.MULTIPLIER)
-    table = tables.from_counts(streams.histogram(symbols))
+    table = frequency_tables.from_counts(streams.histogram(symbols))
     return (
         streams.encode(symbols, table),
         [x.context for x in symbols],

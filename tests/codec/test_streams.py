@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydraopt_jax.codec import bitstream, contexts, encode, streams, tables, trellis
+from hydraopt_jax.codec import bitstream, contexts, encode, frequency_tables, streams, trellis
 from hydraopt_jax.codec.bitstream import Damaged, Reader
 from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE
 from hydraopt_jax.codec.rans import PERIOD
@@ -41,9 +41,9 @@ def decoded(*given):
 
 
 def round_trip(symbols):
-    table = tables.from_counts(streams.histogram(symbols))
+    table = frequency_tables.from_counts(streams.histogram(symbols))
     blobs = streams.encode(symbols, table)
-    read = tables.unpack(Reader(tables.pack(table)))
+    read = frequency_tables.unpack_tables(Reader(frequency_tables.pack_tables(table)))
     return blobs, decoded(blobs, [x.context for x in symbols], read)
 
 
@@ -56,7 +56,7 @@ def test_streams_decode_to_what_was_encoded(quantized):
 
 
 def test_a_stream_alone_decodes_as_beside_others(quantized):
-    table = tables.from_counts(streams.histogram(quantized))
+    table = frequency_tables.from_counts(streams.histogram(quantized))
     blobs = streams.encode(quantized, table)
     alone = streams.encode(quantized[:1], table)
     assert alone[0] == blobs[0]
@@ -144,7 +144,7 @@ def test_spiky_vectors_are_coded_by_escapes():
 @pytest.mark.parametrize("seed", range(40))
 def test_damaged_streams_are_found_or_harmless(quantized, seed):
     """A flipped byte is told as damage, or (in a sign) decodes to other numbers; nothing else happens."""
-    table = tables.from_counts(streams.histogram(quantized))
+    table = frequency_tables.from_counts(streams.histogram(quantized))
     blobs = streams.encode(quantized, table)
     rng = np.random.default_rng(seed)
     data = bytearray(blobs[0])
@@ -206,13 +206,15 @@ def test_tables_sum_and_keep_what_occurs():
     rng = np.random.default_rng(3)
     counts = rng.poisson(0.4, (COUNT, 2, SYMBOLS)).astype(float)
     counts[7] = 0
-    table = tables.from_counts(counts)
+    table = frequency_tables.from_counts(counts)
     both = np.where(WIDE[:, None, None], counts.sum(1, keepdims=True), counts)
     both[0] = both[COUNT // 2] = 0
-    np.testing.assert_array_equal(table.sum(-1), np.where(both.sum(-1) > 0, tables.SLOTS, 0))
+    np.testing.assert_array_equal(table.sum(-1), np.where(both.sum(-1) > 0, frequency_tables.SLOTS, 0))
     assert ((table > 0) == (both > 0)).all()
     assert (table % 2 == 0).all()
-    np.testing.assert_array_equal(tables.unpack(Reader(tables.pack(table))), table)
+    np.testing.assert_array_equal(
+        frequency_tables.unpack_tables(Reader(frequency_tables.pack_tables(table))), table
+    )
 
 
 def test_a_store_that_claims_much_inflates_little():
@@ -221,7 +223,7 @@ def test_a_store_that_claims_much_inflates_little():
     with pytest.raises(Damaged, match="in place of 100"):
         bitstream.inflate(bomb, 100)
     with pytest.raises(Damaged, match="tables of"):
-        tables.unpack(Reader(bitstream.number(1 << 24) + bitstream.number(len(bomb)) + bomb))
+        frequency_tables.unpack_tables(Reader(bitstream.number(1 << 24) + bitstream.number(len(bomb)) + bomb))
 
 
 @pytest.mark.parametrize("multiplier", [1e8, 1e20])

@@ -150,7 +150,7 @@ def expected(dialect, tree, module):
     key = weight.get(name, name).replace(".", "/")
     found = {}
     for path, leaf in trees.flatten(tree):
-        where = trees.text(path)
+        where = trees.path_text(path)
         if trees.is_factor(path) and f"/{key}/" in f"/{where.replace('.lora', '/lora').replace('.', '/')}/":
             found[where.lower().rstrip("/")] = leaf
     low, high = (
@@ -166,7 +166,7 @@ def text_keys(tree):
 
 
 def leaves(tree):
-    return {trees.text(path): leaf for path, leaf in trees.flatten(tree) if trees.is_factor(path)}
+    return {trees.path_text(path): leaf for path, leaf in trees.flatten(tree) if trees.is_factor(path)}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

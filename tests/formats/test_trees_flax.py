@@ -62,7 +62,7 @@ def test_an_orbax_checkpoint_gives_its_lora_alone(interface, tmp_path):
     save = {"v0": orbax.PyTreeCheckpointer().save, "v1": ocp.save}
     save[interface](path, state)
     read = formats.orbax_trees.load_factors(path)
-    assert {trees.text(p) for p, _ in trees.flatten(read)} == {
+    assert {trees.path_text(p) for p, _ in trees.flatten(read)} == {
         "layers/0/lora/lora_a",
         "layers/0/lora/lora_b",
         "layers/1/lora_a",

@@ -36,7 +36,7 @@ def known(one, family, library):
 
 def shapes(tree):
     """Path of a factor -> its shape."""
-    return {trees.text(path): list(x.shape) for path, x in trees.flatten(tree)}
+    return {trees.path_text(path): list(x.shape) for path, x in trees.flatten(tree)}
 
 
 def check_same(found, want, rtol=1e-5):

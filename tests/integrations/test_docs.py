@@ -80,7 +80,7 @@ def test_peft(tmp_path, monkeypatch, capsys):
     exec("\n".join(rest), names)
     assert "Sec" in capsys.readouterr().out
     assert list(names["model"].peft_config) == ["legal"]
-    one, pooled = (calibration.load(x) for x in ("calibration.safetensors", "pooled.safetensors"))
+    one, pooled = (calibration.read_moments(x) for x in ("calibration.safetensors", "pooled.safetensors"))
     assert (
         one.keys() == {x for x in pooled if not x.endswith(":output")} == set(store.open("calibrated").shapes)
     )

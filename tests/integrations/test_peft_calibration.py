@@ -3,6 +3,7 @@
 Needs the `peft` extra; models are tiny, random and built from their configurations.
 """
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from commands import run
 import hydraopt_jax as hydra
 from hydraopt_jax import calibration, synthetic
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.integrations.transformers import open_model
 
 torch = pytest.importorskip("torch", reason="pip install '.[peft]'")
 transformers = pytest.importorskip("transformers", reason="pip install '.[peft]'")
@@ -197,8 +199,10 @@ def test_what_it_gives_is_a_calibration(model, batches, tmp_path):
     shapes = {f"model.layers.{n}.self_attn.q_proj": (24, 24) for n in range(2)}
     shapes |= {f"model.layers.{n}.mlp.down_proj": (40, 24) for n in range(2)}
     made = synthetic.collection(1, tasks=["a", "b"], modules=shapes, rank=2, dtype="float32")
-    calibration.save(tmp_path / "c.safetensors", calibration.collect(model, batches, outputs=True))
-    store = hydra.compress(made, max_error=0.05, calibration=calibration.load(tmp_path / "c.safetensors"))
+    calibration.write_moments(tmp_path / "c.safetensors", calibration.collect(model, batches, outputs=True))
+    store = hydra.compress(
+        made, max_error=0.05, calibration=calibration.read_moments(tmp_path / "c.safetensors")
+    )
     assert store.output_errors.shape == (4, 2)
     assert "uncalibrated" not in store.report
 
@@ -222,6 +226,20 @@ def place(base, model, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize("name", ["org/base", "./none"])
+def test_what_transformers_prints_is_left_as_its_user_has_it(place, name):
+    log = transformers.utils.logging
+    before = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_info()
+    log.enable_progress_bar()
+    with contextlib.suppress(HydraOptError):
+        open_model(name)
+    found = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(before[0])
+    (log.enable_progress_bar if before[1] else log.disable_progress_bar)()
+    assert found == (log.INFO, True)
+
+
 @pytest.mark.parametrize(("name", "modules"), [("adapter", 4), ("org/base", 14)])
 def test_the_command_gathers_what_collect_does(place, model, base, capsys, name, modules):
     asked = ["calibrate", name, "text.txt", "--out", "c.safetensors", "--length", "20", "--tokens", "45"]
@@ -231,7 +249,7 @@ def test_the_command_gathers_what_collect_does(place, model, base, capsys, name,
     schemas = json.loads((Path(__file__).parents[2] / "docs" / "schemas.json").read_text())
     jsonschema.Draft202012Validator({**schemas, "$ref": "#/$defs/calibrate"}).validate(payload)
     assert [payload[x] for x in ("modules", "tokens", "widest")] == [modules, 45, 40]
-    found = calibration.load("c.safetensors")
+    found = calibration.read_moments("c.safetensors")
     tokens = torch.tensor([["abcdefghij".index(x) + 1 for x in TEXT.split()]])
     batches = [tokens[:, n : min(n + 20, 45)] for n in (0, 20, 40)]
     wanted = calibration.collect({"adapter": model, "org/base": base}[name], batches)
@@ -245,7 +263,7 @@ def test_the_command_gathers_gradients_and_says_what_is_little(place, capsys):
     status, said, error = run(capsys, *asked)
     assert (status, error) == (0, "")
     assert "9 tokens are fewer than the widest module's 40 inputs: give more text" in " ".join(said.split())
-    assert {x for x in calibration.load("c.safetensors") if x.endswith(":output")} >= {f"{Q}:output"}
+    assert {x for x in calibration.read_moments("c.safetensors") if x.endswith(":output")} >= {f"{Q}:output"}
     status, _, error = run(capsys, *asked)
     assert status == 2
     assert "c.safetensors: exists" in error

@@ -11,7 +11,7 @@ import pytest
 from hydraopt_jax import compression, reading, store, synthetic
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter
-from hydraopt_jax.integrations import peft as ours
+from hydraopt_jax.integrations import peft_model as ours
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -105,7 +105,7 @@ def test_a_store_that_is_elsewhere_is_not_changed(tmp_path, monkeypatch, predict
     for act in (
         lambda: store.save("hf:org/name", predicted),
         lambda: store.update("hf:org/name@v1", lambda x: x),
-        lambda: files.check_target("https://me:secret@example.org/s.safetensors", True),
+        lambda: files.check_output("https://me:secret@example.org/s.safetensors", True),
     ):
         with pytest.raises(HydraOptError, match="remote stores are read-only: pull it") as refused:
             act()

@@ -167,13 +167,13 @@ def test_regmean_takes_a_file_of_moments_a_task(capsys, small, folders, tmp_path
         x = rng.normal(size=(len(adapter.a), 60, 24))
         moments = {name: row.T @ row / 60 for name, row in zip(adapter.a, x, strict=True)}
         file = tmp_path / f"{len(rows)}.safetensors"
-        calibration.save(file, moments)
+        calibration.write_moments(file, moments)
         rows += [f"--moments={adapter.task}={file}"]
     out = tmp_path / "m"
     code, _, _ = run(capsys, "merge", *folders, "--method", "regmean", *rows, "--rank", "16", "--out", out)
     assert code == 0
     name = next(iter(small[0].a))
-    loaded = [calibration.load(x.rpartition("=")[2])[name] for x in rows]
+    loaded = [calibration.read_moments(x.rpartition("=")[2])[name] for x in rows]
     loaded = [0.9 * c + 0.1 * np.diag(np.diag(c)) for c in loaded]
     deltas = [x.a[name] @ x.b[name] for x in small]
     want = np.linalg.solve(sum(loaded), sum(c @ d for c, d in zip(loaded, deltas, strict=True)))

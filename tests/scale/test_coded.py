@@ -15,7 +15,7 @@ from hydraopt_jax import compression, formats, refinement, store, synthetic
 from hydraopt_jax.changes import add
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft_collection
-from hydraopt_jax.rate_control import engine, errors_of, parts, prepared, search, segments
+from hydraopt_jax.rate_control import distortion, engine, parts, prepared, search, segments
 from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Processes, Progress
 from hydraopt_jax.store import folder, removal, sizes, task_factors
@@ -82,7 +82,7 @@ def test_a_budget_is_met_and_errors_are_true(given, kept):
     back = store.open(out)
     assert len(back.segments) > 3
     assert 0.97 * found.entries() < store.size_on_disk(out) <= found.entries()
-    measured = errors_of.measure(back, read)
+    measured = distortion.measure(back, read)
     assert measured == pytest.approx(
         dict(zip(back.tasks, task_errors(back.errors).tolist(), strict=True)), rel=2e-3
     )
@@ -126,7 +126,7 @@ def test_errors_of_outputs_are_met_in_segments_too(given, tmp_path):
     assert len(said.segments) > 3
     assert 0.9 * 0.02 < np.nanmean(said.output_errors) <= 0.02
     own = task_errors(said.errors).tolist()
-    assert errors_of.measure(said, read) == pytest.approx(dict(zip(said.tasks, own, strict=True)), rel=2e-3)
+    assert distortion.measure(said, read) == pytest.approx(dict(zip(said.tasks, own, strict=True)), rel=2e-3)
 
 
 def test_one_segment_is_the_store_of_the_collection_in_memory(given, tmp_path, monkeypatch):
@@ -246,7 +246,7 @@ def test_tasks_come_and_go_and_the_others_stay_bit_for_bit(given, kept, tmp_path
         for name, (a, b) in task_factors(whole, task).items():
             other = task_factors(back, task)[name]
             np.testing.assert_array_equal(a @ b, other[0] @ other[1])
-    error = errors_of.measure(back, [read[1]])[read[1].task]
+    error = distortion.measure(back, [read[1]])[read[1].task]
     assert error == pytest.approx(np.nanmean(back.errors[:, -1]), rel=2e-3)
     assert error < 2 * np.nanmean(whole.errors[:, 1])
     assert sizes.measure_size(fewer) < sizes.measure_size(whole)

@@ -15,7 +15,7 @@ from stores import content
 
 from hydraopt_jax import compression, formats, store, synthetic
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.explicit import engine
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.jobs import place
 from hydraopt_jax.store import folder
 
@@ -35,7 +35,7 @@ def fill_up():
 @pytest.fixture
 def job(tmp_path, monkeypatch, capsys):
     """Runs the command on five adapters, a module a group: (exit status, standard output, standard error)."""
-    monkeypatch.setitem(engine.compress_in_form.__kwdefaults__, "group_bytes", 1)
+    monkeypatch.setitem(group_loop.compress_in_form.__kwdefaults__, "group_bytes", 1)
     sources = []
     for adapter in synthetic.collection(
         1, tasks=5, modules={f"l.{x}": (24, 16) for x in "qkv"}, rank=4, dtype="float32"

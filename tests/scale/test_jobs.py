@@ -10,11 +10,11 @@ from stores import work
 from hydraopt_jax import compression, formats, store
 from hydraopt_jax.changes import add
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.explicit import engine
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.explicit.groups import GROUP_BYTES
 from hydraopt_jax.formats import peft_collection, weights_file
 from hydraopt_jax.forms import Hydra
-from hydraopt_jax.rate_control import errors_of
+from hydraopt_jax.rate_control import distortion
 from hydraopt_jax.store import folder, removal
 from hydraopt_jax.store.store import task_errors
 
@@ -39,7 +39,7 @@ def written(adapters, place):
 
 
 def run(out, found, form, group_bytes=GROUP_BYTES, dtype=None):
-    compress = functools.partial(engine.compress_in_form, form=form, group_bytes=group_bytes, dtype=dtype)
+    compress = functools.partial(group_loop.compress_in_form, form=form, group_bytes=group_bytes, dtype=dtype)
     return work(out, found, compress, {"form": form, "dtype": dtype})
 
 
@@ -62,7 +62,7 @@ def test_store_is_that_of_the_collection_in_memory(small, tmp_path, form, group_
     assert len(kept.segments) == 1
     for name, bound in expected.report["bound"].items():
         assert kept.report["bound"][name] == pytest.approx(bound, rel=1e-3, abs=1e-6)
-    measured = errors_of.measure(kept, read)
+    measured = distortion.measure(kept, read)
     mean = dict(zip(kept.tasks, task_errors(kept.errors).tolist(), strict=True))
     assert measured == pytest.approx(mean, rel=2e-3)
     assert {x.name for x in (tmp_path / "s").iterdir()} == {"manifest.json.gz", "segments"}
@@ -138,14 +138,14 @@ def test_segments_that_change_before_the_store_is_whole_are_named(small, tmp_pat
     head = np.arange(6, dtype=np.float16).reshape(2, 3)
     adapters = [some(x, MODULES).replace(extras={"score.weight": head}) for x in small]
     found, _ = written(adapters, tmp_path)
-    put = engine.bundled
+    put = group_loop.bundled
 
     def late(*arguments):
         (file,) = (tmp_path / "s" / "segments").glob(f"*-{name}/state/data/0")
         os.truncate(file, 10)
         return put(*arguments)
 
-    monkeypatch.setattr(engine, "bundled", late)
+    monkeypatch.setattr(group_loop, "bundled", late)
     with pytest.raises(HydraOptError, match=f"damaged store: segment [0-9a-f]*-{name} "):
         run(tmp_path / "s", found, CORES, group_bytes=1)
 

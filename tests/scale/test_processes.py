@@ -15,7 +15,7 @@ from stores import work
 
 from hydraopt_jax import formats, store, synthetic
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats import peft_collection
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control import engine
@@ -26,11 +26,11 @@ from hydraopt_jax.store.decoding import decode_terms
 DRIVER = """
 import os, signal, sys
 from hydraopt_jax import cli
-from hydraopt_jax.explicit import engine as explicit
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.jobs import hosts, place
 from hydraopt_jax.rate_control import engine
 hosts.SILENCE = 10
-explicit.compress_in_form.__kwdefaults__["group_bytes"] = 1
+group_loop.compress_in_form.__kwdefaults__["group_bytes"] = 1
 engine.compress_to_target.__kwdefaults__["segment_bytes"] = 1
 write = place.write_json
 def keep(path, content):
@@ -105,7 +105,7 @@ def test_two_processes_stop_when_one_is_killed_and_go_on_to_the_store_of_one(sou
     assert json.loads(first[1])["tasks"] == [f"task-0{t}" for t in range(5)]
     assert {x.name for x in out.iterdir()} == {"manifest.json.gz", "segments"}
     assert store.verify(out) > 1
-    compress = functools.partial(explicit.compress_in_form, form=Hydra(rank=3, side="in"), group_bytes=1)
+    compress = functools.partial(group_loop.compress_in_form, form=Hydra(rank=3, side="in"), group_bytes=1)
     one, two = work(tmp_path / "alone", collection(sources), compress, {}), store.open(out)
     np.testing.assert_allclose(two.errors, one.errors, rtol=2e-3)
     assert list(two.shapes) == list(one.shapes)

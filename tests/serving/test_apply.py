@@ -304,7 +304,7 @@ def test_codes_are_dequantized_on_the_fly_or_once():
 def test_unpacking_in_jax_is_unpacking_in_numpy(bits):
     top = 2 ** (bits - 1) - 1
     codes = np.random.default_rng(bits).integers(-top, top + 1, (2, 3, 21)).astype(np.int8)
-    data = np.stack([[fixed_rate.pack(row, bits) for row in rows] for rows in codes])
+    data = np.stack([[fixed_rate.pack_codes(row, bits) for row in rows] for rows in codes])
     held = fixed_rate.Packed(jnp.asarray(data), jnp.full((2, 3, 1), 0.5, jnp.float16), bits, 21)
     np.testing.assert_array_equal(jax.jit(fixed_rate.unpacked)(held), codes / 2)
 

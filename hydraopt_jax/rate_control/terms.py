@@ -1,31 +1,31 @@
-"""Targets of the codec: a module's factors in quantizer steps, in its chosen form."""
+"""Terms to be coded: a module's factors in quantizer steps, in its chosen form."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from hydraopt_jax.codec.encode import Target
+from hydraopt_jax.codec.encode import TermInSteps
 from hydraopt_jax.codec.layout import PROJECTED, TermShape
 from hydraopt_jax.linalg.decompose import Svd
 from hydraopt_jax.rate_control.analysis import Joint, Spectrum
 from hydraopt_jax.rate_control.mode_decision import Plan
 
 
-def targets(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[Target, ...]]:
+def terms_in_steps(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[TermInSteps, ...]]:
     """Module -> factors in steps, in the chosen forms."""
     out = {}
     for m, (name, choice) in enumerate(zip(x.modules, chosen.choices, strict=True)):
         one = Svd(*(y[m] for y in x.deltas))
         if choice.form == "separate":
-            out[name] = separate_target(one, choice.reference, chosen.live[m], step)
+            out[name] = separate_terms(one, choice.reference, chosen.live[m], step)
         else:
             assert x.joint is not None
             bases = [Joint(*(y[m] for y in side)) for side in x.joint]
-            out[name] = joint_target(one, bases, choice.widths, chosen.live[m], step)
+            out[name] = joint_term(one, bases, choice.widths, chosen.live[m], step)
     return out
 
 
-def separate_target(deltas: Svd, reference: int, live: np.ndarray, step: float) -> tuple[Target, ...]:
+def separate_terms(deltas: Svd, reference: int, live: np.ndarray, step: float) -> tuple[TermInSteps, ...]:
     """Each task's coded singular directions; the reference's factors come first."""
     present = np.flatnonzero(np.asarray(deltas.energy) > 0)
     first = [reference] if reference >= 0 else []
@@ -38,7 +38,7 @@ def separate_target(deltas: Svd, reference: int, live: np.ndarray, step: float) 
     of[order] = np.arange(len(order))
     predicted = PROJECTED if reference >= 0 else 0
     shape = TermShape(tuple(of.tolist()), tuple(of.tolist()), a.shape[1], rank, b.shape[1], predicted)
-    return (Target(shape, a[order], b[order]),)
+    return (TermInSteps(shape, a[order], b[order]),)
 
 
 def directions(deltas: Svd, live: np.ndarray, rank: int, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -51,13 +51,13 @@ def directions(deltas: Svd, live: np.ndarray, rank: int, step: float) -> tuple[n
     return a.astype(np.float32), b.astype(np.float32)
 
 
-def joint_target(
+def joint_term(
     deltas: Svd,
     bases: Sequence[Joint],
     widths: Sequence[int],
     live: np.ndarray,
     step: float,
-) -> tuple[Target, ...]:
+) -> tuple[TermInSteps, ...]:
     """The basis of each side as factor 0, which no task reads, then each task's coded directions."""
     present = np.flatnonzero(np.asarray(deltas.energy) > 0)
     energy = np.where(live, np.asarray(deltas.s, np.float64) ** 2, 0.0)
@@ -73,4 +73,4 @@ def joint_target(
     of = np.full(len(live), -1)
     of[present] = 1 + np.arange(len(present))
     use = tuple(of.tolist())
-    return (Target(TermShape(use, use, a.shape[1], rank, b.shape[1], PROJECTED), a, b),)
+    return (TermInSteps(TermShape(use, use, a.shape[1], rank, b.shape[1], PROJECTED), a, b),)

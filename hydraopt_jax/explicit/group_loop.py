@@ -1,9 +1,10 @@
-"""The engine of explicit forms: group after group, each kept as a plain segment as soon as it is done.
+"""The loop of explicit forms: group after group, each kept as a plain segment as soon as it is done.
 
-Where segments and notes are kept, who waits for whom, progress and full tensors are those of
-`rate_control.engine`, see `rate_control.work` and `carried`. The loop is another one: a group is some modules
-of all tasks, solved once from sums that stream over them; a target's part is some modules of few tasks, coded
-again at every step until the whole meets the target. One loop for both would branch at each of its lines.
+What it shares with the loop over a target's parts (`rate_control.engine`) is one function each: places,
+notes, processes and progress (`rate_control.work`), full tensors and what is kept (`carried`), reading ahead
+(`collection.read_ahead`). The loops are two. Here a group is some modules of all tasks, which all devices
+solve together from sums over its tasks, once. There a part is some modules of few tasks, which one device
+codes, again at every step until the whole meets the target. One loop for both would branch at each line.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ from hydraopt_jax import devices
 from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming
-from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, GroupFactors, groups_of, read_groups, streams
+from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, GroupFactors, groups_of, is_streamed, read_groups
 from hydraopt_jax.forms import Gradient, Hydra
-from hydraopt_jax.forms.asked import check_form
+from hydraopt_jax.forms.hyperparameters import check_form
 from hydraopt_jax.rate_control.carried import full_tensors, kept_segment
 from hydraopt_jax.rate_control.segments import kept_note
 from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Memory, Place, Progress
@@ -31,7 +32,7 @@ from hydraopt_jax.store.tensors import check_dtype
 TOGETHER = 1 << 25
 
 
-def asked(form: Hydra, tasks: int, dtype: str, extras_dtype: str | None) -> dict[str, Any]:
+def form_options(form: Hydra, tasks: int, dtype: str, extras_dtype: str | None) -> dict[str, Any]:
     """The options of a form as JSON."""
     solver = form.solver
     said: dict[str, Any] = {k: v for k, v in form._asdict().items() if k != "solver"}
@@ -41,7 +42,7 @@ def asked(form: Hydra, tasks: int, dtype: str, extras_dtype: str | None) -> dict
 
 
 def form_of(options: Mapping[str, Any]) -> Hydra:
-    """The inverse of `asked`; an optimizer becomes the default one."""
+    """The inverse of `form_options`; an optimizer becomes the default one."""
     solver = None
     if options["solver"] == "optax":
         solver = Gradient(None, options["start"], options["steps"])
@@ -88,14 +89,14 @@ def compress_in_form(
     todo = {n: groups[n] for n in mine if place.note(f"group-{n}") is None}
     modules = sum(len(groups[n].modules) for n in mine)
     progress.start(modules, modules - sum(len(x.modules) for x in todo.values()))
-    work(found, todo, form, kind, place, progress)
+    solve_groups(found, todo, form, kind, place, progress)
     processes.wait("worked")
     notes = [kept_note(place, f"group-{n}") for n in range(len(groups))]
     segments = [kept_segment(place, f"group-{n}") for n in range(len(groups))]
     bounds = {name: x for note in notes for name, x in note["bound"].items()}
     report = {
         "form": "hydra",
-        "options": asked(form, tasks, kind, extras_dtype),
+        "options": form_options(form, tasks, kind, extras_dtype),
         "entries": found.entries(),
         "bound": {name: float(f"{bounds[name]:.6g}") for name in found.shapes if name in bounds},
         **job.said,
@@ -133,12 +134,12 @@ def solve_whole(group: Group, block: GroupFactors, form: Hydra, dtype: str) -> d
     return fitting.fit_modules(Bucket(group.modules, a, b, block.ranks[:count]), form, dtype)
 
 
-def work(
+def solve_groups(
     found: Collection, todo: Mapping[int, Group], form: Hydra, dtype: str, place: Place, progress: Progress
 ) -> None:
     """Solve groups and keep each when it is finished."""
     tasks = len(found.cards)
-    passes = 2 if streams(form, tasks) else 1
+    passes = 2 if is_streamed(form, tasks) else 1
     numbers = iter(todo)
     stream: Iterator[Any] = read_groups(found, list(todo.values()), passes, progress.read)
     with contextlib.closing(stream) as coming:  # type: ignore[type-var]

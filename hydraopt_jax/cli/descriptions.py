@@ -27,9 +27,9 @@ ESTIMATES = {
 def describe(path: str, content: Store) -> dict[str, Any]:
     """Description of a store, JSON-able."""
     bound = list(content.report["bound"].values())
-    claims: dict[str, Any] = {"error": errors_of(content, content.errors) | {"of": "weights"}}
+    claims: dict[str, Any] = {"error": errors_by_task(content, content.errors) | {"of": "weights"}}
     if content.output_errors is not None:
-        claims["output_error"] = errors_of(content, content.output_errors) | {"of": "outputs"}
+        claims["output_error"] = errors_by_task(content, content.output_errors) | {"of": "outputs"}
     # the bound is of the errors that were minimized
     for key, x in claims.items():
         x["bound"] = jsonable(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
@@ -54,7 +54,7 @@ def describe(path: str, content: Store) -> dict[str, Any]:
     }
 
 
-def errors_of(content: Store, errors: np.ndarray) -> dict[str, Any]:
+def errors_by_task(content: Store, errors: np.ndarray) -> dict[str, Any]:
     """Errors `[M, T]` per task, mean and worst, JSON-able."""
     per_task = task_errors(errors)
     return {

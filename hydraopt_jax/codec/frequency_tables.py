@@ -55,7 +55,7 @@ def apportion(counts: np.ndarray, total: int) -> np.ndarray:
     return out
 
 
-def pack(frequencies: np.ndarray) -> bytes:
+def pack_tables(frequencies: np.ndarray) -> bytes:
     """Tables as bytes: for each context and quantizer the symbols up to the last used, deflated."""
     low, high, used = bytearray(), bytearray(), bytearray()
     for context in range(1, COUNT):
@@ -70,11 +70,11 @@ def pack(frequencies: np.ndarray) -> bytes:
     return number(len(body)) + number(len(packed)) + packed
 
 
-def unpack(reader: Reader) -> np.ndarray:
-    """The inverse of `pack`.
+def unpack_tables(reader: Reader) -> np.ndarray:
+    """The inverse of `pack_tables`.
 
     Raises:
-      Damaged: tables that `pack` does not write.
+      Damaged: tables that `pack_tables` does not write.
     """
     size = reader.number()
     if size > LIMIT:
