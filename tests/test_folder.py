@@ -47,9 +47,10 @@ def arrays_of(path):
 
 def equal(one, two, tasks):
     for task in tasks:
+        other = store.task_factors(two, task)
         for name, (a, b) in store.task_factors(one, task).items():
-            np.testing.assert_array_equal(store.task_factors(two, task)[name][0], a)
-            np.testing.assert_array_equal(store.task_factors(two, task)[name][1], b)
+            np.testing.assert_array_equal(other[name][0], a)
+            np.testing.assert_array_equal(other[name][1], b)
 
 
 @pytest.mark.parametrize("kind", ["plain", "coded"])

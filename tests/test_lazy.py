@@ -217,12 +217,17 @@ def test_an_export_of_all_decodes_every_segment_once(adapters, tmp_path, monkeyp
     assert len(decoded) == sum(x.coded for x in kept.segments)
 
 
-@pytest.fixture
-def wide(tmp_path):
-    """A store of 200 tasks on disk, whose factors are most of it, and one more adapter."""
+@pytest.fixture(scope="module")
+def made_wide():
     *most, last = synthetic.collection(0, tasks=201, modules={"q": (1024, 1024)}, rank=2, dtype="float32")
-    store.save(tmp_path / "wide", compress(most, form=forms.Hydra(rank=2, side="in")))
-    return tmp_path / "wide", last
+    return compress(most, form=forms.Hydra(rank=2, side="in")), last
+
+
+@pytest.fixture
+def wide(made_wide, tmp_path):
+    """A store of 200 tasks on disk, whose factors are most of it, and one more adapter."""
+    store.save(tmp_path / "wide", made_wide[0])
+    return tmp_path / "wide", made_wide[1]
 
 
 def test_a_task_joins_plain_factors_that_are_read_one_by_one(wide):

@@ -33,9 +33,14 @@ def decode_all(path):
 READS = [decode_all, hydra.verify, hydra.open]
 
 
+@pytest.fixture(scope="module")
+def kept(small):
+    return hydra.compress(small, form=hydra.forms.Hydra(heads=2))
+
+
 @pytest.fixture
-def path(small, tmp_path):
-    hydra.save(tmp_path / "s", hydra.compress(small, form=hydra.forms.Hydra(heads=2)))
+def path(kept, tmp_path):
+    hydra.save(tmp_path / "s", kept)
     return tmp_path / "s"
 
 

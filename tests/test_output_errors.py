@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from commands import run
+from commands import run, run_apart
 
 import hydraopt_jax as hydra
 from hydraopt_jax import calibration, formats, synthetic
@@ -38,20 +38,22 @@ def many():
     return synthetic.collection(0, tasks=["a", "b"], modules=MODULES, rank=4, likeness=0.5, dtype="float32")
 
 
-@pytest.fixture
-def given(many, tmp_path):
+@pytest.fixture(scope="module")
+def given(many, tmp_path_factory):
+    place = tmp_path_factory.mktemp("given")
     for x in many:
-        formats.write_adapter(tmp_path / x.task, x)
-    calibration.write_moments(tmp_path / "cal.safetensors", moments())
-    return [tmp_path / x.task for x in many], tmp_path / "cal.safetensors"
+        formats.write_adapter(place / x.task, x)
+    calibration.write_moments(place / "cal.safetensors", moments())
+    return [place / x.task for x in many], place / "cal.safetensors"
 
 
-@pytest.fixture
-def made(given, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def made(given):
+    """The command's store, which no test changes, and what the command said."""
     names, cal = given
-    out = tmp_path / "store"
-    code, text, err = run(
-        capsys, "compress", *names, "--budget", "0.5", "--calibration", cal, "--out", out, "--json"
+    out = cal.with_name("store")
+    code, text, err = run_apart(
+        "compress", *names, "--budget", "0.5", "--calibration", cal, "--out", out, "--json"
     )
     assert (code, err) == (0, "")
     return out, json.loads(text)
@@ -92,7 +94,9 @@ def test_a_wrong_store_still_fails(many, given, made, capsys, tmp_path):
     assert run(capsys, "verify", made[0], f"a={tmp_path / 'x'}")[0] == 1
 
 
-def test_each_error_is_labeled_where_it_is_shown(made, capsys):
+def test_each_error_is_labeled_where_it_is_shown(made, capsys, monkeypatch):
+    # room for the labels beside the adapters' paths
+    monkeypatch.setenv("COLUMNS", "160")
     _, said = made
     assert (said["error"]["of"], said["output_error"]["of"]) == ("weights", "outputs")
     assert said["error"]["bound"] is None

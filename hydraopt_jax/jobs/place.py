@@ -28,7 +28,8 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
     new = path.with_suffix(f".{os.getpid()}")
     with new.open("w") as sink:
-        json.dump(content, sink)
+        # `dump` writes number by number, in Python
+        sink.write(json.dumps(content))
         sink.flush()
         os.fsync(sink.fileno())
     os.replace(new, path)

@@ -1,5 +1,6 @@
 """Strangers' input: no traceback, no hang, no memory, no way out of a folder, no pickle."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -149,6 +150,16 @@ def test_headers_that_claim_a_terabyte(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
 
 
+@contextlib.contextmanager
+def traced():
+    """Refuses more than 24 MB."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24_000_000
+
+
 @pytest.mark.parametrize("name", ["coded_store", "segmented_store"])
 def test_leaves_with_bytes_changed_are_found_or_decode(name):
     """Sealed again, so that no checksum shields the decoder; memory stays what an untouched store takes."""
@@ -157,20 +168,18 @@ def test_leaves_with_bytes_changed_are_found_or_decode(name):
     assert len(targets.restore(text, bodies).segments) == 2
     rng = np.random.default_rng(0)
     told = 0
-    tracemalloc.start()
-    for _ in range(300):
+    for n in range(300):
         data = bytearray(b"".join(bodies))
         for _ in range(rng.integers(1, 4)):
             data[rng.integers(len(data))] = rng.integers(256)
-        try:
-            targets.restore(text, targets.changed(bodies, bytes(data)))
-        except HydraOptError as error:
-            told += 1
-            assert "damaged store" in str(error)  # noqa: PT017
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+        # tracing takes four times what decoding does
+        with traced() if n % 5 == 0 else contextlib.nullcontext():
+            try:
+                targets.restore(text, targets.changed(bodies, bytes(data)))
+            except HydraOptError as error:
+                told += 1
+                assert "damaged store" in str(error)  # noqa: PT017
     assert told > 150
-    assert peak < 24_000_000
 
 
 def test_a_pattern_that_never_ended_ends():

@@ -253,13 +253,14 @@ def test_bad_input_is_named(shape, ids, options, named):
 
 def compare(kept, served, tolerance):
     count = len(kept.tasks)
+    factors = [task_factors(kept, task) for task in kept.tasks]
     ids = jnp.arange(90) % count
     for name, module in served.items():
         x = jax.random.normal(jax.random.key(1), (90, serving.shape(module)[1]))
         got = np.asarray(apply(x, module, ids))
         want = np.zeros_like(got)
-        for t, task in enumerate(kept.tasks):
-            a, b = task_factors(kept, task)[name]
+        for t in range(count):
+            a, b = factors[t][name]
             want[t::count] = np.asarray(x)[t::count] @ a @ b
         assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
 
