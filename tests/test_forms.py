@@ -9,6 +9,7 @@ import pytest
 
 from hydraopt_jax import forms
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.explicit import fitting
 from hydraopt_jax.linalg import clustering, decompose
 
 pytestmark = pytest.mark.numeric
@@ -204,3 +205,25 @@ def test_real_adapters_reach_the_bound(gpt2):
     np.testing.assert_allclose(lost, bound, rtol=1e-4, atol=5e-6)
     np.testing.assert_allclose(lost.mean(), 0.08259, rtol=1e-3)
     np.testing.assert_allclose(kept.errors.mean(), lost.mean(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["in", "out", "auto"])
+@pytest.mark.parametrize("shape", [(90, 70), (18, 70), (18, 16)])
+def test_reduced_deltas_have_the_fit_of_the_deltas_themselves(side, shape, monkeypatch):
+    """Where tasks span less than a side has, and where they span all of it."""
+    rng = np.random.default_rng(4)
+    a, b = (jnp.asarray(rng.normal(size=(3, 5, *x)), jnp.float32) for x in ((shape[0], 4), (4, shape[1])))
+    asked = forms.Hydra(heads=2, rank=4, side=side)
+    whole = lambda deltas: fitting.Reduced(deltas, None, None)  # noqa: E731
+    found = fitting.fit(a, b, asked, 2, 4)
+    monkeypatch.setattr(fitting, "reduced", whole)
+    for (factors, info), (other, same) in zip(found, fitting.fit(a, b, asked, 2, 4), strict=True):
+        np.testing.assert_allclose(info.error, same.error, rtol=1e-4)
+        np.testing.assert_array_equal(factors.b_of, other.b_of)
+        np.testing.assert_array_equal(factors.a_of, other.a_of)
+        for x, y in zip(
+            zip(*fitting.stacked(factors), strict=True),
+            zip(*fitting.stacked(other), strict=True),
+            strict=True,
+        ):
+            np.testing.assert_allclose(x[0] @ x[1], y[0] @ y[1], atol=2e-4)

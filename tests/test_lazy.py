@@ -252,3 +252,19 @@ def test_a_removal_reads_what_it_writes_again_once(wide, monkeypatch):
     left = store.update(path, lambda x: changes.remove(x, x.tasks[1]))
     size = sum(size_of(v) for x in left.segments for v in x.leaves.values())
     assert size < sum(read) < 1.5 * size
+
+
+def test_decoding_takes_little_beside_the_factors(tmp_path):
+    """In float32, in which they come; codes, contexts and the terms of other modules go as they are used."""
+    modules = {f"layers.{n}.q_proj": (1024, 768) for n in range(96)}
+    kept = compress(synthetic.collection(tasks=1, modules=modules, rank=8), budget=0.2)
+    store.save(tmp_path / "s", kept)
+    opened = store.open(tmp_path / "s")
+    store.decode(opened, opened.tasks[0])
+    tracemalloc.start()
+    found = store.decode(opened, opened.tasks[0])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = sum(x.nbytes for side in (found.a, found.b) for x in side.values())
+    assert size > 2e6
+    assert peak < 2.5 * size

@@ -3,8 +3,9 @@
     plan parts -> find the step on a sample -> encode every part at it -> measure what was decoded -> correct
     the step until the target is met
 
-A part depends only on its own factors, the step and the tables of the pass. So devices and processes can
-divide the parts, and a killed job resumes with the remaining parts and ends with the same store.
+A part depends only on its own factors, and on the step and the tables of its half of the pass. So devices
+and processes can divide the parts, and a killed job resumes with the remaining parts and ends with the same
+store.
 """
 
 import functools
@@ -257,29 +258,25 @@ def encode_pass(
     goal: Target,
     forms_at: float | None,
 ) -> float:
-    """Encode all parts; of many parts every other one comes first, and the step of the rest makes up for what
-    these miss, as the rate control of video does.
+    """Encode all parts; in the first pass over many of them every other one comes first, and the step of the
+    rest makes up for what these miss, as the rate control of video does.
 
     Returns:
       The step, or the mean of both.
     """
-    if len(run.parts) <= search.FEW_PARTS or goal.worst:
+    if number or len(run.parts) <= search.FEW_PARTS or goal.worst:
         encode_parts(run, number, run.mine, step, frequencies, weights, known, forms_at)
         run.processes.wait(f"pass {number}")
         return step
-    first = [n for n in range(len(run.parts)) if n // run.processes.size % 2 == 0]
-    encode_parts(
-        run, number, [n for n in run.mine if n in first], step, frequencies, weights, known, forms_at
-    )
+    halves = [[n for n in run.mine if n % 2 == k] for k in (0, 1)]
+    encode_parts(run, number, halves[0], step, frequencies, weights, known, forms_at)
     run.processes.wait(f"half of pass {number}")
-    miss, share = miss_of(run, number, first, goal, known["beside"])
+    miss, share = miss_of(run, number, range(0, len(run.parts), 2), goal, known["beside"])
     other = step
     if abs(miss) < search.CLOSE:
         aim = np.log(step) - (miss + goal.slack / 2) / (1 - share) / known["slope"]
         other = float(np.exp(np.clip(aim, *search.STEPS_LOG)))
-    encode_parts(
-        run, number, [n for n in run.mine if n not in first], other, frequencies, weights, known, forms_at
-    )
+    encode_parts(run, number, halves[1], other, frequencies, weights, known, forms_at)
     run.processes.wait(f"pass {number}")
     return float(step**share * other ** (1 - share))
 

@@ -62,9 +62,9 @@ class Run(NamedTuple):
     drafts: "dict[str, Draft] | None" = None
 
     @property
-    def mine(self) -> range:
-        """The parts of this process."""
-        return range(self.processes.rank, len(self.parts), self.processes.size)
+    def mine(self) -> list[int]:
+        """The parts of this process: as many of the first half of a pass, the even ones, as of the second."""
+        return [n for n in range(len(self.parts)) if n // 2 % self.processes.size == self.processes.rank]
 
 
 class Draft(NamedTuple):
@@ -103,8 +103,8 @@ def overhead(run: Run, part: Part, problem: Problem, trial: Trial) -> float:
     segment = sized_segment(run._replace(carried=()), part, problem, trial)
     sources = tuple(run.found.sources[t] for t in part.tasks)
     one = Store((segment,), segment.tasks, sources, Static({}))
-    beside = sizes.measure_size(one, run.place.path) - codes_of([segment])
-    return beside * sum(len(x.tasks) for x in run.parts) / len(part.tasks)
+    beside = sizes.measure_size(one, run.place.path) - codes_of([segment]) - search.LEAST_OVERHEAD
+    return search.LEAST_OVERHEAD + beside * sum(len(x.tasks) for x in run.parts) / len(part.tasks)
 
 
 def codes_of(segments: Sequence[Segment]) -> int:

@@ -17,7 +17,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft_collection
 from hydraopt_jax.rate_control import distortion, engine, parts, prepared, search, segments
 from hydraopt_jax.rate_control.options import Options, check_options
-from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Processes, Progress
+from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Memory, Processes, Progress
 from hydraopt_jax.store import folder, removal, sizes, task_factors
 from hydraopt_jax.store.store import task_errors
 
@@ -290,17 +290,57 @@ def watched(seen, of):
     return call
 
 
-def rounds(curve, goal, step, slope):
+def rounds(curve, goal, step, slope, pilot=None):
     """Passes over a curve `(step, forms) -> value`, until the target is met."""
     done = []
     while search.met(done, goal) is None:
         assert not (done and search.hopeless(done, goal))
-        forms = search.forms_of(done, goal)
+        forms = search.forms_of(done, goal, pilot)
         value = curve(step, step if forms is None else forms)
         miss = np.log(value / goal.limit)
         done.append(search.Pass(step, float(miss), value, forms))
-        step = search.next_step(done, slope, goal)
+        step = search.next_step(done, slope, goal, pilot)
     return done, search.met(done, goal)
+
+
+@pytest.mark.parametrize("pilot", [0.0165, 0.0175, 0.05])
+def test_forms_of_a_pilot_that_is_close_are_kept_and_others_given_up(pilot):
+    """Two passes where bytes jump by 2% beside the target; more where the pilot was far off."""
+    curve = lambda step, forms: 1e6 * step**-0.7 * (1 - 0.02 * (forms > 0.017))  # noqa: E731
+    goal = search.Target(-1.0, 0.99 * curve(0.017, 0.017), settling=0)
+    done, chosen = rounds(curve, goal, 0.0172, -0.7, pilot)
+    assert (1 - search.SLACK) * goal.limit < done[chosen].value <= goal.limit
+    assert len(done) == 2 or pilot == 0.05
+    far = lambda step, forms: curve(step, forms) * (1 + (forms > 0.04))  # noqa: E731
+    done, chosen = rounds(far, goal, 0.0172, -0.7, pilot)
+    assert (1 - search.SLACK) * goal.limit < done[chosen].value <= goal.limit
+    assert (done[chosen].forms == pilot) == (pilot < 0.04)
+
+
+@pytest.mark.parametrize(
+    ("number", "miss", "moved"),
+    [(0, 0.01, 0.05), (0, -0.02, -0.05), (0, 0.2, 0), (1, 0.01, 0), (0, -0.005, 0)],
+)
+def test_the_second_half_of_a_pass_makes_up_for_the_first(given, monkeypatch, number, miss, moved):
+    """The first half takes 60% of the bytes, which fall by 0.75 of the step: 2.5 of its miss, over 0.75.
+
+    Not in a later pass, nor for what is far from the target.
+    """
+    coded, goal = [], search.Target(-1.0, 1000.0, slack=0.01, settling=0)
+    monkeypatch.setattr(engine, "encode_parts", lambda run, n, chosen, step, *_: coded.append((chosen, step)))
+    monkeypatch.setattr(engine, "miss_of", lambda *_: (miss, 0.6))
+    many = [parts.Part(("m",), (0,))] * 6
+    run = segments.Run(given[1], Options(), many, Memory(), Progress(), Processes(), {}, {}, ())
+    step = engine.encode_pass(
+        run, number, 0.01, np.zeros(0), np.ones(7), {"beside": 0.0, "slope": -0.75}, goal, None
+    )
+    if number:
+        assert coded == [([0, 1, 2, 3, 4, 5], 0.01)]
+        return
+    assert [x for x, _ in coded] == [[0, 2, 4], [1, 3, 5]]
+    assert coded[0][1] == 0.01
+    np.testing.assert_allclose(np.log(coded[1][1] / 0.01), moved, atol=1e-9)
+    np.testing.assert_allclose(np.log(step / 0.01), 0.4 * moved, atol=1e-9)
 
 
 @pytest.mark.parametrize("jump", [0.02, 0.1, 0.5])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -127,6 +128,25 @@ def test_a_failure_on_one_device_is_told_and_begins_nothing_more():
     with pytest.raises(ValueError, match="item 2"):
         mesh.spread(work, iter(range(100)), jax.devices()[:1] * 3)
     assert len(begun) < 100
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_what_ends_an_item_runs_beside_the_next_one(devices):
+    """All of it has run in the end, on another thread, and its failure is told as any other."""
+    ended = []
+
+    def work(item):
+        begun = threading.get_ident()
+        return lambda: ended.append((item, threading.get_ident() != begun))
+
+    mesh.spread(work, iter(range(20)), jax.devices()[:1] * devices)
+    assert sorted(ended) == [(n, True) for n in range(20)]
+
+    def failing(item):
+        return lambda: 1 // (item - 2) and None
+
+    with pytest.raises(ZeroDivisionError):
+        mesh.spread(failing, iter(range(100)), jax.devices()[:1] * devices)
 
 
 @pytest.mark.parametrize(
