@@ -48,7 +48,7 @@ from hydraopt_jax.forms import (
     losses,
     similarity,
 )
-from hydraopt_jax.linalg import clustering, decompose, factorizations
+from hydraopt_jax.linalg import clustering, decompose, factorizations, subspace
 from hydraopt_jax.linalg.decompose import Svd, matmul
 from hydraopt_jax.merging import activations, compressors, sparse, spectral, sums, truncation
 from hydraopt_jax.serving import apply, grouped, mixed_tasks
@@ -64,6 +64,7 @@ MODULES = {
     "descent": descent,
     "gradient": gradient,
     "similarity": similarity,
+    "subspace": subspace,
     "serving.mixed_tasks": mixed_tasks,
     "serving.grouped": grouped,
     "merging.activations": activations,
@@ -99,6 +100,7 @@ EXEMPT = {
     "similarity.nearest_pairs": "pairs of tasks",
     "similarity.numerical_rank": "a count",
     "similarity.summarize": "host code",
+    "subspace.leading_eigenpairs": "a loop that its own result ends",
 }
 
 
@@ -319,6 +321,9 @@ CASES = {
     ),
     "similarity.principal_cosines": Case(
         lambda x: similarity.principal_cosines(decompose.orthonormal(x), jnp.array([2, 3])), (TALL,)
+    ),
+    "subspace.iterate": Case(
+        lambda a: subspace.iterate(lambda q: matmul(a[0], a[0].mT, q), I, 2, 2), (A,), 1e-3, 3e-2
     ),
     "similarity.compare": Case(lambda a, b: similarity.compare(a[None], b[None]), (A, B)),
     **MERGING,

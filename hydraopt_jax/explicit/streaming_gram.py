@@ -9,7 +9,6 @@ A mesh shards modules and tasks; sums over tasks are then a `psum`.
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,14 +21,10 @@ from jax.sharding import PartitionSpec as P
 from hydraopt_jax.devices import MODULES, TASKS, even
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import matmul
+from hydraopt_jax.linalg.subspace import DIRECT, TOLERANCE, leading_eigenpairs
 
-# largest eigenproblem that is solved directly
-DIRECT = 256
 # approximate number of rows of a strip of a sum
 STRIP = 1024
-# change of the captured fraction of the energy at which iteration stops; upper limit of rounds
-TOLERANCE = 1e-5
-ROUNDS = 60
 
 # fraction of the energy below which the residual of a basis is formed instead of computed as a difference;
 # above it the difference is right to about 1e-5
@@ -186,49 +181,6 @@ def accumulate(
     return run(sums, a, b, scale)
 
 
-def leading_eigenpairs(
-    apply: Callable[[Array], Array], size: int, columns: int, rank: int, trace: Array
-) -> Basis:
-    """Leading eigenpairs of a positive semi-definite `[size, size]` matrix, given by its products.
-
-    Block subspace iteration with Rayleigh-Ritz values (Halko, Martinsson and Tropp, arXiv 0909.4061), two
-    products per round, until the captured fraction of the trace is stable. One round is exact if the block is
-    as wide as the matrix's range.
-
-    Args:
-      apply: `[size, P] -> [size, P]`.
-      size: n.
-      columns: upper limit of the matrix's rank.
-      rank: S.
-      trace: trace of the matrix.
-    """
-    reach = min(size, columns)
-    width = reach if reach <= DIRECT else min(reach, rank + max(rank, 8))
-    start = decompose.orthonormal(jax.random.normal(jax.random.key(0), (size, width)))
-
-    def ritz(q: Array) -> tuple[Array, Array, Array]:
-        product = apply(q)
-        vectors, values = decompose.top_eigenvectors(matmul(q.mT, product), min(rank, width))
-        return product, vectors, values[: min(rank, width)]
-
-    def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        q, _, now, k = state
-        product, _, values = ritz(q)
-        return decompose.orthonormal(apply(product)), now, values.sum(), k + 1
-
-    def open_(state: tuple[Array, Array, Array, Array]) -> Array:
-        _, before, now, k = state
-        return (k < 2) | ((k < ROUNDS) & (now - before > TOLERANCE * trace))
-
-    # one product finds the range of a matrix no wider than the block; the loop is for the others
-    q = decompose.orthonormal(apply(start))
-    if width < reach:
-        zero = jnp.zeros_like(trace)
-        q, *_ = jax.lax.while_loop(open_, step, (q, zero - 1, zero, jnp.zeros((), jnp.int32)))
-    _, vectors, values = ritz(q)
-    return Basis(matmul(q, vectors), values)
-
-
 def uncertainty(values: np.ndarray, reach: int, trace: np.ndarray) -> np.ndarray:
     """Uncertainty `[M]` of the sum of leading eigenvalues `[M, S]`.
 
@@ -253,7 +205,9 @@ def of_sum(total: Strips, trace: Array, *, mesh: Mesh, rank: int, columns: int) 
         # psum copies even on one device
         whole = own if mesh.shape[TASKS] == 1 else jax.lax.psum(own, TASKS)
         size = whole[0].shape[-1]
-        solve = lambda g, t: leading_eigenpairs(lambda q: multiply(g, q), size, columns, rank, t)  # noqa: E731
+        solve = lambda g, t: Basis(  # noqa: E731
+            *leading_eigenpairs(lambda q: multiply(g, q), size, columns, rank, t)
+        )
         return jax.vmap(solve)(whole, trace)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(BOTH, LOCAL), out_specs=LOCAL, check_vma=False)(
@@ -278,9 +232,9 @@ def of_factors(a: Array, b: Array, scale: Array, *, mesh: Mesh, rank: int, side:
         def one(rows: Array, energy: Array) -> Basis:
             gram = matmul(rows, rows.T)
             trace = jnp.sum(energy > 0).astype(jnp.float32)
-            found = leading_eigenpairs(lambda q: matmul(gram, q), len(rows), len(rows), rank, trace)
-            lengths = jnp.sqrt(jnp.maximum(found.values, 1e-20))
-            return Basis(decompose.orthonormal(matmul(rows.T, found.vectors) / lengths), found.values)
+            vectors, values = leading_eigenpairs(lambda q: matmul(gram, q), len(rows), len(rows), rank, trace)
+            lengths = jnp.sqrt(jnp.maximum(values, 1e-20))
+            return Basis(decompose.orthonormal(matmul(rows.T, vectors) / lengths), values)
 
         return jax.vmap(one)(flat(matmul(root, x)), energy), grams
 

@@ -1,14 +1,12 @@
 """Best approximations of a given rank, for matrices that are too wide for a full decomposition.
 
-Block subspace iteration (Halko, Martinsson and Tropp, Finding structure with randomness, 2011, arXiv
-0909.4061) needs products only; small matrices are decomposed exactly.
+`linalg.subspace` needs products only; small matrices are decomposed exactly.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hydraopt_jax.linalg import decompose
+from hydraopt_jax.linalg import decompose, subspace
 from hydraopt_jax.linalg.decompose import matmul
 
 # number of directions up to which a full decomposition is as fast
@@ -68,9 +66,7 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
         return split_values(decompose.svd(a, b), rank)
     # delta @ delta.T acts on a @ c as gram_b @ gram_a does on c, which is small
     gram_a, gram_b = self_product(a.T), self_product(b)
-    c = jax.random.normal(jax.random.key(0), (a.shape[1], width))
-    for _ in range(ROUNDS):
-        c = decompose.orthonormal(matmul(gram_b, matmul(gram_a, c)))
+    c = subspace.iterate(lambda c: matmul(gram_b, matmul(gram_a, c)), a.shape[1], width, ROUNDS)
     # one round with the factors themselves: products of grams square the round-off of ill-conditioned ones
     q = decompose.orthonormal(onto(a, c))
     x = decompose.orthonormal(onto(b.T, onto(a.T, q)))
@@ -82,7 +78,5 @@ def truncate_dense(x: Array, rank: int) -> tuple[Array, Array]:
     width, least = 2 * rank + SPARE, min(x.shape)
     if least <= max(EXACT, width):
         return split_values(decompose.Svd(*decompose.thin_svd(x)), rank)
-    y = jax.random.normal(jax.random.key(0), (x.shape[1], width))
-    for _ in range(ROUNDS):
-        y = decompose.orthonormal(onto(x.T, decompose.orthonormal(onto(x, y))))
+    y = subspace.iterate(lambda y: onto(x.T, decompose.orthonormal(onto(x, y))), x.shape[1], width, ROUNDS)
     return from_rows(onto(x, y), y, rank)
