@@ -37,6 +37,18 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
+# loops of linear algebra and their derivatives, run once or twice: without any they compile in a third
+# of the time
+COMPILING = ("test_derivatives.py",)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimizations(request):
+    """None in some modules, unless the caller asks for others."""
+    ours = "--xla_backend_optimization_level=1 " in os.environ["XLA_FLAGS"]
+    jax.config.update("jax_disable_most_optimizations", ours and request.path.name in COMPILING)
+
+
 @pytest.fixture(scope="session")
 def gpt2():
     """Six real GPT-2 adapters."""

@@ -16,6 +16,8 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import orbax_trees
 from hydraopt_jax.store import checks, plain, segment_data
 
+# Orbax's own event loop goes on for a moment after it has raised, into later tests
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 SHORT = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
 INNOCENT = [
     MemoryError("8 GiB"),
@@ -110,8 +112,6 @@ def test_checkpoints_of_trees(small, tmp_path, monkeypatch, error):
             assert caught.value is error
 
 
-# Orbax's own event loop goes on for a moment after it has raised
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_of_a_tree_is_named(small, tmp_path):
     formats.write_checkpoint(tmp_path / "t", small[0], "flax_nnx", scale=1.0)
     files = [x for x in (tmp_path / "t").rglob("*") if x.is_file()]

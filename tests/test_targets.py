@@ -1,5 +1,7 @@
 """Budgets and targets are met by the real store, and never worse than a plain form of the same bytes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +41,15 @@ def alike():
     return collection(0.9)
 
 
+@functools.cache
+def at_budget(budget):
+    """The store of `alike` at a budget, which several tests look at."""
+    return compress(collection(0.9), budget=budget)
+
+
 @pytest.mark.parametrize("budget", [0.8, 0.5])
 def test_store_on_disk_meets_its_budget_and_its_claims(alike, budget, tmp_path):
-    kept = compress(alike, budget=budget)
+    kept = at_budget(budget)
     store.save(tmp_path / "store", kept)
     back = store.open(tmp_path / "store")
     size = sizes.size_on_disk(tmp_path / "store")
@@ -62,29 +70,38 @@ def test_budget_in_bytes(alike):
     assert 8500 < sizes.measure_size(kept) <= 9000
 
 
-def test_one_task_of_a_coded_store_is_the_same_as_all(alike, tmp_path):
-    kept = compress(alike, budget=0.5)
+def test_one_task_of_a_coded_store_is_the_same_as_all(tmp_path):
+    kept = at_budget(0.5)
     store.save(tmp_path / "store", kept)
     alone = store.select(store.open(tmp_path / "store"), ["task 2"])
     assert alone.tasks == ("task 2",)
+    found = task_factors(alone, "task 2")
     for name, (a, b) in task_factors(kept, "task 2").items():
-        a_alone, b_alone = task_factors(alone, "task 2")[name]
+        a_alone, b_alone = found[name]
         np.testing.assert_allclose(a_alone @ b_alone, a @ b, rtol=1e-5, atol=1e-7)
 
 
 def test_sharing_beats_no_sharing_on_like_adapters(alike):
-    both = [compress(alike, budget=0.5, share=x) for x in (True, False)]
+    both = [at_budget(0.5), compress(alike, budget=0.5, share=False)]
     assert np.nanmean(both[0].errors) < 0.7 * np.nanmean(both[1].errors)
 
 
-def at_fixed_rate(factors, bits):
-    """Factors at a fixed rate and what they take: codes, a scale a vector, cores in half precision."""
-    kept = factors._replace(
-        a=fixed_rate.rounded(factors.a, bits, axis=-2), b=fixed_rate.rounded(factors.b, bits)
-    )
+def size_at_fixed_rate(factors, bits):
+    """What factors take: codes, a scale per vector, cores in half precision."""
     size = fixed_rate.size(factors.a.shape[0] * factors.a.shape[2], factors.a.shape[1], bits)
     size += fixed_rate.size(factors.b.shape[0] * factors.b.shape[1], factors.b.shape[2], bits)
-    return kept, size + (0 if factors.core is None else 2 * factors.core.size)
+    return size + (0 if factors.core is None else 2 * factors.core.size)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def error_at_fixed_rate(deltas, terms, bits):
+    """Of deltas, when they are terms whose factors are rounded."""
+    pairs = [
+        forms.pair(x._replace(a=fixed_rate.rounded(x.a, bits, axis=-2), b=fixed_rate.rounded(x.b, bits)))
+        for x in terms
+    ]
+    a, b = (jnp.concatenate(y, k) for y, k in zip(zip(*pairs, strict=True), (-1, -2), strict=True))
+    return decompose.residual_energy(deltas.u * deltas.s[:, None, :], deltas.v, a, b) / deltas.energy
 
 
 def with_remainders(deltas, rank):
@@ -102,26 +119,18 @@ FITS = [jax.jit(lambda x, r=r: with_remainders(x, r)) for r in (1, 3)] + [
 ]
 
 
-def shared_rivals(many):
+@functools.cache
+def shared_rivals(make):
     """`(bytes, error)` of shared parts with remainders, and of joint diagonalization, at fixed rates."""
-    (bucket,) = adapters.stack(many).buckets
+    (bucket,) = adapters.stack(make(0)).buckets
     deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
     modules = [jax.tree.map(lambda x, m=m: x[m], deltas) for m in range(len(bucket.modules))]
     out = []
     for fit in FITS:
         fitted = [fit(x) for x in modules]
         for bits in (8, 6, 4):
-            size, errors = 0.0, []
-            for x, terms in zip(modules, fitted, strict=True):
-                pairs = []
-                for term in terms:
-                    kept, taken = at_fixed_rate(term, bits)
-                    size += taken
-                    pairs.append(forms.pair(kept))
-                a, b = (
-                    jnp.concatenate(y, k) for y, k in zip(zip(*pairs, strict=True), (-1, -2), strict=True)
-                )
-                errors.append(decompose.residual_energy(x.u * x.s[:, None, :], x.v, a, b) / x.energy)
+            size = sum(size_at_fixed_rate(term, bits) for terms in fitted for term in terms)
+            errors = [error_at_fixed_rate(*x, bits) for x in zip(modules, fitted, strict=True)]
             out.append((size, float(np.mean(errors))))
     return out
 
@@ -141,9 +150,8 @@ def almost_one(seed, tasks=3):
 @pytest.mark.parametrize("budget", [0.4, 0.8])
 @pytest.mark.parametrize("make", [almost_one, lambda seed: collection(0.95, seed)])
 def test_never_worse_than_a_form_of_shared_parts(make, budget):
-    many = make(0)
-    kept = compress(many, budget=budget)
-    rivals = [error for size, error in shared_rivals(many) if size + BESIDE <= sizes.measure_size(kept)]
+    kept = compress(make(0), budget=budget)
+    rivals = [error for size, error in shared_rivals(make) if size + BESIDE <= sizes.measure_size(kept)]
     assert np.nanmean(kept.errors) <= min(rivals) + 2e-7
 
 
@@ -188,7 +196,7 @@ def test_worst_task_target(alike):
 
 
 def test_a_heavy_task_is_kept_better(alike):
-    plain = compress(alike, budget=0.4)
+    plain = at_budget(0.4)
     heavy = compress(alike, budget=0.4, weights={"task 1": 8.0})
     assert task_errors(heavy.errors)[1] < 0.6 * task_errors(plain.errors)[1]
 
@@ -208,7 +216,7 @@ def test_calibration_lowers_the_output_error(alike):
                 lost.append(np.sum((root.T @ (true - a @ b)) ** 2) / np.sum((root.T @ true) ** 2))
         return np.mean(lost)
 
-    plain = compress(alike, budget=0.4)
+    plain = at_budget(0.4)
     fitted = compress(alike, budget=0.4, calibration=calibration)
     assert output_error(fitted) < 0.8 * output_error(plain)
     np.testing.assert_allclose(output_error(fitted), np.nanmean(fitted.output_errors), rtol=0.1)
