@@ -127,7 +127,9 @@ REGIONS: dict[str, Callable[[], str]] = {
     "shares of the roofline": roofline,
     "verbs on 999 adapters": lambda: verbs(**{"5d9d005": "living-5d9d005", "now": "living"}),
     "verbs on 299 adapters": lambda: verbs(f68485a="living-300-f68485a", now="living-300"),
-    "verbs on 299 adapters at a budget": lambda: verbs(**{"5d9d005": "living-budget-5d9d005"}),
+    "verbs on 299 adapters at a budget": lambda: verbs(
+        **{"5d9d005": "living-budget-5d9d005", "now": "living-budget"}
+    ),
     "large collections by lorashare": lorashare,
     "lorashare over this package": times,
 }
