@@ -74,7 +74,7 @@ def one_unit(exponent: int) -> Patch:
     def patch() -> None:
         prediction.UNIT = exponent
         prediction.units = lambda context: np.full(context.shape, exponent)
-        prediction.agreeing = lambda context, found: context
+        prediction.agreeing = lambda context, units: context
 
     return patch
 
@@ -86,7 +86,7 @@ def no_rice_codes() -> None:
 
 def reference_without_noise() -> None:
     """A mode decision that takes decoded references for exact ones."""
-    decide, cost = mode_decision.predicted, mode_decision.cost
+    decide, cost = mode_decision.predicted_cost, mode_decision.cost
 
     def predicted(*given: Any) -> Any:
         kept, mode_decision.DISTORTION = mode_decision.DISTORTION, 0.0
@@ -97,7 +97,7 @@ def reference_without_noise() -> None:
 
     # the cost keeps its own distortion
     mode_decision.cost = types.FunctionType(cost.__code__, dict(vars(mode_decision)))
-    mode_decision.predicted = predicted  # type: ignore[assignment]
+    mode_decision.predicted_cost = predicted  # type: ignore[assignment]
 
 
 def lossy_estimate() -> None:
