@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from hydraopt_jax import adapters, formats
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.codec import contexts, encode, prediction, trellis
+from hydraopt_jax.codec import bitstream, contexts, encode, prediction, trellis
 from hydraopt_jax.rate_control import coding, mode_decision, search
 from hydraopt_jax.rate_control.problem import Problem, prepare
 
@@ -67,6 +68,38 @@ def price(multiplier: float, distortion: float) -> Patch:
     return patch
 
 
+def one_unit(exponent: int) -> Patch:
+    """Coefficients in units of `2^exponent` steps, whatever the remainder."""
+
+    def patch() -> None:
+        prediction.UNIT = exponent
+        prediction.units = lambda context: np.full(context.shape, exponent)
+        prediction.agreeing = lambda context, units: context
+
+    return patch
+
+
+def no_rice_codes() -> None:
+    """Side information in Huffman codes with their tables only."""
+    bitstream.rice = lambda codes, k: bytes(4 * len(codes) + 1000)
+
+
+def reference_without_noise() -> None:
+    """A mode decision that takes decoded references for exact ones."""
+    decide, cost = mode_decision.predicted_cost, mode_decision.cost
+
+    def predicted(*given: Any) -> Any:
+        kept, mode_decision.DISTORTION = mode_decision.DISTORTION, 0.0
+        try:
+            return decide(*given)
+        finally:
+            mode_decision.DISTORTION = kept
+
+    # the cost keeps its own distortion
+    mode_decision.cost = types.FunctionType(cost.__code__, dict(vars(mode_decision)))
+    mode_decision.predicted_cost = predicted  # type: ignore[assignment]
+
+
 def lossy_estimate() -> None:
     """A mode decision that counts what the trellis loses against the rate-distortion function, most of it at
     about one step: 0.09 bits a code, and 0.17 more there."""
@@ -84,8 +117,10 @@ OFF = {
     "trellis of 8 states": eight_states,
     "one context per vector": constants(contexts__LEAST_SAVED=np.inf),
     "gains of 10 bits and an exponent": constants(coding__LEAST_GAIN_BITS=10, coding__MOST_GAIN_BITS=10),
-    "coefficients in whole steps": constants(prediction__UNIT=0, prediction__ROUNDING_BITS=0.0),
-    "coefficients in four steps": constants(prediction__UNIT=2, prediction__ROUNDING_BITS=1.0),
+    "coefficients in units of two steps": one_unit(1),
+    "coefficients in units of four steps": one_unit(2),
+    "no Rice codes": no_rice_codes,
+    "references taken for exact": reference_without_noise,
     "price of a bit 0.31": price(0.31, 0.24),
     "price of a bit 0.56": price(0.56, 0.30),
     "losses of the trellis estimated": lossy_estimate,
@@ -95,7 +130,7 @@ OFF = {
 @contextlib.contextmanager
 def patched(patch: Patch) -> Iterator[None]:
     """The coder with something else in it."""
-    rooms = (contexts, prediction, coding, encode, mode_decision, trellis)
+    rooms = (bitstream, contexts, prediction, coding, encode, mode_decision, trellis)
     before = [(room, dict(vars(room))) for room in rooms]
     defaults = encode.quantize.__defaults__
     trellis.quantize.clear_cache()  # type: ignore[attr-defined]

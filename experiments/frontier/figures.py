@@ -95,6 +95,14 @@ def ablation() -> str:
     return markdown(heads, rows)
 
 
+def ideas() -> str:
+    """Bits that ideas could save, per cent."""
+    found = read("frontier/ideas.json")
+    cells = [(name, budget, x) for name, budgets in found.items() for budget, x in budgets.items()]
+    rows = [[idea, *(f"{100 * x[idea]:.1f}" for _, _, x in cells)] for idea in cells[0][2]]
+    return markdown(["idea", *(f"{name}, {budget}" for name, budget, _ in cells)], rows)
+
+
 def sentence() -> str:
     """What `hydraopt compress` ends with on the six adapters."""
     found = read("frontier/compress.json")
@@ -114,5 +122,6 @@ REGIONS: dict[str, Callable[[], str]] = {
     "HydraOpt on six adapters": paper,
     "coders and entropy": entropy,
     "what each part saves": ablation,
+    "what ideas could save": ideas,
     "what compress ends with": sentence,
 }

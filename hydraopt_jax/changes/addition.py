@@ -152,8 +152,7 @@ def predicted_segment(store: Store, new: Adapter, problem: Problem, step: float)
             base = base_of(known, chosen, (name, side))
             if base is not None:
                 one, guesses[name, side], _ = prediction.predict(target, prediction.scaled(base))
-                none = Prediction(np.zeros(target.shape[1], bool), np.zeros((base.shape[1], 0), np.int32))
-                found.append(one or none)
+                found.append(one or prediction.none(base.shape[1], target.shape[1]))
             remains = target - guesses.get((name, side), np.float32(0))
             # an exactly predicted vector must not look like a vector that is not coded
             remains[0] += TRACE * (target.any(0) & ~remains.any(0))

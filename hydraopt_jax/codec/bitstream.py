@@ -4,6 +4,9 @@ import zlib
 
 import numpy as np
 
+# byte planes of an integer, and parameters of Rice codes
+PLANES, RICE = 4, 24
+
 
 class Damaged(ValueError):
     """Bytes that no encoder of this format writes."""
@@ -109,26 +112,61 @@ def unzigzag(codes: np.ndarray) -> np.ndarray:
     return np.where(codes & 1, -(codes + 1) // 2, codes // 2)
 
 
-def pack_planes(values: np.ndarray) -> bytes:
-    """Unsigned integers below 2^32, byte plane by byte plane, each deflated by Huffman codes."""
+def pack_integers(values: np.ndarray) -> bytes:
+    """Unsigned integers below 2^32, in the shorter of two forms.
+
+    Byte planes, each deflated: tables of Huffman codes fit any statistics, but take some tens of bytes. Rice
+    codes take none: a quotient by 2^k in unary, and k bits; so they suit few integers, or small ones.
+    """
     codes = np.asarray(values).astype("<u4")
     planes = codes.view(np.uint8).reshape(-1, 4).T
     used = planes[: 1 + int(np.max(np.flatnonzero(planes.any(1)), initial=-1))]
-    parts = [deflate_symbols(x.tobytes()) for x in used]
-    return number(len(parts)) + b"".join(number(len(x)) + x for x in parts)
+    parts = [min(deflate_symbols(x.tobytes()), deflate(x.tobytes()), key=len) for x in used]
+    whole = number(len(parts)) + b"".join(number(len(x)) + x for x in parts)
+    # the bits of each parameter; what is longer than planes is not made
+    sizes = [int((codes >> k).sum(dtype=np.int64)) + (k + 1) * len(codes) for k in range(RICE)]
+    best = int(np.argmin(sizes))
+    return min(whole, rice(codes, best), key=len) if len(codes) and sizes[best] < 8 * len(whole) else whole
 
 
-def unpack_planes(reader: Reader, count: int) -> np.ndarray:
-    """The inverse of `pack_planes`: `count` integers, int64.
+def rice(codes: np.ndarray, k: int) -> bytes:
+    """Rice codes of parameter k: lower bits of all integers, then unary quotients, zeros ended by a one."""
+    quotient = (codes >> k).astype(np.int64)
+    unary = np.zeros(int(quotient.sum()) + len(codes), np.uint8)
+    unary[np.cumsum(quotient + 1) - 1] = 1
+    low = (codes[:, None] >> np.arange(k - 1, -1, -1, dtype=np.uint32)) & 1
+    ends = np.packbits(unary).tobytes()
+    return number(PLANES + 1 + k) + number(len(ends)) + np.packbits(low.astype(np.uint8)).tobytes() + ends
 
-    >>> unpack_planes(Reader(pack_planes(np.array([3, 70000]))), 2).tolist()
+
+def unpack_integers(reader: Reader, count: int) -> np.ndarray:
+    """The inverse of `pack_integers`: `count` integers, int64.
+
+    >>> unpack_integers(Reader(pack_integers(np.array([3, 70000]))), 2).tolist()
     [3, 70000]
     """
-    planes = reader.number()
-    if planes > 4:
-        raise Damaged(f"{planes} byte planes")
+    form = reader.number()
+    if form > PLANES:
+        return unpack_rice(reader, count, form - PLANES - 1)
     out: np.ndarray = np.zeros(count, np.int64)
-    for k in range(planes):
+    for k in range(form):
         data = inflate(reader.take(reader.number()), count)
         out |= np.frombuffer(data, np.uint8).astype(np.int64) << 8 * k
+    return out
+
+
+def unpack_rice(reader: Reader, count: int, k: int) -> np.ndarray:
+    """The inverse of `rice`, behind its parameter."""
+    if k >= RICE:
+        raise Damaged(f"integers of an unknown form {PLANES + 1 + k}")
+    size = reader.number()
+    low = (
+        np.unpackbits(reader.array("u1", -(-count * k // 8)))[: count * k].reshape(count, k).astype(np.int64)
+    )
+    ends = np.flatnonzero(np.unpackbits(reader.array("u1", size)))
+    if len(ends) != count or 8 * size - (int(ends[-1]) if count else -1) > 8:
+        raise Damaged("another number of integers")
+    out = np.diff(ends, prepend=-1) - 1 << k | low @ (1 << np.arange(k - 1, -1, -1))
+    if out.max(initial=0) >> 32:
+        raise Damaged("an integer of more than 32 bits")
     return out

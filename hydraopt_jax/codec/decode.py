@@ -80,7 +80,8 @@ def decode_leaves(
                 at_base = rows[i].base
                 if at_base not in bases:
                     bases[at_base] = base_of(values[at_base], contexts[at_base])
-                value[:, used] += prediction.apply_weights(bases[at_base], weights)
+                units = prediction.units(contexts[i][used])
+                value[:, used] += prediction.apply_weights(bases[at_base], weights, units)
                 value[:, contexts[i] == 0] = 0
             values[i] = value
     every = [contexts.get(i, np.zeros(x.rank, np.int64)) for i, x in enumerate(rows)]

@@ -136,7 +136,9 @@ def quantize(
                 if piece.base not in bases:
                     bases[piece.base] = base_of(values[piece.base], context[piece.base])
                 predictions[i], guesses[i], _ = prediction.predict(target, bases[piece.base])
-            rests[i] = Rest((target - guesses[i]).T, target.any(0))
+            rests[i] = Rest(
+                (target - guesses[i]).T, target.any(0), prediction.units_of(predictions[i], target.shape[1])
+            )
         for i, (vectors, kind, moved) in classified(rests, rows).items():
             rests[i], context[i], offsets[i] = rests[i]._replace(vectors=vectors), kind, moved
         found = quantize_streams(
@@ -160,10 +162,12 @@ def quantize(
 
 
 class Rest(NamedTuple):
-    """What prediction leaves of a piece: `vectors` `[S, n]` in steps, and which are `coded`, `[S]` bool."""
+    """What prediction leaves of a piece: `vectors` `[S, n]` in steps, which are `coded`, `[S]` bool, and the
+    `units` of their coefficients, `[S]`, see `prediction.units_of`."""
 
     vectors: np.ndarray
     coded: np.ndarray
+    units: np.ndarray
 
 
 def classified(
@@ -179,6 +183,7 @@ def classified(
         # a vector wholly predicted still needs a context: the least one
         spread = np.maximum(np.sqrt((vectors**2).mean(1)), 1e-6)
         context = contexts.classify(np.where(coded, spread, 0.0), side)
+        context = prediction.agreeing(context, np.concatenate([rests[i].units for i in same]))
         ends = np.cumsum([len(rests[i].coded) for i in same])[:-1]
         each = (np.split(x, ends) for x in (vectors, context, contexts.offsets(vectors, context)))
         out |= dict(zip(same, zip(*each, strict=True), strict=True))

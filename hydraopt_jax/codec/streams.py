@@ -5,7 +5,7 @@ are shorter. A lane has consecutive codes because neighbors share a context: int
 and weak vectors in one trellis would cost some per cent at low rates. A stream is
 
     lanes, escapes             numbers (`bitstream.number`); lanes is 0 where there are no codes
-    words of each lane         less the least count, which comes first as a number; byte planes
+    words of each lane         less the least count, which comes first as a number
     states                     uint32 for each lane
     words                      uint16, lane after lane
     middle bits                most significant first, codes with one of them, then codes with two, ...
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hydraopt_jax.codec import frequency_tables, rans
-from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_planes, unpack_planes
+from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_integers, unpack_integers
 from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE, level, symbol
 
 # coded bytes and number of codes per lane, and the maximum lanes of a stream
@@ -166,7 +166,10 @@ def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
         mine = count[columns]
         escaped = each[coded >= ESCAPE]
         head = (
-            number(x.lanes) + number(len(escaped)) + number(int(mine.min())) + pack_planes(mine - mine.min())
+            number(x.lanes)
+            + number(len(escaped))
+            + number(int(mine.min()))
+            + pack_integers(mine - mine.min())
         )
         body = [words[ends[c] - count[c] : ends[c]] for c in columns]
         middle = pack_middle(each, RAW_BITS[x.context])
@@ -248,7 +251,7 @@ def parse(data: bytes, context: np.ndarray) -> Parsed:
         return Parsed(0, *(np.zeros(0, t) for t in ("u4", "i8", "u2")), None, np.zeros(0, "u4"))  # type: ignore[call-arg]
     escapes, least = reader.number(), reader.number()
     steps = -(-len(context) // lanes)
-    count = unpack_planes(reader, lanes) + least
+    count = unpack_integers(reader, lanes) + least
     if escapes > len(context) or count.max() > steps:
         raise Damaged("more words or escapes than codes")
     state = reader.array("<u4", lanes)

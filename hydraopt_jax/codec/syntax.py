@@ -3,11 +3,12 @@
 A leaf holds the factors, here called pieces, that one set of tasks reads (`layout`), in canonical order:
 
     tables                     in the shared leaf only (`frequency_tables.pack_tables`)
-    side information           deflated: the context of each vector of each piece, a byte each; then for each
-                               piece that may be predicted a bit for each vector, whether it is; then for each
-                               piece of more than one block likewise whether its blocks have contexts
+    contexts                   of the vectors of each piece (`pack_contexts`)
+    flags                      deflated: for each piece that may be predicted a bit for each vector, whether
+                               it is; then for each piece of more than one block likewise whether its blocks
+                               have contexts
     coefficients               of the predicted vectors (`prediction.pack_coefficients`), where there are any
-    offsets                    of the contexts of such blocks, zigzag in byte planes, where there are any
+    offsets                    of the contexts of such blocks, where there are any
     gains                      their bytes as a number, then `pack_gains`; in a task's own leaf only
     stream                     codes of all vectors of a context other than 0, vector after vector (`streams`)
 """
@@ -24,12 +25,12 @@ from hydraopt_jax.codec.bitstream import (
     deflate,
     inflate,
     number,
-    pack_planes,
-    unpack_planes,
+    pack_integers,
+    unpack_integers,
     unzigzag,
     zigzag,
 )
-from hydraopt_jax.codec.contexts import BLOCK, COUNT, FARTHEST, PER_OCTAVE, PER_SIDE, blocks, shifted
+from hydraopt_jax.codec.contexts import BLOCK, FARTHEST, PER_OCTAVE, PER_SIDE, blocks, shifted
 from hydraopt_jax.codec.layout import Piece, TermShape
 from hydraopt_jax.codec.prediction import Prediction
 
@@ -149,7 +150,7 @@ def pack_gains(gains: np.ndarray, contexts: np.ndarray) -> bytes:
     lowest = int(np.bitwise_or.reduce(raw)) & ((1 << 23) - 1) | 1 << 23
     bits = 23 - min((lowest & -lowest).bit_length() - 1, 23)
     rest = np.diff(raw >> (23 - bits), prepend=0) - expected_difference(contexts, bits)
-    return bytes([bits]) + pack_planes(zigzag(rest))
+    return bytes([bits]) + pack_integers(zigzag(rest))
 
 
 def unpack_gains(data: bytes, contexts: np.ndarray) -> np.ndarray:
@@ -166,7 +167,7 @@ def unpack_gains(data: bytes, contexts: np.ndarray) -> np.ndarray:
     (bits,) = reader.take(1)
     if bits > 23:
         raise Damaged(f"gains of {bits} bits")
-    rest = unzigzag(unpack_planes(reader, len(contexts)))
+    rest = unzigzag(unpack_integers(reader, len(contexts)))
     raw = np.cumsum(rest + expected_difference(contexts, bits)) << (23 - bits)
     out = raw.astype(np.int32).view(np.float32)
     if (raw != raw.astype(np.int32)).any() or not np.isfinite(out).all() or reader.rest():
@@ -182,7 +183,7 @@ def pack_side(
     gains: bytes,
 ) -> bytes:
     """A leaf's bytes between its tables and its stream."""
-    body = b"".join(x.astype(np.uint8).tobytes() for x in contexts)
+    body = b""
     conditional = [(row, x) for row, x in zip(rows, predictions, strict=True) if row.base >= 0]
     for row, x in conditional:
         body += np.packbits(np.zeros(row.rank, bool) if x is None else x.used).tobytes()
@@ -193,8 +194,44 @@ def pack_side(
             shifts = np.append(shifts, offset[offset.any(1)].ravel().astype(np.int32))
     packed = deflate(body)
     coefficients = prediction.pack_coefficients([x for _, x in conditional])
-    moved = pack_planes(zigzag(shifts)) if len(shifts) else b""
-    return number(len(packed)) + packed + coefficients + moved + number(len(gains)) + gains
+    moved = pack_integers(zigzag(shifts)) if len(shifts) else b""
+    first = pack_contexts(rows, contexts)
+    return first + number(len(packed)) + packed + coefficients + moved + number(len(gains)) + gains
+
+
+def pack_contexts(rows: Sequence[Piece], contexts: Sequence[np.ndarray]) -> bytes:
+    """The contexts of a leaf's vectors: how many each piece has up to its last coded one, as differences from
+    the piece before; then those contexts, counted from the first of their side, each as its
+    difference from the vector before, the first of a piece from that of the last piece of its side."""
+    ranks = np.array([len(np.trim_zeros(x, "b")) for x in contexts], np.int64)
+    coded = [x[:n] % PER_SIDE for x, n in zip(contexts, ranks, strict=True)]
+    rests, before = [], [0, 0]
+    for row, x in zip(rows, coded, strict=True):
+        rests.append(np.diff(x, prepend=before[row.side]))
+        before[row.side] = int(x[0]) if len(x) else before[row.side]
+    return pack_integers(zigzag(np.diff(ranks, prepend=0))) + pack_integers(zigzag(join(rests, np.int64)))
+
+
+def unpack_contexts(reader: Reader, rows: Sequence[Piece]) -> list[np.ndarray]:
+    """The inverse of `pack_contexts`: `[S]` int64 of each piece.
+
+    Raises:
+      Damaged: more contexts than vectors, or an unknown one.
+    """
+    ranks = np.cumsum(unzigzag(unpack_integers(reader, len(rows))))
+    if ((ranks < 0) | (ranks > [x.rank for x in rows])).any():
+        raise Damaged("more contexts than vectors")
+    flat = unzigzag(unpack_integers(reader, int(ranks.sum())))
+    out, at, before = [], 0, [0, 0]
+    for row, n in zip(rows, ranks.tolist(), strict=True):
+        found: np.ndarray = np.zeros(row.rank, np.int64)
+        found[:n] = before[row.side] + np.cumsum(flat[at : at + n])
+        if found.min(initial=0) < 0 or found.max(initial=0) >= PER_SIDE:
+            raise Damaged("an unknown context")
+        before[row.side] = int(found[0]) if n else before[row.side]
+        out.append(np.where(found > 0, found + row.side * PER_SIDE, 0))
+        at += n
+    return out
 
 
 class Side(NamedTuple):
@@ -233,11 +270,8 @@ def unpack_side(
     """
     flags = [-(-x.rank // 8) if x.base >= 0 else 0 for x in rows]
     marks = [-(-x.rank // 8) if blocks(x.length) else 0 for x in rows]
-    size = sum(x.rank for x in rows) + sum(flags) + sum(marks)
-    body = Reader(inflate(reader.take(reader.number()), size))
-    contexts = [body.array("u1", x.rank).astype(np.int64) for x in rows]
-    if any(x.max(initial=0) >= COUNT for x in contexts):
-        raise Damaged("an unknown context")
+    contexts = unpack_contexts(reader, rows)
+    body = Reader(inflate(reader.take(reader.number()), sum(flags) + sum(marks)))
     mine = dict(zip(places, contexts, strict=True))
     used = [
         np.unpackbits(body.array("u1", count))[: row.rank].astype(bool) if count else None
@@ -271,7 +305,7 @@ def unpack_offsets(reader: Reader, rows: Sequence[Piece], moved: Sequence[np.nda
       Damaged: an offset that is too large.
     """
     counts = [int(x.sum()) * blocks(row.length) for row, x in zip(rows, moved, strict=True)]
-    flat = unzigzag(unpack_planes(reader, sum(counts))) if any(counts) else np.zeros(0, np.int64)
+    flat = unzigzag(unpack_integers(reader, sum(counts))) if any(counts) else np.zeros(0, np.int64)
     if np.abs(flat).max(initial=0) > FARTHEST:
         raise Damaged("an offset of a context that is too large")
     out, at = [], 0

@@ -105,10 +105,11 @@ def predicted_cost(
     vectors = base.sum(-1)[:, None, None]
     for count, cosines in zip(sizes, x.cosines, strict=True):
         variance = energy / count
-        explained = np.minimum(np.einsum("mtrs,ms->mtr", cosines[..., c, :], base), 1.0)
-        extra = coefficient_bits(explained * energy, vectors)
-        # the decoded reference has a distortion of its own
-        rest = variance * (1 - explained) + explained * np.minimum(variance, DISTORTION)
+        # least squares from decoded vectors, which have a distortion of their own
+        known_part = base * energy[:, task] / (energy[:, task] + count * DISTORTION)
+        explained = np.minimum(np.einsum("mtrs,ms->mtr", cosines[..., c, :], known_part), 1.0)
+        rest = variance * (1 - explained)
+        extra = coefficient_bits(explained * energy, vectors, rest)
         before, after = cost(count, variance), cost(count, rest)
         known = np.asarray(base.any(-1))[:, None, None]
         use = (after[0] + MULTIPLIER * extra < before[0]) & others[:, None] & known
@@ -160,8 +161,9 @@ def joint_side(
     options: list[Any] = [(*before, none, none, none.astype(int))]
     for w in widths(part.shape[-1]):
         share = explained[..., w - 1]
-        after = cost(count, variance * (1 - share) + noise[..., w - 1])
-        extra = coefficient_bits(share * energy, np.array(w))
+        rest = variance * (1 - share) + noise[..., w - 1]
+        after = cost(count, rest)
+        extra = coefficient_bits(share * energy, np.array(w), rest)
         use = after[0] + MULTIPLIER * extra < before[0]
         paid = np.where(use, after[0] + MULTIPLIER * extra, before[0])
         rate = np.where(use, after[1] + extra, before[1])

@@ -15,7 +15,7 @@ from hydraopt_jax.store.tensors import DEFLATE
 
 FORMAT = "hydraopt"
 # versions 1 to 4 were never released
-VERSION = 6
+VERSION = 7
 
 
 def as_json(store: Store, written: Sequence[Mapping[str, Any]], name: str = "") -> dict[str, Any]:

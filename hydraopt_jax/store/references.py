@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hydraopt_jax.codec import contexts, frequency_tables, prediction
-from hydraopt_jax.codec.bitstream import Reader
+from hydraopt_jax.codec.bitstream import Damaged, Reader, pack_integers, unpack_integers
 from hydraopt_jax.codec.decode import Decoded
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.factors import Factors
@@ -18,6 +18,8 @@ from hydraopt_jax.store.store import Reference
 
 # weights of the earlier segment's table and of a Gaussian
 KNOWN, PRIOR = 16, 1024
+# the largest exponent of a coefficient's unit
+LARGEST = int(prediction.units(np.array(contexts.PER_SIDE - 1)))
 
 # (module, side) -> `[n, D]` vectors in steps
 Vectors = Mapping[tuple[str, int], np.ndarray]
@@ -25,25 +27,34 @@ Terms = Mapping[str, Sequence[Factors]]
 
 
 def to_leaf(found: Sequence[Prediction]) -> bytes:
-    """Predictions as bytes: flags, then coefficients."""
-    return b"".join(np.packbits(x.used).tobytes() for x in found) + prediction.pack_coefficients(found)
+    """Predictions as bytes: flags, then exponents of units, then coefficients."""
+    flags = b"".join(np.packbits(x.used).tobytes() for x in found)
+    units = np.concatenate([np.zeros(0, np.int64), *(x.units[x.used] for x in found)])
+    return flags + (pack_integers(units) if len(units) else b"") + prediction.pack_coefficients(found)
 
 
 def from_leaf(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
     """The inverse of `to_leaf`, for predictions of widths and ranks `(D, S)`."""
     reader = Reader(data)
     used = [np.unpackbits(reader.array("u1", -(-rank // 8)))[:rank].astype(bool) for _, rank in sizes]
-    counts = [width * int(mask.sum()) for (width, _), mask in zip(sizes, used, strict=True)]
+    vectors = [int(mask.sum()) for mask in used]
+    counts = [width * count for (width, _), count in zip(sizes, vectors, strict=True)]
+    exponents = unpack_integers(reader, sum(vectors)) if any(vectors) else np.zeros(0, np.int64)
+    if exponents.max(initial=0) > LARGEST:
+        raise Damaged("a unit of coefficients that is too large")
+    each = np.split(exponents, np.cumsum(vectors)[:-1]) if vectors else []
     flat = (
         np.split(prediction.unpack_coefficients(reader, sum(counts)), np.cumsum(counts)[:-1])
         if counts
         else []
     )
     out = []
-    for mask, part, (width, rank) in zip(used, flat, sizes, strict=True):
+    for mask, part, exponent, (width, rank) in zip(used, flat, each, sizes, strict=True):
         coefficients: np.ndarray = np.zeros((width, rank), np.int64)
         coefficients[:, mask] = part.reshape(-1, width).T if width else 0
-        out.append(Prediction(mask, coefficients))
+        units: np.ndarray = np.zeros(rank, np.int64)
+        units[mask] = exponent
+        out.append(Prediction(mask, coefficients, units))
     return out
 
 
@@ -106,7 +117,7 @@ def add_predictions(
     bases = {k: base for k in keys if (base := base_of(known, references, k)) is not None}
     sizes = [(base.shape[1], terms[n][0].a.shape[2]) for (n, _), base in bases.items()]
     guesses = {
-        key: prediction.apply_weights(prediction.scaled(base), found.coefficients)
+        key: prediction.apply_weights(prediction.scaled(base), found.coefficients, found.units)
         for (key, base), found in zip(bases.items(), from_leaf(packed, sizes), strict=True)
     }
     out = {}

@@ -131,12 +131,13 @@ def test_prediction_does_not_depend_on_the_order_of_sums():
     rng = np.random.default_rng(8)
     base = np.rint(rng.normal(size=(2000, 6)) * 300).astype(np.float32)
     weights = np.rint(rng.normal(size=(6, 3)) * 5000).astype(np.int64)
-    order = rng.permutation(6)
+    order, units = rng.permutation(6), np.array([1, 2, 4])
     np.testing.assert_array_equal(
-        prediction.apply_weights(prediction.scaled(base), weights),
-        prediction.apply_weights(prediction.scaled(base[:, order]), weights[order]),
+        prediction.apply_weights(prediction.scaled(base), weights, units),
+        prediction.apply_weights(prediction.scaled(base[:, order]), weights[order], units),
     )
-    assert (prediction.apply_weights(prediction.scaled(base), weights) / prediction.GRID % 1 == 0).all()
+    found = prediction.apply_weights(prediction.scaled(base), weights, units)
+    assert (found / prediction.GRID % 1 == 0).all()
     lengths = np.sqrt((base**2).sum(0))
     assert (np.abs(np.log2(lengths) - prediction.exponents(base)) < 1).all()
 
@@ -144,7 +145,7 @@ def test_prediction_does_not_depend_on_the_order_of_sums():
 def test_coefficients_beyond_what_is_exact_are_refused():
     base = np.full((4, 1), 2.0**28, np.float32)
     with pytest.raises(Damaged, match="too large"):
-        prediction.apply_weights(prediction.scaled(base), np.full((1, 1), 2**30))
+        prediction.apply_weights(prediction.scaled(base), np.full((1, 1), 2**30), np.array([1]))
 
 
 def test_the_decoder_needs_no_jax():

@@ -54,9 +54,17 @@ class Bytes:
     def inflated(self, size):
         return zlib.decompress(self.take(size), -15)
 
-    def planes(self, count):
+    def integers(self, count):
         out = [0] * count
-        for k in range(self.number()):
+        form = self.number()
+        if form > 4:
+            k = form - 5
+            size = self.number()
+            low = "".join(f"{x:08b}" for x in self.take(-(-count * k // 8)))
+            unary = "".join(f"{x:08b}" for x in self.take(size)).split("1")
+            assert len(unary) == count + 1
+            return [(len(unary[i]) << k) + int("0" + low[i * k : (i + 1) * k], 2) for i in range(count)]
+        for k in range(form):
             for i, byte in enumerate(self.inflated(self.number())):
                 out[i] += byte << 8 * k
         return out
@@ -100,7 +108,7 @@ def codes_of(data, contexts, tables):
     if not lanes:
         return []
     escapes, least = data.number(), data.number()
-    words_of = [least + x for x in data.planes(lanes)]
+    words_of = [least + x for x in data.integers(lanes)]
     states = struct.unpack(f"<{lanes}I", data.take(4 * lanes))
     lookup = {}
     for context in set(contexts):
@@ -150,13 +158,27 @@ def context_of(context, offset):
     return min(max(context + offset, first), first + 74)
 
 
+def contexts_of(data, pieces):
+    """Contexts of a leaf's pieces, given the side and the number of vectors of each."""
+    differences = [signed(x) for x in data.integers(len(pieces))]
+    counts = [sum(differences[: i + 1]) for i in range(len(pieces))]
+    flat = [signed(x) for x in data.integers(sum(counts))]
+    out, first = {}, [0, 0]
+    for (i, (side, rank)), n in zip(pieces.items(), counts, strict=True):
+        mine, flat = flat[:n], flat[n:]
+        found = [first[side] + sum(mine[: s + 1]) for s in range(n)] + [0] * (rank - n)
+        first[side] = found[0] if n else first[side]
+        out[i] = [x + 76 * side if x else 0 for x in found]
+    return out
+
+
 def gains_of(data, sums):
     """A task's gains, given the sums of the contexts of each direction's vectors."""
     if not sums:
         return []
     bits = data.take(1)[0]
     out, number, before = [], 0, 0
-    for code, total in zip(data.planes(len(sums)), sums, strict=True):
+    for code, total in zip(data.integers(len(sums)), sums, strict=True):
         number += signed(code) + -(2**bits) * (total - before) // 6
         before = total
         out.append(struct.unpack("<f", struct.pack("<i", number << (23 - bits)))[0])
@@ -172,9 +194,10 @@ def test_a_decoder_written_from_the_page(vector):
         term = {
             i: vector["modules"][vector["pieces"][i]["module"]][vector["pieces"][i]["term"]] for i in mine
         }
+        contexts |= contexts_of(
+            leaves[name], {i: (vector["pieces"][i]["side"], term[i]["rank"]) for i in mine}
+        )
         side = Bytes(leaves[name].inflated(leaves[name].number()))
-        for i in mine:
-            contexts[i] = list(side.take(term[i]["rank"]))
         for i in mine:
             if term[i]["predicted"] == "projected" and vector["pieces"][i]["factor"]:
                 bits = "".join(f"{x:08b}" for x in side.take(-(-term[i]["rank"] // 8)))
@@ -187,10 +210,10 @@ def test_a_decoder_written_from_the_page(vector):
         assert not side.data
         base = {i: i - vector["pieces"][i]["factor"] for i in mine if i in flags}
         counts = {i: sum(flags[i]) * sum(c > 0 for c in contexts[base[i]]) for i in base}
-        flat = leaves[name].planes(sum(counts.values())) if sum(counts.values()) else []
+        flat = leaves[name].integers(sum(counts.values())) if sum(counts.values()) else []
         flat = [signed(x) for x in flat]
         blocks = {i: -(-length[i] // 64) for i in mine}
-        shifts = leaves[name].planes(sum(blocks[i] for i, _ in moved)) if moved else []
+        shifts = leaves[name].integers(sum(blocks[i] for i, _ in moved)) if moved else []
         offsets = {}
         for i, s in moved:
             offsets[i, s], shifts = [signed(x) for x in shifts[: blocks[i]]], shifts[blocks[i] :]
@@ -215,13 +238,15 @@ def test_a_decoder_written_from_the_page(vector):
             exponents = []
             for v in known:
                 size = int(sum(abs(16 * x) for x in v))
-                exponents.append((3 * size**2 // (2 * len(v))).bit_length() // 2 - 5)
+                exponents.append((3 * size**2 // (2 * len(v))).bit_length() // 2 - 4)
             for s, used in enumerate(flags.get(i, [])):
                 if used:
                     weights, flat = flat[: len(known)], flat[len(known) :]
+                    unit = 2 ** max((contexts[i][s] % 76 - 1) // 3, 1)
                     for n in range(length[i]):
                         total = sum(
-                            c * 2.0**-e * v[n] for c, e, v in zip(weights, exponents, known, strict=True)
+                            c * unit * 2.0**-e * v[n]
+                            for c, e, v in zip(weights, exponents, known, strict=True)
                         )
                         values[i][s][n] += round(16 * total) / 16
                 if not contexts[i][s]:
