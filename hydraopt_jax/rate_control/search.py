@@ -174,6 +174,15 @@ def slope_at(problem: Problem, step: float, sign: float) -> float:
     return sign * float(np.clip(sign * np.log(coarse / fine) / (2 * CHANGE), *SLOPES[sign]))
 
 
+def slope_of_codes(trial: Trial) -> float:
+    """Slope of log bytes over the log of the step where forms stay: each code takes a bit for every octave.
+
+    Gaussian estimates also have the directions that a coarser step leaves out.
+    """
+    codes = sum(len(x.magnitude) for x in trial.coded.symbols)
+    return -float(np.clip(codes / (8 * np.log(2) * max(trial.bytes, 1.0)), *SLOPES[-1.0]))
+
+
 def find_step(
     problem: Problem, miss: Callable[[Trial], float], sign: float, start: float, near: float = NEAR
 ) -> Found:
@@ -198,6 +207,8 @@ def find_step(
         missed, slope = miss(trial), slope_at(problem, step, sign)
         if forms is None and is_close(missed, sign):
             forms = step
+        if forms is not None and sign < 0:
+            slope = slope_of_codes(trial)
         before, step = step, float(np.exp(np.clip(np.log(step) - missed / slope, *STEPS_LOG)))
         if abs(missed) < near or step == before:
             break
