@@ -1,10 +1,12 @@
 """Segments and notes of encoded parts, and the store that is made of them."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hydraopt_jax import devices
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.collection import Collection
@@ -119,11 +121,15 @@ def finished(run: Run, number: int, draft: Store, place: Place) -> Store:
     for n in range(len(run.parts)):
         name = f"pass-{number}-{n}"
         problem, trial, given = run.drafts.pop(name)
-        place.keep(name, coded_segment(run, n, problem, trial, given))
-        segments.append(kept_segment(place, name))
+        calls: list[Callable[[], Any]] = [functools.partial(coded_segment, run, n, problem, trial, given)]
         if len(run.parts) == 1 and not problem.metrics:
-            expected = estimates.errors_by_model([x.deltas for x in problem.spectra], np.array([trial.bytes]))
-            report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in expected.items()}
+            deltas = [x.deltas for x in problem.spectra]
+            calls.append(functools.partial(estimates.errors_by_model, deltas, np.array([trial.bytes])))
+        segment, *expected = devices.together(calls)
+        place.keep(name, segment)
+        segments.append(kept_segment(place, name))
+        for each in expected:
+            report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in each.items()}
     return draft.replace(segments=(*segments, *draft.segments[len(segments) :]), report=Static(report))
 
 
