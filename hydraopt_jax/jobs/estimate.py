@@ -25,12 +25,12 @@ EFFICIENCY = 0.4
 ROUNDS = 20
 # compiled code, its compiler, and the store's writer
 FIXED = 300_000_000
-# of coded segments: passes over the collection as a rule, half-precision bytes that a core codes in a second,
-# seconds before the first one, and memory over the bytes of a segment, with the code that each device has of
-# its own
-PASSES = 2
-CODING_RATE = 2e7
-PILOT = 15.0
+# of coded segments: passes over the collection as a rule, half-precision bytes that a process on two cores
+# codes in a second, seconds before the first one, and memory over the bytes of a segment, with the code that
+# each device has of its own
+PASSES = 1
+CODING_RATE = 1.2e7
+PILOT = 8.0
 CODING_MEMORY = 72
 CLASSES = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (float("inf"), "days"))
 
