@@ -66,8 +66,7 @@ def spread(
                         item = next(items, None)
                     if item is None:
                         break
-                    with jax.default_device(device):
-                        finish = work(item)
+                    finish = on(device, functools.partial(work, item))
                     del item
                     if finishing is not None:
                         finishing.result()

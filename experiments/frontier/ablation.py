@@ -8,18 +8,17 @@ it is, from the local slope of the curve; positive where the coder as it is need
 the search on the whole collection, over those of the coder as it is. Needs no model.
 """
 
-import argparse
 import contextlib
 import json
 import time
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hydraopt_jax import adapters, formats
+from experiments.frontier.named import Named
+from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import bitstream, contexts, encode, prediction, trellis
 from hydraopt_jax.rate_control import coding, mode_decision, search
@@ -188,18 +187,11 @@ def ablate(collection: list[Adapter], budgets: tuple[float, ...] = BUDGETS) -> d
 
 def main() -> None:
     """Measure the collections that are named."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("collections", nargs="+", metavar="NAME=FOLDER", help="folder of adapter folders")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    options = parser.parse_args()
+    named = Named(__doc__)
     result = {}
-    for name, _, folder in (x.partition("=") for x in options.collections):
-        found = [formats.read_adapter(x) for x in sorted(Path(folder).iterdir()) if x.is_dir()]
-        result[name] = ablate([x.replace(extras={}) for x in found])
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for name, found in named:
+        result[name] = ablate(found)
+        named.write(result)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,14 @@ function at the coder's distortion, over those of directions coded alone:
 Needs no model, codes nothing but for the last line.
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hydraopt_jax import adapters, formats
+from experiments.frontier.named import Named
+from hydraopt_jax import adapters
 from hydraopt_jax.codec import encode, streams
 from hydraopt_jax.codec.encode import DISTORTION, MULTIPLIER
 from hydraopt_jax.codec.prediction import coefficient_bits
@@ -167,24 +166,16 @@ def limits(problem: Problem, step: float) -> dict[str, float]:
 
 def main() -> None:
     """Measure the collections that are named."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("collections", nargs="+", metavar="NAME=FOLDER", help="folder of adapter folders")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    options = parser.parse_args()
+    named = Named(__doc__)
     result: dict[str, Any] = {}
-    for name, _, folder in (x.partition("=") for x in options.collections):
-        found = [formats.read_adapter(x) for x in sorted(Path(folder).iterdir()) if x.is_dir()]
-        found = [x.replace(extras={}) for x in found]
+    for name, found in named:
         size = 2 * sum(x.a[n].size + x.b[n].size for x in found for n in x.a)
         whole = prepare(adapters.stack(found), tuple(adapters.check(found)), np.ones(len(found)))
         for budget in BUDGETS:
             step = search.first_step(whole, budget * size)
             result.setdefault(name, {})[f"{budget:g}"] = limits(whole, step)
             print(json.dumps(result), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(result, indent=1) + "\n")
+            named.write(result)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ def largest_group(found: Collection, budget: float | None) -> int:
     if budget is None:
         rows = groups.groups_of(found, FORM)
         return max(x.room * 2 * len(found.cards) * x.rank * sum(x.shape) for x in rows)
-    size = lambda p: 2 * sum(found.rank(m, t) * sum(found.shapes[m]) for m in p.modules for t in p.tasks)  # noqa: E731
-    return max(map(size, parts.parts_of(found)))
+    return max(2 * parts.entries(found, x) for x in parts.parts_of(found))
 
 
 def main() -> None:

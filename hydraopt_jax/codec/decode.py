@@ -79,7 +79,7 @@ def decode_leaves(
             if used is not None and weights is not None and used.any():
                 at_base = rows[i].base
                 if at_base not in bases:
-                    bases[at_base] = base_of(values[at_base], contexts[at_base])
+                    bases[at_base] = prediction_base(values[at_base], contexts[at_base])
                 units = prediction.units(contexts[i][used])
                 value[:, used] += prediction.apply_weights(bases[at_base], weights, units)
                 value[:, contexts[i] == 0] = 0
@@ -89,7 +89,7 @@ def decode_leaves(
     return Decoded(rows, every, values, gains)
 
 
-def base_of(values: np.ndarray | None, context: np.ndarray) -> prediction.Base:
+def prediction_base(values: np.ndarray | None, context: np.ndarray) -> prediction.Base:
     """The `Base` of a decoded factor: its coded vectors."""
     if values is None:
         raise Damaged("a prediction from a factor that comes later")

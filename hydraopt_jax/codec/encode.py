@@ -17,7 +17,7 @@ import numpy as np
 from hydraopt_jax import devices
 from hydraopt_jax.codec import contexts, frequency_tables, prediction, streams, syntax, trellis
 from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
-from hydraopt_jax.codec.decode import Decoded, base_of, decode_leaves
+from hydraopt_jax.codec.decode import Decoded, decode_leaves, prediction_base
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.rans import PERIOD
@@ -134,7 +134,7 @@ def quantize(
             guesses[i] = np.zeros_like(target)
             if piece.base >= 0:
                 if piece.base not in bases:
-                    bases[piece.base] = base_of(values[piece.base], context[piece.base])
+                    bases[piece.base] = prediction_base(values[piece.base], context[piece.base])
                 predictions[i], guesses[i], _ = prediction.predict(target, bases[piece.base])
             rests[i] = Rest(
                 (target - guesses[i]).T, target.any(0), prediction.units_of(predictions[i], target.shape[1])

@@ -62,13 +62,17 @@ def part(found: Collection, modules: Sequence[str], tasks: Sequence[int]) -> Par
     return Part(tuple(modules), tuple(t for t in tasks if any(found.rank(m, t) for m in modules)))
 
 
+def entries(found: Collection, of: Part) -> int:
+    """Number of entries of a part's factors."""
+    return sum(found.rank(m, t) * sum(found.shapes[m]) for m in of.modules for t in of.tasks)
+
+
 def pilot_part(found: Collection, limit: int = SEGMENT_BYTES) -> Part:
     """The pilot: a part with modules and tasks from all over the collection."""
     tasks, names = len(found.cards), list(found.shapes)
     few = list(range(0, tasks, max(tasks // span(found), 1)))[: span(found)]
     modules = pick_names(names, LEAST_MODULES)
-    weigh = lambda: 2 * sum(found.rank(m, t) * sum(found.shapes[m]) for m in modules for t in few)  # noqa: E731
-    while weigh() > limit and len(few) > 1:
+    while 2 * entries(found, Part(tuple(modules), tuple(few))) > limit and len(few) > 1:
         few = few[::2]
     return part(found, [m for m in modules if any(found.rank(m, t) for t in few)], few)
 

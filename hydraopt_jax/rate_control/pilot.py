@@ -8,7 +8,7 @@ import numpy as np
 
 from hydraopt_jax.rate_control import search
 from hydraopt_jax.rate_control.coding import Trial, sample
-from hydraopt_jax.rate_control.parts import pilot_part, read_part
+from hydraopt_jax.rate_control.parts import entries, pilot_part, read_part
 from hydraopt_jax.rate_control.prepared import prepare_part, problem_of
 from hydraopt_jax.rate_control.search import Target
 from hydraopt_jax.rate_control.segments import Run, overhead
@@ -29,7 +29,7 @@ def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
         else:
             whole = problem = prepare_part(run, part, given, weights, deep=True, unit=None)
         if goal.sign < 0:
-            share = sum(x.a[n].size + x.b[n].size for x in given for n in x.a) / run.found.entries()
+            share = entries(run.found, part) / run.found.entries()
             # passes over few parts settle first; over many, the first one aims at the middle of the slack
             share *= 1.0 if goal.settling else float(np.exp(-goal.slack / 2))
 

@@ -189,7 +189,7 @@ def find_step(
     """The step whose trial on a sample has `miss(trial)` near 0, by Newton's method in logarithms.
 
     Each trial is coded with tables fitted to the trial before, so that step and tables converge together.
-    Slopes come from Gaussian estimates: differences between trials also contain changes of their tables.
+    Slopes are estimates, not secants: differences between trials also contain changes of their tables.
     The forms of the first close trial are kept: with those of each step, bytes jump where many modules change
     their forms at once.
 
@@ -204,11 +204,11 @@ def find_step(
     for _ in range(TRIALS):
         trial = encode_at_step(problem, step, frequencies, forms)
         frequencies = fitted_tables(trial.coded.counts)
-        missed, slope = miss(trial), slope_at(problem, step, sign)
+        missed = miss(trial)
         if forms is None and is_close(missed, sign):
             forms = step
-        if forms is not None and sign < 0:
-            slope = slope_of_codes(trial)
+        kept = forms is not None and sign < 0
+        slope = slope_of_codes(trial) if kept else slope_at(problem, step, sign)
         before, step = step, float(np.exp(np.clip(np.log(step) - missed / slope, *STEPS_LOG)))
         if abs(missed) < near or step == before:
             break

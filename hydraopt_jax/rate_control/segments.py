@@ -19,7 +19,7 @@ from hydraopt_jax.rate_control.distortion import with_errors
 from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.mode_decision import Choice
 from hydraopt_jax.rate_control.options import Options, as_report
-from hydraopt_jax.rate_control.parts import Part
+from hydraopt_jax.rate_control.parts import Part, entries
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.search import Pass, Target
 from hydraopt_jax.rate_control.work import Place, Processes, Progress
@@ -210,10 +210,7 @@ def pass_of(step: float, store: Store, goal: Target, place: Place) -> Pass:
 def miss_of(run: Run, number: int, chosen: Sequence[int], goal: Target, beside: float) -> tuple[float, float]:
     """Log of what a pass will reach over the target, if all parts are as the chosen ones; and their share."""
     notes = [kept_note(run.place, f"pass-{number}-{n}") for n in chosen]
-    sizes = [
-        sum(run.found.rank(m, t) * sum(run.found.shapes[m]) for m in x.modules for t in x.tasks)
-        for x in run.parts
-    ]
+    sizes = [entries(run.found, x) for x in run.parts]
     share = sum(sizes[n] for n in chosen) / sum(sizes)
     if goal.sign > 0:
         error = sum(x["error"] for x in notes) / max(sum(x["modules"] for x in notes), 1)

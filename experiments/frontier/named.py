@@ -1,0 +1,33 @@
+"""Collections that a command names as NAME=FOLDER, for the scripts that measure several."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydraopt_jax import formats
+from hydraopt_jax.adapters import Adapter
+
+
+class Named:
+    """The arguments of a script: folders of adapter folders, and a file for the results."""
+
+    def __init__(self, description: str) -> None:
+        parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("collections", nargs="+", metavar="NAME=FOLDER", help="folder of adapter folders")
+        parser.add_argument("--json", type=Path, help="write the results to this file")
+        self.options = parser.parse_args()
+
+    def __iter__(self) -> Iterator[tuple[str, list[Adapter]]]:
+        """Names and their adapters, without full tensors."""
+        for name, _, folder in (x.partition("=") for x in self.options.collections):
+            found = [formats.read_adapter(x) for x in sorted(Path(folder).iterdir()) if x.is_dir()]
+            yield name, [x.replace(extras={}) for x in found]
+
+    def write(self, result: Any) -> None:
+        """Write what has been measured so far."""
+        if self.options.json:
+            self.options.json.write_text(json.dumps(result, indent=1) + "\n")
