@@ -1,6 +1,7 @@
 """Compress adapters into a store."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def compress(
     (2, True)
     """
     found = adapters if isinstance(adapters, Collection) else in_memory(adapters)
-    targets = {"budget": budget, "max_error": max_error, "max_task_error": max_task_error}
+    targets: dict[str, Any] = {"budget": budget, "max_error": max_error, "max_task_error": max_task_error}
     if form is not None:
         idle = targets | {"weights": weights, "calibration": calibration, "share=False": None if share else 1}
         for name in (k for k, v in idle.items() if v is not None):
@@ -76,7 +77,7 @@ def compress(
     if all(v is None for v in targets.values()):
         targets["budget"] = DEFAULT_BUDGET
     options = Options(
-        **targets,  # type: ignore[arg-type]
+        **targets,
         weights=weights or {},
         calibration=calibration,
         share=share,

@@ -79,7 +79,7 @@ def spread(
 
     if len(found) == 1:
         # naming the device would recompile what was compiled without a name
-        serve(jax.config.jax_default_device)  # type: ignore[attr-defined]
+        serve(current())
         return
     with ThreadPoolExecutor(len(found)) as pool:
         try:
@@ -87,6 +87,12 @@ def spread(
                 served.result()
         finally:
             stop.set()
+
+
+def current() -> jax.Device | None:
+    """The device of this thread's computations; None for JAX's choice."""
+    # JAX declares no type for its options
+    return getattr(jax.config, "jax_default_device")  # noqa: B009
 
 
 def on(device: jax.Device | None, call: Callable[[], Item]) -> Item:
@@ -100,7 +106,7 @@ def together(calls: Sequence[Callable[[], Item]]) -> list[Item]:
     workers = min(len(calls), os.cpu_count() or 1)
     if workers < 2:
         return [call() for call in calls]
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = current()
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(functools.partial(on, device), calls))
 

@@ -1,12 +1,18 @@
 """The factors of one module: the result of every form, and of decoding a store."""
 
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import ml_dtypes
 import numpy as np
 
-# a NumPy or a JAX array
-Array: TypeAlias = Any
+from hydraopt_jax.deferred import Deferred
+
+if TYPE_CHECKING:  # stores are read without JAX
+    import jax
+
+# on the host or on a device
+Array: TypeAlias = Union[np.ndarray, "jax.Array"]
 # dtypes that factors may have on disk
 FLOATS = tuple(np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 
@@ -25,7 +31,17 @@ class Factors(NamedTuple):
     b: Array
     a_of: Array
     b_of: Array
-    core: Array = None
+    core: Array | None = None
+
+
+class LazyFactors(NamedTuple):
+    """Factors that are read one by one: lists in place of stacks, see `Factors`."""
+
+    a: Sequence[np.ndarray | Deferred]
+    b: Sequence[np.ndarray | Deferred]
+    a_of: np.ndarray
+    b_of: np.ndarray
+    core: np.ndarray | None = None
 
 
 def count(factors: Factors) -> int:
@@ -33,7 +49,7 @@ def count(factors: Factors) -> int:
     return sum(int(np.size(x)) for x in (factors.a, factors.b, factors.core) if x is not None)
 
 
-def task_pair(terms: Any, task: int) -> tuple[np.ndarray, np.ndarray] | None:
+def task_pair(terms: Sequence[Factors], task: int) -> tuple[np.ndarray, np.ndarray] | None:
     """One task's `a: [I, S]`, `b: [S, O]` in float32 on the host: terms concatenated, cores folded in.
 
     None if the task has no delta. Directions that are zero on either side are left out; at least one stays.

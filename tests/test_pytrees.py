@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,11 @@ from orbax.checkpoint import v1 as ocp
 
 import hydraopt_jax as hydra
 from hydraopt_jax import synthetic
+from hydraopt_jax.factors import Factors, LazyFactors
+from hydraopt_jax.linalg.decompose import HostSvd, Svd
+from hydraopt_jax.serving.mixed_tasks import PackedFactors
+from hydraopt_jax.serving.slots import SlotRow, SlotState
+from hydraopt_jax.store import Segment, Store
 
 FORM = hydra.forms.Hydra(heads=2)
 EXTRAS = {"score.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -150,3 +156,13 @@ WAYS = {
 def test_they_are_registered_however_they_are_reached(way):
     program = f"{way}; import jax; assert all(y is not x for y in jax.tree.leaves(x))"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [Factors, LazyFactors, PackedFactors, Svd, HostSvd, SlotState, SlotRow, Segment, Store], ids=str
+)
+def test_fields_of_a_pytree_have_types(kind):
+    """Nothing passes as an array that is none: shardings, lists and codes have types of their own."""
+    fields = typing.get_type_hints(kind, {"jax": jax})
+    assert fields
+    assert [name for name, declared in fields.items() if declared is typing.Any] == []

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax.explicit.fitting import to_stored
-from hydraopt_jax.factors import Factors, svd, times
+from hydraopt_jax.factors import Factors, LazyFactors, svd, times
 from hydraopt_jax.store.schema import PlainShape
 
 
@@ -26,7 +26,7 @@ class Term(NamedTuple):
       position: position among the module's terms in that segment.
     """
 
-    factors: Factors
+    factors: LazyFactors
     segment: int
     position: int
 
@@ -46,8 +46,8 @@ class Way(NamedTuple):
     cost: int
     error: float
     term: int = -1
-    a: Any = None
-    b: Any = None
+    a: int | np.ndarray = 0
+    b: int | np.ndarray = 0
     core: np.ndarray | None = None
     own: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -89,7 +89,7 @@ def slope(one: Way, two: Way) -> float:
     return (one.error - two.error) / max(two.cost - one.cost, 1)
 
 
-def joins(k: int, term: Factors, a: np.ndarray, b: np.ndarray) -> list[Way]:
+def joins(k: int, term: LazyFactors, a: np.ndarray, b: np.ndarray) -> list[Way]:
     """Two ways to join a term: a new head, projected onto the shared factor, or the best existing head."""
     if min(len(term.a), len(term.b)) > 1:
         return []
@@ -122,7 +122,7 @@ def change(left: np.ndarray, own: Any, right: np.ndarray, a: np.ndarray, b: np.n
     return float(square - 2 * ((left.T @ a) * (scaled @ b.T)).sum())
 
 
-def core(term: Factors, left: np.ndarray, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
+def core(term: LazyFactors, left: np.ndarray, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
     """The core of least error between given factors, of the kind that the term has."""
     if term.core is None:
         return None

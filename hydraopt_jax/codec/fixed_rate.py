@@ -74,7 +74,7 @@ def quantize(x: Array, bits: int) -> Quantized:
     def better(best: tuple[Array, Array, Array], clip: Array) -> tuple[tuple[Array, Array, Array], None]:
         tried = at(clip)
         take = tried[0] < best[0]
-        return tuple(jnp.where(take, new, old) for new, old in zip(tried, best, strict=True)), None  # type: ignore[return-value]
+        return jax.tree.map(lambda new, old: jnp.where(take, new, old), tried, best), None
 
     (_, codes, scale), _ = jax.lax.scan(better, at(jnp.float32(1.0)), jnp.array(CLIPS, jnp.float32))
     return Quantized(codes, scale)

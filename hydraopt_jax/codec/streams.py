@@ -248,7 +248,7 @@ def parse(data: bytes, context: np.ndarray) -> Parsed:
     if not lanes:
         if reader.rest():
             raise Damaged("bytes after an empty stream")
-        return Parsed(0, *(np.zeros(0, t) for t in ("u4", "i8", "u2")), None, np.zeros(0, "u4"))  # type: ignore[call-arg]
+        return Parsed(0, np.zeros(0, "u4"), np.zeros(0, "i8"), np.zeros(0, "u2"), None, np.zeros(0, "u4"))
     escapes, least = reader.number(), reader.number()
     steps = -(-len(context) // lanes)
     count = unpack_integers(reader, lanes) + least

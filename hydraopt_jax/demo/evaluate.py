@@ -17,9 +17,8 @@ from jax import Array
 from hydraopt_jax import serving
 from hydraopt_jax.demo.model import Base, Branches, Lora, bind
 from hydraopt_jax.demo.vocabulary import END_ID, PAD_ID, Items, pad_rows
-from hydraopt_jax.forms import Factors
+from hydraopt_jax.serving.mixed_tasks import Module, Term
 
-Module = tuple[Factors, ...]
 Adapted = Lora | Mapping[str, Module]
 
 
@@ -148,7 +147,7 @@ def answer_all(
     n = prompts.shape[1]
     block = min(block, n)
     answers = []
-    served = any(isinstance(term, Factors) for terms in lora.values() for term in terms)
+    served = any(isinstance(term, Term) for terms in lora.values() for term in terms)
     answer: Any = greedy_served if served else greedy_tasks
     for start in range(0, n, block):
         part = prompts[:, start : start + block]
@@ -181,7 +180,7 @@ def evaluate(base: Base, lora: Adapted, items: Items, *, longest: int = 32, bloc
     """
     tasks = len(items.prompts)
     for name, terms in lora.items():
-        counts = {len(x.a_of) if isinstance(x, Factors) else x.shape[0] for x in terms}
+        counts = {len(x.a_of) if isinstance(x, Term) else x.shape[0] for x in terms}
         if counts != {tasks}:
             raise ValueError(f"{name}: factors of {sorted(counts)} tasks for items of {tasks} tasks")
     # a block takes as long as its longest answer: sort items by length

@@ -8,7 +8,7 @@ codes, again at every step until the whole meets the target. One loop for both w
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming
 from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, GroupFactors, groups_of, is_streamed, read_groups
+from hydraopt_jax.factors import Factors, LazyFactors
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.forms.hyperparameters import check_form
 from hydraopt_jax.rate_control.carried import full_tensors, kept_segment
@@ -126,7 +127,11 @@ def bundled(store: Store, order: list[str]) -> Store:
     return store.replace(segments=(segment, *rest))
 
 
-def solve_whole(group: Group, block: GroupFactors, form: Hydra, dtype: str) -> dict[str, streaming.Solved]:
+# module -> its factors, relative squared errors `[T]`, lower bound of the form's error
+Solved = Mapping[str, tuple[Factors | LazyFactors, np.ndarray, float]]
+
+
+def solve_whole(group: Group, block: GroupFactors, form: Hydra, dtype: str) -> Solved:
     """Any form, with all tasks of the group at once."""
     count = len(group.modules)
     a = block.a[:count].astype(np.float32).swapaxes(2, 3)
@@ -141,14 +146,14 @@ def solve_groups(
     tasks = len(found.cards)
     passes = 2 if is_streamed(form, tasks) else 1
     numbers = iter(todo)
-    stream: Iterator[Any] = read_groups(found, list(todo.values()), passes, progress.read)
-    with contextlib.closing(stream) as coming:  # type: ignore[type-var]
+    stream = read_groups(found, list(todo.values()), passes, progress.read)
+    with contextlib.closing(stream) as coming:
         for group, parts in coming:
             name = f"group-{next(numbers)}"
             file = place.scratch / f"{name}.bin"
             if passes == 2:
                 grid = devices.make(group.room)
-                solved = streaming.solve_group(file, group, parts, tasks, form, dtype, grid)
+                solved: Solved = streaming.solve_group(file, group, parts, tasks, form, dtype, grid)
             else:
                 solved = solve_whole(group, next(parts), form, dtype)
             schema, leaves = plain.to_leaves({n: (x[0],) for n, x in solved.items()})

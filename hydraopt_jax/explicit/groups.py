@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -137,7 +137,7 @@ def read_block(
 
 def read_groups(
     found: Collection, groups: Sequence[Group], passes: int, read: Callable[[int], None]
-) -> Iterator[tuple[Group, Iterator[GroupFactors]]]:
+) -> Generator[tuple[Group, Iterator[GroupFactors]]]:
     """Every group with its blocks, the next one always being read; spans are read again for each pass, a
     single one once."""
     requests = (

@@ -21,7 +21,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import fitting, streaming_gram
 from hydraopt_jax.explicit.groups import Group, GroupFactors, applied
 from hydraopt_jax.explicit.streaming_gram import BOTH, LOCAL, Basis, Grams
-from hydraopt_jax.factors import Factors
+from hydraopt_jax.factors import LazyFactors
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control import distortion
 
@@ -79,7 +79,7 @@ def ranks_of(form: Hydra, shape: tuple[int, int], rank: int, tasks: int) -> dict
 
 
 # factors of a module, relative squared errors `[T]`, lower bound of the form's error
-Solved = tuple[Factors, np.ndarray, float]
+Solved = tuple[LazyFactors, np.ndarray, float]
 
 
 class First(NamedTuple):
@@ -339,7 +339,7 @@ def where(
     dtype: str,
     shared_at: int,
     heads: list[tuple[int, int]],
-) -> Factors:
+) -> LazyFactors:
     """Factors of a module as deferred arrays in a file."""
     inputs, outputs = group.shape
     zero, of = np.full(tasks, -1, np.int32), np.full(tasks, -1, np.int32)
@@ -348,4 +348,4 @@ def where(
     one, many = ((inputs, rank), (rank, outputs)) if side == "in" else ((rank, outputs), (inputs, rank))
     shared = [in_file(file, shared_at, one, dtype)]
     own = [in_file(file, at, many, dtype) for _, at in heads]
-    return Factors(shared, own, zero, of) if side == "in" else Factors(own, shared, of, zero)
+    return LazyFactors(shared, own, zero, of) if side == "in" else LazyFactors(own, shared, of, zero)

@@ -138,7 +138,8 @@ def read_tree(
         raise HydraOptError(
             f"{source}: {style.library} stores no scale with its parameters: give scale ({style.scale})"
         )
-    a, b, layout = {}, {}, {}
+    a, b = {}, {}
+    layout: dict[str, dict[str, Any]] = {}
     dtypes = set()
     for module, sides in pairs(tree, style, source).items():
         (path_a, low), (path_b, high) = ((path, np.asarray(leaf)) for path, leaf in (sides["a"], sides["b"]))
@@ -150,10 +151,10 @@ def read_tree(
         dtypes |= {low.dtype.name, high.dtype.name}
         if style.transposed:
             low, high = low.T, high.T
-        where = {"a": list(path_a), "b": list(path_b)}
+        where: dict[str, Any] = {"a": list(path_a), "b": list(path_b)}
         if path_text(path_a).endswith("lora_embeddings_a"):
-            where["kind"] = "embedding"  # type: ignore[assignment]
-        for index, x, y in unstacked(module, low, high, stack, source):
+            where["kind"] = "embedding"
+        for index, layers, x, y in unstacked(module, low, high, stack, source):
             part = module if index is None else f"{module}[{index}]"
             if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[0]:
                 raise HydraOptError(
@@ -163,7 +164,7 @@ def read_tree(
             axes = {"in": list(x.shape[:-1]), "out": list(y.shape[1:])}
             layout[part] = where | {k: v for k, v in axes.items() if len(v) > 1}
             if index is not None:
-                layout[part]["stack"] = [stack, index, low.shape[stack]]  # type: ignore[index]
+                layout[part]["stack"] = [stack, index, layers]
             a[part] = x.reshape(-1, x.shape[-1])
             b[part] = y.reshape(y.shape[0], -1).astype(np.float32) * np.float32(
                 scale_of(scale, module, source)
@@ -182,10 +183,10 @@ def scale_of(scale: Scale, module: str, source: str) -> float:
 
 def unstacked(
     module: str, low: np.ndarray, high: np.ndarray, stack: int | str | None, source: str
-) -> Iterator[tuple[int | None, np.ndarray, np.ndarray]]:
-    """The layers of a stacked pair, or the pair itself."""
+) -> Iterator[tuple[int | None, int, np.ndarray, np.ndarray]]:
+    """The layers of a stacked pair, each with its index and their number, or the pair itself."""
     if stack is None or low.ndim < 3 or high.ndim < 3:
-        yield None, low, high
+        yield None, 1, low, high
         return
     if stack == "ask":
         raise HydraOptError(
@@ -198,8 +199,9 @@ def unstacked(
             f"{source}: stack = {axis}: the factors of {module}, {list(low.shape)} and {list(high.shape)}, "
             "differ there"
         )
-    for index in range(low.shape[axis]):
-        yield index, low.take(index, axis), high.take(index, axis)
+    layers = low.shape[axis]
+    for index in range(layers):
+        yield index, layers, low.take(index, axis), high.take(index, axis)
 
 
 def write_tree(

@@ -183,7 +183,7 @@ def check_file(source: str, file: Path, held: Contents, header: int) -> str:
             # the header separately, so that a piece never ends inside a number
             digest.update(opened.read(header))
             at = header
-            while count := opened.readinto(buffer):  # type: ignore[arg-type]
+            while count := opened.readinto(buffer.data):
                 digest.update(buffer[:count].data)
                 for place, scale in held.runs if fine else ():
                     low, high = max(place.begin - at, 0), min(place.end - at, count)

@@ -58,8 +58,8 @@ def pair(factors: Factors) -> tuple[Array, Array]:
     """The factors of every task, core folded in: `a: [T, I, S]`, `b: [T, S, O]`; zeros for an absent task."""
     a = jnp.asarray(factors.a)[jnp.maximum(factors.a_of, 0)]
     b = jnp.asarray(factors.b)[jnp.maximum(factors.b_of, 0)]
-    core = factors.core
-    if core is not None:
+    if factors.core is not None:
+        core = jnp.asarray(factors.core)
         b = core[..., None] * b if core.ndim == 2 else matmul(core, b)
     present = jnp.asarray((factors.a_of >= 0) & (factors.b_of >= 0))
     return a, jnp.where(present[:, None, None], b, 0.0)

@@ -53,7 +53,7 @@ def joint_diagonal(
         error = forms.squared_errors(deltas, factors)
         settled = jnp.abs(trace[-2] - trace[-1]) <= 1e-4 * trace[-1]
         return factors, Info(error, info.energy, info.weights, bound, trace, settled)
-    factors, found = full_cores(deltas, common.a, info.weights, steps)
+    factors, found = full_cores(deltas, jnp.asarray(common.a), info.weights, steps)
     return factors, found._replace(bound=bound)
 
 

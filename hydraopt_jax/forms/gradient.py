@@ -100,14 +100,15 @@ def hydra(
     scale = decompose.safe_sqrt(jnp.mean(deltas.energy)) + jnp.finfo(jnp.float32).tiny
     ca, cb = ca / scale, cb.mT
     labels = jnp.maximum(closed.b_of, 0)
-    a_start, b_start, core = closed.a[0], closed.b, closed.core
+    first, b_start, core = jnp.asarray(closed.a[0]), jnp.asarray(closed.b), closed.core
+    a_start = first
     if solver.start == "mean":
         width = closed.a.shape[2]
         a_start, b_start = mean_start(a, b, labels, heads, width)
         core = None if core is None else jnp.broadcast_to(jnp.eye(width), (a.shape[0], width, width))
     a_start, b_all = decompose.balance(a_start, jnp.moveaxis(b_start, 0, 1).reshape(a_start.shape[1], -1))
     b_start = jnp.moveaxis(b_all.reshape(b_all.shape[0], heads, -1), 0, 1) if core is None else b_start
-    a_start = a_start if core is None else closed.a[0]
+    a_start = a_start if core is None else first
     params = (matmul(qa.T, a_start) / jnp.sqrt(scale), matmul(b_start, qb) / jnp.sqrt(scale), core)
 
     def stacked(params: Params) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hydraopt_jax.linalg.factorizations import (
@@ -76,6 +77,19 @@ class Svd(NamedTuple):
     def mT(self) -> "Svd":
         """The decomposition of the transposed delta: input and output side are exchanged."""
         return Svd(self.v.mT, self.s, self.u.mT)
+
+
+class HostSvd(NamedTuple):
+    """An `Svd` whose arrays are on the host."""
+
+    u: np.ndarray
+    s: np.ndarray
+    v: np.ndarray
+
+    @property
+    def energy(self) -> np.ndarray:
+        """See `Svd`."""
+        return np.sum(self.s**2, -1)
 
 
 @jax.custom_jvp

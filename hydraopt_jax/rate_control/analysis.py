@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.linalg.decompose import Svd, matmul
+from hydraopt_jax.linalg.decompose import HostSvd, Svd, matmul
 
 # number of tasks tried as reference
 REFERENCES = 8
@@ -46,7 +46,7 @@ class Spectrum(NamedTuple):
     """
 
     modules: tuple[str, ...]
-    deltas: Svd
+    deltas: HostSvd
     norms: np.ndarray
     scales: np.ndarray
     cosines: tuple[np.ndarray, np.ndarray]
@@ -102,14 +102,14 @@ def spectrum(
       share: whether tasks may share anything.
       deep: whether to compute joint bases as well as references; their cost grows with the cube of T R.
     """
-    host = Svd(*(np.asarray(x) for x in deltas))  # type: ignore[arg-type]
+    host = HostSvd(*(np.asarray(x) for x in deltas))
     norms = np.sqrt((host.s**2).sum(-1))
     root = np.sqrt(weights)
     scales = norms / root
     s = host.s * np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)[..., None]
     # directions at round-off are none
     s = np.where(s > 1e-6 * s[..., :1], s, 0.0).astype(np.float32)
-    host = Svd(host.u, s, host.v)  # type: ignore[arg-type]
+    host = host._replace(s=s)
     tasks = norms.shape[1]
     if not share or tasks == 1:
         empty = np.zeros((*s.shape, 0, s.shape[-1]), np.float32)
@@ -145,7 +145,7 @@ def take_modules(x: Spectrum, chosen: Sequence[int]) -> Spectrum:
         joint = Joint(*(y[at] for y in x.joint[0])), Joint(*(y[at] for y in x.joint[1]))
     return x._replace(
         modules=tuple(x.modules[m] for m in at),
-        deltas=Svd(*(y[at] for y in x.deltas)),
+        deltas=HostSvd(*(y[at] for y in x.deltas)),
         norms=x.norms[at],
         scales=x.scales[at],
         cosines=(x.cosines[0][at], x.cosines[1][at]),

@@ -71,7 +71,7 @@ def read_budget(value: Any) -> int | float | None:
     )
 
 
-def keeps_all(value: int | float | None) -> bool:
+def keeps_all(value: object) -> bool:
     """Whether a budget, as `read_budget` returns it, means lossless storage.
 
     >>> keeps_all(1.0), keeps_all(0.99), keeps_all(5000)

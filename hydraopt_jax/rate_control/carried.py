@@ -3,6 +3,8 @@
 Their bytes count in a budget. A budget that they alone exceed is refused before the work begins.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from hydraopt_jax.collection import Collection
@@ -51,11 +53,11 @@ def full_tensors(
     return [kept_segment(place, f"tensors-{n}") for n in range(len(groups))], []
 
 
-def task_tensors(found: Collection, task: int) -> dict[str, np.ndarray]:
+def task_tensors(found: Collection, task: int) -> Mapping[str, np.ndarray]:
     """A task's full tensors, in the order of its card."""
     have = found.read_extras(task)
     if isinstance(have, Tensors):
-        return have  # type: ignore[return-value]
+        return have
     out = {}
     for name, dtype, shape in found.cards[task].extras:
         x = have.get(name)

@@ -50,7 +50,7 @@ class Trial(NamedTuple):
 
 
 def solve_gains(
-    terms: Sequence[Factors], live: np.ndarray, deltas: decompose.Svd, metrics: Metrics = (None, None)
+    terms: Sequence[Factors], live: np.ndarray, deltas: decompose.HostSvd, metrics: Metrics = (None, None)
 ) -> tuple[np.ndarray, ...]:
     """Gains of lowest error for the decoded factors of one module, for all tasks and all terms jointly.
 
@@ -215,7 +215,7 @@ def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.
                 for t in range(tasks)
             ]
         )
-        deltas = decompose.Svd(*(np.asarray(y[m], np.float64) for y in x.deltas))  # type: ignore[arg-type]
+        deltas = decompose.HostSvd(*(np.asarray(y[m], np.float64) for y in x.deltas))
         metrics = problem.metrics.get(name, (None, None))
         solved[name] = (*solve_gains(decoded[name], mask, deltas, metrics), mask)
     gains: dict[int, list[np.ndarray]] = {}

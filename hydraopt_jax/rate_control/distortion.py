@@ -102,7 +102,7 @@ def relative(error: np.ndarray, energy: np.ndarray) -> np.ndarray:
 def relative_error(a: np.ndarray, b: np.ndarray, a_hat: np.ndarray, b_hat: np.ndarray) -> float:
     """`||a b - a_hat b_hat||^2 / ||a b||^2` in float64 on the host."""
     a, b, a_hat, b_hat = (np.asarray(x, np.float64) for x in (a, b, a_hat, b_hat))
-    r: np.ndarray = np.linalg.qr(np.concatenate([a, -a_hat], 1), mode="r")  # type: ignore[assignment]
+    r = np.asarray(np.linalg.qr(np.concatenate([a, -a_hat], 1), mode="r"))
     error = float(np.sum((r @ np.concatenate([b, b_hat], 0)) ** 2))
     energy = float(np.sum((r[:, : a.shape[1]] @ b) ** 2))
     return float(relative(np.array(error), np.array(energy)))

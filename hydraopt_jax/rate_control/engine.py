@@ -95,7 +95,7 @@ def compress_to_target(
         # no other try will find more room
         raise search.Unmet(str(error)) from None
     size = sum(tensors.stored_size(row) for x in coded for row in x.table)
-    keeps_all = budget.keeps_all(options.budget)  # type: ignore[arg-type]
+    keeps_all = budget.keeps_all(options.budget)
     goal = search.target_of(found, options, size, len(parts))
     if keeps_all or (goal.sign < 0 and search.least_lossless(found) <= goal.limit):
         kept = as_they_are(found, options, heads, carried, said)

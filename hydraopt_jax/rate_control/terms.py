@@ -6,7 +6,7 @@ import numpy as np
 
 from hydraopt_jax.codec.encode import TermInSteps
 from hydraopt_jax.codec.layout import PROJECTED, TermShape
-from hydraopt_jax.linalg.decompose import Svd
+from hydraopt_jax.linalg.decompose import HostSvd
 from hydraopt_jax.rate_control.analysis import Joint, Spectrum
 from hydraopt_jax.rate_control.mode_decision import Plan
 
@@ -15,7 +15,7 @@ def terms_in_steps(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[Te
     """Module -> factors in steps, in the chosen forms."""
     out = {}
     for m, (name, choice) in enumerate(zip(x.modules, chosen.choices, strict=True)):
-        one = Svd(*(y[m] for y in x.deltas))
+        one = HostSvd(*(y[m] for y in x.deltas))
         if choice.form == "separate":
             out[name] = separate_terms(one, choice.reference, chosen.live[m], step)
         else:
@@ -25,9 +25,9 @@ def terms_in_steps(x: Spectrum, chosen: Plan, step: float) -> dict[str, tuple[Te
     return out
 
 
-def separate_terms(deltas: Svd, reference: int, live: np.ndarray, step: float) -> tuple[TermInSteps, ...]:
+def separate_terms(deltas: HostSvd, reference: int, live: np.ndarray, step: float) -> tuple[TermInSteps, ...]:
     """Each task's coded singular directions; the reference's factors come first."""
-    present = np.flatnonzero(np.asarray(deltas.energy) > 0)
+    present = np.flatnonzero(deltas.energy > 0)
     first = [reference] if reference >= 0 else []
     order = np.array([*first, *(t for t in present if t != reference)], int)
     if not len(order):
@@ -41,25 +41,25 @@ def separate_terms(deltas: Svd, reference: int, live: np.ndarray, step: float) -
     return (TermInSteps(shape, a[order], b[order]),)
 
 
-def directions(deltas: Svd, live: np.ndarray, rank: int, step: float) -> tuple[np.ndarray, np.ndarray]:
+def directions(deltas: HostSvd, live: np.ndarray, rank: int, step: float) -> tuple[np.ndarray, np.ndarray]:
     """The strongest `rank` coded directions of each task in steps, `[T, I, S]` and `[T, O, S]`."""
     s = np.where(live, deltas.s, 0.0) / step
     pick = np.argsort(-s, axis=-1, kind="stable")[:, :rank]
     amplitude = np.take_along_axis(s, pick, 1)
-    a = np.take_along_axis(np.asarray(deltas.u), pick[:, None, :], 2) * amplitude[:, None, :]
-    b = np.take_along_axis(np.asarray(deltas.v).swapaxes(1, 2), pick[:, None, :], 2) * amplitude[:, None, :]
+    a = np.take_along_axis(deltas.u, pick[:, None, :], 2) * amplitude[:, None, :]
+    b = np.take_along_axis(deltas.v.swapaxes(1, 2), pick[:, None, :], 2) * amplitude[:, None, :]
     return a.astype(np.float32), b.astype(np.float32)
 
 
 def joint_term(
-    deltas: Svd,
+    deltas: HostSvd,
     bases: Sequence[Joint],
     widths: Sequence[int],
     live: np.ndarray,
     step: float,
 ) -> tuple[TermInSteps, ...]:
     """The basis of each side as factor 0, which no task reads, then each task's coded directions."""
-    present = np.flatnonzero(np.asarray(deltas.energy) > 0)
+    present = np.flatnonzero(deltas.energy > 0)
     energy = np.where(live, np.asarray(deltas.s, np.float64) ** 2, 0.0)
     rank = max(int(live[present].sum(-1).max(initial=0)), *widths, 1)
     sides = []

@@ -15,12 +15,14 @@ from hydraopt_jax.codec import contexts, encode, syntax
 from hydraopt_jax.codec.decode import decode_leaves
 from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.codec.layout import TermShape
-from hydraopt_jax.factors import Factors
+from hydraopt_jax.factors import Array, Factors
 from hydraopt_jax.rate_control.metrics import Metrics, unweigh
 from hydraopt_jax.store.decoding import all_terms, decode_segment, terms_of
 from hydraopt_jax.store.store import Segment
 
 Modules = Mapping[str, tuple[Factors, ...]]
+# module -> which factors each task of a term uses, `a_of` and `b_of`
+Indices = Mapping[str, tuple[tuple[Array, Array], ...]]
 
 # alternations between tables and the decisions that depend on them
 TABLE_ROUNDS = 3
@@ -124,14 +126,19 @@ def trainable_arrays(modules: Modules) -> Any:
     return {n: tuple((x.a, x.b, () if x.core is None else x.core) for x in t) for n, t in modules.items()}
 
 
-def with_arrays(modules: Modules, moved: Any) -> dict[str, tuple[Factors, ...]]:
-    """The inverse of `trainable_arrays`."""
+def indices_of(modules: Modules) -> Indices:
+    """What `trainable_arrays` leaves out."""
+    return {n: tuple((x.a_of, x.b_of) for x in t) for n, t in modules.items()}
+
+
+def with_indices(indices: Indices, moved: Any) -> dict[str, tuple[Factors, ...]]:
+    """The inverse of `trainable_arrays` and `indices_of`."""
     return {
         n: tuple(
-            x._replace(a=a, b=b, core=None if x.core is None else core)
-            for x, (a, b, core) in zip(terms, moved[n], strict=True)
+            Factors(a, b, *of, None if isinstance(core, tuple) else core)
+            for of, (a, b, core) in zip(rows, moved[n], strict=True)
         )
-        for n, terms in modules.items()
+        for n, rows in indices.items()
     }
 
 
@@ -157,7 +164,7 @@ def cast_rounding(kept: Modules) -> Rounding:
 
     def cast(modules: Modules, tables: Any, settled: bool = False) -> tuple[Modules, Any]:
         moved = jax.tree.map(lambda x, dtype: np.asarray(x).astype(dtype), trainable_arrays(modules), dtypes)
-        return with_arrays(modules, moved), tables
+        return with_indices(indices_of(modules), moved), tables
 
     return Rounding(np.zeros(1), cast, lambda modules, tables: (cast(modules, tables)[0], None))
 

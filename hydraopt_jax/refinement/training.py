@@ -32,7 +32,7 @@ from hydraopt_jax.rate_control.distortion import error_table, segment_terms
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
 from hydraopt_jax.refinement import rounding
 from hydraopt_jax.refinement.objectives import Forward, Lora, divergence, originals, stacked
-from hydraopt_jax.refinement.rounding import Modules, trainable_arrays, with_arrays
+from hydraopt_jax.refinement.rounding import Indices, Modules, indices_of, trainable_arrays, with_indices
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Segment, Store, plain
 from hydraopt_jax.store.store import make_segment, tensors_at
@@ -91,15 +91,15 @@ def accumulating(optimizer: optax.GradientTransformation, batches: int) -> optax
     return optax.MultiSteps(optimizer, batches)
 
 
-def moved_loss(loss: Any, like: Modules, original: Lora, moved: Any, batch: Any) -> Array:
-    """The loss of moved factors, with the indices of `like`."""
-    return loss(stacked(with_arrays(like, moved)), original, batch)
+def moved_loss(loss: Any, indices: Indices, original: Lora, moved: Any, batch: Any) -> Array:
+    """The loss of moved factors."""
+    return loss(stacked(with_indices(indices, moved)), original, batch)
 
 
 def step(
     chain: optax.MultiSteps,
     loss: Any,
-    like: Modules,
+    indices: Indices,
     original: Lora,
     slope: Any,
     state: descent.DescentState,
@@ -110,7 +110,7 @@ def step(
 
     def through(factors: Any, moved: Any, batch: Any) -> Array:
         straight = jax.tree.map(straight_through, factors, moved, slope)
-        return moved_loss(loss, like, original, straight, batch)
+        return moved_loss(loss, indices, original, straight, batch)
 
     return descent.step(through, chain, state, moved, batch)
 
@@ -252,13 +252,8 @@ def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -
         live = vectors(live)
     slope = jax.tree.map(lambda u, x: jnp.asarray(u * x, jnp.float32), unit, live)
     chain = given.optimizer
-
-    # its indices, without the factors
-    like = {
-        n: tuple(x._replace(a=(), b=(), core=None if x.core is None else ()) for x in t)
-        for n, t in kept.items()
-    }
-    before = float(measure(loss, like, original, to_float32(trainable_arrays(kept)), given.check))
+    indices = indices_of(kept)
+    before = float(measure(loss, indices, original, to_float32(trainable_arrays(kept)), given.check))
     factors = jax.tree.map(
         lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), trainable_arrays(begin), unit
     )
@@ -266,20 +261,20 @@ def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -
     moved: Any = None
     for i in range(done, given.steps):
         if moved is None or i % given.accumulate == 0:
-            whole = with_arrays(kept, times_units(state.factors, unit))
+            whole = with_indices(indices, times_units(state.factors, unit))
             found, tables = rounded.round(whole, state.tables, i >= SETTLED * given.steps)
             state, moved = state._replace(tables=tables), to_float32(trainable_arrays(found))
         at = descent.DescentState(state.factors, state.optimizer)
-        (factors, memory, _), lost = take(chain, loss, like, original, slope, at, moved, given.batch_at(i))
+        (factors, memory, _), lost = take(chain, loss, indices, original, slope, at, moved, given.batch_at(i))
         state = RefinementState(factors, memory, state.tables)
         trace.append(float(lost))
         given.progress(trace[-1])
         if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
             keep_step(state, i + 1, trace, folder)
-    modules, leaves = rounded.finish(with_arrays(kept, times_units(state.factors, unit)), state.tables)
+    modules, leaves = rounded.finish(with_indices(indices, times_units(state.factors, unit)), state.tables)
     after = float("inf")
     if modules:
-        after = float(measure(loss, like, original, to_float32(trainable_arrays(modules)), given.check))
+        after = float(measure(loss, indices, original, to_float32(trainable_arrays(modules)), given.check))
     if not after < before:
         return segment, Refined(before, before, np.array(trace))
     return with_factors(segment, modules, leaves, ordered, metrics), Refined(before, after, np.array(trace))

@@ -13,11 +13,12 @@ from hydraopt_jax.serving.layers import (
     wrap,
 )
 from hydraopt_jax.serving.loading import Shardings, load
-from hydraopt_jax.serving.mixed_tasks import Module, apply, branches, dequantize, shape
+from hydraopt_jax.serving.mixed_tasks import Module, PackedFactors, apply, branches, dequantize, shape
 from hydraopt_jax.serving.slots import Slots, SlotState
 
 __all__ = [
     "Module",
+    "PackedFactors",
     "Served",
     "Shardings",
     "SlotState",

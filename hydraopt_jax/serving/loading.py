@@ -12,7 +12,7 @@ from hydraopt_jax.codec import fixed_rate, lanes, rans
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.serving.mixed_tasks import Module
+from hydraopt_jax.serving.mixed_tasks import Module, PackedFactors, Term
 from hydraopt_jax.store import Store, decode_terms, select, task_index
 
 # shardings of kernels as matrices `[I, O]`: one for all modules, or a function of the name; None: one device
@@ -80,16 +80,16 @@ def check_base_of(store: Store, tasks: Sequence[str], base: str | None) -> None:
         check_base(f"task {task!r}", own, base or "")
 
 
-def _device(name: str, term: Factors, dtype: Any, bits: int | None, kernel: NamedSharding | None) -> Factors:
-    a: Any = np.asarray(term.a)
-    b: Any = np.asarray(term.b)
+def _device(name: str, term: Factors, dtype: Any, bits: int | None, kernel: NamedSharding | None) -> Term:
+    a, b = np.asarray(term.a), np.asarray(term.b)
+    a_of, b_of = np.asarray(term.a_of, np.int32), np.asarray(term.b_of, np.int32)
     core = None if term.core is None else np.asarray(term.core, np.float32)
-    rest = {"a_of": np.asarray(term.a_of, np.int32), "b_of": np.asarray(term.b_of, np.int32), "core": core}
     if bits is None:
         a, b = (to_dtype(name, x, serving_dtype(x.dtype, dtype)) for x in (a, b))
-        return place_term(name, Factors(a, b, **rest), kernel)
-    a, b = (fixed_rate.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
-    return Factors(a, b, **jax.tree.map(jnp.asarray, rest))
+        return place_term(name, Factors(a, b, a_of, b_of, core), kernel)
+    low, high = (fixed_rate.packed(jnp.asarray(x, jnp.float32), bits) for x in (a.swapaxes(1, 2), b))
+    rest = None if core is None else jnp.asarray(core)
+    return PackedFactors(low, high, jnp.asarray(a_of), jnp.asarray(b_of), rest)
 
 
 def serving_dtype(stored: Any, asked: Any = None) -> np.dtype:
@@ -136,8 +136,8 @@ def place_term(name: str, term: Factors, kernel: NamedSharding | None) -> Factor
     return jax.tree.map(jax.device_put, term, shardings_of(name, term, kernel))
 
 
-def shardings_of(name: str, term: Factors, kernel: NamedSharding) -> Factors:
-    """The shardings of a term's arrays, from that of its layer's kernel `[I, O]`; see `place_term`."""
+def shardings_of(name: str, term: Factors, kernel: NamedSharding) -> Any:
+    """A pytree like the term, of the shardings of its arrays, from that of its layer's kernel `[I, O]`."""
     size = term.a.shape[-2], term.b.shape[-1]
     try:
         kernel.shard_shape(size)
@@ -151,4 +151,5 @@ def shardings_of(name: str, term: Factors, kernel: NamedSharding) -> Factors:
     a, b = (
         on(*[None] * (x.ndim - 2), *axes) for x, axes in ((term.a, (inputs, None)), (term.b, (None, outputs)))
     )
-    return Factors(a, b, on(), on(), None if term.core is None else on())
+    every = (a, b, on(), on(), *([] if term.core is None else [on()]))
+    return jax.tree.unflatten(jax.tree.structure(term), every)

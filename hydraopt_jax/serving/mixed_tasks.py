@@ -1,47 +1,59 @@
 """A store inside JAX: `x[n] @ delta[task[n]]` for batches that mix tasks.
 
-A module is a tuple of `forms.Factors` on the device, `delta[t] = sum of a[a_of[t]] @ core[t] @ b[b_of[t]]`: a
-pytree to pass through `jit`. The two products are computed per factor, not per task: a side with one factor
-(HydraOpt's shared one) is one matmul for the whole batch, a side with K heads is a product in K groups
-(`grouped`).
+A module is a tuple of `forms.Factors` or `PackedFactors` on the device, a pytree to pass through `jit`:
+`delta[t] = sum of a[a_of[t]] @ core[t] @ b[b_of[t]]`. The two products are computed per factor, not per task:
+a side with one factor (HydraOpt's shared one) is one matmul for the whole batch, a side with K heads is a
+product in K groups (`grouped`).
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import checkify
 
-from hydraopt_jax import pytrees  # noqa: F401  (what is served here may be traced)
+from hydraopt_jax import factors, pytrees  # noqa: F401  (what is served here may be traced)
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.codec.fixed_rate import Packed
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.grouped import by_blocks, check_method, choose_method, dot, product
 
-# one module on the device; factors are arrays, or `fixed_rate.Packed` codes of vectors along the last axis
-Module = tuple[Factors, ...]
+
+class PackedFactors(NamedTuple):
+    """`Factors` whose vectors are codes of a fixed rate: `a: [A, S, I]`, `b: [B, S, O]`, the vectors last."""
+
+    a: Packed
+    b: Packed
+    a_of: Array
+    b_of: Array
+    core: Array | None = None
 
 
-def dequantize(module: Module, dtype: Any = jnp.float32) -> Module:
+# one module on the device
+Term = Factors | PackedFactors
+Module = tuple[Term, ...]
+
+
+def dequantize(module: Module, dtype: Any = jnp.float32) -> tuple[Factors, ...]:
     """The module with plain factors instead of codes: more memory, less work per step."""
     return tuple(
-        term._replace(a=_dense(term.a, True).astype(dtype), b=_dense(term.b, False).astype(dtype))
+        Factors(_dense(term.a, True).astype(dtype), _dense(term.b, False).astype(dtype), *term[2:])
         for term in module
     )
 
 
-def _dense(factor: Array | Packed, inputs: bool) -> Array:
+def _dense(factor: factors.Array | Packed, inputs: bool) -> Array:
     if not isinstance(factor, Packed):
-        return factor
+        return jnp.asarray(factor)
     x = fixed_rate.unpacked(factor)
     return x.mT if inputs else x
 
 
-def _pick(factor: Array | Packed, index: Array) -> Any:
+def _pick(factor: factors.Array | Packed, index: Array) -> Any:
     return jax.tree.map(lambda x: x[index], factor)
 
 
@@ -111,7 +123,7 @@ def apply(
     return jnp.asarray(total).reshape(*lead, outputs).astype(x.dtype)
 
 
-def _indices(term: Factors, ids: Array) -> tuple[Array, Array, Array, Array]:
+def _indices(term: Term, ids: Array) -> tuple[Array, Array, Array, Array]:
     """Task, input factor and output factor of each id (0 for none); and whether the id has a delta."""
     tasks = term.a_of.shape[0]
     task = jnp.clip(ids, 0, tasks - 1)
@@ -120,7 +132,7 @@ def _indices(term: Factors, ids: Array) -> tuple[Array, Array, Array, Array]:
     return task, jnp.maximum(a, 0), jnp.maximum(b, 0), present
 
 
-def _one(x: Array, term: Factors, task_id: Array, precision: Any) -> Array:
+def _one(x: Array, term: Term, task_id: Array, precision: Any) -> Array:
     task, a, b, present = _indices(term, task_id)
     alone = term._replace(a_of=jnp.zeros_like(term.a_of), b_of=jnp.zeros_like(term.b_of))
     left, right = _dense(_pick(term.a, a), True)[None], _dense(_pick(term.b, b), False)[None]
@@ -128,7 +140,7 @@ def _one(x: Array, term: Factors, task_id: Array, precision: Any) -> Array:
     return jnp.where(present, y, 0.0)
 
 
-def _mixed(x: Array, term: Factors, ids: Array, method: str | None, precision: Any) -> Array:
+def _mixed(x: Array, term: Term, ids: Array, method: str | None, precision: Any) -> Array:
     task, a, b, present = _indices(term, ids)
     left, right = _dense(term.a, True), _dense(term.b, False)
     kind = jnp.promote_types(x.dtype, right.dtype)
@@ -140,12 +152,13 @@ def _mixed(x: Array, term: Factors, ids: Array, method: str | None, precision: A
     multiply = functools.partial(product, method=method, precision=precision)
     h = multiply(x, left, a)
     if term.core is not None:
-        h = h * term.core[task] if term.core.ndim == 2 else multiply(h, term.core, task)
+        core = jnp.asarray(term.core)
+        h = h * core[task] if core.ndim == 2 else multiply(h, core, task)
     h = jnp.where(present[:, None], h, 0.0)
     return multiply(h.astype(kind), right, b)
 
 
-def _block(x: Array, task: Array, *, term: Factors, left: Array, right: Array, precision: Any) -> Array:
+def _block(x: Array, task: Array, *, term: Term, left: Array, right: Array, precision: Any) -> Array:
     """Rows of one task through its own factors."""
     h = dot(x, left[jnp.maximum(term.a_of[task], 0)], precision)
     if term.core is not None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hydraopt_jax import factors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import times
 from hydraopt_jax.formats.server import cut
@@ -30,7 +31,6 @@ from hydraopt_jax.serving.loading import (
     shardings_of,
     to_dtype,
 )
-from hydraopt_jax.serving.mixed_tasks import Module
 from hydraopt_jax.store import Store, decode_terms, task_index
 from hydraopt_jax.store.schema import PlainShape
 
@@ -46,9 +46,9 @@ class SlotState(NamedTuple):
       order: `[K]` int32, slots from the one used longest ago to the one used last.
     """
 
-    modules: Mapping[str, Module]
-    tasks: Any
-    order: Any
+    modules: Mapping[str, tuple[Factors]]
+    tasks: factors.Array
+    order: factors.Array
 
 
 class SlotShape(NamedTuple):
@@ -76,10 +76,10 @@ class SlotRow(NamedTuple):
       present: whether the task has the module.
     """
 
-    a: Any
-    b: Any
-    core: Any
-    present: Any
+    a: factors.Array
+    b: factors.Array
+    core: factors.Array | None
+    present: factors.Array | np.bool_
 
 
 def slot_shapes(store: Store) -> dict[str, SlotShape]:
@@ -157,7 +157,9 @@ def row_of(name: str, terms: Sequence[Factors], place: int, shape: SlotShape, dt
     )
 
 
-def put(modules: Mapping[str, Module], slot: Array, rows: Mapping[str, SlotRow]) -> dict[str, Module]:
+def put(
+    modules: Mapping[str, tuple[Factors]], slot: Array, rows: Mapping[str, SlotRow]
+) -> dict[str, tuple[Factors]]:
     """The modules with another task in a slot; pure, with equal shapes for all tasks.
 
     Args:
@@ -165,12 +167,13 @@ def put(modules: Mapping[str, Module], slot: Array, rows: Mapping[str, SlotRow])
       slot: int scalar.
       rows: module name -> the task in it.
     """
-    out: dict[str, Module] = {}
+    out: dict[str, tuple[Factors]] = {}
     for name, (term,) in modules.items():
         row = rows[name]
-        of = term.a_of.at[slot].set(jnp.where(row.present, slot, EMPTY))
-        core = None if term.core is None else term.core.at[slot].set(row.core)
-        out[name] = (Factors(term.a.at[slot].set(row.a), term.b.at[slot].set(row.b), of, of, core),)
+        a, b, of, _, core = jax.tree.map(jnp.asarray, term)
+        of = of.at[slot].set(jnp.where(row.present, slot, EMPTY))
+        core = None if core is None else core.at[slot].set(row.core)
+        out[name] = (Factors(a.at[slot].set(row.a), b.at[slot].set(row.b), of, of, core),)
     return out
 
 

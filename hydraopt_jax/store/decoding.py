@@ -72,12 +72,13 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
 
 def stack_pieces(values: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.ndarray:
     """Values of pieces in one array; a missing piece means a damaged store."""
-    if any(x is None for x in values):
+    found = [x for x in values if x is not None]
+    if len(found) < len(values):
         raise bitstream.Damaged("a factor whose leaf is not there")
-    if len(values) == 1:
+    if len(found) == 1:
         # no copy of what is all of a task's own
-        return values[0][None]  # type: ignore[index]
-    return np.stack(values) if values else np.zeros((0, *shape), np.float32)  # type: ignore[arg-type]
+        return found[0][None]
+    return np.stack(found) if found else np.zeros((0, *shape), np.float32)
 
 
 def all_terms(

@@ -117,7 +117,8 @@ def watched(path: Path | str, store: Store, opened: Any) -> Store:
     def one(leaf: Deferred) -> Deferred:
         return Deferred(leaf.shape, leaf.dtype, functools.partial(read, leaf), leaf.origin, leaf.digest)
 
-    segments = (x.replace(leaves={k: one(v) for k, v in x.leaves.items()}) for x in store.segments)
+    each = ({k: one(v) for k, v in x.leaves.items() if isinstance(v, Deferred)} for x in store.segments)
+    segments = (x.replace(leaves={**x.leaves, **y}) for x, y in zip(store.segments, each, strict=True))
     return store.replace(segments=tuple(segments))
 
 
@@ -364,9 +365,10 @@ def verify(path: Path_) -> int:
 
     def check(before: Any) -> int:
         leaves = check_leaves(open(at))
-        if not is_file(at):
-            files = bucket.check_files if isinstance(at, str) else folder.check_files
-            files(at, read_manifest(at))  # type: ignore[arg-type]
+        if isinstance(at, str):
+            bucket.check_files(at, read_manifest(at))
+        elif not is_file(at):
+            folder.check_files(at, read_manifest(at))
         return leaves
 
     return steadily(at, check)
@@ -374,14 +376,12 @@ def verify(path: Path_) -> int:
 
 def check_leaves(store: Store) -> int:
     """Number of leaves of a store, after all leaves were read and all tasks decoded."""
-    leaves = 0
-    for x in store.segments:
-        for leaf in x.leaves.values():
-            bytes_of(leaf)
-            leaves += 1
+    leaves = [leaf for x in store.segments for leaf in x.leaves.values()]
+    for leaf in leaves:
+        bytes_of(leaf)
     for few in batches(store):
         decode_terms(few)
-    return leaves
+    return len(leaves)
 
 
 # float32 bytes of factors that are decoded at once, if tasks can be read one after the other

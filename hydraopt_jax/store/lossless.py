@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.factors import Factors
+from hydraopt_jax.deferred import Deferred
+from hydraopt_jax.factors import Factors, LazyFactors
 
 FORM = "lossless"
 
@@ -20,8 +21,8 @@ class Raw(NamedTuple):
     The arrays may be deferred.
     """
 
-    a: Any
-    b: Any
+    a: np.ndarray | Deferred
+    b: np.ndarray | Deferred
     scale: float
 
     @property
@@ -30,7 +31,7 @@ class Raw(NamedTuple):
         return self.a.nbytes + self.b.nbytes
 
 
-def terms(rows: Sequence[Raw | None]) -> tuple[Factors, ...]:
+def terms(rows: Sequence[Raw | None]) -> tuple[LazyFactors, ...]:
     """The terms of a module, one per combination of rank and dtypes; rows are None for absent tasks."""
     alike: dict[Any, list[int]] = {}
     for t, x in enumerate(rows):
@@ -44,20 +45,13 @@ def terms(rows: Sequence[Raw | None]) -> tuple[Factors, ...]:
         scales = np.ones(len(rows), np.float32)
         scales[tasks] = [x.scale for x in members]
         core = None if (scales == 1).all() else np.repeat(scales[:, None], rank, 1)
-        out.append(
-            Factors(stack_arrays([x.a for x in members]), stack_arrays([x.b for x in members]), of, of, core)
-        )
+        out.append(LazyFactors([x.a for x in members], [x.b for x in members], of, of, core))
     return tuple(out)
-
-
-def stack_arrays(arrays: Sequence[Any]) -> Any:
-    """Arrays stacked into one, or as a list if some are deferred."""
-    return np.stack(arrays) if all(isinstance(x, np.ndarray) for x in arrays) else list(arrays)
 
 
 def lossless_terms(
     rows: Mapping[str, Sequence[Raw | None]],
-) -> tuple[dict[str, tuple[Factors, ...]], np.ndarray, dict[str, Any]]:
+) -> tuple[dict[str, tuple[LazyFactors, ...]], np.ndarray, dict[str, Any]]:
     """Terms and errors `[M, T]` of all modules, and their part of the report."""
     made = {name: terms(x) for name, x in rows.items()}
     errors = np.array([[np.nan if x is None else 0.0 for x in row] for row in rows.values()])
@@ -83,5 +77,5 @@ def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str
 
 def folded(raw: Mapping[str, Raw]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`a` unchanged and `b` in float32 with the scale folded in, as a reader of adapters returns them."""
-    a = {n: x.a for n, x in raw.items()}
+    a = {n: np.asarray(x.a) for n, x in raw.items()}
     return a, {n: np.asarray(x.b, np.float32) * np.float32(x.scale) for n, x in raw.items()}

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def gunzipped(path: Any, data: bytes) -> bytes:
         if size > DEFLATE * len(data):
             raise ValueError("size")
         text = gzip.decompress(data)
-    except (OSError, EOFError, ValueError, gzip.zlib.error):  # type: ignore[attr-defined]
+    except (OSError, EOFError, ValueError, zlib.error):
         raise damaged(path, "its manifest does not match its checksum") from None
     return text
 

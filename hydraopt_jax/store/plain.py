@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from hydraopt_jax.deferred import joined, part_of
-from hydraopt_jax.factors import Factors
+from hydraopt_jax.factors import Factors, LazyFactors
 from hydraopt_jax.store.schema import PlainShape, Schema, plain_parts
 from hydraopt_jax.store.store import renumber
 
 
-def shape_of(term: Factors) -> PlainShape:
-    """The schema of a term, whose factors may be lists of deferred arrays.
+def shape_of(term: Factors | LazyFactors) -> PlainShape:
+    """The schema of a term.
 
     A diagonal core with another dtype than `b` is a scale.
     """
@@ -28,7 +28,7 @@ def shape_of(term: Factors) -> PlainShape:
 
 
 def to_leaves(
-    modules: Mapping[str, Sequence[Factors]],
+    modules: Mapping[str, Sequence[Factors | LazyFactors]],
 ) -> tuple[dict[str, tuple[PlainShape, ...]], dict[str, Any]]:
     """Terms as a schema and leaves; deferred arrays are not read."""
     shapes = {name: tuple(shape_of(x) for x in terms) for name, terms in modules.items()}
@@ -43,13 +43,31 @@ def to_leaves(
 Borrow = Callable[[int, str, int, str], np.ndarray]
 
 
+@overload
+def from_leaves(
+    modules: Schema, leaves: Mapping[str, Any], places: Sequence[int], borrow: Borrow | None = None
+) -> dict[str, tuple[Factors, ...]]: ...
+
+
+@overload
 def from_leaves(
     modules: Schema,
     leaves: Mapping[str, Any],
     places: Sequence[int],
     borrow: Borrow | None = None,
+    *,
+    lazy: Literal[True],
+) -> dict[str, tuple[LazyFactors, ...]]: ...
+
+
+def from_leaves(
+    modules: Schema,
+    leaves: Mapping[str, Any],
+    places: Sequence[int],
+    borrow: Borrow | None = None,
+    *,
     lazy: bool = False,
-) -> dict[str, tuple[Factors, ...]]:
+) -> dict[str, Any]:
     """Terms for the tasks at some places, from the parts of the leaves that these tasks need.
 
     Args:
@@ -57,12 +75,13 @@ def from_leaves(
       leaves: name -> bytes, at least those of `schema.leaves_of`; may be deferred.
       places: one per task of the result, -1 for a task that is not in the segment.
       borrow: returns factors of the references.
-      lazy: if the leaves are deferred, return factors as lists of deferred arrays.
+      lazy: return `LazyFactors`, whose arrays are deferred if the leaves are.
 
     Raises:
       ValueError: a leaf is shorter than the schema says.
     """
     rows, shapes, names = plain_parts(modules)
+    kind = LazyFactors if lazy else Factors
     # row -> where its numbers go
     slots: dict[tuple[str, int, str, int], list[tuple[Any, int]]] = {}
 
@@ -94,7 +113,7 @@ def from_leaves(
                 for t, place in enumerate(places):
                     if place >= 0 and term.a_of[place] >= 0:
                         slots.setdefault((name, k, "core", place), []).append((core, t))
-            made.append(Factors(a, b, a_of, b_of, core))
+            made.append(kind(a, b, a_of, b_of, core))
         out[name] = tuple(made)
     whole: dict[str, list[tuple[tuple[str, int, str, int], tuple[int, ...]]]] = {}
     for row, shape, leaf in zip(rows, shapes, names, strict=True):

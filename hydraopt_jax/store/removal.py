@@ -110,7 +110,7 @@ def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 def trace(segment: Segment, gone: int, live: Iterable[int]) -> Remnant:
     """What a segment has of the task at one place, if the tasks at `live` places must stay."""
-    if segment.coded:
+    if schema.is_coded(segment.modules):
         return coded_trace(segment.modules, segment.leaves, gone, set(live))
     living = set(live)
     fitted = any(
@@ -122,9 +122,11 @@ def trace(segment: Segment, gone: int, live: Iterable[int]) -> Remnant:
     return Remnant(size_of(segment.leaves.get(f"task_{gone}", b"")), 0, frozenset(), fitted)
 
 
-def coded_trace(modules: schema.Schema, leaves: Mapping[str, Any], gone: int, living: set[int]) -> Remnant:
+def coded_trace(
+    modules: schema.CodedSchema, leaves: Mapping[str, Any], gone: int, living: set[int]
+) -> Remnant:
     """The result of `trace` for a coded segment."""
-    rows, _ = pieces(modules)  # type: ignore[arg-type]
+    rows, _ = pieces(modules)
     users = [schema.readers(modules, x) for x in rows]
     whole: dict[str, int] = {}
     for x in rows:

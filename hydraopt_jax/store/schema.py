@@ -6,7 +6,7 @@ the codec) describes a coded term, `PlainShape` a plain one.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -53,9 +53,10 @@ class PlainShape(NamedTuple):
 Shape = TermShape | PlainShape
 # module -> its terms, all coded or all plain
 Schema = Mapping[str, tuple[Shape, ...]]
+CodedSchema = Mapping[str, tuple[TermShape, ...]]
 
 
-def is_coded(modules: Schema) -> bool:
+def is_coded(modules: Schema) -> TypeGuard[CodedSchema]:
     """Whether the terms of a segment are entropy-coded."""
     return any(isinstance(x, TermShape) for terms in modules.values() for x in terms)
 
@@ -110,7 +111,7 @@ def users_of(of: Sequence[int]) -> list[list[int]]:
 def head_groups(modules: Schema) -> list[list[int]]:
     """The tasks that read each `head_*` leaf, by place."""
     if is_coded(modules):
-        return pieces(modules)[1]  # type: ignore[arg-type]
+        return pieces(modules)[1]
     rows, _, leaves = plain_parts(modules)
     groups: dict[int, list[int]] = {}
     for (name, k, side, index), leaf in zip(rows, leaves, strict=True):

@@ -3,17 +3,19 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from hydraopt_jax.deferred import Deferred, bytes_of, size_of
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.factors import Factors
+from hydraopt_jax.factors import Array, Factors
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import schema
 from hydraopt_jax.store.tensors import Tensors
 
+# bytes of a segment, in memory or read when they are asked for
+Leaf: TypeAlias = Array | Deferred
 # leaves with tables of errors: of weights, and with calibration also of outputs
 ERRORS = ("errors", "output_errors")
 # the leaf that all tasks of a segment read, as a reference
@@ -66,7 +68,7 @@ class Segment:
       tables: position of the segment whose coding tables it uses, -1 for its own.
     """
 
-    leaves: Mapping[str, Any]
+    leaves: Mapping[str, Leaf]
     tasks: tuple[str, ...]
     removed: frozenset[int]
     modules: Static
