@@ -7,6 +7,10 @@ import pytest
 
 import hydraopt_jax as hydra
 from hydraopt_jax import HydraOptError, refinement, synthetic
+from hydraopt_jax.explicit import group_loop
+from hydraopt_jax.formats.memory_collection import in_memory
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import decode_terms
 from hydraopt_jax.store.sizes import measure_size
 
@@ -116,6 +120,48 @@ def test_a_store_with_a_basis_of_all_is_refined():
     assert info.after <= info.before
     assert len(info.trace) == 4
     assert found.tasks == kept.tasks
+
+
+MOMENTS = dict.fromkeys(MODULES, ROOT.T @ ROOT)
+
+
+def in_parts(many, **options):
+    """A store of a module or two of one or two tasks per segment."""
+    return engine.compress_to_target(in_memory(many), Options(max_error=0.05, **options), segment_bytes=6000)
+
+
+@pytest.mark.parametrize("calibration", [None, MOMENTS], ids=["weights", "calibrated"])
+def test_a_store_of_several_segments_gains_at_no_more_bytes(many, calibration, tmp_path):
+    kept = in_parts(many, calibration=calibration)
+    assert sorted(x.tasks for x in kept.segments) == 4 * [("one", "two")] + 2 * [("three",)]
+    found, info = refine(kept, many, calibration=calibration)
+    assert info.after < 0.8 * info.before
+    assert len(found.segments) == 6
+    assert payload(found) <= payload(kept)
+    hydra.save(tmp_path / "store", found)
+    back = hydra.open(tmp_path / "store")
+    loss, decoded = refinement.divergence(forward), [hydra.decode(back, x) for x in NAMES]
+    measured = loss(refinement.originals(decoded), refinement.originals(many), batch(0))
+    np.testing.assert_allclose(measured, info.after, rtol=1e-3)
+    claimed = dict(zip(NAMES, back.errors.mean(0), strict=True))
+    assert hydra.measure(back, many) == pytest.approx(claimed, rel=0.01)
+    assert (back.output_errors is None) == (calibration is None)
+
+
+def test_plain_segments_are_refined_together(many, monkeypatch):
+    monkeypatch.setattr(group_loop, "TOGETHER", 0)
+    form = hydra.forms.Hydra(heads=1)
+    plain = group_loop.compress_in_form(in_memory(many), form, dtype="float16", group_bytes=1)
+    found, info = refine(plain, many, optimizer=refinement.default_optimizer(16, 0.05))
+    assert info.after < 0.95 * info.before
+    assert len(found.segments) == len(plain.segments) > 1
+
+
+def test_tasks_in_another_order_are_refined_alike(coded, many):
+    turned = hydra.select(coded, NAMES[::-1])
+    there = [jnp.flip(batch(0), 0)]
+    one, two = (refine(x, many, steps=4, batches=y)[1] for x, y in ((coded, [batch(0)]), (turned, there)))
+    np.testing.assert_allclose(two.trace, one.trace, rtol=1e-3)
 
 
 def test_calibration_states_the_errors_of_outputs_anew(coded, many):

@@ -27,6 +27,35 @@ def stacked(modules: Modules) -> Lora:
     return out
 
 
+def together(parts: Sequence[Lora], places: Sequence[Array], tasks: int) -> Lora:
+    """Factors of all tasks, from those of parts with some tasks and modules each; zeros for an absent task.
+
+    Args:
+      parts: module -> `(a: [t, I, S], b: [t, S, O])`; no task has a module in two of them.
+      places: positions `[t]` of each part's tasks among all.
+      tasks: T.
+
+    >>> ones = {"q": (jnp.ones((1, 2, 1)), jnp.ones((1, 1, 2)))}
+    >>> a, b = together([ones, ones], [jnp.array([2]), jnp.array([0])], 3)["q"]
+    >>> print(a[:, 0, 0], b.shape)
+    [1. 0. 1.] (3, 1, 2)
+    """
+    found: dict[str, list[tuple[Array, Array, Array]]] = {}
+    for part, at in zip(parts, places, strict=True):
+        for name, (a, b) in part.items():
+            found.setdefault(name, []).append((at, a, b))
+    out = {}
+    for name, rows in found.items():
+        _, first, last = rows[0]
+        rank = max(a.shape[2] for _, a, _ in rows)
+        left = jnp.zeros((tasks, first.shape[1], rank))
+        right = jnp.zeros((tasks, rank, last.shape[2]))
+        for at, a, b in rows:
+            left, right = left.at[at, :, : a.shape[2]].set(a), right.at[at, : b.shape[1]].set(b)
+        out[name] = left, right
+    return out
+
+
 def originals(collection: Sequence[Adapter]) -> Lora:
     """The adapters, padded to one rank per bucket: module -> `(a: [T, I, R], b: [T, R, O])`."""
     out = {}

@@ -169,11 +169,11 @@ def cast_rounding(kept: Modules) -> Rounding:
     return Rounding(np.zeros(1), cast, lambda modules, tables: (cast(modules, tables)[0], None))
 
 
-def coded_rounding(segment: Segment, kept: Modules) -> Rounding:
-    """The rounding of a coded segment; the price of a bit is adjusted so that bytes do not grow."""
+def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Rounding:
+    """The rounding of a coded segment; the price of a bit is adjusted so that bytes shrink by `spare`."""
     shapes, tasks = segment.modules, len(segment.tasks)
     factors = (np.size(v) for k, v in segment.leaves.items() if k.startswith(("shared", "task_", "head_")))
-    limit = max(sum(factors) - SPARE, SPARE)
+    limit = max(sum(factors) - spare, SPARE)
     tables = start_tables(kept, shapes)
 
     def estimate(coded: Coded, modules: Modules) -> float:

@@ -28,14 +28,11 @@ from orbax.checkpoint import v1 as ocp
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import descent
-from hydraopt_jax.rate_control.distortion import error_table, segment_terms
-from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
-from hydraopt_jax.refinement import rounding
-from hydraopt_jax.refinement.objectives import Forward, Lora, divergence, originals, stacked
+from hydraopt_jax.refinement.objectives import Forward, Lora, divergence, originals, stacked, together
 from hydraopt_jax.refinement.rounding import Indices, Modules, indices_of, trainable_arrays, with_indices
+from hydraopt_jax.refinement.segments import open_part, with_factors
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import Segment, Store, plain
-from hydraopt_jax.store.store import make_segment, tensors_at
+from hydraopt_jax.store import Segment, Store
 
 LEARNING_RATE = 0.03
 # share of the steps after which the quantizer's tables are fixed
@@ -91,15 +88,24 @@ def accumulating(optimizer: optax.GradientTransformation, batches: int) -> optax
     return optax.MultiSteps(optimizer, batches)
 
 
-def moved_loss(loss: Any, indices: Indices, original: Lora, moved: Any, batch: Any) -> Array:
-    """The loss of moved factors."""
-    return loss(stacked(with_indices(indices, moved)), original, batch)
+class Rows(NamedTuple):
+    """The tasks of a segment: their positions in the store `[T]`, and which factors they use."""
+
+    places: np.ndarray
+    indices: Indices
+
+
+def moved_loss(loss: Any, rows: Sequence[Rows], original: Lora, moved: Any, batch: Any) -> Array:
+    """The loss of the moved factors of some segments."""
+    parts = [stacked(with_indices(x.indices, own)) for x, own in zip(rows, moved, strict=True)]
+    tasks = len(next(iter(original.values()))[0])
+    return loss(together(parts, [jnp.asarray(x.places) for x in rows], tasks), original, batch)
 
 
 def step(
     chain: optax.MultiSteps,
     loss: Any,
-    indices: Indices,
+    rows: Sequence[Rows],
     original: Lora,
     slope: Any,
     state: descent.DescentState,
@@ -110,32 +116,9 @@ def step(
 
     def through(factors: Any, moved: Any, batch: Any) -> Array:
         straight = jax.tree.map(straight_through, factors, moved, slope)
-        return moved_loss(loss, indices, original, straight, batch)
+        return moved_loss(loss, rows, original, straight, batch)
 
     return descent.step(through, chain, state, moved, batch)
-
-
-def units(modules: Modules, coded: bool) -> Any:
-    """The unit of each factor: a quantizer step, or the rms of a plain factor; for cores their own size."""
-
-    def rms(x: Any, axes: Any) -> np.ndarray:
-        wide = np.asarray(x, np.float32)
-        found = np.sqrt(np.mean(wide**2, axes, keepdims=True))
-        return np.where(found > 0, found, 1.0)
-
-    out = {}
-    for name, terms in modules.items():
-        rows = []
-        for x in terms:
-            side = (np.float32(1.0), np.float32(1.0)) if coded else (rms(x.a, None), rms(x.b, None))
-            core: Any = () if x.core is None else rms(x.core, tuple(range(1, np.ndim(x.core))))
-            if coded:
-                # as much as one step is of a vector
-                core = np.abs(np.asarray(x.core, np.float32)) / max(float(rms(x.a, None).max()), 1.0)
-                core = np.where(core > 0, core, 1.0)
-            rows.append((*side, core))
-        out[name] = tuple(rows)
-    return out
 
 
 def refine(
@@ -156,6 +139,9 @@ def refine(
     progress: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Store, Refined]:
     """Refine a store so that the model's outputs with it diverge least; its bytes do not grow.
+
+    The loss needs all modules of a task at once: all factors are in memory in float32, also those of a store
+    that was coded in several segments. `at_once` bounds what the model takes.
 
     Args:
       store: plain or coded (made under a budget), all tasks of it.
@@ -179,8 +165,8 @@ def refine(
       The refined store, or the given store if nothing was gained; and `Refined`.
 
     Raises:
-      HydraOptError: adapters that are not those of the store, no batches, a store in several parts, or a
-        saved step that cannot be read.
+      HydraOptError: adapters that are not those of the store, no batches, a store whose tasks have changed
+        since it was fitted, or a saved step that cannot be read.
     """
     ordered = in_order(store, collection)
     if not callable(batches) and not len(batches):
@@ -188,13 +174,7 @@ def refine(
     if any(x.references or x.removed for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     parts = [n for n, x in enumerate(store.segments) if x.modules]
-    if len(parts) > 1:
-        raise HydraOptError(
-            "refine: a divergence needs all modules at once, and the store was coded in parts because it is "
-            "large: compress fewer tasks"
-        )
     batch_at: Callable[[int], Any] = batches if callable(batches) else cycle(batches)
-    segments, (n,) = list(store.segments), parts
     given = Given(
         calibration=calibration,
         # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
@@ -208,8 +188,8 @@ def refine(
         save=save,
         progress=progress,
     )
-    segments[n], found = refine_segment(segments[n], ordered, given)
-    if segments[n] is store.segments[n]:
+    segments, found = refine_segments(store, parts, ordered, given)
+    if not found.after < found.before:
         return store, found
     account = {"steps": steps} | {k: float(f"{getattr(found, k):.6g}") for k in ("before", "after")}
     report = Static({**store.report, "refinement": account})
@@ -231,73 +211,49 @@ class Given(NamedTuple):
     progress: Callable[[float], None]
 
 
-def refine_segment(segment: Segment, ordered: Sequence[Adapter], given: Given) -> tuple[Segment, Refined]:
-    """Refine a segment of all modules and tasks; the same one where nothing was gained."""
-    kept = rounding.coded_terms(segment) if segment.coded else segment_terms(segment)
-    metrics = {}
-    if given.calibration is not None:
-        shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items()}
-        metrics = metrics_of(shapes, given.calibration)
-    loss, folder = given.loss, given.folder
-    measure = jax.jit(lambda *x: moved_loss(*x))
-    take = jax.jit(lambda *x: step(*x), static_argnums=0)
-    original, unit = originals(ordered), units(kept, segment.coded)
-    if segment.coded:
-        rounded, begin = rounding.coded_rounding(segment, kept), rounding.unrounded(kept, ordered, metrics)
-    else:
-        rounded, begin = rounding.cast_rounding(kept), dict(kept)
-    live = jax.tree.map(lambda x: np.asarray(np.abs(np.asarray(x, np.float32)) > 0), trainable_arrays(begin))
-    if segment.coded:
-        live = jax.tree.map(lambda x: x.any(-2, keepdims=True) if x.ndim == 3 else x, vectors(live))
-        live = vectors(live)
-    slope = jax.tree.map(lambda u, x: jnp.asarray(u * x, jnp.float32), unit, live)
-    chain = given.optimizer
-    indices = indices_of(kept)
-    before = float(measure(loss, indices, original, to_float32(trainable_arrays(kept)), given.check))
-    factors = jax.tree.map(
-        lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), trainable_arrays(begin), unit
-    )
-    state, done, trace = resume(RefinementState(factors, chain.init(factors), rounded.tables), folder)
+def refine_segments(
+    store: Store, parts: Sequence[int], ordered: Sequence[Adapter], given: Given
+) -> tuple[list[Segment], Refined]:
+    """Refine some segments of a store together; the same ones where nothing was gained."""
+    segments, place = list(store.segments), {t: k for k, t in enumerate(store.tasks)}
+    places = [np.array([place[t] for t in segments[n].tasks]) for n in parts]
+    opened = [
+        open_part(segments[n], [ordered[k] for k in at], given.calibration, len(parts))
+        for n, at in zip(parts, places, strict=True)
+    ]
+    loss, folder, chain = given.loss, given.folder, given.optimizer
+    measure, take = jax.jit(lambda *x: moved_loss(*x)), jax.jit(lambda *x: step(*x), static_argnums=0)
+    original = originals(ordered)
+    slope = [x.slope for x in opened]
+    rows = [Rows(at, indices_of(x.kept)) for at, x in zip(places, opened, strict=True)]
+    before = float(measure(loss, rows, original, arrays_of([x.kept for x in opened]), given.check))
+    factors = [x.start for x in opened]
+    begin = RefinementState(factors, chain.init(factors), [x.rounding.tables for x in opened])
+    state, done, trace = resume(begin, folder)
     moved: Any = None
     for i in range(done, given.steps):
         if moved is None or i % given.accumulate == 0:
-            whole = with_indices(indices, times_units(state.factors, unit))
-            found, tables = rounded.round(whole, state.tables, i >= SETTLED * given.steps)
-            state, moved = state._replace(tables=tables), to_float32(trainable_arrays(found))
+            rounded = [
+                x.rounding.round(x.factors(own), tables, i >= SETTLED * given.steps)
+                for x, own, tables in zip(opened, state.factors, state.tables, strict=True)
+            ]
+            state = state._replace(tables=[tables for _, tables in rounded])
+            moved = arrays_of([found for found, _ in rounded])
         at = descent.DescentState(state.factors, state.optimizer)
-        (factors, memory, _), lost = take(chain, loss, indices, original, slope, at, moved, given.batch_at(i))
+        (factors, memory, _), lost = take(chain, loss, rows, original, slope, at, moved, given.batch_at(i))
         state = RefinementState(factors, memory, state.tables)
         trace.append(float(lost))
         given.progress(trace[-1])
         if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
             keep_step(state, i + 1, trace, folder)
-    modules, leaves = rounded.finish(with_indices(indices, times_units(state.factors, unit)), state.tables)
-    after = float("inf")
-    if modules:
-        after = float(measure(loss, indices, original, to_float32(trainable_arrays(modules)), given.check))
-    if not after < before:
-        return segment, Refined(before, before, np.array(trace))
-    return with_factors(segment, modules, leaves, ordered, metrics), Refined(before, after, np.array(trace))
-
-
-def with_factors(
-    segment: Segment,
-    modules: Modules,
-    leaves: Mapping[str, bytes] | None,
-    ordered: Sequence[Adapter],
-    metrics: Mapping[str, Metrics],
-) -> Segment:
-    """A segment with other factors (coded in `leaves`, or plain) and their measured errors."""
-    schema: Any = segment.modules
-    body: Any = leaves
-    if leaves is None:
-        schema, body = plain.to_leaves(modules)
-    names = list(schema)
-    # errors of outputs only if they can be measured: the former ones are no longer valid
-    outputs = error_table(modules, ordered, names, metrics) if metrics else None
-    errors = error_table(modules, ordered, names)
-    carried = [tensors_at(segment, k) for k in range(len(segment.tasks))]
-    return make_segment(segment.tasks, schema, body, errors, output_errors=outputs, tensors=carried)
+    ends = [x.finished(*y) for x, *y in zip(opened, state.factors, state.tables, strict=True)]
+    after = float(measure(loss, rows, original, arrays_of([x for x, _, _ in ends]), given.check))
+    if not after < before or not any(fits for _, _, fits in ends):
+        return segments, Refined(before, before, np.array(trace))
+    for n, part, (modules, leaves, fits) in zip(parts, opened, ends, strict=True):
+        if fits:
+            segments[n] = with_factors(part, modules, leaves)
+    return segments, Refined(before, after, np.array(trace))
 
 
 def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:
@@ -305,20 +261,10 @@ def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:
     return lambda i: batches[i % len(batches)]
 
 
-def vectors(moved: Any) -> Any:
-    """The arrays with `b` transposed, so that vectors lie along the second to last axis on both sides."""
-    flip = lambda x: x.swapaxes(-1, -2)  # noqa: E731
-    return {n: tuple((a, flip(b), core) for a, b, core in terms) for n, terms in moved.items()}
-
-
-def to_float32(moved: Any) -> Any:
-    """The arrays in float32 on the device."""
+def arrays_of(parts: Sequence[Modules]) -> Any:
+    """The arrays of each part in float32 on the device."""
+    moved = [trainable_arrays(x) for x in parts]
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(np.float32)), moved)
-
-
-def times_units(factors: Any, unit: Any) -> Any:
-    """Factors multiplied with their units, on the host."""
-    return jax.tree.map(lambda x, u: np.asarray(x) * u, factors, unit)
 
 
 def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:

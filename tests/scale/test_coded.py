@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from stores import content, work
 
-from hydraopt_jax import compression, formats, refinement, store, synthetic
+from hydraopt_jax import compression, formats, store, synthetic
 from hydraopt_jax.changes import add
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import peft_collection
@@ -382,8 +382,3 @@ def test_bytes_that_hardly_fall_with_the_step_are_met(slope):
     curve = lambda step, forms: 1900 + 5500 / 8 * (np.log2(1 / step) - 2.5)  # noqa: E731
     done, _ = rounds(curve, search.Target(-1.0, 9676), 6e-5, slope)
     assert len(done) < 7
-
-
-def test_what_was_coded_in_parts_is_not_refined(given, kept):
-    with pytest.raises(HydraOptError, match="coded in parts because it is large"):
-        refinement.refine(store.open(kept[0]), given[2], forward=lambda x, y: x, batches=[np.ones(3)])

@@ -1,0 +1,121 @@
+"""A segment in refinement: its factors, their units, its rounding, and the segment that comes out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.rate_control.distortion import error_table, segment_terms
+from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
+from hydraopt_jax.refinement import rounding
+from hydraopt_jax.refinement.rounding import Modules, indices_of, trainable_arrays, with_indices
+from hydraopt_jax.store import Segment, plain
+from hydraopt_jax.store.store import make_segment, tensors_at
+
+
+class Part(NamedTuple):
+    """A segment in refinement.
+
+    Attributes:
+      segment: as given.
+      adapters: of its tasks, in their order.
+      metrics: module -> its metrics, empty without calibration.
+      kept: its decoded factors.
+      rounding: how its factors are rounded.
+      start: unrounded arrays in units, see `rounding.trainable_arrays`.
+      unit: of each array, see `units`.
+      slope: derivative of the factors by the arrays: the unit; 0 for vectors that stay zero.
+    """
+
+    segment: Segment
+    adapters: Sequence[Adapter]
+    metrics: Mapping[str, Metrics]
+    kept: Modules
+    rounding: rounding.Rounding
+    start: Any
+    unit: Any
+    slope: Any
+
+    def factors(self, moved: Any) -> Modules:
+        """The unrounded factors of arrays in units, on the host."""
+        whole = jax.tree.map(lambda x, u: np.asarray(x) * u, moved, self.unit)
+        return with_indices(indices_of(self.kept), whole)
+
+    def finished(self, moved: Any, tables: Any) -> tuple[Modules, Mapping[str, bytes] | None, bool]:
+        """The rounded factors of arrays in units and their leaves (None if plain); and whether they fit in
+        the segment's bytes: if not, its own factors are returned."""
+        modules, leaves = self.rounding.finish(self.factors(moved), tables)
+        return (modules, leaves, True) if modules else (self.kept, None, False)
+
+
+def open_part(
+    segment: Segment, adapters: Sequence[Adapter], calibration: Mapping[str, np.ndarray] | None, among: int
+) -> Part:
+    """The part of one `among` so many segments, for the adapters of its tasks and the moments that it was
+    made with."""
+    kept = rounding.coded_terms(segment) if segment.coded else segment_terms(segment)
+    metrics = {}
+    if calibration is not None:
+        shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items()}
+        metrics = metrics_of(shapes, calibration)
+    unit = units(kept, segment.coded)
+    if segment.coded:
+        how = rounding.coded_rounding(segment, kept, -(-rounding.SPARE // among))
+        begin = rounding.unrounded(kept, adapters, metrics)
+    else:
+        how, begin = rounding.cast_rounding(kept), dict(kept)
+    live = jax.tree.map(lambda x: np.asarray(np.abs(np.asarray(x, np.float32)) > 0), trainable_arrays(begin))
+    if segment.coded:
+        live = jax.tree.map(lambda x: x.any(-2, keepdims=True) if x.ndim == 3 else x, vectors(live))
+        live = vectors(live)
+    slope = jax.tree.map(lambda u, x: jnp.asarray(u * x, jnp.float32), unit, live)
+    start = jax.tree.map(
+        lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), trainable_arrays(begin), unit
+    )
+    return Part(segment, adapters, metrics, kept, how, start, unit, slope)
+
+
+def units(modules: Modules, coded: bool) -> Any:
+    """The unit of each factor: a quantizer step, or the rms of a plain factor; for cores their own size."""
+
+    def rms(x: Any, axes: Any) -> np.ndarray:
+        wide = np.asarray(x, np.float32)
+        found = np.sqrt(np.mean(wide**2, axes, keepdims=True))
+        return np.where(found > 0, found, 1.0)
+
+    out = {}
+    for name, terms in modules.items():
+        rows = []
+        for x in terms:
+            side = (np.float32(1.0), np.float32(1.0)) if coded else (rms(x.a, None), rms(x.b, None))
+            core: Any = () if x.core is None else rms(x.core, tuple(range(1, np.ndim(x.core))))
+            if coded:
+                # as much as one step is of a vector
+                core = np.abs(np.asarray(x.core, np.float32)) / max(float(rms(x.a, None).max()), 1.0)
+                core = np.where(core > 0, core, 1.0)
+            rows.append((*side, core))
+        out[name] = tuple(rows)
+    return out
+
+
+def vectors(moved: Any) -> Any:
+    """The arrays with `b` transposed, so that vectors lie along the second to last axis on both sides."""
+    flip = lambda x: x.swapaxes(-1, -2)  # noqa: E731
+    return {n: tuple((a, flip(b), core) for a, b, core in terms) for n, terms in moved.items()}
+
+
+def with_factors(part: Part, modules: Modules, leaves: Mapping[str, bytes] | None) -> Segment:
+    """The segment with other factors (coded in `leaves`, or plain) and their measured errors."""
+    schema: Any = part.segment.modules
+    body: Any = leaves
+    if leaves is None:
+        schema, body = plain.to_leaves(modules)
+    names = list(schema)
+    # errors of outputs only if they can be measured: the former ones are no longer valid
+    outputs = error_table(modules, part.adapters, names, part.metrics) if part.metrics else None
+    errors = error_table(modules, part.adapters, names)
+    carried = [tensors_at(part.segment, k) for k in range(len(part.segment.tasks))]
+    return make_segment(part.segment.tasks, schema, body, errors, output_errors=outputs, tensors=carried)
