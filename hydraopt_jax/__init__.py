@@ -1,7 +1,9 @@
 """Transform coding for collections of LoRA adapters: HydraOpt (arXiv 2507.17706) and beyond, in JAX.
 
-Names are imported when they are first used, so that what needs no JAX does not load it. A name of this face
-registers the package's types as pytrees; `hydraopt_jax.store` and its modules read stores without JAX.
+The face is the types, the verbs, and the rooms whose functions are arguments of the verbs. What is rarer is
+in its room: `adapters.stack`, `store.select`, `changes.refit`. Names are imported when they are first used:
+what needs no JAX does not load it. A name of this face registers the package's types as pytrees;
+`hydraopt_jax.store` and its modules read stores without JAX.
 """
 
 import importlib
@@ -9,23 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydraopt_jax import formats, forms, serving
-    from hydraopt_jax.adapters import Adapter, stack
-    from hydraopt_jax.changes import add, purge, refit
+    from hydraopt_jax.adapters import Adapter
+    from hydraopt_jax.changes import add
     from hydraopt_jax.compression import compress
     from hydraopt_jax.errors import HydraOptError
-    from hydraopt_jax.factors import Factors
     from hydraopt_jax.forms.similarity import summarize as similarity
     from hydraopt_jax.merging.whole_adapters import merge_adapters as merge
     from hydraopt_jax.rate_control.distortion import measure
     from hydraopt_jax.reading import export, read
     from hydraopt_jax.refinement import refine
-    from hydraopt_jax.store import Store, decode, open, save, select, update, verify
+    from hydraopt_jax.store import Store, decode, open, save, update, verify
     from hydraopt_jax.store.removal import remove
     from hydraopt_jax.tradeoff import frontier
 
 __all__ = [
     "Adapter",
-    "Factors",
     "HydraOptError",
     "Store",
     "add",
@@ -38,33 +38,28 @@ __all__ = [
     "measure",
     "merge",
     "open",
-    "purge",
     "read",
     "refine",
-    "refit",
     "remove",
     "save",
-    "select",
     "serving",
     "similarity",
-    "stack",
     "update",
     "verify",
 ]
 
 # where each name lives
 _HOMES = {
-    "adapters": ("Adapter", "stack"),
-    "changes": ("add", "purge", "refit"),
+    "adapters": ("Adapter",),
+    "changes": ("add",),
     "compression": ("compress",),
     "errors": ("HydraOptError",),
-    "factors": ("Factors",),
     "forms.similarity": ("similarity",),
     "merging.whole_adapters": ("merge",),
     "rate_control.distortion": ("measure",),
     "reading": ("export", "read"),
     "refinement": ("refine",),
-    "store": ("Store", "decode", "open", "save", "select", "update", "verify"),
+    "store": ("Store", "decode", "open", "save", "update", "verify"),
     "store.removal": ("remove",),
     "tradeoff": ("frontier",),
 }

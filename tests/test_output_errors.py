@@ -7,7 +7,7 @@ import pytest
 from commands import run, run_apart
 
 import hydraopt_jax as hydra
-from hydraopt_jax import calibration, formats, synthetic
+from hydraopt_jax import calibration, changes, formats, synthetic
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control.metrics import metrics_of
 from hydraopt_jax.store.store import error_leaf, task_errors
@@ -138,5 +138,5 @@ def test_both_tables_are_what_is_measured(many, both, tmp_path):
     left = hydra.remove(back, "a")
     np.testing.assert_array_equal(left.output_errors, back.output_errors[:, 1:])
     with pytest.raises(HydraOptError, match="--calibration"):
-        hydra.refit(left, many[1:])
+        changes.refit(left, many[1:])
     assert hydra.compress(many, budget=0.5).output_errors is None

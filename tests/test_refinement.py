@@ -11,7 +11,7 @@ from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.store import decode_terms
+from hydraopt_jax.store import decode_terms, select
 from hydraopt_jax.store.sizes import measure_size
 
 NAMES = ["one", "two", "three"]
@@ -158,7 +158,7 @@ def test_plain_segments_are_refined_together(many, monkeypatch):
 
 
 def test_tasks_in_another_order_are_refined_alike(coded, many):
-    turned = hydra.select(coded, NAMES[::-1])
+    turned = select(coded, NAMES[::-1])
     there = [jnp.flip(batch(0), 0)]
     one, two = (refine(x, many, steps=4, batches=y)[1] for x, y in ((coded, [batch(0)]), (turned, there)))
     np.testing.assert_allclose(two.trace, one.trace, rtol=1e-3)

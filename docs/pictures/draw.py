@@ -17,6 +17,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 import hydraopt_jax as hydra
 from hydraopt_jax import forms, synthetic
+from hydraopt_jax.adapters import stack
 from hydraopt_jax.linalg import decompose
 
 HERE = Path(__file__).parent
@@ -113,7 +114,7 @@ def draw_sharing() -> Figure:
     ranks = (1, 2, 4, 8, 12, 16, 24, 32, 48)
     for likeness, color in ((0.0, ORANGE), (0.5, PURPLE), (0.8, GREEN), (0.95, BLUE)):
         made = synthetic.collection(3, tasks=8, modules={"m": (96, 96)}, rank=8, likeness=likeness)
-        bucket = hydra.stack(made).buckets[0]
+        bucket = stack(made).buckets[0]
         deltas = decompose.svd(bucket.a[0], bucket.b[0])
         lost = [float(forms.hydra(deltas, heads=8, rank=s)[1].bound) / 8 for s in ranks]
         axis.plot(ranks, lost, color=color, marker="o", markersize=3, linewidth=1.4)
@@ -241,7 +242,7 @@ def draw_bounds() -> Figure:
     axis = figure.add_axes((0.13, 0.15, 0.6, 0.8))
     store, estimate = found.curves[0].points, points["Gaussian estimate, joint"]
     paper = points["HydraOpt, fp16"]
-    deltas = decompose.svd(*(getattr(hydra.stack(made).buckets[0], x)[0] for x in "ab"))
+    deltas = decompose.svd(*(getattr(stack(made).buckets[0], x)[0] for x in "ab"))
     tails, sizes = [], []
     for rank in (1, 2, 4, 8, 12, 16, 24, 32):
         tails.append(float(forms.hydra(deltas, heads=4, rank=rank)[1].bound) / 4)

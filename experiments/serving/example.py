@@ -40,7 +40,7 @@ def train(folder: Path) -> None:
 def main(folder: Path, tokens: jax.Array) -> tuple[hydra.Store, jax.Array]:
     """Similarity, a store, its refinement, and logits `[N, L, V]` of tokens `[N, L]`, row n by task n."""
     adapters = [formats.read_checkpoint(folder / task, "flax_nnx", scale=1.0) for task in TASKS]
-    print(hydra.similarity(hydra.stack(adapters)).mean.delta.round(3))
+    print(hydra.similarity(adapters).mean.delta.round(3))
 
     store = hydra.compress(adapters, form=hydra.forms.Hydra(rank=16, side="in"))
     print("relative squared error", store.errors.mean(0).round(4))

@@ -29,7 +29,7 @@ LEGEND = (
 @output_options
 def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], plot: str | None) -> None:
     """Measure how alike ADAPTERS are: factors, deltas and subspaces, per layer kind and pair of tasks."""
-    summary = summarize(stack(read_all(adapters, any_base, base_suffix)))
+    summary = summarize(read_all(adapters, any_base, base_suffix))
     if plot:
         report.plot_similarity(plot, summary)
     matrix = np.asarray(summary.mean.delta)

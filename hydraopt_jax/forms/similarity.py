@@ -1,6 +1,6 @@
 """How alike the adapters of a collection are: factors, deltas and the subspaces they span."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax.adapters import Adapters, layer_kind
+from hydraopt_jax.adapters import Adapter, Adapters, layer_kind, stack
 from hydraopt_jax.linalg import decompose
 
 
@@ -277,30 +277,34 @@ def average(parts: list[Similarity]) -> Similarity:
     return Similarity(*(x.sum(0) / count for x in stacked))
 
 
-def summarize(adapters: Adapters) -> Summary:
+def summarize(adapters: Adapters | Sequence[Adapter]) -> Summary:
     """Similarity of every module of a collection, of every layer kind and of the whole.
 
     Args:
-      adapters: the collection.
+      adapters: the collection, stacked or not.
 
     Returns:
       Summary of float32 NumPy arrays.
 
-    >>> from hydraopt_jax import adapters, synthetic
-    >>> found = summarize(adapters.stack(synthetic.collection(tasks=2, likeness=1.0)))
+    Raises:
+      HydraOptError: adapters that make no collection, see `adapters.stack`.
+
+    >>> from hydraopt_jax import synthetic
+    >>> found = summarize(synthetic.collection(tasks=2, likeness=1.0))
     >>> print(found.mean.delta.round(3), list(found.kinds))
     [[1. 1.]
      [1. 1.]] ['q_proj', 'k_proj', 'v_proj', 'o_proj']
     """
     modules: dict[str, Similarity] = {}
-    for bucket in adapters.buckets:
+    stacked = adapters if isinstance(adapters, Adapters) else stack(adapters)
+    for bucket in stacked.buckets:
         found = [np.asarray(x) for x in compare(jnp.asarray(bucket.a), jnp.asarray(bucket.b))]
         modules |= {name: Similarity(*(x[m] for x in found)) for m, name in enumerate(bucket.modules)}
     kinds: dict[str, list[Similarity]] = {}
     for name, value in modules.items():
         kinds.setdefault(layer_kind(name), []).append(value)
     return Summary(
-        adapters.tasks, modules, {k: average(v) for k, v in kinds.items()}, average(list(modules.values()))
+        stacked.tasks, modules, {k: average(v) for k, v in kinds.items()}, average(list(modules.values()))
     )
 
 

@@ -16,7 +16,7 @@ from commands import run
 import hydraopt_jax as hydra
 from hydraopt_jax import buckets, formats, synthetic
 from hydraopt_jax.integrations import TaskFolders
-from hydraopt_jax.store import bucket, files, sizes
+from hydraopt_jax.store import bucket, files, select, sizes
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 NAMES = ("store", "store.safetensors")
@@ -153,7 +153,7 @@ def test_who_is_overtaken_writes_nothing(place, several, kept, name, monkeypatch
     # nor does who makes one where there was none
     others.append(lambda: hydra.save(new, kept))
     with pytest.raises(hydra.HydraOptError, match=f"{new}: {said}"):
-        hydra.save(new, hydra.select(kept, "ab"))
+        hydra.save(new, select(kept, "ab"))
     same(hydra.open(new), kept, "abc")
 
 
