@@ -161,7 +161,7 @@ def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store
 
     Scales are multiples of the one of least weight error, see `merging.whole_adapters.least_error_scale`.
     """
-    found = merging.merge_stacked(stacked, method, seed=seed)
+    found = merging.merge_stacked(stacked, method, key=jax.random.key(seed))
     least, _ = whole_adapters.least_error_scale(whole_adapters.modules_of(stacked), found)
     everywhere = np.zeros(len(stacked.tasks), np.int32)
     tries = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import jax
 from rich.text import Text
 
 from hydraopt_jax import buckets, calibration, compression, provenance, report
@@ -213,6 +214,9 @@ def streamed(
     made: Mapping[str, Any],
 ) -> Callable[[], None] | None:
     """A function that prints the result of compressing the sources, or the plan with --dry-run."""
+    # sums never leave a process, and the transport between processes would speak on standard output
+    if given["coordinator"] is not None:
+        jax.config.update("jax_cpu_collectives_implementation", None)
     who = hosts.join_processes(given["coordinator"], given["processes"], given["process_id"])
     with job.alone(path, who.rank):
         who.wait("alone")

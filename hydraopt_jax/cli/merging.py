@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import jax
 import numpy as np
 from rich.text import Text
 
@@ -163,8 +164,7 @@ def merge(
             weights=numbers,
             rank=rank,
             scale=1.0 if factor is None else factor,
-            seed=seed,
-            task=Path(out).name,
+            key=jax.random.key(seed),
             progress=advance,
             **options,
         )

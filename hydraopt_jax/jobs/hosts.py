@@ -35,8 +35,6 @@ def join_processes(coordinator: str | None, size: int | None, rank: int | None) 
             "--coordinator ADDRESS:PORT needs --processes N and --process-id 0..N-1; auto finds them "
             "itself on TPU pods and SLURM"
         )
-    # sums never leave a process, and the transport between processes would speak on standard output
-    jax.config.update("jax_cpu_collectives_implementation", None)
     try:
         jax.distributed.initialize(
             None if auto else coordinator, size, rank, heartbeat_timeout_seconds=SILENCE
@@ -53,7 +51,9 @@ def wait(name: str) -> None:
       HydraOptError: a process has died.
     """
     try:
-        # by the coordination service, no collective
+        # by the coordination service: a collective, as in `multihost_utils.sync_global_devices`, never learns
+        # that a process has died; and after the barrier of Orbax v1, which keeps its client, nothing can
+        # be saved once `leave` was called
         multihost.get_barrier_sync_fn()(key=f"hydraopt-{name}", timeout_ms=1000 * PATIENCE)
     except jax.errors.JaxRuntimeError as error:  # of the coordination service
         raise HydraOptError(

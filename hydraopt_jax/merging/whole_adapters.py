@@ -128,7 +128,7 @@ def merge_stacked(
     *,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
-    seed: int = 0,
+    key: jax.Array | None = None,
     progress: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def merge_stacked(
     method, w, given = _prepare(stacked.tasks, names, name, weights, rank, options)
     if "gram" in method.options:
         given["gram"] = jnp.asarray(whole_gram(stacked))
-    return _merge(modules_of(stacked), method, w, rank, seed, progress, given)
+    return _merge(modules_of(stacked), method, w, rank, key, progress, given)
 
 
 def _prepare(
@@ -163,11 +163,11 @@ def _merge(
     method: Method,
     weights: jax.Array,
     rank: int | None,
-    seed: int,
+    key: jax.Array | None,
     progress: Callable[[], Any],
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
-    known, key = method.options, jax.random.key(seed)
+    known, key = method.options, jax.random.key(0) if key is None else key
     out = {}
     for module, a, b, ranks in modules:
         each = dict(given, key=key)
@@ -197,8 +197,7 @@ def merge_adapters(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     scale: float = 1.0,
-    seed: int = 0,
-    task: str = "merged",
+    key: jax.Array | None = None,
     progress: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> Adapter:
@@ -214,14 +213,13 @@ def merge_adapters(
       weights: one per task; None for 1 / T with methods that add and 1 with those that average.
       rank: S; None for the largest rank of the adapters in the module.
       scale: factor of the merged delta, such as the lambda of task arithmetic and TIES; see `best_scale`.
-      seed: of random masks.
-      task: name of the result.
+      key: PRNG key of random masks; None for seed 0.
       progress: called after each module.
       **options: of the method, such as density; None means the default. "regmean" needs moments: one mapping
         per task, module -> second moment.
 
     Returns:
-      Adapter, with the configuration of the first adapter and the common dtype.
+      Adapter of the task "merged", with the configuration of the first adapter and the common dtype.
 
     Raises:
       HydraOptError: bad weights, options or method, or adapters that do not fit together.
@@ -237,7 +235,7 @@ def merge_adapters(
     shapes = adapters.check(collection)
     tasks = [x.task for x in collection]
     chosen, w, given = _prepare(tasks, shapes, method, weights, rank, options)
-    found = _merge(stream(collection, shapes), chosen, w, rank, seed, progress, given)
+    found = _merge(stream(collection, shapes), chosen, w, rank, key, progress, given)
     a, b, layout = {}, {}, {}
     for module, (left, right) in found.items():
         low, high = without_zeros(left, right)
@@ -250,7 +248,7 @@ def merge_adapters(
         config = {k: v for k, v in config.items() if k not in _TARGETS} | {"target_modules": sorted(a)}
     dtypes = {x.dtype for x in collection}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    return Adapter(task, a, b, dtype=dtype, config=config, layout=layout)
+    return Adapter("merged", a, b, dtype=dtype, config=config, layout=layout)
 
 
 def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from commands import run
@@ -114,7 +115,8 @@ def test_merge_writes_what_the_library_makes(capsys, small, folders, tmp_path, m
     assert set(said["error"]["per_task"]) == {x.task for x in small}
     read = dict(zip(options[::2], options[1::2], strict=True))
     known = {k[2:]: {"--elect": str}.get(k, json.loads)(v) for k, v in read.items()}
-    want = merging.merge_adapters(small, method, **known)
+    key = jax.random.key(known.pop("seed", 0))
+    want = merging.merge_adapters(small, method, key=key, **known)
     got = formats.read_adapter(out)
     for name in want.a:
         np.testing.assert_allclose(got.a[name] @ got.b[name], want.a[name] @ want.b[name], atol=1e-6)
