@@ -40,6 +40,8 @@ def compress(
     Give one of `budget`, `max_error`, `max_task_error` and `form`. Without any of them the store takes a
     quarter of the factors' half-precision bytes (`budget=0.25`).
 
+    More than eight arguments: the options of the command, each with a default.
+
     Args:
       adapters: in memory, or a `Collection` that is read as it is needed.
       budget: bytes on disk of everything if an integer above 10 or text such as "3MB"; else a fraction of the

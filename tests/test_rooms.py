@@ -8,6 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hydraopt_jax"
 LONGEST = 400
+# arguments of a function; where there are more, its docstring says why
+MOST = 8
+WHY = "More than eight arguments: "
 # a room is a folder or a module of the package; it imports from itself and from lines above its own
 ROOMS = """
 errors static strict_json durable devices compilation byte_counts
@@ -71,3 +74,22 @@ def test_imports_run_downward():
 def test_no_file_is_long(folder):
     lengths = {x: len(x.read_text().splitlines()) for x in (ROOT / folder).rglob("*.py")}
     assert not {str(x.relative_to(ROOT)): n for x, n in lengths.items() if n > LONGEST}
+
+
+def arguments(node: ast.FunctionDef) -> list[str]:
+    """Names of a function's arguments, without `self`."""
+    given = node.args
+    every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    return [x.arg for x in every if x is not None and x.arg not in ("self", "cls")]
+
+
+def test_a_function_of_many_arguments_says_why():
+    """Commands aside: they have one for each of their options."""
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and len(arguments(node)) > MOST:
+                command = any("click." in ast.unparse(x) for x in node.decorator_list)
+                found[node.name] = command or WHY in (ast.get_docstring(node) or "")
+    assert [name for name, said in found.items() if not said] == []
+    assert len(found) <= 9

@@ -166,6 +166,8 @@ def collect(
     except the output head. Each takes `[I, I]` float32 on the device (`[I]` with `diagonal`), with `outputs`
     also `[O, O]` (or `[O]`).
 
+    More than eight arguments: each says something else of a foreign model; all but two have a default.
+
     Args:
       model: a Flax NNX model in inference mode: no dropout, and caches large enough for the batches. Or a
         PyTorch model, such as one of PEFT or transformers, which is evaluated without dropout.

@@ -129,6 +129,8 @@ def write_checkpoint(
 ) -> None:
     """Write the result of `write_tree` as an Orbax checkpoint, atomically.
 
+    More than eight arguments: those of `write_tree`, and what Orbax asks.
+
     Args:
       path: a new folder.
       adapter, name, scale, rank, dtype: see `trees.write_tree`.

@@ -103,6 +103,8 @@ def write_trained(
 ) -> int:
     """Write a checkpoint that a library restores into its model's LoRA parameters; return the rank.
 
+    More than eight arguments: what a library's own model was made with, as its own loader asks for it.
+
     Args:
       path: the run's folder; the checkpoint is its subfolder `step`, for gemma the folder itself.
       adapter: modules with Hugging Face's names.

@@ -102,6 +102,8 @@ def minimize(
     Derivatives are those of the iterates, with respect to the start and to values that `loss` and `optimizer`
     close over. Reverse mode keeps the states of all steps.
 
+    More than eight arguments: the loss's own inputs (batches, key, state), and when to stop.
+
     Args:
       loss: `(params, [batch], [key], [aux]) -> scalar`, with those of the optional arguments that are given
         here; with `aux` it returns `(scalar, aux)`. Traced once.

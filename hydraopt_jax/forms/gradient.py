@@ -72,6 +72,8 @@ def hydra(
     It runs in reduced coordinates of both sides, which preserve errors, on deltas scaled to unit mean energy:
     one learning rate suits all modules.
 
+    More than eight arguments: those of `forms.hydra`, whose place it takes, and the solver's.
+
     Args:
       a, b: `[T, I, R]`, `[T, R, O]` factors of the adapters, used by start "mean".
       deltas: decompositions of the deltas.

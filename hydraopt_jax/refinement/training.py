@@ -143,6 +143,8 @@ def refine(
     The loss needs all modules of a task at once: all factors are in memory in float32, also those of a store
     that was coded in several segments. `at_once` bounds what the model takes.
 
+    More than eight arguments: a training run: model, data, optimizer, checkpoints. Most have a default.
+
     Args:
       store: plain or coded (made under a budget), all tasks of it.
       collection: the adapters it was made of.
