@@ -125,6 +125,16 @@ def test_another_calibration_or_none_is_said(given, made, capsys, tmp_path):
         assert err.count("\n") == 1
 
 
+def test_verify_decomposes_no_moment(given, made, capsys, monkeypatch):
+    """Errors take inner products alone; a decomposition of each moment takes minutes for large models."""
+    names, cal = given
+    monkeypatch.setattr(np.linalg, "eigh", None)
+    code, out, err = run(capsys, "verify", made[0], *names, "--calibration", cal, "--json")
+    assert (code, err) == (0, "")
+    rows = json.loads(out)["output_error"].values()
+    assert [x["measured"] for x in rows] == pytest.approx([x["claimed"] for x in rows], rel=5e-3)
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_both_tables_are_what_is_measured(many, both, tmp_path):
     """Also of gradients at the outputs, after a restore, and of the tasks that are left after a removal."""
@@ -133,6 +143,8 @@ def test_both_tables_are_what_is_measured(many, both, tmp_path):
     back = hydra.open(tmp_path / "s")
     weights = hydra.measure(back, many)
     outputs = hydra.measure(back, many, metrics_of(MODULES, known))
+    alone = hydra.measure(back, many, metrics_of(MODULES, known, inner=True))
+    assert alone == pytest.approx(outputs, rel=1e-4)
     np.testing.assert_allclose(list(weights.values()), task_errors(back.errors), rtol=5e-3)
     np.testing.assert_allclose(list(outputs.values()), task_errors(back.output_errors), rtol=5e-3)
     left = hydra.remove(back, "a")

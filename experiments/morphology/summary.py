@@ -1,9 +1,10 @@
 """Tables and the trade-off plot of the scores that stores.py wrote, for both regimes.
 
-    python -m experiments.morphology.summary
+    python -m experiments.morphology.summary [--plots FOLDER]
 
 For every row: bytes over the fp16 bytes, mean exact match, S = mean over the tasks of score over the own
-adapter's score, shown as the mean drop `1 - S`, and the worst task's drop; and `results/stores-REGIME.png`.
+adapter's score, shown as the mean drop `1 - S`, and the worst task's drop. With `--plots` also a picture per
+regime, `stores-REGIME.png`; those in `results` were made so.
 """
 
 from __future__ import annotations
@@ -72,10 +73,12 @@ def seeds(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables of both regimes and draw their plots."""
+    """Print the tables of both regimes, and draw their plots where that is asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the scores")
-    for path in sorted(parser.parse_args(argv).results.glob("stores-*.json")):
+    parser.add_argument("--plots", type=Path, help="folder of the pictures to draw; none without it")
+    given = parser.parse_args(argv)
+    for path in sorted(given.results.glob("stores-*.json")):
         result = json.loads(path.read_text())
         print(f"\n## {result['regime']}, {result['items']} test items a task\n")
         print("| stored | bytes | exact match | mean drop | worst task's drop |\n|---|---|---|---|---|")
@@ -98,10 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if "refined" in name and "seed" not in name:
                 cells = (f"{100 * (1 - y):.1f}%" for y in (*x["by_task"], *x["by_language"]))
                 print(f"| {name} | {' | '.join(cells)} |")
-        if not curves:
+        if not curves or given.plots is None:
             continue
         report.plot_tradeoff(
-            path.with_suffix(".png"),
+            given.plots / f"{path.stem}.png",
             {k: sorted(v) for k, v in curves.items()},
             bytes_label="bytes on disk / fp16 bytes of the adapters",
             error_label="mean relative drop of exact match",

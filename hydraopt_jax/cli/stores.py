@@ -288,7 +288,7 @@ def true_errors(
     from hydraopt_jax.rate_control.metrics import metrics_of
 
     shapes = {k: v for x in few for k, v in module_shapes(x).items()}
-    return measure(content, few, metrics_of(shapes, moments))
+    return measure(content, few, metrics_of(shapes, moments, inner=True))
 
 
 def live_tasks(x: store.Segment) -> list[str]:

@@ -130,6 +130,11 @@ def apply_weights(base: Base, coefficients: np.ndarray, units: np.ndarray) -> np
     weights = np.ldexp(coefficients.astype(np.float64), units)
     if not fits(base, weights):
         raise Damaged("coefficients of a prediction that are too large")
+    return sums(base, weights)
+
+
+def sums(base: Base, weights: np.ndarray) -> np.ndarray:
+    """The predicted vectors from coefficients times their units, which must fit (`fits`)."""
     return (np.rint(base.known @ weights / GRID) * GRID).astype(np.float32)
 
 
@@ -177,9 +182,10 @@ def predict(target: np.ndarray, base: Base) -> tuple[Prediction | None, np.ndarr
     rest = ((target - known @ exact) ** 2).mean(0) * (1 + known.shape[1] / len(known))
     step = units(classify(np.sqrt(rest), 0))
     rounded = np.clip(np.rint(np.ldexp(exact, -step)), -(2**30), 2**30).astype(np.int32)
-    if not fits(base, np.ldexp(rounded.astype(np.float64), step)):
+    weights = np.ldexp(rounded.astype(np.float64), step)
+    if not fits(base, weights):
         return nothing
-    guess = apply_weights(base, rounded, step)
+    guess = sums(base, weights)
     after = ((target - guess) ** 2).mean(0)
     saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent(rounded)
     used = (saved > 0) & target.any(0)

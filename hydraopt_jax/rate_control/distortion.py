@@ -12,6 +12,8 @@ from hydraopt_jax.static import Static
 from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.store import Segment, Source, Store
 
+Pair = tuple[np.ndarray, np.ndarray]
+
 if TYPE_CHECKING:  # it needs JAX, which nothing here does
     from hydraopt_jax.rate_control.metrics import Metrics
 
@@ -85,13 +87,23 @@ def module_errors(
         a_hat, b_hat = (np.zeros_like(a), np.zeros_like(b)) if pair is None else pair
         if (a_hat.shape[0], b_hat.shape[1]) != (a.shape[0], b.shape[1]):
             raise HydraOptError(f"{adapter.task!r}: {name} has another shape in the store")
-        left, right = (metrics or {}).get(name, (None, None))
-        if left is not None:
-            a, a_hat = left.weigh(a), left.weigh(a_hat)
-        if right is not None:
-            b, b_hat = right.weigh_rows(b), right.weigh_rows(b_hat)
-        out[name] = relative_error(a, b, a_hat, b_hat)
+        found = (metrics or {}).get(name, (None, None))
+        plain = all(x is None for x in found)
+        out[name] = (
+            relative_error(a, b, a_hat, b_hat) if plain else output_error(found, (a, b), (a_hat, b_hat))
+        )
     return out
+
+
+def output_error(metrics: "Metrics", true: Pair, found: Pair) -> float:
+    """Relative squared error of `a b` in the metrics, by inner products of the factors of the difference."""
+    rank = true[0].shape[1]
+    left = np.concatenate([true[0], -found[0]], 1, dtype=np.float64)
+    right = np.concatenate([true[1], found[1]], 0, dtype=np.float64).T
+    one, two = (x.T @ x if y is None else y.gram(x) for x, y in zip((left, right), metrics, strict=True))
+    product = one * two
+    energy = float(product[:rank, :rank].sum())
+    return float(relative(np.array(max(float(product.sum()), 0.0)), np.array(energy)))
 
 
 def relative(error: np.ndarray, energy: np.ndarray) -> np.ndarray:

@@ -196,10 +196,10 @@ def passes(
                     # other weights of the tasks would not meet what these have met
                     return best
                 raise search.unmet(done, goal, run.found.entries(), mean)
-            if done:
-                step = search.next_step(done, known["slope"], goal, pilots)
             # tables and forms stay as they are in the end, so that the search sees a smooth curve
             forms = search.forms_of(done, goal, pilots)
+            if done:
+                step = search.next_step(done, known["slope"], goal, forms)
             step = encode_pass(run, number, step, frequencies, weights, known, goal, forms)
             if number < goal.settling:
                 frequencies = next_frequencies(run, number)

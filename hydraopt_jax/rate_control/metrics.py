@@ -40,7 +40,8 @@ class Metric(NamedTuple):
       values: `[k]` eigenvalues.
       vectors: `[n, k]` eigenvectors; None for a diagonal moment, whose eigenvectors are the axes.
       scale: mean eigenvalue of the moment itself.
-      moment: `[n, n]` the moment itself, where the eigenvectors are those of a Krylov space; None else.
+      moment: `[n, n]` the moment itself, where the eigenvectors are those of a Krylov space, or where none
+        are known and only inner products (`gram`) are taken; None else.
     """
 
     values: np.ndarray
@@ -118,13 +119,16 @@ def moment_product(moment: np.ndarray, scale: float, x: np.ndarray) -> np.ndarra
     return np.concatenate(parts, -2) / scale + RIDGE * x
 
 
-def metric(moment: np.ndarray, name: str, size: int, around: np.ndarray | None = None) -> Metric:
+def metric(
+    moment: np.ndarray, name: str, size: int, around: np.ndarray | None = None, inner: bool = False
+) -> Metric:
     """The metric of a second moment.
 
     Args:
       moment: `[n]` or `[n, n]`.
       name, size: its name, for errors, and n.
       around: `[n, S]` vectors that it weighs; None for any.
+      inner: only inner products will be taken: nothing is decomposed.
     """
     moment = np.asarray(moment)
     diagonal = moment.ndim == 1
@@ -138,6 +142,8 @@ def metric(moment: np.ndarray, name: str, size: int, around: np.ndarray | None =
     scale = total / size
     if diagonal:
         return Metric(np.maximum(moment.astype(np.float64) / scale, 0) + RIDGE, None, scale)
+    if inner:
+        return Metric(np.ones(size), None, scale, moment)
     if around is not None and size > WHOLE and 2 * BLOCKS * around.shape[1] <= size:
         basis, products = krylov_space(moment, scale, around)
         values, inside = np.linalg.eigh(basis.T @ products)
@@ -197,6 +203,7 @@ def metrics_of(
     shapes: Mapping[str, tuple[int, int]],
     calibration: Mapping[str, np.ndarray],
     around: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    inner: bool = False,
 ) -> dict[str, Metrics]:
     """The metrics of modules, name -> (I, O), from second moments as in a calibration file.
 
@@ -206,6 +213,7 @@ def metrics_of(
     Args:
       shapes, calibration: the modules, and second moments by name.
       around: module -> the vectors `[I, S]` and `[O, S]` that its metrics weigh; None for any.
+      inner: only inner products will be taken, as errors need: nothing is decomposed.
 
     Raises:
       HydraOptError: a second moment of a wrong shape, or no second moment at all.
@@ -214,7 +222,7 @@ def metrics_of(
 
     def side(name: str, size: int, vectors: np.ndarray | None) -> Metric:
         if name in calibration:
-            return metric(calibration[name], name, size, vectors)
+            return metric(calibration[name], name, size, vectors, inner)
         return Metric(np.ones(size), None, usual_scale(calibration, name.endswith(OUTPUT)))
 
     given = around or {}

@@ -28,6 +28,8 @@ def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
             problem = whole.take(sample(whole, SAMPLE_CODES))
         else:
             whole = problem = prepare_part(run, part, given, weights, deep=True, unit=None)
+        # the last trial whose overhead was estimated
+        known: list[tuple[Trial, float]] = []
         if goal.sign < 0:
             share = entries(run.found, part) / run.found.entries()
             # passes over few parts settle first; over many, the first one aims at the middle of the slack
@@ -37,6 +39,7 @@ def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
                 beside = float(search.LEAST_OVERHEAD + search.SEGMENT_OVERHEAD * len(run.parts))
                 if trial is not None and not one:
                     beside = overhead(run, part, whole, trial)
+                    known[:] = [(trial, beside)]
                 return share * max(goal.limit - beside, goal.limit / 4)
 
             start = search.first_step(whole, room(None))
@@ -48,6 +51,10 @@ def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
         # where no pass is spent on settling, the first one should do
         near = search.NEAR if goal.settling else goal.slack / 4
         found = search.find_step(problem, miss, goal.sign, start, near)
+        beside = 0.0
+        if not one and goal.sign < 0:
+            tried = next((x for trial, x in known if trial is found.last), None)
+            beside = overhead(run, part, whole, found.last) if tried is None else tried
         run.place.keep_note(
             "pilot",
             {
@@ -55,12 +62,12 @@ def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
                 "slope": found.slope,
                 "forms": found.forms,
                 "frequencies": found.frequencies.tolist(),
-                "beside": 0.0 if one or goal.sign > 0 else overhead(run, part, whole, found.last),
+                "beside": beside,
                 "deep": any(x.form == "joint" for x in found.last.choices.values()),
                 "unit": problem.unit,
             },
         )
     run.processes.wait("pilot")
-    known = run.place.note("pilot")
-    assert known is not None
-    return known
+    note = run.place.note("pilot")
+    assert note is not None
+    return note

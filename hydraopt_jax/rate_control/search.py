@@ -273,7 +273,7 @@ def bracket(done: Sequence[Pass]) -> tuple[Pass, Pass] | None:
     return min(found, key=lambda pair: pair[1].step / pair[0].step) if found else None
 
 
-def next_step(done: Sequence[Pass], slope: float, goal: Target, pilot: float | None = None) -> float:
+def next_step(done: Sequence[Pass], slope: float, goal: Target, forms: float | None) -> float:
     """The step of the next pass, which aims at the middle of the slack.
 
     It interpolates between passes that enclose the target, or extrapolates by Newton's method in logarithms.
@@ -282,9 +282,8 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target, pilot: float | N
       done: the passes so far.
       slope: slope of the sample.
       goal: the target.
-      pilot: see `forms_of`.
+      forms: of the next pass, see `forms_of`.
     """
-    forms = forms_of(done, goal, pilot)
     # passes with other tables or forms are on another curve
     known = done[goal.settling :]
     known = [x for x in known if x.forms == forms or x.step == forms] or done[-1:]

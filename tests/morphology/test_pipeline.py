@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.morphology import dataset, stores
+from experiments.morphology import dataset, stores, summary
 from experiments.morphology.adapters import init_adapters, scaled, train_adapters
 from experiments.morphology.assets import save_adapters
 from experiments.morphology.config import Adapting, Data, Pretraining, Refining
@@ -158,3 +158,13 @@ def test_one_command_goes_through_all_steps(monkeypatch, tmp_path):
     assert [name for name, _ in said] == order
     regimes = [argv[argv.index("--regime") + 1] for name, argv in said if name == "stores"]
     assert sorted(regimes) == ["independent", "shared"]
+
+
+def test_the_summary_draws_only_where_it_is_asked(capsys, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(summary.report, "plot_tradeoff", lambda path, *rest, **words: drawn.append(path))
+    summary.main([])
+    assert "## shared" in capsys.readouterr().out
+    assert drawn == []
+    summary.main(["--plots", str(tmp_path)])
+    assert [x.parent for x in drawn] == [tmp_path, tmp_path]

@@ -311,7 +311,7 @@ def rounds(curve, goal, step, slope, pilot=None):
         value = curve(step, step if forms is None else forms)
         miss = np.log(value / goal.limit)
         done.append(search.Pass(step, float(miss), value, forms))
-        step = search.next_step(done, slope, goal, pilot)
+        step = search.next_step(done, slope, goal, search.forms_of(done, goal, pilot))
     return done, search.met(done, goal)
 
 
