@@ -101,7 +101,7 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     shapes = check_headers((x.task, x.source, x.config, module_shapes(x)) for x in collection)
     for adapter in collection:
         if not adapter.a:
-            raise HydraOptError(f"{adapter.source or adapter.task}: holds no LoRA factor")
+            raise HydraOptError(f"{adapter.source or adapter.task}: holds no LoRA factor: leave it out")
         for name in adapter.a:
             for side, factor in (("input", adapter.a[name]), ("output", adapter.b[name])):
                 if not np.isfinite(factor.astype(np.float32, copy=False)).all():

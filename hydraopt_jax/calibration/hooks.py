@@ -143,7 +143,7 @@ def collect(
         for handle in handles:
             handle.remove()
     if empty:
-        raise HydraOptError("there are no batches: nothing was collected")
+        raise HydraOptError("there are no batches: give at least one")
     return averaged({path: x.seen() for path, x in taps.items()}, names, watch)
 
 

@@ -227,7 +227,7 @@ def collect(
         found, sums = step(found, sums, rest, batch, counts, jax.random.fold_in(key, n))
         seen += 1
     if not seen:
-        raise HydraOptError("there are no batches: nothing was collected")
+        raise HydraOptError("there are no batches: give at least one")
     return averaged(sums_of(nnx.merge(graph, found, sums, rest, copy=True)), names, watch)
 
 

@@ -74,10 +74,10 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             f"{path}: refused, not a pickle of plain tensors ({one_line(error)[:120]}): ask for safetensors"
         ) from None
     if not isinstance(tensors, Mapping):
-        raise HydraOptError(f"{path}: holds a {type(tensors).__name__}, not named tensors")
+        raise HydraOptError(f"{path}: holds a {type(tensors).__name__}, not named tensors: save a state dict")
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise HydraOptError(f"{path}: entry {key!r} is a {type(tensor).__name__}, not a named tensor")
+            raise HydraOptError(f"{path}: entry {key!r} is no named tensor: save a state dict")
         try:
             values = tensor.detach().contiguous()
             if values.dtype == torch.bfloat16:  # NumPy has no such dtype of its own: pass the bits
@@ -123,5 +123,5 @@ def disk_array(key: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if not np.isfinite(result).all():
         if np.isfinite(values).all():
             raise HydraOptError(f"{key}: its values overflow {dtype.name}: write bfloat16 instead")
-        raise HydraOptError(f"{key}: has NaN or infinite values")
+        raise HydraOptError(f"{key}: has NaN or infinite values: leave this adapter out or retrain it")
     return result

@@ -86,7 +86,9 @@ def pairs(tree: Any, style: Dialect, source: str) -> dict[str, dict[str, tuple[P
         module += f".{weight}" if weight not in (None, "kernel", "embeddings") else ""
         side = match["side"].lower()
         if side in out.setdefault(module, {}):
-            raise HydraOptError(f"{source}: {path_text(path)} clashes with {path_text(out[module][side][0])}")
+            raise HydraOptError(
+                f"{source}: {path_text(path)} clashes with {path_text(out[module][side][0])}: leave one out"
+            )
         out[module][side] = path, leaf
     if not out:
         raise HydraOptError(f"{source}: holds no LoRA factor as {style.library} names them")

@@ -98,4 +98,4 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
                 raise HydraOptError(f"{option} = {value:g}: must lie in {left}{low:g}, {high:g}]")
     for option in method.needs:
         if option not in options:
-            raise HydraOptError(f"{name} needs {option}")
+            raise HydraOptError(f"{name} needs {option}: give them, or choose another method")

@@ -47,7 +47,7 @@ def check_weights(weights: Sequence[float] | None, method: Method, tasks: int) -
     if values.shape != (tasks,):
         raise HydraOptError(f"{values.size} weights for {tasks} adapters: give one each")
     if not np.isfinite(values).all():
-        raise HydraOptError("weights must be finite numbers")
+        raise HydraOptError(f"weights = {values.tolist()}: must be finite numbers")
     return values
 
 

@@ -86,7 +86,9 @@ def module_errors(
         pair = task_pair(terms.get(name, ()), task)
         a_hat, b_hat = (np.zeros_like(a), np.zeros_like(b)) if pair is None else pair
         if (a_hat.shape[0], b_hat.shape[1]) != (a.shape[0], b.shape[1]):
-            raise HydraOptError(f"{adapter.task!r}: {name} has another shape in the store")
+            raise HydraOptError(
+                f"{adapter.task!r}: {name} has another shape in the store: it is of another base model"
+            )
         found = (metrics or {}).get(name, (None, None))
         plain = all(x is None for x in found)
         out[name] = (

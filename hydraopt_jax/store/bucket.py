@@ -70,7 +70,7 @@ def manifest_data(at: str) -> bytes:
     """
     data = buckets.read_object(root_object(at)).data
     if data is None:
-        raise HydraOptError(f"{at}: no store there")
+        raise HydraOptError(f"{at}: no store there: look for a wrong name")
     return data
 
 
@@ -79,7 +79,7 @@ def source(at: str) -> remote.RemoteFile:
     read = buckets.one_version(at)
     first = buckets.read_object(at, 0, 1)
     if first.data is None:
-        raise HydraOptError(f"{at}: no store there")
+        raise HydraOptError(f"{at}: no store there: look for a wrong name")
     return remote.RemoteFile(at, None, first.version.hex(), read)
 
 

@@ -76,7 +76,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
       HydraOptError: no store there, a damaged one, or one of another version.
     """
     if not path.is_dir():
-        raise HydraOptError(f"{path}: no store there")
+        raise HydraOptError(f"{path}: no store there: look for a wrong name")
     if not (path / MANIFEST).is_file():
         if (path / "_CHECKPOINT_METADATA").is_file():
             raise manifest.old(path, "1 to 4")
@@ -84,7 +84,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise HydraOptError(
                 f"{path}: an unfinished job: run its command again to go on, or delete the folder"
             )
-        raise HydraOptError(f"{path}: not a store (it has no {MANIFEST})")
+        raise HydraOptError(f"{path}: not a store (it has no {MANIFEST}): give one that `compress` wrote")
     return manifest.parse(path, manifest.gunzipped(path, read_file(path, MANIFEST)))
 
 

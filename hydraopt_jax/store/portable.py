@@ -50,7 +50,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
             length = int.from_bytes(raw.read(8), "little")
             rows = strict_json.loads(raw.read(length))
     except FileNotFoundError:
-        raise HydraOptError(f"{path}: no store there") from None
+        raise HydraOptError(f"{path}: no store there: look for a wrong name") from None
     except OSError as error:
         raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, ValueError) as error:

@@ -1,0 +1,196 @@
+"""Refusals that no other test asks for: each names the thing and the way out, in one line."""
+
+import gzip
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hydraopt_jax as hydra
+from hydraopt_jax import HydraOptError, calibration, deferred, formats, locks, provenance, synthetic
+from hydraopt_jax.adapters import check_headers
+from hydraopt_jax.cli import common
+from hydraopt_jax.demo import main as demo
+from hydraopt_jax.formats import model_maps, patterns, peft, peft_config, tensor_files, trees
+from hydraopt_jax.forms import Gradient, Hydra
+from hydraopt_jax.forms.hyperparameters import check_form
+from hydraopt_jax.linalg import decompose
+from hydraopt_jax.merging import activations, compressors, registry, whole_adapters
+from hydraopt_jax.rate_control import distortion, options
+from hydraopt_jax.store import checks, files, folder, manifest, portable, tensors
+
+ONES = np.ones((2, 3, 3), np.float32)
+DELTAS = decompose.svd(jnp.asarray(ONES), jnp.asarray(ONES))
+PAIR = synthetic.collection(tasks=2, modules={"q": (8, 6)}, rank=2)
+TERMS = {"q": ()}
+TREE = {"q": {"kernel_lora_a": np.ones((4, 2), np.int32), "kernel_lora_b": np.ones((2, 4), np.int32)}}
+RECIPE = {"recipe": provenance.RECIPE}
+TASKS = ["legal", "medical"]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder with a store, as a folder and as a file, and what else the cases name."""
+    home = tmp_path_factory.mktemp("refusals")
+    store = hydra.compress(PAIR, budget=1)
+    hydra.save(home / "store", store)
+    hydra.save(home / "one.safetensors", store)
+    shutil.copytree(home / "store", home / "torn")
+    for x in (home / "torn" / "segments").iterdir():
+        shutil.rmtree(x)
+    (home / "short.safetensors").write_bytes((home / "one.safetensors").read_bytes()[:-1])
+    (home / "empty").mkdir()
+    (home / "text").write_text("no store")
+    formats.write_adapter(home / "peft", PAIR[0])
+    formats.write_checkpoint(home / "tree", PAIR[0], "flax_nnx", scale=1.0)
+    return home
+
+
+PURE = [
+    (lambda: check_headers([("a", "", {}, {"q": (2, 3)}), ("b", "", {}, {"q": (2, 4)})]), "one base model"),
+    (lambda: common.parse_numbers("--weight", ["legal"]), "--weight legal: give NAME=NUMBER"),
+    (lambda: common.parse_numbers("--weight", ["legal=1", "legal=2"]), "legal=2: was given before"),
+    (
+        lambda: common.parse_files("--moments", ["file"], TASKS),
+        "file: give NAME=VALUE, NAME one of",
+    ),
+    (lambda: common.parse_files("--moments", ["lega=x"], TASKS), "no task 'lega': did you mean 'legal'?"),
+    (lambda: model_maps.table_of("nope", "tunix"), "family 'nope': must be one of"),
+    (lambda: patterns.compile_key(patterns._DIFFERENT[0]), "is not supported: name the modules"),
+    (lambda: peft_config.check_config({"peft_type": "LORA", "rank_pattern": [1]}, "x"), "x: rank_pattern is"),
+    (
+        lambda: formats.write_trained("x", PAIR[0], "gemma", "gemma", scale=2.0),
+        "gemma has no scale: leave",
+    ),
+    (lambda: trees.read_tree(TREE, "qwix", task="t", scale=1.0), "a LoRA factor must be floating"),
+    (
+        lambda: tensor_files.disk_array("k", np.array([np.nan]), np.dtype("f2")),
+        "k: has NaN or infinite",
+    ),
+    (lambda: hydra.forms.hydra(DELTAS, heads=1, rank=0), "rank = 0: must be at least 1"),
+    (lambda: check_form(Hydra(rank=0), 2), "rank = 0: must be at least 1"),
+    (lambda: check_form(Hydra(side="up"), 2), "side = 'up': must be one of in, out, auto"),
+    (lambda: check_form(Hydra(solver=Gradient(start="x")), 2), "start = 'x': must be one of closed, mean"),
+    (
+        lambda: activations.regmean(ONES, ONES, np.ones(2), moments=[np.eye(3)], rank=1),
+        "tasks: give one each",
+    ),
+    (lambda: compressors.k_merge_slots(jnp.eye(2), 0), "slots = 0: must be at least 1"),
+    (lambda: registry.method_of("tie"), "method 'tie': did you mean 'ties'?"),
+    (lambda: registry.check_options("ties", {"keep": 1}), "keep: ties takes"),
+    (lambda: registry.check_options("tsv-m", {"keep": 0}), "keep = 0: must be at least 1"),
+    (lambda: registry.check_options("ties", {"density": 2.0}), "density = 2: must lie in (0, 1]"),
+    (lambda: registry.check_options("regmean", {}), "regmean needs moments: give them"),
+    (
+        lambda: whole_adapters.check_weights([1.0], registry.METHODS["ties"], 2),
+        "1 weights for 2 adapters",
+    ),
+    (lambda: whole_adapters.check_weights([np.nan], registry.METHODS["ties"], 1), "weights = [nan]: must be"),
+    (
+        lambda: options.check_options(options.Options(max_error=0)),
+        "an error of 0 is had with --budget 1",
+    ),
+    (lambda: options.check_options(options.Options(budget=-1.0)), "must be positive"),
+    (
+        lambda: options.check_options(options.Options(budget=0.5, weights={"a": 0})),
+        "weight of 'a' = 0: must",
+    ),
+    (lambda: options.relative_weights(TASKS, options.Options(weights={"x": 1})), "weights name 'x'"),
+    (lambda: tensors.check_dtype("int8"), "dtype = 'int8': must be one of"),
+    (lambda: manifest.gunzipped("s", b"no gzip at all"), "s: damaged store: its manifest does not match"),
+    (
+        lambda: manifest.parse("s", json.dumps({"format": manifest.FORMAT, "version": 0}).encode()),
+        "version 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), PURE, ids=[words for _, words in PURE])
+def test_values_are_refused_in_one_line(call, words):
+    with pytest.raises(HydraOptError) as refused:
+        call()
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def unbelievable(at):
+    with checks.believing(at, "its manifest"):
+        raise KeyError("tasks")
+
+
+def shortened(at):
+    (at / "short").write_bytes(b"12")
+    np.asarray(deferred.in_file(str(at / "short"), 0, (4,), "f4"))
+
+
+FILES = [
+    (lambda at: calibration.read_moments(at / "none"), "none: no such file: `hydraopt calibrate"),
+    (lambda at: calibration.read_moments(at / "text"), "text: no readable calibration file"),
+    (lambda at: calibration.write_moments(at / "text" / "x", {"q": np.eye(2)}), "x: cannot be written"),
+    (lambda at: shortened(at), "is incomplete: delete"),
+    (lambda at: demo.run_demo(at / "store"), "store: exists; choose another --out"),
+    (lambda at: peft.fetch_folder(str(at / "none")), "none: no such folder: pass a folder that"),
+    (lambda at: peft.fetch_folder(str(at / "text")), "text: is not a folder: pass a folder that"),
+    (
+        lambda at: formats.write_adapter(at / "peft", PAIR[0]),
+        "choose another path or pass --overwrite",
+    ),
+    (lambda at: formats.write_checkpoint(at / "tree", PAIR[0], "qwix", scale=1.0), "pass overwrite=True"),
+    (lambda at: locks.locked(at / "text" / "x").__enter__(), "x: cannot be written"),
+    (lambda at: provenance.write_recipe(at / "text", RECIPE), "text: exists; choose another file"),
+    (lambda at: provenance.write_recipe(at / "none" / "x", RECIPE), "x: cannot be written"),
+    (lambda at: provenance.read_recipe(at / "none", []), "none: cannot be read"),
+    (lambda at: provenance.read_recipe(at / "text", []), "text: not JSON"),
+    (lambda at: unbelievable(at), "damaged store: its manifest cannot be right ('tasks')"),
+    (lambda at: files.check_output(at / "store", False), "store: exists; choose another --out or give"),
+    (lambda at: folder.read_manifest(at / "none"), "none: no store there: look for a wrong name"),
+    (
+        lambda at: folder.read_manifest(at / "empty"),
+        "empty: not a store (it has no manifest.json.gz",
+    ),
+    (lambda at: folder.read_file(at / "store", "none"), "damaged store: none is missing or cannot be read"),
+    (lambda at: hydra.decode(hydra.open(at / "torn"), "task-00"), "is missing: restore it from a copy"),
+    (lambda at: portable.read_header(at / "none"), "none: no store there: look for a wrong name"),
+    (lambda at: portable.read_header(at / "text"), "text: damaged store: not a complete safetensors file"),
+    (lambda at: hydra.open(at / "short.safetensors"), "damaged store: not a complete safetensors file"),
+    (
+        lambda at: distortion.measure(
+            hydra.open(at / "store"), synthetic.collection(tasks=2, modules={"q": (8, 7)}, rank=2)
+        ),
+        "'task-00': q has another shape in the store: it is of another base model",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), FILES, ids=[words for _, words in FILES])
+def test_files_are_refused_in_one_line(kept, call, words):
+    with pytest.raises(HydraOptError) as refused:
+        call(kept)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"recipe": 0}, "not a recipe of this version"),
+        ({**RECIPE, "option": {}}, "option: did you mean 'options'?"),
+        ({**RECIPE, "options": []}, "options are a mapping, adapters a list"),
+        ({**RECIPE, "options": {"budge": 1}}, "options: budge: did you mean 'budget'?"),
+    ],
+)
+def test_recipes_are_refused_by_the_field(tmp_path, said, words):
+    (tmp_path / "r.json").write_text(json.dumps(said))
+    with pytest.raises(HydraOptError, match=words.replace("?", r"\?")) as refused:
+        provenance.read_recipe(tmp_path / "r.json", ["budget"])
+    assert str(refused.value).startswith(f"{tmp_path / 'r.json'}: ")
+
+
+def test_a_manifest_of_another_checksum_is_refused(kept, tmp_path):
+    shutil.copytree(kept / "store", tmp_path / "s")
+    at = tmp_path / "s" / "manifest.json.gz"
+    at.write_bytes(gzip.compress(at.read_bytes())[:-4] + b"\0\0\0\0")
+    with pytest.raises(HydraOptError, match="does not match its checksum: restore it"):
+        hydra.open(tmp_path / "s")
