@@ -316,9 +316,6 @@ CASES = {
     "similarity.mean_squared_cosine": Case(
         lambda c: similarity.mean_squared_cosine(c, jnp.array([1, 2])), (np.full((2, 2, 2), 0.4, np.float32),)
     ),
-    "similarity.principal_angles": Case(
-        lambda a, b: similarity.principal_angles(a[None], b[None])[:2], (A, B)
-    ),
     "similarity.principal_cosines": Case(
         lambda x: similarity.principal_cosines(decompose.orthonormal(x), jnp.array([2, 3])), (TALL,)
     ),

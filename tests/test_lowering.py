@@ -80,7 +80,6 @@ def test_what_the_engines_jit_lowers(monkeypatch):
     stacked = adapters.stack(few)
     tradeoff.frontier(few, [0.5])
     similarity.summarize(stacked)
-    similarity.principal_angles(stacked.buckets[0].a, stacked.buckets[0].b)
     curves.curves_of(stacked, ["linear", "share"])
     whole_adapters.best_scale(few, whole_adapters.merge_adapters(few, "linear"))
     missed = {name for _, name, _ in places.values()} - set(met)

@@ -54,12 +54,10 @@ def test_cosines_match_dense(shape):
 def test_principal_angles_match_dense(shape):
     a, b = factors(shape)
     deltas = a @ b
-    angles, found = similarity.principal_angles(a, b), similarity.compare(a, b)
+    found = similarity.compare(a, b)
     for m, s, t in np.ndindex(len(a), 5, 5):
         rows = dense_angles(deltas[m, s], deltas[m, t])
         columns = dense_angles(deltas[m, s].T, deltas[m, t].T)
-        np.testing.assert_allclose(angles.input[m, s, t], rows, atol=2e-4)
-        np.testing.assert_allclose(angles.output[m, s, t], columns, atol=2e-4)
         np.testing.assert_allclose(found.input_subspace[m, s, t], np.mean(rows**2), atol=1e-4)
         np.testing.assert_allclose(found.output_subspace[m, s, t], np.mean(columns**2), atol=1e-4)
 
@@ -111,9 +109,7 @@ def test_rank_deficient_factors_count_their_rank():
     a, b = factors((9, 7, 3))
     a[:, 0, :, 2] = a[:, 0, :, 1]
     a[:, 1] = 0
-    angles, found = similarity.principal_angles(a, b), similarity.compare(a, b)
-    np.testing.assert_array_equal(angles.rank, [[2, 0, 3, 3, 3]] * 2)
-    assert np.all(np.asarray(angles.input)[:, 0, :, 2] == 0)
+    found = similarity.compare(a, b)
     np.testing.assert_allclose(found.input_subspace[:, 0, 0], 1.0, atol=1e-5)
     for field in found:
         assert np.all(np.asarray(field)[:, 1] == 0)

@@ -95,20 +95,10 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
     >>> pack_codes(np.array([1, -1, 3, 0], np.int8), 3).tolist()
     [61, 128]
-    >>> unpack_codes(pack_codes(np.array([1, -1, 3, 0], np.int8), 3), 3, 4).tolist()
-    [1, -1, 3, 0]
     """
     check_bits(bits)
     raw = codes.ravel().astype(np.uint8)[:, None]
     return np.packbits(np.unpackbits(raw, axis=1)[:, 8 - bits :])
-
-
-def unpack_codes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The inverse of `pack_codes`: `count` codes, int8."""
-    check_bits(bits)
-    planes = np.unpackbits(data, count=count * bits).reshape(count, bits)
-    sign = np.repeat(planes[:, :1], 8 - bits, 1)
-    return np.packbits(np.concatenate([sign, planes], 1), axis=1)[:, 0].view(np.int8)
 
 
 @functools.partial(

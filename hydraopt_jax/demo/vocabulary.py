@@ -64,20 +64,10 @@ def token_ids(vocabulary: Vocabulary, tokens: Iterable[str], *, unknown: int = U
     """Ids of tokens; `unknown` for tokens outside the vocabulary.
 
     >>> v = build_vocabulary([Item(("a", "b"), ())], minimum=1)
-    >>> tokens_of(v, token_ids(v, ("a", "b", "<end>", "a")))
-    ('a', 'b')
+    >>> [v.tokens[i] for i in token_ids(v, ("a", "b", "<end>", "a"))]
+    ['a', 'b', '<end>', 'a']
     """
     return [vocabulary.ids.get(token, unknown) for token in tokens]
-
-
-def tokens_of(vocabulary: Vocabulary, ids: Iterable[int]) -> tuple[str, ...]:
-    """Tokens of ids before the first `<end>` or padding."""
-    found: list[str] = []
-    for i in ids:
-        if i in (END_ID, PAD_ID):
-            break
-        found.append(vocabulary.tokens[i])
-    return tuple(found)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:

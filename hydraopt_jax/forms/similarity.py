@@ -33,20 +33,6 @@ class Similarity(NamedTuple):
     output_subspace: Array
 
 
-class Angles(NamedTuple):
-    """Cosines of the principal angles between tasks' subspaces, descending, 0 beyond the smaller rank.
-
-    Attributes:
-      input: `[..., T, T, R]` between the column spaces of the deltas.
-      output: `[..., T, T, R]` between their row spaces.
-      rank: `[..., T]` int, each delta's numerical rank.
-    """
-
-    input: Array
-    output: Array
-    rank: Array
-
-
 class Summary(NamedTuple):
     """Similarities of a collection.
 
@@ -193,27 +179,20 @@ def _unit(x: Array) -> Array:
     return x / jnp.where(size > 0, size, 1.0)
 
 
-def _angles(svd: decompose.Svd) -> Angles:
-    """Angles of one module from the decompositions of its T deltas."""
-    rank = numerical_rank(svd.s)
-    return Angles(principal_cosines(svd.u, rank), principal_cosines(svd.v.mT, rank), rank)
-
-
 def _measure(a: Array, b: Array, svd: decompose.Svd) -> Similarity:
     """Similarity of one module from factors and the decompositions of its T deltas."""
-    angles = _angles(svd)
-    present = angles.rank > 0
+    rank = numerical_rank(svd.s)
+    present = rank > 0
     pair = present[:, None] & present[None, :]
     return Similarity(
         jnp.where(pair, factor_cosine(a), 0.0),
         jnp.where(pair, factor_cosine(b), 0.0),
         jnp.where(pair, delta_cosine(a, b), 0.0),
-        mean_squared_cosine(angles.input, angles.rank),
-        mean_squared_cosine(angles.output, angles.rank),
+        mean_squared_cosine(principal_cosines(svd.u, rank), rank),
+        mean_squared_cosine(principal_cosines(svd.v.mT, rank), rank),
     )
 
 
-_batched_angles = jax.jit(jax.vmap(_angles))
 _batched_measure = jax.jit(jax.vmap(_measure))
 
 
@@ -221,27 +200,6 @@ def _decompose(a: Array, b: Array) -> decompose.Svd:
     """Decompositions of rescaled deltas; ranks and directions do not depend on the scale."""
     scale = jax.vmap(jax.vmap(lambda x: _unit(x[None])[0]))
     return decompose.batched_svd(scale(jnp.asarray(a, jnp.float32)), scale(jnp.asarray(b, jnp.float32)))
-
-
-def principal_angles(a: Array, b: Array) -> Angles:
-    """Principal angles between the tasks' input and output subspaces.
-
-    They are those of the deltas' column and row spaces, hence gauge-invariant. Padding with zero columns or
-    rows, or a column of `a` that is multiplied with a zero row of `b`, adds no direction.
-
-    Args:
-      a: `[M, T, I, R]`.
-      b: `[M, T, R, O]`.
-
-    Returns:
-      Angles with `[M, T, T, N]` cosines, N = min(I, R, O).
-
-    >>> import jax.numpy as jnp
-    >>> a = jnp.array([[[1.0], [0.0]], [[0.6], [0.8]]])[None]
-    >>> print(principal_angles(a, jnp.ones((1, 2, 1, 2))).input[0, 0, 1].round(3))
-    [0.6]
-    """
-    return _batched_angles(_decompose(a, b))
 
 
 def compare(a: Array, b: Array) -> Similarity:

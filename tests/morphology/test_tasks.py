@@ -9,6 +9,7 @@ from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.model import Config, init_base, modules
 from hydraopt_jax.demo.tasks import Item, answer, characters, features, phonemes, prompt
 from hydraopt_jax.demo.vocabulary import (
+    END_ID,
     PAD_ID,
     SEPARATOR_ID,
     UNKNOWN_ID,
@@ -16,7 +17,6 @@ from hydraopt_jax.demo.vocabulary import (
     encode_items,
     from_tokens,
     token_ids,
-    tokens_of,
 )
 
 ITEMS = {
@@ -30,8 +30,8 @@ ITEMS = {
 def test_tokens_survive_a_round_trip(name):
     vocabulary = build_vocabulary(ITEMS.values(), minimum=1)
     for tokens in (prompt(name, ITEMS[name]), ITEMS[name].output):
-        assert tokens_of(vocabulary, token_ids(vocabulary, tokens)) == tokens
-    assert tokens_of(vocabulary, token_ids(vocabulary, answer(ITEMS[name]))) == ITEMS[name].output
+        assert tuple(vocabulary.tokens[i] for i in token_ids(vocabulary, tokens)) == tokens
+    assert token_ids(vocabulary, answer(ITEMS[name])) == [*token_ids(vocabulary, ITEMS[name].output), END_ID]
 
 
 def test_letters_and_phonemes_of_one_shape_differ():
