@@ -10,7 +10,7 @@ import numpy as np
 from hydraopt_jax import devices
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.explicit import fitting, streaming, streaming_gram
-from hydraopt_jax.explicit.groups import GROUP_BYTES, Group, applied, groups_of, host_dtype, is_streamed
+from hydraopt_jax.explicit.groups import Group, applied, groups_of, host_dtype, is_streamed
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.forms.hyperparameters import check_form
 from hydraopt_jax.rate_control import parts, search
@@ -103,9 +103,7 @@ def group_memory(group: Group, tasks: int, ranks: dict[str, int], itemsize: int)
     return FIXED + 2 * block + sums + 3 * each * min(taken, tasks)
 
 
-def form_costs(
-    found: Collection, form: Hydra, dtype: str | None = None, group_bytes: int = GROUP_BYTES
-) -> Costs:
+def form_costs(found: Collection, form: Hydra, dtype: str | None = None) -> Costs:
     """Estimate a job of an explicit form. Forms other than a head per task are counted as if they were; they
     take longer."""
     tasks = len(found.cards)
@@ -113,7 +111,7 @@ def form_costs(
     check_dtype(dtype)
     stored = np.dtype(dtype or found.dtype).itemsize
     itemsize = np.dtype(host_dtype(found)).itemsize
-    groups = groups_of(found, form, group_bytes)
+    groups = groups_of(found, form)
     flops = memory = store = read = 0
     for group in groups:
         ranks = streaming.ranks_of(form, group.shape, group.rank, tasks)

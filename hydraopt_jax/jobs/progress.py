@@ -80,7 +80,7 @@ class Bar:
 
 
 @contextmanager
-def to_stderr(enabled: bool = True, every: float = EVERY) -> Iterator[Progress]:
+def to_stderr(enabled: bool = True) -> Iterator[Progress]:
     """The `Progress` that prints: a bar on a terminal, a line from time to time elsewhere."""
     if not enabled:
         yield Progress()
@@ -89,5 +89,5 @@ def to_stderr(enabled: bool = True, every: float = EVERY) -> Iterator[Progress]:
             bar = Bar(bars)
             yield Progress(bar.start, bar.step, bar.read)
     else:
-        lines = Lines(lambda text: print(f"hydraopt: {text}", file=sys.stderr, flush=True), every)
+        lines = Lines(lambda text: print(f"hydraopt: {text}", file=sys.stderr, flush=True))
         yield Progress(lines.start, lines.step, lines.read)

@@ -123,13 +123,12 @@ def _plain(text: str, limit: int = 24) -> str:
     return short.replace("$", r"\$")
 
 
-def plot_similarity(path: str | Path, summary: Summary, *, title: str = "") -> None:
+def plot_similarity(path: str | Path, summary: Summary) -> None:
     """Write heat maps of all measures, averaged over modules.
 
     Args:
       path: PNG, PDF or SVG file to write.
       summary: result of `similarity.summarize`.
-      title: title above the panels; none if empty.
 
     Raises:
       HydraOptError: matplotlib is missing, or the file cannot be written.
@@ -165,8 +164,6 @@ def plot_similarity(path: str | Path, summary: Summary, *, title: str = "") -> N
         bar.ax.tick_params(labelsize=7)
         bar.set_label(name, fontsize=7)
         bar.outline.set_visible(False)
-    if title:
-        figure.suptitle(_plain(title, 120), fontsize=10)
     _save(figure, path)
 
 
@@ -215,7 +212,6 @@ def plot_tradeoff(
     *,
     dashed: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     gray: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-    title: str = "",
     bytes_label: str = "bytes stored / fp16 bytes of the adapters",
     error_label: str = "relative squared error of delta",
     logarithmic: bool = True,
@@ -228,7 +224,6 @@ def plot_tradeoff(
         markers on the lower edge.
       dashed: name of a curve -> a second line of its color, dashed, without markers.
       gray: name -> a gray line, such as an estimate, without its errors of 0.
-      title: title above the axes; none if empty.
       bytes_label: label of the horizontal axis.
       error_label: label of the vertical axis.
       logarithmic: whether the vertical axis is logarithmic; the horizontal axis is.
@@ -281,8 +276,6 @@ def plot_tradeoff(
     axis.spines[:].set_color(INK)
     axis.spines[["top", "right"]].set_visible(False)
     _label(axis, ends)
-    if title:
-        axis.set_title(_plain(title, 80), fontsize=10, loc="left", color=INK)
     _save(figure, path)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.report.text import (
     columns,
     format_brief,
@@ -65,26 +64,19 @@ def cell(value: float, width: int) -> str:
     return "-" if value < -0.05 else "." if value < 0.05 else str(min(round(10 * value), 9))
 
 
-def task_table(summary: Summary, measure: str = "delta") -> Table | None:
-    """A table of one measure by pairs of tasks, averaged over modules; similar tasks are neighbors.
+def task_table(summary: Summary) -> Table | None:
+    """A table of the deltas' cosines by pairs of tasks, averaged over modules; similar tasks are neighbors.
 
     It is in hundredths for up to `HUNDREDTHS` tasks and in tenths for up to `TENTHS`; None for more.
-
-    Raises:
-      HydraOptError: `measure` is not a field of Similarity.
     """
     from hydraopt_jax.forms.similarity import cluster_order
 
-    if measure not in MEASURES:
-        raise HydraOptError(f"measure: {measure!r} is not one of {', '.join(MEASURES)}")
     if len(summary.tasks) > TENTHS:
         return None
     width, unit = (3, "hundredths") if len(summary.tasks) <= HUNDREDTHS else (1, "tenths, . below 0.05")
-    matrix = np.asarray(getattr(summary.mean, measure))
+    matrix = np.asarray(summary.mean.delta)
     order = cluster_order(matrix)
-    table = columns(
-        "", "task", "", title=f"Similarity of {MEASURES[measure]}s, {unit}; alike tasks side by side"
-    )
+    table = columns("", "task", "", title=f"Similarity of deltas, {unit}; alike tasks side by side")
     # columns of one character are numbered by the last digit
     table.columns[2].header = "".join(
         f"{n + 1:3d}" if width > 1 else str((n + 1) % 10) for n in range(len(order))
@@ -96,12 +88,12 @@ def task_table(summary: Summary, measure: str = "delta") -> Table | None:
     return table
 
 
-def nearest_table(summary: Summary, measure: str = "delta", count: int = 12) -> Table:
+def nearest_table(summary: Summary, count: int = 12) -> Table:
     """A table of the most similar pairs of tasks."""
     from hydraopt_jax.forms.similarity import nearest_pairs
 
-    table = columns(f">{measure}", "task", "task", title="")
-    pairs = nearest_pairs(np.asarray(getattr(summary.mean, measure)), count)
+    table = columns(">delta", "task", "task", title="")
+    pairs = nearest_pairs(np.asarray(summary.mean.delta), count)
     table.title = f"The {len(pairs)} most similar pairs of tasks"
     for s, t, value in pairs:
         table.add_row(f"{value:.3f}", Text(shorten(summary.tasks[s])), Text(shorten(summary.tasks[t])))
