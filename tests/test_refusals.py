@@ -125,7 +125,23 @@ def shortened(at):
     np.asarray(deferred.in_file(str(at / "short"), 0, (4,), "f4"))
 
 
+def cut(at):
+    said, places = portable.read_header(at / "one.safetensors")
+    hydra.decode(portable.opened_at("s", said, places, lambda start, stop: b""), "task-00")
+
+
 FILES = [
+    (cut, "s: damaged store: it ends too early: restore it from a copy"),
+    (lambda at: files.save(at / "new", hydra.open(at / "store"), limit=1), "bytes, its input takes 1"),
+    (
+        lambda at: files.save(at / "n.safetensors", hydra.open(at / "store"), limit=1),
+        "bytes, its input takes 1",
+    ),
+    (lambda at: formats.read_trained(at / "tree", "llama", scale=1.0), "of no library of family 'llama'"),
+    (
+        lambda at: formats.read_trained(at / "tree", "llama", "maxtex"),
+        "library 'maxtex' has no table of family",
+    ),
     (lambda at: calibration.read_moments(at / "none"), "none: no such file: `hydraopt calibrate"),
     (lambda at: calibration.read_moments(at / "text"), "text: no readable calibration file"),
     (lambda at: calibration.write_moments(at / "text" / "x", {"q": np.eye(2)}), "x: cannot be written"),
