@@ -130,10 +130,10 @@ def apply_weights(base: Base, coefficients: np.ndarray, units: np.ndarray) -> np
     weights = np.ldexp(coefficients.astype(np.float64), units)
     if not fits(base, weights):
         raise Damaged("coefficients of a prediction that are too large")
-    return sums(base, weights)
+    return weighted_sums(base, weights)
 
 
-def sums(base: Base, weights: np.ndarray) -> np.ndarray:
+def weighted_sums(base: Base, weights: np.ndarray) -> np.ndarray:
     """The predicted vectors from coefficients times their units, which must fit (`fits`)."""
     return (np.rint(base.known @ weights / GRID) * GRID).astype(np.float32)
 
@@ -185,7 +185,7 @@ def predict(target: np.ndarray, base: Base) -> tuple[Prediction | None, np.ndarr
     weights = np.ldexp(rounded.astype(np.float64), step)
     if not fits(base, weights):
         return nothing
-    guess = sums(base, weights)
+    guess = weighted_sums(base, weights)
     after = ((target - guess) ** 2).mean(0)
     saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent(rounded)
     used = (saved > 0) & target.any(0)

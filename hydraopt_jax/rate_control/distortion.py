@@ -12,7 +12,8 @@ from hydraopt_jax.static import Static
 from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.store import Segment, Source, Store
 
-Pair = tuple[np.ndarray, np.ndarray]
+# `a: [I, R]`, `b: [R, O]`
+Product = tuple[np.ndarray, np.ndarray]
 
 if TYPE_CHECKING:  # it needs JAX, which nothing here does
     from hydraopt_jax.rate_control.metrics import Metrics
@@ -97,7 +98,7 @@ def module_errors(
     return out
 
 
-def output_error(metrics: "Metrics", true: Pair, found: Pair) -> float:
+def output_error(metrics: "Metrics", true: Product, found: Product) -> float:
     """Relative squared error of `a b` in the metrics, by inner products of the factors of the difference."""
     rank = true[0].shape[1]
     left = np.concatenate([true[0], -found[0]], 1, dtype=np.float64)

@@ -27,7 +27,7 @@ def stacked(modules: Modules) -> Lora:
     return out
 
 
-def together(parts: Sequence[Lora], places: Sequence[Array], tasks: int) -> Lora:
+def all_tasks(parts: Sequence[Lora], places: Sequence[Array], tasks: int) -> Lora:
     """Factors of all tasks, from those of parts with some tasks and modules each; zeros for an absent task.
 
     Args:
@@ -36,7 +36,7 @@ def together(parts: Sequence[Lora], places: Sequence[Array], tasks: int) -> Lora
       tasks: T.
 
     >>> ones = {"q": (jnp.ones((1, 2, 1)), jnp.ones((1, 1, 2)))}
-    >>> a, b = together([ones, ones], [jnp.array([2]), jnp.array([0])], 3)["q"]
+    >>> a, b = all_tasks([ones, ones], [jnp.array([2]), jnp.array([0])], 3)["q"]
     >>> print(a[:, 0, 0], b.shape)
     [1. 0. 1.] (3, 1, 2)
     """

@@ -28,9 +28,9 @@ from orbax.checkpoint import v1 as ocp
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import descent
-from hydraopt_jax.refinement.objectives import Forward, Lora, divergence, originals, stacked, together
+from hydraopt_jax.refinement.moving_segment import start_moving, with_factors
+from hydraopt_jax.refinement.objectives import Forward, Lora, all_tasks, divergence, originals, stacked
 from hydraopt_jax.refinement.rounding import Indices, Modules, indices_of, trainable_arrays, with_indices
-from hydraopt_jax.refinement.segments import open_part, with_factors
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Segment, Store
 
@@ -99,7 +99,7 @@ def moved_loss(loss: Any, rows: Sequence[Rows], original: Lora, moved: Any, batc
     """The loss of the moved factors of some segments."""
     parts = [stacked(with_indices(x.indices, own)) for x, own in zip(rows, moved, strict=True)]
     tasks = len(next(iter(original.values()))[0])
-    return loss(together(parts, [jnp.asarray(x.places) for x in rows], tasks), original, batch)
+    return loss(all_tasks(parts, [jnp.asarray(x.places) for x in rows], tasks), original, batch)
 
 
 def step(
@@ -220,7 +220,7 @@ def refine_segments(
     segments, place = list(store.segments), {t: k for k, t in enumerate(store.tasks)}
     places = [np.array([place[t] for t in segments[n].tasks]) for n in parts]
     opened = [
-        open_part(segments[n], [ordered[k] for k in at], given.calibration, len(parts))
+        start_moving(segments[n], [ordered[k] for k in at], given.calibration, len(parts))
         for n, at in zip(parts, places, strict=True)
     ]
     loss, folder, chain = given.loss, given.folder, given.optimizer

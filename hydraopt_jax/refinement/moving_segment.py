@@ -16,7 +16,7 @@ from hydraopt_jax.store import Segment, plain
 from hydraopt_jax.store.store import make_segment, tensors_at
 
 
-class Part(NamedTuple):
+class MovingSegment(NamedTuple):
     """A segment in refinement.
 
     Attributes:
@@ -51,10 +51,10 @@ class Part(NamedTuple):
         return (modules, leaves, True) if modules else (self.kept, None, False)
 
 
-def open_part(
+def start_moving(
     segment: Segment, adapters: Sequence[Adapter], calibration: Mapping[str, np.ndarray] | None, among: int
-) -> Part:
-    """The part of one `among` so many segments, for the adapters of its tasks and the moments that it was
+) -> MovingSegment:
+    """The state of one `among` so many segments, for the adapters of its tasks and the moments that it was
     made with."""
     kept = rounding.coded_terms(segment) if segment.coded else segment_terms(segment)
     metrics = {}
@@ -75,7 +75,7 @@ def open_part(
     start = jax.tree.map(
         lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), trainable_arrays(begin), unit
     )
-    return Part(segment, adapters, metrics, kept, how, start, unit, slope)
+    return MovingSegment(segment, adapters, metrics, kept, how, start, unit, slope)
 
 
 def units(modules: Modules, coded: bool) -> Any:
@@ -107,15 +107,15 @@ def vectors(moved: Any) -> Any:
     return {n: tuple((a, flip(b), core) for a, b, core in terms) for n, terms in moved.items()}
 
 
-def with_factors(part: Part, modules: Modules, leaves: Mapping[str, bytes] | None) -> Segment:
+def with_factors(given: MovingSegment, modules: Modules, leaves: Mapping[str, bytes] | None) -> Segment:
     """The segment with other factors (coded in `leaves`, or plain) and their measured errors."""
-    schema: Any = part.segment.modules
+    schema: Any = given.segment.modules
     body: Any = leaves
     if leaves is None:
         schema, body = plain.to_leaves(modules)
     names = list(schema)
     # errors of outputs only if they can be measured: the former ones are no longer valid
-    outputs = error_table(modules, part.adapters, names, part.metrics) if part.metrics else None
-    errors = error_table(modules, part.adapters, names)
-    carried = [tensors_at(part.segment, k) for k in range(len(part.segment.tasks))]
-    return make_segment(part.segment.tasks, schema, body, errors, output_errors=outputs, tensors=carried)
+    outputs = error_table(modules, given.adapters, names, given.metrics) if given.metrics else None
+    errors = error_table(modules, given.adapters, names)
+    carried = [tensors_at(given.segment, k) for k in range(len(given.segment.tasks))]
+    return make_segment(given.segment.tasks, schema, body, errors, output_errors=outputs, tensors=carried)
