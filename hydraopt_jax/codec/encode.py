@@ -204,9 +204,6 @@ def quantize_streams(
 ) -> list[Symbols]:
     """Quantize streams, given as 1-D values in steps and the context of every value."""
     bits = trellis.costs(frequencies)
-    # what fills up a lane has context 0 and costs nothing
-    bits[0] = 1e4
-    bits[0, :, 0] = 0.0
     per_code = context_bits(frequencies)
     lanes = [streams.lane_count(len(c), float(per_code[c].sum())) for c in context]
     magnitude = [np.zeros(len(x), np.int32) for x in values]
@@ -216,14 +213,14 @@ def quantize_streams(
     def one(chunks: Sequence[Chunk], width: int) -> None:
         """Quantize chunks side by side."""
         steps = max(1 << (chunks[0].length - 1).bit_length(), LEAST_STEPS)
-        y, of = np.zeros((width, steps), np.float32), np.zeros((width, steps), np.int32)
+        y, of = rows_of(width, steps, np.float32), rows_of(width, steps, np.uint8)
         for row, (length, k, first) in enumerate(chunks):
             y[row, :length] = values[k][first : first + length]
             of[row, :length] = context[k][first : first + length]
-        found = trellis.quantize(
-            *(jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of)), costs, multiplier
-        )
-        m, q = (np.asarray(x).T for x in found)
+        given = (jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of))
+        found = trellis.quantize(*given, costs, multiplier)
+        m, q = rows_of(width, steps, np.int32), rows_of(width, steps, np.uint8)
+        m[:], q[:] = (np.asarray(x).T for x in found)
         for row, (length, k, first) in enumerate(chunks):
             magnitude[k][first : first + length] = m[row, :length]
             quantizer[k][first : first + length] = q[row, :length]
@@ -239,6 +236,12 @@ def quantize_streams(
         Symbols(m, q, c.astype(np.uint8), v < 0, n)
         for m, q, c, v, n in zip(magnitude, quantizer, context, values, lanes, strict=True)
     ]
+
+
+def rows_of(count: int, length: int, dtype: type) -> np.ndarray:
+    """Zeros `[count, length]`, whose rows do not begin a power of two apart: a cache would hold few of their
+    columns at once, and transposing takes six times as long."""
+    return np.zeros((count, length + 64), dtype)[:, :length]
 
 
 def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:
