@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from hydraopt_jax import adapters, formats
-from hydraopt_jax.codec import encode, frequency_tables, streams
+from hydraopt_jax.codec import encode, frequency_tables, lanes
 from hydraopt_jax.codec.contexts import RAW_BITS, WIDE
 from hydraopt_jax.compression import compress
 from hydraopt_jax.rate_control.coding import encode_at_step
@@ -50,7 +50,7 @@ def zstd(codes: np.ndarray) -> int:
 
 def measure(coded: encode.Coded) -> dict[str, float]:
     """Bytes of one coded collection's codes, by coder, over their entropy."""
-    own = sum(map(len, streams.encode(coded.symbols, frequency_tables.from_counts(coded.counts))))
+    own = sum(map(len, lanes.encode(coded.symbols, frequency_tables.from_counts(coded.counts))))
     share = coded.counts / np.maximum(coded.counts.sum(-1, keepdims=True), 1)
     bits = -coded.counts * np.log2(np.where(share > 0, share, 1))
     # wide contexts count the symbols of both quantizers twice

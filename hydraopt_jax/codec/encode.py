@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax import devices
-from hydraopt_jax.codec import contexts, frequency_tables, prediction, streams, syntax, trellis
+from hydraopt_jax.codec import contexts, frequency_tables, lanes, prediction, streams, syntax, trellis
 from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
-from hydraopt_jax.codec.decode import Decoded, decode_leaves, prediction_base
+from hydraopt_jax.codec.decode import prediction_base, read_sides, split_gains
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.rans import PERIOD
@@ -213,13 +213,13 @@ def quantize_streams(
     def one(chunks: Sequence[Chunk], width: int) -> None:
         """Quantize chunks side by side."""
         steps = max(1 << (chunks[0].length - 1).bit_length(), LEAST_STEPS)
-        y, of = rows_of(width, steps, np.float32), rows_of(width, steps, np.uint8)
+        y, of = streams.rows_of(width, steps, np.float32), streams.rows_of(width, steps, np.uint8)
         for row, (length, k, first) in enumerate(chunks):
             y[row, :length] = values[k][first : first + length]
             of[row, :length] = context[k][first : first + length]
         given = (jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of))
         found = trellis.quantize(*given, costs, multiplier)
-        m, q = rows_of(width, steps, np.int32), rows_of(width, steps, np.uint8)
+        m, q = streams.rows_of(width, steps, np.int32), streams.rows_of(width, steps, np.uint8)
         m[:], q[:] = (np.asarray(x).T for x in found)
         for row, (length, k, first) in enumerate(chunks):
             magnitude[k][first : first + length] = m[row, :length]
@@ -236,12 +236,6 @@ def quantize_streams(
         Symbols(m, q, c.astype(np.uint8), v < 0, n)
         for m, q, c, v, n in zip(magnitude, quantizer, context, values, lanes, strict=True)
     ]
-
-
-def rows_of(count: int, length: int, dtype: type) -> np.ndarray:
-    """Zeros `[count, length]`, whose rows do not begin a power of two apart: a cache would hold few of their
-    columns at once, and transposing takes six times as long."""
-    return np.zeros((count, length + 64), dtype)[:, :length]
 
 
 def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:
@@ -327,46 +321,54 @@ def packed_gains(coded: Coded, task: int, gains: Sequence[np.ndarray]) -> bytes:
 def serialize(
     coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
 ) -> dict[str, bytes]:
-    """The leaves of `serialize_and_decode`."""
-    return serialize_and_decode(coded, gains, frequencies)[0]
-
-
-def serialize_and_decode(
-    coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
-) -> tuple[dict[str, bytes], Decoded]:
-    """Leaves of bytes, and their decoded values.
+    """Leaves of bytes, which decode to `coded.values` and the gains bit for bit.
 
     Args:
       coded: the quantized collection.
       gains: task -> its gains, one `[live directions]` array for each (module, term) it has, in order.
       frequencies: tables that the reader has already; None for new tables in the shared leaf.
-
-    Returns:
-      Leaf name -> bytes; and their decoded values, equal to `coded.values` and the gains bit for bit.
     """
     table = frequency_tables.from_counts(coded.counts) if frequencies is None else frequencies
-    bodies = dict(zip(coded.leaves, streams.encode(coded.symbols, table), strict=True))
+    bodies = dict(zip(coded.leaves, lanes.encode(coded.symbols, table), strict=True))
     out = {leaf: side + bodies.get(leaf, b"\x00") for leaf, side in sides(coded, gains).items()}
     if frequencies is None:
         out[SHARED] = frequency_tables.pack_tables(table) + out[SHARED]
-    return out, checked(out, coded, gains, frequencies)
+    check_sides(out, coded, gains, table, frequencies)
+    return out
 
 
-def checked(
+def check_sides(
     leaves: Mapping[str, bytes],
     coded: Coded,
     gains: Mapping[int, Sequence[np.ndarray]],
-    frequencies: np.ndarray | None,
-) -> Decoded:
-    """The decoded leaves, after a check that they equal `coded.values`, on which errors are measured.
+    table: np.ndarray,
+    given: np.ndarray | None,
+) -> None:
+    """Raise unless what is read beside the streams equals what was coded; `lanes.encode` sees to the streams.
+
+    With it the decoded values equal `coded.values`, which were computed from it as a decoder does.
 
     Raises:
       RuntimeError: they differ, which is a fault of this package.
     """
-    found = decode_leaves(leaves, coded.shapes, sorted(gains), frequencies)
-    same = all(np.array_equal(x, y) for x, y in zip(found.values, coded.values, strict=True) if x is not None)
+    found = read_sides(leaves, coded.shapes, given)
+    same = np.array_equal(found.table, table)
+    for leaf, members in found.members.items():
+        side = found.sides[leaf]
+        for i, context, used, weights, offsets in zip(
+            members, side.contexts, side.used, side.weights, side.offsets, strict=True
+        ):
+            same &= np.array_equal(context, coded.contexts[i]) and np.array_equal(offsets, coded.offsets[i])
+            x = coded.predictions[i]
+            if x is None or used is None or weights is None:
+                same &= x is None and (used is None or not used.any())
+                continue
+            same &= np.array_equal(used, x.used) and np.array_equal(weights, x.coefficients[:, x.used])
+            same &= np.array_equal(prediction.units(context[used]), x.units[used])
     for task, mine in gains.items():
-        same &= np.array_equal(join(found.gains[task], np.float32), join(mine, np.float32))
-    if not same or any(x is None for x in found.values):
-        raise RuntimeError("coded factors decode to others: please report this collection as a bug")
-    return found
+        read = split_gains(
+            found.sides[f"task_{task}"].gains, coded.shapes, coded.pieces, coded.contexts, task
+        )
+        same &= np.array_equal(join(read, np.float32), join(mine, np.float32))
+    if not same:
+        raise RuntimeError(f"coded factors decode to others: {lanes.BUG}")

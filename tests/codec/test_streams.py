@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydraopt_jax.codec import bitstream, contexts, encode, frequency_tables, streams, trellis
+from hydraopt_jax.codec import bitstream, contexts, encode, frequency_tables, lanes, streams, trellis
 from hydraopt_jax.codec.bitstream import Damaged, Reader
 from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE
 from hydraopt_jax.codec.rans import PERIOD
@@ -44,12 +44,12 @@ def decoded(*given):
 def coded(quantized):
     """Their table, and the bytes of each."""
     table = frequency_tables.from_counts(streams.histogram(quantized))
-    return table, streams.encode(quantized, table)
+    return table, lanes.encode(quantized, table)
 
 
 def round_trip(symbols):
     table = frequency_tables.from_counts(streams.histogram(symbols))
-    blobs = streams.encode(symbols, table)
+    blobs = lanes.encode(symbols, table)
     read = frequency_tables.unpack_tables(Reader(frequency_tables.pack_tables(table)))
     return blobs, decoded(blobs, [x.context for x in symbols], read)
 
@@ -64,7 +64,7 @@ def test_streams_decode_to_what_was_encoded(quantized):
 
 def test_a_stream_alone_decodes_as_beside_others(quantized, coded):
     table, blobs = coded
-    alone = streams.encode(quantized[:1], table)
+    alone = lanes.encode(quantized[:1], table)
     assert alone[0] == blobs[0]
     (back,) = decoded(alone, [quantized[0].context], table)
     np.testing.assert_array_equal(back, streams.values(quantized[0]))
@@ -88,25 +88,25 @@ def test_lanes_take_less_than_half_a_per_cent(monkeypatch):
     def coded():
         symbols = encode.quantize_streams([values], [context], contexts.gaussian(), encode.MULTIPLIER)
         return symbols[0].lanes, len(
-            *streams.encode(symbols, frequency_tables.from_counts(streams.histogram(symbols)))
+            *lanes.encode(symbols, frequency_tables.from_counts(streams.histogram(symbols)))
         )
 
-    lanes, size = coded()
+    count, size = coded()
     monkeypatch.setattr(streams, "MAX_LANES", 1)
-    assert lanes >= 32
+    assert count >= 32
     one, alone = coded()
     assert one == 1
     assert size < 1.005 * alone
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 7])
-def test_lanes_longer_than_the_period(lanes, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_lanes_longer_than_the_period(count, monkeypatch):
     """The trellis begins anew in every lane after `PERIOD` codes, for encoder and decoder alike."""
     rng = np.random.default_rng(6)
-    values, context = in_contexts([laplacian(rng, 2 * lanes * PERIOD + 5, 3.0)])
-    monkeypatch.setattr(streams, "lane_count", lambda count, bits: lanes)
+    values, context = in_contexts([laplacian(rng, 2 * count * PERIOD + 5, 3.0)])
+    monkeypatch.setattr(streams, "lane_count", lambda codes, bits: count)
     (symbols,) = encode.quantize_streams([values], [context], contexts.gaussian(), encode.MULTIPLIER)
-    assert symbols.lanes == lanes
+    assert symbols.lanes == count
     _, (back,) = round_trip([symbols])
     np.testing.assert_array_equal(streams.values(symbols), back)
 
