@@ -57,7 +57,7 @@ def measure(coded: encode.Coded) -> dict[str, float]:
     whole = (bits.sum() - bits[WIDE].sum() / 2) / 8
     plain = by_context = 0.0
     for x in coded.symbols:
-        whole += float(RAW_BITS[x.context].sum() + np.count_nonzero(encode.signs(x))) / 8
+        whole += float(RAW_BITS[x.context].sum() + np.count_nonzero((x.magnitude > 0) | WIDE[x.context])) / 8
         codes = np.where(x.negative, -x.magnitude, x.magnitude)
         plain += zstd(codes)
         by_context += sum(zstd(codes[x.context == c]) for c in np.unique(x.context))

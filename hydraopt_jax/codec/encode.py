@@ -16,7 +16,7 @@ import numpy as np
 
 from hydraopt_jax import devices
 from hydraopt_jax.codec import contexts, frequency_tables, lanes, prediction, streams, syntax, trellis
-from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
+from hydraopt_jax.codec.contexts import COUNT, MAX_MAGNITUDE, RAW_BITS, WIDE
 from hydraopt_jax.codec.decode import prediction_base, read_sides, split_gains
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
@@ -119,7 +119,7 @@ def quantize(
     predictions: list[Prediction | None] = [None] * len(rows)
     offsets: list[Any] = [None] * len(rows)
     values: list[Any] = [None] * len(rows)
-    bases: dict[int, prediction.Base] = {}
+    bases: dict[int, tuple[prediction.Base, np.ndarray]] = {}
     symbols: list[Symbols] = []
     members: dict[str, list[int]] = {leaf: [] for leaf in leaves}
     for i, x in enumerate(rows):
@@ -129,15 +129,17 @@ def quantize(
         for i in (i for leaf in now for i in members[leaf]):
             piece = rows[i]
             term = modules[piece.module][piece.term]
-            target = (term.b if piece.side else term.a)[piece.factor]
+            target = np.ascontiguousarray((term.b if piece.side else term.a)[piece.factor].T, np.float32)
             check_range(target, piece.module)
             guesses[i] = np.zeros_like(target)
             if piece.base >= 0:
                 if piece.base not in bases:
-                    bases[piece.base] = prediction_base(values[piece.base], context[piece.base])
-                predictions[i], guesses[i], _ = prediction.predict(target, bases[piece.base])
+                    base = prediction_base(values[piece.base], context[piece.base])
+                    bases[piece.base] = base, base.solver()
+                predictions[i], guess, _ = prediction.predict(target.T, *bases[piece.base])
+                guesses[i] = guess.T
             rests[i] = Rest(
-                (target - guesses[i]).T, target.any(0), prediction.units_of(predictions[i], target.shape[1])
+                target - guesses[i], np.any(target, 1), prediction.units_of(predictions[i], len(target))
             )
         for i, (vectors, kind, moved) in classified(rests, rows).items():
             rests[i], context[i], offsets[i] = rests[i]._replace(vectors=vectors), kind, moved
@@ -155,8 +157,14 @@ def quantize(
             codes, at = streams.values(stream), 0
             for i in members[leaf]:
                 end = at + syntax.code_count(rows[i], context[i])
-                value, at = syntax.as_piece(codes[at:end], rows[i], context[i]), end
-                values[i] = np.where(rests[i].coded, value + guesses[i], 0).astype(np.float32)
+                coded = context[i] > 0
+                value = guesses[i]
+                if coded.all():
+                    value += codes[at:end].reshape(value.shape)
+                else:
+                    value[coded] += codes[at:end].reshape(-1, rows[i].length)
+                    value[~coded] = 0
+                values[i], at = value.T, end
     counts = streams.histogram(symbols)
     return Coded(shapes, rows, context, predictions, offsets, values, leaves, symbols, counts)
 
@@ -178,10 +186,11 @@ def classified(
     for length in {rows[i].length for i in rests}:
         same = [i for i in rests if rows[i].length == length]
         coded = np.concatenate([rests[i].coded for i in same])
-        vectors = np.concatenate([rests[i].vectors for i in same]) * coded[:, None]
+        vectors = np.concatenate([rests[i].vectors for i in same])
+        vectors[~coded] = 0
         side = np.repeat([rows[i].side for i in same], [len(rests[i].coded) for i in same])
         # a vector wholly predicted still needs a context: the least one
-        spread = np.maximum(np.sqrt((vectors**2).mean(1)), 1e-6)
+        spread = np.maximum(np.sqrt(prediction.mean_squares(vectors)), 1e-6)
         context = contexts.classify(np.where(coded, spread, 0.0), side)
         context = prediction.agreeing(context, np.concatenate([rests[i].units for i in same]))
         ends = np.cumsum([len(rests[i].coded) for i in same])[:-1]
@@ -192,7 +201,7 @@ def classified(
 
 def check_range(target: np.ndarray, module: str) -> None:
     """Raise for entries beyond the range of codes."""
-    if not (np.abs(target) < MAX_MAGNITUDE).all():
+    if not max(target.max(initial=0), -target.min(initial=0)) < MAX_MAGNITUDE:
         raise HydraOptError(
             f"module {module}: entries of {np.abs(target).max():.3g} quantizer steps; the finest step codes "
             f"{MAX_MAGNITUDE:.3g}: ask for a larger error, or keep the adapters as they are with --budget 1"
@@ -252,24 +261,21 @@ def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:
     ]
 
 
-def estimate_bytes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
-    """Estimate of the bytes of `serialize`, accurate to some tenths of a per cent, without coding."""
-    side = sum(len(x) for x in sides(coded, gains).values())
+def estimate_bytes(coded: Coded, side: Mapping[str, bytes]) -> float:
+    """Estimate of the bytes of `serialize`, accurate to some tenths of a per cent, without coding; `side` is
+    that of `sides`."""
     lanes = sum(x.lanes for x in coded.symbols)
-    raw = sum(float(RAW_BITS[x.context].sum() + np.count_nonzero(signs(x))) for x in coded.symbols) / 8
+    per_context = sum((streams.occurrences(x.context) for x in coded.symbols), np.zeros(COUNT, np.int64))
+    zeros = (coded.counts[:, :, 0].sum(1) * ~WIDE).sum()
+    raw = float(per_context @ RAW_BITS + per_context.sum() - zeros) / 8
     return (
-        side
+        sum(map(len, side.values()))
         + raw
         + 5.2 * lanes
         + 8 * len(coded.leaves)
         + entropy_bytes(coded.counts)
         + len(frequency_tables.pack_tables(frequency_tables.from_counts(coded.counts)))
     )
-
-
-def signs(x: Symbols) -> np.ndarray:
-    """Bool array of the codes with a sign."""
-    return (x.magnitude > 0) | WIDE[x.context]
 
 
 def entropy_bytes(counts: np.ndarray) -> float:
@@ -319,7 +325,10 @@ def packed_gains(coded: Coded, task: int, gains: Sequence[np.ndarray]) -> bytes:
 
 
 def serialize(
-    coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
+    coded: Coded,
+    gains: Mapping[int, Sequence[np.ndarray]],
+    frequencies: np.ndarray | None = None,
+    side: Mapping[str, bytes] | None = None,
 ) -> dict[str, bytes]:
     """Leaves of bytes, which decode to `coded.values` and the gains bit for bit.
 
@@ -327,10 +336,12 @@ def serialize(
       coded: the quantized collection.
       gains: task -> its gains, one `[live directions]` array for each (module, term) it has, in order.
       frequencies: tables that the reader has already; None for new tables in the shared leaf.
+      side: that of `sides`, where it is known.
     """
     table = frequency_tables.from_counts(coded.counts) if frequencies is None else frequencies
     bodies = dict(zip(coded.leaves, lanes.encode(coded.symbols, table), strict=True))
-    out = {leaf: side + bodies.get(leaf, b"\x00") for leaf, side in sides(coded, gains).items()}
+    known = sides(coded, gains) if side is None else side
+    out = {leaf: x + bodies.get(leaf, b"\x00") for leaf, x in known.items()}
     if frequencies is None:
         out[SHARED] = frequency_tables.pack_tables(table) + out[SHARED]
     check_sides(out, coded, gains, table, frequencies)

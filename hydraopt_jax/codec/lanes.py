@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from hydraopt_jax.codec import frequency_tables, rans, streams
 from hydraopt_jax.codec.bitstream import Damaged
-from hydraopt_jax.codec.contexts import ESCAPE, RAW_BITS, WIDE
+from hydraopt_jax.codec.contexts import ESCAPE, RAW_BITS, WIDE, level
 from hydraopt_jax.codec.frequency_tables import SLOT_BITS, SLOTS, Lookup
 from hydraopt_jax.codec.rans import LOW, PERIOD
 from hydraopt_jax.codec.streams import Parsed, Symbols
@@ -191,13 +191,15 @@ def encode(coded: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
     ends = np.cumsum(count)
     out = []
     for x, columns in zip(coded, places.columns, strict=True):
-        level, raw = x.level, RAW_BITS[x.context]
-        wide = raw > 0
         mine = np.concatenate(
             [np.zeros(0, np.uint16), *(words[ends[c] - count[c] : ends[c]] for c in columns)]
         )
-        middle = (level[wide] >> 1) & ((1 << raw[wide]) - 1) if wide.any() else None
-        escaped = level[level >> (raw + 1) >= ESCAPE // 2] >> 1
+        special = np.flatnonzero((x.magnitude >= ESCAPE) | WIDE[x.context])
+        raw = RAW_BITS[x.context[special]]
+        levels = level(x.magnitude[special], x.negative[special], x.context[special])
+        wide = raw > 0
+        middle = (levels[wide] >> 1) & ((1 << raw[wide]) - 1) if wide.any() else None
+        escaped = levels[levels >> (raw + 1) >= ESCAPE // 2] >> 1
         made = Parsed(x.lanes, state[columns], count[columns], mine, middle, escaped.astype(np.uint32))
         out.append(streams.pack(made, raw[wide]))
         back = streams.parse(out[-1], x.context)

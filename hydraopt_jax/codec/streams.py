@@ -97,12 +97,18 @@ def lane_lengths(count: int, lanes: int) -> np.ndarray:
 
 def signed_symbols(x: Symbols) -> np.ndarray:
     """`2 * symbol + sign` of each code within its context and quantizer, in one numbering, `[N]` int32."""
-    found = x.magnitude
-    if found.max(initial=0) >= ESCAPE or WIDE[np.flatnonzero(occurrences(x.context))].any():
-        found = symbol(x.level, RAW_BITS[x.context])
-    row = x.context.astype(np.int32) << 1 | x.quantizer
+    row = (x.context.astype(np.int32) << 1 | x.quantizer) * SYMBOLS
+    special = np.flatnonzero((x.magnitude >= ESCAPE) | WIDE[x.context])
+    if len(special):
+        raw = RAW_BITS[x.context[special]]
+        mine = symbol(level(*(y[special] for y in (x.magnitude, x.negative, x.context))), raw)
+        special_row = row[special]
+        row += x.magnitude
+        row[special] = special_row + mine
+    else:
+        row += x.magnitude
     # no zero is coded as negative
-    return (row * SYMBOLS + found) << 1 | (x.negative & (x.magnitude > 0))
+    return row << 1 | (x.negative & (x.magnitude > 0))
 
 
 def histogram(streams: Sequence[Symbols]) -> np.ndarray:
@@ -376,10 +382,17 @@ def signed(magnitude: np.ndarray, quantizer: np.ndarray, negative: np.ndarray) -
     >>> signed(np.array([0, 1, 1]), np.array([1, 0, 1]), np.array([0, 1, 0])).tolist()
     [0, -2, 1]
     """
-    value = 2 * magnitude - quantizer * (magnitude > 0)
-    return np.where(negative > 0, -value, value)
+    value = magnitude.astype(np.int32)
+    nonzero = value > 0
+    value <<= 1
+    value -= nonzero & (quantizer > 0)
+    # two's complement of those below zero
+    flip = -(negative > 0).astype(np.int32)
+    value ^= flip
+    value -= flip
+    return value
 
 
 def values(x: Symbols) -> np.ndarray:
     """The values of a stream's codes, `[N]` int32 in steps."""
-    return signed(x.magnitude, x.quantizer.astype(np.int32), x.negative.astype(np.int32)).astype(np.int32)
+    return signed(x.magnitude, x.quantizer, x.negative)

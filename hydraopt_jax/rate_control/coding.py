@@ -36,6 +36,7 @@ class Trial(NamedTuple):
       step: the quantizer step.
       coded: the codes.
       gains: task -> decoded gains in the codec's order.
+      side: leaf -> what it holds beside its stream, see `encode.sides`.
       errors: `[M, T]` relative squared errors, NaN where absent.
       bytes: estimated bytes of the payload.
       choices: module -> form.
@@ -44,6 +45,7 @@ class Trial(NamedTuple):
     step: float
     coded: Coded
     gains: dict[int, list[np.ndarray]]
+    side: dict[str, bytes]
     errors: np.ndarray
     bytes: float
     choices: dict[str, mode_decision.Choice]
@@ -167,7 +169,8 @@ def encode_at_step(
     goals, choices = terms_at_step(problem, step, forms_at)
     coded = encode.quantize(goals, frequencies)
     gains, errors = gains_and_errors(problem, coded)
-    return Trial(step, coded, gains, errors, encode.estimate_bytes(coded, gains), choices)
+    side = encode.sides(coded, gains)
+    return Trial(step, coded, gains, side, errors, encode.estimate_bytes(coded, side), choices)
 
 
 def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:

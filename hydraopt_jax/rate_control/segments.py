@@ -81,7 +81,7 @@ class Draft(NamedTuple):
 
 def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Sequence[Adapter]) -> Segment:
     """The segment of a trial."""
-    leaves = encode.serialize(trial.coded, trial.gains)
+    leaves = encode.serialize(trial.coded, trial.gains, side=trial.side)
     names = [run.found.tasks[t] for t in run.parts[n].tasks]
     carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
     made = make_segment(names, trial.coded.shapes, leaves, trial.errors, tensors=carried)

@@ -73,7 +73,13 @@ def test_a_stream_alone_decodes_as_beside_others(quantized, coded):
 def test_coded_size_is_the_entropy_within_a_per_cent(quantized):
     counts = streams.histogram(quantized)
     blobs, _ = round_trip(quantized)
-    raw = sum(RAW_BITS[x.context].sum() + np.count_nonzero(encode.signs(x)) for x in quantized) / 8
+    raw = (
+        sum(
+            RAW_BITS[x.context].sum() + np.count_nonzero((x.magnitude > 0) | WIDE[x.context])
+            for x in quantized
+        )
+        / 8
+    )
     share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     bits = -counts * np.log2(np.where(share > 0, share, 1))
     ideal = (bits.sum() - bits[WIDE].sum() / 2) / 8 + raw
