@@ -212,12 +212,11 @@ def quantize_streams(
     values: Sequence[np.ndarray], context: Sequence[np.ndarray], frequencies: np.ndarray, multiplier: float
 ) -> list[Symbols]:
     """Quantize streams, given as 1-D values in steps and the context of every value."""
-    bits = trellis.costs(frequencies)
+    table = trellis.prices(trellis.costs(frequencies), multiplier)
     per_code = context_bits(frequencies)
     lanes = [streams.lane_count(len(c), float(per_code[c].sum())) for c in context]
     magnitude = [np.zeros(len(x), np.int32) for x in values]
     quantizer = [np.zeros(len(x), np.uint8) for x in values]
-    costs = jnp.asarray(bits)
 
     def one(chunks: Sequence[Chunk], width: int) -> None:
         """Quantize chunks side by side."""
@@ -227,7 +226,7 @@ def quantize_streams(
             y[row, :length] = values[k][first : first + length]
             of[row, :length] = context[k][first : first + length]
         given = (jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of))
-        found = trellis.quantize(*given, costs, multiplier)
+        found = trellis.quantize(*given, table)
         m, q = streams.rows_of(width, steps, np.int32), streams.rows_of(width, steps, np.uint8)
         m[:], q[:] = (np.asarray(x).T for x in found)
         for row, (length, k, first) in enumerate(chunks):

@@ -14,12 +14,14 @@ Reference: Ungerboeck, Channel coding with multilevel/phase signals, IEEE Trans.
 al., Quantization and entropy coding in the versatile video coding standard, 2021.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax.codec.contexts import ESCAPE, ESCAPE_BITS, RAW_BITS, SYMBOLS, WIDE
+from hydraopt_jax.codec.contexts import COUNT, ESCAPE, ESCAPE_BITS, RAW_BITS, SYMBOLS, WIDE
 
 STATES = 32
 
@@ -51,6 +53,8 @@ TOGETHER = 8
 # paths of one step differ by less than five of them, which with those of `TOGETHER` steps fit 32 bits
 FINE, FINER = 10, 14
 DEAREST = 30.0
+# integer parts of values whose magnitudes a context distinguishes
+CELLS = 256
 # cost of a path that begins in another state, above that of any path to a state
 FORBIDDEN = 175
 
@@ -70,40 +74,65 @@ def costs(frequencies: np.ndarray) -> np.ndarray:
     return bits.astype(np.float32)
 
 
+@jax.jit
 def prices(bits: Array, multiplier: Array | float) -> Array:
-    """Costs of symbols in units of `2^-FINE` squared steps, flat, each beside that of the symbol whose
-    magnitude is less by two: one access to memory finds both, 16 bits each.
+    """Costs of the magnitude next to a value and of the magnitude less by two, by branch, context, and cell.
 
-    Costs count from the least of each context. There is none beside 0 and 1, the escapes, and the symbols of
-    wide contexts, where the lower magnitude saves next to nothing.
+    What is next to a value depends on its integer part alone, which tells its cell; a wide context has cells
+    of `2^raw`. Costs are in units of `2^-FINE` squared steps and count from the least of each context; one
+    word has both, 16 bits each. There is none below 0 and 1, the escapes, and in wide contexts, where the
+    lower magnitude saves next to nothing.
+
+    Args:
+      bits: `[COUNT, 2, SYMBOLS]` cost of each symbol, see `costs`.
+      multiplier: squared steps per bit.
+
+    Returns:
+      `[4 * COUNT * CELLS]` int32.
     """
-    cost = multiplier * bits
+    cost = multiplier * jnp.asarray(bits)
     cost = jnp.minimum(cost - cost.min((1, 2), keepdims=True), DEAREST)
     fixed = jnp.round(cost * 2**FINE).astype(jnp.int32)
     lower = jnp.concatenate([fixed[..., :2], fixed[..., : ESCAPE - 2], fixed[..., ESCAPE:]], -1)
-    return (fixed << 16 | jnp.where(WIDE[:, None, None], fixed, lower)).reshape(-1)
+    both = fixed << 16 | jnp.where(WIDE[:, None, None], fixed, lower)
+    quantizer, parity = (np.array(x)[:, None, None] for x in ((0, 0, 1, 1), (0, 1, 0, 1)))
+    raw, context = RAW_BITS[:, None], np.arange(COUNT)[:, None]
+    value = (np.arange(CELLS) + 0.5) * 2.0**raw
+    near = np.maximum(np.rint((value + quantizer - 2 * parity) / 4).astype(np.int64) * 2 + parity, parity)
+    symbol = np.minimum(2 * (near >> (raw + 1)), ESCAPE) + parity
+    return both[context, quantizer, np.where(raw > 0, symbol, np.minimum(near, ESCAPE + parity))].reshape(-1)
 
 
-def candidates(
-    value: Array, context: Array, quantizer: Array, parity: Array, table: Array
-) -> tuple[Array, Array, Array]:
-    """The magnitude of a parity whose reconstruction is next to each value, its cost in squared steps, and
-    that of the magnitude below it; all of shapes that broadcast.
+class Places(NamedTuple):
+    """Where values are, int32: their integer parts, up to four; fourths of them modulo 1, in units of 2^-11;
+    and their cells in the table of a branch."""
 
-    Args:
-      value: magnitudes in steps.
-      context, quantizer, parity: int32.
-      table: see `prices`.
+    whole: Array
+    phase: Array
+    cell: Array
+
+
+def places_of(value: Array, context: Array) -> Places:
+    """The `Places` of magnitudes in steps, and of their contexts."""
+    whole, quarter = value.astype(jnp.int32), value * 0.25
+    cell = jnp.minimum(whole >> jnp.asarray(RAW_BITS, jnp.int32)[context], CELLS - 1)
+    # the middle of 2^-10: never on an edge between magnitudes
+    phase = ((quarter - jnp.floor(quarter)) * 1024).astype(jnp.int32) * 2 + 1
+    return Places(whole, phase, context * CELLS + cell)
+
+
+def candidates(x: Places, quantizer: Array, parity: Array, table: Array) -> tuple[Array, Array]:
+    """Costs of the magnitude of a parity whose reconstruction is next to each value, and of that below it, in
+    units of 2^-18 squared steps.
+
+    Reconstructions of one parity are four steps apart, but for that of the zero of Q1, which would be at -1.
     """
-    near = jnp.round((value + (quantizer - 2 * parity)) * 0.25).astype(jnp.int32) * 2 + parity
-    near = jnp.maximum(near, parity)
-    low = jnp.asarray(RAW_BITS + 1, jnp.int32)[context]
-    row = (2 * context + quantizer) * SYMBOLS
-    both = table[row + jnp.minimum((near >> low) * 2, ESCAPE) + parity]
-    error = value - (2 * near - quantizer * (near > 0))
-    below = value - (2 * near - 4 - quantizer * (near > 2))
-    scale = 2.0**-FINE
-    return near, error**2 + scale * (both >> 16), below**2 + scale * (both & 0xFFFF)
+    both = table[(2 * quantizer + parity) * (COUNT * CELLS) + x.cell]
+    zero = quantizer * (1 - parity)
+    error = ((x.phase + 1024 - 512 * (2 * parity - quantizer)) & 2047) - 1024 - 512 * (zero * (x.whole < 1))
+    lower = error + 2048 - 512 * (zero * ((x.whole > 0) & (x.whole < 5)))
+    shift = 18 - FINE
+    return error**2 + (both >> 16 << shift), lower**2 + ((both & 0xFFFF) << shift)
 
 
 def history() -> np.ndarray:
@@ -121,7 +150,7 @@ def history() -> np.ndarray:
 
 
 @jax.jit
-def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
+def quantize(y: Array, context: Array, table: Array) -> tuple[Array, Array]:
     """Codes of least `sum (y - x)^2 + multiplier * bits` by the Viterbi algorithm, every lane on its own.
 
     A path's cost is an integer that has its latest parities in its low bits, so that a minimum finds both.
@@ -129,8 +158,7 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
     Args:
       y: `[n, L]` values in steps; n consecutive symbols of L lanes.
       context: `[n, L]` context of each value.
-      bits: `[COUNT, 2, SYMBOLS]` cost of each symbol, see `costs`.
-      multiplier: squared steps per bit.
+      table: costs, see `prices`.
 
     Returns:
       Magnitudes `[n, L]` int32 and the quantizer of each `[n, L]` uint8; the sign is that of `y`.
@@ -141,9 +169,8 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
         jnp.pad(x, ((0, more), (0, 0))).reshape(-1, TOGETHER, 1, lanes)
         for x in (jnp.abs(y), context.astype(jnp.int32))
     )
-    table = prices(bits, multiplier)
     quantizer, parity = (jnp.asarray(x, jnp.int32)[:, None] for x in ((0, 0, 1, 1), (0, 1, 0, 1)))
-    places = parity << jnp.arange(TOGETHER, dtype=jnp.int32)[:, None, None]
+    bits = parity << jnp.arange(TOGETHER, dtype=jnp.int32)[:, None, None]
     known = (1 << TOGETHER) - 1
 
     def step(total: Array, paid: Array) -> tuple[Array, None]:
@@ -152,10 +179,8 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
         return jnp.minimum(first, second), None
 
     def forward(total: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
-        _, at, below = candidates(*block, quantizer, parity, table)
-        cost = jnp.minimum(jnp.minimum(at, below), 1.1 * DEAREST)
-        paid = (jnp.round(cost * 2**FINER).astype(jnp.int32) << TOGETHER) + places
-        total, _ = jax.lax.scan(step, total, paid)
+        cost = jnp.minimum(*candidates(places_of(*block), quantizer, parity, table))
+        total, _ = jax.lax.scan(step, total, (cost >> (18 - FINER) << TOGETHER) + bits)
         parities = total & known
         # state 0 is always reached, and a row costs less to find than a minimum
         return total - parities - (total[0] & ~known), parities.astype(jnp.uint8)
@@ -173,7 +198,8 @@ def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -
     words = jax.lax.scan(backward, end, paths, reverse=True)[1][:, None, None]
     place = jnp.arange(TOGETHER, dtype=jnp.int32)[:, None, None]
     parity, quantizer = words >> place & 1, words >> TOGETHER >> place & 1
-    near, at, below = candidates(value, context, quantizer, parity, table)
-    magnitude = near - 2 * (below < at)
+    at, below = candidates(places_of(value, context), quantizer, parity, table)
+    near = jnp.round((value + (quantizer - 2 * parity)) * 0.25).astype(jnp.int32) * 2 + parity
+    magnitude = jnp.maximum(near, parity) - 2 * (below < at)
     flat = (x.reshape(-1, lanes)[:n] for x in (magnitude, quantizer.astype(jnp.uint8)))
     return next(flat), next(flat)

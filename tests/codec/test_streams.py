@@ -195,7 +195,7 @@ def test_viterbi_is_optimal_against_all_paths():
     y = (rng.normal(size=6) * 1.5).astype(np.float32)
     context = np.full(6, contexts.classify(np.array([1.5]), 0)[0])
     bits = trellis.costs(contexts.gaussian())
-    magnitude, _ = trellis.quantize(y[:, None], context[:, None], bits, 0.5)
+    magnitude, _ = trellis.quantize(y[:, None], context[:, None], trellis.prices(bits, 0.5))
 
     def total(path):
         state, out = 0, 0.0
@@ -207,6 +207,34 @@ def test_viterbi_is_optimal_against_all_paths():
 
     best = min(total(path) for path in np.ndindex(*[4] * 6))
     np.testing.assert_allclose(total(np.asarray(magnitude)[:, 0]), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("quantizer", "parity"), list(np.ndindex(2, 2)))
+def test_costs_of_candidates_are_those_of_exact_arithmetic(quantizer, parity):
+    """At and around every edge between magnitudes, too; no cost is so large that a path's integer overflows."""
+    edges = np.nextafter(
+        np.arange(64, dtype=np.float32).repeat(3), np.tile([0, 64, 64], 64).astype(np.float32)
+    )
+    value = np.concatenate([edges, np.random.default_rng(0).uniform(0, 64, 2000).astype(np.float32)])
+    context = np.random.default_rng(1).integers(1, 18, len(value)).astype(np.int32)
+    bits = trellis.costs(contexts.gaussian())
+    bits -= bits.min((1, 2), keepdims=True)
+    places = trellis.places_of(value, context)
+    found = trellis.candidates(places, quantizer, parity, trellis.prices(bits, 0.4))
+
+    def cost(k):
+        return (value - (2 * k - quantizer * (k > 0))) ** 2 + np.minimum(
+            0.4 * bits[context, quantizer, k], trellis.DEAREST
+        )
+
+    near = np.maximum(np.rint((value + quantizer - 2 * parity) / 4).astype(int) * 2 + parity, parity)
+    at, below = (np.asarray(x) / 2**18 for x in found)
+    np.testing.assert_allclose(at, cost(near), atol=0.02)
+    np.testing.assert_allclose(below[near > 1], cost(near - 2)[near > 1], atol=0.04)
+    assert (below >= at)[near < 2].all()
+    most = int(trellis.FORBIDDEN + trellis.TOGETHER * at.max()) << trellis.FINER + trellis.TOGETHER
+    assert most < 2**31
+    assert 5 * at.max() < trellis.FORBIDDEN
 
 
 def test_the_trellis_is_a_shift_register():
@@ -251,3 +279,44 @@ def test_no_price_of_a_bit_starts_the_trellis_in_another_state(multiplier):
     (symbols,) = encode.quantize_streams([values], [context], contexts.gaussian(), multiplier)
     _, (back,) = round_trip([symbols])
     np.testing.assert_array_equal(streams.values(symbols), back)
+
+
+@pytest.mark.parametrize("place", [0, 3, 5000, -1])
+def test_quantizers_that_no_decoder_derives_are_not_written(quantized, place):
+    np.testing.assert_array_equal(streams.expected_quantizers(quantized[0]), quantized[0].quantizer)
+    other = quantized[0].quantizer.copy()
+    other[place] ^= 1
+    wrong = quantized[0]._replace(quantizer=other)
+    with pytest.raises(RuntimeError, match="please report"):
+        lanes.encode([wrong], frequency_tables.from_counts(streams.histogram([wrong])))
+
+
+def test_symbols_without_slots_are_not_written(quantized, coded):
+    """A symbol that its table lacks ends in a state that the encoder refuses."""
+    table = coded[0].copy()
+    context, quantizer = int(quantized[0].context[0]), int(quantized[0].quantizer[0])
+    table[context, quantizer] = 0
+    with pytest.raises(RuntimeError, match="please report"):
+        lanes.encode(quantized[:1], table)
+
+
+@pytest.mark.parametrize("frequency", [1, 2, 3, 4094, 4095])
+def test_states_at_the_edges_are_encoded_exactly(frequency):
+    """Lanes of few symbols against exact integers: quotients near a power of two are where floats err."""
+    rng = np.random.default_rng(frequency)
+    frequencies = np.array([frequency, 4096 - frequency])
+    start = np.array([0, frequency])
+    index = rng.integers(2, size=(700, 5)).astype(np.int32)
+    lengths = np.array([700, 699, 512, 3, 0])
+    state, words, count = lanes.encode_lanes(index, lengths, frequencies, start)
+    ends = np.cumsum(count)
+    for lane, length in enumerate(lengths.tolist()):
+        x, expected = 1 << 16, []
+        for k in reversed(range(length)):
+            f, c = int(frequencies[index[k, lane]]), int(start[index[k, lane]])
+            while x >= f << 20:
+                expected.append(x & 0xFFFF)
+                x >>= 16
+            x = (x // f << 12) + x % f + c
+        assert x == state[lane]
+        assert expected[::-1] == words[ends[lane] - count[lane] : ends[lane]].tolist()
