@@ -211,7 +211,7 @@ def test_viterbi_is_optimal_against_all_paths():
 
 @pytest.mark.parametrize(("quantizer", "parity"), list(np.ndindex(2, 2)))
 def test_costs_of_candidates_are_those_of_exact_arithmetic(quantizer, parity):
-    """At and around every edge between magnitudes, too; no cost is so large that a path's integer overflows."""
+    """Around every edge between magnitudes, too; no cost is so large that the integer of a path overflows."""
     edges = np.nextafter(
         np.arange(64, dtype=np.float32).repeat(3), np.tile([0, 64, 64], 64).astype(np.float32)
     )
@@ -221,6 +221,8 @@ def test_costs_of_candidates_are_those_of_exact_arithmetic(quantizer, parity):
     bits -= bits.min((1, 2), keepdims=True)
     places = trellis.places_of(value, context)
     found = trellis.candidates(places, quantizer, parity, trellis.prices(bits, 0.4))
+
+    value = value.astype(np.float64)
 
     def cost(k):
         return (value - (2 * k - quantizer * (k > 0))) ** 2 + np.minimum(
