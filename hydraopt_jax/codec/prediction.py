@@ -139,8 +139,10 @@ def apply_weights(base: Base, coefficients: np.ndarray, units: np.ndarray) -> np
 
 
 def sums(base: Base, weights: np.ndarray) -> np.ndarray:
-    """The predicted vectors from coefficients times their units, which must fit (`fits`); one after another in
-    memory, as codes are."""
+    """The predicted vectors from coefficients times their units, which must fit (`fits`).
+
+    In memory one vector follows another, as their codes do.
+    """
     found = weights.T @ base.known.T
     found /= GRID
     return (np.rint(found, out=found) * GRID).astype(np.float32).T
