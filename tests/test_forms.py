@@ -58,7 +58,7 @@ def test_full_rank_is_lossless(side):
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
-@pytest.mark.parametrize(("tasks", "heads"), [(T, 1), (T, 2), (T, T), (9, 3)])
+@pytest.mark.parametrize(("tasks", "heads"), [(T, 1), (T, 2), (T, T)])
 def test_fewer_used_columns_are_a_lower_rank(side, tasks, heads):
     a, b = factors(3, tasks)
     got, info = solve(a, b, heads=heads, rank=4, side=side, used=jnp.array(2))

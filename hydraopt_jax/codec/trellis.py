@@ -198,8 +198,10 @@ def quantize(y: Array, context: Array, table: Array) -> tuple[Array, Array]:
     words = jax.lax.scan(backward, end, paths, reverse=True)[1][:, None, None]
     place = jnp.arange(TOGETHER, dtype=jnp.int32)[:, None, None]
     parity, quantizer = words >> place & 1, words >> TOGETHER >> place & 1
-    at, below = candidates(places_of(value, context), quantizer, parity, table)
-    near = jnp.round((value + (quantizer - 2 * parity)) * 0.25).astype(jnp.int32) * 2 + parity
+    places = places_of(value, context)
+    at, below = candidates(places, quantizer, parity, table)
+    # as the table has it: rounding the value itself could differ at an edge
+    near = (2 * places.whole + 5 + 2 * (quantizer - 2 * parity) >> 3) * 2 + parity
     magnitude = jnp.maximum(near, parity) - 2 * (below < at)
     flat = (x.reshape(-1, lanes)[:n] for x in (magnitude, quantizer.astype(jnp.uint8)))
     return next(flat), next(flat)

@@ -11,7 +11,7 @@ import numpy as np
 from hydraopt_jax import forms
 from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors, Gradient, Hydra, Info, gradient, losses
+from hydraopt_jax.forms import Factors, Gradient, Hydra, Info, closed_form, gradient, losses
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd
 from hydraopt_jax.rate_control.distortion import relative
@@ -67,7 +67,7 @@ def restored(factors: Factors, inputs: np.ndarray | None, outputs: np.ndarray | 
 
 def fit_closed_at(deltas: Svd, most: int, *, heads: int, rank: int, cores: bool) -> tuple[Factors, Info]:
     """`fit_closed`, whose ranks up to `most` share a compilation; arrays of the host."""
-    if cores or deltas.s.shape[1] == 1:
+    if cores or not 1 < deltas.s.shape[1] <= closed_form.EXHAUSTIVE_TASKS:
         return jax.device_get(fit_closed(deltas, heads=heads, rank=rank, cores=cores))
     used = jnp.asarray(rank, jnp.int32)
     factors, info = jax.device_get(fit_closed(deltas, heads=heads, rank=most, cores=False, used=used))

@@ -133,7 +133,7 @@ def hydra(
       cores: whether each task has an S x S core.
       steps: alternations.
       used: columns of the shared factor that are not zero, at most S, as an array, so that ranks share a
-        compilation; None for all. Not with `cores`.
+        compilation; None for all. Not with `cores`, nor for more than `EXHAUSTIVE_TASKS` tasks.
 
     Returns:
       Factors (a: `[1, I, S]`, b: `[K, S, O]` for side "in") and Info with the bound `tau(G, S)`.
@@ -227,7 +227,7 @@ def partition(
         kept = rank if used is None else used
         return clustering.exhaustive(reduced, deltas.v, gram, weights, heads, kept, EXHAUSTIVE_LIMIT)
     start = clustering.ward(gram, weights, heads)
-    return clustering.reduced_kmeans(reduced, deltas.v, gram, weights, heads, rank, start, steps, used)
+    return clustering.reduced_kmeans(reduced, deltas.v, gram, weights, heads, rank, start, steps)
 
 
 def add_cores(deltas: Svd, factors: Factors, weights: Array, steps: int) -> tuple[Factors, Array]:

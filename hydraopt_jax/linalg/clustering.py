@@ -148,15 +148,7 @@ def exhaustive(
 
 
 def reduced_kmeans(
-    c: Array,
-    v: Array,
-    gram: Array,
-    weights: Array,
-    heads: int,
-    rank: int,
-    labels: Array,
-    steps: int,
-    used: int | Array | None = None,
+    c: Array, v: Array, gram: Array, weights: Array, heads: int, rank: int, labels: Array, steps: int
 ) -> Partition:
     """Reduced k-means (De Soete and Carroll 1994): alternate the eigen-step and the assignment.
 
@@ -167,17 +159,14 @@ def reduced_kmeans(
       rank: S, width of the shared factor.
       labels: `[T]` start.
       steps: alternations.
-      used: columns of the shared factor that are not zero, where they are not known before; None for S.
     """
     t, n, r = c.shape
-    kept = rank if used is None else used
     flat = v.reshape(t * r, -1)
     products = matmul(flat, flat.T)
 
     def losses(labels: Array) -> tuple[Array, Array]:
         basis, values = top_eigenvectors(between(c, v, labels, weights, heads), rank)
-        tail = jnp.sum(jnp.where(jnp.arange(n) >= kept, values, 0.0))
-        return basis * (jnp.arange(basis.shape[1]) < kept), scatter(gram, labels, weights, heads) + tail
+        return basis, scatter(gram, labels, weights, heads) + jnp.sum(values[rank:])
 
     def step(labels: Array, _: Any) -> tuple[Array, Array]:
         basis, loss = losses(labels)

@@ -239,6 +239,18 @@ def test_costs_of_candidates_are_those_of_exact_arithmetic(quantizer, parity):
     assert 5 * at.max() < trellis.FORBIDDEN
 
 
+def test_values_between_two_magnitudes_are_coded():
+    """Integers are where the nearest magnitude of a parity changes; decoded factors have no others."""
+    rng = np.random.default_rng(4)
+    value = rng.integers(-40, 40, 9000).astype(np.float32) * rng.integers(0, 2, 9000)
+    context = rng.integers(1, 30, 9000).astype(np.uint8)
+    (symbols,) = encode.quantize_streams([value], [context], contexts.gaussian(), encode.MULTIPLIER)
+    assert symbols.magnitude.min() == 0
+    _, (back,) = round_trip([symbols])
+    np.testing.assert_array_equal(back, streams.values(symbols))
+    assert np.abs(back - value).max() < 6
+
+
 def test_the_trellis_is_a_shift_register():
     rng = np.random.default_rng(3)
     state, q, parities = 0, [], [0, 0, *rng.integers(2, size=50)]
