@@ -57,6 +57,19 @@ def test_full_rank_is_lossless(side):
     np.testing.assert_allclose(dense(got), a @ b, atol=2e-5)
 
 
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize(("tasks", "heads"), [(T, 1), (T, 2), (T, T)])
+def test_fewer_used_columns_are_a_lower_rank(side, tasks, heads):
+    a, b = factors(3, tasks)
+    got, info = solve(a, b, heads=heads, rank=4, side=side, used=jnp.array(2))
+    want, known = solve(a, b, heads=heads, rank=2, side=side)
+    np.testing.assert_allclose(dense(got), dense(want), atol=1e-4)
+    np.testing.assert_allclose(info.bound, known.bound, rtol=1e-4)
+    np.testing.assert_allclose(info.error, known.error, rtol=1e-3)
+    assert not np.asarray(got.a)[..., 2:].any()
+    assert not np.asarray(got.b)[..., 2:, :].any()
+
+
 @pytest.mark.parametrize("heads", [2, 3, 4])
 def test_exhaustive_search_finds_the_best_partition(heads):
     a, b = factors(3)

@@ -166,7 +166,7 @@ def test_tasks_in_another_order_are_refined_alike(coded, many):
 
 def test_calibration_states_the_errors_of_outputs_anew(coded, many):
     moment = ROOT.T @ ROOT
-    found, _ = refine(coded, many, steps=8, calibration=dict.fromkeys(MODULES, moment))
+    found, _ = refine(coded, many, steps=4, calibration=dict.fromkeys(MODULES, moment))
     stated = dict(zip(found.segments[0].modules, found.output_errors, strict=True))
     for t, adapter in enumerate(many):
         for n in MODULES:

@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from hydraopt_jax import adapters, formats
-from hydraopt_jax.codec import encode, frequency_tables, streams
+from hydraopt_jax.codec import encode, frequency_tables, lanes
 from hydraopt_jax.codec.contexts import RAW_BITS, WIDE
 from hydraopt_jax.compression import compress
 from hydraopt_jax.rate_control.coding import encode_at_step
@@ -50,14 +50,14 @@ def zstd(codes: np.ndarray) -> int:
 
 def measure(coded: encode.Coded) -> dict[str, float]:
     """Bytes of one coded collection's codes, by coder, over their entropy."""
-    own = sum(map(len, streams.encode(coded.symbols, frequency_tables.from_counts(coded.counts))))
+    own = sum(map(len, lanes.encode(coded.symbols, frequency_tables.from_counts(coded.counts))))
     share = coded.counts / np.maximum(coded.counts.sum(-1, keepdims=True), 1)
     bits = -coded.counts * np.log2(np.where(share > 0, share, 1))
     # wide contexts count the symbols of both quantizers twice
     whole = (bits.sum() - bits[WIDE].sum() / 2) / 8
     plain = by_context = 0.0
     for x in coded.symbols:
-        whole += float(RAW_BITS[x.context].sum() + np.count_nonzero(encode.signs(x))) / 8
+        whole += float(RAW_BITS[x.context].sum() + np.count_nonzero((x.magnitude > 0) | WIDE[x.context])) / 8
         codes = np.where(x.negative, -x.magnitude, x.magnitude)
         plain += zstd(codes)
         by_context += sum(zstd(codes[x.context == c]) for c in np.unique(x.context))

@@ -112,7 +112,7 @@ def segment_at_step(store: Store, new: Adapter, calibration: Mapping[str, np.nda
     step = store.report["step"]
     if count(store) > SEARCHED:
         trial = encode_at_step(problem, step, fit_tables(problem, step))
-        leaves = encode.serialize(trial.coded, trial.gains)
+        leaves = encode.serialize(trial.coded, trial.gains, side=trial.side)
         segment = make_segment([new.task], trial.coded.shapes, leaves, trial.errors)
         return with_errors(segment, [new], trial.errors) if metrics else segment
     return predicted_segment(store, new, problem, step)

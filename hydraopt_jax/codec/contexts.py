@@ -38,6 +38,7 @@ OFFSET_BITS, OFFSET_STEP_BITS, LEAST_SAVED = 0.9, 0.8, 8.0
 TOGETHER = 256
 # variance in squared steps that quantization adds to that of a block's codes, about
 ROUNDING = 0.7
+LN2 = math.log(2)
 
 
 def rms(context: np.ndarray) -> np.ndarray:
@@ -85,16 +86,17 @@ def offsets(vectors: np.ndarray, context: np.ndarray) -> np.ndarray:
     length = vectors.shape[1]
     count = blocks(length)
     out = np.zeros((len(vectors), count), np.int64)
-    first = np.arange(count) * BLOCK
-    entries = np.diff(first, append=length)
+    entries = np.diff(np.arange(count) * BLOCK, append=length).astype(np.float32)
     tried = np.arange(-FARTHEST, FARTHEST + 1)
-    side = OFFSET_BITS + OFFSET_STEP_BITS * np.abs(tried)
+    side = (OFFSET_BITS + OFFSET_STEP_BITS * np.abs(tried)).astype(np.float32)
     for at in range(0, len(vectors) if count else 0, TOGETHER):
         mine = slice(at, at + TOGETHER)
-        energy = np.add.reduceat(vectors[mine].astype(np.float64) ** 2, first, 1)
+        padded = np.pad(vectors[mine], ((0, 0), (0, -length % BLOCK))).reshape(-1, count, BLOCK)
+        energy = np.einsum("sbe,sbe->sb", padded, padded)
         expected = (2 * rms(shifted(context[mine, None], tried[None]))) ** 2 + ROUNDING
+        expected = expected.astype(np.float32)
         each = np.log2(expected)[:, None] * entries[:, None]
-        cost = (each + (energy + ROUNDING * entries)[..., None] / (np.log(2) * expected[:, None])) / 2
+        cost = (each + (energy + ROUNDING * entries)[..., None] / (LN2 * expected[:, None])) / 2
         paid = cost + side
         best = paid.argmin(-1)
         saved = (cost[..., FARTHEST] - paid.min(-1)).sum(-1)

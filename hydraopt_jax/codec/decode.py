@@ -50,16 +50,9 @@ def decode_leaves(
     missing = {SHARED, *(f"task_{t}" for t in tasks)} - set(leaves)
     if missing:
         raise Damaged(f"no leaf {min(missing)}")
-    order = (SHARED, *sorted(set(leaves) - {SHARED}))
-    readers = {name: Reader(leaves[name]) for name in order}
-    table = frequency_tables.unpack_tables(readers[SHARED]) if frequencies is None else frequencies
-    members = {name: [i for i, x in enumerate(rows) if x.leaf == name] for name in order}
-    contexts: dict[int, np.ndarray] = {}
-    sides: dict[str, Side] = {}
-    for name in order:
-        mine = [rows[i] for i in members[name]]
-        sides[name] = syntax.unpack_side(readers[name], mine, contexts, members[name])
-        contexts |= dict(zip(members[name], sides[name].contexts, strict=True))
+    table, members, sides = read_sides(leaves, shapes, frequencies)
+    order = tuple(members)
+    contexts = {i: x for name in order for i, x in zip(members[name], sides[name].contexts, strict=True)}
     codes = streams.decode(
         [sides[n].stream for n in order],
         [
@@ -87,6 +80,40 @@ def decode_leaves(
     every = [contexts.get(i, np.zeros(x.rank, np.int64)) for i, x in enumerate(rows)]
     gains = {t: split_gains(sides[f"task_{t}"].gains, shapes, rows, every, t) for t in tasks}
     return Decoded(rows, every, values, gains)
+
+
+class Sides(NamedTuple):
+    """What leaves hold beside their streams.
+
+    Attributes:
+      table: `[COUNT, 2, SYMBOLS]` frequencies.
+      members: leaf -> positions of its pieces, the shared leaf first.
+      sides: leaf -> the rest.
+    """
+
+    table: np.ndarray
+    members: dict[str, list[int]]
+    sides: dict[str, Side]
+
+
+def read_sides(
+    leaves: Mapping[str, bytes],
+    shapes: Mapping[str, tuple[TermShape, ...]],
+    frequencies: np.ndarray | None = None,
+) -> Sides:
+    """The `Sides` of leaves; see `decode_leaves`."""
+    rows, _ = pieces(shapes)
+    order = (SHARED, *sorted(set(leaves) - {SHARED}))
+    readers = {name: Reader(leaves[name]) for name in order}
+    table = frequency_tables.unpack_tables(readers[SHARED]) if frequencies is None else frequencies
+    members = {name: [i for i, x in enumerate(rows) if x.leaf == name] for name in order}
+    contexts: dict[int, np.ndarray] = {}
+    sides: dict[str, Side] = {}
+    for name in order:
+        mine = [rows[i] for i in members[name]]
+        sides[name] = syntax.unpack_side(readers[name], mine, contexts, members[name])
+        contexts |= dict(zip(members[name], sides[name].contexts, strict=True))
+    return Sides(table, members, sides)
 
 
 def prediction_base(values: np.ndarray | None, context: np.ndarray) -> prediction.Base:

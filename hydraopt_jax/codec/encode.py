@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax import devices
-from hydraopt_jax.codec import contexts, frequency_tables, prediction, streams, syntax, trellis
-from hydraopt_jax.codec.contexts import MAX_MAGNITUDE, RAW_BITS, WIDE
-from hydraopt_jax.codec.decode import Decoded, decode_leaves, prediction_base
+from hydraopt_jax.codec import contexts, frequency_tables, lanes, prediction, streams, syntax, trellis
+from hydraopt_jax.codec.contexts import COUNT, MAX_MAGNITUDE, RAW_BITS, WIDE
+from hydraopt_jax.codec.decode import prediction_base, read_sides, split_gains
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.rans import PERIOD
@@ -119,7 +119,7 @@ def quantize(
     predictions: list[Prediction | None] = [None] * len(rows)
     offsets: list[Any] = [None] * len(rows)
     values: list[Any] = [None] * len(rows)
-    bases: dict[int, prediction.Base] = {}
+    bases: dict[int, tuple[prediction.Base, np.ndarray]] = {}
     symbols: list[Symbols] = []
     members: dict[str, list[int]] = {leaf: [] for leaf in leaves}
     for i, x in enumerate(rows):
@@ -129,15 +129,17 @@ def quantize(
         for i in (i for leaf in now for i in members[leaf]):
             piece = rows[i]
             term = modules[piece.module][piece.term]
-            target = (term.b if piece.side else term.a)[piece.factor]
+            target = np.ascontiguousarray((term.b if piece.side else term.a)[piece.factor].T, np.float32)
             check_range(target, piece.module)
             guesses[i] = np.zeros_like(target)
             if piece.base >= 0:
                 if piece.base not in bases:
-                    bases[piece.base] = prediction_base(values[piece.base], context[piece.base])
-                predictions[i], guesses[i], _ = prediction.predict(target, bases[piece.base])
+                    base = prediction_base(values[piece.base], context[piece.base])
+                    bases[piece.base] = base, base.solver()
+                predictions[i], guess, _ = prediction.predict(target.T, *bases[piece.base])
+                guesses[i] = guess.T
             rests[i] = Rest(
-                (target - guesses[i]).T, target.any(0), prediction.units_of(predictions[i], target.shape[1])
+                target - guesses[i], np.any(target, 1), prediction.units_of(predictions[i], len(target))
             )
         for i, (vectors, kind, moved) in classified(rests, rows).items():
             rests[i], context[i], offsets[i] = rests[i]._replace(vectors=vectors), kind, moved
@@ -155,8 +157,14 @@ def quantize(
             codes, at = streams.values(stream), 0
             for i in members[leaf]:
                 end = at + syntax.code_count(rows[i], context[i])
-                value, at = syntax.as_piece(codes[at:end], rows[i], context[i]), end
-                values[i] = np.where(rests[i].coded, value + guesses[i], 0).astype(np.float32)
+                coded = context[i] > 0
+                value = guesses[i]
+                if coded.all():
+                    value += codes[at:end].reshape(value.shape)
+                else:
+                    value[coded] += codes[at:end].reshape(-1, rows[i].length)
+                    value[~coded] = 0
+                values[i], at = value.T, end
     counts = streams.histogram(symbols)
     return Coded(shapes, rows, context, predictions, offsets, values, leaves, symbols, counts)
 
@@ -178,10 +186,11 @@ def classified(
     for length in {rows[i].length for i in rests}:
         same = [i for i in rests if rows[i].length == length]
         coded = np.concatenate([rests[i].coded for i in same])
-        vectors = np.concatenate([rests[i].vectors for i in same]) * coded[:, None]
+        vectors = np.concatenate([rests[i].vectors for i in same])
+        vectors[~coded] = 0
         side = np.repeat([rows[i].side for i in same], [len(rests[i].coded) for i in same])
         # a vector wholly predicted still needs a context: the least one
-        spread = np.maximum(np.sqrt((vectors**2).mean(1)), 1e-6)
+        spread = np.maximum(np.sqrt(prediction.mean_squares(vectors)), 1e-6)
         context = contexts.classify(np.where(coded, spread, 0.0), side)
         context = prediction.agreeing(context, np.concatenate([rests[i].units for i in same]))
         ends = np.cumsum([len(rests[i].coded) for i in same])[:-1]
@@ -192,7 +201,7 @@ def classified(
 
 def check_range(target: np.ndarray, module: str) -> None:
     """Raise for entries beyond the range of codes."""
-    if not (np.abs(target) < MAX_MAGNITUDE).all():
+    if not max(target.max(initial=0), -target.min(initial=0)) < MAX_MAGNITUDE:
         raise HydraOptError(
             f"module {module}: entries of {np.abs(target).max():.3g} quantizer steps; the finest step codes "
             f"{MAX_MAGNITUDE:.3g}: ask for a larger error, or keep the adapters as they are with --budget 1"
@@ -203,27 +212,23 @@ def quantize_streams(
     values: Sequence[np.ndarray], context: Sequence[np.ndarray], frequencies: np.ndarray, multiplier: float
 ) -> list[Symbols]:
     """Quantize streams, given as 1-D values in steps and the context of every value."""
-    bits = trellis.costs(frequencies)
-    # what fills up a lane has context 0 and costs nothing
-    bits[0] = 1e4
-    bits[0, :, 0] = 0.0
+    table = trellis.prices(trellis.costs(frequencies), multiplier)
     per_code = context_bits(frequencies)
     lanes = [streams.lane_count(len(c), float(per_code[c].sum())) for c in context]
     magnitude = [np.zeros(len(x), np.int32) for x in values]
     quantizer = [np.zeros(len(x), np.uint8) for x in values]
-    costs = jnp.asarray(bits)
 
     def one(chunks: Sequence[Chunk], width: int) -> None:
         """Quantize chunks side by side."""
         steps = max(1 << (chunks[0].length - 1).bit_length(), LEAST_STEPS)
-        y, of = np.zeros((width, steps), np.float32), np.zeros((width, steps), np.int32)
+        y, of = streams.rows_of(width, steps, np.float32), streams.rows_of(width, steps, np.uint8)
         for row, (length, k, first) in enumerate(chunks):
             y[row, :length] = values[k][first : first + length]
             of[row, :length] = context[k][first : first + length]
-        found = trellis.quantize(
-            *(jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of)), costs, multiplier
-        )
-        m, q = (np.asarray(x).T for x in found)
+        given = (jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of))
+        found = trellis.quantize(*given, table)
+        m, q = streams.rows_of(width, steps, np.int32), streams.rows_of(width, steps, np.uint8)
+        m[:], q[:] = (np.asarray(x).T for x in found)
         for row, (length, k, first) in enumerate(chunks):
             magnitude[k][first : first + length] = m[row, :length]
             quantizer[k][first : first + length] = q[row, :length]
@@ -255,24 +260,21 @@ def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:
     ]
 
 
-def estimate_bytes(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> float:
-    """Estimate of the bytes of `serialize`, accurate to some tenths of a per cent, without coding."""
-    side = sum(len(x) for x in sides(coded, gains).values())
+def estimate_bytes(coded: Coded, side: Mapping[str, bytes]) -> float:
+    """Estimate of the bytes of `serialize`, accurate to some tenths of a per cent, without coding; `side` is
+    that of `sides`."""
     lanes = sum(x.lanes for x in coded.symbols)
-    raw = sum(float(RAW_BITS[x.context].sum() + np.count_nonzero(signs(x))) for x in coded.symbols) / 8
+    per_context = sum((streams.occurrences(x.context) for x in coded.symbols), np.zeros(COUNT, np.int64))
+    zeros = (coded.counts[:, :, 0].sum(1) * ~WIDE).sum()
+    raw = float(per_context @ RAW_BITS + per_context.sum() - zeros) / 8
     return (
-        side
+        sum(map(len, side.values()))
         + raw
         + 5.2 * lanes
         + 8 * len(coded.leaves)
         + entropy_bytes(coded.counts)
         + len(frequency_tables.pack_tables(frequency_tables.from_counts(coded.counts)))
     )
-
-
-def signs(x: Symbols) -> np.ndarray:
-    """Bool array of the codes with a sign."""
-    return (x.magnitude > 0) | WIDE[x.context]
 
 
 def entropy_bytes(counts: np.ndarray) -> float:
@@ -322,48 +324,61 @@ def packed_gains(coded: Coded, task: int, gains: Sequence[np.ndarray]) -> bytes:
 
 
 def serialize(
-    coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
+    coded: Coded,
+    gains: Mapping[int, Sequence[np.ndarray]],
+    frequencies: np.ndarray | None = None,
+    side: Mapping[str, bytes] | None = None,
 ) -> dict[str, bytes]:
-    """The leaves of `serialize_and_decode`."""
-    return serialize_and_decode(coded, gains, frequencies)[0]
-
-
-def serialize_and_decode(
-    coded: Coded, gains: Mapping[int, Sequence[np.ndarray]], frequencies: np.ndarray | None = None
-) -> tuple[dict[str, bytes], Decoded]:
-    """Leaves of bytes, and their decoded values.
+    """Leaves of bytes, which decode to `coded.values` and the gains bit for bit.
 
     Args:
       coded: the quantized collection.
       gains: task -> its gains, one `[live directions]` array for each (module, term) it has, in order.
       frequencies: tables that the reader has already; None for new tables in the shared leaf.
-
-    Returns:
-      Leaf name -> bytes; and their decoded values, equal to `coded.values` and the gains bit for bit.
+      side: that of `sides`, where it is known.
     """
     table = frequency_tables.from_counts(coded.counts) if frequencies is None else frequencies
-    bodies = dict(zip(coded.leaves, streams.encode(coded.symbols, table), strict=True))
-    out = {leaf: side + bodies.get(leaf, b"\x00") for leaf, side in sides(coded, gains).items()}
+    bodies = dict(zip(coded.leaves, lanes.encode(coded.symbols, table), strict=True))
+    known = sides(coded, gains) if side is None else side
+    out = {leaf: x + bodies.get(leaf, b"\x00") for leaf, x in known.items()}
     if frequencies is None:
         out[SHARED] = frequency_tables.pack_tables(table) + out[SHARED]
-    return out, checked(out, coded, gains, frequencies)
+    check_sides(out, coded, gains, table, frequencies)
+    return out
 
 
-def checked(
+def check_sides(
     leaves: Mapping[str, bytes],
     coded: Coded,
     gains: Mapping[int, Sequence[np.ndarray]],
-    frequencies: np.ndarray | None,
-) -> Decoded:
-    """The decoded leaves, after a check that they equal `coded.values`, on which errors are measured.
+    table: np.ndarray,
+    given: np.ndarray | None,
+) -> None:
+    """Raise unless what is read beside the streams equals what was coded; `lanes.encode` sees to the streams.
+
+    With it the decoded values equal `coded.values`, which were computed from it as a decoder does.
 
     Raises:
       RuntimeError: they differ, which is a fault of this package.
     """
-    found = decode_leaves(leaves, coded.shapes, sorted(gains), frequencies)
-    same = all(np.array_equal(x, y) for x, y in zip(found.values, coded.values, strict=True) if x is not None)
+    found = read_sides(leaves, coded.shapes, given)
+    same = np.array_equal(found.table, table)
+    for leaf, members in found.members.items():
+        side = found.sides[leaf]
+        for i, context, used, weights, offsets in zip(
+            members, side.contexts, side.used, side.weights, side.offsets, strict=True
+        ):
+            same &= np.array_equal(context, coded.contexts[i]) and np.array_equal(offsets, coded.offsets[i])
+            x = coded.predictions[i]
+            if x is None or used is None or weights is None:
+                same &= x is None and (used is None or not used.any())
+                continue
+            same &= np.array_equal(used, x.used) and np.array_equal(weights, x.coefficients[:, x.used])
+            same &= np.array_equal(prediction.units(context[used]), x.units[used])
     for task, mine in gains.items():
-        same &= np.array_equal(join(found.gains[task], np.float32), join(mine, np.float32))
-    if not same or any(x is None for x in found.values):
-        raise RuntimeError("coded factors decode to others: please report this collection as a bug")
-    return found
+        read = split_gains(
+            found.sides[f"task_{task}"].gains, coded.shapes, coded.pieces, coded.contexts, task
+        )
+        same &= np.array_equal(join(read, np.float32), join(mine, np.float32))
+    if not same:
+        raise RuntimeError(f"coded factors decode to others: {lanes.BUG}")

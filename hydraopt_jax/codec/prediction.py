@@ -106,6 +106,11 @@ class Base(NamedTuple):
     exponents: np.ndarray
     peaks: np.ndarray
 
+    def solver(self) -> np.ndarray:
+        """`[D, n]`, which turns vectors into their coefficients of least squares, in float64."""
+        gram = self.known.T @ self.known
+        return np.linalg.solve(gram + RIDGE * np.eye(len(gram)), self.known.T)
+
 
 def scaled(vectors: np.ndarray) -> Base:
     """The `Base` of decoded vectors `[n, D]`, in steps."""
@@ -134,8 +139,13 @@ def apply_weights(base: Base, coefficients: np.ndarray, units: np.ndarray) -> np
 
 
 def weighted_sums(base: Base, weights: np.ndarray) -> np.ndarray:
-    """The predicted vectors from coefficients times their units, which must fit (`fits`)."""
-    return (np.rint(base.known @ weights / GRID) * GRID).astype(np.float32)
+    """The predicted vectors from coefficients times their units, which must fit (`fits`).
+
+    In memory one vector follows another, as their codes do.
+    """
+    found = weights.T @ base.known.T
+    found /= GRID
+    return (np.rint(found, out=found) * GRID).astype(np.float32).T
 
 
 def coefficient_bits(energy: np.ndarray, count: np.ndarray, rest: np.ndarray) -> np.ndarray:
@@ -161,37 +171,45 @@ def spent(coefficients: np.ndarray) -> np.ndarray:
     return len(coefficients) * (np.log2(1 + ratio) / 2 + ratio / (1 + ratio) / 4) + VECTOR_BITS
 
 
-def predict(target: np.ndarray, base: Base) -> tuple[Prediction | None, np.ndarray, float]:
+def predict(
+    target: np.ndarray, base: Base, solver: np.ndarray | None = None
+) -> tuple[Prediction | None, np.ndarray, float]:
     """Least-squares prediction of those vectors for which it saves more bits than it costs.
 
     Args:
       target: `[n, S]` in steps.
       base: the coded vectors of the other factor.
+      solver: of the base, where it is known.
 
     Returns:
       Prediction or None, the predicted part `[n, S]`, and the bits saved.
     """
-    nothing: tuple[None, np.ndarray, float] = None, np.zeros_like(target), 0.0
-    known = base.known
+    nothing: tuple[None, np.ndarray, float] = None, np.zeros(target.T.shape, np.float32).T, 0.0
     if not base.peaks.any() or not target.any():
         return nothing
-    gram = known.T @ known
-    exact = np.linalg.solve(gram + RIDGE * np.eye(len(gram)), known.T @ target)
-    before = (target**2).mean(0)
+    rows = np.ascontiguousarray(target.T, np.float64)
+    exact = (base.solver() if solver is None else solver) @ rows.T
+    before = mean_squares(rows)
     # what rounding adds to each entry is about its variance over their number
-    rest = ((target - known @ exact) ** 2).mean(0) * (1 + known.shape[1] / len(known))
+    rest = mean_squares(rows - exact.T @ base.known.T) * (1 + len(exact) / len(target))
     step = units(classify(np.sqrt(rest), 0))
     rounded = np.clip(np.rint(np.ldexp(exact, -step)), -(2**30), 2**30).astype(np.int32)
     weights = np.ldexp(rounded.astype(np.float64), step)
     if not fits(base, weights):
         return nothing
     guess = weighted_sums(base, weights)
-    after = ((target - guess) ** 2).mean(0)
+    after = mean_squares(rows - guess.T)
     saved = len(target) / 2 * np.log2((before + 0.6) / (after + 0.6)) - spent(rounded)
-    used = (saved > 0) & target.any(0)
+    used = (saved > 0) & (before > 0)
     if not used.any():
         return nothing
-    return Prediction(used, rounded, step), (guess * used).astype(np.float32), float(saved[used].sum())
+    guess[:, ~used] = 0
+    return Prediction(used, rounded, step), guess, float(saved[used].sum())
+
+
+def mean_squares(rows: np.ndarray) -> np.ndarray:
+    """Of the entries of each row."""
+    return np.einsum("sn,sn->s", rows, rows) / rows.shape[1]
 
 
 def pack_coefficients(found: Sequence[Prediction | None]) -> bytes:

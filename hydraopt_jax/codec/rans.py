@@ -1,4 +1,4 @@
-"""Range asymmetric numeral systems (rANS): the entropy coder. NumPy and integers only.
+"""Range asymmetric numeral systems (rANS): the entropy decoder. NumPy and integers only; `lanes` encodes.
 
 A lane is a sequence of symbols with a state of its own, 32 bits that move 16 at a time. Decoding a symbol of
 frequency f whose slots begin at c, in a table of 2^12 slots:
@@ -105,56 +105,3 @@ def active(
         block = row[context[first : first + ROWS, : lanes[first]]]
         for step in range(first, min(first + ROWS, steps)):
             yield step, int(lanes[step]), block[step - first, : lanes[step]]
-
-
-def encode(
-    index: np.ndarray, lengths: np.ndarray, frequency: np.ndarray, start: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States and words of lanes, encoded from the last symbol to the first, so that decoding runs forward:
-
-        while x >= 2^20 f: words <- x mod 2^16, x <- floor(x / 2^16);   x <- x + floor(x / f) (2^12 - f) + c
-
-    Args:
-      index: `[n, L]` of each symbol in the tables.
-      lengths: `[L]` symbols of each lane, in descending order.
-      frequency: `[symbols of all tables]` slots of each; positive where one occurs.
-      start: `[symbols of all tables]` first slot of each.
-
-    Returns:
-      States `[L]` uint32; words of all lanes, one lane after another, in the order of decoding; how many each
-      lane has, `[L]`.
-    """
-    both = frequency.astype(np.uint32) << np.uint32(SLOT_BITS) | start.astype(np.uint32)
-    x = np.full(len(lengths), LOW, np.uint32)
-    count = np.zeros(len(lengths), np.int64)
-    words = np.zeros(index.shape, np.uint16)
-    real, whole, above = (np.empty(len(lengths), t) for t in (np.float64, np.uint32, bool))
-    steps = int(lengths.max(initial=0))
-    lanes = np.searchsorted(-lengths, -np.arange(steps), side="left")
-    for last in range(steps, 0, -ROWS):
-        first = max(last - ROWS, 0)
-        found = np.take(both, index[first:last, : lanes[first]])
-        f, c = found >> np.uint32(SLOT_BITS), found & np.uint32(SLOTS - 1)
-        # of 2^32 the largest state is left
-        largest = (f << np.uint32(32 - SLOT_BITS)) - np.uint32(1)
-        inverse, rest = 1.0 / np.maximum(f, 1), np.uint32(SLOTS) - f
-        for step in range(last - 1, first - 1, -1):
-            row, k = step - first, int(lanes[step])
-            y, r, q = x[:k], real[:k], whole[:k]
-            np.greater(y, largest[row, :k], out=above[:k])
-            (full,) = above[:k].nonzero()
-            emitted, at = y[full], count[full]
-            words[at, full] = emitted
-            count[full] = at + 1
-            y[full] = emitted >> np.uint32(16)
-            # half a step from every integer: the product rounds to the quotient
-            np.add(y, 0.5, out=r)
-            np.multiply(r, inverse[row, :k], out=r)
-            np.copyto(q, r, casting="unsafe")
-            np.multiply(q, rest[row, :k], out=q)
-            np.add(y, q, out=y)
-            np.add(y, c[row, :k], out=y)
-    most = int(count.max(initial=0))
-    # what was written last is read first
-    backward = words[:most].T[:, ::-1]
-    return x, backward[np.arange(most)[::-1] < count[:, None]], count

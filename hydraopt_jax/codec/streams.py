@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hydraopt_jax.codec import frequency_tables, rans
 from hydraopt_jax.codec.bitstream import Damaged, Reader, number, pack_integers, unpack_integers
@@ -52,11 +53,6 @@ class Symbols(NamedTuple):
         """`[N]`, see `contexts`."""
         return level(self.magnitude, self.negative, self.context)
 
-    @property
-    def signed(self) -> np.ndarray:
-        """`[N]` bool, which codes are coded as negative: no zero is."""
-        return self.negative & (self.magnitude > 0)
-
 
 def lane_count(count: int, bits: float) -> int:
     """Number of lanes for `count` codes of an expected total of `bits` bits; 0 for no codes."""
@@ -71,9 +67,17 @@ def as_lanes(flat: np.ndarray, lanes: int) -> np.ndarray:
     [[1, 3], [2, 0]]
     """
     steps = -(-len(flat) // max(lanes, 1))
-    if len(flat) < steps * lanes:
-        flat = np.append(flat, np.zeros(steps * lanes - len(flat), flat.dtype))
-    return np.ascontiguousarray(flat.reshape(lanes, steps).T)
+    rows = rows_of(lanes, steps, flat.dtype)
+    whole, rest = divmod(len(flat), max(steps, 1))
+    rows[:whole] = flat[: whole * steps].reshape(whole, steps)
+    rows[whole : whole + 1, :rest] = flat[whole * steps :]
+    return np.ascontiguousarray(rows.T)
+
+
+def rows_of(count: int, length: int, dtype: DTypeLike) -> np.ndarray:
+    """Zeros `[count, length]`, whose rows do not begin a power of two apart: a cache would hold few of their
+    columns at once, and transposing takes six times as long."""
+    return np.zeros((count, -(-length // 1024) * 1024 + 64), dtype)[:, :length]
 
 
 def from_lanes(matrix: np.ndarray, count: int) -> np.ndarray:
@@ -91,16 +95,49 @@ def lane_lengths(count: int, lanes: int) -> np.ndarray:
     return np.clip(count - steps * np.arange(lanes), 0, steps)
 
 
+def signed_symbols(x: Symbols) -> np.ndarray:
+    """`2 * symbol + sign` of each code within its context and quantizer, in one numbering, `[N]` int32."""
+    row = (x.context.astype(np.int32) << 1 | x.quantizer) * SYMBOLS
+    special = np.flatnonzero((x.magnitude >= ESCAPE) | WIDE[x.context])
+    if len(special):
+        raw = RAW_BITS[x.context[special]]
+        mine = symbol(level(*(y[special] for y in (x.magnitude, x.negative, x.context))), raw)
+        special_row = row[special]
+        row += x.magnitude
+        row[special] = special_row + mine
+    else:
+        row += x.magnitude
+    # no zero is coded as negative
+    return row << 1 | (x.negative & (x.magnitude > 0))
+
+
 def histogram(streams: Sequence[Symbols]) -> np.ndarray:
     """Counts of symbols, `[COUNT, 2, SYMBOLS]` float64; wide contexts have those of both quantizers twice."""
-    out = np.zeros(COUNT * 2 * SYMBOLS)
+    out = np.zeros(2 * COUNT * 2 * SYMBOLS)
     for x in streams:
-        row = x.context.astype(np.int64) * 2 + x.quantizer
-        coded = symbol(x.level, RAW_BITS[x.context])
-        out += np.bincount(row * SYMBOLS + coded, minlength=len(out))
-    table = out.reshape(COUNT, 2, SYMBOLS)
+        out += np.bincount(signed_symbols(x), minlength=len(out))
+    table = out.reshape(COUNT, 2, SYMBOLS, 2).sum(-1)
     table[WIDE] = table[WIDE].sum(1, keepdims=True)
     return table
+
+
+def expected_quantizers(x: Symbols) -> np.ndarray:
+    """The quantizer of each code as the codes before it decide, `[N]` uint8, see `rans`."""
+    parity, quantizer = (x.magnitude & 1).astype(np.uint8), x.quantizer
+    out = np.zeros_like(parity)
+    out[2:] = parity[:-2]
+    out[3:] ^= quantizer[:-3]
+    out[5:] ^= quantizer[:-5]
+    # where the trellis starts again, nothing is before
+    lengths = lane_lengths(len(parity), x.lanes)
+    starts = np.cumsum(lengths) - lengths
+    runs = [np.arange(at, at + n, rans.PERIOD) for at, n in zip(starts, lengths, strict=True)]
+    for first in np.concatenate(runs).tolist() if runs else ():
+        p, q = parity[first : first + 3], quantizer[first : first + 2]
+        out[first : first + 5] = 0
+        out[first + 2 : first + 5] = p[: len(out) - first - 2]
+        out[first + 3 : first + 5] ^= q[: max(len(out) - first - 3, 0)]
+    return out
 
 
 class Places(NamedTuple):
@@ -136,60 +173,30 @@ def gather(flats: Sequence[np.ndarray], lanes: Sequence[int], places: Places) ->
     return out
 
 
-def encode(streams: Sequence[Symbols], frequencies: np.ndarray) -> list[bytes]:
-    """The bytes of each stream."""
-    sizes = [(len(x.magnitude), x.lanes) for x in streams]
-    places = sort_lanes(sizes)
-    levels, symbols, index = [], [], []
-    for x in streams:
-        levels.append(x.level)
-        symbols.append(symbol(levels[-1], RAW_BITS[x.context]))
-        row = x.context.astype(np.int32) * 2 + x.quantizer
-        index.append(((row * SYMBOLS + symbols[-1]) * 2 + x.signed).astype(np.int32))
-    slots = np.stack(
-        [
-            frequency_tables.halves(row, bool(wide))
-            for table, wide in zip(frequencies, WIDE, strict=True)
-            for row in table
-        ]
+def pack(x: "Parsed", raw: np.ndarray) -> bytes:
+    """The bytes of a stream; `raw` has the numbers of middle bits of the codes that have any, in order."""
+    if not x.lanes:
+        return number(0)
+    least = int(x.taken.min())
+    return (
+        number(x.lanes)
+        + number(len(x.escaped))
+        + number(least)
+        + pack_integers(x.taken - least)
+        + x.state.astype("<u4").tobytes()
+        + x.words.astype("<u2").tobytes()
+        + (b"" if x.middle is None else pack_middle(x.middle, raw))
+        + x.escaped.astype("<u4").tobytes()
     )
-    lanes = [x.lanes for x in streams]
-    state, words, count = rans.encode(
-        gather(index, lanes, places), places.lengths, slots.ravel(), (np.cumsum(slots, -1) - slots).ravel()
-    )
-    ends = np.cumsum(count)
-    out = []
-    for x, each, coded, columns in zip(streams, levels, symbols, places.columns, strict=True):
-        if not x.lanes:
-            out.append(number(0))
-            continue
-        mine = count[columns]
-        escaped = each[coded >= ESCAPE]
-        head = (
-            number(x.lanes)
-            + number(len(escaped))
-            + number(int(mine.min()))
-            + pack_integers(mine - mine.min())
-        )
-        body = [words[ends[c] - count[c] : ends[c]] for c in columns]
-        middle = pack_middle(each, RAW_BITS[x.context])
-        out.append(
-            head
-            + state[columns].astype("<u4").tobytes()
-            + np.concatenate(body).astype("<u2").tobytes()
-            + middle
-            + (escaped >> 1).astype("<u4").tobytes()
-        )
-    return out
 
 
-def pack_middle(level: np.ndarray, raw: np.ndarray) -> bytes:
-    """Middle bits of all codes."""
+def pack_middle(middle: np.ndarray, raw: np.ndarray) -> bytes:
+    """Middle bits of the codes that have any, and their numbers."""
     parts = []
     for bits in range(1, int(raw.max(initial=0)) + 1):
-        middle = level[raw == bits] >> 1
-        parts.append(((middle[:, None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8).ravel())
-    return np.packbits(np.concatenate(parts)).tobytes() if parts else b""
+        mine = middle[raw == bits]
+        parts.append(((mine[:, None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8).ravel())
+    return np.packbits(np.concatenate(parts)).tobytes()
 
 
 def unpack_middle(data: bytes, raw: np.ndarray) -> np.ndarray:
@@ -239,7 +246,7 @@ def parse(data: bytes, context: np.ndarray) -> Parsed:
       context: `[N]` of its codes.
 
     Raises:
-      Damaged: bytes that `encode` does not write.
+      Damaged: bytes that `pack` does not write.
     """
     reader = Reader(data)
     lanes = reader.number()
@@ -280,7 +287,7 @@ def decode(
       decode_lanes: `rans.decode`, or `lanes.decode` for JAX's default device.
 
     Raises:
-      Damaged: bytes that `encode` does not write.
+      Damaged: bytes that `pack` does not write.
     """
     present = np.zeros(COUNT, bool)
     for context in contexts:
@@ -375,10 +382,17 @@ def signed(magnitude: np.ndarray, quantizer: np.ndarray, negative: np.ndarray) -
     >>> signed(np.array([0, 1, 1]), np.array([1, 0, 1]), np.array([0, 1, 0])).tolist()
     [0, -2, 1]
     """
-    value = 2 * magnitude - quantizer * (magnitude > 0)
-    return np.where(negative > 0, -value, value)
+    value = magnitude.astype(np.int32)
+    nonzero = value > 0
+    value <<= 1
+    value -= nonzero & (quantizer > 0)
+    # two's complement of those below zero
+    flip = -(negative > 0).astype(np.int32)
+    value ^= flip
+    value -= flip
+    return value
 
 
 def values(x: Symbols) -> np.ndarray:
     """The values of a stream's codes, `[N]` int32 in steps."""
-    return signed(x.magnitude, x.quantizer.astype(np.int32), x.negative.astype(np.int32)).astype(np.int32)
+    return signed(x.magnitude, x.quantizer, x.negative)

@@ -14,12 +14,14 @@ Reference: Ungerboeck, Channel coding with multilevel/phase signals, IEEE Trans.
 al., Quantization and entropy coding in the versatile video coding standard, 2021.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax.codec.contexts import ESCAPE, ESCAPE_BITS, RAW_BITS, SYMBOLS, WIDE
+from hydraopt_jax.codec.contexts import COUNT, ESCAPE, ESCAPE_BITS, RAW_BITS, SYMBOLS, WIDE
 
 STATES = 32
 
@@ -45,80 +47,161 @@ BRANCH = np.array(
 )
 
 
+# steps whose parities the low bits of a path's cost hold, before they go to memory: one byte
+TOGETHER = 8
+# bits behind the point of costs of symbols and of paths; the largest cost of a symbol, in squared steps:
+# paths of one step differ by less than five of them, which with those of `TOGETHER` steps fit 32 bits
+FINE, FINER = 10, 14
+DEAREST = 30.0
+# integer parts of values whose magnitudes a context distinguishes
+CELLS = 256
+# cost of a path that begins in another state, above that of any path to a state
+FORBIDDEN = 175
+
+
 def costs(frequencies: np.ndarray) -> np.ndarray:
     """Bits of each symbol, `[COUNT, 2, SYMBOLS]` float32, from (possibly zero) frequencies.
 
-    Middle bits, escapes and signs are counted in; the zero of a narrow context has no sign.
+    Middle bits, escapes and signs are counted in; the zero of a narrow context has no sign. In context 0,
+    which fills up lanes, a zero costs nothing, and there is nothing else.
     """
     share = frequencies + 1e-3 * (frequencies.sum(-1, keepdims=True) + 1) / SYMBOLS
     bits = -np.log2(share / share.sum(-1, keepdims=True)) + RAW_BITS[:, None, None] + 1
     bits[..., ESCAPE:] += ESCAPE_BITS - RAW_BITS[:, None, None]
     bits[~WIDE, :, 0] -= 1
+    bits[0] = 1e4
+    bits[0, :, 0] = 0.0
     return bits.astype(np.float32)
 
 
-def nearest(value: Array, quantizer: Array, parity: Array) -> Array:
-    """The magnitude of a parity whose reconstruction is next to a value; all of one shape."""
-    near = jnp.round(((value + quantizer) * 0.5 - parity) * 0.5).astype(jnp.int32) * 2 + parity
-    return jnp.maximum(near, parity)
-
-
-def branch_costs(value: Array, context: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
-    """Cost of each branch for each symbol, independent of the state, computed for all symbols at once.
-
-    Returns:
-      Least costs `[n, 4, L]` by quantizer and parity, and whether the magnitude below the nearest one has it.
-    """
-    value, context = value[:, None], context[:, None]
-    low, table = jnp.asarray(RAW_BITS, jnp.int32)[context], bits.reshape(-1)
-    quantizer, parity = (jnp.asarray(x, jnp.int32)[:, None] for x in ((0, 0, 1, 1), (0, 1, 0, 1)))
-    row = (2 * context + quantizer) * SYMBOLS + parity
-
-    def cost(k: Array) -> Array:
-        symbol = row + jnp.minimum((k >> (low + 1)) * 2, ESCAPE)
-        return (value - (2 * k - quantizer * (k > 0))) ** 2 + multiplier * table[symbol]
-
-    near = nearest(value, quantizer, parity)
-    at, below = cost(near), cost(jnp.maximum(near - 2, parity))
-    return jnp.minimum(at, below), below < at
-
-
 @jax.jit
-def quantize(y: Array, context: Array, bits: Array, multiplier: Array | float) -> tuple[Array, Array]:
-    """Codes of least `sum (y - x)^2 + multiplier * bits` by the Viterbi algorithm, every lane on its own.
+def prices(bits: Array, multiplier: Array | float) -> Array:
+    """Costs of the magnitude next to a value and of the magnitude less by two, by branch, context, and cell.
+
+    What is next to a value depends on its integer part alone, which tells its cell; a wide context has cells
+    of `2^raw`. Costs are in units of `2^-FINE` squared steps and count from the least of each context; one
+    word has both, 16 bits each. There is none below 0 and 1, the escapes, and in wide contexts, where the
+    lower magnitude saves next to nothing.
 
     Args:
-      y: `[n, L]` values in steps; n consecutive symbols of L lanes.
-      context: `[n, L]` context of each value.
       bits: `[COUNT, 2, SYMBOLS]` cost of each symbol, see `costs`.
       multiplier: squared steps per bit.
 
     Returns:
-      Magnitudes `[n, L]` int32 and the quantizer of each `[n, L]` int32; the sign is that of `y`.
+      `[4 * COUNT * CELLS]` int32.
     """
-    value = jnp.abs(y)
-    paid, below = branch_costs(value, context, bits, multiplier)
+    cost = multiplier * jnp.asarray(bits)
+    cost = jnp.minimum(cost - cost.min((1, 2), keepdims=True), DEAREST)
+    fixed = jnp.round(cost * 2**FINE).astype(jnp.int32)
+    lower = jnp.concatenate([fixed[..., :2], fixed[..., : ESCAPE - 2], fixed[..., ESCAPE:]], -1)
+    both = fixed << 16 | jnp.where(WIDE[:, None, None], fixed, lower)
+    quantizer, parity = (np.array(x)[:, None, None] for x in ((0, 0, 1, 1), (0, 1, 0, 1)))
+    raw, context = RAW_BITS[:, None], np.arange(COUNT)[:, None]
+    value = (np.arange(CELLS) + 0.5) * 2.0**raw
+    near = np.maximum(np.rint((value + quantizer - 2 * parity) / 4).astype(np.int64) * 2 + parity, parity)
+    symbol = np.minimum(2 * (near >> (raw + 1)), ESCAPE) + parity
+    return both[context, quantizer, np.where(raw > 0, symbol, np.minimum(near, ESCAPE + parity))].reshape(-1)
 
-    def forward(total: Array, paid: Array) -> tuple[Array, Array]:
+
+class Places(NamedTuple):
+    """Where values are, int32: their integer parts, up to four; fourths of them modulo 1, in units of 2^-11;
+    and their cells in the table of a branch."""
+
+    whole: Array
+    phase: Array
+    cell: Array
+
+
+def places_of(value: Array, context: Array) -> Places:
+    """The `Places` of magnitudes in steps, and of their contexts."""
+    whole, quarter = value.astype(jnp.int32), value * 0.25
+    cell = jnp.minimum(whole >> jnp.asarray(RAW_BITS, jnp.int32)[context], CELLS - 1)
+    # the middle of 2^-10: never on an edge between magnitudes
+    phase = ((quarter - jnp.floor(quarter)) * 1024).astype(jnp.int32) * 2 + 1
+    return Places(whole, phase, context * CELLS + cell)
+
+
+def candidates(x: Places, quantizer: Array, parity: Array, table: Array) -> tuple[Array, Array]:
+    """Costs of the magnitude of a parity whose reconstruction is next to each value, and of that below it, in
+    units of 2^-18 squared steps.
+
+    Reconstructions of one parity are four steps apart, but for that of the zero of Q1, which would be at -1.
+    """
+    both = table[(2 * quantizer + parity) * (COUNT * CELLS) + x.cell]
+    zero = quantizer * (1 - parity)
+    error = ((x.phase + 1024 - 512 * (2 * parity - quantizer)) & 2047) - 1024 - 512 * (zero * (x.whole < 1))
+    lower = error + 2048 - 512 * (zero * ((x.whole > 0) & (x.whole < 5)))
+    shift = 18 - FINE
+    return error**2 + (both >> 16 << shift), lower**2 + ((both & 0xFFFF) << shift)
+
+
+def history() -> np.ndarray:
+    """What led to each state, `[STATES << TOGETHER]` int32: of a state and the parities of the `TOGETHER`
+    codes before it, the first one in bit 0, the state before them and, from bit 8 on, the quantizers."""
+    before = np.zeros((STATES, 2), np.int32)
+    for state, parity in np.ndindex(STATES, 2):
+        before[NEXT[state, parity], parity] = state
+    state, parities = (x.ravel() for x in np.indices((STATES, 1 << TOGETHER)))
+    quantizers = np.zeros_like(state)
+    for k in reversed(range(TOGETHER)):
+        state = before[state, parities >> k & 1]
+        quantizers |= (state & 1) << k
+    return (quantizers << 8 | state).astype(np.int32)
+
+
+@jax.jit
+def quantize(y: Array, context: Array, table: Array) -> tuple[Array, Array]:
+    """Codes of least `sum (y - x)^2 + multiplier * bits` by the Viterbi algorithm, every lane on its own.
+
+    A path's cost is an integer that has its latest parities in its low bits, so that a minimum finds both.
+
+    Args:
+      y: `[n, L]` values in steps; n consecutive symbols of L lanes.
+      context: `[n, L]` context of each value.
+      table: costs, see `prices`.
+
+    Returns:
+      Magnitudes `[n, L]` int32 and the quantizer of each `[n, L]` uint8; the sign is that of `y`.
+    """
+    n, lanes = y.shape
+    more = -n % TOGETHER
+    value, context = (
+        jnp.pad(x, ((0, more), (0, 0))).reshape(-1, TOGETHER, 1, lanes)
+        for x in (jnp.abs(y), context.astype(jnp.int32))
+    )
+    quantizer, parity = (jnp.asarray(x, jnp.int32)[:, None] for x in ((0, 0, 1, 1), (0, 1, 0, 1)))
+    bits = parity << jnp.arange(TOGETHER, dtype=jnp.int32)[:, None, None]
+    known = (1 << TOGETHER) - 1
+
+    def step(total: Array, paid: Array) -> tuple[Array, None]:
         first = total[FROM[:, 0]] + paid[BRANCH[:, 0]]
         second = total[FROM[:, 1]] + paid[BRANCH[:, 1]]
-        total = jnp.minimum(first, second)
+        return jnp.minimum(first, second), None
+
+    def forward(total: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
+        cost = jnp.minimum(*candidates(places_of(*block), quantizer, parity, table))
+        total, _ = jax.lax.scan(step, total, (cost >> (18 - FINER) << TOGETHER) + bits)
+        parities = total & known
         # state 0 is always reached, and a row costs less to find than a minimum
-        return total - total[0], second < first
+        return total - parities - (total[0] & ~known), parities.astype(jnp.uint8)
 
-    lanes = y.shape[1]
-    # no path begins in another state, for any price of a bit
-    start = jnp.full((STATES, lanes), jnp.inf, jnp.float32).at[0].set(0.0)
-    total, choice = jax.lax.scan(forward, start, paid)
-    lane = jnp.arange(lanes)
+    start = jnp.full((STATES, lanes), FORBIDDEN << FINER + TOGETHER, jnp.int32).at[0].set(0)
+    total, paths = jax.lax.scan(forward, start, (value, context))
+    lane, table_of_history = jnp.arange(lanes), jnp.asarray(history())
 
-    def backward(state: Array, choice: Array) -> tuple[Array, Array]:
-        way = choice[state, lane].astype(jnp.int32)
-        return jnp.asarray(FROM)[state, way], jnp.asarray(BRANCH)[state, way].astype(jnp.int8)
+    def backward(state: Array, path: Array) -> tuple[Array, Array]:
+        parities = path[state, lane].astype(jnp.int32)
+        found = table_of_history[state << TOGETHER | parities]
+        return found & 0xFF, found >> 8 << TOGETHER | parities
 
-    end = jnp.argmin(total, 0).astype(FROM.dtype)
-    branch = jax.lax.scan(backward, end, choice, reverse=True)[1].astype(jnp.int32)
-    quantizer, parity = branch >> 1, branch & 1
-    near = nearest(value, quantizer, parity)
-    less = jnp.take_along_axis(below, branch[:, None], 1)[:, 0]
-    return jnp.where(less, jnp.maximum(near - 2, parity), near), quantizer
+    end = jnp.argmin(total, 0).astype(jnp.int32)
+    words = jax.lax.scan(backward, end, paths, reverse=True)[1][:, None, None]
+    place = jnp.arange(TOGETHER, dtype=jnp.int32)[:, None, None]
+    parity, quantizer = words >> place & 1, words >> TOGETHER >> place & 1
+    places = places_of(value, context)
+    at, below = candidates(places, quantizer, parity, table)
+    # as the table has it: rounding the value itself could differ at an edge
+    near = (2 * places.whole + 5 + 2 * (quantizer - 2 * parity) >> 3) * 2 + parity
+    magnitude = jnp.maximum(near, parity) - 2 * (below < at)
+    flat = (x.reshape(-1, lanes)[:n] for x in (magnitude, quantizer.astype(jnp.uint8)))
+    return next(flat), next(flat)

@@ -11,7 +11,7 @@ import numpy as np
 from hydraopt_jax import forms
 from hydraopt_jax.adapters import Bucket
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms import Factors, Gradient, Hydra, Info, gradient, losses
+from hydraopt_jax.forms import Factors, Gradient, Hydra, Info, closed_form, gradient, losses
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd
 from hydraopt_jax.rate_control.distortion import relative
@@ -23,9 +23,11 @@ EXPANSION_FLOOR = 1e-3
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "rank", "cores"))
-def fit_closed(deltas: Svd, *, heads: int, rank: int, cores: bool) -> tuple[Factors, Info]:
+def fit_closed(
+    deltas: Svd, *, heads: int, rank: int, cores: bool, used: jax.Array | None = None
+) -> tuple[Factors, Info]:
     """`forms.hydra` with a shared `a` for modules of one shape, decompositions of `[M, T]` deltas."""
-    solve = functools.partial(forms.hydra, heads=heads, rank=rank, cores=cores)
+    solve = functools.partial(forms.hydra, heads=heads, rank=rank, cores=cores, used=used)
     return jax.vmap(solve)(deltas)
 
 
@@ -63,6 +65,15 @@ def restored(factors: Factors, inputs: np.ndarray | None, outputs: np.ndarray | 
     return factors._replace(a=a, b=b)
 
 
+def fit_closed_at(deltas: Svd, most: int, *, heads: int, rank: int, cores: bool) -> tuple[Factors, Info]:
+    """`fit_closed`, whose ranks up to `most` share a compilation; arrays of the host."""
+    if cores or not 1 < deltas.s.shape[1] <= closed_form.EXHAUSTIVE_TASKS:
+        return jax.device_get(fit_closed(deltas, heads=heads, rank=rank, cores=cores))
+    used = jnp.asarray(rank, jnp.int32)
+    factors, info = jax.device_get(fit_closed(deltas, heads=heads, rank=most, cores=False, used=used))
+    return factors._replace(a=factors.a[..., :rank], b=factors.b[..., :rank, :]), info
+
+
 @functools.partial(jax.jit, static_argnames=("solver", "heads", "rank", "side", "cores"))
 def fit_optax(
     a: jax.Array, b: jax.Array, deltas: Svd, *, solver: Gradient, **form: Any
@@ -96,7 +107,8 @@ def fit(a: jax.Array, b: jax.Array, asked: Hydra, heads: int, rank: int) -> list
             width = min(rank_at(min(costs.values()), tasks, heads, shape, side), rank)
         form: dict[str, Any] = {"heads": heads, "rank": width, "cores": asked.cores}
         if asked.solver is None:
-            found = fit_closed(small.deltas.mT if side == "out" else small.deltas, **form)
+            mine = small.deltas.mT if side == "out" else small.deltas
+            found = fit_closed_at(mine, rank, **form)
         else:
             found = fit_optax(a, b, deltas, solver=asked.solver, side=side, **form)
         solutions.append(jax.device_get(found))

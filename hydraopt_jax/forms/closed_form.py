@@ -114,6 +114,7 @@ def hydra(
     weights: Array | None = None,
     cores: bool = False,
     steps: int = 12,
+    used: Array | None = None,
 ) -> tuple[Factors, Info]:
     """HydraOpt's form by closed form and alternation: one shared factor, K heads.
 
@@ -131,6 +132,8 @@ def hydra(
       weights: `[T]` task weights; None for `1 / ||delta_t||^2`.
       cores: whether each task has an S x S core.
       steps: alternations.
+      used: columns of the shared factor that are not zero, at most S, as an array, so that ranks share a
+        compilation; None for all. Not with `cores`, nor for more than `EXHAUSTIVE_TASKS` tasks.
 
     Returns:
       Factors (a: `[1, I, S]`, b: `[K, S, O]` for side "in") and Info with the bound `tau(G, S)`.
@@ -149,7 +152,9 @@ def hydra(
     if side not in ("in", "out"):
         raise HydraOptError(f"side = {side!r}: must be 'in' or 'out'")
     if side == "out":
-        factors, info = hydra(deltas.mT, heads=heads, rank=rank, weights=weights, cores=cores, steps=steps)
+        factors, info = hydra(
+            deltas.mT, heads=heads, rank=rank, weights=weights, cores=cores, steps=steps, used=used
+        )
         return transpose(factors), info
     weights = decompose.task_weights(deltas.energy) if weights is None else weights
     weights = jnp.where(deltas.energy > 0, weights, 0.0)
@@ -164,17 +169,19 @@ def hydra(
     labels = jnp.arange(tasks, dtype=jnp.int32) % heads
     trace, converged = jnp.zeros(0), jnp.array(True)
     if not trivial:
-        part = partition(reduced, deltas, weights, heads, rank, steps)
+        part = partition(reduced, deltas, weights, heads, rank, steps, used)
         labels, trace, converged = part.labels, part.trace, part.certified
     between = clustering.between(reduced, deltas.v, labels, weights, heads)
     basis, values = decompose.top_eigenvectors(between, rank)
+    if used is not None:
+        basis = basis * (jnp.arange(rank) < used)
     projected = matmul(basis.T, reduced)
     average, _ = clustering.membership(labels, weights, heads)
     b = jnp.einsum("kt,tsr,tro->kso", average, projected, deltas.v, precision="highest")
     if heads < tasks:
         every = clustering.between(reduced, deltas.v, jnp.arange(tasks), weights, tasks)
         values = decompose.eigvalsh(every)
-    bound = sure_tail(values, rank)
+    bound = sure_tail(values, rank if used is None else used)
     factors = Factors(
         matmul(q, basis)[None],
         b,
@@ -192,7 +199,7 @@ def hydra(
     return factors, Info(error, deltas.energy, weights, bound, trace, converged)
 
 
-def sure_tail(eigenvalues: Array, rank: int) -> Array:
+def sure_tail(eigenvalues: Array, rank: int | Array) -> Array:
     """`decompose.eigen_tail` minus the error of float32 eigenvalues, so that it stays a lower bound.
 
     If each of N eigenvalues has an error of at most eps times the largest one, their sum has at most N times
@@ -206,12 +213,19 @@ def sure_tail(eigenvalues: Array, rank: int) -> Array:
 
 
 def partition(
-    reduced: Array, deltas: Svd, weights: Array, heads: int, rank: int, steps: int
+    reduced: Array,
+    deltas: Svd,
+    weights: Array,
+    heads: int,
+    rank: int,
+    steps: int,
+    used: Array | None = None,
 ) -> clustering.Partition:
     """The best partition of tasks into heads that the search finds."""
     gram = decompose.gram(deltas.u * deltas.s[:, None, :], deltas.v)
     if reduced.shape[0] <= EXHAUSTIVE_TASKS:
-        return clustering.exhaustive(reduced, deltas.v, gram, weights, heads, rank, EXHAUSTIVE_LIMIT)
+        kept = rank if used is None else used
+        return clustering.exhaustive(reduced, deltas.v, gram, weights, heads, kept, EXHAUSTIVE_LIMIT)
     start = clustering.ward(gram, weights, heads)
     return clustering.reduced_kmeans(reduced, deltas.v, gram, weights, heads, rank, start, steps)
 

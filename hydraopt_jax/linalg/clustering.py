@@ -125,7 +125,7 @@ class Partition(NamedTuple):
 
 
 def exhaustive(
-    c: Array, v: Array, gram: Array, weights: Array, heads: int, rank: int, limit: int
+    c: Array, v: Array, gram: Array, weights: Array, heads: int, rank: int | Array, limit: int
 ) -> Partition:
     """The best partition into K heads by search in order of the scatter, a lower bound of the loss.
 

@@ -198,10 +198,11 @@ def _half_gradients_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return _half_gradients(left, right), (by_left, by_right)
 
 
-def eigen_tail(eigenvalues: Array, rank: int) -> Array:
+def eigen_tail(eigenvalues: Array, rank: int | Array) -> Array:
     """`tau(G, rank)`: the sum of all but the `rank` largest eigenvalues (negative round-off counts as 0)."""
     ordered = jnp.sort(jnp.maximum(eigenvalues, 0.0), -1)
-    return jnp.sum(ordered[..., : max(ordered.shape[-1] - rank, 0)], -1)
+    count = ordered.shape[-1]
+    return jnp.sum(jnp.where(jnp.arange(count) < count - rank, ordered, 0.0), -1)
 
 
 def top_eigenvectors(matrix: Array, rank: int) -> tuple[Array, Array]:

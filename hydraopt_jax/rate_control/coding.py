@@ -17,11 +17,11 @@ from hydraopt_jax.rate_control.terms import terms_in_steps
 from hydraopt_jax.store.decoding import all_terms
 
 # tables and rate-distortion decisions depend on each other: rounds of fitting, how far beyond its count the
-# logarithm of a frequency moves in each, and the limit of that; entries of the modules of a sample, and
-# minimum of modules
+# logarithm of a frequency moves in each, and the limit of that; entries of the modules of a sample,
+# minimum of modules, and of a module's factors of each side
 MOMENTUM, FASTEST = (2, 2, 2, 1, 1), 2.0
 TABLE_CODES = 1 << 18
-LEAST_MODULES = 3
+LEAST_MODULES, LEAST_FACTORS = 3, 8
 # weight of the prior in fitted tables
 PRIOR_COUNTS = 8
 # approximate fraction that rounding of gains adds to a task's error
@@ -36,6 +36,7 @@ class Trial(NamedTuple):
       step: the quantizer step.
       coded: the codes.
       gains: task -> decoded gains in the codec's order.
+      side: leaf -> what it holds beside its stream, see `encode.sides`.
       errors: `[M, T]` relative squared errors, NaN where absent.
       bytes: estimated bytes of the payload.
       choices: module -> form.
@@ -44,6 +45,7 @@ class Trial(NamedTuple):
     step: float
     coded: Coded
     gains: dict[int, list[np.ndarray]]
+    side: dict[str, bytes]
     errors: np.ndarray
     bytes: float
     choices: dict[str, mode_decision.Choice]
@@ -124,12 +126,25 @@ def fit_tables(problem: Problem, step: float) -> np.ndarray:
     """
     few = problem.take(sample(problem, TABLE_CODES))
     goals, _ = terms_at_step(few, step)
+    codes = sum(y.size for terms in goals.values() for x in terms for y in (x.a, x.b))
+    share = TABLE_CODES / max(codes, 1)
+    goals = {n: tuple(first_factors(x, share) for x in terms) for n, terms in goals.items()}
     frequencies = fitted_tables(encode.quantize(goals, prior_tables()).counts)
     for power in MOMENTUM:
         counted = fitted_tables(encode.quantize(goals, frequencies).counts)
         change = shares(counted) / shares(frequencies)
         frequencies = counted * np.clip(change, 1 / FASTEST, FASTEST) ** power
     return frequencies
+
+
+def first_factors(x: encode.TermInSteps, share: float) -> encode.TermInSteps:
+    """A share of a term's factors, the first ones, and the tasks that read them."""
+    most = max(LEAST_FACTORS, round(share * max(len(x.a), len(x.b))))
+    pairs = [
+        (i, o) if max(i, o) < most else (-1, -1) for i, o in zip(x.shape.a_of, x.shape.b_of, strict=True)
+    ]
+    a_of, b_of = zip(*pairs, strict=True)
+    return encode.TermInSteps(x.shape._replace(a_of=a_of, b_of=b_of), x.a[:most], x.b[:most])
 
 
 def shares(frequencies: np.ndarray) -> np.ndarray:
@@ -167,7 +182,8 @@ def encode_at_step(
     goals, choices = terms_at_step(problem, step, forms_at)
     coded = encode.quantize(goals, frequencies)
     gains, errors = gains_and_errors(problem, coded)
-    return Trial(step, coded, gains, errors, encode.estimate_bytes(coded, gains), choices)
+    side = encode.sides(coded, gains)
+    return Trial(step, coded, gains, side, errors, encode.estimate_bytes(coded, side), choices)
 
 
 def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:

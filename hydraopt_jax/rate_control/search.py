@@ -36,6 +36,8 @@ STEPS_LOG = (float(np.log(STEPS[0])), float(np.log(STEPS[1])))
 SLOPES = {-1.0: (0.05, 3.0), 1.0: (0.2, 4.0)}
 CHANGE = 0.1
 BELIEVED = (0.4, 1.6)
+# estimates of the first step, and how near they are to come to the target, in logarithms
+ESTIMATES, NEAR_ESTIMATE = 14, 0.002
 # later passes keep the forms of a pass whose log miss is below CLOSE, or whose step is within NARROW (log) of
 # a pass on the other side of the target
 CLOSE, NARROW = 0.03, 0.02
@@ -159,12 +161,21 @@ def gaussian_estimate(problem: Problem, step: float) -> Estimate:
 def first_step(problem: Problem, goal: float, sign: float = -1.0) -> float:
     """The step whose Gaussian estimate has `goal` bytes (`sign` -1) or a summed error of `goal` (+1)."""
     low, high = STEPS_LOG
-    for _ in range(14):
-        middle = (low + high) / 2
-        found = gaussian_estimate(problem, float(np.exp(middle)))
-        fine = found.bytes > goal if sign < 0 else found.error < goal
-        low, high = (middle, high) if fine else (low, middle)
-    return float(np.exp(high if sign < 0 else low))
+    at, before = (low + high) / 2, None
+    for _ in range(ESTIMATES):
+        found = gaussian_estimate(problem, float(np.exp(at)))
+        quantity = found.bytes if sign < 0 else found.error
+        # of the log of the step, rising
+        miss = sign * float(np.log(max(quantity, 1e-30) / max(goal, 1e-30)))
+        low, high = (at, high) if miss < 0 else (low, at)
+        if abs(miss) < NEAR_ESTIMATE:
+            break
+        last, before = before, (at, miss)
+        at = (low + high) / 2
+        if last is not None and last[1] != miss:
+            secant = before[0] - miss * (before[0] - last[0]) / (miss - last[1])
+            at = secant if low < secant < high else at
+    return float(np.exp(at))
 
 
 def slope_at(problem: Problem, step: float, sign: float) -> float:

@@ -81,7 +81,7 @@ class Draft(NamedTuple):
 
 def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Sequence[Adapter]) -> Segment:
     """The segment of a trial."""
-    leaves = encode.serialize(trial.coded, trial.gains)
+    leaves = encode.serialize(trial.coded, trial.gains, side=trial.side)
     names = [run.found.tasks[t] for t in run.parts[n].tasks]
     carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
     made = make_segment(names, trial.coded.shapes, leaves, trial.errors, tensors=carried)
@@ -105,8 +105,8 @@ def overhead(run: Run, part: Part, problem: Problem, trial: Trial) -> float:
     """Bytes that a store of all parts takes beside its codes, if each task of a part takes as much as in this
     one."""
     segment = sized_segment(run._replace(carried=()), part, problem, trial)
-    sources = tuple(run.found.sources[t] for t in part.tasks)
-    one = Store((segment,), segment.tasks, sources, Static({}))
+    every = run.found.sources
+    one = Store((segment,), segment.tasks, tuple(every[t] for t in part.tasks), Static({}))
     beside = sizes.measure_size(one, run.place.path) - codes_of([segment]) - search.LEAST_OVERHEAD
     return search.LEAST_OVERHEAD + beside * sum(len(x.tasks) for x in run.parts) / len(part.tasks)
 

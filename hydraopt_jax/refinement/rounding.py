@@ -177,7 +177,7 @@ def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Round
     tables = start_tables(kept, shapes)
 
     def estimate(coded: Coded, modules: Modules) -> float:
-        return encode.estimate_bytes(coded, gains_of(coded, modules, tasks))
+        return encode.estimate_bytes(coded, encode.sides(coded, gains_of(coded, modules, tasks)))
 
     def serialize(coded: Coded, modules: Modules) -> tuple[dict[str, bytes], int]:
         leaves = encode.serialize(coded, gains_of(coded, modules, tasks))

@@ -24,7 +24,7 @@ def coded(*lengths, seed=0):
     symbols = encode.quantize_streams(*zip(*made, strict=True), contexts.gaussian(), encode.MULTIPLIER)
     table = frequency_tables.from_counts(streams.histogram(symbols))
     return (
-        streams.encode(symbols, table),
+        lanes.encode(symbols, table),
         [x.context for x in symbols],
         table,
         [*map(streams.values, symbols)],

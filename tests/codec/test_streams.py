@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydraopt_jax.codec import bitstream, contexts, encode, frequency_tables, streams, trellis
+from hydraopt_jax.codec import bitstream, contexts, encode, frequency_tables, lanes, streams, trellis
 from hydraopt_jax.codec.bitstream import Damaged, Reader
 from hydraopt_jax.codec.contexts import COUNT, ESCAPE, MAX_MAGNITUDE, RAW_BITS, SYMBOLS, WIDE
 from hydraopt_jax.codec.rans import PERIOD
@@ -44,12 +44,12 @@ def decoded(*given):
 def coded(quantized):
     """Their table, and the bytes of each."""
     table = frequency_tables.from_counts(streams.histogram(quantized))
-    return table, streams.encode(quantized, table)
+    return table, lanes.encode(quantized, table)
 
 
 def round_trip(symbols):
     table = frequency_tables.from_counts(streams.histogram(symbols))
-    blobs = streams.encode(symbols, table)
+    blobs = lanes.encode(symbols, table)
     read = frequency_tables.unpack_tables(Reader(frequency_tables.pack_tables(table)))
     return blobs, decoded(blobs, [x.context for x in symbols], read)
 
@@ -64,7 +64,7 @@ def test_streams_decode_to_what_was_encoded(quantized):
 
 def test_a_stream_alone_decodes_as_beside_others(quantized, coded):
     table, blobs = coded
-    alone = streams.encode(quantized[:1], table)
+    alone = lanes.encode(quantized[:1], table)
     assert alone[0] == blobs[0]
     (back,) = decoded(alone, [quantized[0].context], table)
     np.testing.assert_array_equal(back, streams.values(quantized[0]))
@@ -73,7 +73,13 @@ def test_a_stream_alone_decodes_as_beside_others(quantized, coded):
 def test_coded_size_is_the_entropy_within_a_per_cent(quantized):
     counts = streams.histogram(quantized)
     blobs, _ = round_trip(quantized)
-    raw = sum(RAW_BITS[x.context].sum() + np.count_nonzero(encode.signs(x)) for x in quantized) / 8
+    raw = (
+        sum(
+            RAW_BITS[x.context].sum() + np.count_nonzero((x.magnitude > 0) | WIDE[x.context])
+            for x in quantized
+        )
+        / 8
+    )
     share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     bits = -counts * np.log2(np.where(share > 0, share, 1))
     ideal = (bits.sum() - bits[WIDE].sum() / 2) / 8 + raw
@@ -88,25 +94,25 @@ def test_lanes_take_less_than_half_a_per_cent(monkeypatch):
     def coded():
         symbols = encode.quantize_streams([values], [context], contexts.gaussian(), encode.MULTIPLIER)
         return symbols[0].lanes, len(
-            *streams.encode(symbols, frequency_tables.from_counts(streams.histogram(symbols)))
+            *lanes.encode(symbols, frequency_tables.from_counts(streams.histogram(symbols)))
         )
 
-    lanes, size = coded()
+    count, size = coded()
     monkeypatch.setattr(streams, "MAX_LANES", 1)
-    assert lanes >= 32
+    assert count >= 32
     one, alone = coded()
     assert one == 1
     assert size < 1.005 * alone
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 7])
-def test_lanes_longer_than_the_period(lanes, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_lanes_longer_than_the_period(count, monkeypatch):
     """The trellis begins anew in every lane after `PERIOD` codes, for encoder and decoder alike."""
     rng = np.random.default_rng(6)
-    values, context = in_contexts([laplacian(rng, 2 * lanes * PERIOD + 5, 3.0)])
-    monkeypatch.setattr(streams, "lane_count", lambda count, bits: lanes)
+    values, context = in_contexts([laplacian(rng, 2 * count * PERIOD + 5, 3.0)])
+    monkeypatch.setattr(streams, "lane_count", lambda codes, bits: count)
     (symbols,) = encode.quantize_streams([values], [context], contexts.gaussian(), encode.MULTIPLIER)
-    assert symbols.lanes == lanes
+    assert symbols.lanes == count
     _, (back,) = round_trip([symbols])
     np.testing.assert_array_equal(streams.values(symbols), back)
 
@@ -189,7 +195,7 @@ def test_viterbi_is_optimal_against_all_paths():
     y = (rng.normal(size=6) * 1.5).astype(np.float32)
     context = np.full(6, contexts.classify(np.array([1.5]), 0)[0])
     bits = trellis.costs(contexts.gaussian())
-    magnitude, _ = trellis.quantize(y[:, None], context[:, None], bits, 0.5)
+    magnitude, _ = trellis.quantize(y[:, None], context[:, None], trellis.prices(bits, 0.5))
 
     def total(path):
         state, out = 0, 0.0
@@ -201,6 +207,48 @@ def test_viterbi_is_optimal_against_all_paths():
 
     best = min(total(path) for path in np.ndindex(*[4] * 6))
     np.testing.assert_allclose(total(np.asarray(magnitude)[:, 0]), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("quantizer", "parity"), list(np.ndindex(2, 2)))
+def test_costs_of_candidates_are_those_of_exact_arithmetic(quantizer, parity):
+    """Around every edge between magnitudes, too; no cost is so large that the integer of a path overflows."""
+    edges = np.nextafter(
+        np.arange(64, dtype=np.float32).repeat(3), np.tile([0, 64, 64], 64).astype(np.float32)
+    )
+    value = np.concatenate([edges, np.random.default_rng(0).uniform(0, 64, 2000).astype(np.float32)])
+    context = np.random.default_rng(1).integers(1, 18, len(value)).astype(np.int32)
+    bits = trellis.costs(contexts.gaussian())
+    bits -= bits.min((1, 2), keepdims=True)
+    places = trellis.places_of(value, context)
+    found = trellis.candidates(places, quantizer, parity, trellis.prices(bits, 0.4))
+
+    value = value.astype(np.float64)
+
+    def cost(k):
+        return (value - (2 * k - quantizer * (k > 0))) ** 2 + np.minimum(
+            0.4 * bits[context, quantizer, k], trellis.DEAREST
+        )
+
+    near = np.maximum(np.rint((value + quantizer - 2 * parity) / 4).astype(int) * 2 + parity, parity)
+    at, below = (np.asarray(x) / 2**18 for x in found)
+    np.testing.assert_allclose(at, cost(near), atol=0.02)
+    np.testing.assert_allclose(below[near > 1], cost(near - 2)[near > 1], atol=0.04)
+    assert (below >= at)[near < 2].all()
+    most = int(trellis.FORBIDDEN + trellis.TOGETHER * at.max()) << trellis.FINER + trellis.TOGETHER
+    assert most < 2**31
+    assert 5 * at.max() < trellis.FORBIDDEN
+
+
+def test_values_between_two_magnitudes_are_coded():
+    """Integers are where the nearest magnitude of a parity changes; decoded factors have no others."""
+    rng = np.random.default_rng(4)
+    value = rng.integers(-40, 40, 9000).astype(np.float32) * rng.integers(0, 2, 9000)
+    context = rng.integers(1, 30, 9000).astype(np.uint8)
+    (symbols,) = encode.quantize_streams([value], [context], contexts.gaussian(), encode.MULTIPLIER)
+    assert symbols.magnitude.min() == 0
+    _, (back,) = round_trip([symbols])
+    np.testing.assert_array_equal(back, streams.values(symbols))
+    assert np.abs(back - value).max() < 6
 
 
 def test_the_trellis_is_a_shift_register():
@@ -245,3 +293,44 @@ def test_no_price_of_a_bit_starts_the_trellis_in_another_state(multiplier):
     (symbols,) = encode.quantize_streams([values], [context], contexts.gaussian(), multiplier)
     _, (back,) = round_trip([symbols])
     np.testing.assert_array_equal(streams.values(symbols), back)
+
+
+@pytest.mark.parametrize("place", [0, 3, 5000, -1])
+def test_quantizers_that_no_decoder_derives_are_not_written(quantized, place):
+    np.testing.assert_array_equal(streams.expected_quantizers(quantized[0]), quantized[0].quantizer)
+    other = quantized[0].quantizer.copy()
+    other[place] ^= 1
+    wrong = quantized[0]._replace(quantizer=other)
+    with pytest.raises(RuntimeError, match="please report"):
+        lanes.encode([wrong], frequency_tables.from_counts(streams.histogram([wrong])))
+
+
+def test_symbols_without_slots_are_not_written(quantized, coded):
+    """A symbol that its table lacks ends in a state that the encoder refuses."""
+    table = coded[0].copy()
+    context, quantizer = int(quantized[0].context[0]), int(quantized[0].quantizer[0])
+    table[context, quantizer] = 0
+    with pytest.raises(RuntimeError, match="please report"):
+        lanes.encode(quantized[:1], table)
+
+
+@pytest.mark.parametrize("frequency", [1, 2, 3, 4094, 4095])
+def test_states_at_the_edges_are_encoded_exactly(frequency):
+    """Lanes of few symbols against exact integers: quotients near a power of two are where floats err."""
+    rng = np.random.default_rng(frequency)
+    frequencies = np.array([frequency, 4096 - frequency])
+    start = np.array([0, frequency])
+    index = rng.integers(2, size=(700, 5)).astype(np.int32)
+    lengths = np.array([700, 699, 512, 3, 0])
+    state, words, count = lanes.encode_lanes(index, lengths, frequencies, start)
+    ends = np.cumsum(count)
+    for lane, length in enumerate(lengths.tolist()):
+        x, expected = 1 << 16, []
+        for k in reversed(range(length)):
+            f, c = int(frequencies[index[k, lane]]), int(start[index[k, lane]])
+            while x >= f << 20:
+                expected.append(x & 0xFFFF)
+                x >>= 16
+            x = (x // f << 12) + x % f + c
+        assert x == state[lane]
+        assert expected[::-1] == words[ends[lane] - count[lane] : ends[lane]].tolist()
