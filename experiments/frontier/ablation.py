@@ -21,7 +21,7 @@ from experiments.frontier.named import Named
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import bitstream, contexts, encode, prediction, trellis
-from hydraopt_jax.rate_control import coding, mode_decision, search
+from hydraopt_jax.rate_control import coding, mode_decision, precision, search
 from hydraopt_jax.rate_control.problem import Problem, prepare
 
 BUDGETS = (0.125, 0.03)
@@ -46,6 +46,7 @@ def constants(**values: Any) -> Patch:
         "coding": coding,
         "encode": encode,
         "mode_decision": mode_decision,
+        "precision": precision,
     }
 
     def patch() -> None:
@@ -81,6 +82,11 @@ def one_unit(exponent: int) -> Patch:
 def no_rice_codes() -> None:
     """Side information in Huffman codes with their tables only."""
     bitstream.rice = lambda codes, k: bytes(4 * len(codes) + 1000)
+
+
+def reference_for_itself() -> None:
+    """References with no directions but those that they would code if nothing were predicted."""
+    mode_decision.helpful = lambda of, energy, keep, *rest: keep[np.arange(len(energy)), of.task]
 
 
 def reference_without_noise() -> None:
@@ -119,6 +125,8 @@ OFF = {
     "coefficients in units of two steps": one_unit(1),
     "coefficients in units of four steps": one_unit(2),
     "no Rice codes": no_rice_codes,
+    "one precision for all": constants(precision__LEAST=1.0, precision__MOST=1.0),
+    "references coded for themselves": reference_for_itself,
     "references taken for exact": reference_without_noise,
     "price of a bit 0.31": price(0.31, 0.24),
     "price of a bit 0.56": price(0.56, 0.30),
@@ -129,7 +137,7 @@ OFF = {
 @contextlib.contextmanager
 def patched(patch: Patch) -> Iterator[None]:
     """The coder with something else in it."""
-    rooms = (bitstream, contexts, prediction, coding, encode, mode_decision, trellis)
+    rooms = (bitstream, contexts, prediction, coding, encode, mode_decision, precision, trellis)
     before = [(room, dict(vars(room))) for room in rooms]
     defaults = encode.quantize.__defaults__
     trellis.quantize.clear_cache()  # type: ignore[attr-defined]

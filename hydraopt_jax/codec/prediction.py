@@ -25,7 +25,7 @@ from hydraopt_jax.codec.bitstream import Damaged, Reader, pack_integers, unpack_
 from hydraopt_jax.codec.contexts import PER_OCTAVE, PER_SIDE, classify
 
 # side information of a vector beside its coefficients, in bits
-VECTOR_BITS = 8
+VECTOR_BITS = 4
 RIDGE = 1e-3
 # the least unit of a coefficient in steps, as a power of two, and cost of its rounding in the codes, in bits
 UNIT, ROUNDING_BITS = 1, 1.0
@@ -147,7 +147,7 @@ def coefficient_bits(energy: np.ndarray, count: np.ndarray, rest: np.ndarray) ->
       rest: variance of the remainder in squared steps.
 
     >>> print(coefficient_bits(np.array(0.0), np.array(0), np.array(0.0)))
-    8.0
+    4.0
     """
     # the unit is `sqrt(12 rest)`, but no less than the least one
     ratio = energy / np.maximum(count, 1) / np.maximum(rest, 4**UNIT / 12)
