@@ -23,7 +23,7 @@ from hydraopt_jax.codec.encode import DISTORTION
 from hydraopt_jax.codec.prediction import coefficient_bits
 
 # limits of the factor, and steps of the iteration
-LEAST, MOST, STEPS = 0.35, 2.5, 5
+LEAST, MOST, STEPS = 0.35, 2.5, 8
 
 
 def base_scales(along: np.ndarray, rest: np.ndarray, center: np.ndarray, *, own: bool) -> np.ndarray:
