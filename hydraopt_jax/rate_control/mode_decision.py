@@ -9,7 +9,7 @@ Reference: Shoham and Gersho, Efficient bit allocation for an arbitrary set of q
 Thomas, Elements of Information Theory, section 10.3 (reverse water-filling).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,34 +63,49 @@ class Plan(NamedTuple):
     bytes: np.ndarray
 
 
+Candidate = tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]
+"""Cost `[M]`, bits `[M]`, forms `[M]` and coded directions `[M, T, R]` of one kind of form."""
+
+
 def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = ()) -> Plan:
     """The cheapest form of each module at a quantizer step; modules in `no_joint` get no joint basis."""
+    options = candidates(x, step)
+    if x.joint:
+        options[-1][0][[n in no_joint for n in x.modules]] = np.inf
+    return pick(options, np.stack([option[0] for option in options]).argmin(0))
+
+
+def pick(options: Sequence[Candidate], chosen: np.ndarray) -> Plan:
+    """The plan of the chosen candidate of each module, `[M]`."""
+    at = list(enumerate(chosen.tolist()))
+    return Plan(
+        tuple(options[k][2][m] for m, k in at),
+        np.stack([options[k][3][m] for m, k in at]),
+        np.array([options[k][0][m] for m, k in at]),
+        np.array([options[k][1][m] for m, k in at]) / 8,
+    )
+
+
+def candidates(x: Spectrum, step: float) -> list[Candidate]:
+    """Every kind of form: nothing shared, each reference, and last, where there are any, joint bases."""
     sizes = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
     energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
-    options: list[Any] = []
     left, right = (cost(n, energy / n) for n in sizes)
     alone = left[0] + right[0] + MULTIPLIER * DIRECTION_BITS
     bits = left[1] + right[1] + DIRECTION_BITS
     keep: np.ndarray = np.asarray(alone < energy)
-    total = np.where(keep, alone, energy).sum((1, 2))
-    modules = np.arange(len(x.modules))
-    options.append((total, (bits * keep).sum((1, 2)), [Choice("separate")] * len(modules), keep))
+    modules = len(x.modules)
+    options: list[Candidate] = []
     for c, task in enumerate(x.references):
-        reference = Reference(np.full(len(modules), task), *(y[..., c, :] for y in x.cosines))
+        reference = Reference(np.full(modules, task), *(y[..., c, :] for y in x.cosines))
         base = helpful(reference, energy, keep, alone, sizes)
         options.append(predicted_cost(reference, energy, base, sizes))
     if x.joint:
         options.append(joint(x.joint, energy, keep, sizes))
-        options[-1][0][[n in no_joint for n in x.modules]] = np.inf
-    table = np.stack([option[0] for option in options])
-    table[1:] += MULTIPLIER * FORM_BITS
-    best = table.argmin(0)
-    return Plan(
-        tuple(options[k][2][m] for m, k in enumerate(best)),
-        np.stack([options[k][3][m] for m, k in enumerate(best)]),
-        table.min(0),
-        np.stack([options[k][1][m] for m, k in enumerate(best)]) / 8,
-    )
+    for option in options:
+        option[0][:] += MULTIPLIER * FORM_BITS
+    total = np.where(keep, alone, energy).sum((1, 2))
+    return [(total, (bits * keep).sum((1, 2)), [Choice("separate")] * modules, keep), *options]
 
 
 class Reference(NamedTuple):
@@ -116,9 +131,7 @@ class Reference(NamedTuple):
         return own / (own + count * DISTORTION)
 
 
-def predicted_cost(
-    of: Reference, energy: np.ndarray, base: np.ndarray, sizes: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]:
+def predicted_cost(of: Reference, energy: np.ndarray, base: np.ndarray, sizes: tuple[int, int]) -> Candidate:
     """Cost of `separate` with all others predicted from the directions `base: [M, R]` of a reference."""
     rate = np.full(energy.shape, float(DIRECTION_BITS))
     paid = MULTIPLIER * rate
@@ -180,7 +193,7 @@ def joint(
     energy: np.ndarray,
     keep: np.ndarray,
     sizes: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]:
+) -> Candidate:
     """Cost of directions predicted from joint bases, with the best width per side, which may be 0."""
     for _ in range(2):
         found = [joint_side(x, energy, keep, n) for x, n in zip(bases, sizes, strict=True)]
