@@ -29,6 +29,8 @@ VECTOR_BITS = 4
 RIDGE = 1e-3
 # the least unit of a coefficient in steps, as a power of two, and cost of its rounding in the codes, in bits
 UNIT, ROUNDING_BITS = 1, 1.0
+# what is added to a magnitude of a coefficient before its fraction is cut off
+ROUND_UP = 0.5
 # decoded vectors are multiples of this many steps
 GRID = 1 / 16
 # bits that sums of products may take
@@ -181,7 +183,8 @@ def predict(target: np.ndarray, base: Base) -> tuple[Prediction | None, np.ndarr
     # what rounding adds to each entry is about its variance over their number
     rest = ((target - known @ exact) ** 2).mean(0) * (1 + known.shape[1] / len(known))
     step = units(classify(np.sqrt(rest), 0))
-    rounded = np.clip(np.rint(np.ldexp(exact, -step)), -(2**30), 2**30).astype(np.int32)
+    exact = np.ldexp(exact, -step)
+    rounded = (np.sign(exact) * np.floor(np.abs(exact) + ROUND_UP)).clip(-(2**30), 2**30).astype(np.int32)
     weights = np.ldexp(rounded.astype(np.float64), step)
     if not fits(base, weights):
         return nothing
