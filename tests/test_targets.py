@@ -274,7 +274,7 @@ def test_bad_targets_say_what_is_wrong(alike, options, words):
 
 @pytest.mark.parametrize(
     ("budget", "target", "alone"),
-    [(0.25, 5.0e-4, 0.8), (0.125, 7.0e-3, 0.9), (0.0625, 0.035, 0.95), (0.03, 0.105, 0.95)],
+    [(0.25, 2.6e-4, 0.8), (0.125, 5.0e-3, 0.9), (0.0625, 0.0285, 0.95), (0.03, 0.089, 0.95)],
 )
 def test_real_adapters_reach_their_figures(gpt2, budget, target, alone):
     """Bytes on disk against the fp16 bytes of the factors; and sharing shows."""

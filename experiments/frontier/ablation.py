@@ -5,14 +5,15 @@
 
 One part at a time is turned off, or replaced by another. Bytes at the same error, over those of the coder as
 it is, from the local slope of the curve; positive where the coder as it is needs fewer. Processor seconds of
-the search on the whole collection, over those of the coder as it is. Needs no model.
+the search on the whole collection, over those of the coder as it is. Needs no model. Rows that the file has
+already are kept: remove it to measure them again.
 """
 
 import contextlib
 import json
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from experiments.frontier.named import Named
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import bitstream, contexts, encode, prediction, trellis
-from hydraopt_jax.rate_control import coding, mode_decision, search
+from hydraopt_jax.rate_control import coding, mode_decision, precision, search
 from hydraopt_jax.rate_control.problem import Problem, prepare
 
 BUDGETS = (0.125, 0.03)
@@ -46,6 +47,7 @@ def constants(**values: Any) -> Patch:
         "coding": coding,
         "encode": encode,
         "mode_decision": mode_decision,
+        "precision": precision,
     }
 
     def patch() -> None:
@@ -81,6 +83,11 @@ def one_unit(exponent: int) -> Patch:
 def no_rice_codes() -> None:
     """Side information in Huffman codes with their tables only."""
     bitstream.rice = lambda codes, k: bytes(4 * len(codes) + 1000)
+
+
+def reference_for_itself() -> None:
+    """References with no directions but those that they would code if nothing were predicted."""
+    mode_decision.helpful = lambda of, energy, keep, *rest: keep[np.arange(len(energy)), of.task]
 
 
 def reference_without_noise() -> None:
@@ -119,6 +126,9 @@ OFF = {
     "coefficients in units of two steps": one_unit(1),
     "coefficients in units of four steps": one_unit(2),
     "no Rice codes": no_rice_codes,
+    "coefficients zero up to 0.6 units": constants(prediction__ROUND_UP=0.4),
+    "one precision for all": constants(precision__LEAST=1.0, precision__MOST=1.0),
+    "references coded for themselves": reference_for_itself,
     "references taken for exact": reference_without_noise,
     "price of a bit 0.31": price(0.31, 0.24),
     "price of a bit 0.56": price(0.56, 0.30),
@@ -129,7 +139,7 @@ OFF = {
 @contextlib.contextmanager
 def patched(patch: Patch) -> Iterator[None]:
     """The coder with something else in it."""
-    rooms = (bitstream, contexts, prediction, coding, encode, mode_decision, trellis)
+    rooms = (bitstream, contexts, prediction, coding, encode, mode_decision, precision, trellis)
     before = [(room, dict(vars(room))) for room in rooms]
     defaults = encode.quantize.__defaults__
     trellis.quantize.clear_cache()  # type: ignore[attr-defined]
@@ -161,26 +171,33 @@ def saved(own: dict[str, float], other: dict[str, float]) -> float:
     return 1 - float(np.exp(own["bytes"] - other["bytes"] - (own["error"] - other["error"]) / other["slope"]))
 
 
-def ablate(collection: list[Adapter], budgets: tuple[float, ...] = BUDGETS) -> dict[str, Any]:
-    """Every row at every budget."""
+def ablate(
+    collection: list[Adapter], kept: Mapping[str, Any], budgets: tuple[float, ...] = BUDGETS
+) -> dict[str, Any]:
+    """Every row at every budget, those in `kept` as they are."""
     stacked, names = adapters.stack(collection), tuple(adapters.check(collection))
     size = 2 * sum(x.a[n].size + x.b[n].size for x in collection for n in x.a)
     whole = prepare(stacked, names, np.ones(len(collection)))
     alone = prepare(stacked, names, np.ones(len(collection)), share=False)
     result: dict[str, Any] = {}
     for budget in budgets:
+        there = kept.get(f"{budget:g}", {})
         measure(whole, budget * size)
         own = measure(whole, budget * size)
-        rows = {"nothing shared": measure(alone, budget * size)}
-        for name, patch in OFF.items():
+        rows = {} if there else {"nothing shared": measure(alone, budget * size)}
+        for name, patch in ((k, x) for k, x in OFF.items() if k not in there):
             with patched(patch):
                 measure(whole.take(whole.order[:1]), budget * size / len(whole.order))
                 rows[name] = measure(whole, budget * size)
         error = own["error"] - own["slope"] * (own["bytes"] - np.log(budget * size))
-        result[f"{budget:g}"] = {"error": float(f"{np.exp(error):.4g}")} | {
-            k: {"saved": round(saved(own, x), 4), "seconds": round(x["seconds"] / own["seconds"], 2)}
-            for k, x in rows.items()
-        }
+        result[f"{budget:g}"] = (
+            {"error": float(f"{np.exp(error):.4g}")}
+            | dict(there)
+            | {
+                k: {"saved": round(saved(own, x), 4), "seconds": round(x["seconds"] / own["seconds"], 2)}
+                for k, x in rows.items()
+            }
+        )
         print(json.dumps(result), flush=True)
     return result
 
@@ -188,9 +205,9 @@ def ablate(collection: list[Adapter], budgets: tuple[float, ...] = BUDGETS) -> d
 def main() -> None:
     """Measure the collections that are named."""
     named = Named(__doc__)
-    result = {}
+    result = named.kept()
     for name, found in named:
-        result[name] = ablate(found)
+        result[name] = ablate(found, result.get(name, {}))
         named.write(result)
 
 

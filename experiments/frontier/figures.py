@@ -95,12 +95,31 @@ def ablation() -> str:
     return markdown(heads, rows)
 
 
+def decisions() -> str:
+    """What the mode decision estimates over what is paid, and what oracles save, per cent."""
+    return table_of("frontier/decisions.json", "figure")
+
+
+def three() -> str:
+    """Errors of three adapters with one initialization at each budget."""
+    curves = read("frontier/triple.json")["curves"]
+    labels = ("hydraopt_jax", "hydraopt_jax, nothing shared")
+    columns = [{p["setting"].removeprefix("budget "): p["mean"] for p in curves[x]} for x in labels]
+    rows = [[budget, *(f"{x[budget]:.4g}" for x in columns)] for budget in columns[0]]
+    return markdown(["bytes", "this package", "nothing shared"], rows)
+
+
 def ideas() -> str:
     """Bits that ideas could save, per cent."""
-    found = read("frontier/ideas.json")
+    return table_of("frontier/ideas.json", "idea")
+
+
+def table_of(path: str, head: str) -> str:
+    """A table of shares, per cent: a row per name, a column per collection and budget."""
+    found = read(path)
     cells = [(name, budget, x) for name, budgets in found.items() for budget, x in budgets.items()]
-    rows = [[idea, *(f"{100 * x[idea]:.1f}" for _, _, x in cells)] for idea in cells[0][2]]
-    return markdown(["idea", *(f"{name}, {budget}" for name, budget, _ in cells)], rows)
+    rows = [[each, *(f"{100 * x[each]:.1f}" for _, _, x in cells)] for each in cells[0][2]]
+    return markdown([head, *(f"{name}, {budget}" for name, budget, _ in cells)], rows)
 
 
 def sentence() -> str:
@@ -123,5 +142,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "coders and entropy": entropy,
     "what each part saves": ablation,
     "what ideas could save": ideas,
+    "how good the mode decision is": decisions,
+    "trade-off of three adapters": three,
     "what compress ends with": sentence,
 }

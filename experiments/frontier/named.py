@@ -27,6 +27,11 @@ class Named:
             found = [formats.read_adapter(x) for x in sorted(Path(folder).iterdir()) if x.is_dir()]
             yield name, [x.replace(extras={}) for x in found]
 
+    def kept(self) -> dict[str, Any]:
+        """What the file of the results has already."""
+        path = self.options.json
+        return json.loads(path.read_text()) if path and path.exists() else {}
+
     def write(self, result: Any) -> None:
         """Write what has been measured so far."""
         if self.options.json:

@@ -49,7 +49,7 @@ class Data(NamedTuple):
 class Refining(NamedTuple):
     """Output-level refinement of a store on unlabeled prompts."""
 
-    budgets: tuple[float, ...] = (0.125, 0.065)  # that second moments are used at, and refinement
+    budgets: tuple[float, ...] = (0.125, 0.0625, 0.03)  # that second moments are used at, and refinement
     prompts: int = 1056  # of the train split, a task
     check: int = 32  # of them that are not refined on, to see what is bought
     moments: int = 64  # of them that second moments are taken of
@@ -57,4 +57,4 @@ class Refining(NamedTuple):
     steps: int = 600
     rate: float = 0.05  # in quantizer steps
     save: int = 50
-    seeds: tuple[int, ...] = (0, 1, 2)  # order of the prompts
+    seeds: tuple[int, ...] = (0, 1, 2)  # order of the prompts; others than the first at the first budget

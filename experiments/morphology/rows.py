@@ -33,7 +33,7 @@ from hydraopt_jax.store import Store, plain
 from hydraopt_jax.store.store import make_segment
 from hydraopt_jax.store.tensors import encode_tensors
 
-BUDGETS = (0.5, 0.25, 0.125, 0.065, 0.03)
+BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03)
 HEADS = (1, 10, 40)
 # merging methods that make one adapter, each scaled to suit; and what keeps more than one
 SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m")
@@ -91,7 +91,7 @@ def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
             )
     rows |= merged(setting, settings)
     for seed in settings.seeds[1:]:
-        for budget in settings.budgets:
+        for budget in settings.budgets[:1]:
             name = f"budget {budget:g}, output gradients, refined, seed {seed}"
             rows[name] = functools.partial(refined_to, budget, seed)
     return rows

@@ -91,12 +91,13 @@ class Coded(NamedTuple):
 
 
 def context_bits(frequencies: np.ndarray) -> np.ndarray:
-    """Mean bits of a code in each context, `[COUNT]`: symbols at their entropy, signs, middle bits."""
-    counts = frequencies.sum(1)
-    total = counts.sum(-1)
-    share = counts / np.where(total > 0, total, 1)[:, None]
-    bits = -(share * np.log2(np.where(share > 0, share, 1))).sum(-1) + RAW_BITS
-    return np.where(total > 0, bits + np.where(WIDE, 1, 1 - share[:, 0]), 0)
+    """Mean bits of a code in each context, `[COUNT]`: symbols at their entropy given the quantizer, signs,
+    middle bits."""
+    total = frequencies.sum(-1)
+    share = frequencies / np.where(total > 0, total, 1)[..., None]
+    bits = -(share * np.log2(np.where(share > 0, share, 1))).sum(-1) + RAW_BITS[:, None]
+    bits += np.where(WIDE[:, None], 1, 1 - share[..., 0])
+    return (bits * total).sum(1) / np.maximum(total.sum(1), 1e-9)
 
 
 def quantize(

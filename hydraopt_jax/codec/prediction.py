@@ -25,10 +25,12 @@ from hydraopt_jax.codec.bitstream import Damaged, Reader, pack_integers, unpack_
 from hydraopt_jax.codec.contexts import PER_OCTAVE, PER_SIDE, classify
 
 # side information of a vector beside its coefficients, in bits
-VECTOR_BITS = 8
+VECTOR_BITS = 4
 RIDGE = 1e-3
 # the least unit of a coefficient in steps, as a power of two, and cost of its rounding in the codes, in bits
 UNIT, ROUNDING_BITS = 1, 1.0
+# what is added to a magnitude of a coefficient before its fraction is cut off
+ROUND_UP = 0.5
 # decoded vectors are multiples of this many steps
 GRID = 1 / 16
 # bits that sums of products may take
@@ -157,7 +159,7 @@ def coefficient_bits(energy: np.ndarray, count: np.ndarray, rest: np.ndarray) ->
       rest: variance of the remainder in squared steps.
 
     >>> print(coefficient_bits(np.array(0.0), np.array(0), np.array(0.0)))
-    8.0
+    4.0
     """
     # the unit is `sqrt(12 rest)`, but no less than the least one
     ratio = energy / np.maximum(count, 1) / np.maximum(rest, 4**UNIT / 12)
@@ -193,7 +195,8 @@ def predict(
     # what rounding adds to each entry is about its variance over their number
     rest = mean_squares(rows - exact.T @ base.known.T) * (1 + len(exact) / len(target))
     step = units(classify(np.sqrt(rest), 0))
-    rounded = np.clip(np.rint(np.ldexp(exact, -step)), -(2**30), 2**30).astype(np.int32)
+    exact = np.ldexp(exact, -step)
+    rounded = (np.sign(exact) * np.floor(np.abs(exact) + ROUND_UP)).clip(-(2**30), 2**30).astype(np.int32)
     weights = np.ldexp(rounded.astype(np.float64), step)
     if not fits(base, weights):
         return nothing

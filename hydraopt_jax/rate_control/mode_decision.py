@@ -9,7 +9,7 @@ Reference: Shoham and Gersho, Efficient bit allocation for an arbitrary set of q
 Thomas, Elements of Information Theory, section 10.3 (reverse water-filling).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ from hydraopt_jax.rate_control.analysis import Joint, Spectrum
 DIRECTION_BITS = 24
 # bits of any form but the simplest one, for its description in the header
 FORM_BITS = 64
+# bits of a coefficient along one more vector
+FURTHER_BITS = 2
 
 
 class Choice(NamedTuple):
@@ -61,64 +63,129 @@ class Plan(NamedTuple):
     bytes: np.ndarray
 
 
+Candidate = tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]
+"""Cost `[M]`, bits `[M]`, forms `[M]` and coded directions `[M, T, R]` of one kind of form."""
+
+
 def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = ()) -> Plan:
     """The cheapest form of each module at a quantizer step; modules in `no_joint` get no joint basis."""
-    inputs, outputs = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
-    energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
-    options: list[Any] = []
-    left, right = cost(inputs, energy / inputs), cost(outputs, energy / outputs)
-    alone = left[0] + right[0] + MULTIPLIER * DIRECTION_BITS
-    bits = left[1] + right[1] + DIRECTION_BITS
-    keep: np.ndarray = np.asarray(alone < energy)
-    total = np.where(keep, alone, energy).sum((1, 2))
-    modules = range(len(x.modules))
-    options.append((total, (bits * keep).sum((1, 2)), [Choice("separate")] * len(modules), keep))
-    for c, task in enumerate(x.references):
-        options.append(predicted_cost(x, c, task, energy, keep, (inputs, outputs)))
+    options = candidates(x, step)
     if x.joint:
-        options.append(joint(x.joint, energy, keep, (inputs, outputs)))
         options[-1][0][[n in no_joint for n in x.modules]] = np.inf
-    table = np.stack([option[0] for option in options])
-    table[1:] += MULTIPLIER * FORM_BITS
-    best = table.argmin(0)
+    return pick(options, np.stack([option[0] for option in options]).argmin(0))
+
+
+def pick(options: Sequence[Candidate], chosen: np.ndarray) -> Plan:
+    """The plan of the chosen candidate of each module, `[M]`."""
+    at = list(enumerate(chosen.tolist()))
     return Plan(
-        tuple(options[k][2][m] for m, k in enumerate(best)),
-        np.stack([options[k][3][m] for m, k in enumerate(best)]),
-        table.min(0),
-        np.stack([options[k][1][m] for m, k in enumerate(best)]) / 8,
+        tuple(options[k][2][m] for m, k in at),
+        np.stack([options[k][3][m] for m, k in at]),
+        np.array([options[k][0][m] for m, k in at]),
+        np.array([options[k][1][m] for m, k in at]) / 8,
     )
 
 
-def predicted_cost(
-    x: Spectrum,
-    c: int,
-    task: int,
-    energy: np.ndarray,
-    keep: np.ndarray,
-    sizes: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]:
-    """Cost of `separate` with every other task predicted from candidate reference c."""
-    base: np.ndarray = keep[:, task]
+def candidates(x: Spectrum, step: float) -> list[Candidate]:
+    """Every kind of form: nothing shared, each reference, and last, where there are any, joint bases."""
+    sizes = x.deltas.u.shape[-2], x.deltas.v.shape[-1]
+    energy = np.asarray(x.deltas.s, np.float64) ** 2 / step**2
+    left, right = (cost(n, energy / n) for n in sizes)
+    alone = left[0] + right[0] + MULTIPLIER * DIRECTION_BITS
+    bits = left[1] + right[1] + DIRECTION_BITS
+    keep: np.ndarray = np.asarray(alone < energy)
+    modules = len(x.modules)
+    options: list[Candidate] = []
+    for c, task in enumerate(x.references):
+        reference = Reference(np.full(modules, task), *(y[..., c, :] for y in x.cosines))
+        base = helpful(reference, energy, keep, alone, sizes)
+        options.append(predicted_cost(reference, energy, base, sizes))
+    if x.joint:
+        options.append(joint(x.joint, energy, keep, sizes))
+    for option in options:
+        option[0][:] += MULTIPLIER * FORM_BITS
+    total = np.where(keep, alone, energy).sum((1, 2))
+    return [(total, (bits * keep).sum((1, 2)), [Choice("separate")] * modules, keep), *options]
+
+
+class Reference(NamedTuple):
+    """The task of each module that others are predicted from.
+
+    Attributes:
+      task: `[M]` positions.
+      left, right: `[M, T, R, R]` squared cosines of all vectors with those of the reference, by side.
+    """
+
+    task: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+
+    def others(self, tasks: int) -> np.ndarray:
+        """Bool `[M, T, 1]`, the tasks that may be predicted."""
+        return (np.arange(tasks) != self.task[:, None])[..., None]
+
+    def known(self, energy: np.ndarray, count: int) -> np.ndarray:
+        """Share `[M, R]` of each direction's energy that its decoded vector of `count` entries has, as least
+        squares from decoded vectors, which have a distortion of their own, find it."""
+        own = energy[np.arange(len(energy)), self.task]
+        return own / (own + count * DISTORTION)
+
+
+def predicted_cost(of: Reference, energy: np.ndarray, base: np.ndarray, sizes: tuple[int, int]) -> Candidate:
+    """Cost of `separate` with all others predicted from the directions `base: [M, R]` of a reference."""
     rate = np.full(energy.shape, float(DIRECTION_BITS))
     paid = MULTIPLIER * rate
-    others = np.arange(energy.shape[1]) != task
+    known: np.ndarray = np.asarray(base.any(-1))
+    may = of.others(energy.shape[1]) & known[:, None, None]
     vectors = base.sum(-1)[:, None, None]
-    for count, cosines in zip(sizes, x.cosines, strict=True):
+    for count, cosines in zip(sizes, (of.left, of.right), strict=True):
         variance = energy / count
-        # least squares from decoded vectors, which have a distortion of their own
-        known_part = base * energy[:, task] / (energy[:, task] + count * DISTORTION)
-        explained = np.minimum(np.einsum("mtrs,ms->mtr", cosines[..., c, :], known_part), 1.0)
+        explained = np.minimum(np.einsum("mtrs,ms->mtr", cosines, base * of.known(energy, count)), 1.0)
         rest = variance * (1 - explained)
         extra = coefficient_bits(explained * energy, vectors, rest)
         before, after = cost(count, variance), cost(count, rest)
-        known = np.asarray(base.any(-1))[:, None, None]
-        use = (after[0] + MULTIPLIER * extra < before[0]) & others[:, None] & known
+        use = (after[0] + MULTIPLIER * extra < before[0]) & may
         paid = paid + np.where(use, after[0] + MULTIPLIER * extra, before[0])
         rate = rate + np.where(use, after[1] + extra, before[1])
-    live = paid < energy
-    live[:, task] = base
+    live: np.ndarray = np.asarray(paid < energy)
+    live[np.arange(len(energy)), of.task] = base
     total = np.where(live, paid, energy).sum((1, 2))
-    return total, (rate * live).sum((1, 2)), [Choice("separate", reference=task)] * len(x.modules), live
+    choices = [Choice("separate", reference=t) for t in of.task.tolist()]
+    return total, (rate * live).sum((1, 2)), choices, live
+
+
+def helpful(
+    of: Reference, energy: np.ndarray, keep: np.ndarray, alone: np.ndarray, sizes: tuple[int, int]
+) -> np.ndarray:
+    """The directions of a reference that are coded for themselves or cost less than they save the others,
+    `[M, R]` bool.
+
+    Args:
+      of: the reference.
+      energy: `[M, T, R]` in squared steps.
+      keep: `[M, T, R]` bool, directions that are coded if nothing is predicted.
+      alone: `[M, T, R]` cost of each direction that is not predicted.
+      sizes: entries of a vector, by side.
+    """
+    modules = np.arange(len(energy))
+    base = keep[modules, of.task]
+    own = energy[modules, of.task]
+    left_out = (~base & (own > 0)).any(-1)
+    users = np.nonzero(keep & of.others(energy.shape[1]) & left_out[:, None, None])
+    of_user, counts = users[0], np.bincount(users[0], minlength=len(energy))
+    saved = np.zeros(base.shape)
+    if not len(of_user):
+        return base
+    for count, cosines in zip(sizes, (of.left, of.right), strict=True):
+        known = of.known(energy, count).astype(np.float32)
+        variance = (energy[users] / count / DISTORTION).astype(np.float32)[:, None]
+        share = variance * cosines[users] * known[of_user]
+        rest = variance - np.einsum("nr,nr->n", share, base[of_user].astype(np.float32))[:, None]
+        bits = np.log2(np.maximum(rest, 1)) - np.log2(np.maximum(rest - share, 1))
+        starts = (np.cumsum(counts) - counts)[counts > 0]
+        saved[counts > 0] += count / 2 * np.add.reduceat(bits, starts)
+        saved -= FURTHER_BITS * counts[:, None]
+    return np.asarray(base | (left_out[:, None] & (MULTIPLIER * saved > alone[modules, of.task] - own)))
 
 
 def joint(
@@ -126,7 +193,7 @@ def joint(
     energy: np.ndarray,
     keep: np.ndarray,
     sizes: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]:
+) -> Candidate:
     """Cost of directions predicted from joint bases, with the best width per side, which may be 0."""
     for _ in range(2):
         found = [joint_side(x, energy, keep, n) for x, n in zip(bases, sizes, strict=True)]

@@ -10,7 +10,8 @@ from hydraopt_jax.rate_control import search
 from hydraopt_jax.rate_control.coding import Trial, sample
 from hydraopt_jax.rate_control.parts import entries, pilot_part, read_part
 from hydraopt_jax.rate_control.prepared import prepare_part, problem_of
-from hydraopt_jax.rate_control.search import Target
+from hydraopt_jax.rate_control.problem import Problem
+from hydraopt_jax.rate_control.search import Found, Target
 from hydraopt_jax.rate_control.segments import Run, overhead
 
 # entries of the sample of a collection with one part
@@ -55,6 +56,8 @@ def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
         if not one and goal.sign < 0:
             tried = next((x for trial, x in known if trial is found.last), None)
             beside = overhead(run, part, whole, found.last) if tried is None else tried
+            if goal.settling and run.processes.size == 1:
+                found = corrected(run, found, problem, share, weights)
         run.place.keep_note(
             "pilot",
             {
@@ -71,3 +74,27 @@ def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
     note = run.place.note("pilot")
     assert note is not None
     return note
+
+
+def corrected(run: Run, found: Found, problem: Problem, share: float, weights: np.ndarray) -> Found:
+    """The result of a pilot of few parts, whose analyses are kept in any case, for what all of them take by
+    Gaussian estimates: the modules of the pilot may take more or less than others.
+
+    Args:
+      run: the compression.
+      found: the result for the pilot.
+      problem: the pilot's.
+      share: of the entries that the pilot has.
+      weights: `[T]` of the tasks' errors.
+    """
+    known = {"deep": any(x.form == "joint" for x in found.last.choices.values()), "unit": problem.unit}
+    whole = 0.0
+    for n, part in enumerate(run.parts):
+        each = problem_of(run, n, weights, known, read_part(run.found, part))
+        whole += search.gaussian_estimate(each, found.step).bytes
+    expected = search.gaussian_estimate(problem, found.step).bytes / share
+    if not min(whole, expected) > 0:
+        return found
+    slope = search.slope_at(problem, found.step, -1.0)
+    step = float(np.exp(np.clip(np.log(found.step) - np.log(whole / expected) / slope, *search.STEPS_LOG)))
+    return found._replace(step=step, forms=step)

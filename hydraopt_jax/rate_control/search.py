@@ -256,8 +256,8 @@ def forms_of(done: Sequence[Pass], goal: Target, pilot: float | None = None) -> 
     """The step whose forms the following pass has; None for the forms of its own step.
 
     Bytes and errors are smooth in the step for fixed forms, and jump where a module changes its form. The
-    kept forms are the pilot's if they are close, or those of the first close pass; without one, of the pass
-    that meets the target next to a jump.
+    kept forms are the pilot's if they are close and the pass that settles tables is, or those of the first
+    close pass; without one, of the pass that meets the target next to a jump.
 
     Args:
       done: the passes so far.
@@ -265,7 +265,9 @@ def forms_of(done: Sequence[Pass], goal: Target, pilot: float | None = None) -> 
       pilot: the step of the pilot's forms; None if they are not to be kept.
     """
     known = done[goal.settling :]
-    if pilot is not None and (not known or (known[0].forms == pilot and is_close(known[0].miss, goal.sign))):
+    settled = not goal.settling or not done or abs(done[goal.settling - 1].miss) < CLOSE
+    kept = not known or (known[0].forms == pilot and is_close(known[0].miss, goal.sign))
+    if pilot is not None and settled and kept:
         return pilot
     own = [x for x in known if x.forms is None]
     close = [x for x in own if is_close(x.miss, goal.sign)]

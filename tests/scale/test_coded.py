@@ -329,6 +329,16 @@ def test_forms_of_a_pilot_that_is_close_are_kept_and_others_given_up(pilot):
     assert (done[chosen].forms == pilot) == (pilot < 0.04)
 
 
+def test_forms_of_a_pilot_that_missed_by_far_are_given_up_after_the_settling_pass():
+    """They were chosen for a step at which bytes are a tenth below the target."""
+    goal = search.Target(-1.0, 1e6, settling=1)
+    far, near = (search.Pass(0.01, x, 1e6, 0.01) for x in (-0.1, -0.01))
+    assert search.forms_of([], goal, 0.01) == search.forms_of([near], goal, 0.01) == 0.01
+    assert search.forms_of([far], goal, 0.01) is None
+    own = search.Pass(0.008, 0.004, 1e6, None)
+    assert search.forms_of([far, own], goal, 0.01) == own.step
+
+
 @pytest.mark.parametrize(
     ("number", "miss", "moved"),
     [(0, 0.01, 0.05), (0, -0.02, -0.05), (0, 0.2, 0), (1, 0.01, 0), (0, -0.005, 0)],
