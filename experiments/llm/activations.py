@@ -7,7 +7,7 @@ same for the base, for every adapter and for every store. Training then costs th
 import itertools
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,30 @@ from experiments.llm import model
 from experiments.llm.base import Base, cache_folder
 from experiments.llm.tasks import Sequence, digest
 
-LENGTHS = (32, 40, 48, 56, 64, 88)
-# of answers longer than their reference
-LONGER = (112, 136)
 CHUNK = 160
-PACKED = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024)
+
+
+class Shapes(NamedTuple):
+    """Padded sizes of batches.
+
+    Tokens of a sequence, of one whose answer is longer than its reference, of all answers of a batch; rows
+    that are decoded together, and tokens before their answers go on.
+    """
+
+    lengths: tuple[int, ...]
+    longer: tuple[int, ...]
+    packed: tuple[int, ...]
+    rows: tuple[int, ...]
+    cached: tuple[int, ...]
+
+
+@cache
+def shapes() -> Shapes:
+    """Many sizes on a processor, where padding costs time; few on an accelerator, where compiling does."""
+    if jax.default_backend() == "cpu":
+        packed = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024)
+        return Shapes((32, 40, 48, 56, 64, 88), (112, 136), packed, (8, 32), (56, 88, 136))
+    return Shapes((88,), (136,), (256, 512, 1024), (16, 128), (136,))
 
 
 class Batch(NamedTuple):
@@ -47,7 +66,7 @@ def fit(size: int, sizes: tuple[int, ...]) -> int:
 
 def length_of(sequence: Sequence) -> int:
     """Padded length of a sequence without its last token, which nothing follows."""
-    return fit(len(sequence.tokens) - 1, LENGTHS + LONGER)
+    return fit(len(sequence.tokens) - 1, shapes().lengths + shapes().longer)
 
 
 def pad(rows: list[list[int]], length: int, fill: int) -> np.ndarray:
@@ -136,7 +155,7 @@ def gather(
         at += range(first, first + len(sequences[i].answer))
         targets += sequences[i].answer
         owner += [row] * len(sequences[i].answer)
-    size = size or fit(len(at), PACKED)
+    size = size or fit(len(at), shapes().packed)
     packed = [np.asarray(v + [0] * (size - len(v)), np.int32) for v in (at, targets, owner)]
     weights = (np.arange(size) < len(at)).astype(np.float32)
     return Batch(x, packed[0], packed[1], weights, packed[2])
@@ -153,7 +172,7 @@ def shuffled(sequences: list[Sequence], rows: int, rng: np.random.Generator) -> 
     """Indices in shuffled full batches of one padded length each, epoch after epoch, for ever."""
     while True:
         batches = []
-        for length in LENGTHS:
+        for length in shapes().lengths:
             mine = [i for i in rng.permutation(len(sequences)).tolist() if length_of(sequences[i]) == length]
             batches += [mine[k : k + rows] for k in range(0, len(mine) - rows + 1, rows)]
         if not batches:

@@ -29,6 +29,7 @@ from experiments.llm.decoding import (
     LONGEST_ANSWER,
     Labels,
     answer_logits,
+    decode,
     decode_from_drafts,
     first_difference,
 )
@@ -85,17 +86,15 @@ def reference_loss(
     return total / count
 
 
-def prepare(
-    task: Task, lower: Lower, data: Path, regime: str, deltas: Mapping[str, np.ndarray], items: int
-) -> Problem:
-    """The first `items` test items, their drafts and the own adapter's logits of one task."""
+def prepare(task: Task, lower: Lower, data: Path, folder: Path, items: int) -> Problem:
+    """The first `items` test items of a task, drafts and logits of its own adapter in `folder`."""
     base = lower.base
     sequences = load_sequences(task, data, base.tokenizer, base.stop)["test"][:items]
-    answers = json.loads(answers_path(base.name, regime, task.name).read_text())["test"][: len(sequences)]
+    answers = json.loads(answers_path(base.name, task.name, folder).read_text())["test"][: len(sequences)]
     # An answer cut at its greatest length has no end to predict.
     ended = [answer if len(answer) >= LONGEST_ANSWER else [*answer, base.stop] for answer in answers]
     drafts = [s._replace(answer=draft) for s, draft in zip(sequences, ended, strict=True)]
-    upper = with_deltas(lower.upper, dict(deltas))
+    upper = with_deltas(lower.upper, adapters.load_deltas(folder))
     references = sequences[:REFERENCES]
     draft_hidden = hidden_of(lower, drafts, dtype=np.float32)
     reference_hidden = hidden_of(lower, references, dtype=np.float32)
@@ -107,6 +106,21 @@ def prepare(
     scores = item_scores(task, lower, answers, sequences)
     labels = labels_of(task, data, lower)
     return Problem(task, labels, sequences, drafts, draft_hidden, reference_hidden, own, scores, losses, {})
+
+
+def go_on(
+    problem: Problem, lower: Lower, upper: dict[str, Any], begun: dict[int, list[int]]
+) -> dict[int, list[int]]:
+    """Greedy answers to the items of `begun`, item -> the beginning of its answer.
+
+    An accelerator runs the lower layers again sooner than it is given what they made of the drafts.
+    """
+    if jax.default_backend() == "cpu":
+        return decode_from_drafts(
+            lower, upper, problem.drafts, problem.draft_hidden, begun, problem.past, problem.labels
+        )
+    prefixes = [(problem.drafts[i].prompt, answer) for i, answer in begun.items()]
+    return dict(zip(begun, decode(lower, upper, prefixes, problem.labels), strict=True))
 
 
 def compare(
@@ -122,10 +136,10 @@ def compare(
         found = _companions(own, logits, batch.weights)
         divergence, same = divergence + float(found[0]), same + float(found[1])
         count += float(batch.weights.sum())
-        scores, start = np.asarray(logits), 0
+        best_tokens, start = problem.labels.candidates(logits), 0
         for i in chosen:
             draft = problem.drafts[i].answer
-            best = [problem.labels.choose(scores[start + k], draft[:k]) for k in range(len(draft))]
+            best = [problem.labels.choose(best_tokens[start + k], draft[:k]) for k in range(len(draft))]
             start += len(draft)
             at = first_difference(best, draft)
             answers[i] = draft if at is None else [*draft[:at], best[at]]
@@ -134,10 +148,7 @@ def compare(
     open_ended = [i for i in changed if answers[i][-1] != stop and len(answers[i]) < LONGEST_ANSWER]
     if open_ended:
         begun = {i: answers[i] for i in open_ended}
-        found_answers = decode_from_drafts(
-            lower, upper, problem.drafts, problem.draft_hidden, begun, problem.past, problem.labels
-        )
-        for i, answer in found_answers.items():
+        for i, answer in go_on(problem, lower, upper, begun).items():
             answers[i] = answer if len(answer) >= LONGEST_ANSWER else [*answer, stop]
     references = problem.sequences[:REFERENCES]
     loss = reference_loss(lower, upper, references, problem.reference_hidden)
@@ -202,6 +213,14 @@ def choose_scale(row: stores.Row, lower: Lower, data: Path, tasks: list[str]) ->
     return stores.SCALES[int(losses.mean(0).argmin())]
 
 
+def make_stores(collection: list[Any], patterns: list[str]) -> None:
+    """Makes the rows that are kept on disk and need no model, so that others find them there."""
+    for name, make in stores.plan(collection).items():
+        kept = name.startswith(("HydraOpt", "budget")) and "calibrated" not in name
+        if kept and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            print(f"{name}: {make(stores_folder(collection) / slug_of(name)).bytes} bytes", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -218,7 +237,11 @@ def main(argv: list[str] | None = None) -> None:
         "--only", nargs="*", default=["*"], help="names of rows, or patterns such as 'budget*'"
     )
     parser.add_argument("--items", type=int, default=ITEMS["test"], help="test items per task")
+    parser.add_argument("--make", action="store_true", help="only make the stores that need no model")
     given = parser.parse_args(argv)
+    if given.make:
+        make_stores(stores.read_collection(given.adapters / given.regime, given.tasks), given.only)
+        return
     lower = place(load_base(given.base), given.layers)
     folder = given.adapters / given.regime
     collection = stores.read_collection(folder, given.tasks)
@@ -242,8 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         left = [row for row in rows if name not in results[row][1]["tasks"]]
         if not left:
             continue
-        deltas = adapters.load_deltas(folder / name)
-        problem = prepare(TASKS[name], lower, given.data, given.regime, deltas, given.items)
+        problem = prepare(TASKS[name], lower, given.data, folder / name, given.items)
         own = float(np.mean(problem.own_scores))
         for row in left:
             path, result = results[row]

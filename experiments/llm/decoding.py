@@ -16,13 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.llm import model
-from experiments.llm.activations import Batch, Lower, fit, gather, in_order, pad
+from experiments.llm.activations import Batch, Lower, fit, gather, in_order, pad, shapes
 from experiments.llm.tasks import Sequence
 
-# few shapes, few compilations: rows of a batch, tokens before an answer goes on
-BATCHES = (8, 32)
-ROWS = BATCHES[-1]
-CACHED = (56, 88, 136)
 LONGEST_ANSWER = 48
 
 
@@ -37,13 +33,19 @@ class Labels:
                 found = self.after.setdefault(tuple(label[:i]), [])
                 if token not in found:
                     found.append(token)
+        self.tokens = sorted({token for found in self.after.values() for token in found})
+        self.place = {token: i for i, token in enumerate(self.tokens)}
 
-    def choose(self, scores: np.ndarray, prefix: list[int]) -> int:
-        """The allowed token with the highest of `scores` `[V]` after `prefix`."""
-        if not self.after:
-            return int(scores.argmax())
-        allowed = self.after.get(tuple(prefix), [])
-        return allowed[int(scores[allowed].argmax())] if allowed else int(scores.argmax())
+    def candidates(self, logits: jax.Array | np.ndarray) -> np.ndarray:
+        """What `choose` needs of logits `[A, V]`: those of the labels' tokens `[A, L]`, or the best `[A]`."""
+        return np.asarray(logits[:, np.array(self.tokens)] if self.tokens else logits.argmax(-1))
+
+    def choose(self, candidate: np.ndarray, prefix: list[int]) -> int:
+        """The best allowed token after `prefix`, given its row of `candidates`."""
+        if not self.tokens:
+            return int(candidate)
+        allowed = self.after.get(tuple(prefix), self.tokens)
+        return allowed[int(candidate[[self.place[token] for token in allowed]].argmax())]
 
     def complete(self, prefix: list[int]) -> list[int]:
         """`prefix` and the tokens that have no alternative after it."""
@@ -80,10 +82,10 @@ def _whole_layer(layer, x, *, config):
 
 
 def batches_of(lengths: list[int]) -> Iterator[list[int]]:
-    """Indices in batches of at most `ROWS` of similar length."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for first in range(0, len(order), ROWS):
-        yield order[first : first + ROWS]
+    """Indices in the largest batches of similar length."""
+    order, rows = sorted(range(len(lengths)), key=lengths.__getitem__), shapes().rows[-1]
+    for first in range(0, len(order), rows):
+        yield order[first : first + rows]
 
 
 def decode(
@@ -94,7 +96,7 @@ def decode(
     layers = separate(lower.layers) + separate(upper)
     for chosen in batches_of([len(prompt) + len(answer) for prompt, answer in prefixes]):
         ids = [prefixes[i][0] + prefixes[i][1] for i in chosen]
-        rows, length = fit(len(ids), BATCHES), fit(max(map(len, ids)), CACHED)
+        rows, length = fit(len(ids), shapes().rows), fit(max(map(len, ids)), shapes().cached)
         tokens = pad([row[:-1] for row in ids] + [[]] * (rows - len(ids)), length, lower.base.stop)
         past, x = [], model.embed(lower.outer, jnp.asarray(tokens))
         for layer in layers:
@@ -127,7 +129,7 @@ def decode_from_drafts(
     for chosen in batches_of([len(drafts[i].prompt) + len(begun[i]) for i in items]):
         batch = [items[k] for k in chosen]
         ids = [drafts[i].prompt + begun[i] for i in batch]
-        rows, length = fit(len(batch), BATCHES), fit(max(map(len, ids)), CACHED)
+        rows, length = fit(len(batch), shapes().rows), fit(max(map(len, ids)), shapes().cached)
         entered = np.zeros((rows, length, config.width), np.float32)
         shape = (lower.depth, 2, 1, rows, length + LONGEST_ANSWER, config.kv_heads, config.head_width)
         known = np.zeros(shape, np.float32)
@@ -155,7 +157,8 @@ def _fill_past(
     """Adds to `past` what `layers` make of the drafts of `items`."""
     for chosen in batches_of([len(drafts[i].tokens) for i in items]):
         batch = [items[k] for k in chosen]
-        rows, length = fit(len(batch), BATCHES), fit(max(len(drafts[i].tokens) for i in batch), CACHED)
+        rows = fit(len(batch), shapes().rows)
+        length = fit(max(len(drafts[i].tokens) for i in batch), shapes().cached)
         tokens = pad([drafts[i].tokens for i in batch] + [[]] * (rows - len(batch)), length, lower.base.stop)
         x, found = model.embed(lower.outer, jnp.asarray(tokens)), []
         for layer in layers:
@@ -178,7 +181,7 @@ def _go_on(
     rows, at = list(range(len(ids))), np.array([len(row) - 1 for row in ids])
     last, where = np.array([row[-1] for row in ids]), list(range(len(ids)))
     while rows:
-        if (size := fit(len(rows), BATCHES)) < cache[0].keys.shape[1]:
+        if (size := fit(len(rows), shapes().rows)) < cache[0].keys.shape[1]:
             kept = np.resize(where, size)
             cache = [model.Cache(x.keys[:, kept], x.values[:, kept]) for x in cache]
             where = list(range(len(rows)))
@@ -188,7 +191,7 @@ def _go_on(
         x = model.embed(lower.outer, jnp.asarray(tokens)[:, None])
         for i, layer in enumerate(layers):
             x, cache[i] = _one_layer(layer, x, positions, cache[i], config=lower.base.config)
-        best, left = np.asarray(_head(lower.outer, x, config=lower.base.config)), []
+        best, left = labels.candidates(_head(lower.outer, x, config=lower.base.config)), []
         for row, place in zip(rows, where, strict=True):
             answers[row].append(labels.choose(best[place], answers[row]))
             forced = labels.complete(answers[row])

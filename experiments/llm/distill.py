@@ -59,15 +59,12 @@ def teach(lower: Lower, tasks: list[str], data: Path) -> Teaching:
     rows = []
     for name in tasks:
         whole = load_sequences(TASKS[name], data, lower.base.tokenizer, lower.base.stop)["train"]
-        hidden = hidden_of(lower, whole)
-        fitting = [
-            i
-            for i, s in enumerate(whole)
-            if len(s.tokens) - 1 <= LENGTH and len(s.answer) <= PREDICTED // ROWS
-        ]
+        fitting = [s for s in whole if len(s.tokens) - 1 <= LENGTH and len(s.answer) <= PREDICTED // ROWS]
+        fitting = fitting[: BATCHES * ROWS]
+        hidden = hidden_of(lower, fitting)
         # tasks with few fitting sequences go through them again
-        chosen = np.resize(fitting, (BATCHES, ROWS)).tolist()
-        rows.append([gather(whole, hidden, x, ROWS, length=LENGTH, size=PREDICTED) for x in chosen])
+        chosen = np.resize(range(len(fitting)), (BATCHES, ROWS)).tolist()
+        rows.append([gather(fitting, hidden, x, ROWS, length=LENGTH, size=PREDICTED) for x in chosen])
     batches = [
         Batch(*(np.stack(leaf) for leaf in zip(*parts, strict=True))) for parts in zip(*rows, strict=True)
     ]

@@ -9,6 +9,7 @@ folder, where the drafts of `stores` are read from. Tasks that are scored alread
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def with_deltas(upper: dict[str, Any], deltas: dict[str, np.ndarray]) -> dict[st
     return upper | {name: upper[name] + jnp.asarray(delta) for name, delta in deltas.items()}
 
 
-def answers_path(base: str, regime: str, task: str) -> Path:
-    """Where the answers of a task's own adapter (or of the base) are kept."""
-    return cache_folder() / f"answers-{base.replace('/', '_')}-{regime}-{task}.json"
+def answers_path(base: str, task: str, folder: Path | None = None) -> Path:
+    """Where the answers to a task of the adapter in `folder`, or of the base, are kept."""
+    weights = (folder / "adapter_model.safetensors").read_bytes() if folder else b""
+    source = hashlib.sha256(weights).hexdigest()[:12] if folder else "zero-shot"
+    return cache_folder() / f"answers-{base.replace('/', '_')}-{source}-{task}.json"
 
 
 def score(
@@ -57,11 +60,11 @@ def score(
     upper: dict[str, Any],
     data: Path,
     regime: str,
-    given: dict[str, list[list[int]]] | None = None,
-) -> dict[str, Any]:
-    """Scores per split of the model with `upper` for its upper layers, as they go into a results file.
+    kept: dict[str, list[list[int]]] | None = None,
+) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
+    """Scores per split of the model with `upper` for its upper layers, for a results file; its answers.
 
-    Answers are decoded, or those `given` per split.
+    Answers are decoded, or those `kept` per split.
     """
     splits = load_sequences(task, data, lower.base.tokenizer, lower.base.stop)
     labels = labels_of(task, data, lower)
@@ -71,18 +74,15 @@ def score(
         "base": lower.base.name,
         "metric": task.metric,
     }
-    kept = {}
+    answers = dict(kept or {})
     for split, count in ITEMS.items():
         sequences = splits[split][:count]
-        if given is None:
-            kept[split] = decode(lower, upper, [(s.prompt, []) for s in sequences], labels)
-        else:
-            kept[split] = given[split]
-        scores = item_scores(task, lower, kept[split], sequences)
+        if split not in answers:
+            answers[split] = decode(lower, upper, [(s.prompt, []) for s in sequences], labels)
+        scores = item_scores(task, lower, answers[split], sequences)
         spread = interval(resample(np.array(scores)[:, None])[:, 0])
         out[split] = {"score": round(float(np.mean(scores)), 4), "interval": spread, "items": scores}
-    answers_path(lower.base.name, regime, task.name).write_text(json.dumps(kept))
-    return out
+    return out, answers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,14 +105,14 @@ def main(argv: list[str] | None = None) -> None:
     for name in given.tasks:
         path = given.results / given.regime / f"{name}.json"
         folder = given.adapters / given.regime / name
-        trained = given.regime == "zero-shot" or (folder / "log.json").exists()
-        if not trained or path.exists() != given.rescore:
+        own = given.regime != "zero-shot"
+        if (own and not (folder / "log.json").exists()) or path.exists() != given.rescore:
             continue
-        deltas = {} if given.regime == "zero-shot" else adapters.load_deltas(folder)
-        upper, answers = with_deltas(lower.upper, deltas), None
-        if given.rescore:
-            answers = json.loads(answers_path(lower.base.name, given.regime, name).read_text())
-        found = score(TASKS[name], lower, upper, given.data, given.regime, answers)
+        upper = with_deltas(lower.upper, adapters.load_deltas(folder) if own else {})
+        at = answers_path(lower.base.name, name, folder if own else None)
+        kept = json.loads(at.read_text()) if given.rescore else None
+        found, answers = score(TASKS[name], lower, upper, given.data, given.regime, kept)
+        at.write_text(json.dumps(answers))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found) + "\n")
         print(

@@ -57,11 +57,12 @@ def differing(
         ids = np.full(len(tasks), -1, np.int32)
         ids[: len(present)] = [index[t] for t in present]
         given = {"config": lower.base.config, "first": lower.depth}
-        scores = np.asarray(mixed_logits(lower.outer, lower.upper, modules, batch, jnp.asarray(ids), **given))
+        logits = np.asarray(mixed_logits(lower.outer, lower.upper, modules, batch, jnp.asarray(ids), **given))
         start = 0
         for t, sequence in zip(present, sequences, strict=True):
             answer = sequence.answer
-            best = [labels[t].choose(scores[start + k], answer[:k]) for k in range(len(answer))]
+            scores = labels[t].candidates(logits[start : start + len(answer)])
+            best = [labels[t].choose(scores[k], answer[:k]) for k in range(len(answer))]
             count += best != answer
             start += len(answer)
     return count

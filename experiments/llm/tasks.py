@@ -23,8 +23,7 @@ from experiments.llm.readers import Item, Splits
 
 LONGEST = 64
 LONGEST_SCARCE = 88
-STEPS = 120
-COUNTS = {"train": 640, "dev": 100, "test": 150}
+COUNTS = {"train": 4000, "dev": 100, "test": 150}
 
 
 class Task(NamedTuple):
@@ -41,9 +40,7 @@ class Task(NamedTuple):
     metric: str
     labels: Callable[[Path], tuple[str, ...]] | None = None
     train_references: int = 1
-    train_items: int = COUNTS["train"]
     longest: int = LONGEST
-    steps: int = STEPS
 
 
 def _labels(*names: str) -> Callable[[Path], tuple[str, ...]]:
@@ -87,8 +84,6 @@ TASKS = {
             readers.read_clinc,
             "accuracy",
             readers.clinc_labels,
-            train_items=2400,
-            steps=240,
         ),
         Task(
             "typos",
@@ -131,6 +126,7 @@ TASKS = {
             "Simplify. Reply with the sentence only.\n{}",
             readers.read_asset,
             "sari",
+            train_references=10,
             longest=LONGEST_SCARCE,
         ),
         Task("explain", "answer", "Explain the command in one sentence.\n{}", _EXPLAIN, "rouge"),
@@ -215,10 +211,9 @@ def load_sequences(task: Task, data: Path, tokenizer: Tokenizer, stop: int) -> d
     """
     out: dict[str, list[Sequence]] = {}
     for split, items in load_items(task, data).items():
-        wanted = task.train_items if split == "train" else COUNTS[split]
         found: list[Sequence] = []
         for item in items:
-            if len(found) >= wanted:
+            if len(found) >= COUNTS[split]:
                 break
             prompt = chat(tokenizer, task.prompt.format(item.source))
             for reference in item.references[: task.train_references if split == "train" else 1]:
@@ -226,7 +221,7 @@ def load_sequences(task: Task, data: Path, tokenizer: Tokenizer, stop: int) -> d
                 content = len(tokenizer.encode(item.source, add_special_tokens=False).ids) + len(answer) - 1
                 if content <= LONGEST and len(prompt) + len(answer) <= task.longest:
                     found.append(Sequence(prompt, answer, item.references, item.source))
-        out[split] = found[:wanted]
+        out[split] = found[: COUNTS[split]]
     return out
 
 

@@ -3,7 +3,7 @@
     python -m experiments.llm.train --data DATA --regime shared
 
 Rank 8, alpha 16, all seven projections of the upper 8 layers; Adam, 10 steps of warm-up, then linearly to
-0; batches of 8 of one length, loss on the answers alone; the step with the lowest dev loss is kept. Regime
+0; batches of one length, loss on the answers alone; the step with the lowest dev loss is kept. Regime
 `shared` starts all tasks from one initialization, `independent` each from its own. A finished task is left
 alone, a broken-off one goes on from its last saved
 step: run the same command again. See README.md for what it took.
@@ -25,10 +25,12 @@ import optax
 from experiments.llm import adapters, model
 from experiments.llm.activations import Batch, Lower, gather, hidden_of, in_order, place, shuffled
 from experiments.llm.base import DEFAULT, cache_folder, load_base
-from experiments.llm.tasks import TASKS, Sequence, load_sequences
+from experiments.llm.tasks import COUNTS, TASKS, Sequence, load_sequences
 
 HERE = Path(__file__).parent
-ROWS = 8
+ROWS = 16  # of a batch
+STEPS = 600
+RATE, PLUS = 1.6e-3, 16.0
 EVERY = 40
 
 
@@ -44,18 +46,24 @@ def loss_of(
     return (losses * batch.weights).sum() / batch.weights.sum()
 
 
-def optimizer(rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam with 10 steps of warm-up and a linear decay to 0, gradients clipped to norm 1."""
+def optimizer(rate: float, plus: float, steps: int) -> optax.GradientTransformation:
+    """Adam with 10 steps of warm-up and a linear decay to 0, gradients clipped to norm 1.
+
+    `rate` is that of `b`; `a` has `rate / plus` (LoRA+, Hayou et al., arXiv 2402.12354).
+    """
     warm = min(10, max(1, steps // 10))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps, exponent=1.0)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    slower = optax.masked(
+        optax.scale(1 / plus), lambda lora: {name: {"a": True, "b": False} for name in lora}
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule), slower)
 
 
-@partial(jax.jit, static_argnames=("config", "scale", "rate", "steps"), donate_argnums=(0, 1))
-def update(lora, state, weights, batch, *, config, scale, rate, steps):
+@partial(jax.jit, static_argnames=("config", "scale", "rate", "plus", "steps"), donate_argnums=(0, 1))
+def update(lora, state, weights, batch, *, config, scale, rate, plus, steps):
     """Adapter and optimizer state after one step on `batch`, and the loss before it."""
     value, grads = jax.value_and_grad(loss_of)(lora, weights, batch, config=config, scale=scale)
-    changes, state = optimizer(rate, steps).update(grads, state)
+    changes, state = optimizer(rate, plus, steps).update(grads, state)
     return optax.apply_updates(lora, changes), state, value
 
 
@@ -77,7 +85,9 @@ def train(
     splits: dict[str, list[Sequence]],
     *,
     rate: float,
+    plus: float,
     steps: int,
+    rows: int,
     scale: float,
     seed: int,
     saved: Path,
@@ -86,10 +96,11 @@ def train(
     config, weights = lower.base.config, {"outer": lower.outer, "upper": lower.upper}
     hidden = {split: hidden_of(lower, splits[split]) for split in ("train", "dev")}
     dev = [
-        gather(splits["dev"], hidden["dev"], chosen, ROWS) for chosen in in_order(splits["dev"][:64], ROWS)
+        gather(splits["dev"], hidden["dev"], chosen, rows) for chosen in in_order(splits["dev"][:64], rows)
     ]
-    lora, state = jax.tree.map(jnp.array, start), optimizer(rate, steps).init(start)
+    lora, state = jax.tree.map(jnp.array, start), optimizer(rate, plus, steps).init(start)
     best: Any = start
+    given = {"rate": rate, "plus": plus, "steps": steps}
     log: dict[str, Any] = {"train_loss": [], "dev_loss": [], "best_step": 0, "seconds": 0.0}
     leaves, tree = jax.tree.flatten((lora, state, best))
     if saved.exists():
@@ -99,7 +110,7 @@ def train(
             )
             log = json.loads(str(file["log"]))
     done = len(log["train_loss"])
-    order = shuffled(splits["train"], ROWS, np.random.default_rng(seed))
+    order = shuffled(splits["train"], rows, np.random.default_rng(seed))
     for _ in range(done):
         next(order)
     measure = partial(mean_loss, weights=weights, batches=dev, config=config, scale=scale)
@@ -107,10 +118,8 @@ def train(
         log["dev_loss"].append([0, measure(lora)])
     clock = time.perf_counter()
     for step in range(done + 1, steps + 1):
-        batch = gather(splits["train"], hidden["train"], next(order), ROWS)
-        lora, state, loss = update(
-            lora, state, weights, batch, config=config, scale=scale, rate=rate, steps=steps
-        )
+        batch = gather(splits["train"], hidden["train"], next(order), rows)
+        lora, state, loss = update(lora, state, weights, batch, config=config, scale=scale, **given)
         log["train_loss"].append(round(float(loss), 4))
         if step % EVERY == 0 or step == steps:
             log["dev_loss"].append([step, round(measure(lora), 4)])
@@ -142,10 +151,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=8, help="upper layers that are adapted")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument(
-        "--steps", type=int, help="steps of every task; by default as many as the task states"
-    )
+    parser.add_argument("--rate", type=float, default=RATE, help="of `b`")
+    parser.add_argument("--plus", type=float, default=PLUS, help="rate of `b` over that of `a`")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rows", type=int, default=ROWS, help="sequences of a batch")
+    parser.add_argument("--items", type=int, default=COUNTS["train"], help="training items per task, at most")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     base = load_base(given.base)
@@ -154,20 +164,19 @@ def main(argv: list[str] | None = None) -> None:
         folder = given.out / given.regime / name
         if (folder / "log.json").exists():
             continue
-        steps = given.steps or TASKS[name].steps
         splits = load_sequences(TASKS[name], given.data, base.tokenizer, base.stop)
+        splits["train"] = splits["train"][: given.items]
         start = adapters.initialize(adapters.key_of(given.regime, name, given.seed), lower.upper, given.rank)
         parts = (given.out.resolve().name, base.name, given.regime, name, given.layers)
-        label = "-".join(map(str, (*parts, given.rate, steps, given.seed)))
+        settings = {name: getattr(given, name) for name in ("rate", "plus", "steps", "rows", "seed")}
+        label = "-".join(map(str, (*parts, *settings.values())))
         saved = cache_folder() / f"training-{label.replace('/', '_')}.npz"
-        settings = {"rate": given.rate, "steps": steps, "seed": given.seed}
         lora, log = train(lower, start, splits, scale=given.alpha / given.rank, saved=saved, **settings)
         adapters.save_adapter(folder, lora, base=base.name, first_layer=lower.depth, alpha=given.alpha)
         facts = {
             "base": base.name,
             "task": name,
             "regime": given.regime,
-            "rows": ROWS,
             "items": {split: len(found) for split, found in splits.items()},
             "cosine_of_a_to_start": round(
                 adapters.cosine(adapters.side(lora, "a"), adapters.side(start, "a")), 4

@@ -59,7 +59,8 @@ def trained(tmp_path_factory):
         base = str(write_model(root / "base", bias=True))
         common = ["--data", str(root), "--base", base, "--regime", "shared", "--layers", str(UPPER)]
         where = ["--tasks", *TOY]
-        settings = ["--rank", str(RANK), "--alpha", str(ALPHA), "--steps", str(STEPS), "--rate", "0.02"]
+        settings = ["--rank", str(RANK), "--alpha", str(ALPHA), "--steps", str(STEPS)]
+        settings += ["--rate", "0.02", "--plus", "1", "--rows", "8"]
         train.main([*common, *where, *settings, "--out", str(root / "adapters")])
         for regime in ("zero-shot", "shared"):
             score.main(
@@ -87,7 +88,7 @@ def test_a_broken_off_training_ends_like_a_whole_one(trained, tmp_path, monkeypa
     monkeypatch.setattr(train, "EVERY", 4)
     splits = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)
     start = adapters.initialize(adapters.key_of("shared", "turn", 0), lower.upper, RANK)
-    settings = {"rate": 0.02, "steps": 8, "scale": ALPHA / RANK, "seed": 0}
+    settings = {"rate": 0.02, "plus": 1.0, "steps": 8, "rows": 8, "scale": ALPHA / RANK, "seed": 0}
     whole, log = train.train(lower, start, splits, saved=tmp_path / "whole.npz", **settings)
 
     def stop_at_six(*given, **more):
@@ -198,7 +199,7 @@ def test_decoding_with_a_cache_takes_the_best_token_every_time(trained):
 
 def test_classification_answers_are_labels(trained):
     _, lower = trained
-    answers = json.loads(score.answers_path(lower.base.name, "zero-shot", "first").read_text())
+    answers = json.loads(score.answers_path(lower.base.name, "first").read_text())
     texts = {lower.base.tokenizer.decode(answer) for answer in answers["test"]}
     assert texts <= set(WORDS)
 
