@@ -99,7 +99,7 @@ def opened(content: store.Store) -> Opened:
         for key in ("bytes", "header", "sha256"):
             del row[key]
     headers = [json.loads(zlib.decompress(segment_data.deflated_header(x)[0])) for x in content.segments]
-    bodies = [b"".join(bytes(v) for v in x.leaves.values()) for x in content.segments]
+    bodies = [b"".join(np.asarray(v).tobytes() for v in x.leaves.values()) for x in content.segments]
     return json.loads(json.dumps({"manifest": said, "headers": headers})), bodies
 
 
