@@ -365,9 +365,11 @@ def verify(path: Path_) -> int:
 
     def check(before: Any) -> int:
         leaves = check_leaves(open(at))
+        if is_file(at):
+            return leaves
         if isinstance(at, str):
             bucket.check_files(at, read_manifest(at))
-        elif not is_file(at):
+        else:
             folder.check_files(at, read_manifest(at))
         return leaves
 
