@@ -365,11 +365,9 @@ def verify(path: Path_) -> int:
 
     def check(before: Any) -> int:
         leaves = check_leaves(open(at))
-        if is_file(at):
-            return leaves
-        if isinstance(at, str):
+        if isinstance(at, str) and not is_file(at):
             bucket.check_files(at, read_manifest(at))
-        else:
+        elif isinstance(at, Path) and not is_file(at):
             folder.check_files(at, read_manifest(at))
         return leaves
 
