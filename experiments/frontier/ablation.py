@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.frontier.named import Named
+from experiments.frontier.named import BUDGETS, Named
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import bitstream, contexts, encode, prediction, trellis
 from hydraopt_jax.rate_control import coding, mode_decision, precision, search
 from hydraopt_jax.rate_control.problem import Problem, prepare
 
-BUDGETS = (0.125, 0.03)
 NEARBY = 1.05
 Patch = Callable[[], None]
 

@@ -15,21 +15,19 @@ At a step near each budget:
 Needs no model.
 """
 
-import json
 from typing import Any
 
 import numpy as np
 
-from experiments.frontier.ablation import BUDGETS, saved
+from experiments.frontier.ablation import saved
 from experiments.frontier.named import Named
-from hydraopt_jax import adapters
 from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.codec.encode import MULTIPLIER
 from hydraopt_jax.rate_control import coding, mode_decision, search
 from hydraopt_jax.rate_control.analysis import Spectrum
 from hydraopt_jax.rate_control.coding import Trial
 from hydraopt_jax.rate_control.mode_decision import DIRECTION_BITS, FORM_BITS
-from hydraopt_jax.rate_control.problem import Problem, prepare
+from hydraopt_jax.rate_control.problem import Problem
 
 NEARBY = 1.05
 
@@ -165,15 +163,7 @@ def measure(problem: Problem, size: float) -> dict[str, float]:
 
 def main() -> None:
     """Measure the collections that are named."""
-    named = Named(__doc__)
-    result: dict[str, Any] = {}
-    for name, found in named:
-        size = 2 * sum(x.a[n].size + x.b[n].size for x in found for n in x.a)
-        whole = prepare(adapters.stack(found), tuple(adapters.check(found)), np.ones(len(found)))
-        for budget in BUDGETS:
-            result.setdefault(name, {})[f"{budget:g}"] = measure(whole, budget * size)
-            print(json.dumps(result), flush=True)
-            named.write(result)
+    Named(__doc__).measure(measure)
 
 
 if __name__ == "__main__":

@@ -17,21 +17,18 @@ function at the coder's distortion, over those of directions coded alone:
 Needs no model, codes nothing but for the last line.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.frontier.named import Named
-from hydraopt_jax import adapters
 from hydraopt_jax.codec import encode, streams
 from hydraopt_jax.codec.encode import DISTORTION, MULTIPLIER
 from hydraopt_jax.codec.prediction import coefficient_bits
 from hydraopt_jax.rate_control import coding, mode_decision, search
-from hydraopt_jax.rate_control.problem import Problem, prepare
+from hydraopt_jax.rate_control.problem import Problem
 
-BUDGETS = (0.125, 0.03)
 MOST = 3
 # weights, in vectors, of a flat variance in that of an entry
 FLAT = (2, 4, 8, 16, 32, 64, 1e9)
@@ -166,16 +163,7 @@ def limits(problem: Problem, step: float) -> dict[str, float]:
 
 def main() -> None:
     """Measure the collections that are named."""
-    named = Named(__doc__)
-    result: dict[str, Any] = {}
-    for name, found in named:
-        size = 2 * sum(x.a[n].size + x.b[n].size for x in found for n in x.a)
-        whole = prepare(adapters.stack(found), tuple(adapters.check(found)), np.ones(len(found)))
-        for budget in BUDGETS:
-            step = search.first_step(whole, budget * size)
-            result.setdefault(name, {})[f"{budget:g}"] = limits(whole, step)
-            print(json.dumps(result), flush=True)
-            named.write(result)
+    Named(__doc__).measure(lambda problem, size: limits(problem, search.first_step(problem, size)))
 
 
 if __name__ == "__main__":

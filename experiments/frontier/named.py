@@ -2,12 +2,18 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hydraopt_jax import formats
+import numpy as np
+
+from hydraopt_jax import adapters, formats
 from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.rate_control.problem import Problem, prepare
+
+# fractions of the half-precision bytes
+BUDGETS = (0.125, 0.03)
 
 
 class Named:
@@ -36,3 +42,14 @@ class Named:
         """Write what has been measured so far."""
         if self.options.json:
             self.options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    def measure(self, figures: Callable[[Problem, float], dict[str, float]]) -> None:
+        """Print and write the figures of every collection, given what is coded and the bytes of a budget."""
+        result: dict[str, Any] = {}
+        for name, found in self:
+            size = 2 * sum(x.a[n].size + x.b[n].size for x in found for n in x.a)
+            whole = prepare(adapters.stack(found), tuple(adapters.check(found)), np.ones(len(found)))
+            for budget in BUDGETS:
+                result.setdefault(name, {})[f"{budget:g}"] = figures(whole, budget * size)
+                print(json.dumps(result), flush=True)
+                self.write(result)
