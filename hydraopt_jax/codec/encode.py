@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax import devices
@@ -226,8 +225,7 @@ def quantize_streams(
         for row, (length, k, first) in enumerate(chunks):
             y[row, :length] = values[k][first : first + length]
             of[row, :length] = context[k][first : first + length]
-        given = (jnp.asarray(np.ascontiguousarray(x.T)) for x in (y, of))
-        found = trellis.quantize(*given, table)
+        found = trellis.quantize(*(np.ascontiguousarray(x.T) for x in (y, of)), table)
         m, q = streams.rows_of(width, steps, np.int32), streams.rows_of(width, steps, np.uint8)
         m[:], q[:] = (np.asarray(x).T for x in found)
         for row, (length, k, first) in enumerate(chunks):

@@ -143,7 +143,7 @@ def encode_lanes(
     Raises:
       RuntimeError: they do not decode, which is a fault of this package.
     """
-    both = jnp.asarray(frequency.astype(np.uint32) << np.uint32(SLOT_BITS) | start.astype(np.uint32))
+    both = jax.device_put(frequency.astype(np.uint32) << np.uint32(SLOT_BITS) | start.astype(np.uint32))
     width = WIDTHS.get(jax.default_backend(), padded(len(lengths)))
     states, words, counts = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint16)], [np.zeros(0, np.int64)]
     for at in range(0, len(lengths), width):
@@ -151,7 +151,7 @@ def encode_lanes(
         count, steps = len(mine), int(mine[0])
         left = np.pad(mine, (0, width - count))
         rows = streams.rows_of(count, steps, np.uint32)
-        state = jnp.full(width, LOW, jnp.uint32)
+        state: np.ndarray | jax.Array = np.full(width, LOW, np.uint32)
         for first in range((steps - 1) // STEPS * STEPS, -1, -STEPS):
             block = index[first : first + STEPS, at : at + count]
             block = np.pad(block, [(0, STEPS - len(block)), (0, width - count)])

@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.linalg.decompose import Svd
+from hydraopt_jax.linalg.decompose import HostSvd, Svd
 
 # bisections of the logarithm of the water level
 BISECTIONS = 50
@@ -159,7 +159,7 @@ def component_energies(vectors: np.ndarray, s: np.ndarray) -> np.ndarray:
     return np.maximum(np.linalg.eigvalsh(flat.swapaxes(1, 2) @ flat), 0.0)
 
 
-def errors_by_model(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.ndarray]:
+def errors_by_model(deltas: Sequence[Svd | HostSvd], sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Mean relative squared error that each model predicts at given sizes: estimates, not bounds.
 
     Args:
@@ -176,11 +176,11 @@ def errors_by_model(deltas: Sequence[Svd], sizes: np.ndarray) -> dict[str, np.nd
         energy = np.asarray(x.s, np.float32).ravel() ** 2
         alone.append((energy, np.full_like(energy, inputs), np.full_like(energy, outputs)))
         u, s, v = (np.asarray(y, np.float32) for y in x)
-        left, right = (jnp.asarray(component_energies(y, s)) for y in (u, v.swapaxes(2, 3)))
-        sides.append(Sides(left, right, jnp.float32(inputs), jnp.float32(outputs)))
+        left, right = (component_energies(y, s) for y in (u, v.swapaxes(2, 3)))
+        sides.append(Sides(*jax.device_put((left, right, np.float32(inputs), np.float32(outputs)))))
         pairs += int((np.asarray(x.s).max(-1) > 0).sum())
-    bits = jnp.asarray(8.0 * np.asarray(sizes), jnp.float32)
-    directions = Directions(*(jnp.asarray(np.concatenate(x)) for x in zip(*alone, strict=True)))
+    bits = jax.device_put(np.asarray(8.0 * np.asarray(sizes), np.float32))
+    directions = Directions(*jax.device_put([np.concatenate(x) for x in zip(*alone, strict=True)]))
     return {
         "separate": np.asarray(separate_estimate(directions, bits)) / pairs,
         "joint": np.asarray(joint_estimate(tuple(sides), bits)) / pairs,

@@ -80,7 +80,7 @@ def squared_cosines(x: Array, references: Array) -> Array:
 
 
 @jax.jit
-def inner_products(deltas: Svd) -> Array:
+def inner_products(deltas: Svd | HostSvd) -> Array:
     """Of every two tasks' deltas, module by module: `[M, T, T]` from `u: [M, T, I, R]`."""
     return jax.vmap(lambda x: decompose.gram(x.u * x.s[:, None, :], x.v))(deltas)
 
@@ -117,9 +117,8 @@ def spectrum(
         empty = np.zeros((*s.shape, 0, s.shape[-1]), np.float32)
         return Spectrum(tuple(modules), host, norms, scales, (empty, empty), (), None)
     most = leading(s)
-    gram = np.asarray(
-        inner_products(Svd(deltas.u[..., :most], jnp.asarray(s[..., :most]), deltas.v[..., :most, :]))
-    )
+    strongest = HostSvd(host.u[..., :most], s[..., :most], host.v[..., :most, :])
+    gram = np.asarray(inner_products(strongest))
     central = np.argsort(-(gram**2).sum((0, 2)), kind="stable")[:REFERENCES]
     # module by module: a program per size in place of one per size and number of modules
     left, right = (

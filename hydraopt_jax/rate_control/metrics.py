@@ -17,7 +17,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from hydraopt_jax.calibration import OUTPUT
@@ -257,7 +257,7 @@ def importance(metrics: Mapping[str, Metrics], modules: Sequence[str], norms: np
 
 def weighed(
     metrics: Mapping[str, Metrics], modules: Sequence[str], a: np.ndarray, b: np.ndarray
-) -> tuple[jnp.ndarray, jnp.ndarray]:
+) -> tuple[jax.Array, jax.Array]:
     """Factors `[M, T, I, R]` and `[M, T, R, O]` in the metrics' coordinates."""
     sides = [metrics.get(n, (None, None)) for n in modules]
     a = np.stack(
@@ -266,4 +266,4 @@ def weighed(
     b = np.stack(
         [x if y is None else y.weigh_rows(x).astype(np.float32) for x, (_, y) in zip(b, sides, strict=True)]
     )
-    return jnp.asarray(a), jnp.asarray(b)
+    return jax.device_put(a), jax.device_put(b)

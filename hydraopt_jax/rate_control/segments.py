@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax import devices
@@ -13,7 +12,6 @@ from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.forms import estimates
-from hydraopt_jax.linalg.decompose import Svd
 from hydraopt_jax.rate_control import search
 from hydraopt_jax.rate_control.carried import kept_segment
 from hydraopt_jax.rate_control.coding import Trial
@@ -125,7 +123,7 @@ def finished(run: Run, number: int, draft: Store, place: Place) -> Store:
         problem, trial, given = run.drafts.pop(name)
         calls: list[Callable[[], Any]] = [functools.partial(coded_segment, run, n, problem, trial, given)]
         if len(run.parts) == 1 and not problem.metrics:
-            deltas = [Svd(*map(jnp.asarray, x.deltas)) for x in problem.spectra]
+            deltas = [x.deltas for x in problem.spectra]
             calls.append(functools.partial(estimates.errors_by_model, deltas, np.array([trial.bytes])))
         segment, *expected = devices.together(calls)
         place.keep(name, segment)
