@@ -22,7 +22,7 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Hydra, estimates
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.linalg.decompose import Svd, matmul
+from hydraopt_jax.linalg.decompose import HostSvd, Svd, matmul
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.distortion import relative
 from hydraopt_jax.rate_control.options import Options
@@ -110,24 +110,42 @@ def prefix_errors(deltas: Svd, x: Array, y: Array) -> Array:
     return jnp.maximum(jnp.einsum("ki,...ij,kj->...k", chosen, products, chosen, precision="highest"), 0.0)
 
 
-def separate_points(collection: Adapters, bits: int) -> Curve:
-    """The curve of truncated SVDs per adapter: ranks 1 to R, one bit width, one scale per vector."""
+@functools.partial(jax.jit, static_argnames="widths")
+def errors_at_widths(deltas: Svd, widths: tuple[int, ...]) -> list[Array]:
+    """`prefix_errors` of directions rounded to each of the bit widths, in one program per shape."""
+    return [prefix_errors(deltas, *rounded_directions(deltas, bits)) for bits in widths]
+
+
+def separate_curves(
+    collection: Adapters, deltas: Sequence[Svd], widths: tuple[int, ...] = WIDTHS
+) -> list[Curve]:
+    """Curves of truncated SVDs per adapter, one per bit width: ranks 1 to R, one scale per vector.
+
+    Args:
+      collection: the adapters.
+      deltas: decompositions of its buckets, `u: [M, T, I, R]`.
+      widths: bits of an entry.
+    """
     rank = max(x.a.shape[3] for x in collection.buckets)
-    errors: list[list[np.ndarray]] = [[] for _ in range(rank)]
-    taken = np.zeros(rank)
-    for bucket in collection.buckets:
-        deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
-        squared = np.asarray(prefix_errors(deltas, *rounded_directions(deltas, bits)))
-        energy = np.asarray(deltas.energy)
-        inputs, outputs = bucket.a.shape[2], bucket.b.shape[3]
-        for s in range(rank):
-            kept = np.minimum(s + 1, squared.shape[-1])
-            lost = relative(squared[..., kept - 1], energy)
-            errors[s].append(np.where(bucket.ranks > 0, lost, np.nan))
-            vectors = int(np.minimum(bucket.ranks, s + 1).sum())
-            taken[s] += fixed_rate.size(vectors, inputs, bits) + fixed_rate.size(vectors, outputs, bits)
-    points = [summary(f"rank {s + 1}", taken[s], np.concatenate(errors[s])) for s in range(rank)]
-    return Curve(f"separate SVD, {bits} bits", tuple(points))
+    errors: list[list[list[np.ndarray]]] = [[[] for _ in range(rank)] for _ in widths]
+    taken = np.zeros((len(widths), rank))
+    for bucket, x in zip(collection.buckets, deltas, strict=True):
+        energy = (np.asarray(x.s) ** 2).sum(-1)
+        lengths = bucket.a.shape[2], bucket.b.shape[3]
+        for w, squared in enumerate(jax.device_get(errors_at_widths(x, widths))):
+            for s in range(rank):
+                kept = np.minimum(s + 1, squared.shape[-1])
+                lost = relative(squared[..., kept - 1], energy)
+                errors[w][s].append(np.where(bucket.ranks > 0, lost, np.nan))
+                vectors = int(np.minimum(bucket.ranks, s + 1).sum())
+                taken[w, s] += sum(fixed_rate.size(vectors, n, widths[w]) for n in lengths)
+    return [
+        Curve(
+            f"separate SVD, {bits} bits",
+            tuple(summary(f"rank {s + 1}", taken[w, s], np.concatenate(errors[w][s])) for s in range(rank)),
+        )
+        for w, bits in enumerate(widths)
+    ]
 
 
 def hydra_point(collection: Sequence[Adapter], heads: int) -> Point:
@@ -156,7 +174,7 @@ def merged(collection: Adapters) -> Curve:
     errors, size = [], 0
     for bucket in collection.buckets:
         squared, energy = (
-            np.asarray(x) for x in mean_delta_errors(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
+            np.asarray(x) for x in mean_delta_errors(jax.device_put(bucket.a), jax.device_put(bucket.b))
         )
         errors.append(np.where(bucket.ranks > 0, relative(squared, energy), np.nan))
         size += 2 * len(bucket.modules) * bucket.a.shape[3] * (bucket.a.shape[2] + bucket.b.shape[3])
@@ -311,10 +329,9 @@ def frontier(
     stacked = adapters.stack(collection)
     curves = compressed(collection, fractions, heads or cuts(len(collection)), progress)
     ours = curves[0]
-    curves += [separate_points(stacked, bits) for bits in WIDTHS]
-    curves += [merged(stacked), *baselines]
+    deltas = [decompose.batched_svd(*jax.device_put((x.a, x.b))) for x in stacked.buckets]
+    curves += [*separate_curves(stacked, deltas), merged(stacked), *baselines]
     reference = 2 * stacked.size
-    deltas = [decompose.batched_svd(jnp.asarray(x.a), jnp.asarray(x.b)) for x in stacked.buckets]
     found = estimates.errors_by_model([relative_deltas(x) for x in deltas], np.asarray(fractions) * reference)
     expected = [
         Curve(
@@ -336,10 +353,11 @@ def frontier(
     return Frontier(reference, ordered, tuple(curves), tuple(expected), rates)
 
 
-def relative_deltas(deltas: Svd) -> Svd:
+def relative_deltas(deltas: Svd) -> HostSvd:
     """Decompositions of the deltas scaled to norm 1; zero deltas stay zero."""
-    norms = jnp.sqrt(deltas.energy)[..., None]
-    return Svd(deltas.u, jnp.where(norms > 0, deltas.s / jnp.where(norms > 0, norms, 1.0), 0.0), deltas.v)
+    u, s, v = (np.asarray(x) for x in deltas)
+    norms = np.linalg.norm(s, axis=-1, keepdims=True)
+    return HostSvd(u, s / np.where(norms > 0, norms, 1.0), v)
 
 
 def as_dict(x: Frontier) -> dict[str, Any]:

@@ -83,14 +83,21 @@ def test_dominated_points_are_no_part_of_a_curve():
     assert [p.bytes for p in tradeoff.lower_envelope(points)] == [4.0, 2.0]
 
 
+def separate(many):
+    """The curve of plain SVDs in half precision."""
+    stacked = adapters.stack(many)
+    deltas = [decompose.batched_svd(x.a, x.b) for x in stacked.buckets]
+    return tradeoff.separate_curves(stacked, deltas, (16,))[0]
+
+
 def test_full_rank_svd_at_16_bits_is_the_rounding_of_half_precision(many):
-    last = tradeoff.separate_points(adapters.stack(many), 16).points[-1]
+    last = separate(many).points[-1]
     assert last.mean < 1e-6
     assert last.bytes == 2 * adapters.stack(many).size
 
 
 def test_truncation_error_is_the_tail_of_the_singular_values(many):
-    first = tradeoff.separate_points(adapters.stack(many), 16).points[0]
+    first = separate(many).points[0]
     tails = []
     for x in many:
         for name, a in x.a.items():

@@ -166,7 +166,8 @@ def test_never_worse_than_a_plain_form(likeness, seed, budget):
     many = collection(likeness, seed)
     kept = compress(many, budget=budget)
     stacked = adapters.stack(many)
-    plain = [tradeoff.separate_points(stacked, bits) for bits in (16, 8, 6, 5, 4, 3)]
+    deltas = [decompose.batched_svd(x.a, x.b) for x in stacked.buckets]
+    plain = tradeoff.separate_curves(stacked, deltas, (16, 8, 6, 5, 4, 3))
     plain += [
         tradeoff.merged(stacked),
         tradeoff.Curve("", tuple(tradeoff.hydra_point(many, k) for k in (1, 2, 3))),

@@ -4,7 +4,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 
@@ -44,18 +43,26 @@ class Reduced(NamedTuple):
     outputs: Any
 
 
-reduced_side = jax.jit(jax.vmap(decompose.reduce))
+@jax.jit
+def reduced_columns(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`decompose.reduce` of modules' columns `[M, T, I, R]`."""
+    return jax.vmap(decompose.reduce)(x)
+
+
+@jax.jit
+def reduced_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same for modules' rows `[M, T, R, O]`, which stay rows."""
+    base, small = jax.vmap(decompose.reduce)(x.mT)
+    return base, small.mT
 
 
 def reduced(deltas: Svd) -> Reduced:
     """`Reduced` deltas, so that modules of all shapes, and both sides, share compilations."""
     tasks, rank = deltas.s.shape[1:]
-    sides, bases = [], []
-    for x in (deltas.u, deltas.v.mT):
-        base, x = reduced_side(x) if tasks > 1 and tasks * rank < x.shape[2] else (None, x)
-        sides.append(x)
-        bases.append(base)
-    return Reduced(Svd(sides[0], deltas.s, sides[1].mT), *bases)
+    few = tasks * rank if tasks > 1 else np.inf
+    inputs, u = reduced_columns(deltas.u) if few < deltas.u.shape[2] else (None, deltas.u)
+    outputs, v = reduced_rows(deltas.v) if few < deltas.v.shape[3] else (None, deltas.v)
+    return Reduced(Svd(u, deltas.s, v), inputs, outputs)
 
 
 def restored(factors: Factors, inputs: np.ndarray | None, outputs: np.ndarray | None) -> Factors:
@@ -69,7 +76,7 @@ def fit_closed_at(deltas: Svd, most: int, *, heads: int, rank: int, cores: bool)
     """`fit_closed`, whose ranks up to `most` share a compilation; arrays of the host."""
     if cores or not 1 < deltas.s.shape[1] <= closed_form.EXHAUSTIVE_TASKS:
         return jax.device_get(fit_closed(deltas, heads=heads, rank=rank, cores=cores))
-    used = jnp.asarray(rank, jnp.int32)
+    used = jax.device_put(np.int32(rank))
     factors, info = jax.device_get(fit_closed(deltas, heads=heads, rank=most, cores=False, used=used))
     return factors._replace(a=factors.a[..., :rank], b=factors.b[..., :rank, :]), info
 
@@ -185,7 +192,7 @@ def stacked(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
 
 def fit_modules(bucket: Bucket, asked: Hydra, dtype: str) -> dict[str, tuple[Factors, np.ndarray, float]]:
     """Fit, round and measure the modules of a bucket: module -> (factors, relative errors `[T]`, bound)."""
-    a, b = jnp.asarray(bucket.a), jnp.asarray(bucket.b)
+    a, b = jax.device_put((bucket.a, bucket.b))
     tasks = a.shape[1]
     heads, rank = asked.heads or tasks, asked.rank or a.shape[3]
     out = {}
@@ -199,7 +206,8 @@ def fit_modules(bucket: Bucket, asked: Hydra, dtype: str) -> dict[str, tuple[Fac
     for m, (_, kept, _) in enumerate(rows):
         left[m, :, :, : widths[m]], right[m, :, : widths[m]] = stacked(kept)
     energy = np.stack([info.energy for _, _, info in rows])
-    error = squared_errors(a, b, jnp.asarray(left), jnp.asarray(right), energy)
+    left_put, right_put = jax.device_put((left, right))
+    error = squared_errors(a, b, left_put, right_put, energy)
     for m, (name, kept, info) in enumerate(rows):
         absent = bucket.ranks[m] == 0
         errors = np.where(absent, np.nan, relative(error[m], np.asarray(info.energy)))

@@ -179,9 +179,9 @@ def errors_by_model(deltas: Sequence[Svd | HostSvd], sizes: np.ndarray) -> dict[
         left, right = (component_energies(y, s) for y in (u, v.swapaxes(2, 3)))
         sides.append(Sides(*jax.device_put((left, right, np.float32(inputs), np.float32(outputs)))))
         pairs += int((np.asarray(x.s).max(-1) > 0).sum())
-    bits = jax.device_put(np.asarray(8.0 * np.asarray(sizes), np.float32))
+    bits = jax.device_put(list(np.asarray(8.0 * np.asarray(sizes), np.float32)[:, None]))
     directions = Directions(*jax.device_put([np.concatenate(x) for x in zip(*alone, strict=True)]))
-    return {
-        "separate": np.asarray(separate_estimate(directions, bits)) / pairs,
-        "joint": np.asarray(joint_estimate(tuple(sides), bits)) / pairs,
-    }
+    # one size at a time: any number of sizes shares a program
+    found = [(separate_estimate(directions, x), joint_estimate(tuple(sides), x)) for x in bits]
+    separate, joint = (np.concatenate(x) / pairs for x in zip(*jax.device_get(found), strict=True))
+    return {"separate": separate, "joint": joint}
