@@ -198,8 +198,9 @@ def compressed(
     fractions: Sequence[float],
     heads: Sequence[int],
     progress: Callable[[int], None],
-) -> list[Curve]:
-    """Curves of stores within budgets, then the curve of HydraOpt."""
+    beside: Sequence[Callable[[], Any]],
+) -> tuple[list[Curve], list[Any]]:
+    """Curves of stores within budgets, then the curve of HydraOpt; and results of the calls `beside`."""
     turn = threading.Lock()
     labels = {True: OURS, **({False: ALONE} if len(collection) > 1 else {})}
     caches: dict[bool, dict[int, Any]] = {share: {} for share in labels}
@@ -212,16 +213,15 @@ def compressed(
 
     # the other points of a curve reuse the analysis of its first point
     first = devices.together([functools.partial(point, x, fractions[0]) for x in labels])
-    calls: list[Callable[[], Point | None]] = [
-        functools.partial(point, x, f) for x in labels for f in fractions[1:]
-    ]
+    calls: list[Callable[[], Any]] = [functools.partial(point, x, f) for x in labels for f in fractions[1:]]
     calls += [functools.partial(hydra_point, collection, k) for k in heads]
-    found = devices.together(calls)
-    mine, more = [], len(fractions) - 1
+    found = devices.together([*calls, *beside])
+    curves, more = [], len(fractions) - 1
     for n, (label, start) in enumerate(zip(labels.values(), first, strict=True)):
         points = [start, *found[n * more : (n + 1) * more]]
-        mine.append(Curve(label, tuple(x for x in points if x is not None)))
-    return [*mine, Curve(HYDRAOPT, tuple(x for x in found[len(labels) * more :] if x is not None))]
+        curves.append(Curve(label, tuple(x for x in points if x is not None)))
+    curves.append(Curve(HYDRAOPT, tuple(found[len(labels) * more : len(calls)])))
+    return curves, found[len(calls) :]
 
 
 def at_errors_of(collection: Sequence[Adapter], other: Curve) -> list[Point]:
@@ -327,12 +327,20 @@ def frontier(
         raise HydraOptError("budgets of the frontier must be positive fractions of the fp16 bytes")
     collection = [x.replace(extras={}) for x in collection]
     stacked = adapters.stack(collection)
-    curves = compressed(collection, fractions, heads or cuts(len(collection)), progress)
-    ours = curves[0]
-    deltas = [decompose.batched_svd(*jax.device_put((x.a, x.b))) for x in stacked.buckets]
-    curves += [*separate_curves(stacked, deltas), merged(stacked), *baselines]
     reference = 2 * stacked.size
-    found = estimates.errors_by_model([relative_deltas(x) for x in deltas], np.asarray(fractions) * reference)
+
+    def others() -> tuple[list[Curve], dict[str, np.ndarray]]:
+        """Curves of plain methods, and errors that models predict."""
+        deltas = [decompose.batched_svd(*jax.device_put((x.a, x.b))) for x in stacked.buckets]
+        plain = [*separate_curves(stacked, deltas), merged(stacked)]
+        scaled = [relative_deltas(x) for x in deltas]
+        return plain, estimates.errors_by_model(scaled, np.asarray(fractions) * reference)
+
+    curves, [(plain, found)] = compressed(
+        collection, fractions, heads or cuts(len(collection)), progress, [others]
+    )
+    ours = curves[0]
+    curves += [*plain, *baselines]
     expected = [
         Curve(
             f"Gaussian estimate, {name}",
