@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line
 
 SCHEMES = ("s3://", "gs://")
 # of a request that the service or the network fails
@@ -107,7 +107,7 @@ def explained(label: str, doing: str) -> Iterator[None]:
         raise
     except (ValueError, OSError, RuntimeError, PermissionError, NotImplementedError) as error:
         absent = "no such bucket" if "NOT_FOUND" in str(error) else ""
-        said = meaning(error) or absent or " ".join(str(error).split())[:160]
+        said = meaning(error) or absent or one_line(error, 160)
         raise HydraOptError(f"{label}: cannot be {doing}: {said}") from None
 
 

@@ -1,4 +1,4 @@
-"""The exception that callers catch for bad input, and its subclasses."""
+"""The exception that callers catch for bad input, its subclasses, and parts of their messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -24,6 +24,23 @@ def suggest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
     return f"must be one of {', '.join(names)}"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Similar names, for a message; the first ones if none is similar."""
+    names = list(known)
+    return ", ".join(map(repr, difflib.get_close_matches(name, names, 3, 0.3) or names[:3])) or "none"
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """The text of an error on one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
+def system_error(place: Any, done: str, error: Exception, advice: str = "") -> HydraOptError:
+    """The error for a file that cannot be "read" or "written", with the system's reason."""
+    what = one_line(getattr(error, "strerror", None) or error)
+    return HydraOptError(f"{place}: cannot be {done}: {what}{advice}")
 
 
 def damaged(path: Any, what: str) -> HydraOptError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, system_error
 
 
 @contextmanager
@@ -28,11 +28,11 @@ def locked(path: Path, again: bool = False) -> Iterator[None]:
     except Timeout:
         raise HydraOptError(f"{path}: another process is writing it: try again when it is done") from None
     except OSError as error:
-        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise system_error(path, "written", error) from error
     try:
         yield
     except OSError as error:
-        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise system_error(path, "written", error) from error
     finally:
         if lock.lock_counter == 1:
             # a process that opened it meanwhile sees that it is gone, and opens a new one

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line
 
 
 def redact(text: str) -> str:
@@ -74,7 +74,7 @@ def meaning(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in STATUS:
         return STATUS[status]
-    said = redact(" ".join(str(causes[-1]).split()))[:200]
+    said = redact(one_line(causes[-1]))[:200]
     return f"the server says {status}: {said}" if status else said or type(error).__name__
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hydraopt_jax import strict_json
-from hydraopt_jax.errors import HydraOptError, suggest
+from hydraopt_jax.errors import HydraOptError, one_line, suggest, system_error
 from hydraopt_jax.static import Static
 from hydraopt_jax.store.store import Store
 
@@ -126,7 +126,7 @@ def write_recipe(path: str | Path, recipe: Mapping[str, Any]) -> None:
     except FileExistsError:
         raise HydraOptError(f"{path}: exists; choose another file") from None
     except OSError as error:
-        raise HydraOptError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise system_error(path, "written", error) from None
 
 
 def is_yaml(path: Path) -> bool:
@@ -148,7 +148,7 @@ def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     try:
         text = at.read_bytes()
     except OSError as error:
-        raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise system_error(path, "read", error) from None
     try:
         if is_yaml(at):
             import yaml
@@ -157,8 +157,8 @@ def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         else:
             said = strict_json.loads(text)
     except Exception as error:
-        why = " ".join(str(error).split())[:120]
-        raise HydraOptError(f"{path}: not {'YAML' if is_yaml(at) else 'JSON'}: {why}") from None
+        kind = "YAML" if is_yaml(at) else "JSON"
+        raise HydraOptError(f"{path}: not {kind}: {one_line(error, 120)}") from None
     if not isinstance(said, dict) or said.get("recipe") != RECIPE:
         raise HydraOptError(f"{path}: not a recipe of this version: it begins with recipe: {RECIPE}")
     for name in (x for x in said if x not in FIELDS):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, system_error
 from hydraopt_jax.network import MEANINGS, STATUS, client, explained, meaning, quiet, redact
 
 HUB, WEB = "hf:", ("https://", "http://")
@@ -164,7 +164,7 @@ def reader_of(label: str, path: Path) -> Callable[[int, int], bytes]:
                 file.seek(start)
                 return file.read(stop - start)
         except OSError as error:
-            raise HydraOptError(f"{label}: cannot be read: {error.strerror or error}") from None
+            raise system_error(label, "read", error) from None
 
     return read
 

@@ -27,10 +27,9 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, near, system_error
 from hydraopt_jax.formats.families import Name
-from hydraopt_jax.formats.tensor_files import one_line, write_tensors
-from hydraopt_jax.formats.trees import near
+from hydraopt_jax.formats.tensor_files import write_tensors
 from hydraopt_jax.linalg.decompose import matmul
 
 # suffix of a module's name for the moment of the gradients at its outputs
@@ -184,8 +183,7 @@ def write_moments(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) ->
     try:
         write_tensors(Path(path), {k: np.ascontiguousarray(v, np.float32) for k, v in moments.items()})
     except (OSError, SafetensorError) as error:
-        what = one_line(getattr(error, "strerror", None) or error)
-        raise HydraOptError(f"{path}: cannot be written: {what}: give another file") from error
+        raise system_error(path, "written", error, ": give another file") from error
 
 
 def digest(moments: Mapping[str, np.ndarray]) -> str:

@@ -19,7 +19,7 @@ from hydraopt_jax import refinement, report, store
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.evaluate import evaluate
 from hydraopt_jax.demo.vocabulary import encode_items
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, system_error
 from hydraopt_jax.formats import read_adapter, write_adapter
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import distortion, engine
@@ -68,7 +68,7 @@ def run_demo(
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
     except OSError as error:
-        raise HydraOptError(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise system_error(out, "written", error) from error
     try:
         new = work / "new"
         new.mkdir()  # mkdtemp's folder is its owner's only; this one has the usual permissions

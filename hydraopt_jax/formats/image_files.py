@@ -18,12 +18,12 @@ import safetensors
 
 from hydraopt_jax import strict_json
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line
 from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats import peft, server
 from hydraopt_jax.formats.lora_keys import DIALECT, ENDINGS, parse_key
 from hydraopt_jax.formats.peft_config import check_config, module_scale
-from hydraopt_jax.formats.tensor_files import disk_dtype, one_line, write_tensors
+from hydraopt_jax.formats.tensor_files import disk_dtype, write_tensors
 from hydraopt_jax.locks import locked
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"

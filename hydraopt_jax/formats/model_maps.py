@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, near
 from hydraopt_jax.formats.families import FAMILIES, LIBRARIES, Library, ModuleRow, Table
-from hydraopt_jax.formats.trees import near
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.(?P<n>\d+)\.(?P<module>.+)")
 _STACKED = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\]")

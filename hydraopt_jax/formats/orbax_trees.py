@@ -10,8 +10,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats.tensor_files import one_line
+from hydraopt_jax.errors import HydraOptError, one_line
 from hydraopt_jax.formats.trees import Scale, flatten, insert, is_factor, leaves, read_tree
 
 # what Orbax and its back ends raise for files that are not a checkpoint's, or not whole; not among them are
@@ -29,7 +28,7 @@ def described_by(folder: Path) -> Any:
         return ocp.metadata(folder.absolute())
     except UNREADABLE as error:
         raise HydraOptError(
-            f"{folder}: no readable Orbax checkpoint of a tree ({one_line(error)[:120]}): pass the folder "
+            f"{folder}: no readable Orbax checkpoint of a tree ({one_line(error, 120)}): pass the folder "
             "that was saved, such as RUN/STEP of a checkpoint manager"
         ) from None
 
@@ -67,7 +66,7 @@ def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, An
         with context:
             return ocp.load(folder, want)
     except UNREADABLE as error:
-        raise HydraOptError(f"{path}: damaged checkpoint: {one_line(error)[:200]}") from None
+        raise HydraOptError(f"{path}: damaged checkpoint: {one_line(error, 200)}") from None
 
 
 def latest_step(path: Path) -> Path:

@@ -9,7 +9,7 @@ import re
 
 import re2
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line
 
 # characters of a key, and of a module's name that is matched
 MAX_KEY, MAX_NAME = 1000, 400
@@ -48,7 +48,7 @@ def compile_key(key: str) -> re2._Regexp:
         reason = b"".join(x for x in error.args if isinstance(x, bytes)).decode(errors="replace")
         raise HydraOptError(
             f"key {key!r} is no regular expression of linear time, which has no backreferences and no "
-            f"lookaround ({' '.join(reason.split())[:80]}): name the modules"
+            f"lookaround ({one_line(reason, 80)}): name the modules"
         ) from None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line, system_error
 from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats import lora_keys
 from hydraopt_jax.formats.adapter_folder import (
@@ -36,12 +36,7 @@ from hydraopt_jax.formats.peft_config import (
     read_config,
     unit_scale_config,
 )
-from hydraopt_jax.formats.tensor_files import (
-    disk_array,
-    disk_dtype,
-    one_line,
-    read_tensors,
-)
+from hydraopt_jax.formats.tensor_files import disk_array, disk_dtype, read_tensors
 from hydraopt_jax.locks import locked
 from hydraopt_jax.network import client, explained
 from hydraopt_jax.remote import COMMIT
@@ -210,7 +205,7 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise HydraOptError(f"{path}: cannot be read: {one_line(error.strerror)}") from None
+        raise system_error(path, "read", error) from None
 
 
 def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Adapter:

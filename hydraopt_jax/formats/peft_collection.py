@@ -13,9 +13,9 @@ import numpy as np
 
 from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair, check_shapes
 from hydraopt_jax.deferred import Deferred, bytes_of
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line, system_error
 from hydraopt_jax.formats import lora_keys, peft
-from hydraopt_jax.formats.tensor_files import one_line, read_tensors
+from hydraopt_jax.formats.tensor_files import read_tensors
 from hydraopt_jax.formats.weights_file import Contents, check_file, contents_of, header_of, read_places
 from hydraopt_jax.store.lossless import Raw
 
@@ -46,7 +46,7 @@ def open_adapter(
     try:
         header = header_of(file)
     except OSError as error:
-        raise HydraOptError(f"{file}: cannot be read: {one_line(error.strerror)}") from None
+        raise system_error(file, "read", error) from None
     key = (header, stat.st_size, json.dumps(config, sort_keys=True, default=str)) if header else None
     held = seen.get(key) or contents_of(file, header, config)
     if key is not None:

@@ -8,9 +8,8 @@ from typing import Any
 
 from hydraopt_jax import strict_json
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line, system_error
 from hydraopt_jax.formats import patterns
-from hydraopt_jax.formats.tensor_files import one_line
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -159,7 +158,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: no such file: pass a folder that PEFT's save_pretrained wrote"
         ) from None
     except OSError as error:
-        raise HydraOptError(f"{path}: cannot be read: {one_line(error.strerror)}") from None
+        raise system_error(path, "read", error) from None
     except ValueError as error:
         raise HydraOptError(f"{path}: is not JSON: {one_line(error)}") from None
     check_config(config, str(path))

@@ -9,13 +9,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line, system_error
 from hydraopt_jax.factors import FLOATS
-
-
-def one_line(error: object) -> str:
-    """The text of an error on one line, for use in a message."""
-    return " ".join(str(error).split())
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -43,7 +38,7 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             f"{path}: is not a complete safetensors file ({one_line(error)}): copy it again"
         ) from None
     except OSError as error:
-        raise HydraOptError(f"{path}: cannot be read: {one_line(error)}") from None
+        raise system_error(path, "read", error) from None
     with file:
         for key in file.keys():  # noqa: SIM118 - no mapping
             try:
@@ -69,9 +64,9 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise
     except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
         if "allocate memory" in str(error):
-            raise MemoryError(f"{path}: {one_line(error)[:120]}") from None
+            raise MemoryError(f"{path}: {one_line(error, 120)}") from None
         raise HydraOptError(
-            f"{path}: refused, not a pickle of plain tensors ({one_line(error)[:120]}): ask for safetensors"
+            f"{path}: refused, not a pickle of plain tensors ({one_line(error, 120)}): ask for safetensors"
         ) from None
     if not isinstance(tensors, Mapping):
         raise HydraOptError(f"{path}: holds a {type(tensors).__name__}, not named tensors: save a state dict")

@@ -4,9 +4,8 @@ All dialects of `dialects` have one contract: a tree and a scale in, an `Adapter
 layout of an adapter has its original keys and axes, so that a store exports it with the same ones.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
@@ -15,7 +14,7 @@ from flax import nnx
 from flax.core import meta
 
 from hydraopt_jax.adapters import Adapter, module_shapes
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, near
 from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats.dialects import Dialect, dialect
 from hydraopt_jax.formats.tensor_files import disk_array, disk_dtype
@@ -304,12 +303,6 @@ def fit_tree(
             )
         a[module][:, :rank], b[module][:rank] = adapter.a[own], adapter.b[own]
     return adapter.replace(a=a, b=b, dtype=want.dtype, layout=want.layout, config={}, raw={})
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """Similar names, for an error message."""
-    names = list(known)
-    return ", ".join(map(repr, difflib.get_close_matches(name, names, 3, 0.3) or names[:3])) or "none"
 
 
 def insert(tree: dict[Any, Any], path: Any, value: np.ndarray) -> None:

@@ -16,10 +16,10 @@ import safetensors
 
 from hydraopt_jax import strict_json
 from hydraopt_jax.collection import ModuleEntry
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line, system_error
 from hydraopt_jax.formats import peft
 from hydraopt_jax.formats.peft_config import module_scale
-from hydraopt_jax.formats.tensor_files import one_line, read_tensors
+from hydraopt_jax.formats.tensor_files import read_tensors
 
 # bytes that are read, checked and hashed in one piece, small enough for a core's cache
 PIECE = 1 << 20
@@ -193,7 +193,7 @@ def check_file(source: str, file: Path, held: Contents, header: int) -> str:
                         fine = fine and bool(np.isfinite(top))
                 at += count
     except OSError as error:
-        raise HydraOptError(f"{file}: cannot be read: {one_line(error.strerror)}") from None
+        raise system_error(file, "read", error) from None
     if not fine:
         # which one it is, or that the large value and the large scale belong to different modules
         check_values(source, file, held.modules)

@@ -26,10 +26,9 @@ import safetensors
 from filelock import FileLock, Timeout
 
 from hydraopt_jax.durable import sync
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, system_error
 from hydraopt_jax.formats import adapter_folder
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
-from hydraopt_jax.formats.tensor_files import one_line
 
 # only folders with such names are ever removed
 NAME = re.compile(r".+-[0-9a-f]{16}")
@@ -196,8 +195,7 @@ class FolderCache:
         return used
 
     def _unwritable(self, error: Exception) -> HydraOptError:
-        what = one_line(getattr(error, "strerror", None) or error)
-        return HydraOptError(f"{self.path}: cannot be written: {what}: give another cache")
+        return system_error(self.path, "written", error, ": give another cache")
 
 
 def alive(lock: Path) -> bool:

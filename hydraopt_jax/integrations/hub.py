@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydraopt_jax import network, remote
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, system_error
 from hydraopt_jax.formats.peft_config import base_name, same_base
 from hydraopt_jax.integrations import model_card
 from hydraopt_jax.store import Store, files, portable, removal, sizes
@@ -131,9 +131,7 @@ def push(
         try:
             portable.write_portable(file, without_paths(content))
         except OSError as error:
-            raise HydraOptError(
-                f"{work}: cannot be written: {error.strerror or error}; TMPDIR names another folder"
-            ) from None
+            raise system_error(work, "written", error, "; TMPDIR names another folder") from None
         licenses = model_card.licenses_of(content)
         with network.explained(address.label, what):
             api = hub.HfApi()

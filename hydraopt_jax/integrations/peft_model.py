@@ -9,12 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line
 from hydraopt_jax.formats import peft as peft_folders
 from hydraopt_jax.formats import server
 from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.formats.peft_config import base_name, check_base
-from hydraopt_jax.formats.tensor_files import one_line
 from hydraopt_jax.store import Store, decode, task_index
 from hydraopt_jax.store import open as open_store
 
@@ -186,7 +185,7 @@ def _replace(model: Any, name: str, config: Any, state: Mapping[str, Any], empty
             _delete(model, name)
         _add(model, name, old, kept, False)
         model.set_adapter(name)
-        raise HydraOptError(f"adapter {name!r} cannot be loaded: {one_line(error)[:200]}") from error
+        raise HydraOptError(f"adapter {name!r} cannot be loaded: {one_line(error, 200)}") from error
 
 
 def _delete(model: Any, name: str) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from hydraopt_jax import calibration
-from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.formats.tensor_files import one_line
+from hydraopt_jax.errors import HydraOptError, one_line, system_error
 
 
 def open_model(place: str | os.PathLike[str]) -> tuple[Any, Any]:
@@ -45,7 +44,7 @@ def open_model(place: str | os.PathLike[str]) -> tuple[Any, Any]:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
     except Exception as error:
         # of many classes, by what is missing
-        raise HydraOptError(f"{place}: cannot be loaded: {one_line(error)[:200]}") from error
+        raise HydraOptError(f"{place}: cannot be loaded: {one_line(error, 200)}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -106,5 +105,4 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        what = one_line(getattr(error, "strerror", None) or error)
-        raise HydraOptError(f"{path}: cannot be read: {what}: give a text file in UTF-8") from None
+        raise system_error(path, "read", error, ": give a text file in UTF-8") from None

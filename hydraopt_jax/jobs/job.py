@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydraopt_jax.collection import Collection
-from hydraopt_jax.errors import HydraOptError, TooLarge
+from hydraopt_jax.errors import TooLarge, system_error
 from hydraopt_jax.jobs.place import Folder, fingerprint
 from hydraopt_jax.locks import locked
 from hydraopt_jax.rate_control.search import Unmet
@@ -20,14 +20,7 @@ from hydraopt_jax.store.store import Store
 
 # names of notes that mean that a step is finished
 KEPT = ("group-", "pass-", "tensors-")
-
-
-def disk_error(path: Path, error: OSError) -> HydraOptError:
-    """The one-line error for a failed write to the file system."""
-    return HydraOptError(
-        f"{path}: cannot be written: {error.strerror or error}; what was done is kept: make room and run the "
-        "same command again"
-    )
+AGAIN = "; what was done is kept: make room and run the same command again"
 
 
 @contextlib.contextmanager
@@ -49,7 +42,7 @@ def alone(path: Path, rank: int = 0) -> Iterator[None]:
         except OSError as error:
             if rank == 0:
                 clear_if_empty(path)
-            raise disk_error(path, error) from error
+            raise system_error(path, "written", error, AGAIN) from error
         except BaseException:
             if rank == 0:
                 clear_if_empty(path)

@@ -24,11 +24,10 @@ from jax import Array
 
 from hydraopt_jax import store as stores
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, near
 from hydraopt_jax.formats import trees
 from hydraopt_jax.formats.dialects import DIALECTS
 from hydraopt_jax.formats.families import Name
-from hydraopt_jax.formats.trees import near
 from hydraopt_jax.nnx_layers import contraction, dotted, is_layer, matrix, replace
 from hydraopt_jax.serving.loading import check_base_of
 from hydraopt_jax.serving.mixed_tasks import Module, apply, shape

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hydraopt_jax.codec import fixed_rate, lanes, rans
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line
 from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.mixed_tasks import Module, PackedFactors, Term
@@ -142,10 +142,8 @@ def shardings_of(name: str, term: Factors, kernel: NamedSharding) -> Any:
     try:
         kernel.shard_shape(size)
     except ValueError as error:
-        what = " ".join(str(error).split())[:160]
-        raise HydraOptError(
-            f"{name}: its [in, out] = {list(size)} cannot be split as {kernel.spec}: {what}"
-        ) from None
+        what = f"cannot be split as {kernel.spec}: {one_line(error, 160)}"
+        raise HydraOptError(f"{name}: its [in, out] = {list(size)} {what}") from None
     inputs, outputs = (*kernel.spec, None, None)[:2]
     on = lambda *axes: NamedSharding(kernel.mesh, PartitionSpec(*axes))  # noqa: E731
     a, b = (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hydraopt_jax import buckets
-from hydraopt_jax.errors import HydraOptError, damaged
+from hydraopt_jax.errors import HydraOptError, damaged, one_line
 from hydraopt_jax.store.segment_data import SegmentEntry
 
 # bytes of chunks that all readers together keep
@@ -74,7 +74,7 @@ def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
     """The error for an array that TensorStore cannot read: a damaged store or a failed service."""
     if isinstance(path, str) and (meant := buckets.meaning(error)):
         return HydraOptError(f"{path}: {what}: {meant}")
-    return damaged(path, f"{what} ({' '.join(str(error).split())[:120]})")
+    return damaged(path, f"{what} ({one_line(error, 120)})")
 
 
 def fit_run(total: int, sizes: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydraopt_jax.codec.layout import KINDS
-from hydraopt_jax.errors import HydraOptError, damaged
+from hydraopt_jax.errors import HydraOptError, damaged, one_line
 from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.store.store import ERRORS, Reference
 from hydraopt_jax.store.tensors import DEFLATE, raw_size
@@ -57,7 +57,7 @@ def believing(path: Any, what: str) -> Iterator[None]:
         zlib.error,
         struct.error,
     ) as error:
-        said = " ".join(str(error).split())[:120] or type(error).__name__
+        said = one_line(error, 120) or type(error).__name__
         raise damaged(path, f"{what} cannot be right ({said})") from None
 
 

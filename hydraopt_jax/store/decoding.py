@@ -15,7 +15,7 @@ from hydraopt_jax.codec.decode import Decoded, decode_leaves
 from hydraopt_jax.codec.layout import Piece, TermShape
 from hydraopt_jax.codec.syntax import live_directions
 from hydraopt_jax.deferred import bytes_of
-from hydraopt_jax.errors import HydraOptError, damaged
+from hydraopt_jax.errors import HydraOptError, damaged, one_line
 from hydraopt_jax.factors import Factors, balanced, task_pair
 from hydraopt_jax.store import lossless, plain, references, schema
 from hydraopt_jax.store.store import (
@@ -207,14 +207,13 @@ def decode_terms(
         raise damaged(None, str(error)) from None
     except (LookupError, TypeError, OverflowError) as error:
         # checksums and schema are valid: this is a forgery or a fault of this package
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        what = f"{type(error).__name__}: {one_line(error, 120)}"
         raise HydraOptError(
             f"the store cannot be read ({what}), though its checksums hold: report this as a fault of "
             "hydraopt_jax if it was written by this version"
         ) from error
     except ValueError as error:
-        what = " ".join(str(error).split())[:120]
-        raise damaged(None, f"its leaves do not fit its schema ({what})") from None
+        raise damaged(None, f"its leaves do not fit its schema ({one_line(error, 120)})") from None
     out: dict[str, list[Factors]] = {}
     for n in wanted:
         for name, terms in found[n].items():

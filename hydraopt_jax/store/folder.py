@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from hydraopt_jax.durable import sync, sync_tree
-from hydraopt_jax.errors import HydraOptError, damaged
+from hydraopt_jax.errors import HydraOptError, damaged, system_error
 from hydraopt_jax.store import manifest, segment_data
 from hydraopt_jax.store.arrays import fit_run, open_array, run_reader
 from hydraopt_jax.store.segment_data import SegmentEntry
@@ -66,7 +66,7 @@ def read_file(path: Path, name: str) -> bytes:
         raise damaged(path, f"{name} is missing or cannot be read ({error.strerror})") from None
     except OSError as error:
         # no permission, no memory, a lost disk: the store itself is not damaged
-        raise HydraOptError(f"{path}: {name} cannot be read: {error.strerror or error}") from None
+        raise system_error(f"{path}: {name}", "read", error) from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import safetensors
 
 from hydraopt_jax import remote, strict_json
 from hydraopt_jax.durable import sync
-from hydraopt_jax.errors import HydraOptError, TooLarge, damaged
+from hydraopt_jax.errors import HydraOptError, TooLarge, damaged, one_line, system_error
 from hydraopt_jax.store import manifest, segment_data
 from hydraopt_jax.store.folder import from_manifest
 from hydraopt_jax.store.segment_data import SegmentEntry
@@ -52,10 +52,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
     except FileNotFoundError:
         raise HydraOptError(f"{path}: no store there: look for a wrong name") from None
     except OSError as error:
-        raise HydraOptError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise system_error(path, "read", error) from None
     except (safetensors.SafetensorError, ValueError) as error:
-        what = " ".join(str(error).split())[:120]
-        raise damaged(path, f"not a complete safetensors file ({what})") from None
+        raise damaged(path, f"not a complete safetensors file ({one_line(error, 120)})") from None
     return manifest_of(path, text, said.get(SEAL), rows, length)
 
 
@@ -138,8 +137,7 @@ def header_rows(source: remote.RemoteFile) -> tuple[dict[str, Any], dict[str, An
             ):
                 raise ValueError(f"{name} is no tensor of bytes")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        what = " ".join(str(error).split())[:120]
-        raise damaged(label, f"not a complete safetensors file ({what})") from None
+        raise damaged(label, f"not a complete safetensors file ({one_line(error, 120)})") from None
     return rows, said, length
 
 

@@ -1,14 +1,13 @@
 """The store: segments, task names, sources and a report. It holds no decoded factors."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from hydraopt_jax.deferred import Deferred, bytes_of, size_of
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, near
 from hydraopt_jax.factors import Array, Factors
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import schema
@@ -242,8 +241,7 @@ def task_index(tasks: Sequence[str], task: str) -> int:
     """Position of a task by name; an unknown name raises an error that lists similar names."""
     if task in tasks:
         return list(tasks).index(task)
-    near = difflib.get_close_matches(task, tasks, 3) or list(tasks[:3])
-    raise HydraOptError(f"no task {task!r} in the store: did you mean {', '.join(map(repr, near))}?")
+    raise HydraOptError(f"no task {task!r} in the store: did you mean {near(task, tasks)}?")
 
 
 def count(store: Store) -> int:
