@@ -8,7 +8,6 @@ import pytest
 from commands import run
 
 from hydraopt_jax import formats
-from hydraopt_jax.cli.output import VERSIONS
 from hydraopt_jax.cli.verbs import VERBS
 from hydraopt_jax.demo import main as demo
 
@@ -23,7 +22,7 @@ def ok(capsys, verb, *arguments):
     code, out, _ = run(capsys, verb, *arguments, "--json")
     assert code == 0
     said = json.loads(out)
-    assert said["schema"] == f"hydraopt.{verb}/{VERSIONS.get(verb, 1)}"
+    assert said["schema"] == f"hydraopt.{verb}/1"
     check(verb, said)
     return said
 

@@ -17,6 +17,7 @@ from hydraopt_jax.codec import encode, prediction
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.deferred import bytes_of, joined
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import LazyFactors
 from hydraopt_jax.formats.memory_collection import raw_of
 from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, gains_and_errors, terms_at_step
 from hydraopt_jax.rate_control.distortion import with_errors
@@ -84,11 +85,7 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
 
 
 def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None) -> None:
-    """Raise if the store was made with calibration and none is given.
-
-    Raises:
-      HydraOptError: see above.
-    """
+    """Raise if the store was made with calibration and none is given."""
     if store.report["options"].get("calibrated") and calibration is None:
         raise HydraOptError(
             "the store was made with --calibration, which it does not hold: give it again, or compress again"
@@ -204,7 +201,8 @@ def joined_to(store: Store, new: Adapter) -> Segment:
     every: dict[str, list[joining.Term]] = {}
     for n, there in enumerate(store.segments):
         # factors are read one by one, so that a large store is never in memory
-        terms = plain.from_leaves(there.modules, there.leaves, there.live, borrowing(store, n), lazy=True)
+        lend = borrowing(store, n)
+        terms = plain.from_leaves(LazyFactors, there.modules, there.leaves, there.live, lend)
         for name, found in terms.items():
             every.setdefault(name, []).extend(joining.Term(x, n, k) for k, x in enumerate(found) if len(x.a))
     dtype = next(np.dtype(x.factors.a[0].dtype).name for v in every.values() for x in v)

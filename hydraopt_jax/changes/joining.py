@@ -14,6 +14,7 @@ import numpy as np
 
 from hydraopt_jax.explicit.fitting import to_stored
 from hydraopt_jax.factors import Factors, LazyFactors, svd, times
+from hydraopt_jax.store import plain
 from hydraopt_jax.store.schema import PlainShape
 
 
@@ -178,19 +179,10 @@ def way_terms(
         own.append(Factors(left, right, zero, zero))
     if way.term < 0:
         return own, []
-    term = terms[way.term].factors
-    new: dict[str, Any] = {}
-    sizes = {}
-    for side, what in (("a", way.a), ("b", way.b)):
-        stack = getattr(term, side)
-        if not isinstance(what, int):
-            new[side] = to_stored(name, what, dtype)
-        sizes[side] = np.shape(stack[0])
-    core = ""
-    if term.core is not None:
-        first = np.asarray(term.core[0])
-        core = "full" if first.ndim == 2 else "diagonal" if first.dtype == term.b[0].dtype else "scale"
-        new["core"] = to_stored(name, way.core, first.dtype.name)
-    low, high = (np.dtype(x.dtype).name for x in (term.a[0], term.b[0]))
-    shape = PlainShape((0,), (0,), sizes["a"][0], sizes["a"][1], sizes["b"][1], low, high, core)
-    return own, [(shape._replace(term=terms[way.term].position), new)]
+    term = terms[way.term]
+    shape = plain.shape_of(term.factors)._replace(a_of=(0,), b_of=(0,), term=term.position)
+    sides = {"a": way.a, "b": way.b}
+    new = {k: to_stored(name, x, dtype) for k, x in sides.items() if not isinstance(x, int)}
+    if shape.core:
+        new["core"] = to_stored(name, way.core, shape.core_dtype)
+    return own, [(shape, new)]

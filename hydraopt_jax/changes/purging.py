@@ -5,21 +5,18 @@ if available, else from the decoded store. In the latter case the stated error i
 triangle inequality, and the report lists the task under "bounded". All other segments stay bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.changes import addition, refitting
+from hydraopt_jax.changes.refitting import Original
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import removal
-from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.store import ERRORS, Segment, Store, error_leaf, make_segment, select, tensors_at
-
-# task -> original adapter, or None if it is not available
-Original = Callable[[str], Adapter | None]
 
 
 def purge(
@@ -66,25 +63,15 @@ def purge(
         if not x.live:
             continue
         names = [x.tasks[k] for k in x.live]
-        given, absent = at_hand(store, names, original)
+        given, absent = refitting.at_hand(store, names, original)
         part = [only(a, x) for a in given]
         made = coded_again(store, out, x, part, calibration)
         number[n] = len(out.segments)
-        out = out.replace(segments=(*out.segments, stated(store, x, made, absent)))
+        out = out.replace(segments=(*out.segments, stated(x, made, absent)))
         again |= dict.fromkeys(names)
         standing |= dict.fromkeys(absent)
     done = tuple(t for t in store.tasks if t in again)
     return removal.forget_names(bounded(out, done, list(standing))), done
-
-
-def at_hand(store: Store, tasks: Iterable[str], original: Original) -> tuple[list[Adapter], list[str]]:
-    """Originals, or decoded tasks in their place; and the names of the decoded ones."""
-    out, standing = [], []
-    for t in tasks:
-        found = original(t)
-        standing += [t] * (found is None)
-        out.append(decode(store, t) if found is None else found)
-    return out, standing
 
 
 def only(adapter: Adapter, segment: Segment) -> Adapter:
@@ -125,7 +112,7 @@ def bound(before: np.ndarray, again: np.ndarray) -> np.ndarray:
     return (first + (1 + first) * np.sqrt(again)) ** 2
 
 
-def stated(store: Store, old: Segment, new: Segment, standing: Sequence[str]) -> Segment:
+def stated(old: Segment, new: Segment, standing: Sequence[str]) -> Segment:
     """A segment that was coded again, with its errors or bounds and the full tensors of the old segment."""
     leaves = dict(new.leaves)
     for name in ERRORS:
@@ -155,28 +142,15 @@ def bounded(store: Store, again: Sequence[str], standing: Sequence[str]) -> Stor
 
 def refit_plain(store: Store, original: Original) -> tuple[Store, tuple[str, ...]]:
     """A plain store fitted again as a whole."""
-    collection, standing = at_hand(store, store.tasks, original)
+    collection, standing = refitting.at_hand(store, store.tasks, original)
     fresh = refitting.refit(store, collection)
-    old = one_table(store)
     (segment, *heads) = fresh.segments
-    errors = stated(old, old.segments[0], segment, standing)
+    # the errors of all segments in one table
+    old = make_segment(store.tasks, dict.fromkeys(store.shapes, ()), {}, store.errors)
+    claims = stated(old, segment, standing).leaves
+    segment = segment.replace(leaves={**segment.leaves, **{k: claims[k] for k in ERRORS if k in claims}})
     report = {**bounded(store, store.tasks, standing).report, **fresh.report}
     if standing:
         report |= {"entries": store.report["entries"], "bound": {}}
-    done = fresh.replace(
-        segments=(
-            segment.replace(
-                leaves={**segment.leaves, **{k: errors.leaves[k] for k in ERRORS if k in errors.leaves}}
-            ),
-            *heads,
-        ),
-        sources=store.sources,
-        report=Static(report),
-    )
+    done = fresh.replace(segments=(segment, *heads), sources=store.sources, report=Static(report))
     return select(done, store.tasks), store.tasks
-
-
-def one_table(store: Store) -> Store:
-    """One segment with the errors of all segments of a store, without factors."""
-    shapes = dict.fromkeys(store.shapes, ())
-    return store.replace(segments=(make_segment(store.tasks, shapes, {}, store.errors),))

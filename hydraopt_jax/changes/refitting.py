@@ -1,6 +1,6 @@
 """Fit all tasks of a store again, with the options that made it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ from hydraopt_jax.store.store import Store, task_errors, task_index, tensors_of
 
 # a refit is due if its mean error at the same bytes is lower by this factor
 DUE = 1.1
+# task -> original adapter, or None if it is not available
+Original = Callable[[str], Adapter | None]
 
 
 class Refit(NamedTuple):
@@ -75,10 +77,11 @@ def refit(
     )
 
 
-def originals_or_decoded(store: Store, given: Mapping[str, Adapter]) -> tuple[list[Adapter], tuple[str, ...]]:
-    """Each task's original if given, else the decoded task; and the names of the decoded ones."""
-    absent = tuple(t for t in store.tasks if t not in given)
-    return [given[t] if t in given else decode(store, t) for t in store.tasks], absent
+def at_hand(store: Store, tasks: Sequence[str], original: Original) -> tuple[list[Adapter], list[str]]:
+    """Originals, or decoded tasks in their place; and the names of the decoded ones."""
+    found = {t: original(t) for t in tasks}
+    absent = [t for t, x in found.items() if x is None]
+    return [decode(store, t) if x is None else x for t, x in found.items()], absent
 
 
 def estimate_refit(
@@ -91,7 +94,7 @@ def estimate_refit(
 
     A coded store's tasks are compressed together to its bytes. A plain one's are fitted in its form.
     """
-    collection, absent = originals_or_decoded(store, given)
+    collection, absent = at_hand(store, store.tasks, given.get)
     if any(x.coded for x in store.segments):
         bare = [x.replace(extras={}) for x in collection]
         heads = sum(tensors_of(store, t).nbytes for t in store.tasks)
@@ -108,4 +111,4 @@ def estimate_refit(
     own = float("nan")
     if task is not None:
         own = float(task_errors(fitted.errors)[task_index(store.tasks, task)])
-    return Refit(mean, own, float(np.nanmean(store.errors)) > DUE * mean + 1e-12, absent)
+    return Refit(mean, own, float(np.nanmean(store.errors)) > DUE * mean + 1e-12, tuple(absent))

@@ -51,22 +51,13 @@ def refit_store(content: Store, given: Sequence[Adapter], moments: Mapping[str, 
     """The store fitted again; it needs the originals of all tasks."""
     from hydraopt_jax.changes import refitting
 
-    collection, absent = refitting.originals_or_decoded(content, originals_of(content, given))
+    collection, absent = refitting.at_hand(content, content.tasks, original_of(content, given))
     if absent:
         raise HydraOptError(
             f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
             f"give --original {absent[0]}=FOLDER"
         )
     return provenance.keep_provenance(content, refitting.refit(content, collection, moments))
-
-
-def estimated(
-    content: Store, given: Sequence[Adapter], task: str | None, moments: Mapping[str, np.ndarray] | None
-) -> "Refit":
-    """Estimated errors of a refit."""
-    from hydraopt_jax.changes import refitting
-
-    return refitting.estimate_refit(content, originals_of(content, given), task, moments)
 
 
 def change_options(command: Any) -> Any:
@@ -160,7 +151,8 @@ def add(
         if given["refit"]:
             return refit_store(grown, [*originals, new], moments)
         if given["estimate"]:
-            found.append(estimated(grown, [*originals, new], new.task, moments))
+            known = originals_of(grown, [*originals, new])
+            found.append(changes.estimate_refit(grown, known, new.task, moments))
         return grown
 
     said = provenance.entry("add", recipes.recorded(context))
@@ -206,13 +198,16 @@ def remove(
         left = content if task is None else removal.remove(content, task)
         if given["refit"]:
             return refit_store(left, originals, moments)
-        if purge:
-            from hydraopt_jax import changes
+        if not (purge or given["estimate"]):
+            return left
+        from hydraopt_jax import changes
 
+        if purge:
             left, done = changes.purge(left, original_of(left, originals), moments)
             again.extend(done)
         if given["estimate"]:
-            found.append(estimated(left, originals, None, moments))
+            estimate = changes.estimate_refit(left, originals_of(left, originals), None, moments)
+            found.append(estimate)
         return left
 
     said = provenance.entry("remove", recipes.recorded(context))

@@ -12,9 +12,6 @@ from rich.console import Console
 
 from hydraopt_jax import report
 
-# versions of the JSON objects; a new field keeps the version, any other change raises it
-VERSIONS: Mapping[str, int] = {}
-
 
 class Mode(NamedTuple):
     """Output options of the running verb.
@@ -83,8 +80,8 @@ def say(payload: Mapping[str, Any], *parts: Any, more: Sequence[Any] = ()) -> No
       more: parts that --verbose prints before the others.
     """
     if mode().json:
-        context = click.get_current_context()
-        name = f"hydraopt.{context.info_name}/{VERSIONS.get(str(context.info_name), 1)}"
+        # a new field keeps the version, any other change raises it
+        name = f"hydraopt.{click.get_current_context().info_name}/1"
         click.echo(json.dumps({"schema": name, **payload}, allow_nan=False))
         return
     if mode().quiet:

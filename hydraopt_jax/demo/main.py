@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax import refinement, report, store
@@ -24,7 +23,7 @@ from hydraopt_jax.formats import read_adapter, write_adapter
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import distortion, engine
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.store import Store, task_factors
+from hydraopt_jax.store.decoding import decode_all
 
 BUDGETS = (0.25, 0.125, 0.0625)
 PLOT = "tradeoff.png"
@@ -81,22 +80,6 @@ def run_demo(
     return result
 
 
-def lora_of(content: Store, tasks: Sequence[str]) -> dict[str, Any]:
-    """Module -> `(a [T, I, S], b [T, S, O])` of a store, padded to equal ranks, as the model takes them."""
-    rows = [task_factors(content, t) for t in tasks]
-    out = {}
-    for name in content.shapes:
-        like = next(x[name] for x in rows if name in x)
-        rank = max(x[name][0].shape[1] for x in rows if name in x)
-        a = np.zeros((len(rows), like[0].shape[0], rank), np.float32)
-        b = np.zeros((len(rows), rank, like[1].shape[1]), np.float32)
-        for t, x in enumerate(rows):
-            if name in x:
-                a[t, :, : x[name][0].shape[1]], b[t, : x[name][1].shape[0]] = x[name]
-        out[name] = jnp.asarray(a), jnp.asarray(b)
-    return out
-
-
 def build_demo(
     work: Path,
     advance: Callable[[], None],
@@ -129,7 +112,7 @@ def build_demo(
         kept = engine.compress_to_target(in_memory(collection), Options(budget=budget), cache=cache)
         path = work / f"store-{budget:g}"
         store.save(path, kept)
-        after = score(lora_of(store.open(path), tasks))
+        after = score(refinement.originals(list(decode_all(store.open(path)))))
         rows.append(
             {
                 "budget": budget,

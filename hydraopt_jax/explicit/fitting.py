@@ -14,6 +14,7 @@ from hydraopt_jax.forms import Factors, Gradient, Hydra, Info, closed_form, grad
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd
 from hydraopt_jax.rate_control.distortion import relative
+from hydraopt_jax.store.store import select_term
 
 # maximum modules solved in one call, to bound memory and to update the progress bar
 CHUNK = 24
@@ -131,15 +132,6 @@ def fit(a: jax.Array, b: jax.Array, asked: Hydra, heads: int, rank: int) -> list
     return out
 
 
-def prune(factors: Factors) -> Factors:
-    """The factors without those that no task uses, renumbered."""
-    keep_a, a_of = np.unique(factors.a_of[factors.a_of >= 0], return_inverse=True)
-    keep_b, b_of = np.unique(factors.b_of[factors.b_of >= 0], return_inverse=True)
-    new_a, new_b = np.full_like(factors.a_of, -1), np.full_like(factors.b_of, -1)
-    new_a[factors.a_of >= 0], new_b[factors.b_of >= 0] = a_of, b_of
-    return Factors(factors.a[keep_a], factors.b[keep_b], new_a, new_b, factors.core)
-
-
 def scale(factors: Factors) -> Factors:
     """Factors with a balanced scale of shared factor and heads, so that neither loses in half precision."""
     a, b = factors.a, factors.b
@@ -198,7 +190,8 @@ def fit_modules(bucket: Bucket, asked: Hydra, dtype: str) -> dict[str, tuple[Fac
     out = {}
     rows = []
     for name, (factors, info) in zip(bucket.modules, fit(a, b, asked, heads, rank), strict=True):
-        kept = cast(scale(prune(factors)), dtype, name)
+        # without factors that no task uses
+        kept = cast(scale(select_term(factors, range(tasks))), dtype, name)
         rows.append((name, kept, info))
     widths = [x.a.shape[2] for _, x, _ in rows]
     left = np.zeros((*a.shape[:3], max(widths)), np.float32)

@@ -116,7 +116,7 @@ def bundled(store: Store, order: list[str]) -> Store:
     terms: dict[str, Any] = {}
     errors: dict[str, np.ndarray] = {}
     for x in few:
-        terms |= plain.from_leaves(x.modules, x.leaves, range(len(x.tasks)))
+        terms |= plain.from_leaves(Factors, x.modules, x.leaves, range(len(x.tasks)))
         table = x.error_table()
         assert table is not None
         errors |= dict(zip(x.modules, table, strict=True))

@@ -69,11 +69,7 @@ def bases_of(store: Store) -> tuple[str, ...]:
 
 
 def check_store_base(label: str, store: Store, model: str | None) -> None:
-    """Raise if an adapter of a store has another base model or none; None accepts any.
-
-    Raises:
-      HydraOptError: see above.
-    """
+    """Raise if an adapter of a store has another base model or none; None accepts any."""
     found = bases_of(store) or ("no base model",)
     wrong = [] if model is None else [x for x in found if not same_base(x, model)]
     if wrong:

@@ -13,6 +13,7 @@ middleware also has vLLM ask for tasks; without it VLLM_ALLOW_RUNTIME_LORA_UPDAT
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import logging
 import multiprocessing
@@ -65,6 +66,7 @@ class Changed(HydraOptError):
     """The store no longer has a task as vLLM has loaded it."""
 
 
+@dataclasses.dataclass
 class Requests:
     """The running requests for a task.
 
@@ -74,10 +76,9 @@ class Requests:
       busy: lock of the thread that makes the folder.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.path: Path | None = None
-        self.busy = threading.Lock()
+    count: int = 0
+    path: Path | None = None
+    busy: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 class StoreResolver:

@@ -135,7 +135,7 @@ def decode_segments(
     for n in sorted(needed):
         x, mine = store.segments[n], [r for r in referenced if r.segment == n]
         if not x.coded:
-            out[n] = plain.from_leaves(x.modules, x.leaves, wanted.get(n, ()), borrowing(store, n))
+            out[n] = plain.from_leaves(Factors, x.modules, x.leaves, wanted.get(n, ()), borrowing(store, n))
             continue
         if n not in wanted and not mine:
             # only the tables of this segment are needed

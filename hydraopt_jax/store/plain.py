@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,47 +41,30 @@ def to_leaves(
 
 # (reference, module, term, "a" or "b") -> the factor that the reference's task uses
 Borrow = Callable[[int, str, int, str], np.ndarray]
+Kind = TypeVar("Kind", bound=Factors | LazyFactors)
 
 
-@overload
 def from_leaves(
-    modules: Schema, leaves: Mapping[str, Any], places: Sequence[int], borrow: Borrow | None = None
-) -> dict[str, tuple[Factors, ...]]: ...
-
-
-@overload
-def from_leaves(
+    kind: type[Kind],
     modules: Schema,
     leaves: Mapping[str, Any],
     places: Sequence[int],
     borrow: Borrow | None = None,
-    *,
-    lazy: Literal[True],
-) -> dict[str, tuple[LazyFactors, ...]]: ...
-
-
-def from_leaves(
-    modules: Schema,
-    leaves: Mapping[str, Any],
-    places: Sequence[int],
-    borrow: Borrow | None = None,
-    *,
-    lazy: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, tuple[Kind, ...]]:
     """Terms for the tasks at some places, from the parts of the leaves that these tasks need.
 
     Args:
+      kind: `Factors`, or `LazyFactors`, whose arrays are deferred if the leaves are.
       modules: the schema.
       leaves: name -> bytes, at least those of `schema.leaves_of`; may be deferred.
       places: one per task of the result, -1 for a task that is not in the segment.
       borrow: returns factors of the references.
-      lazy: return `LazyFactors`, whose arrays are deferred if the leaves are.
 
     Raises:
       ValueError: a leaf is shorter than the schema says.
     """
     rows, shapes, names = plain_parts(modules)
-    kind = LazyFactors if lazy else Factors
+    lazy = kind is LazyFactors
     # row -> where its numbers go
     slots: dict[tuple[str, int, str, int], list[tuple[Any, int]]] = {}
 

@@ -60,8 +60,7 @@ def deflated_header(segment: Segment) -> tuple[bytes, int]:
 
 def run_size(segment: Segment) -> int:
     """Bytes of the run."""
-    leaves = sum(map(size_of, segment.leaves.values()))
-    return len(deflated_header(segment)[0]) + leaves + DIGEST * len(segment.leaves)
+    return likely_entry(segment, 0).bytes
 
 
 def run_pieces(segment: Segment, done: Callable[[SegmentEntry], None]) -> Iterator[Any]:
@@ -118,10 +117,8 @@ def entry_of(segment: Segment) -> SegmentEntry:
 
 def likely_entry(segment: Segment, n: int) -> SegmentEntry:
     """An entry of the same length as that of the segment, for counting bytes without reading leaves."""
-    packed, raw = deflated_header(segment)
-    leaves = sum(map(size_of, segment.leaves.values())) + DIGEST * len(segment.leaves)
-    sha = hashlib.sha256(n.to_bytes(4, "little")).hexdigest()
-    return SegmentEntry(sha[:16], len(packed) + leaves, (len(packed), raw), sha)
+    digest = hashlib.sha256(n.to_bytes(4, "little")).digest()[:DIGEST]
+    return sealed(segment, *deflated_header(segment), digest * len(segment.leaves))
 
 
 def open_segment(

@@ -282,12 +282,14 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
     for n in kept:
         x = cut[n]
         wanted = schema.leaves_of(x.modules, [k for k in needed[n] if k >= 0])
-        wanted |= {"prediction", *(f"tensors_{k}" for k in x.live)}
+        wanted |= {"prediction", *ERRORS, *(f"tensors_{k}" for k in x.live)}
         leaves = {k: v for k, v in x.leaves.items() if k in wanted}
-        gone = [k for k in x.removed if k not in store.segments[n].removed]
-        for name in ERRORS:
-            if name in x.leaves:
-                leaves[name] = x.leaves[name] if not gone else error_leaf(without(x.error_table(name), gone))
+        gone = list(x.removed - store.segments[n].removed)
+        for name in ERRORS if gone else ():
+            table = x.error_table(name)
+            if table is not None:
+                table[:, gone] = np.nan
+                leaves[name] = error_leaf(table)
         segments.append(
             x.replace(
                 leaves=leaves,
@@ -299,14 +301,6 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
     return store.replace(
         segments=tuple(segments), tasks=tuple(tasks), sources=tuple(store.sources[t] for t in order)
     )
-
-
-def without(table: np.ndarray | None, places: Sequence[int]) -> np.ndarray:
-    """A table of errors with NaN at some places."""
-    assert table is not None
-    out = table.copy()
-    out[:, list(places)] = np.nan
-    return out
 
 
 def closure(segments: Sequence[Segment], wanted: Mapping[int, set[int]]) -> dict[int, set[int]]:
