@@ -127,7 +127,11 @@ def check_headers(headers: Iterable[Header]) -> dict[str, tuple[int, int]]:
     owner: dict[str, str] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for task, source, config, own in headers:
-        check_texts(task, source, config)
+        # a store keeps both as JSON
+        if strict_json.fault(task):
+            raise HydraOptError(f"task name {task!a} is not valid UTF-8: rename it with NAME=ADAPTER")
+        if fault := strict_json.fault(dict(config)):
+            raise HydraOptError(f"{source or task}: its configuration is not JSON: {fault}")
         if task in seen:
             raise HydraOptError(
                 f"task name {task!r} is used by both {seen[task]} and {source}: rename one with NAME=ADAPTER"
@@ -143,15 +147,6 @@ def check_headers(headers: Iterable[Header]) -> dict[str, tuple[int, int]]:
     if not seen:
         raise HydraOptError("no adapter given: name at least one")
     return shapes
-
-
-def check_texts(task: str, source: str, config: Mapping[str, Any]) -> None:
-    """Raise if a store cannot hold a task's name or configuration as JSON."""
-    if strict_json.fault(task):
-        raise HydraOptError(f"task name {task!a} is not valid UTF-8: rename it with NAME=ADAPTER")
-    found = strict_json.fault(dict(config))
-    if found:
-        raise HydraOptError(f"{source or task!s}: its configuration is not JSON: {found}")
 
 
 def check_size(adapter: Adapter, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from hydraopt_jax.adapters import Adapter, check_headers
+from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.static import Static
 from hydraopt_jax.store.lossless import Raw
 from hydraopt_jax.store.store import Source
@@ -144,9 +144,3 @@ def widest_dtype(names: Iterable[str]) -> str:
     """
     kinds = set(names)
     return kinds.pop() if len(kinds) == 1 and kinds <= {"float16", "bfloat16"} else "float32"
-
-
-def check_shapes(cards: Sequence[Card]) -> dict[str, tuple[int, int]]:
-    """Module -> (I, O), checked by `adapters.check_headers`."""
-    sizes = ({n: (x.inputs, x.outputs) for n, x in card.modules.items()} for card in cards)
-    return check_headers((x.task, x.source, {}, own) for x, own in zip(cards, sizes, strict=True))

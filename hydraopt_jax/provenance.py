@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,8 @@ def version() -> str:
 def today() -> str:
     """The date in UTC, or that of SOURCE_DATE_EPOCH; without a time, so that builds of one day are equal."""
     given = os.environ.get("SOURCE_DATE_EPOCH", "")
-    seconds = int(given) if given.isdecimal() else None
-    now = (
-        datetime.datetime.now(datetime.UTC)
-        if seconds is None
-        else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    )
-    return now.date().isoformat()
+    seconds = int(given) if given.isdecimal() else time.time()
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
 
 
 def entry(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +131,7 @@ def is_yaml(path: Path) -> bool:
 
 
 def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
-    """The recipe in a file, checked.
+    """The recipe in a file, checked, and the file's path.
 
     Args:
       path: of the file.
@@ -171,24 +167,16 @@ def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     for row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("task", "source")):
             raise HydraOptError(f"{path}: adapters: give task and source of each, not {str(row)[:80]}")
-    return {"recipe": RECIPE, "options": options, "adapters": rows}
+    return {"path": path, "options": options, "adapters": rows}
 
 
-def check_digests(path: str | Path, recipe: Mapping[str, Any], found: Mapping[str, str]) -> None:
-    """Raise if an adapter's digest differs from that in a recipe.
-
-    Args:
-      path: of the recipe.
-      recipe: from `read_recipe`.
-      found: task -> digest of what was read.
-
-    Raises:
-      HydraOptError: a digest differs.
-    """
+def check_digests(recipe: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Raise if an adapter's digest, by task, differs from that in a recipe of `read_recipe`."""
     for row in recipe["adapters"]:
         known = row.get("digest")
         if known and found.get(row["task"], known) != known:
             raise HydraOptError(
-                f"{row['task']}: has changed since {path} was written (digest {found[row['task']][:12]}, not "
-                f"{str(known)[:12]}): restore it, or take digest out of the recipe"
+                f"{row['task']}: has changed since {recipe['path']} was written (digest "
+                f"{found[row['task']][:12]}, not {str(known)[:12]}): restore it, or take digest out of the "
+                "recipe"
             )

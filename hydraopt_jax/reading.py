@@ -7,19 +7,18 @@ from pathlib import Path
 from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
+from hydraopt_jax.formats.adapter_folder import PICKLE_FILE, WEIGHTS_FILE
 from hydraopt_jax.formats.image_files import file_of
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
 from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.folder import MANIFEST
 from hydraopt_jax.store.store import Store
 
-# names of weight files; a folder with one of them counts as an adapter, even without a configuration
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
 
 def holds_adapter(path: Path) -> bool:
     """Whether a path is an adapter, complete or not: a PEFT folder, or a LoRA file of diffusers or kohya."""
-    return any((path / x).is_file() for x in (CONFIG_FILE, *WEIGHTS)) or file_of(path) is not None
+    names = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)
+    return any((path / x).is_file() for x in names) or file_of(path) is not None
 
 
 def inside(folder: Path) -> list[str]:

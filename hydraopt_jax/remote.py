@@ -105,12 +105,7 @@ def find(text: str) -> RemoteFile:
       HydraOptError: no such file, no network, no right to it.
     """
     address = parse_address(text)
-    return on_web(address) if address.url else on_hub(address)
-
-
-def on_web(address: Address) -> RemoteFile:
-    """The file at a URL, of the version that the first request finds."""
-    return remote_file(address.label, address.url, {}, "", True)
+    return remote_file(address.label, address.url, {}, "", True) if address.url else on_hub(address)
 
 
 def on_hub(address: Address) -> RemoteFile:

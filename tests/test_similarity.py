@@ -199,5 +199,5 @@ def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
 def test_progress_is_silent_without_terminal(capsys):
     with report.progress("Reading [x]", 2) as advance:
         advance()
-        advance(1, "next")
+        advance(1)
     assert capsys.readouterr() == ("", "")

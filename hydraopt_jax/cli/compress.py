@@ -184,10 +184,10 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
 
 def asked_form(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     """Keyword arguments of `compression.compress` for --form."""
-    idle = {"start": "closed", "steps": 1000}
     if given["solver"] not in ("closed", "optax"):
         raise HydraOptError(f"solver = {given['solver']!r}: {suggest(given['solver'], ['closed', 'optax'])}")
-    for name in (k for k, v in idle.items() if given["solver"] == "closed" and given[k] != v):
+    idle = [k for k in ("start", "steps") if given["solver"] == "closed" and given[k] != FORM[k]]
+    for name in idle:
         raise HydraOptError(
             f"{name} = {given[name]!r}: does nothing with solver = 'closed': give solver = 'optax', or leave "
             "it out"
@@ -230,7 +230,8 @@ def streamed(
             )
         named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in found.cards]
         check_same_base(named, any_base=given["any_base"], base_suffixes=tuple(given["base_suffix"]))
-        recipes.check_recipe(given["recipe"], {x.task: x.digest for x in found.cards})
+        if given["recipe"] is not None:
+            provenance.check_digests(given["recipe"], {x.task: x.digest for x in found.cards})
         if given["dry_run"]:
             job.clear_if_empty(path)
             return shown_plan(given["out"], found, asked, bad)

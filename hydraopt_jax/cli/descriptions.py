@@ -11,7 +11,7 @@ from hydraopt_jax import report
 from hydraopt_jax.cli.output import jsonable, mode
 from hydraopt_jax.store import Store, count, manifest
 from hydraopt_jax.store.removal import Held
-from hydraopt_jax.store.store import task_errors
+from hydraopt_jax.store.store import counted, task_errors
 
 # upper limit of tasks in a table without --verbose
 ROWS = 20
@@ -155,7 +155,6 @@ def sentence(content: Store, before: int, after: int) -> str:
 
     The estimate is the lower one of `ESTIMATES`.
     """
-    tasks = len(content.tasks)
     size = report.format_bytes(after)
     if before:
         size = f"{report.format_bytes(before)} -> {size} ({report.times_smaller(before, after)})"
@@ -170,7 +169,7 @@ def sentence(content: Store, before: int, after: int) -> str:
         said += f"; estimate {report.format_error(min(estimates))}"
     elif bound and mean:
         said += f"; least of this form {report.format_error(float(np.mean(bound)))}"
-    return f"{tasks} adapter{'s' * (tasks != 1)}, {size}, {said}"
+    return f"{counted(len(content.tasks), 'adapter')}, {size}, {said}"
 
 
 def calibration_notes(content: Store) -> list[str]:

@@ -11,6 +11,7 @@ from hydraopt_jax import report
 from hydraopt_jax.cli.common import PlaceType
 from hydraopt_jax.cli.output import output_options, say, shown
 from hydraopt_jax.integrations import hub
+from hydraopt_jax.store.store import counted
 
 
 @click.command()
@@ -51,8 +52,8 @@ def push(path: str, name: str, **given: Any) -> None:
 def pull(name: str, path: str, tasks: Sequence[str], **given: Any) -> None:
     """Write a store of the Hugging Face hub to STORE, a folder or a .safetensors file."""
     done = hub.pull(name, path, tasks=tasks, progress=on_terminal(), **given)
-    count = f"{len(done.tasks)} adapter{'s' * (len(done.tasks) != 1)}"
-    say(done._asdict(), f"{done.store}: {count}, {report.format_bytes(done.bytes)}, of {done.source}")
+    count, size = counted(len(done.tasks), "adapter"), report.format_bytes(done.bytes)
+    say(done._asdict(), f"{done.store}: {count}, {size}, of {done.source}")
 
 
 def on_terminal() -> bool:

@@ -1,6 +1,5 @@
 """Recipes on the command line: options read from a file, and options recorded in a store."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -45,13 +44,7 @@ def apply_recipe(context: click.Context, option: click.Parameter, path: str | No
     found = provenance.read_recipe(path, option_names(context.command))
     adapters = [f"{x['task']}={x['source']}" for x in found["adapters"]]
     context.default_map = {**found["options"], **({"adapters": adapters} if adapters else {})}
-    return {"path": path, **found}
-
-
-def check_recipe(recipe: Mapping[str, Any] | None, digests: Mapping[str, str]) -> None:
-    """Raise HydraOptError if adapters, by task, differ from those of the recipe."""
-    if recipe is not None:
-        provenance.check_digests(recipe["path"], recipe, digests)
+    return found
 
 
 def recorded(context: click.Context) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from hydraopt_jax.formats import server, write_adapter
 from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.store import files, portable, removal, sizes
 from hydraopt_jax.store.decoding import decode_all
-from hydraopt_jax.store.store import task_errors, tensors_of
+from hydraopt_jax.store.store import counted, task_errors, tensors_of
 from hydraopt_jax.store.tensors import check_dtype
 
 
@@ -56,7 +56,10 @@ def inspect(path: str, recipe: str | None, plot: str | None) -> None:
         provenance.write_recipe(recipe, provenance.recipe_of(content))
     own = sizes.task_bytes(content)
     rows = [
-        {"tasks": live_tasks(x), "leaves": {k: size_of(v) for k, v in x.leaves.items()}}
+        {
+            "tasks": [x.tasks[k] for k in x.live],
+            "leaves": {k: size_of(v) for k, v in x.leaves.items()},
+        }
         for x in content.segments
     ]
     size, parts = sizes.size_on_disk(path), sizes.account(path, content)._asdict()
@@ -206,7 +209,7 @@ def export(
         f"{report.format_error(x['worst'])}"
         for task, x in cut.items()
     ]
-    last = f"{len(written)} adapter{'s' * (len(written) != 1)} written to {out}"
+    last = f"{counted(len(written), 'adapter')} written to {out}"
     say({"exported": written, "ranks": ranks, "cut": jsonable(cut)}, table, *notes, last)
 
 
@@ -289,11 +292,6 @@ def true_errors(
 
     shapes = {k: v for x in few for k, v in module_shapes(x).items()}
     return measure(content, few, metrics_of(shapes, moments, inner=True))
-
-
-def live_tasks(x: store.Segment) -> list[str]:
-    """Names of a segment's tasks that are in the store."""
-    return [x.tasks[k] for k in x.live]
 
 
 @click.command()

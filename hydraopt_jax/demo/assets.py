@@ -1,7 +1,5 @@
 """The files of the trained base, of its adapters and of the held-out sample."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import zipfile

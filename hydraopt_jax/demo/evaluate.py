@@ -3,8 +3,6 @@
 Letters: T tasks, N items, P and G padded prompt and answer lengths, I/O in/out, S stored rank, V vocabulary.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -8,8 +8,6 @@ adapter, and, under `vmap`, a stack of adapters.
 Letters: N batch, L length, V vocabulary, D width, H heads, C columns of a cache, I/O in/out, S stored rank.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ An item is a pair of token sequences. Its prompt is `task language input... <sep
 token each with a prefix: the letter `a` and the phoneme `a` differ.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from typing import NamedTuple
 

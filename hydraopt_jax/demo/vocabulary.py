@@ -1,7 +1,5 @@
 """The vocabulary: token strings to ids and back."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -87,7 +85,6 @@ def encode_items(
     items: dict[str, Sequence[Item]],
     *,
     limit: int | None = None,
-    widths: tuple[int, int] | None = None,
 ) -> Items:
     """Held-out items of several tasks as arrays.
 
@@ -95,8 +92,6 @@ def encode_items(
         vocabulary: the model's tokens.
         items: task -> its items, in the order of the result.
         limit: number of first items to take per task; None for all.
-        widths: P and G, the padded lengths of prompts and targets; None for the longest of each. Fixed widths
-            reuse one compilation for several sets of items.
 
     Returns:
         `Items` with arrays [T, N, ...]; N is the largest number of items of a task.
@@ -108,10 +103,7 @@ def encode_items(
     chosen = {name: list(rows)[:limit] for name, rows in items.items()}
     prompts = [[token_ids(vocabulary, prompt(name, i)) for i in rows] for name, rows in chosen.items()]
     targets = [[token_ids(vocabulary, answer(i), unknown=-1) for i in rows] for rows in chosen.values()]
-    longest = tuple(max((len(r) for rows in side for r in rows), default=1) for side in (prompts, targets))
-    p, g = widths or (longest[0], longest[1])
-    if longest[0] > p or longest[1] > g:
-        raise ValueError(f"items of {longest} prompt and target tokens do not fit the widths {(p, g)}")
+    p, g = (max((len(r) for rows in side for r in rows), default=1) for side in (prompts, targets))
     n = max(len(rows) for rows in chosen.values())
     shape = len(chosen), n
     out = Items(np.zeros((*shape, p), np.int32), np.zeros((*shape, g), np.int32), np.zeros(shape, bool))

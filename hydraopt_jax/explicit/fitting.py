@@ -90,29 +90,29 @@ def fit_optax(
     return jax.vmap(lambda *x: gradient.hydra(*x, solver=solver, **form))(a, b, deltas)
 
 
-def entries(tasks: int, heads: int, rank: int, shape: tuple[int, int], side: str) -> int:
+def entries(heads: int, rank: int, shape: tuple[int, int], side: str) -> int:
     """Number of stored entries of one module: S (I + K O), or S (O + K I) with the output side shared."""
     inputs, outputs = shape if side == "in" else shape[::-1]
     return min(rank, inputs) * (inputs + heads * outputs)
 
 
-def rank_at(cost: int, tasks: int, heads: int, shape: tuple[int, int], side: str) -> int:
+def rank_at(cost: int, heads: int, shape: tuple[int, int], side: str) -> int:
     """The largest rank whose entries do not exceed `cost`, at least 1."""
-    return max(cost // entries(tasks, heads, 1, shape, side), 1)
+    return max(cost // entries(heads, 1, shape, side), 1)
 
 
 def fit(a: jax.Array, b: jax.Array, asked: Hydra, heads: int, rank: int) -> list[tuple[Factors, Info]]:
     """Factors of modules of one shape; with side "auto" each module gets the better side at equal entries."""
-    shape, tasks = (a.shape[2], b.shape[3]), a.shape[1]
+    shape = a.shape[2], b.shape[3]
     deltas = decompose.batched_svd(a, b)
     small = reduced(deltas) if asked.solver is None else Reduced(deltas, None, None)
     solutions = []
-    costs = {side: entries(tasks, heads, rank, shape, side) for side in ("in", "out")}
+    costs = {side: entries(heads, rank, shape, side) for side in ("in", "out")}
     sides = ("in", "out") if asked.side == "auto" else (asked.side,)
     for side in sides:
         width = rank
         if asked.side == "auto":
-            width = min(rank_at(min(costs.values()), tasks, heads, shape, side), rank)
+            width = min(rank_at(min(costs.values()), heads, shape, side), rank)
         form: dict[str, Any] = {"heads": heads, "rank": width, "cores": asked.cores}
         if asked.solver is None:
             mine = small.deltas.mT if side == "out" else small.deltas

@@ -70,10 +70,10 @@ def ranks_of(form: Hydra, shape: tuple[int, int], rank: int, tasks: int) -> dict
     if form.side != "auto":
         size = shape[0] if form.side == "in" else shape[1]
         return {form.side: min(wanted, size, tasks * rank)}
-    cost = min(fitting.entries(tasks, tasks, wanted, shape, s) for s in ("in", "out"))
+    cost = min(fitting.entries(tasks, wanted, shape, s) for s in ("in", "out"))
     out = {}
     for side, size in zip(("in", "out"), shape, strict=True):
-        width = min(fitting.rank_at(cost, tasks, tasks, shape, side), wanted)
+        width = min(fitting.rank_at(cost, tasks, shape, side), wanted)
         out[side] = min(width, size, tasks * rank)
     return out
 

@@ -19,7 +19,6 @@ import safetensors
 from hydraopt_jax import strict_json
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError, one_line
-from hydraopt_jax.factors import FLOATS
 from hydraopt_jax.formats import peft, server
 from hydraopt_jax.formats.lora_keys import DIALECT, ENDINGS, parse_key
 from hydraopt_jax.formats.peft_config import check_config, module_scale
@@ -63,17 +62,8 @@ def sort_tensors(
         if found is None:
             others[key] = tensor
             continue
-        if tensor.dtype not in FLOATS:
-            raise HydraOptError(
-                f"{source}: {key} is {tensor.dtype}: a LoRA factor must be float32, float16 or bfloat16"
-            )
         module, side, _ = found
-        pair = pairs.setdefault(module, {})
-        if side in pair:
-            raise HydraOptError(
-                f"{source}: {key} clashes with {pair[side][0]}: one file must hold one adapter"
-            )
-        pair[side] = (key, tensor)
+        peft.add_factor(pairs, module, side, key, tensor, source)
     return pairs, {k: x for k, x in others.items() if k.removesuffix(".alpha") not in pairs}
 
 

@@ -82,19 +82,26 @@ def sort_tensors(
             raise HydraOptError(
                 f"{source}: {key} does not start with {PREFIX}, so PEFT would ignore it: rename the tensors"
             )
-        if tensor.dtype not in FLOATS:
-            raise HydraOptError(
-                f"{source}: {key} is {tensor.dtype}: a LoRA factor must be float32, float16 or bfloat16"
-            )
-        pair = pairs.setdefault(match["module"].removeprefix(PREFIX), {})
-        entry = {match["side"]: (key, tensor)}
-        if match["side"] in pair or (pair and _is_embedding(pair) != _is_embedding(entry)):
-            other = next(iter(pair.values()))[0]
-            raise HydraOptError(
-                f"{source}: {key} clashes with {other}: one file must hold one adapter, save them apart"
-            )
-        pair |= entry
+        add_factor(pairs, match["module"].removeprefix(PREFIX), match["side"], key, tensor, source)
     return pairs, extras
+
+
+def add_factor(
+    pairs: dict[str, _Pair], module: str, side: str, key: str, tensor: np.ndarray, source: str
+) -> None:
+    """Put a factor into the pair of its module."""
+    if tensor.dtype not in FLOATS:
+        raise HydraOptError(
+            f"{source}: {key} is {tensor.dtype}: a LoRA factor must be float32, float16 or bfloat16"
+        )
+    pair = pairs.setdefault(module, {})
+    entry = {side: (key, tensor)}
+    if side in pair or (pair and _is_embedding(pair) != _is_embedding(entry)):
+        other = pair.get(side, next(iter(pair.values())))[0]
+        raise HydraOptError(
+            f"{source}: {key} clashes with {other}: one file must hold one adapter, save them apart"
+        )
+    pair |= entry
 
 
 def check_pair(module: str, pair: _Pair, config: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair, check_shapes
+from hydraopt_jax.adapters import check_headers
+from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair
 from hydraopt_jax.deferred import Deferred, bytes_of
 from hydraopt_jax.errors import HydraOptError, one_line, system_error
 from hydraopt_jax.formats import lora_keys, peft
@@ -70,7 +71,8 @@ def open_adapter(
 
 def collection_of(cards: Sequence[Card]) -> Collection:
     """A collection of PEFT adapters, from their cards."""
-    shapes = check_shapes(cards)
+    sizes = ({n: (e.inputs, e.outputs) for n, e in x.modules.items()} for x in cards)
+    shapes = check_headers((x.task, x.source, {}, own) for x, own in zip(cards, sizes, strict=True))
     held = {x.file: dict(read_tensors(Path(x.file))) for x in cards if not x.file.endswith(".safetensors")}
     # equal adapters share one table: a thousand adapters must not have a thousand tables
     tables: dict[Any, Mapping[str, ModuleEntry]] = {}

@@ -140,13 +140,7 @@ def check_config(config: Any, source: str) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked fields of a folder's adapter_config.json.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Its fields, unchanged.
+    """The checked fields of a folder's adapter_config.json, unchanged.
 
     Raises:
       HydraOptError: no file, not JSON; see `check_config`.

@@ -73,7 +73,8 @@ class HoldTasks:
         except HydraOptError as error:
             return await refuse(send, 409 if isinstance(error, Changed) else 503, str(error))
         if not known:
-            return await self.app(scope, again, self.unloading(asked, send) if unloads(scope) else send)
+            unloads = scope["path"].endswith(UNLOAD)
+            return await self.app(scope, again, self.unloading(asked, send) if unloads else send)
         finished = False
         try:
             await self.app(scope, again, send)
@@ -108,11 +109,6 @@ def servers(scope: Scope) -> int:
     """How many API servers share vLLM's engine; 1 if its arguments are not known."""
     state = getattr(scope.get("app"), "state", None)
     return getattr(getattr(state, "args", None), "api_server_count", None) or 1
-
-
-def unloads(scope: Scope) -> bool:
-    """Whether a request unloads an adapter."""
-    return scope["path"].endswith(UNLOAD)
 
 
 def is_json(scope: Scope) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hydraopt_jax import network, remote
 from hydraopt_jax.errors import HydraOptError, system_error
-from hydraopt_jax.formats.peft_config import base_name, same_base
+from hydraopt_jax.formats.peft_config import same_base
 from hydraopt_jax.integrations import model_card
 from hydraopt_jax.store import Store, files, portable, removal, sizes
 
@@ -63,14 +63,9 @@ def address_of(name: str) -> remote.Address:
     return remote.parse_address(remote.HUB + name.removeprefix(remote.HUB))
 
 
-def bases_of(store: Store) -> tuple[str, ...]:
-    """Names of the base models of a store's adapters, in order of appearance."""
-    return tuple(dict.fromkeys(x for x in (base_name(s.config) for s in store.sources) if x))
-
-
 def check_store_base(label: str, store: Store, model: str | None) -> None:
     """Raise if an adapter of a store has another base model or none; None accepts any."""
-    found = bases_of(store) or ("no base model",)
+    found = model_card.bases_of(store) or ("no base model",)
     wrong = [] if model is None else [x for x in found if not same_base(x, model)]
     if wrong:
         raise HydraOptError(f"{label}: its adapters are of {wrong[0]!r}, not of {model!r}")
@@ -147,7 +142,7 @@ def push(
                 revision=revision,
                 parent_commit=head,
             )
-    return Pushed(repository, commit.oid, url, size, bases_of(content), licenses)
+    return Pushed(repository, commit.oid, url, size, model_card.bases_of(content), licenses)
 
 
 def old_card(hub: Any, repository: str, commit: str) -> str | None:

@@ -17,7 +17,7 @@ from hydraopt_jax.deferred import size_of
 from hydraopt_jax.formats.peft_config import base_name
 from hydraopt_jax.integrations.vllm import MIDDLEWARE
 from hydraopt_jax.store import Store, manifest, schema
-from hydraopt_jax.store.store import closure, places_of, task_errors
+from hydraopt_jax.store.store import closure, counted, places_of, task_errors
 
 BEGIN, END = "<!-- hydraopt: begin -->", "<!-- hydraopt: end -->"
 TAGS = ("hydraopt", "lora", "peft", "adapter", "model-compression")
@@ -43,6 +43,11 @@ def bytes_of_tasks(store: Store) -> dict[str, int]:
             total += sum(size_of(leaves[x]) for x in names if x in leaves)
         out[task] = total
     return out
+
+
+def bases_of(store: Store) -> tuple[str, ...]:
+    """Names of the base models of a store's adapters, in order of appearance."""
+    return tuple(dict.fromkeys(x for x in (base_name(s.config) for s in store.sources) if x))
 
 
 def licenses_of(store: Store) -> dict[str, str]:
@@ -129,9 +134,8 @@ def front_matter(
 ) -> dict[str, Any]:
     """The front matter of the card, which the hub reads."""
     out: dict[str, Any] = {"library_name": "hydraopt-jax", "tags": list(TAGS)}
-    bases = dict.fromkeys(base_name(x.config) for x in store.sources)
     # the hub takes ids of its own only, and a path of this machine is nobody's business
-    known = [x for x in bases if HUB_ID.fullmatch(x) and not Path(x).exists()]
+    known = [x for x in bases_of(store) if HUB_ID.fullmatch(x) and not Path(x).exists()]
     if known:
         out |= {"base_model": known[0] if len(known) == 1 else known, "base_model_relation": "adapter"}
     every = {licenses.get(t) for t in store.tasks}
@@ -171,15 +175,12 @@ def table(store: Store, licenses: Mapping[str, str]) -> list[str]:
 
 def text_of(store: Store, repository: str, file: str, size: int, licenses: Mapping[str, str]) -> str:
     """The part of the card that this package writes."""
-    bases = [x for x in dict.fromkeys(base_name(x.config) for x in store.sources) if x]
-    shown = [x if HUB_ID.fullmatch(x) else Path(x).name for x in bases]
+    shown = [x if HUB_ID.fullmatch(x) else Path(x).name for x in bases_of(store)]
     entries = store.report.get("entries", 0)
     share = f", {size / (2 * entries):.1%} of what they take in fp16" if entries else ""
     mean = float(np.nanmean(store.errors)) if store.errors.size else 0.0
-    count = len(store.tasks)
-    adapters = (
-        f"{count} LoRA adapter{'s' * (count != 1)} of {' and '.join(map(code, shown)) or 'a base model'}"
-    )
+    count = counted(len(store.tasks), "LoRA adapter")
+    adapters = f"{count} of {' and '.join(map(code, shown)) or 'a base model'}"
     return "\n".join(
         [
             f"# {repository.partition('/')[2]}",

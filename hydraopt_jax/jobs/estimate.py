@@ -117,9 +117,8 @@ def form_costs(found: Collection, form: Hydra, dtype: str | None = None) -> Cost
         ranks = streaming.ranks_of(form, group.shape, group.rank, tasks)
         flops += group_flops(group, tasks, ranks)
         memory = max(memory, group_memory(group, tasks, ranks, itemsize))
-        cheapest = min(
-            fitting.entries(tasks, form.heads or tasks, r, group.shape, side) for side, r in ranks.items()
-        )
+        heads = form.heads or tasks
+        cheapest = min(fitting.entries(heads, r, group.shape, side) for side, r in ranks.items())
         store += stored * len(group.modules) * cheapest
         passes = 2 if len(group.spans) > 1 and is_streamed(form, tasks) else 1
         per_module = sum(found.rank(m, t) for m in group.modules for t in range(tasks)) * sum(group.shape)

@@ -141,14 +141,10 @@ def drop_at_random(key: Array, density: float) -> Sparsifier:
     return sparsify
 
 
-def _dense(part: tuple[Array, Array]) -> Array:
-    return matmul(*part)
-
-
 def _merge(
     a: Array, b: Array, weights: Array, rank: int, sparsify: Sparsifier, elect: str | None = None
 ) -> tuple[Array, Array]:
-    return truncate_dense(combine((a, b), weights, _dense, sparsify, elect), rank)
+    return truncate_dense(combine((a, b), weights, lambda pair: matmul(*pair), sparsify, elect), rank)
 
 
 def magnitude(a: Array, b: Array, weights: Array, *, rank: int, density: float = 0.2) -> tuple[Array, Array]:

@@ -176,7 +176,7 @@ def refine(
     if any(x.references or x.removed for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     parts = [n for n, x in enumerate(store.segments) if x.modules]
-    batch_at: Callable[[int], Any] = batches if callable(batches) else cycle(batches)
+    batch_at = batches if callable(batches) else lambda i: batches[i % len(batches)]
     given = Given(
         calibration=calibration,
         # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
@@ -256,11 +256,6 @@ def refine_segments(
         if fits:
             segments[n] = with_factors(part, modules, leaves)
     return segments, Refined(before, after, np.array(trace))
-
-
-def cycle(batches: Sequence[Any]) -> Callable[[int], Any]:
-    """Step -> batch, cycling through the sequence."""
-    return lambda i: batches[i % len(batches)]
 
 
 def arrays_of(parts: Sequence[Modules]) -> Any:

@@ -156,15 +156,16 @@ def plot_similarity(path: str | Path, summary: Summary) -> None:
         axis.spines[:].set_visible(False)
         if tasks <= 8:
             _write_values(axis, matrix, angle)
-    for image, part, name in (
-        (images[0], axes[:3], "cosine"),
-        (images[-1], axes[3:], "mean squared cosine of principal angles"),
-    ):
-        bar = figure.colorbar(image, ax=list(part), shrink=0.9, pad=0.01, aspect=25)
-        bar.ax.tick_params(labelsize=7)
-        bar.set_label(name, fontsize=7)
-        bar.outline.set_visible(False)
+    _colorbar(figure, images[0], list(axes[:3]), "cosine")
+    _colorbar(figure, images[-1], list(axes[3:]), "mean squared cosine of principal angles")
     _save(figure, path)
+
+
+def _colorbar(figure: Any, image: Any, axes: Any, label: str) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01, aspect=25)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(label, fontsize=7)
+    bar.outline.set_visible(False)
 
 
 def plot_errors(path: str | Path, errors: np.ndarray, modules: Sequence[str], tasks: Sequence[str]) -> None:
@@ -189,10 +190,7 @@ def plot_errors(path: str | Path, errors: np.ndarray, modules: Sequence[str], ta
     axis.set_xticks(range(0, width, every), [_plain(x) for x in tasks[::every]], rotation=90, fontsize=6)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axis, shrink=0.9, pad=0.01, aspect=25)
-    bar.ax.tick_params(labelsize=7)
-    bar.set_label("log10 of the relative squared error", fontsize=7)
-    bar.outline.set_visible(False)
+    _colorbar(figure, image, axis, "log10 of the relative squared error")
     _save(figure, path)
 
 

@@ -1,12 +1,11 @@
 """Progress bars: on a terminal only, with the stage, what is done, and the time left."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,11 +17,12 @@ from rich.progress import (
 )
 
 
-def bars() -> Progress:
+def bars(enabled: bool = True) -> Progress:
     """Bars on standard error that leave nothing behind."""
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn()]
     left = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-    return Progress(*columns, *left, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, *left, console=console, transient=True, disable=not enabled)
 
 
 @contextmanager
@@ -37,20 +37,11 @@ def progress(
       enabled: False under `--json` and `--quiet`.
 
     Yields:
-      `advance(steps=1, description=None)`, to call after each step.
+      `advance(steps=1)`, to call after each step.
 
     >>> with progress("Reading", 2, enabled=False) as advance:
     ...     advance()
     """
-    if not (enabled and sys.stderr.isatty()):
-        yield lambda steps=1, description=None: None
-        return
-    with bars() as bar:
-        # Markup off by escaping: descriptions name tasks and files.
-        task = bar.add_task(description.replace("[", r"\["), total=total)
-
-        def advance(steps: int = 1, description: str | None = None) -> None:
-            text = None if description is None else description.replace("[", r"\[")
-            bar.update(task, advance=steps, description=text)
-
-        yield advance
+    with bars(enabled and sys.stderr.isatty()) as bar:
+        task = bar.add_task(escape(description), total=total)
+        yield lambda steps=1: bar.advance(task, steps)

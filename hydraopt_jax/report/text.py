@@ -1,7 +1,5 @@
 """Numbers with units, shortened names, and empty tables for 80 columns."""
 
-from __future__ import annotations
-
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table

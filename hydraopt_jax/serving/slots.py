@@ -20,7 +20,7 @@ from jax import Array
 from hydraopt_jax import factors
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import times
-from hydraopt_jax.formats.server import cut
+from hydraopt_jax.formats.server import cut, pad_ranks
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.loading import (
     Shardings,
@@ -145,8 +145,8 @@ def row_of(name: str, terms: Sequence[Factors], place: int, shape: SlotShape, dt
         # more directions than the rank of the matrix
         a, b, _ = cut(a, core[:, None] * b, shape.rank)
         core = np.ones(shape.rank, np.float32)
-    more = shape.rank - a.shape[1]
-    a, b, core = np.pad(a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0))), np.pad(core, (0, more))
+    core = np.pad(core, (0, shape.rank - len(core)))
+    a, b = pad_ranks(a, b, shape.rank)
     if not shape.steps:
         b = core[:, None] * b
     return SlotRow(

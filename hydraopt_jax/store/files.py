@@ -57,7 +57,7 @@ def open(path: Path_) -> Store:
         too, if the leaf is damaged or the store was replaced meanwhile.
     """
     if remote.is_address(path):
-        return portable.open_remote(str(path))
+        return portable.open_source(remote.find(str(path)))
     at = located(path)
     return steadily(at, lambda before: watched(at, open_at(at), before))
 

@@ -83,19 +83,12 @@ def open_portable(path: Path) -> Store:
     return opened_at(path, *read_header(path), remote.reader_of(str(path), path))
 
 
-def open_remote(address: str) -> Store:
-    """A store at an address: its header is read now, byte ranges on demand.
-
-    All ranges are of one version of the file: a commit on the hub, an entity tag elsewhere.
+def open_source(source: remote.RemoteFile) -> Store:
+    """A store that is one version of a remote file: its header is read now, byte ranges on demand.
 
     Raises:
       HydraOptError: no such file, no network, not a store, or a store that changed while it was read.
     """
-    return open_source(remote.find(address))
-
-
-def open_source(source: remote.RemoteFile) -> Store:
-    """The result of `open_remote`, for a version that was found already."""
     return opened_at(source.label, *source_header(source), source.read)
 
 

@@ -11,7 +11,7 @@ from hydraopt_jax.factors import Factors
 from hydraopt_jax.formats import read_adapter
 from hydraopt_jax.integrations import TaskFolders
 from hydraopt_jax.integrations.model_card import bytes_of_tasks
-from hydraopt_jax.store import files, portable, sizes
+from hydraopt_jax.store import files, sizes
 
 pytest.importorskip("huggingface_hub")
 
@@ -258,7 +258,7 @@ def test_looking_at_a_store_costs_its_headers(server, hundred, tmp_path):
     one = Factors(np.ones((1, 4, 2), np.float32), np.ones((1, 2, 4), np.float32), use, use)
     small, data = served(server, plain_store(["x"], {"q": (one,)}), tmp_path, "one.safetensors")
     assert len(data) < remote.FIRST
-    assert portable.open_remote(small).tasks == ("x",)
+    assert store.open(small).tasks == ("x",)
 
 
 def test_folders_on_demand_fetch_the_tasks_asked_for(server, hundred, tmp_path):

@@ -58,12 +58,6 @@ def test_repeated_tokens_are_refused():
         from_tokens(["a", "a"])
 
 
-def test_items_too_long_for_the_widths_are_refused():
-    vocabulary = build_vocabulary(ITEMS.values(), minimum=1)
-    with pytest.raises(ValueError, match="do not fit the widths"):
-        encode_items(vocabulary, {n: [i] for n, i in ITEMS.items()}, widths=(4, 4))
-
-
 def test_the_sample_file_keeps_items(tmp_path):
     items = {name: [item] for name, item in ITEMS.items()}
     written.save_sample(tmp_path / "a.gz", items)
