@@ -12,13 +12,8 @@ def number_and_unit(text: str) -> tuple[float, str]:
     >>> number_and_unit("1.5 KiB"), number_and_unit("12.5%"), number_and_unit("0.125"), number_and_unit("ten")
     ((1.5, 'KIB'), (12.5, '%'), (0.125, ''), (nan, '?'))
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
-    if match is None:
-        return math.nan, "?"
-    try:
-        return float(match[1]), match[2].upper()
-    except ValueError:
-        return math.nan, "?"
+    match = re.fullmatch(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
+    return (math.nan, "?") if match is None else (float(match[1]), match[2].upper())
 
 
 def count_of(number: float, unit: str) -> int | None:

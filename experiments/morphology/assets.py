@@ -18,7 +18,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from safetensors.numpy import save_file
 
-from hydraopt_jax.demo.assets import ADAPTERS_FILE, BASE_NAME
+from hydraopt_jax.demo.assets import ADAPTERS_FILE
 from hydraopt_jax.demo.model import PROJECTIONS, Base, Lora
 from hydraopt_jax.demo.tasks import Item
 from hydraopt_jax.demo.vocabulary import Vocabulary
@@ -45,7 +45,7 @@ def peft_files(lora: Lora, alpha: float) -> dict[str, bytes]:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": BASE_NAME,
+        "base_model_name_or_path": "hydraopt-jax/morphology-base",
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,

@@ -11,17 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.morphology.config import Data
-from hydraopt_jax.demo.tasks import (
-    LANGUAGES,
-    TASKS,
-    Item,
-    answer,
-    characters,
-    features,
-    phonemes,
-    prompt,
-    task_name,
-)
+from hydraopt_jax.demo.tasks import LANGUAGES, TASKS, Item, answer, characters, features, phonemes, prompt
 from hydraopt_jax.demo.vocabulary import UNKNOWN_ID, Vocabulary, pad_rows, token_ids
 
 PRONUNCIATIONS: dict[str, str] = {
@@ -170,9 +160,9 @@ def load_items(
     made: dict[str, Splits] = {}
     for language in languages:
         for task, splits in morphology_splits(directory, language, config).items():
-            made[task_name(task, language)] = splits
-        made[task_name("pronounce", language)] = pronunciation_splits(directory, language, config)
-    names = [task_name(task, language) for task in tasks for language in languages]
+            made[f"{task}-{language}"] = splits
+        made[f"pronounce-{language}"] = pronunciation_splits(directory, language, config)
+    names = [f"{task}-{language}" for task in tasks for language in languages]
     out = {}
     for name in names:
         out[name] = {split: [i for i in items if fits(i, config)] for split, items in made[name].items()}

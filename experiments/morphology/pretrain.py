@@ -7,20 +7,40 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import Array
 
 from experiments.morphology.assets import save_base
 from experiments.morphology.config import Data, Pretraining
 from experiments.morphology.dataset import Rows, Splits, load_items, training_rows
 from experiments.morphology.training import draw, loss, run, schedule
-from hydraopt_jax.demo.model import Base, Config, init_base
-from hydraopt_jax.demo.vocabulary import Vocabulary, build_vocabulary
+from hydraopt_jax.demo.model import Base, CharTransformer, Config, name_of
+from hydraopt_jax.demo.tasks import LANGUAGES, TASKS, Item
+from hydraopt_jax.demo.vocabulary import SPECIAL, Vocabulary, from_tokens
+
+
+def init_base(config: Config, key: Array) -> Base:
+    """A base with random parameters."""
+    _, state = nnx.split(CharTransformer(config, rngs=nnx.Rngs(params=key)), nnx.Param)
+    return Base({name_of(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}, config)
+
+
+def build_vocabulary(items: Iterable[Item], minimum: int) -> Vocabulary:
+    """A vocabulary: special, task and language tokens, then tokens seen at least `minimum` times, sorted."""
+    counts: Counter[str] = Counter()
+    for item in items:
+        counts.update(item.input)
+        counts.update(item.output)
+    fixed = (*SPECIAL, *(f"task:{task}" for task in TASKS), *(f"language:{code}" for code in LANGUAGES))
+    return from_tokens((*fixed, *sorted(token for token, n in counts.items() if n >= minimum)))
 
 
 def optimizer(settings: Pretraining) -> optax.GradientTransformation:
@@ -72,7 +92,7 @@ def pretrain(
 
 def vocabulary_of(items: dict[str, Splits], config: Data) -> Vocabulary:
     """Tokens of the training items."""
-    return build_vocabulary((i for splits in items.values() for i in splits["train"]), minimum=config.minimum)
+    return build_vocabulary((i for splits in items.values() for i in splits["train"]), config.minimum)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -40,11 +40,8 @@ def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[st
         "nearest": [
             {"tasks": [summary.tasks[s], summary.tasks[t]], "delta": jsonable(value)} for s, t, value in pairs
         ],
-        "mean": {k: jsonable(np.asarray(v)) for k, v in summary.mean._asdict().items()},
-        "modules": {
-            m: {k: jsonable(np.asarray(v)) for k, v in x._asdict().items()}
-            for m, x in summary.modules.items()
-        },
+        "mean": jsonable(summary.mean._asdict()),
+        "modules": {m: jsonable(x._asdict()) for m, x in summary.modules.items()},
     }
     last = f"{len(summary.tasks)} adapters, mean similarity of deltas {report.off_diagonal(matrix):.3f}"
     if pairs:

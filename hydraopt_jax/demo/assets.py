@@ -13,7 +13,6 @@ from hydraopt_jax.demo.tasks import Item, characters, features, phonemes
 from hydraopt_jax.demo.vocabulary import Vocabulary, from_tokens
 
 DATA = Path(__file__).with_name("data")
-BASE_NAME = "hydraopt-jax/morphology-base"
 BASE_FILE = DATA / "base.safetensors"
 ADAPTERS_FILE = DATA / "adapters-shared.zip"
 SAMPLE_FILE = DATA / "held-out.tsv.gz"

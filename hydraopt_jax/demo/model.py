@@ -186,19 +186,6 @@ def bind(base: Base) -> CharTransformer:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def init_base(config: Config, key: Array) -> Base:
-    """A base with random parameters.
-
-    >>> base = init_base(Config(10, layers=1, width=8, heads=2, hidden=16), jax.random.key(0))
-    >>> base.params["layers.0.up_proj.kernel"].shape
-    (8, 16)
-    """
-    model = CharTransformer(config, rngs=nnx.Rngs(params=key))
-    _, state = nnx.split(model, nnx.Param)
-    params = {name_of(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
-    return Base(params, config)
-
-
 def forward(base: Base, lora: Branches, tokens: Array) -> Array:
     """Logits of the next token at every position.
 
@@ -211,9 +198,9 @@ def forward(base: Base, lora: Branches, tokens: Array) -> Array:
     Returns:
         Logits [N, L, V], undefined at padding.
 
-    >>> base = init_base(Config(10, layers=1, width=8, heads=2, hidden=16), jax.random.key(0))
-    >>> forward(base, {}, jnp.ones((2, 5), int)).shape
-    (2, 5, 10)
+    >>> from hydraopt_jax.demo.assets import load_base
+    >>> forward(load_base(), {}, jnp.ones((2, 5), int)).shape[:2]
+    (2, 5)
     """
     model = bind(base)
     n, length = tokens.shape

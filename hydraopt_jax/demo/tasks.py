@@ -29,15 +29,6 @@ class Item(NamedTuple):
     output: tuple[str, ...]
 
 
-def task_name(task: str, language: str) -> str:
-    """Name of one adapter.
-
-    >>> task_name("inflect", "de")
-    'inflect-de'
-    """
-    return f"{task}-{language}"
-
-
 def characters(text: str) -> tuple[str, ...]:
     """The NFC code points of a text.
 

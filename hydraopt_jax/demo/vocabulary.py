@@ -1,12 +1,11 @@
 """The vocabulary: token strings to ids and back."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.demo.tasks import END, LANGUAGES, PAD, SEPARATOR, TASKS, UNKNOWN, Item, answer, prompt
+from hydraopt_jax.demo.tasks import END, PAD, SEPARATOR, UNKNOWN, Item, answer, prompt
 
 SPECIAL: tuple[str, ...] = (PAD, UNKNOWN, SEPARATOR, END)
 PAD_ID, UNKNOWN_ID, SEPARATOR_ID, END_ID = range(4)
@@ -44,26 +43,11 @@ def from_tokens(tokens: Iterable[str]) -> Vocabulary:
     return Vocabulary(ordered, ids)
 
 
-def build_vocabulary(items: Iterable[Item], *, minimum: int = 5) -> Vocabulary:
-    """A vocabulary: special, task and language tokens, then tokens seen at least `minimum` times, sorted.
-
-    >>> build_vocabulary([Item(("b", "a"), ("a",))], minimum=2).tokens[-2:]
-    ('language:pl', 'a')
-    """
-    counts: Counter[str] = Counter()
-    for item in items:
-        counts.update(item.input)
-        counts.update(item.output)
-    fixed = (*SPECIAL, *(f"task:{task}" for task in TASKS), *(f"language:{code}" for code in LANGUAGES))
-    return from_tokens((*fixed, *sorted(token for token, n in counts.items() if n >= minimum)))
-
-
 def token_ids(vocabulary: Vocabulary, tokens: Iterable[str], *, unknown: int = UNKNOWN_ID) -> list[int]:
     """Ids of tokens; `unknown` for tokens outside the vocabulary.
 
-    >>> v = build_vocabulary([Item(("a", "b"), ())], minimum=1)
-    >>> [v.tokens[i] for i in token_ids(v, ("a", "b", "<end>", "a"))]
-    ['a', 'b', '<end>', 'a']
+    >>> token_ids(from_tokens([*SPECIAL, "a", "b"]), ("a", "b", "<end>", "c"))
+    [4, 5, 3, 1]
     """
     return [vocabulary.ids.get(token, unknown) for token in tokens]
 
@@ -96,7 +80,7 @@ def encode_items(
     Returns:
         `Items` with arrays [T, N, ...]; N is the largest number of items of a task.
 
-    >>> v = build_vocabulary([Item(("a",), ("b",))], minimum=1)
+    >>> v = from_tokens([*SPECIAL, "a", "b"])
     >>> encode_items(v, {"correct-en": [Item(("a",), ("b",))]}).prompts.shape
     (1, 1, 4)
     """

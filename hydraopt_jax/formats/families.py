@@ -1,9 +1,8 @@
 """Positions of a model family's layers in each library: one table per family and library.
 
 A row maps a module of the Hugging Face model to a parameter of a library's model. The axes of its two sides
-are
-those of the library: `H` is the size of a head, `N` the number of heads, `I` and `O` a whole side. Rows with
-one path share a parameter, each with its own slot of a first output axis (keys and values, gate and up).
+are those of the library: `H` is the size of a head, `N` the number of heads, `I` and `O` a whole side. Rows
+with one path share a parameter, each with its own slot of a first output axis (keys and values, gate and up).
 
 Sources: the weight maps of google-tunix 0.1.7 and MaxText 0.2.5 (`param_mapping`), and the parameters of
 models made by google-tunix 0.1.7 with qwix 0.1.8, MaxText 0.2.5 and gemma 3.3.0.

@@ -33,11 +33,6 @@ def described_by(folder: Path) -> Any:
         ) from None
 
 
-def metadata_of(folder: Path) -> dict[str, Any]:
-    """The custom metadata of a checkpoint."""
-    return dict(described_by(folder).custom_metadata or {})
-
-
 def load_factors(path: str | os.PathLike[str], within: str = "") -> dict[Any, Any]:
     """The LoRA leaves of a checkpoint as nested dicts of NumPy arrays; other leaves are not read.
 

@@ -226,8 +226,7 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
 
     Returns:
       The adapter: `a` `[I, R]` in the dtype on disk, `b` `[R, O]` in float32 with the exact scale folded in,
-      all other tensors in `extras`. For an embedding I is the vocabulary. For a convolution I is inputs
-      times
+      all other tensors in `extras`. For an embedding I is the vocabulary. For a convolution I is inputs times
       kernel size; the kernel's shape is in `layout`.
 
     Raises:

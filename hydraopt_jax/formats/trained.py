@@ -51,7 +51,7 @@ def read_trained(
     if library is not None or family not in FAMILIES:
         table_of(family, str(library))
     folder = orbax_trees.latest_step(Path(path))
-    said = orbax_trees.metadata_of(folder).get("lora")
+    said = (orbax_trees.described_by(folder).custom_metadata or {}).get("lora")
     said = said if isinstance(said, Mapping) else {}
     tree = orbax_trees.load_factors(folder)
     failures = []

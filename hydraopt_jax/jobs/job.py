@@ -39,13 +39,11 @@ def alone(path: Path, rank: int = 0) -> Iterator[None]:
         except (TooLarge, Unmet):
             clear(path)
             raise
-        except OSError as error:
+        except BaseException as error:
             if rank == 0:
                 clear_if_empty(path)
-            raise system_error(path, "written", error, AGAIN) from error
-        except BaseException:
-            if rank == 0:
-                clear_if_empty(path)
+            if isinstance(error, OSError):
+                raise system_error(path, "written", error, AGAIN) from error
             raise
 
 

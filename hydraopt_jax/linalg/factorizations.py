@@ -1,8 +1,7 @@
 """Matrix factorizations that compose under jit, vmap, jvp and grad in any order.
 
 Primals: LAPACK through `jnp.linalg`, on a CPU one matrix after another. Two concurrent batched LAPACK calls
-can
-deadlock: each waits for the thread pool that the other one holds (seen with jax 0.10.2 on two cores).
+can deadlock: each waits for the thread pool that the other one holds (seen with jax 0.10.2 on two cores).
 Tangents: matrix products of the primal results, so that a backward pass factorizes nothing and reverse mode
 is the transpose of a few products.
 

@@ -57,10 +57,9 @@ def linear_factors(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
     """`(sum_t sign(w_t) sqrt|w_t| a[t]) @ (sum_t sqrt|w_t| b[t])`: PEFT's "linear", kept for comparison.
 
     WARNING: this is not a mean of deltas. It adds the cross terms `a[s] @ b[t]`, and it depends on how each
-    delta
-    is split into factors: rotating one adapter's factors does not change the adapter, but changes the result.
-    Use `linear`. The result is PEFT's if all adapters have one scale (PEFT distributes the scale over both
-    sides; here it is in `b`).
+    delta is split into factors: rotating one adapter's factors does not change the adapter, but changes the
+    result. Use `linear`. The result is PEFT's if all adapters have one scale (PEFT distributes the scale over
+    both sides; here it is in `b`).
 
     Args:
       a: `[T, I, R]`; adapters of a lower rank are padded (PEFT refuses them).

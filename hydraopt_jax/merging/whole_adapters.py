@@ -92,12 +92,6 @@ def stream(collection: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]])
         yield name, a, b, ranks[name]
 
 
-def whole_gram(stacked: Adapters) -> np.ndarray:
-    """`[T, T]` inner products of whole adapters, summed over modules."""
-    each = jax.jit(decompose.gram)
-    return np.sum([each(a, b) for _, a, b, _ in modules_of(stacked)], 0)
-
-
 @jax.jit
 def squared_errors(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array) -> tuple[Any, Any]:
     """`||delta_t - left @ right||^2` and `||delta_t||^2`, `[T]` each, of one adapter for all tasks."""
@@ -136,7 +130,9 @@ def merge_stacked(
     names = [x for bucket in stacked.buckets for x in bucket.modules]
     method, w, given = _prepare(stacked.tasks, names, name, weights, rank, options)
     if "gram" in method.options:
-        given["gram"] = jnp.asarray(whole_gram(stacked))
+        # inner products of whole adapters
+        gram = jax.jit(decompose.gram)
+        given["gram"] = jnp.asarray(np.sum([gram(a, b) for _, a, b, _ in modules_of(stacked)], 0))
     return _merge(modules_of(stacked), method, w, rank, key, progress, given)
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from experiments.morphology.assets import load_adapters, stack_adapters
+from experiments.morphology.pretrain import init_base
 from experiments.morphology.training import loss
 from hydraopt_jax.demo.assets import load_base, load_sample, load_vocabulary
 from hydraopt_jax.demo.evaluate import answer_all, evaluate, greedy, greedy_tasks
-from hydraopt_jax.demo.model import Base, Config, Lora, forward, init_base, modules
+from hydraopt_jax.demo.model import Base, Config, Lora, forward, modules
 from hydraopt_jax.demo.vocabulary import END_ID, Items, encode_items
 from hydraopt_jax.forms import Factors
 

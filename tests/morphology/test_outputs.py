@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from experiments.morphology import outputs
+from experiments.morphology.pretrain import init_base
 from hydraopt_jax import calibration
 from hydraopt_jax.demo.evaluate import answer_all
-from hydraopt_jax.demo.model import Base, Config, forward, init_base, modules
+from hydraopt_jax.demo.model import Base, Config, forward, modules
 from hydraopt_jax.demo.vocabulary import PAD_ID
 
 CONFIG = Config(30, layers=1, width=16, heads=2, hidden=24)

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 
 from experiments.morphology import assets as written
+from experiments.morphology.pretrain import build_vocabulary, init_base
 from hydraopt_jax.demo import assets
-from hydraopt_jax.demo.model import Config, init_base, modules
+from hydraopt_jax.demo.model import Config, modules
 from hydraopt_jax.demo.tasks import Item, answer, characters, features, phonemes, prompt
 from hydraopt_jax.demo.vocabulary import (
     END_ID,
     PAD_ID,
     SEPARATOR_ID,
     UNKNOWN_ID,
-    build_vocabulary,
     encode_items,
     from_tokens,
     token_ids,
