@@ -126,8 +126,9 @@ def shortened(at):
 
 
 def cut(at):
-    said, places = portable.read_header(at / "one.safetensors")
-    hydra.decode(portable.opened_at("s", said, places, lambda start, stop: b""), "task-00")
+    whole = portable.source_of(at / "one.safetensors")
+    short = whole._replace(label="s", read=lambda *x: whole.read(*x) if x[0] <= 8 else b"")
+    hydra.decode(portable.open_source(short), "task-00")
 
 
 FILES = [
@@ -168,8 +169,11 @@ FILES = [
     ),
     (lambda at: folder.read_file(at / "store", "none"), "damaged store: none is missing or cannot be read"),
     (lambda at: hydra.decode(hydra.open(at / "torn"), "task-00"), "is missing: restore it from a copy"),
-    (lambda at: portable.read_header(at / "none"), "none: no store there: look for a wrong name"),
-    (lambda at: portable.read_header(at / "text"), "text: damaged store: not a complete safetensors file"),
+    (lambda at: portable.source_of(at / "none"), "none: no store there: look for a wrong name"),
+    (
+        lambda at: portable.read_header(portable.source_of(at / "text")),
+        "text: damaged store: not a complete safetensors file",
+    ),
     (lambda at: hydra.open(at / "short.safetensors"), "damaged store: not a complete safetensors file"),
     (
         lambda at: distortion.measure(

@@ -24,14 +24,7 @@ def shared_context() -> Any:
 
 
 def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any:
-    """An array of `size` bytes, opened with TensorStore.
-
-    Args:
-      path: of the store, for messages.
-      name: of the array in it.
-      place: where its files are, as TensorStore has it.
-      size: of the array.
-    """
+    """An array of `size` bytes, opened with TensorStore; `path` and `name` are for messages."""
     import tensorstore
 
     spec = {"driver": "zarr", "kvstore": dict(place)}
@@ -47,10 +40,33 @@ def open_array(path: Any, name: str, place: Mapping[str, Any], size: int) -> Any
 
 
 def run_reader(
-    path: Any, entry: SegmentEntry, sizes: Sequence[int], opened: Callable[[int], Any]
+    path: Any,
+    entry: SegmentEntry,
+    arrays: Sequence[Sequence[Any]],
+    place: Callable[[str], Mapping[str, Any]],
+    most: int,
 ) -> Callable[[int, int], np.ndarray]:
-    """The function of `reader`, from the sizes of the arrays and a function that opens each of them."""
+    """A function `(start, stop)` -> bytes of a segment's run.
+
+    Args:
+      path: of the store, for messages.
+      entry: of the segment.
+      arrays: name and size of each array.
+      place: where the files of an array are, as TensorStore has it.
+      most: bytes that the segment's files can hold.
+
+    Raises:
+      HydraOptError: the segment claims more, or its arrays do not fit it.
+    """
+    sizes = [n for _, n in arrays]
+    if entry.bytes > most or not fit_run(entry.bytes, sizes):
+        raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
     starts = list(itertools.accumulate(sizes, initial=0))
+
+    @functools.lru_cache
+    def opened(k: int) -> Any:
+        name = arrays[k][0]
+        return open_array(path, f"{name} of segment {entry.id}", place(name), sizes[k])
 
     def read(start: int, stop: int) -> np.ndarray:
         out: np.ndarray = np.empty(stop - start, np.uint8)

@@ -4,7 +4,6 @@ New segments are written on this machine by the writers of folders and files, th
 replaces the manifest (or the single object), on the condition that nobody has replaced it since it was read.
 """
 
-import functools
 import hashlib
 import os
 import re
@@ -19,7 +18,7 @@ import numpy as np
 from hydraopt_jax import buckets, remote
 from hydraopt_jax.errors import HydraOptError, damaged
 from hydraopt_jax.store import folder, manifest, portable
-from hydraopt_jax.store.arrays import fit_run, open_array, run_reader
+from hydraopt_jax.store.arrays import run_reader
 from hydraopt_jax.store.folder import ARRAY_BYTES, MANIFEST, SEGMENTS
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Store
@@ -58,7 +57,7 @@ def read_manifest(at: str) -> dict[str, Any]:
       HydraOptError: no store there, no right to it, a damaged one, or one of another version.
     """
     if portable.named(at):
-        return portable.source_header(source(at))[0]
+        return portable.read_header(source(at))[0]
     return manifest.parse(at, manifest.gunzipped(at, manifest_data(at)))
 
 
@@ -109,15 +108,9 @@ def reader(
     """A function `(start, stop)` -> bytes of a segment's run, see `folder.reader`."""
     if entry.id not in known:
         raise damaged(at, f"segment {entry.id} is missing")
-    if entry.bytes > ARRAY_BYTES * len(known[entry.id]) or not fit_run(entry.bytes, [n for _, n in arrays]):
-        raise damaged(at, f"segment {entry.id} claims what its objects cannot hold")
-
-    @functools.lru_cache
-    def opened(k: int) -> Any:
-        where = f"{SEGMENTS}/{entry.id}/{arrays[k][0]}"
-        return open_array(at, where, buckets.spec(f"{at}/{where}/"), arrays[k][1])
-
-    return run_reader(at, entry, [n for _, n in arrays], opened)
+    most = ARRAY_BYTES * len(known[entry.id])
+    inside = f"{SEGMENTS}/{entry.id}"
+    return run_reader(at, entry, arrays, lambda name: buckets.spec(f"{at}/{inside}/{name}/"), most)
 
 
 def check_files(at: str, said: Mapping[str, Any]) -> None:

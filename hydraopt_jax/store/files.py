@@ -88,7 +88,7 @@ def open_at(at: Path | str) -> Store:
     """One attempt of `open`, at the result of `located`."""
     if isinstance(at, str):
         return bucket.open_bucket(at)
-    return portable.open_portable(at) if is_file(at) else folder.open_folder(at)
+    return portable.open_source(portable.source_of(at)) if is_file(at) else folder.open_folder(at)
 
 
 def watched(path: Path | str, store: Store, opened: Any) -> Store:
@@ -126,7 +126,7 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     """The manifest of a folder or a file, local or in a bucket."""
     if isinstance(path, str):
         return bucket.read_manifest(path)
-    return portable.read_header(path)[0] if is_file(path) else folder.read_manifest(path)
+    return portable.read_header(portable.source_of(path))[0] if is_file(path) else folder.read_manifest(path)
 
 
 # how often a reader starts again when writers replace the store while it is opened

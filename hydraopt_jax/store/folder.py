@@ -28,7 +28,7 @@ import numpy as np
 from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged, system_error
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.arrays import fit_run, open_array, run_reader
+from hydraopt_jax.store.arrays import run_reader
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Reference, Segment, Store
 
@@ -100,22 +100,11 @@ def reader(
 ) -> Callable[[int, int], np.ndarray]:
     """A function `(start, stop)` -> bytes of a segment's run."""
     folder = path / SEGMENTS / entry.id
-    if not folder.is_dir():
-        raise damaged(path, f"segment {entry.id} is missing")
     try:
-        stored = tree_bytes(folder)
+        most = ROOM + EXPANSION * tree_bytes(folder)
     except OSError:
         raise damaged(path, f"segment {entry.id} is missing") from None
-    if entry.bytes > ROOM + EXPANSION * stored or not fit_run(entry.bytes, [n for _, n in arrays]):
-        raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
-
-    @functools.lru_cache
-    def opened(k: int) -> Any:
-        where = folder / arrays[k][0]
-        name = where.relative_to(path).as_posix()
-        return open_array(path, name, {"driver": "file", "path": f"{where}/"}, arrays[k][1])
-
-    return run_reader(path, entry, [n for _, n in arrays], opened)
+    return run_reader(path, entry, arrays, lambda x: {"driver": "file", "path": f"{folder / x}/"}, most)
 
 
 def tree_bytes(folder: Path | str) -> int:

@@ -7,12 +7,11 @@ ranges.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from hydraopt_jax import remote, strict_json
 from hydraopt_jax.durable import sync
@@ -36,60 +35,41 @@ def named(path: Any) -> bool:
     return str(path).endswith(SUFFIX)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """The manifest, and tensor name -> position of its bytes in the file.
+def source_of(path: Path) -> remote.RemoteFile:
+    """A file of this machine, to be read as one of a server is.
 
     Raises:
-      HydraOptError: no such file, not a safetensors file, or not a store.
+      HydraOptError: no such file, or no right to it.
     """
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            said = file.metadata() or {}
-            text = said.get(KEY)
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            rows = strict_json.loads(raw.read(length))
+        size = path.stat().st_size
     except FileNotFoundError:
         raise HydraOptError(f"{path}: no store there: look for a wrong name") from None
     except OSError as error:
         raise system_error(path, "read", error) from None
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise damaged(path, f"not a complete safetensors file ({one_line(error, 120)})") from None
-    return manifest_of(path, text, said.get(SEAL), rows, length)
-
-
-def manifest_of(
-    path: Any, text: str | None, seal: str | None, rows: Mapping[str, Any], length: int
-) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """The result of `read_header`, from the manifest's text and checksum and the header's rows and length."""
-    if text is None:
-        raise HydraOptError(f"{path}: not a store (a safetensors file without a manifest of one)")
-    places = {
-        name: (8 + length + row["data_offsets"][0], 8 + length + row["data_offsets"][1])
-        for name, row in rows.items()
-        if name != "__metadata__"
-    }
-    if hashlib.sha256(text.encode()).hexdigest() != seal:
-        raise damaged(path, "its manifest does not match its checksum")
-    parsed = manifest.parse(path, text.encode())
-    for x in parsed["segments"]:
-        if x["id"] not in places or places[x["id"]][1] - places[x["id"]][0] != x["bytes"]:
-            raise damaged(path, f"segment {x['id']} is missing or of another size")
-    return parsed, places
-
-
-def open_portable(path: Path) -> Store:
-    """A store whose leaves are read from the file on demand."""
-    return opened_at(path, *read_header(path), remote.reader_of(str(path), path))
+    return remote.RemoteFile(str(path), size, "", remote.reader_of(str(path), path), path)
 
 
 def open_source(source: remote.RemoteFile) -> Store:
-    """A store that is one version of a remote file: its header is read now, byte ranges on demand.
+    """A store in one version of a file: its header is read now, byte ranges on demand.
 
     Raises:
-      HydraOptError: no such file, no network, not a store, or a store that changed while it was read.
+      HydraOptError: no network, not a store, or a store that changed while it was read.
     """
-    return opened_at(source.label, *source_header(source), source.read)
+    said, places = read_header(source)
+
+    def reader(row: Any) -> Callable[[int, int], np.ndarray]:
+        begin = places[row["id"]][0]
+
+        def part(start: int, stop: int) -> np.ndarray:
+            data = source.read(begin + start, begin + stop)
+            if len(data) != stop - start:
+                raise damaged(source.label, "it ends too early")
+            return np.frombuffer(data, np.uint8)
+
+        return part
+
+    return from_manifest(source.label, said, reader)
 
 
 def remote_bytes(source: remote.RemoteFile) -> int:
@@ -100,10 +80,25 @@ def remote_bytes(source: remote.RemoteFile) -> int:
     return 8 + length + max((row["data_offsets"][1] for row in rows.values()), default=0)
 
 
-def source_header(source: remote.RemoteFile) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """The result of `read_header`, for a version of a remote file."""
+def read_header(source: remote.RemoteFile) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """The manifest, and tensor name -> position of its bytes in the file.
+
+    Raises:
+      HydraOptError: not a safetensors file, or not a store.
+    """
     rows, said, length = header_rows(source)
-    return manifest_of(source.label, said.get(KEY), said.get(SEAL), rows, length)
+    text, label = said.get(KEY), source.label
+    if text is None:
+        raise HydraOptError(f"{label}: not a store (a safetensors file without a manifest of one)")
+    if hashlib.sha256(text.encode()).hexdigest() != said.get(SEAL):
+        raise damaged(label, "its manifest does not match its checksum")
+    parsed = manifest.parse(label, text.encode())
+    places = {name: tuple(8 + length + x for x in row["data_offsets"]) for name, row in rows.items()}
+    for x in parsed["segments"]:
+        low, high = places.get(x["id"], (0, 0))
+        if high - low != x["bytes"]:
+            raise damaged(label, f"segment {x['id']} is missing or of another size")
+    return parsed, places
 
 
 def header_rows(source: remote.RemoteFile) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -120,40 +115,20 @@ def header_rows(source: remote.RemoteFile) -> tuple[dict[str, Any], dict[str, An
         text = said.get(KEY)
         if not isinstance(text, str | None):
             raise ValueError("metadata that is no text")
+        reach = 0
         for name, row in rows.items():
             low, high = row["data_offsets"]
             if not (type(low) is type(high) is int and 0 <= low <= high <= end):
                 raise ValueError(f"the offsets of {name}")
-            if (
-                row != {"dtype": "U8", "shape": [high - low], "data_offsets": [low, high]}
-                and text is not None
-            ):
+            said_of = {"dtype": "U8", "shape": [high - low], "data_offsets": [low, high]}
+            if row != said_of and text is not None:
                 raise ValueError(f"{name} is no tensor of bytes")
+            reach = max(reach, high)
+        if source.size is not None and reach != end:
+            raise ValueError(f"{reach} bytes of tensors, {end} after the header")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise damaged(label, f"not a complete safetensors file ({one_line(error, 120)})") from None
     return rows, said, length
-
-
-def opened_at(
-    path: Any,
-    said: Mapping[str, Any],
-    places: Mapping[str, tuple[int, int]],
-    read: Callable[[int, int], bytes],
-) -> Store:
-    """A store from its manifest, the positions of its segments, and a reader of the file."""
-
-    def reader(row: Any) -> Callable[[int, int], np.ndarray]:
-        begin = places[row["id"]][0]
-
-        def part(start: int, stop: int) -> np.ndarray:
-            data = read(begin + start, begin + stop)
-            if len(data) != stop - start:
-                raise damaged(path, "it ends too early")
-            return np.frombuffer(data, np.uint8)
-
-        return part
-
-    return from_manifest(path, said, reader)
 
 
 def header(store: Store, entries: list[SegmentEntry], name: str) -> bytes:
