@@ -85,12 +85,10 @@ def config_of(file: Path) -> dict[str, Any]:
     if not ranks:
         raise HydraOptError(f"{file}: holds no LoRA tensor: is it a LoRA file of diffusers or kohya?")
     scales = _said_scales(file, metadata)
-    alphas = {}
-    for module, rank in ranks.items():
-        if module in said:
-            alphas[module] = float(np.asarray(said[module], np.float32).reshape(-1)[0])
-        else:
-            alphas[module] = rank * scales(module)
+    alphas = {
+        m: float(np.asarray(said[m], np.float32).reshape(-1)[0]) if m in said else rank * scales(m)
+        for m, rank in ranks.items()
+    }
     config = {
         "peft_type": "LORA",
         DIALECT: "kohya" if said or any(k.endswith(ENDINGS[0][0]) for k in keys) else "diffusers",

@@ -27,15 +27,9 @@ class Method(NamedTuple):
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the keyword arguments."""
-        return keywords(self.function)
-
-
-@functools.cache
-def keywords(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a function's keyword-only arguments."""
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(x.name for x in parameters if x.kind is x.KEYWORD_ONLY)
+        """Names of the function's keyword-only arguments."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(x.name for x in parameters if x.kind is x.KEYWORD_ONLY)
 
 
 METHODS: Mapping[str, Method] = {

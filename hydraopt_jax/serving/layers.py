@@ -55,18 +55,15 @@ class Served(nnx.Module):
     def __init__(
         self,
         base: nnx.Module,
-        module: Any,
+        parts: Sequence[Module | None],
         task_ids: TaskIds,
         *,
         name: Name = "",
         method: str | None = None,
     ):
-        parts = tuple(module) if isinstance(name, tuple) else (module,)
         check_shape(names_of(name)[0] or "layer", base, parts)
-        self.base, self.name = base, name
-        self.stored = Stored(parts)
-        self.task_ids = task_ids
-        self.method = method
+        self.base, self.name, self.stored = base, name, Stored(tuple(parts))
+        self.task_ids, self.method = task_ids, method
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "base" not in vars(self):
@@ -166,9 +163,8 @@ def wrap(
     ids = TaskIds(jnp.array(-1, jnp.int32))
     for path in chosen:
         keys, base = layers[path]
-        found = factors_of(served[path], modules)
-        module = found if isinstance(served[path], tuple) else found[0]
-        replace(model, keys, Served(base, module, ids, name=served[path], method=method))
+        parts = factors_of(served[path], modules)
+        replace(model, keys, Served(base, parts, ids, name=served[path], method=method))
     return chosen
 
 

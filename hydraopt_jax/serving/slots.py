@@ -279,11 +279,8 @@ class Slots:
         """
         if len(state.tasks) != self.count:
             raise HydraOptError(f"the state has {len(state.tasks)} slots, these are {self.count}")
-        known = {t: k for k, t in enumerate(self.store.tasks)}
-        wanted = [EMPTY if x is None else known.get(x, EMPTY) for x in names]
-        for x in names:
-            if x is not None and x not in known:
-                task_index(self.store.tasks, x)
+        place = {t: k for k, t in enumerate(self.store.tasks)} | {None: EMPTY}
+        wanted = [place[x] if x in place else task_index(self.store.tasks, str(x)) for x in names]
         tasks, order, loads = assign(np.asarray(state.tasks), np.asarray(state.order), wanted)
         rows = self._rows(list(loads.values()))
         modules = state.modules

@@ -37,23 +37,19 @@ def from_leaf(data: bytes, sizes: Sequence[tuple[int, int]]) -> list[Prediction]
     """The inverse of `to_leaf`, for predictions of widths and ranks `(D, S)`."""
     reader = Reader(data)
     used = [np.unpackbits(reader.array("u1", -(-rank // 8)))[:rank].astype(bool) for _, rank in sizes]
-    vectors = [int(mask.sum()) for mask in used]
-    counts = [width * count for (width, _), count in zip(sizes, vectors, strict=True)]
-    exponents = unpack_integers(reader, sum(vectors)) if any(vectors) else np.zeros(0, np.int64)
+    counts = [int(mask.sum()) for mask in used]
+    exponents = unpack_integers(reader, sum(counts)) if any(counts) else np.zeros(0, np.int64)
     if exponents.max(initial=0) > LARGEST:
         raise Damaged("a unit of coefficients that is too large")
-    each = np.split(exponents, np.cumsum(vectors)[:-1]) if vectors else []
-    flat = (
-        np.split(prediction.unpack_coefficients(reader, sum(counts)), np.cumsum(counts)[:-1])
-        if counts
-        else []
-    )
+    total = sum(width * count for (width, _), count in zip(sizes, counts, strict=True))
+    flat = prediction.unpack_coefficients(reader, total)
     out = []
-    for mask, part, exponent, (width, rank) in zip(used, flat, each, sizes, strict=True):
+    for mask, count, (width, rank) in zip(used, counts, sizes, strict=True):
+        part, flat = np.split(flat, [width * count])
         coefficients: np.ndarray = np.zeros((width, rank), np.int64)
         coefficients[:, mask] = part.reshape(-1, width).T if width else 0
         units: np.ndarray = np.zeros(rank, np.int64)
-        units[mask] = exponent
+        units[mask], exponents = np.split(exponents, [count])
         out.append(Prediction(mask, coefficients, units))
     return out
 
