@@ -11,40 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hydraopt_jax.linalg.factorizations import (
-    eigh,
-    eigvalsh,
-    qr,
-    safe_inverse,
-    safe_sqrt,
-    svd_tangents,
-    thin_svd,
-)
-
-__all__ = [
-    "Svd",
-    "balance",
-    "batched_svd",
-    "eigen_tail",
-    "eigh",
-    "eigvalsh",
-    "gram",
-    "inner",
-    "leading",
-    "matmul",
-    "orthonormal",
-    "qr",
-    "reduce",
-    "residual_energy",
-    "safe_inverse",
-    "safe_sqrt",
-    "subspace_cosines",
-    "svd",
-    "task_weights",
-    "thin_svd",
-    "top_eigenvectors",
-    "wide",
-]
+from hydraopt_jax.linalg.factorizations import eigh, qr, safe_sqrt, svd_tangents, thin_svd
+from hydraopt_jax.linalg.factorizations import eigvalsh as eigvalsh
+from hydraopt_jax.linalg.factorizations import safe_inverse as safe_inverse
 
 
 def matmul(*factors: Array) -> Array:

@@ -80,8 +80,7 @@ def k_merge(
     at the end.
 
     Args:
-      a: `[T, I, R]`, in the order of arrival.
-      b: `[T, R, O]`.
+      a, b: in the order of arrival.
       weights: `[T]`, of the tasks in the mean of their slot.
       rank: S.
       slots: K.
@@ -111,8 +110,7 @@ def joint_diagonalization(
     other tasks.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
+      a, b: `[T, I, R]`, `[T, R, O]`.
       weights: `[T]`, multiplied with `1 / ||delta_t||^2`.
       rank: S.
       clusters: 1 to T.
@@ -155,8 +153,7 @@ def share(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
     SVD, so the result depends only on the deltas. No mean is subtracted.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
+      a, b: `[T, I, R]`, `[T, R, O]`.
       weights: `[T]`, of the tasks in the bases.
       rank: S; at most min(T * R, I) and min(T * R, O) are used.
 

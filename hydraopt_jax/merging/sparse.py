@@ -151,14 +151,8 @@ def magnitude(a: Array, b: Array, weights: Array, *, rank: int, density: float =
     """`sum_t w_t trim(delta_t)`: each delta's largest entries (PEFT's "magnitude_prune_svd").
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
-      weights: `[T]`.
-      rank: S.
+      a, b, weights, rank: see `sums`.
       density: fraction of entries kept, in (0, 1].
-
-    Returns:
-      `(a: [I, S], b: [S, O])`.
     """
     return _merge(a, b, weights, rank, lambda x, t: trim(x, density))
 
@@ -169,15 +163,10 @@ def ties(
     """TIES: trim each delta, elect a sign per entry, average the values that agree with it; see `combine`.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
+      a, b, rank: see `sums`.
       weights: `[T]`; 1 each gives the paper's disjoint mean.
-      rank: S.
       density: fraction of entries kept, in (0, 1].
       elect: signs by summed values ("total", the paper's) or by count ("frequency").
-
-    Returns:
-      `(a: [I, S], b: [S, O])`.
 
     Reference: Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023, arXiv 2306.01708.
     """
@@ -190,15 +179,9 @@ def dare(
     """DARE: `sum_t w_t mask_t * delta_t / density`, the mask's entries kept with probability `density`.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
-      weights: `[T]`.
-      rank: S.
+      a, b, weights, rank: see `sums`.
       key: of the masks.
       density: in (0, 1].
-
-    Returns:
-      `(a: [I, S], b: [S, O])`.
 
     Reference: Yu et al., Language Models are Super Mario, 2023, arXiv 2311.03099.
     """
@@ -236,17 +219,11 @@ def della(
     `p = density - epsilon / 2 + epsilon * r / (I - 1)` and divided by p.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
-      weights: `[T]`.
-      rank: S.
+      a, b, weights, rank: see `sums`.
       key: of the masks.
       density: mean probability of keeping an entry.
       epsilon: width of the range of probabilities, which must lie in (0, 1].
       elect: see `ties`.
-
-    Returns:
-      `(a: [I, S], b: [S, O])`.
 
     Raises:
       HydraOptError: probabilities outside (0, 1].
@@ -278,15 +255,9 @@ def breadcrumbs(
     keeps the next fraction `density`.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
-      weights: `[T]`.
-      rank: S.
+      a, b, weights, rank: see `sums`.
       density: fraction kept, in (0, 1 - outliers].
       outliers: fraction of largest entries dropped, in [0, 1).
-
-    Returns:
-      `(a: [I, S], b: [S, O])`.
 
     Raises:
       HydraOptError: fractions that sum to more than 1.

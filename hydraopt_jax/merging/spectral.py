@@ -42,15 +42,10 @@ def knots(
     In the paper's orientation (weights `[O, I]`) the deltas are concatenated along columns and W is its U.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
-      weights: `[T]`.
+      a, b, weights: see `sums`.
       rank: S; `T * R` keeps all.
       density: fraction of the entries of each V_t kept.
       elect: as in `sparse.ties`.
-
-    Returns:
-      `(a: [I, S], b: [S, O])`.
 
     Reference: Stoica et al., Model merging with SVD to tie the KnOTS, 2024, arXiv 2410.19735.
     """
@@ -78,9 +73,7 @@ def tsv_m(a: Array, b: Array, weights: Array, *, rank: int, keep: int | None = N
     with orthonormal columns (rows) nearest to the tasks' concatenated singular vectors.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
-      weights: `[T]`.
+      a, b, weights: see `sums`.
       rank: S; `T * keep` keeps all.
       keep: directions per task; None for the paper's share, min(I, O) / T, at least 1 and at most R.
 
@@ -107,13 +100,8 @@ def iso_c(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Arra
     arbitrary.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
-      weights: `[T]`.
+      a, b, weights: see `sums`.
       rank: S; the sum's leading directions are kept, `T * R` keeps all.
-
-    Returns:
-      `(a: [I, S], b: [S, O])`.
 
     Reference: Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific
     Subspaces, 2025, arXiv 2502.04959.
@@ -136,15 +124,9 @@ def core_space(
     the result depends only on the deltas.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
-      weights: `[T]`.
-      rank: S.
+      a, b, weights, rank: see `sums`.
       density: fraction of a core's entries kept.
       elect: as in `sparse.ties`.
-
-    Returns:
-      `(a: [I, S], b: [S, O])`.
 
     Reference: Panariello et al., Accurate and Efficient Low-Rank Model Merging in Core Space, 2025,
     arXiv 2509.17786.

@@ -1,7 +1,7 @@
 """Sums of deltas, exact in the factors; and PEFT's sum of factors, which is not a sum of deltas.
 
-All merging methods have one contract: from `(a: [T, I, R], b: [T, R, O], weights: [T], *, rank, ...)` of one
-module, with the LoRA scale folded into `b`, to `(a: [I, S], b: [S, O])`. An absent task has zeros.
+All merging methods have one contract: from `(a: [T, I, R], b: [T, R, O], weights: [T], *, rank: S, ...)` of
+one module, with the LoRA scale folded into `b`, to `(a: [I, S], b: [S, O])`. An absent task has zeros.
 """
 
 import jax.numpy as jnp
