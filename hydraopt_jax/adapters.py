@@ -194,7 +194,6 @@ def stack(collection: Sequence[Adapter]) -> Adapters:
     Raises:
       HydraOptError: see `check`.
 
-    >>> import numpy as np
     >>> one = Adapter("one", {"q": np.ones((4, 2))}, {"q": np.ones((2, 3))})
     >>> two = Adapter("two", {"q": np.ones((4, 1))}, {"q": np.ones((1, 3))})
     >>> [x.a.shape for x in stack([one, two]).buckets]

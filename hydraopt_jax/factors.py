@@ -1,12 +1,13 @@
 """The factors of one module: the result of every form, and of decoding a store."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Union
 
 import ml_dtypes
 import numpy as np
 
 from hydraopt_jax.deferred import Deferred
+from hydraopt_jax.errors import HydraOptError
 
 if TYPE_CHECKING:  # stores are read without JAX
     import jax
@@ -94,6 +95,24 @@ def balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         na, nb = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
         scale = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
         return a * scale, b / scale[:, None]
+
+
+def overflow(name: str, dtype: Any) -> HydraOptError:
+    """The error for a module whose factors a dtype cannot hold."""
+    return HydraOptError(f"{name}: values overflow {dtype}; choose bfloat16 or float32 (--dtype)")
+
+
+def to_dtype(name: str, x: Any, dtype: Any) -> np.ndarray:
+    """A factor of a module in a dtype.
+
+    Raises:
+      HydraOptError: a value overflows.
+    """
+    with np.errstate(over="ignore"):
+        out = np.asarray(x).astype(dtype)
+    if not np.isfinite(out.astype(np.float32)).all():
+        raise overflow(name, out.dtype)
+    return out
 
 
 def svd(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.explicit.fitting import to_stored
-from hydraopt_jax.factors import Factors, LazyFactors, svd, times
+from hydraopt_jax.factors import Factors, LazyFactors, svd, times, to_dtype
 from hydraopt_jax.store import plain
 from hydraopt_jax.store.schema import PlainShape
 
@@ -175,14 +174,14 @@ def way_terms(
     own: list[Factors] = []
     zero: np.ndarray = np.zeros(1, np.int32)
     if way.own is not None:
-        left, right = (to_stored(name, x, dtype)[None] for x in way.own)
+        left, right = (to_dtype(name, x, dtype)[None] for x in way.own)
         own.append(Factors(left, right, zero, zero))
     if way.term < 0:
         return own, []
     term = terms[way.term]
     shape = plain.shape_of(term.factors)._replace(a_of=(0,), b_of=(0,), term=term.position)
     sides = {"a": way.a, "b": way.b}
-    new = {k: to_stored(name, x, dtype) for k, x in sides.items() if not isinstance(x, int)}
+    new = {k: to_dtype(name, x, dtype) for k, x in sides.items() if not isinstance(x, int)}
     if shape.core:
-        new["core"] = to_stored(name, way.core, shape.core_dtype)
+        new["core"] = to_dtype(name, way.core, shape.core_dtype)
     return own, [(shape, new)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from hydraopt_jax import forms
 from hydraopt_jax.adapters import Bucket
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.factors import to_dtype
 from hydraopt_jax.forms import Factors, Gradient, Hydra, Info, closed_form, gradient, losses
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.linalg.decompose import Svd
@@ -143,19 +143,10 @@ def scale(factors: Factors) -> Factors:
     return factors._replace(a=a * root, b=b / root[:, None])
 
 
-def to_stored(module: str, x: Any, dtype: str) -> np.ndarray:
-    """An array in the stored dtype; an overflow is an error that names the module."""
-    with np.errstate(over="ignore"):
-        out = np.asarray(x).astype(dtype)
-    if not np.isfinite(out.astype(np.float32)).all():
-        raise HydraOptError(f"{module}: values overflow {dtype}; give --dtype bfloat16 or float32")
-    return out
-
-
 def cast(factors: Factors, dtype: str, module: str) -> Factors:
     """The factors in the stored dtype."""
-    core = None if factors.core is None else to_stored(module, factors.core, dtype)
-    a, b = (to_stored(module, x, dtype) for x in (factors.a, factors.b))
+    core = None if factors.core is None else to_dtype(module, factors.core, dtype)
+    a, b = (to_dtype(module, x, dtype) for x in (factors.a, factors.b))
     return factors._replace(a=a, b=b, core=core)
 
 

@@ -17,11 +17,10 @@ from jax.sharding import Mesh
 
 from hydraopt_jax.deferred import in_file
 from hydraopt_jax.devices import MODULES, TASKS, even, put_on_mesh, round_up
-from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import fitting, streaming_gram
 from hydraopt_jax.explicit.groups import Group, GroupFactors, applied
 from hydraopt_jax.explicit.streaming_gram import BOTH, LOCAL, Basis, Grams
-from hydraopt_jax.factors import LazyFactors
+from hydraopt_jax.factors import LazyFactors, overflow
 from hydraopt_jax.forms import Hydra
 from hydraopt_jax.rate_control import distortion
 
@@ -327,7 +326,7 @@ def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
 def check_finite(name: str, values: np.ndarray, dtype: str) -> None:
     """Raise HydraOptError if values overflow the stored dtype."""
     if dtype == "float16" and not np.isfinite(values).all():
-        raise HydraOptError(f"{name}: values overflow {dtype}; give --dtype bfloat16 or float32")
+        raise overflow(name, dtype)
 
 
 def where(

@@ -119,7 +119,6 @@ def minimize(
     Returns:
       `(params, trace)`.
 
-    >>> import jax.numpy as jnp, optax
     >>> x, info = minimize(lambda x: (x - 3.0) ** 2, jnp.array(0.0), optax.sgd(0.4), steps=50)
     >>> print(f"{x:.3f}")
     3.000

@@ -2,7 +2,7 @@
 
 The three levels of the product (weights, activations, outputs) share these forms: an activation loss is
 the weight loss of adapters whose `a` was replaced by `L.T @ a`, `C = E[x x.T] = L @ L.T`; an output loss is
-any function of factors the caller gives to `optimize.minimize`.
+any function of factors the caller gives to `descent.minimize`.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def squared_errors(a: Array, b: Array, a_hat: Array, b_hat: Array) -> Array:
     """`||a_t b_t - a_hat_t b_hat_t||^2` by expansion: `|x|^2 - 2 <x, y> + |y|^2`, each an R x R product.
 
     Cheap and smooth, for optimization; its round-off is about 1e-6 of the energy. To report errors use
-    `algebra.residual_energy`.
+    `decompose.residual_energy`.
 
     Args:
       a, b: `[T, I, R]`, `[T, R, O]`.

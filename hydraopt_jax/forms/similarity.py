@@ -60,7 +60,6 @@ def cosine(gram: Array) -> Array:
     Returns:
       `[..., T, T]` in [-1, 1].
 
-    >>> import jax.numpy as jnp
     >>> print(cosine(jnp.array([[4.0, 1.0], [1.0, 1.0]])))
     [[1.  0.5]
      [0.5 1. ]]
@@ -84,7 +83,6 @@ def factor_cosine(x: Array) -> Array:
 
     Reference: Ceritli et al., HydraOpt, EMNLP 2025, arXiv 2507.17706.
 
-    >>> import jax.numpy as jnp
     >>> print(factor_cosine(jnp.array([[[1.0], [0.0]], [[-2.0], [0.0]]])))
     [[ 1. -1.]
      [-1.  1.]]
@@ -103,7 +101,6 @@ def delta_cosine(a: Array, b: Array) -> Array:
     Returns:
       `[T, T]` in [-1, 1]; gauge-invariant.
 
-    >>> import jax.numpy as jnp
     >>> a, b = jnp.array([[[1.0], [0.0]], [[2.0], [0.0]]]), jnp.array([[[1.0, 0.0]], [[1.0, 1.0]]])
     >>> print(delta_cosine(a, b).round(3))
     [[1.    0.707]
@@ -121,7 +118,6 @@ def numerical_rank(s: Array) -> Array:
     Returns:
       `[...]` int, 0 for a zero delta.
 
-    >>> import jax.numpy as jnp
     >>> print(numerical_rank(jnp.array([[2.0, 1.0, 1e-9], [0.0, 0.0, 0.0]])))
     [2 0]
     """
@@ -141,7 +137,6 @@ def principal_cosines(u: Array, rank: Array) -> Array:
 
     Reference: Bjorck and Golub, Numerical methods for computing angles between linear subspaces, 1973.
 
-    >>> import jax.numpy as jnp
     >>> print(principal_cosines(jnp.eye(3)[None, :, :2], jnp.array([1]))[0, 0])
     [1. 0.]
     """
@@ -162,7 +157,6 @@ def mean_squared_cosine(cosines: Array, rank: Array) -> Array:
 
     Reference: Hu et al., LoRA, ICLR 2022, section 7.2 (phi, with equal ranks).
 
-    >>> import jax.numpy as jnp
     >>> print(mean_squared_cosine(jnp.array([[[1.0, 0.6]]]), jnp.array([2])))
     [[0.68]]
     """
@@ -212,7 +206,6 @@ def compare(a: Array, b: Array) -> Similarity:
     Returns:
       Similarity of `[M, T, T]` arrays.
 
-    >>> import jax.numpy as jnp
     >>> print(compare(jnp.ones((1, 2, 3, 1)), jnp.ones((1, 2, 1, 3))).delta.shape)
     (1, 2, 2)
     """

@@ -75,7 +75,6 @@ def svd(a: Array, b: Array) -> Svd:
       Svd of rank `min(I, R, O)`. It depends on the product alone, not on how it is split (gauge-invariant),
       and so do its derivatives, which are finite at equal and at zero singular values, see `factorizations`.
 
-    >>> import jax.numpy as jnp
     >>> print(svd(jnp.array([[3.0], [4.0]]), jnp.array([[2.0, 0.0]])).s)
     [10.]
     """

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hydraopt_jax.codec import fixed_rate, lanes, rans
 from hydraopt_jax.errors import HydraOptError, one_line
+from hydraopt_jax.factors import to_dtype
 from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.mixed_tasks import Module, PackedFactors, Term
@@ -100,19 +101,6 @@ def serving_dtype(stored: Any, asked: Any = None) -> np.dtype:
     """
     stored = np.dtype(stored)
     return jnp.dtype(asked if asked is not None else stored if stored.itemsize <= 2 else jnp.bfloat16)
-
-
-def to_dtype(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """An array of a module, converted to a dtype.
-
-    Raises:
-      HydraOptError: a value overflows.
-    """
-    with np.errstate(over="ignore"):
-        out = x.astype(dtype)
-    if not np.isfinite(out.astype(np.float32)).all():
-        raise HydraOptError(f"{name}: its factors overflow {out.dtype}: choose bfloat16 or float32")
-    return out
 
 
 def kernel_sharding(shardings: Shardings, name: str) -> NamedSharding | None:

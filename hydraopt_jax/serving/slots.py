@@ -19,7 +19,7 @@ from jax import Array
 
 from hydraopt_jax import factors
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.factors import times
+from hydraopt_jax.factors import times, to_dtype
 from hydraopt_jax.formats.server import cut, pad_ranks
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.loading import (
@@ -29,7 +29,6 @@ from hydraopt_jax.serving.loading import (
     place_term,
     serving_dtype,
     shardings_of,
-    to_dtype,
 )
 from hydraopt_jax.store import Store, decode_terms, task_index
 from hydraopt_jax.store.schema import PlainShape

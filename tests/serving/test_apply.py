@@ -313,7 +313,7 @@ def test_unpacking_in_jax_is_unpacking_in_numpy(bits):
 def test_load_refuses_what_it_cannot_hold():
     large = term("hydra")._replace(b=jnp.full((T, S, O), 1e6))
     kept = plain_store("abcde", {"q": (large,)})
-    with pytest.raises(hydra.HydraOptError, match="q: its factors overflow float16: choose bfloat16"):
+    with pytest.raises(hydra.HydraOptError, match="q: values overflow float16; choose bfloat16"):
         serving.load(kept, dtype=jnp.float16)
     with pytest.raises(hydra.HydraOptError, match="dtype and bits: give one"):
         serving.load(kept, dtype=jnp.float16, bits=4)

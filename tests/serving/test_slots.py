@@ -154,7 +154,7 @@ def test_what_cannot_be_served_leaves_the_slots_as_they_are(coded):
     with pytest.raises(hydra.HydraOptError, match="0 slots: make at least 1"):
         serving.Slots(kept, 0)
     large = plain_store(TASKS, {"q": (term("hydra", tasks=6)._replace(b=jnp.full((6, 3, 9), 1e6)),)})
-    with pytest.raises(hydra.HydraOptError, match="q: its factors overflow float16"):
+    with pytest.raises(hydra.HydraOptError, match="q: values overflow float16"):
         serving.Slots(large, 2, dtype=jnp.float16).load(
             serving.Slots(large, 2, dtype=jnp.float16).init(), ["a"]
         )
