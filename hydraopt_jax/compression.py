@@ -56,9 +56,6 @@ def compress(
       extras_dtype: full tensors beside the factors are rounded to it if they are wider; None keeps them.
       job: progress, processes, and where finished segments are kept, see `rate_control.work`.
 
-    Returns:
-      Store.
-
     Raises:
       HydraOptError: bad adapters or options, or a target that cannot be met (the message says which can).
 

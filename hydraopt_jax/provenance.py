@@ -131,11 +131,7 @@ def is_yaml(path: Path) -> bool:
 
 
 def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
-    """The recipe in a file, checked, and the file's path.
-
-    Args:
-      path: of the file.
-      known: names of the allowed options.
+    """The recipe in a file, checked to have `known` options only, and the file's path.
 
     Raises:
       HydraOptError: no such file, or not a recipe; the message names the field.

@@ -31,9 +31,6 @@ def purge(
       original: task -> original adapter, or None if it is not available.
       calibration: the second moments that the store was made with, if any.
 
-    Returns:
-      The store, and the tasks that were coded again.
-
     Raises:
       HydraOptError: the store was made with calibration, and none is given.
     """

@@ -180,16 +180,9 @@ def solve_group(
     dtype: str,
     grid: Mesh,
 ) -> dict[str, Solved]:
-    """Factors, errors and bounds of a group's modules; the factors are written to `file`.
+    """Factors, errors and bounds of a group's modules; the factors are written to `file` in the stored dtype.
 
-    Args:
-      file: the file to write.
-      group: the modules.
-      parts: the blocks of its spans, in order, twice.
-      tasks: T.
-      form: HydraOpt's form with a head per task.
-      dtype: stored dtype.
-      grid: the devices.
+    `parts` are the blocks of the group's spans, in order, twice; the form is one with a head per task.
 
     Raises:
       HydraOptError: values overflow the stored dtype.

@@ -139,9 +139,6 @@ def accumulate(
       sides: "in", "out" or both.
       dtype: dtype of a and b.
       size: upper limit of tasks per piece and device.
-
-    Returns:
-      The sums, and the tasks' Gram matrices.
     """
 
     def local(sums: tuple[Strips, ...], a: Array, b: Array, scale: Array) -> tuple[tuple[Strips, ...], Grams]:

@@ -94,11 +94,7 @@ def _check_pattern(config: Mapping[str, Any], field: str, source: str) -> None:
 
 
 def check_config(config: Any, source: str) -> None:
-    """Check that a PEFT configuration describes plain LoRA deltas.
-
-    Args:
-      config: the parsed adapter_config.json.
-      source: its path, for the messages.
+    """Check that a PEFT configuration, read from `source`, describes plain LoRA deltas.
 
     Raises:
       HydraOptError: not a JSON object, not LoRA, a malformed field, or a variant that is not

@@ -66,9 +66,6 @@ def step(
       optimizer: any `optax.GradientTransformation`.
       state: before.
       given: further arguments of the loss, such as a batch.
-
-    Returns:
-      The state after, and the loss before the step.
     """
     if state.aux is None:
         value, gradient = jax.value_and_grad(loss)(state.params, *given)
@@ -115,9 +112,6 @@ def minimize(
       aux: pytree of arrays, the loss's own state, such as running means.
       tolerance: relative fall of the loss below which progress has ended.
       patience: number of steps after which progress is checked.
-
-    Returns:
-      `(params, trace)`.
 
     >>> x, info = minimize(lambda x: (x - 3.0) ** 2, jnp.array(0.0), optax.sgd(0.4), steps=50)
     >>> print(f"{x:.3f}")

@@ -100,9 +100,7 @@ def render(
 
     Args:
       store: the pushed store.
-      repository: ORG/NAME.
-      file: name of the store's file there.
-      size: its bytes.
+      repository, file, size: ORG/NAME, name of the store's file there, and its bytes.
       licenses: task -> license, where known.
       license: of the store; None for the common license of all tasks.
       before: the existing card.

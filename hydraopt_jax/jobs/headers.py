@@ -25,7 +25,7 @@ def read_headers(
     processes: Processes | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[Collection, dict[str, str]]:
-    """The collection of some sources, checked; and the adapters left out.
+    """The collection of some sources, checked; and the adapters left out, with the reason.
 
     Args:
       sources: place of each adapter, and its task's name or None.
@@ -33,9 +33,6 @@ def read_headers(
       skip_bad: leave out adapters that cannot be read instead of raising.
       processes: the processes of the job; each checks its share.
       advance: called after each adapter.
-
-    Returns:
-      The collection, and the adapters left out with the reason.
 
     Raises:
       HydraOptError: a bad adapter, named.

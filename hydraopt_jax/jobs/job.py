@@ -84,9 +84,6 @@ def run_job(
       job: its `place` is not used; a job that goes on keeps the provenance of its start.
       overwrite, limit, zstd: see `store.save`.
 
-    Returns:
-      The store on disk; None in all processes but the first.
-
     Raises:
       HydraOptError: the folder belongs to another job; and every error of `compress`.
       TooLarge: see `store.save`.

@@ -174,12 +174,7 @@ def share(a: Array, b: Array, weights: Array, *, rank: int) -> Factors:
 
 
 def entries(factors: Factors, rank: int) -> int:
-    """Number of entries to store; a full core counts as its two sides `[S, R]`, `[R, S]` if that is less.
-
-    Args:
-      factors: the factors.
-      rank: R, the adapters' rank.
-    """
+    """Number of entries to store; a full core counts as its two sides `[S, R]`, `[R, S]` if that is less."""
     if factors.core is None or factors.core.ndim == 2:
         return forms.count(factors)
     tasks, rows, columns = factors.core.shape

@@ -229,7 +229,7 @@ def load_task(
     scale: float = 1.0,
     stack: int | str | None = "ask",
 ) -> list[str]:
-    """Load one task, in place, into a model's own LoRA parameters (Flax or qwix); return the layers' paths.
+    """Load one task, in place, into a model's own LoRA parameters (Flax or qwix); return the loaded layers.
 
     A task of a lower rank than the model's is padded with zeros. A LoRA layer without a module in the task
     gets a zero delta.
@@ -245,9 +245,6 @@ def load_task(
       base: name of the base model; a task of another one is refused. None: do not compare names.
       scale: the model's factor on the delta: alpha / rank for qwix, 1 for Flax. `b` is divided by it.
       stack: see `formats.read_tree`.
-
-    Returns:
-      Paths of the loaded layers.
 
     Raises:
       HydraOptError: an unknown task, another base model, a model without LoRA parameters, a module without a

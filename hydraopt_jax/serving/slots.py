@@ -106,14 +106,9 @@ def slot_shapes(store: Store) -> dict[str, SlotShape]:
 
 
 def row_of(name: str, terms: Sequence[Factors], place: int, shape: SlotShape, dtype: np.dtype) -> SlotRow:
-    """One task in one module in the layout of a slot: terms concatenated, zero directions left out.
+    """The task at a place of some terms in the layout of a slot: terms concatenated, without zero directions.
 
-    Args:
-      name: of the module.
-      terms: decoded; empty if the task lacks the module.
-      place: of the task in them.
-      shape: of the slots.
-      dtype: of the factors on the device.
+    `terms` are empty if the task lacks the module; `dtype` is that of the factors on the device.
     """
     left, right, steps = [], [], []
     for term in terms:

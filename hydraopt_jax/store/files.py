@@ -92,13 +92,7 @@ def open_at(at: Path | str) -> Store:
 
 
 def watched(path: Path | str, store: Store, opened: Any) -> Store:
-    """The store, with leaves whose read errors say if the store was replaced since it was opened.
-
-    Args:
-      path: of the store.
-      store: opened from this path.
-      opened: its `stamp` before opening.
-    """
+    """The store, with leaves whose read errors say if it was replaced since `opened`, its `stamp` then."""
 
     def replaced(segment: str) -> bool:
         if stamp(path) == opened:
@@ -224,8 +218,6 @@ def upload(
     """Write the new segments of a store on this machine and upload them to a bucket.
 
     Args:
-      at: address of the store.
-      store: the store.
       before: version of the `state` that is replaced.
       limit, zstd: see `save`.
       rows: segment id -> manifest row of the segments that are in the bucket and may stay.
@@ -307,8 +299,6 @@ def write_folder(
     """Write missing segments, then the manifest; then remove files that the manifest does not name.
 
     Args:
-      path: the folder.
-      store: the store.
       limit, zstd: see `save`.
       known: segment id -> manifest row of existing segments that the manifest lacks: those of a job, or those
         in the bucket that the folder is written for.

@@ -22,10 +22,7 @@ VERSION = 7
 def as_json(store: Store, written: Sequence[Mapping[str, Any]], name: str = "") -> dict[str, Any]:
     """The manifest of a store.
 
-    Args:
-      store: the store.
-      written: for each segment its `SegmentEntry` as a mapping, with fields of the container.
-      name: of the store, for messages.
+    `written` has for each segment its `SegmentEntry` as a mapping, with fields of the container.
 
     Raises:
       HydraOptError: the report or a source cannot be written as JSON.

@@ -101,14 +101,7 @@ def add_predictions(
     references: Sequence[Reference],
     known: Mapping[Reference, Vectors],
 ) -> dict[str, tuple[Factors, ...]]:
-    """The terms of a predicted segment: decoded differences plus predictions.
-
-    Args:
-      terms: decoded differences of one task.
-      packed: its `prediction` leaf.
-      references: of the segment.
-      known: vectors of each reference.
-    """
+    """The terms of a predicted segment: decoded differences of its task plus its `packed` predictions."""
     keys = [(n, side) for n, v in terms.items() for side in (0, 1) if v]
     bases = {k: base for k in keys if (base := base_of(known, references, k)) is not None}
     sizes = [(base.shape[1], terms[n][0].a.shape[2]) for (n, _), base in bases.items()]
