@@ -18,14 +18,10 @@ Item = TypeVar("Item")
 
 
 def make(modules: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh for groups of at most `modules` modules.
+    """A mesh for groups of at most `modules` modules; without devices, of those of this process.
 
     Modules are independent, so they are spread over devices first. Remaining devices split the tasks, and
     sums over tasks then need a `psum`.
-
-    Args:
-      modules: largest number of modules that are solved together.
-      devices: None for the devices of this process.
     """
     found = list(jax.local_devices() if devices is None else devices)
     rows = max(d for d in range(1, len(found) + 1) if len(found) % d == 0 and d <= max(modules, 1))

@@ -146,14 +146,9 @@ def forms_table(content: Store) -> Table | None:
 
 
 def sentence(content: Store, before: int, after: int) -> str:
-    """A sentence on a store: tasks, bytes, error, estimate.
+    """A sentence on a store: tasks, bytes, error, and the lower one of `ESTIMATES`.
 
-    Args:
-      content: the store.
-      before: bytes of the adapters' files; 0 if unknown.
-      after: bytes of the store on disk.
-
-    The estimate is the lower one of `ESTIMATES`.
+    `before` are the bytes of the adapters' files, 0 if unknown, `after` those of the store on disk.
     """
     size = report.format_bytes(after)
     if before:

@@ -179,15 +179,11 @@ def accumulate(
 
 
 def uncertainty(values: np.ndarray, reach: int, trace: np.ndarray) -> np.ndarray:
-    """Uncertainty `[M]` of the sum of leading eigenvalues `[M, S]`.
+    """Uncertainty `[M]` of the sum of leading eigenvalues `[M, S]` of matrices of trace `[M]`.
 
-    If a matrix is known to eps times its largest eigenvalue, the sum of N eigenvalues is known to N eps times
-    that (`forms.sure_tail`). Iteration adds the tolerance of its last round.
-
-    Args:
-      values: eigenvalues of `Basis`.
-      reach: N, the upper limit of nonzero eigenvalues.
-      trace: `[M]` trace of the matrix.
+    If a matrix is known to eps times its largest eigenvalue, the sum of its at most N = `reach` nonzero
+    eigenvalues is known to N eps times that (`forms.sure_tail`). Iteration adds the tolerance of its last
+    round.
     """
     noise = reach * np.finfo(np.float32).eps * values.max(-1, initial=0.0)
     return noise + (TOLERANCE * trace if reach > DIRECT else 0.0)

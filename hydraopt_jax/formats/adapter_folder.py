@@ -21,12 +21,8 @@ PICKLE_FILE = "adapter_model.bin"
 def folder_name(task: str) -> str:
     """A folder name for a task: safe in any file system, different for different tasks.
 
-    Args:
-      task: any string.
-
-    Returns:
-      The name with every character outside a safe set percent-encoded. It is never empty, never hidden, and
-      never a path of several parts.
+    Every character outside a safe set is percent-encoded. The name is never empty, never hidden, and never a
+    path of several parts.
 
     >>> folder_name("legal"), folder_name("a/b"), folder_name("..")
     ('legal', 'a%2Fb', '%2E.')

@@ -168,14 +168,7 @@ def module_rank(config: Mapping[str, Any], module: str) -> int:
 
 
 def module_scale(config: Mapping[str, Any], module: str) -> float:
-    """Scale of a module's delta: alpha / r, or alpha / sqrt(r) with use_rslora.
-
-    Args:
-      config: a checked configuration.
-      module: the module's full name in the base model.
-
-    Returns:
-      The scale, with rank_pattern and alpha_pattern taken into account.
+    """Scale of a module's delta: alpha / r, or alpha / sqrt(r) with use_rslora; patterns are of full names.
 
     >>> module_scale({"r": 4, "lora_alpha": 8}, "layers.0.q")
     2.0

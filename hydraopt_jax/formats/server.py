@@ -87,11 +87,7 @@ def check_served(
 ) -> None:
     """Raise for parts of a task that a server refuses or ignores; the message names them.
 
-    Args:
-      profile: of the server; None for no server.
-      task: its name.
-      extras: names of its full tensors.
-      config, layout: see `Adapter`.
+    `extras` are the names of its full tensors, `config` and `layout` as in `Adapter`; None is no server.
     """
     if profile is None:
         return

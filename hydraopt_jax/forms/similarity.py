@@ -95,8 +95,7 @@ def delta_cosine(a: Array, b: Array) -> Array:
     """Cosine of deltas, `<delta_s, delta_t> / (||delta_s|| ||delta_t||)`, through `decompose.gram`.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
+      a, b: `[T, I, R]`, `[T, R, O]`.
 
     Returns:
       `[T, T]` in [-1, 1]; gauge-invariant.
@@ -200,8 +199,7 @@ def compare(a: Array, b: Array) -> Similarity:
     """All measures for modules of one shape.
 
     Args:
-      a: `[M, T, I, R]`.
-      b: `[M, T, R, O]`.
+      a, b: `[M, T, I, R]`, `[M, T, R, O]`.
 
     Returns:
       Similarity of `[M, T, T]` arrays.

@@ -68,8 +68,7 @@ def svd(a: Array, b: Array) -> Svd:
     `a = Qa Ra`, `(Ra b).T = Qb Rb`, `Rb.T = U s V.T`; then `a @ b = (Qa U) s (Qb V).T`.
 
     Args:
-      a: `[..., I, R]`.
-      b: `[..., R, O]`.
+      a, b: `[..., I, R]`, `[..., R, O]`.
 
     Returns:
       Svd of rank `min(I, R, O)`. It depends on the product alone, not on how it is split (gauge-invariant),
@@ -103,8 +102,7 @@ def gram(a: Array, b: Array) -> Array:
     """Gram matrix of deltas, `g[s, t] = <delta_s, delta_t>`.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
+      a, b: `[T, I, R]`, `[T, R, O]`.
 
     Returns:
       `[T, T]`, symmetric positive semi-definite.
@@ -215,8 +213,7 @@ def balance(a: Array, b: Array) -> tuple[Array, Array]:
     Half-precision storage then neither overflows nor loses small directions to denormals.
 
     Args:
-      a: `[..., I, S]`.
-      b: `[..., S, O]`.
+      a, b: `[..., I, S]`, `[..., S, O]`.
     """
     na, nb = safe_sqrt(jnp.sum(a**2, -2)), safe_sqrt(jnp.sum(b**2, -1))
     scale = jnp.where(na > 0, safe_sqrt(nb / jnp.where(na > 0, na, 1.0)), 1.0)

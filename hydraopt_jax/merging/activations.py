@@ -31,8 +31,7 @@ def regmean(
     `[C_1 a_1, ...] @ [b_1; ...]`, and moments are added one at a time.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
+      a, b: `[T, I, R]`, `[T, R, O]`.
       weights: `[T]`.
       rank: S; `T * R` keeps all.
       moments: T of `[I, I]`, or `[I]` where only the diagonal is known, see `calibration`.

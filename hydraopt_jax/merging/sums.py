@@ -23,8 +23,7 @@ def linear(a: Array, b: Array, weights: Array, *, rank: int) -> tuple[Array, Arr
     with `w_t` as the scale of each task. PEFT calls it "svd". It is exact for `rank >= T * R`.
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
+      a, b: `[T, I, R]`, `[T, R, O]`.
       weights: `[T]`.
       rank: S.
 
@@ -43,8 +42,7 @@ def concatenation(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
     """`sum_t w_t a[t] @ b[t]` exactly, with all `T * R` directions (PEFT's "cat").
 
     Args:
-      a: `[T, I, R]`.
-      b: `[T, R, O]`.
+      a, b: `[T, I, R]`, `[T, R, O]`.
       weights: `[T]`.
 
     Returns:

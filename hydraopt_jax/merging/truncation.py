@@ -47,8 +47,7 @@ def truncate(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     """Factors of the best rank-S approximation of `a @ b`, which is not formed.
 
     Args:
-      a: `[I, N]`.
-      b: `[N, O]`.
+      a, b: `[I, N]`, `[N, O]`.
       rank: S; at most min(I, N, O) is used.
 
     Returns:

@@ -154,13 +154,7 @@ def row_of(name: str, terms: Sequence[Factors], place: int, shape: SlotShape, dt
 def put(
     modules: Mapping[str, tuple[Factors]], slot: Array, rows: Mapping[str, SlotRow]
 ) -> dict[str, tuple[Factors]]:
-    """The modules with another task in a slot; pure, with equal shapes for all tasks.
-
-    Args:
-      modules: of a `SlotState`.
-      slot: int scalar.
-      rows: module name -> the task in it.
-    """
+    """The modules of a `SlotState` with another task in a slot; pure, with equal shapes for all tasks."""
     out: dict[str, tuple[Factors]] = {}
     for name, (term,) in modules.items():
         row = rows[name]

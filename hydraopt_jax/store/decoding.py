@@ -108,13 +108,9 @@ def decode_segment(
     table: np.ndarray | None = None,
     decode_lanes: rans.DecodeLanes = rans.decode,
 ) -> Decoded:
-    """Decoded terms of a segment for the tasks at some places.
+    """Decoded terms of a coded segment for the tasks at some places.
 
-    Args:
-      segment: coded.
-      places: of the tasks.
-      table: frequencies of an earlier segment, if the segment uses them.
-      decode_lanes: see `codec.streams.decode`.
+    `table` has the frequencies of an earlier segment, if the segment uses them.
 
     Raises:
       Damaged: leaves that no encoder writes.
@@ -186,11 +182,7 @@ def decode_terms(
     """The factors of some tasks (all if None) of a store: module -> terms, tasks in the order given.
 
     A delta is the sum of its terms' `a @ core @ b`. Modules that none of the tasks has are left out.
-
-    Args:
-      store: to read.
-      tasks: their names.
-      decode_lanes: see `codec.streams.decode`.
+    `decode_lanes` decodes the symbols, see `codec.streams.decode`.
 
     Raises:
       HydraOptError: an unknown task, or leaves that cannot be decoded.

@@ -63,12 +63,7 @@ def open(path: Path_) -> Store:
 
 
 def steadily(at: Path | str, look: Callable[[Any], T]) -> T:
-    """What `look` finds of a store; it looks again where the store was replaced and it failed.
-
-    Args:
-      at: the result of `located`.
-      look: takes the store's `stamp`.
-    """
+    """What `look` finds of a store with a `stamp`; if it fails, and the stamp has changed, it looks again."""
     for _ in range(RETRIES):
         before = stamp(at)
         try:
