@@ -2,4 +2,6 @@
 
 from hydraopt_jax.cli import main
 
-main()
+if __name__ == "__main__":
+    # a child process of a job imports this module, too
+    main()

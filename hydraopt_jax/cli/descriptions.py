@@ -108,23 +108,28 @@ def most_telling(per_task: Sequence[np.ndarray]) -> list[int]:
     return np.argsort(-per_task[-1], kind="stable")[: ROWS // 2].tolist()
 
 
+def errors_of_tasks(content: Store, bound: str) -> list[tuple[int, list[str]]]:
+    """Position and errors of the tasks in a table; `bound` marks errors that are upper bounds."""
+    per_task = [task_errors(x) for x in claims_of(content).values()]
+    bounds = content.report.get("bounded", ())
+    return [
+        (t, [bound * (content.tasks[t] in bounds) + report.format_error(float(x[t])) for x in per_task])
+        for t in most_telling(per_task)
+    ]
+
+
 def errors_table(content: Store) -> Table:
     """A table of relative squared errors: per task, mean, worst, lower bound, estimates."""
     claims = claims_of(content)
     table = report.columns("task", *(f">{x}" for x in claims))
-    per_task = [task_errors(x) for x in claims.values()]
-    bounds = content.report.get("bounded", ())
-    chosen = most_telling(per_task)
-    for t in chosen:
-        task = content.tasks[t]
-        low = "at most " * (task in bounds)
-        values = (low + report.format_error(float(x[t])) for x in per_task)
-        table.add_row(Text(report.shorten(task)), *values)
-    if len(chosen) < len(content.tasks):
-        table.add_row(f"{len(content.tasks) - len(chosen)} tasks with lower errors: --verbose")
+    rows = errors_of_tasks(content, "at most ")
+    for t, errors in rows:
+        table.add_row(Text(report.shorten(content.tasks[t])), *errors)
+    if len(rows) < len(content.tasks):
+        table.add_row(f"{len(content.tasks) - len(rows)} tasks with lower errors: --verbose")
     table.add_section()
     table.add_row("mean", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
-    table.add_row("worst task", *(report.format_error(float(x.max())) for x in per_task))
+    table.add_row("worst task", *(report.format_error(task_errors(x).max()) for x in claims.values()))
     # of the errors that were minimized
     last = [""] * (len(claims) - 1)
     bound = list(content.report["bound"].values())

@@ -17,9 +17,9 @@ from hydraopt_jax.cli.descriptions import (
     calibration_notes,
     claims_of,
     describe,
+    errors_of_tasks,
     forms_table,
     held_notes,
-    most_telling,
     sentence,
     worst_modules,
 )
@@ -93,16 +93,12 @@ def tasks_table(content: store.Store, own: Mapping[str, int]) -> Table:
     claims = claims_of(content)
     heads = ["error"] if len(claims) == 1 else ["of weights", "of outputs"]
     table = report.columns("task", ">own bytes", *(f">{x}" for x in heads), "source")
-    per_task = [task_errors(x) for x in claims.values()]
-    bounds = content.report.get("bounded", ())
-    chosen = most_telling(per_task)
-    for t in chosen:
-        task = content.tasks[t]
-        errors = (f"{'<= ' * (task in bounds)}{report.format_error(float(x[t]))}" for x in per_task)
-        source = Text(report.shorten_path(content.sources[t].origin, 26))
+    rows = errors_of_tasks(content, "<= ")
+    for t, errors in rows:
+        task, source = content.tasks[t], Text(report.shorten_path(content.sources[t].origin, 26))
         table.add_row(Text(report.shorten(task, 24)), report.format_bytes(own[task]), *errors, source)
-    if len(chosen) < len(content.tasks):
-        table.add_row(f"and {len(content.tasks) - len(chosen)} others")
+    if len(rows) < len(content.tasks):
+        table.add_row(f"and {len(content.tasks) - len(rows)} others")
     table.add_section()
     table.add_row("shared by several tasks", report.format_bytes(sizes.shared_bytes(content)))
     table.add_row("mean", "", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
