@@ -125,8 +125,10 @@ def joined(parts: Sequence[Any]) -> Any:
             begin = end - size_of(part)
             low, high = max(start, begin), min(stop, end)
             if low < high:
-                span = span_of(part, low - begin, high - begin)
-                out[low - start : high - start] = np.frombuffer(span, np.uint8)
+                span = np.frombuffer(span_of(part, low - begin, high - begin), np.uint8)
+                if len(span) == len(out):
+                    return span
+                out[low - start : high - start] = span
         return out
 
     return Deferred((ends[-1],), np.uint8, read)

@@ -97,24 +97,16 @@ def spread_labels(wanted: Sequence[float], gap: float = GAP) -> list[float]:
     >>> [round(x, 2) for x in spread_labels([0.5, 0.52, 0.1], 0.1)]
     [0.46, 0.56, 0.1]
     """
-    order = sorted(range(len(wanted)), key=lambda n: wanted[n])
-    # groups of adjacent labels: sum of wanted positions less offsets, and count
-    groups: list[list[float]] = []
-    for n in order:
-        groups.append([wanted[n], 1.0])
-        while (
-            len(groups) > 1
-            and groups[-2][0] / groups[-2][1] + gap * groups[-2][1] > groups[-1][0] / groups[-1][1]
-        ):
-            total, count = groups.pop()
-            groups[-1][0] += total - count * gap * groups[-1][1]
-            groups[-1][1] += count
-    places = [total / count + gap * k for total, count in groups for k in range(int(count))]
-    shift = max(0.0, -places[0]) if places else 0.0
-    out = [0.0] * len(wanted)
-    for n, y in zip(order, places, strict=True):
-        out[n] = y + shift
-    return out
+    from scipy.optimize import isotonic_regression
+
+    if not len(wanted):
+        return []
+    order, steps = np.argsort(wanted, kind="stable"), gap * np.arange(len(wanted))
+    # less the gaps, positions only have to rise
+    places = isotonic_regression(np.asarray(wanted)[order] - steps).x + steps
+    out = np.empty(len(wanted))
+    out[order] = places + max(0.0, -places[0])
+    return out.tolist()
 
 
 def _plain(text: str, limit: int = 24) -> str:

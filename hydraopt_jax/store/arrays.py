@@ -1,13 +1,13 @@
 """Arrays of bytes on disk or in a bucket, read with TensorStore, and a segment's run out of several."""
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hydraopt_jax import buckets
+from hydraopt_jax.deferred import Deferred, joined
 from hydraopt_jax.errors import HydraOptError, damaged, one_line
 from hydraopt_jax.store.segment_data import SegmentEntry
 
@@ -61,29 +61,22 @@ def run_reader(
     sizes = [n for _, n in arrays]
     if entry.bytes > most or not fit_run(entry.bytes, sizes):
         raise damaged(path, f"segment {entry.id} claims what its files cannot hold")
-    starts = list(itertools.accumulate(sizes, initial=0))
 
-    @functools.lru_cache
-    def opened(k: int) -> Any:
-        name = arrays[k][0]
-        return open_array(path, f"{name} of segment {entry.id}", place(name), sizes[k])
+    def part(name: str, size: int) -> Deferred:
+        @functools.cache
+        def opened() -> Any:
+            return open_array(path, f"{name} of segment {entry.id}", place(name), size)
 
-    def read(start: int, stop: int) -> np.ndarray:
-        out: np.ndarray = np.empty(stop - start, np.uint8)
-        for k, (at, following) in enumerate(itertools.pairwise(starts)):
-            low, high = max(start, at), min(stop, following)
-            if low < high:
-                array = opened(k)
-                try:
-                    part = array[low - at : high - at].read().result()
-                except (ValueError, OSError) as error:
-                    raise unreadable(path, f"segment {entry.id} cannot be read", error) from None
-                if high - low == stop - start:
-                    return np.asarray(part)
-                out[low - start : high - start] = part
-        return out
+        def read(start: int, stop: int) -> np.ndarray:
+            array = opened()
+            try:
+                return np.asarray(array[start:stop].read().result())
+            except (ValueError, OSError) as error:
+                raise unreadable(path, f"segment {entry.id} cannot be read", error) from None
 
-    return read
+        return Deferred((size,), np.uint8, read)
+
+    return joined([part(*x) for x in arrays]).read
 
 
 def unreadable(path: Any, what: str, error: Exception) -> HydraOptError:
