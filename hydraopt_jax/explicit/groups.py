@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hydraopt_jax.collection import Collection, read_ahead
+from hydraopt_jax.collection import Collection, read_ahead, widest_dtype
 from hydraopt_jax.devices import even
 from hydraopt_jax.explicit.fitting import CHUNK
 from hydraopt_jax.forms import Hydra
@@ -95,8 +95,7 @@ def host_dtype(found: Collection) -> str:
 
     Adapters in memory have their scale folded in, which needs float32.
     """
-    kinds = {x.dtype if x.file else "float32" for x in found.cards}
-    return kinds.pop() if len(kinds) == 1 and kinds <= {"float16", "bfloat16"} else "float32"
+    return widest_dtype(x.dtype if x.file else "float32" for x in found.cards)
 
 
 def zeros(shape: tuple[int, ...], kind: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.report.tables import MEASURES
+from hydraopt_jax.report.text import shorten
 
 if TYPE_CHECKING:
     from hydraopt_jax.forms.similarity import Summary
@@ -110,9 +111,8 @@ def spread_labels(wanted: Sequence[float], gap: float = GAP) -> list[float]:
 
 
 def _plain(text: str, limit: int = 24) -> str:
-    """A label shortened in its middle, with `$` escaped: matplotlib reads it as mathematics."""
-    short = text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"
-    return short.replace("$", r"\$")
+    """A shortened label, with `$` escaped: matplotlib reads it as mathematics."""
+    return shorten(text, limit).replace("$", r"\$")
 
 
 def plot_similarity(path: str | Path, summary: Summary) -> None:
