@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import click
-from rich.text import Text
 
 from hydraopt_jax import report
 from hydraopt_jax.cli.common import PlaceType
@@ -58,7 +57,7 @@ def calibrate(
     inputs = {k: x for k, x in moments.items() if not k.endswith(calibration.OUTPUT)}
     widest, size = max(len(x) for x in inputs.values()), Path(out).stat().st_size
     table = report.columns("calibration", ">modules", ">tokens", ">widest input")
-    table.add_row(Text(report.shorten(out)), str(len(inputs)), str(count), str(widest))
+    table.add_row(report.shorten(out), str(len(inputs)), str(count), str(widest))
     few = f"{count} tokens are fewer than the widest module's {widest} inputs: give more text"
     payload = {
         "out": out,

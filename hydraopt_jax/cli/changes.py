@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from rich.text import Text
 
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter
@@ -107,7 +106,7 @@ def change_report(path: str, before: int, content: Store, found: "Refit | None",
         payload["refit"] = jsonable(found._asdict())
     for name, now, other in rows:
         then = [] if other is None else [report.format_error(other)]
-        table.add_row(Text(report.shorten(name)), report.format_error(now), *then)
+        table.add_row(report.shorten(name), report.format_error(now), *then)
     notes = calibration_notes(content)
     if held:
         notes += [*held_notes(held), f"to remove them: hydraopt remove {path} --purge"]

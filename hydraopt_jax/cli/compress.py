@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 import jax
-from rich.text import Text
 
 from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
@@ -291,7 +290,7 @@ def shown_plan(out: str, found: Any, asked: Mapping[str, Any], bad: Mapping[str,
         ("time on one machine like this", f"{plan.time_class}, about {plan.seconds:.2g} s"),
         ("groups of modules", str(plan.groups)),
     ):
-        table.add_row(name, Text(value))
+        table.add_row(name, value)
     left = [f"left out: {x}: {why}" for x, why in bad.items()]
     payload = {"plan": jsonable(estimate.as_dict(plan)), "bytes_before": found.size, "left_out": dict(bad)}
     return functools.partial(say, payload, table, *left, f"{out}: nothing was written")

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.text import Text
 
 from hydraopt_jax import report
 from hydraopt_jax.adapters import Adapter
@@ -58,7 +57,7 @@ def convert(source: str, out: str, to: str, **options: Any) -> None:
             out, adapter, options["family"], to, scale=scale, **{k: options[k] for k in names}
         )
     table = report.columns("adapter", ">modules", ">rank", ">alpha")
-    table.add_row(Text(report.shorten(out)), str(len(adapter.a)), str(rank), f"{rank * scale:g}")
+    table.add_row(report.shorten(out), str(len(adapter.a)), str(rank), f"{rank * scale:g}")
     payload = {"out": out, "to": to, "modules": len(adapter.a), "rank": rank, "alpha": rank * scale}
     note = None if to in ("peft", "gemma") else "Make the model with this rank and alpha."
     if to == "peft" and not base_name(adapter.config):

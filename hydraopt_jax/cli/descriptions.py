@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from hydraopt_jax import report
 from hydraopt_jax.cli.output import jsonable, mode
@@ -124,7 +123,7 @@ def errors_table(content: Store) -> Table:
     table = report.columns("task", *(f">{x}" for x in claims))
     rows = errors_of_tasks(content, "at most ")
     for t, errors in rows:
-        table.add_row(Text(report.shorten(content.tasks[t])), *errors)
+        table.add_row(report.shorten(content.tasks[t]), *errors)
     if len(rows) < len(content.tasks):
         table.add_row(f"{len(content.tasks) - len(rows)} tasks with lower errors: --verbose")
     table.add_section()
@@ -146,7 +145,7 @@ def forms_table(content: Store) -> Table | None:
         return None
     table = report.columns("form of a module", ">modules")
     for name, modules in sorted(content.report["forms"].items(), key=lambda x: -x[1]):
-        table.add_row(Text(report.shorten(name, 60)), str(modules))
+        table.add_row(report.shorten(name, 60), str(modules))
     return table
 
 

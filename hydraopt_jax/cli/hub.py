@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from rich.text import Text
 
 from hydraopt_jax import report
 from hydraopt_jax.cli.common import PlaceType
@@ -32,9 +31,9 @@ def push(path: str, name: str, **given: Any) -> None:
     done = hub.push(path, name, progress=on_terminal(), **given)
     table = report.columns("pushed", "")
     table.add_row("commit", done.revision)
-    table.add_row("base model", Text(", ".join(done.base_models) or "not named"))
+    table.add_row("base model", ", ".join(done.base_models) or "not named")
     licenses = ", ".join(dict.fromkeys(done.licenses.values()))
-    table.add_row("licenses of the adapters", Text(licenses or "not known"))
+    table.add_row("licenses of the adapters", licenses or "not known")
     say(
         {"store": str(path), **done._asdict()},
         table,

@@ -7,7 +7,6 @@ from typing import Any
 import click
 import jax
 import numpy as np
-from rich.text import Text
 
 from hydraopt_jax import calibration, merging, report
 from hydraopt_jax.adapters import Adapter, check
@@ -191,7 +190,7 @@ def merge(
     }
     table = report.columns("task", ">error")
     for task, value in per_task.items():
-        table.add_row(Text(report.shorten(task)), report.format_error(value))
+        table.add_row(report.shorten(task), report.format_error(value))
     notes = []
     if worst > 1:
         notes.append(WORSE)

@@ -86,7 +86,8 @@ def say(payload: Mapping[str, Any], *parts: Any, more: Sequence[Any] = ()) -> No
         return
     if mode().quiet:
         return
-    console = Console(highlight=False)
+    # names of tasks are no markup
+    console = Console(highlight=False, markup=False, emoji=False)
     for part in (*(more if mode().verbose else ()), *parts):
         if isinstance(part, str):
             click.echo(wrapped(part, console.width))

@@ -7,7 +7,6 @@ from typing import Any
 import click
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import Adapter, layer_kind, module_shapes
@@ -77,7 +76,7 @@ def inspect(path: str, recipe: str | None, plot: str | None) -> None:
         shape = shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
         low, high = x["ranks"]
         ranks = str(low) if low == high else f"{low} to {high}"
-        kind_table.add_row(Text(report.shorten(kind)), str(x["modules"]), shape, ranks)
+        kind_table.add_row(report.shorten(kind), str(x["modules"]), shape, ranks)
     notes = [*held_notes(held), *calibration_notes(content), *provenance.sentences(content)]
     if worst:
         error = report.format_error(worst[0]["error"])
@@ -95,8 +94,8 @@ def tasks_table(content: store.Store, own: Mapping[str, int]) -> Table:
     table = report.columns("task", ">own bytes", *(f">{x}" for x in heads), "source")
     rows = errors_of_tasks(content, "<= ")
     for t, errors in rows:
-        task, source = content.tasks[t], Text(report.shorten_path(content.sources[t].origin, 26))
-        table.add_row(Text(report.shorten(task, 24)), report.format_bytes(own[task]), *errors, source)
+        task, source = content.tasks[t], report.shorten_path(content.sources[t].origin, 26)
+        table.add_row(report.shorten(task, 24), report.format_bytes(own[task]), *errors, source)
     if len(rows) < len(content.tasks):
         table.add_row(f"and {len(content.tasks) - len(rows)} others")
     table.add_section()
@@ -130,7 +129,7 @@ def modules_table(content: store.Store) -> Table:
             for term in terms:
                 counts = (str(max(of, default=-1) + 1) for of in (term.a_of, term.b_of))
                 shape = f"{term.inputs} x {term.outputs}"
-                table.add_row(Text(report.shorten(name, 40)), shape, str(term.rank), *counts)
+                table.add_row(report.shorten(name, 40), shape, str(term.rank), *counts)
     return table
 
 
@@ -198,8 +197,8 @@ def export(
     written = {task: str(f) for task, f in folders.items()}
     table = report.columns("task", "folder", ">rank")
     for task, folder_text in written.items():
-        folder = Text(report.shorten_path(folder_text, 34))
-        table.add_row(Text(report.shorten(task)), folder, str(ranks[task]))
+        folder = report.shorten_path(folder_text, 34)
+        table.add_row(report.shorten(task), folder, str(ranks[task]))
     notes = [
         f"{task}: {x['modules']} modules were truncated, error {report.format_error(x['mean'])}, worst "
         f"{report.format_error(x['worst'])}"
@@ -262,7 +261,7 @@ def verify(
             claim = f"{'at most ' * (task in bounds)}{report.format_error(pair['claimed'])}"
             real = report.format_error(pair["measured"])
             assert table is not None
-            table.add_row(Text(report.shorten(task)), label, real, claim)
+            table.add_row(report.shorten(task), label, real, claim)
     told = f"{path}: checksums of {leaves} leaves are right"
     if adapters and not wrong:
         told += f"; the errors of {len(payload['error'])} tasks are as claimed"

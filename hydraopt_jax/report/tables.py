@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from hydraopt_jax.report.text import (
     columns,
@@ -43,7 +42,7 @@ def kinds_table(summary: Summary) -> Table:
         "layer kind", *(f">{x}" for x in SHORT), title="Similarity by layer kind, mean over pairs of tasks"
     )
     for kind, value in summary.kinds.items():
-        table.add_row(Text(shorten(kind)), *_means(value))
+        table.add_row(shorten(kind), *_means(value))
     table.add_section()
     table.add_row("all modules", *_means(summary.mean), style="bold")
     return table
@@ -83,8 +82,7 @@ def task_table(summary: Summary) -> Table | None:
     )
     for n, t in enumerate(order):
         cells = "".join(" " * (width - 1) + "*" if s == t else cell(matrix[t, s], width) for s in order)
-        # Text, not str: a name may contain markup of rich
-        table.add_row(str(n + 1), Text(shorten(summary.tasks[t], 18)), Text(cells))
+        table.add_row(str(n + 1), shorten(summary.tasks[t], 18), cells)
     return table
 
 
@@ -96,7 +94,7 @@ def nearest_table(summary: Summary, count: int = 12) -> Table:
     pairs = nearest_pairs(np.asarray(summary.mean.delta), count)
     table.title = f"The {len(pairs)} most similar pairs of tasks"
     for s, t, value in pairs:
-        table.add_row(f"{value:.3f}", Text(shorten(summary.tasks[s])), Text(shorten(summary.tasks[t])))
+        table.add_row(f"{value:.3f}", shorten(summary.tasks[s]), shorten(summary.tasks[t]))
     return table
 
 
@@ -125,7 +123,7 @@ def frontier_table(found: Frontier) -> Table:
         # rounding may take a store slightly over its budget
         cells = (best_below(curve, 1.001 * f * found.reference) for f in shares)
         said = "" if not known else "-" if rate is None else format_rate(rate)
-        table.add_row(Text(shorten(curve.label, 28 if len(shares) < 6 else 20)), *cells, said)
+        table.add_row(shorten(curve.label, 28 if len(shares) < 6 else 20), *cells, said)
     return table
 
 
@@ -136,6 +134,6 @@ def points_table(found: Frontier) -> Table:
         for p in curve.points:
             share = format_share(p.bytes / found.reference)
             errors = (format_error(x) for x in (p.mean, p.worst))
-            table.add_row(Text(shorten(curve.label, 27)), p.setting, format_bytes(p.bytes), share, *errors)
+            table.add_row(shorten(curve.label, 27), p.setting, format_bytes(p.bytes), share, *errors)
         table.add_section()
     return table
