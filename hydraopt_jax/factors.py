@@ -1,6 +1,6 @@
 """The factors of one module: the result of every form, and of decoding a store."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Union
 
 import ml_dtypes
@@ -50,21 +50,28 @@ def count(factors: Factors) -> int:
     return sum(int(np.size(x)) for x in (factors.a, factors.b, factors.core) if x is not None)
 
 
+def parts_of_task(
+    terms: Iterable[Factors], task: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """A task's part of each term that it has, on the host: `a: [I, S]`, `b: [S, O]`, and its core or None."""
+    for x in terms:
+        a, b = int(x.a_of[task]), int(x.b_of[task])
+        if min(a, b) >= 0:
+            yield np.asarray(x.a[a]), np.asarray(x.b[b]), None if x.core is None else np.asarray(x.core[task])
+
+
 def task_pair(terms: Sequence[Factors], task: int) -> tuple[np.ndarray, np.ndarray] | None:
     """One task's `a: [I, S]`, `b: [S, O]` in float32 on the host: terms concatenated, cores folded in.
 
     None if the task has no delta. Directions that are zero on either side are left out; at least one stays.
     """
     left, right = [], []
-    for term in terms:
-        if term.a_of[task] < 0 or term.b_of[task] < 0:
-            continue
-        b = np.asarray(term.b[int(term.b_of[task])]).astype(np.float32)
-        if term.core is not None:
+    for a, b, core in parts_of_task(terms, task):
+        left.append(a.astype(np.float32))
+        right.append(b.astype(np.float32))
+        if core is not None:
             with np.errstate(over="ignore", invalid="ignore"):
-                b = times(np.asarray(term.core[task]).astype(np.float32), b)
-        left.append(np.asarray(term.a[int(term.a_of[task])]).astype(np.float32))
-        right.append(b)
+                right[-1] = times(core.astype(np.float32), right[-1])
     if not left:
         return None
     a, b = np.concatenate(left, 1), np.concatenate(right, 0)

@@ -19,7 +19,7 @@ from jax import Array
 
 from hydraopt_jax import factors
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.factors import times, to_dtype
+from hydraopt_jax.factors import parts_of_task, times, to_dtype
 from hydraopt_jax.formats.server import cut, pad_ranks
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.loading import (
@@ -111,18 +111,12 @@ def row_of(name: str, terms: Sequence[Factors], place: int, shape: SlotShape, dt
     `terms` are empty if the task lacks the module; `dtype` is that of the factors on the device.
     """
     left, right, steps = [], [], []
-    for term in terms:
-        if term.a_of[place] < 0 or term.b_of[place] < 0:
-            continue
-        a = np.asarray(term.a[int(term.a_of[place])])
-        b = np.asarray(term.b[int(term.b_of[place])])
-        step: np.ndarray = np.ones(a.shape[1], np.float32)
-        if term.core is not None:
-            core = np.asarray(term.core[place], np.float32)
-            if core.ndim == 1:
-                step = core
-            else:
-                b = times(core, b.astype(np.float32))
+    for a, b, own in parts_of_task(terms, place):
+        step = np.ones(a.shape[1], np.float32)
+        if own is not None and own.ndim == 1:
+            step = own.astype(np.float32)
+        elif own is not None:
+            b = times(own.astype(np.float32), b.astype(np.float32))
         used = (step != 0) & a.any(0) & b.any(1)
         left.append(a[:, used])
         right.append(b[used])

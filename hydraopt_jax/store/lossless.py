@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax.deferred import Deferred
-from hydraopt_jax.factors import Factors, LazyFactors
+from hydraopt_jax.factors import Factors, LazyFactors, parts_of_task
 
 FORM = "lossless"
 
@@ -63,15 +63,11 @@ def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str
     """Module -> `Raw` of a task that `terms` stored; None for a task that was stored otherwise."""
     out = {}
     for name, every in modules.items():
-        mine = [x for x in every if x.a_of[task] >= 0]
-        if len(mine) > 1:
-            return None
-        for x in mine:
-            core = np.ones(1, np.float32) if x.core is None else np.asarray(x.core[task])
-            if core.ndim != 1 or not (core == core[0]).all():
+        for a, b, core in parts_of_task(every, task):
+            scale = np.ones(1, np.float32) if core is None else core
+            if name in out or scale.ndim != 1 or not (scale == scale[0]).all():
                 return None
-            a, b = np.asarray(x.a[int(x.a_of[task])]), np.asarray(x.b[int(x.b_of[task])])
-            out[name] = Raw(a, b, float(core[0]))
+            out[name] = Raw(a, b, float(scale[0]))
     return out
 
 

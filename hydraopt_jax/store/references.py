@@ -13,7 +13,7 @@ from hydraopt_jax.codec import contexts, frequency_tables, prediction
 from hydraopt_jax.codec.bitstream import Damaged, Reader, pack_integers, unpack_integers
 from hydraopt_jax.codec.decode import Decoded
 from hydraopt_jax.codec.prediction import Prediction
-from hydraopt_jax.factors import Factors
+from hydraopt_jax.factors import Factors, parts_of_task
 from hydraopt_jax.store.store import Reference
 
 # weights of the earlier segment's table and of a Gaussian
@@ -68,9 +68,9 @@ def task_vectors(modules: Terms, task: int) -> dict[tuple[str, int], np.ndarray]
     out: dict[tuple[str, int], np.ndarray] = {}
     for name, terms in modules.items():
         sides: list[list[np.ndarray]] = [[], []]
-        for x in (x for x in terms if x.a_of[task] >= 0):
-            sides[0].append(np.asarray(x.a[int(x.a_of[task])]).astype(np.float32))
-            sides[1].append(np.asarray(x.b[int(x.b_of[task])]).T.astype(np.float32))
+        for a, b, _ in parts_of_task(terms, task):
+            sides[0].append(a.astype(np.float32))
+            sides[1].append(b.T.astype(np.float32))
         for side, found in enumerate(sides):
             if found:
                 every = np.concatenate(found, 1)
