@@ -21,7 +21,6 @@ from typing import Any
 
 from hydraopt_jax import strict_json
 from hydraopt_jax.errors import HydraOptError, one_line, suggest, system_error
-from hydraopt_jax.static import Static
 from hydraopt_jax.store.store import Store
 
 KEY = "provenance"
@@ -49,16 +48,10 @@ def entry(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"verb": verb, "options": dict(options), "version": version(), "date": today()}
 
 
-def keep_provenance(before: Store, after: Store) -> Store:
-    """The store with the provenance of the store that it was made from."""
-    known = before.report.get(KEY)
-    return after if known is None else after.replace(report=Static({**after.report, KEY: known}))
-
-
-def changed(store: Store, said: Mapping[str, Any]) -> Store:
-    """The store with a `changed` entry for the last change."""
-    known = {**store.report.get(KEY, {}), "changed": dict(said)}
-    return store.replace(report=Static({**store.report, KEY: known}))
+def with_entries(store: Store, entries: Mapping[str, Any]) -> Store:
+    """The store with some entries of provenance beside its own: all of another store, or `changed`."""
+    known = {**store.report.get(KEY, {}), **entries}
+    return store.replace(report=store.report.replace(**{KEY: known})) if known else store
 
 
 def command(said: Mapping[str, Any]) -> str:

@@ -56,7 +56,8 @@ def refit_store(content: Store, given: Sequence[Adapter], moments: Mapping[str, 
             f"--refit needs the original of {absent[0]!r}, which is not where it was read from: "
             f"give --original {absent[0]}=FOLDER"
         )
-    return provenance.keep_provenance(content, refitting.refit(content, collection, moments))
+    fitted = refitting.refit(content, collection, moments)
+    return provenance.with_entries(fitted, content.report.get(provenance.KEY, {}))
 
 
 def change_options(command: Any) -> Any:
@@ -154,8 +155,8 @@ def add(
             found.append(changes.estimate_refit(grown, known, new.task, moments))
         return grown
 
-    said = provenance.entry("add", recipes.recorded(context))
-    content = store.update(path, lambda x: provenance.changed(change(x), said))
+    said = {"changed": provenance.entry("add", recipes.recorded(context))}
+    content = store.update(path, lambda x: provenance.with_entries(change(x), said))
     payload, shown, last = change_report(path, before, content, found[0] if found else None, new.task)
     say(payload | {"added": new.task}, *shown, last)
 
@@ -209,8 +210,8 @@ def remove(
             found.append(estimate)
         return left
 
-    said = provenance.entry("remove", recipes.recorded(context))
-    content = store.update(path, lambda x: provenance.changed(change(x), said))
+    said = {"changed": provenance.entry("remove", recipes.recorded(context))}
+    content = store.update(path, lambda x: provenance.with_entries(change(x), said))
     payload, shown, last = change_report(path, before, content, found[0] if found else None, None)
     payload |= {"removed": task, "coded_again": again, "bounded": content.report.get("bounded", [])}
     if again:

@@ -2,8 +2,8 @@
 
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import click
@@ -58,11 +58,11 @@ def shown() -> bool:
     return not (mode().json or mode().quiet)
 
 
-@contextmanager
-def progress(stage: str, total: int | None = None, enabled: bool = True) -> Iterator[Callable[..., None]]:
+def progress(
+    stage: str, total: int | None = None, enabled: bool = True
+) -> AbstractContextManager[Callable[..., None]]:
     """`report.progress`, if progress is printed."""
-    with report.progress(stage, total, enabled and shown()) as advance:
-        yield advance
+    return report.progress(stage, total, enabled and shown())
 
 
 def warn(message: str) -> None:

@@ -205,4 +205,4 @@ def forget_names(store: Store) -> Store:
     for n, x in enumerate(store.segments):
         names = tuple(t if k not in x.removed or (n, k) in left else "" for k, t in enumerate(x.tasks))
         segments.append(x.replace(tasks=names) if names != x.tasks else x)
-    return store.replace(segments=tuple(segments), report=Static(store.report))
+    return store.replace(segments=tuple(segments))
