@@ -3,7 +3,7 @@
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,7 +138,7 @@ def merge_stacked(
 
 def _prepare(
     tasks: Sequence[str],
-    modules: Iterable[str],
+    modules: Collection[str],
     name: str,
     weights: Sequence[float] | None,
     rank: int | None,
@@ -149,8 +149,12 @@ def _prepare(
     given = {k: v for k, v in options.items() if v is not None}
     registry.check_options(name, given | ({} if rank is None else {"rank": rank}))
     w = jnp.asarray(check_weights(weights, method, len(tasks)))
-    if "moments" in given:
-        _check_moments(tasks, modules, given["moments"])
+    moments = given.get("moments", ())
+    if "moments" in given and len(moments) != len(tasks):
+        raise HydraOptError(f"{len(moments)} files of second moments for {len(tasks)} adapters")
+    for task, rows in zip(tasks, moments, strict=False):
+        for module in (x for x in modules if x not in rows):
+            raise HydraOptError(f"{module}: the second moments of {task!r} do not have it")
     return method, w, given
 
 
@@ -173,17 +177,6 @@ def _merge(
         out[module] = jax.device_get(found)
         progress()
     return out
-
-
-def _check_moments(
-    tasks: Sequence[str], modules: Iterable[str], moments: Sequence[Mapping[str, np.ndarray]]
-) -> None:
-    if len(moments) != len(tasks):
-        raise HydraOptError(f"{len(moments)} files of second moments for {len(tasks)} adapters")
-    for module in modules:
-        for task, rows in zip(tasks, moments, strict=True):
-            if module not in rows:
-                raise HydraOptError(f"{module}: the second moments of {task!r} do not have it")
 
 
 def merge_adapters(
