@@ -57,11 +57,22 @@ def describe(path: str, content: Store) -> dict[str, Any]:
 def errors_by_task(content: Store, errors: np.ndarray) -> dict[str, Any]:
     """Errors `[M, T]` per task, mean and worst, JSON-able."""
     per_task = task_errors(errors)
-    return {
-        "per_task": jsonable(dict(zip(content.tasks, per_task.tolist(), strict=True))),
-        "mean": jsonable(float(np.nanmean(errors))),
-        "worst": jsonable(float(np.max(per_task))),
-    }
+    weights = given_weights(content)
+    weighted = {} if weights is None else {"weighted_mean": float(np.average(per_task, weights=weights))}
+    return jsonable(
+        {
+            "per_task": dict(zip(content.tasks, per_task.tolist(), strict=True)),
+            "mean": float(np.nanmean(errors)),
+            "worst": float(np.max(per_task)),
+            **weighted,
+        }
+    )
+
+
+def given_weights(content: Store) -> list[float] | None:
+    """The weights of the tasks that a store was made with; None if all are equal."""
+    given = content.report["options"].get("weights")
+    return [given.get(t, 1.0) for t in content.tasks] if given else None
 
 
 def worst_modules(content: Store) -> list[dict[str, Any]]:
@@ -110,8 +121,8 @@ def most_telling(per_task: Sequence[np.ndarray]) -> list[int]:
 
 def errors_table(content: Store) -> Table:
     """A table of relative squared errors: per task, mean, worst, lower bound, estimates."""
-    claims = claims_of(content)
-    table = report.columns("task", *(f">{x}" for x in claims))
+    claims, weights = claims_of(content), given_weights(content)
+    table = report.columns("task", *(f">{x}" for x in claims), *([">weight"] if weights else []))
     per_task = [task_errors(x) for x in claims.values()]
     bounds = content.report.get("bounded", ())
     chosen = most_telling(per_task)
@@ -119,11 +130,15 @@ def errors_table(content: Store) -> Table:
         task = content.tasks[t]
         low = "at most " * (task in bounds)
         values = (low + report.format_error(float(x[t])) for x in per_task)
-        table.add_row(Text(report.shorten(task)), *values)
+        table.add_row(Text(report.shorten(task)), *values, *([f"{weights[t]:g}"] if weights else []))
     if len(chosen) < len(content.tasks):
         table.add_row(f"{len(content.tasks) - len(chosen)} tasks with lower errors: --verbose")
     table.add_section()
     table.add_row("mean", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
+    if weights:
+        table.add_row(
+            "weighted mean", *(report.format_error(np.average(x, weights=weights)) for x in per_task)
+        )
     table.add_row("worst task", *(report.format_error(float(x.max())) for x in per_task))
     # of the errors that were minimized
     last = [""] * (len(claims) - 1)
@@ -164,6 +179,10 @@ def sentence(content: Store, before: int, after: int) -> str:
     mean = float(np.nanmean(errors))
     named = heading if len(claims) > 1 else "error"
     said = "lossless" if mean == 0 else f"{named} {report.format_error(mean)}"
+    weights = given_weights(content)
+    if weights:
+        # of this one are estimates and bounds
+        said += f", weighted {report.format_error(np.average(task_errors(errors), weights=weights))}"
     estimates = list(content.report.get("estimate", {}).values())
     bound = list(content.report["bound"].values())
     if estimates and mean:
