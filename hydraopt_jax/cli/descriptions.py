@@ -10,6 +10,7 @@ from rich.text import Text
 from hydraopt_jax import report
 from hydraopt_jax.cli.output import jsonable, mode
 from hydraopt_jax.store import Store, count, manifest
+from hydraopt_jax.store.predictions import Predicted
 from hydraopt_jax.store.removal import Held
 from hydraopt_jax.store.store import task_errors
 
@@ -86,6 +87,39 @@ def worst_modules(content: Store) -> list[dict[str, Any]]:
         for m, t in places
         if errors[m, t] > 0
     ]
+
+
+def module_errors(content: Store) -> dict[str, Any]:
+    """Module -> task that has it -> error, of outputs if these are known, JSON-able."""
+    errors = list(claims_of(content).values())[-1]
+    return {
+        name: {t: jsonable(float(x)) for t, x in zip(content.tasks, row, strict=True) if not np.isnan(x)}
+        for name, row in zip(content.shapes, errors, strict=True)
+    }
+
+
+def groups_note(groups: Sequence[Sequence[str]]) -> str:
+    """A line with the groups of alike tasks; of many tasks the first ones."""
+    many = [x for x in groups if len(x) > 1]
+    if not many:
+        return "groups of alike tasks: none"
+    shown = [", ".join(x[:ROWS]) + f" and {len(x) - ROWS} others" * (len(x) > ROWS) for x in many[:WORST]]
+    more = f"; and {len(many) - WORST} groups" * (len(many) > WORST)
+    return f"groups of alike tasks: {'; '.join(shown)}{more}; alone: {len(groups) - len(many)}"
+
+
+def references_table(found: Mapping[str, Predicted]) -> Table:
+    """A table of tasks: share of their vectors that is predicted, and the tasks that predict most of them."""
+    table = report.columns("task", ">vectors", ">predicted", "most of these from")
+    for task, x in found.items():
+        total = max(x.vectors, 1)
+        sources = {k: v.predicted / total for k, v in x.sources.items() if v.predicted}
+        first = [f"{k} ({report.format_share(v)})" for k, v in list(sources.items())[:2]]
+        share = report.format_share(sum(sources.values()))
+        table.add_row(
+            Text(report.shorten(task, 24)), str(x.vectors), share, Text(report.shorten(", ".join(first), 40))
+        )
+    return table
 
 
 def bytes_table(parts: Mapping[str, int], content: Store) -> Table:
