@@ -99,7 +99,7 @@ VERBS = {
     "budgets, many parts": (lambda: each(of_many_parts, "budget", BUDGETS[:2]), 8, 10.1, 8.75),
     "errors, many parts": (lambda: each(of_many_parts, "max_error", ERRORS[1:]), 3, 8.2, 3.4),
     "lossless": (lambda: compress(collection(), budget=1), 0, 0, 0),
-    "frontier": (lambda: tradeoff.frontier(collection(), BUDGETS[:2], heads=[1]), 24, 27.6, 9),
+    "frontier": (lambda: tradeoff.frontier(collection(), BUDGETS[:2], heads=[1]), 24, 27.6, 6),
     "add": (lambda: changes.add(made(), collection()[5]), 0, 0.13, 0.17),
     "refit": (lambda: changes.refit(made(), collection()[:5]), 0.84, 2, 0.84),
 }
