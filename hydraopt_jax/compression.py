@@ -46,10 +46,12 @@ def compress(
       adapters: in memory, or a `Collection` that is read as it is needed.
       budget: bytes on disk of everything if an integer above 10 or text such as "3MB"; else a fraction of the
         factors' half-precision bytes. 1 keeps the adapters bit for bit. See `rate_control.budget`.
-      max_error: largest mean relative squared error over modules and tasks.
-      max_task_error: largest relative squared error of any task, the mean over its modules.
+      max_error: largest mean relative squared error over modules and tasks, whatever the weights are.
+      max_task_error: largest relative squared error of any task, the mean over its modules; with weights, of
+        the tasks of the least weight, and of one of n times this weight an n-th of it.
       form: an explicit form, stored as plain factors.
-      weights: task -> weight of its relative error, 1 where not named.
+      weights: task -> weight of its relative error, 1 where not named. Errors come out in inverse proportion
+        to weights: a task of weight 4 has about a quarter of the others' error.
       calibration: module -> second moment of its inputs, see `calibration`: errors are then the outputs'.
       share: whether tasks may be predicted from one another.
       dtype: of plain factors: "float32", "float16", "bfloat16"; None for the widest dtype of the input.

@@ -97,7 +97,7 @@ PURE = [
         lambda: options.check_options(options.Options(budget=0.5, weights={"a": 0})),
         "weight of 'a' = 0: must",
     ),
-    (lambda: options.relative_weights(TASKS, options.Options(weights={"x": 1})), "weights name 'x'"),
+    (lambda: options.relative_weights(TASKS, options.Options(weights={"x": 1})), "weights: no task 'x'"),
     (lambda: tensors.check_dtype("int8"), "dtype = 'int8': must be one of"),
     (lambda: manifest.gunzipped("s", b"no gzip at all"), "s: damaged store: its manifest does not match"),
     (

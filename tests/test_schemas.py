@@ -48,7 +48,7 @@ def test_output_of_stores(capsys, folders, tmp_path):
         "--heads",
         "1",
     )
-    ok(capsys, "inspect", s)
+    ok(capsys, "inspect", s, "--references", "--verbose")
     ok(capsys, "inspect", tmp_path / "h")
     ok(capsys, "verify", s)
     ok(capsys, "verify", s, *folders[:3])

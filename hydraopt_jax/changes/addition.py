@@ -22,6 +22,7 @@ from hydraopt_jax.formats.memory_collection import raw_of
 from hydraopt_jax.rate_control.coding import encode_at_step, fit_tables, gains_and_errors, terms_at_step
 from hydraopt_jax.rate_control.distortion import with_errors
 from hydraopt_jax.rate_control.metrics import metrics_of, uncovered
+from hydraopt_jax.rate_control.options import check_weight
 from hydraopt_jax.rate_control.problem import Problem, prepare
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, references, tensors
@@ -41,16 +42,24 @@ TRACE = 1e-3
 SEARCHED = 1 << 26
 
 
-def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | None = None) -> Store:
+def add(
+    store: Store,
+    new: Adapter,
+    *,
+    weight: float = 1.0,
+    calibration: Mapping[str, np.ndarray] | None = None,
+) -> Store:
     """The store with one more task; the data of the other tasks are not touched.
 
     Args:
       store: plain, coded or lossless.
       new: the adapter of the new task.
+      weight: of the new task's error, beside the weights that the store was made with.
       calibration: the second moments that the store was made with, if any.
 
     Raises:
-      HydraOptError: the store has a task of that name, shapes disagree, or the calibration is missing.
+      HydraOptError: the store has a task of that name, shapes disagree, the calibration is missing, or a
+        weight for a store without a quantizer step.
     """
     if new.task in store.tasks:
         raise HydraOptError(f"task {new.task!r} is in the store: remove it first, or give NAME=ADAPTER")
@@ -62,6 +71,7 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
                 "adapters of one store must adapt one base model"
             )
     need_calibration(store, calibration)
+    store = with_weight(store, new.task, weight)
     carried = tensors.encode_tensors(new.extras, store.report["options"].get("extras_dtype"))
     source = Source(new.dtype, Static(new.config), Static(new.layout), new.source, new.digest)
     if store.report["form"] == lossless.FORM:
@@ -82,6 +92,25 @@ def add(store: Store, new: Adapter, *, calibration: Mapping[str, np.ndarray] | N
         sources=(*store.sources, source),
         report=report,
     )
+
+
+def with_weight(store: Store, task: str, weight: float) -> Store:
+    """The store with the weight of a task that it is to have, in its options.
+
+    Raises:
+      HydraOptError: not a weight, or it does nothing in this store.
+    """
+    check_weight(weight, f"weight of {task!r}")
+    if weight == 1:
+        return store
+    if not any(x.coded for x in store.segments):
+        raise HydraOptError(
+            f"weight of {task!r}: does nothing in a store of form {store.report['form']!r}, which has no "
+            "quantizer step: leave it out"
+        )
+    options = store.report["options"]
+    weights = {**options["weights"], task: float(weight)}
+    return store.replace(report=Static({**store.report, "options": {**options, "weights": weights}}))
 
 
 def need_calibration(store: Store, calibration: Mapping[str, np.ndarray] | None) -> None:
@@ -105,7 +134,8 @@ def segment_at_step(store: Store, new: Adapter, calibration: Mapping[str, np.nda
     shapes = {n: (a.shape[0], new.b[n].shape[1]) for n, a in new.a.items()}
     around = {n: (a, new.b[n].T) for n, a in new.a.items()}
     metrics = metrics_of(shapes, calibration, around) if calibration is not None else {}
-    problem = prepare(adapters.stack([new]), tuple(new.a), np.ones(1), metrics, False)
+    weight = np.array([store.report["options"]["weights"].get(new.task, 1.0)])
+    problem = prepare(adapters.stack([new]), tuple(new.a), weight, metrics, False)
     step = store.report["step"]
     if count(store) > SEARCHED:
         trial = encode_at_step(problem, step, fit_tables(problem, step))

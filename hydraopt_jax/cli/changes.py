@@ -120,6 +120,7 @@ def change_report(path: str, before: int, content: Store, found: "Refit | None",
 @click.argument("path", metavar="STORE", type=PlaceType())
 @click.argument("adapter", type=PlaceType())
 @with_adapters
+@click.option("--weight", type=float, default=1.0, help="weight of its error, as in compress")
 @change_options
 @click.pass_context
 def add(
@@ -147,7 +148,7 @@ def add(
 
         bases = [x.replace(config=s.config) for x, s in ((new, content.sources[0]),) if s.config]
         check_same_base([*bases, new], any_base=any_base, base_suffixes=tuple(base_suffix))
-        grown = changes.add(content, new, calibration=moments)
+        grown = changes.add(content, new, weight=given["weight"], calibration=moments)
         if given["refit"]:
             return refit_store(grown, [*originals, new], moments)
         if given["estimate"]:

@@ -9,10 +9,11 @@ import numpy as np
 from hydraopt_jax import merging, report, tradeoff
 from hydraopt_jax.adapters import stack
 from hydraopt_jax.cli.common import PlaceType, read_all, with_adapters
+from hydraopt_jax.cli.descriptions import groups_note
 from hydraopt_jax.cli.output import jsonable, output_options, progress, say
 from hydraopt_jax.demo import main as demonstration
 from hydraopt_jax.errors import HydraOptError
-from hydraopt_jax.forms.similarity import cluster_order, nearest_pairs, summarize
+from hydraopt_jax.forms.similarity import cluster_order, groups, nearest_pairs, summarize
 from hydraopt_jax.rate_control.budget import parse_budget
 
 PAIRS = 12
@@ -34,9 +35,11 @@ def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[st
         report.plot_similarity(plot, summary)
     matrix = np.asarray(summary.mean.delta)
     pairs = nearest_pairs(matrix, PAIRS)
+    alike = [[summary.tasks[t] for t in group] for group in groups(matrix)]
     payload = {
         "tasks": list(summary.tasks),
         "order": [summary.tasks[t] for t in cluster_order(matrix)],
+        "groups": alike,
         "nearest": [
             {"tasks": [summary.tasks[s], summary.tasks[t]], "delta": jsonable(value)} for s, t, value in pairs
         ],
@@ -48,7 +51,7 @@ def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[st
         s, t, value = pairs[0]
         last += f"; most alike: {summary.tasks[s]} and {summary.tasks[t]}, {value:.3f}"
     tables = (report.kinds_table(summary), LEGEND, report.task_table(summary))
-    say(payload, *tables, report.nearest_table(summary, count=PAIRS), last)
+    say(payload, *tables, report.nearest_table(summary, count=PAIRS), groups_note(alike), last)
 
 
 @click.command("frontier")

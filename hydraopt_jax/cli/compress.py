@@ -49,6 +49,8 @@ FORM = {
     "steps": 1000,
     "dtype": None,
 }
+# weight of a task that is protected without a number: half the quantizer step
+PROTECTED = 4
 DEFAULT_NOTE = (
     "No target was given: a quarter of the factors' fp16 bytes. Others: --budget, --max-error, --form hydra."
 )
@@ -79,6 +81,11 @@ def stoppable(path: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def weighted(context: click.Context, option: click.Parameter, rows: Sequence[str]) -> tuple[str, ...]:
+    """Options NAME=NUMBER; a NAME alone has the weight `PROTECTED`."""
+    return tuple(row if "=" in row else f"{row}={PROTECTED:g}" for row in rows)
+
+
 @click.command("compress")
 @click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
@@ -92,10 +99,12 @@ def stoppable(path: Path) -> Iterator[None]:
 @click.option("--max-task-error", type=float, help="largest relative squared error of any task")
 @click.option(
     "--weight",
+    "--protect",
     "weights",
     multiple=True,
-    metavar="NAME=NUMBER",
-    help="weight of a task's error, 1 if not given; may be repeated",
+    metavar="NAME[=NUMBER]",
+    callback=weighted,
+    help=f"weight of a task's error, 1 if not given and {PROTECTED:g} for NAME alone; may be repeated",
 )
 @click.option("--calibration", type=click.Path(), help="file with second moments of the modules' inputs")
 @click.option("--alone", is_flag=True, help="share nothing between tasks")

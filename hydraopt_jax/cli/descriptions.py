@@ -9,6 +9,7 @@ from rich.table import Table
 from hydraopt_jax import report
 from hydraopt_jax.cli.output import jsonable, mode
 from hydraopt_jax.store import Store, count, manifest
+from hydraopt_jax.store.predictions import Predicted
 from hydraopt_jax.store.removal import Held
 from hydraopt_jax.store.store import counted, task_errors
 
@@ -56,11 +57,22 @@ def describe(path: str, content: Store) -> dict[str, Any]:
 def errors_by_task(content: Store, errors: np.ndarray) -> dict[str, Any]:
     """Errors `[M, T]` per task, mean and worst, JSON-able."""
     per_task = task_errors(errors)
-    return {
-        "per_task": jsonable(dict(zip(content.tasks, per_task.tolist(), strict=True))),
-        "mean": jsonable(float(np.nanmean(errors))),
-        "worst": jsonable(float(np.max(per_task))),
-    }
+    weights = given_weights(content)
+    weighted = {} if weights is None else {"weighted_mean": float(np.average(per_task, weights=weights))}
+    return jsonable(
+        {
+            "per_task": dict(zip(content.tasks, per_task.tolist(), strict=True)),
+            "mean": float(np.nanmean(errors)),
+            "worst": float(np.max(per_task)),
+            **weighted,
+        }
+    )
+
+
+def given_weights(content: Store) -> list[float] | None:
+    """The weights of the tasks that a store was made with; None if all are equal."""
+    given = content.report["options"].get("weights")
+    return [given.get(t, 1.0) for t in content.tasks] if given else None
 
 
 def worst_modules(content: Store) -> list[dict[str, Any]]:
@@ -74,6 +86,37 @@ def worst_modules(content: Store) -> list[dict[str, Any]]:
         for m, t in places
         if errors[m, t] > 0
     ]
+
+
+def module_errors(content: Store) -> dict[str, Any]:
+    """Module -> task that has it -> error, of outputs if these are known, JSON-able."""
+    errors = list(claims_of(content).values())[-1]
+    return {
+        name: {t: jsonable(float(x)) for t, x in zip(content.tasks, row, strict=True) if not np.isnan(x)}
+        for name, row in zip(content.shapes, errors, strict=True)
+    }
+
+
+def groups_note(groups: Sequence[Sequence[str]]) -> str:
+    """A line with the groups of alike tasks; of many tasks the first ones."""
+    many = [x for x in groups if len(x) > 1]
+    if not many:
+        return "groups of alike tasks: none"
+    shown = [", ".join(x[:ROWS]) + f" and {len(x) - ROWS} others" * (len(x) > ROWS) for x in many[:WORST]]
+    more = f"; and {len(many) - WORST} groups" * (len(many) > WORST)
+    return f"groups of alike tasks: {'; '.join(shown)}{more}; alone: {len(groups) - len(many)}"
+
+
+def references_table(found: Mapping[str, Predicted]) -> Table:
+    """A table of tasks: share of their vectors that is predicted, and the tasks that predict most of them."""
+    table = report.columns("task", ">vectors", ">predicted", "most of these from")
+    for task, x in found.items():
+        total = max(x.vectors, 1)
+        sources = {k: v.predicted / total for k, v in x.sources.items() if v.predicted}
+        first = [f"{k} ({report.format_share(v)})" for k, v in list(sources.items())[:2]]
+        share = report.format_share(sum(sources.values()))
+        table.add_row(report.shorten(task, 24), str(x.vectors), share, report.shorten(", ".join(first), 40))
+    return table
 
 
 def bytes_table(parts: Mapping[str, int], content: Store) -> Table:
@@ -119,16 +162,21 @@ def errors_of_tasks(content: Store, bound: str) -> list[tuple[int, list[str]]]:
 
 def errors_table(content: Store) -> Table:
     """A table of relative squared errors: per task, mean, worst, lower bound, estimates."""
-    claims = claims_of(content)
-    table = report.columns("task", *(f">{x}" for x in claims))
+    claims, weights = claims_of(content), given_weights(content)
+    table = report.columns("task", *(f">{x}" for x in claims), *([">weight"] if weights else []))
     rows = errors_of_tasks(content, "at most ")
     for t, errors in rows:
-        table.add_row(report.shorten(content.tasks[t]), *errors)
+        table.add_row(report.shorten(content.tasks[t]), *errors, *([f"{weights[t]:g}"] if weights else []))
     if len(rows) < len(content.tasks):
         table.add_row(f"{len(content.tasks) - len(rows)} tasks with lower errors: --verbose")
+    per_task = [task_errors(x) for x in claims.values()]
     table.add_section()
     table.add_row("mean", *(report.format_error(float(np.nanmean(x))) for x in claims.values()))
-    table.add_row("worst task", *(report.format_error(task_errors(x).max()) for x in claims.values()))
+    if weights:
+        table.add_row(
+            "weighted mean", *(report.format_error(np.average(x, weights=weights)) for x in per_task)
+        )
+    table.add_row("worst task", *(report.format_error(float(x.max())) for x in per_task))
     # of the errors that were minimized
     last = [""] * (len(claims) - 1)
     bound = list(content.report["bound"].values())
@@ -162,6 +210,10 @@ def sentence(content: Store, before: int, after: int) -> str:
     mean = float(np.nanmean(errors))
     named = heading if len(claims) > 1 else "error"
     said = "lossless" if mean == 0 else f"{named} {report.format_error(mean)}"
+    weights = given_weights(content)
+    if weights:
+        # of this one are estimates and bounds
+        said += f", weighted {report.format_error(np.average(task_errors(errors), weights=weights))}"
     estimates = list(content.report.get("estimate", {}).values())
     bound = list(content.report["bound"].values())
     if estimates and mean:

@@ -18,7 +18,10 @@ from hydraopt_jax.cli.descriptions import (
     describe,
     errors_of_tasks,
     forms_table,
+    groups_note,
     held_notes,
+    module_errors,
+    references_table,
     sentence,
     worst_modules,
 )
@@ -29,6 +32,7 @@ from hydraopt_jax.formats import server, write_adapter
 from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.store import files, portable, removal, sizes
 from hydraopt_jax.store.decoding import decode_all
+from hydraopt_jax.store.predictions import groups, predicted
 from hydraopt_jax.store.store import counted, task_errors, tensors_of
 from hydraopt_jax.store.tensors import check_dtype
 
@@ -45,9 +49,15 @@ from hydraopt_jax.store.tensors import check_dtype
     type=click.Path(dir_okay=False),
     help="write the errors by module and task to this PNG, PDF or SVG",
 )
+@click.option(
+    "--references", is_flag=True, help="show which tasks are predicted from which; reads every leaf"
+)
 @output_options
-def inspect(path: str, recipe: str | None, plot: str | None) -> None:
-    """Show STORE: tasks with bytes, errors and sources, then modules; --verbose lists every leaf."""
+def inspect(path: str, recipe: str | None, plot: str | None, references: bool) -> None:
+    """Show STORE: tasks with bytes, errors and sources, then modules.
+
+    --verbose lists every leaf, and with --json the error of every module of every task.
+    """
     content = store.open(path)
     if plot:
         report.plot_errors(plot, list(claims_of(content).values())[-1], list(content.shapes), content.tasks)
@@ -66,22 +76,34 @@ def inspect(path: str, recipe: str | None, plot: str | None) -> None:
     payload = describe(path, content) | {"leaves": rows, "bytes": size, "bytes_of": parts}
     payload |= {"task_bytes": own, "kinds": kinds, "held": [x._asdict() for x in held]}
     payload["worst_modules"] = worst = worst_modules(content)
+    if mode().verbose:
+        payload["module_errors"] = module_errors(content)
     payload["sources"] = {
         t: {"origin": x.origin, "digest": x.digest, "dtype": x.dtype}
         for t, x in zip(content.tasks, content.sources, strict=True)
     }
-    kind_table = report.columns("layer kind", ">modules", ">in x out", ">rank")
+    kind_table = report.columns("layer kind", ">modules", ">in x out", ">rank", ">error")
     for kind, x in kinds.items():
         shapes = [f"{low} x {high}" for low, high in x["shapes"]]
         shape = shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
         low, high = x["ranks"]
         ranks = str(low) if low == high else f"{low} to {high}"
-        kind_table.add_row(report.shorten(kind), str(x["modules"]), shape, ranks)
+        error = report.format_error(float("nan") if x["error"] is None else x["error"])
+        kind_table.add_row(report.shorten(kind), str(x["modules"]), shape, ranks, error)
+    found = predicted(content) if references else {}
+    if references:
+        payload["references"] = {
+            t: {"vectors": x.vectors, "sources": {k: v._asdict() for k, v in x.sources.items()}}
+            for t, x in found.items()
+        }
+        payload["groups"] = groups(found)
     notes = [*held_notes(held), *calibration_notes(content), *provenance.sentences(content)]
     if worst:
         error = report.format_error(worst[0]["error"])
         notes.insert(0, f"highest error of a module: {error}, {worst[0]['module']} of {worst[0]['task']}")
     tables: tuple[Any, ...] = (tasks_table(content, own), kind_table, bytes_table(parts, content))
+    if references:
+        tables = (*tables, references_table(found) if found else None, groups_note(payload["groups"]))
     if mode().verbose:
         tables = (*tables, forms_table(content), modules_table(content), leaves_table(content))
     say(payload, *tables, *notes, sentence(content, 0, size))
@@ -105,19 +127,22 @@ def tasks_table(content: store.Store, own: Mapping[str, int]) -> Table:
 
 
 def kinds_of(content: store.Store) -> dict[str, Any]:
-    """Layer kind -> number of modules, shapes, lowest and highest rank."""
+    """Layer kind -> number of modules, shapes, lowest and highest rank, mean error (of outputs if known)."""
     out: dict[str, Any] = {}
+    errors = dict(zip(content.shapes, list(claims_of(content).values())[-1], strict=True))
     ranks: dict[str, int] = {}
     for x in content.segments:
         for name, terms in x.modules.items():
             ranks[name] = max(ranks.get(name, 0), sum(term.rank for term in terms))
     for name, shape in content.shapes.items():
-        found = out.setdefault(layer_kind(name), {"modules": 0, "shapes": [], "ranks": []})
+        found = out.setdefault(layer_kind(name), {"modules": 0, "shapes": [], "ranks": [], "error": []})
         found["modules"] += 1
         found["shapes"] += [] if list(shape) in found["shapes"] else [list(shape)]
         found["ranks"].append(ranks.get(name, 0))
+        found["error"] += errors[name][~np.isnan(errors[name])].tolist()
     for found in out.values():
         found["ranks"] = [min(found["ranks"]), max(found["ranks"])]
+        found["error"] = jsonable(float(np.mean(found["error"] or [np.nan])))
     return out
 
 

@@ -12,6 +12,9 @@ from jax import Array
 from hydraopt_jax.adapters import Adapter, Adapters, layer_kind, stack
 from hydraopt_jax.linalg import decompose
 
+# least jump of the mean similarity between groups of alike tasks
+JUMP = 0.1
+
 
 class Similarity(NamedTuple):
     """Task-by-task similarity of one module (`...` empty), or of many stacked ones.
@@ -267,17 +270,51 @@ def cluster_order(matrix: np.ndarray) -> list[int]:
     >>> cluster_order(np.array([[1.0, 0.1, 0.9], [0.1, 1.0, 0.2], [0.9, 0.2, 1.0]]))
     [0, 2, 1]
     """
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
+    from scipy.cluster.hierarchy import leaves_list
 
     tasks = len(matrix)
     if tasks < 3:
         return list(range(tasks))
-    far = np.maximum(1.0 - (matrix + matrix.T) / 2, 0.0).astype(np.float64)
-    np.fill_diagonal(far, 0.0)
-    order = leaves_list(linkage(squareform(far, checks=False), "average", optimal_ordering=True)).tolist()
+    order = leaves_list(average_linkage(matrix)).tolist()
     # the order can be reversed: take the direction that begins with the earlier task
     return order if order[0] < order[-1] else order[::-1]
+
+
+def average_linkage(matrix: np.ndarray) -> np.ndarray:
+    """The average-linkage tree over `1 - similarity` of at least 2 tasks, as SciPy has it, `[T - 1, 4]`."""
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
+    far = np.maximum(1.0 - (matrix + matrix.T) / 2, 0.0).astype(np.float64)
+    np.fill_diagonal(far, 0.0)
+    return linkage(squareform(far, checks=False), "average", optimal_ordering=True)
+
+
+def groups(matrix: np.ndarray) -> list[list[int]]:
+    """Groups of alike tasks of a similarity `[T, T]`, the largest first; a task like no other is alone.
+
+    The average-linkage tree is cut at the largest jump of the mean distance at which it joins two groups, the
+    last one that to unrelated tasks (similarity 0). Without a jump of `JUMP` every task is alone.
+
+    >>> groups(np.array([[1.0, 0.1, 0.9], [0.1, 1.0, 0.2], [0.9, 0.2, 1.0]]))
+    [[0, 2], [1]]
+    >>> groups(np.eye(2))
+    [[0], [1]]
+    """
+    from scipy.cluster.hierarchy import fcluster
+
+    tasks = len(matrix)
+    labels = np.arange(tasks)
+    if tasks > 1:
+        tree = average_linkage(matrix)
+        heights = np.append(tree[:, 2], max(1.0, tree[-1, 2]))
+        jumps = np.diff(heights)
+        if jumps.max() >= JUMP:
+            labels = fcluster(tree, heights[np.argmax(jumps)], "distance")
+    rows: dict[int, list[int]] = {}
+    for t, label in enumerate(labels.tolist()):
+        rows.setdefault(label, []).append(t)
+    return sorted(rows.values(), key=lambda x: -len(x))
 
 
 def nearest_pairs(matrix: np.ndarray, count: int) -> list[tuple[int, int, float]]:

@@ -30,7 +30,13 @@ from hydraopt_jax.rate_control.coding import (
     fitted_tables,
 )
 from hydraopt_jax.rate_control.metrics import uncovered
-from hydraopt_jax.rate_control.options import Options, as_report, check_options, relative_weights
+from hydraopt_jax.rate_control.options import (
+    Options,
+    as_report,
+    check_options,
+    relative_weights,
+    unit_scale,
+)
 from hydraopt_jax.rate_control.parts import SEGMENT_BYTES, ahead, parts_of, read_part
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.search import Pass, Target
@@ -115,8 +121,9 @@ def compress_at_step(found: Collection, options: Options, step: float) -> Store:
     Args:
       found: the collection, of one part or few.
       options: all but the target.
-      step: the step.
+      step: the step of a task of weight 1.
     """
+    step /= unit_scale(found.tasks, options)
     place = Memory()
     parts = parts_of(found)
     heads, carried = full_tensors(found, options.extras_dtype, place, Processes(), apart=len(parts) != 1)
@@ -213,6 +220,7 @@ def passes(
         if round_number + 1 < ROUNDS and goal.worst:
             # spend less on tasks that are better than they need be
             errors = task_errors(best.errors if best.output_errors is None else best.output_errors)
+            errors = errors * np.asarray(goal.worst)
             change = np.clip(np.maximum(errors, 1e-3 * goal.limit) / goal.limit, LOWEST, HIGHEST) ** DAMPING
             weights = weights * change / np.mean(weights * change)
             run, goal = run._replace(cache={}), goal._replace(settling=0)

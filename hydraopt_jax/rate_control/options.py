@@ -8,10 +8,13 @@ import numpy as np
 
 from hydraopt_jax import calibration
 from hydraopt_jax.collection import Collection
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, suggest
 from hydraopt_jax.rate_control import budget
 from hydraopt_jax.rate_control.metrics import uncovered
 from hydraopt_jax.store import tensors
+
+# least and largest weight of a task; beyond them a task is lossless or nothing
+WEIGHTS = (1e-6, 1e6)
 
 
 class Options(NamedTuple):
@@ -22,9 +25,10 @@ class Options(NamedTuple):
         factors' fp16 bytes for factors and description. Coded full tensors beside the factors are not counted
         in a fraction (`tensors`). A fraction of 1 or more stores the adapters bit for bit. See `budget` for
         the full rule.
-      max_error: largest mean relative squared error over modules and tasks.
-      max_task_error: largest relative squared error of any task, the mean over its modules.
-      weights: task name -> weight of its relative error, 1 where not named.
+      max_error: largest mean relative squared error over modules and tasks, whatever the weights are.
+      max_task_error: largest relative squared error of any task, the mean over its modules; with weights, of
+        the tasks of the least weight, and of one of n times this weight an n-th of it.
+      weights: task name -> weight of its relative error, 1 where not named: the weighted mean is minimized.
       calibration: module name -> second moment `[I, I]` of its inputs, or `[I]` for a diagonal one; errors
         are then those of the modules' outputs. With `NAME:output` -> second moment of the gradients at its
         outputs, the error estimates the divergence of the model's outputs (see `calibration`).
@@ -67,8 +71,7 @@ def check_options(options: Options) -> Options:
         raise HydraOptError(f"{named[0]} = {value}: must be positive; {way}")
     tensors.check_dtype(options.extras_dtype, "extras_dtype")
     for task, weight in options.weights.items():
-        if not np.isfinite(weight) or weight <= 0:
-            raise HydraOptError(f"weight of {task!r} = {weight}: must be positive")
+        check_weight(weight, f"weight of {task!r}")
     if budget.keeps_all(value) and named == ["budget"]:
         idle = {
             "weights": options.weights,
@@ -83,21 +86,47 @@ def check_options(options: Options) -> Options:
     return options
 
 
+def check_weight(weight: Any, name: str) -> None:
+    """Raise unless the weight of a task is a number within `WEIGHTS`.
+
+    Raises:
+      HydraOptError: see above.
+    """
+    number = isinstance(weight, numbers.Real) and not isinstance(weight, bool | np.bool_)
+    if not number or not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+        raise HydraOptError(f"{name} = {weight!r}: must be positive, from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
+
+
+def weights_of(tasks: Sequence[str], options: Options) -> np.ndarray:
+    """Weights `[T]` of the tasks' errors.
+
+    Raises:
+      HydraOptError: a weight of a task that is none of these.
+    """
+    for task in sorted(set(options.weights) - set(tasks)):
+        raise HydraOptError(f"weights: no task {task!r}: {suggest(task, tasks)}")
+    return np.array([float(options.weights.get(t, 1.0)) for t in tasks])
+
+
 def relative_weights(tasks: Sequence[str], options: Options) -> np.ndarray:
     """Weights `[T]` with a mean of 1."""
-    unknown = set(options.weights) - set(tasks)
-    if unknown:
-        raise HydraOptError(
-            f"weights name {min(unknown)!r}, which is not one of the tasks {', '.join(tasks)}"
-        )
-    weights = np.array([float(options.weights.get(t, 1.0)) for t in tasks])
+    weights = weights_of(tasks, options)
     return weights / weights.mean()
+
+
+def unit_scale(tasks: Sequence[str], options: Options) -> float:
+    """The quantizer step of a task of weight 1 over the step for `relative_weights`: a task's own step falls
+    with the root of its weight."""
+    return float(np.sqrt(weights_of(tasks, options).mean()))
 
 
 def as_report(options: Options, found: Collection) -> dict[str, Any]:
     """The options as JSON: the first fields of a store's report."""
     asked = {k: v for k, v in options._asdict().items() if k not in ("weights", "calibration")}
-    asked |= {"weights": dict(options.weights), "calibrated": options.calibration is not None}
+    asked |= {
+        "weights": {k: v for k, v in options.weights.items() if v != 1},
+        "calibrated": options.calibration is not None,
+    }
     known: dict[str, Any] = {}
     if options.calibration is not None:
         known["calibration"] = calibration.digest(options.calibration)

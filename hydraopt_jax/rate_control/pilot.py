@@ -48,7 +48,8 @@ def run_pilot(run: Run, goal: Target, weights: np.ndarray) -> Mapping[str, Any]:
         else:
             present = sum(x.norms[x.norms > 0].size for x in problem.spectra)
             start = search.first_step(problem, goal.limit * present, goal.sign)
-            miss = functools.partial(search.error_miss, goal=goal)
+            mine = goal._replace(worst=tuple(goal.worst[t] for t in part.tasks if goal.worst))
+            miss = functools.partial(search.error_miss, goal=mine)
         # where no pass is spent on settling, the first one should do
         near = search.NEAR if goal.settling else goal.slack / 4
         found = search.find_step(problem, miss, goal.sign, start, near)

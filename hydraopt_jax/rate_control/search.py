@@ -11,7 +11,7 @@ from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import budget, mode_decision
 from hydraopt_jax.rate_control.coding import Trial, encode_at_step, fit_tables, fitted_tables
-from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.rate_control.options import Options, weights_of
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.store import task_errors
 
@@ -57,7 +57,7 @@ class Target(NamedTuple):
       sign: -1 for bytes, which fall with the step; +1 for the error, which rises.
       limit: bytes on disk without the full tensors, or relative squared error.
       heads: bytes of the full tensors, not included in the limit.
-      worst: whether the error is that of the worst task, not the mean.
+      worst: what the tasks' errors are multiplied by before the largest is bounded; empty if the mean is.
       slack: fraction of the limit that may stay unused.
       settling: number of first passes that only provide tables.
       passes: number of passes after which the best one that meets the target is taken.
@@ -66,7 +66,7 @@ class Target(NamedTuple):
     sign: float
     limit: float
     heads: int = 0
-    worst: bool = False
+    worst: tuple[float, ...] = ()
     slack: float = SLACK
     settling: int = 1
     passes: int = PASSES
@@ -96,14 +96,16 @@ def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -
     """
     slack, settling = (SLACK, 1) if parts <= FEW_PARTS else (WIDE_SLACK, 0)
     if options.max_task_error is not None:
-        return Target(1.0, options.max_task_error, heads, True, slack, settling)
+        weights = weights_of(found.tasks, options)
+        worst = tuple((weights / weights.min()).tolist())
+        return Target(1.0, options.max_task_error, heads, worst, slack, settling)
     if options.max_error is not None:
-        return Target(1.0, options.max_error, heads, False, slack, settling)
+        return Target(1.0, options.max_error, heads, (), slack, settling)
     given = budget.read_budget(options.budget)
     assert given is not None
     limit = given if isinstance(given, int) else int(given * 2 * found.entries()) + heads
     slack = max(slack, GRAIN / max(limit - heads, GRAIN))
-    return Target(-1.0, limit - heads, heads, False, slack, settling)
+    return Target(-1.0, limit - heads, heads, (), slack, settling)
 
 
 def least_lossless(found: Collection) -> int:
@@ -115,9 +117,10 @@ def least_lossless(found: Collection) -> int:
     )
 
 
-def value(errors: np.ndarray, worst: bool) -> float:
-    """The worst task's error, or the mean over modules and tasks, of errors `[M, T]`."""
-    return float(task_errors(errors).max()) if worst else float(np.nanmean(errors))
+def value(errors: np.ndarray, worst: Sequence[float]) -> float:
+    """The largest of the tasks' errors times `worst`, see `Target`, or the mean over modules and tasks, of
+    errors `[M, T]`."""
+    return float((np.asarray(worst) * task_errors(errors)).max()) if worst else float(np.nanmean(errors))
 
 
 class Found(NamedTuple):

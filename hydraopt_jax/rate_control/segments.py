@@ -18,7 +18,7 @@ from hydraopt_jax.rate_control.coding import Trial
 from hydraopt_jax.rate_control.distortion import with_errors
 from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.mode_decision import Choice
-from hydraopt_jax.rate_control.options import Options, as_report
+from hydraopt_jax.rate_control.options import Options, as_report, unit_scale
 from hydraopt_jax.rate_control.parts import Part, entries
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.search import Pass, Target
@@ -187,7 +187,8 @@ def put_together(
     tail = float(np.average([x["tail"] for x in notes], weights=weights))
     report = as_report(run.options, run.found) | {
         "form": "coded",
-        "step": float(f"{step:.6g}"),
+        # of a task of weight 1, as which later tasks are coded
+        "step": float(f"{step * unit_scale(run.found.tasks, run.options):.6g}"),
         "forms": forms,
         "bound": {"eigen-tail": float(f"{tail:.6g}")},
         **said,

@@ -66,7 +66,11 @@ def originals(collection: Sequence[Adapter]) -> Lora:
 
 
 def divergence(
-    forward: Forward, mask: Callable[[Any], Array] | None = None, *, at_once: int | None = None
+    forward: Forward,
+    mask: Callable[[Any], Array] | None = None,
+    *,
+    at_once: int | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Callable[[Lora, Lora, Any], Array]:
     """The loss `mean KL(p_adapter || p_store)` of the next-token distributions.
 
@@ -74,6 +78,7 @@ def divergence(
       forward: `(lora, batch) -> logits [..., V]` of one task, `lora` module -> `(a: [I, S], b: [S, O])`.
       mask: `batch -> [...]` bool, the predictions that count; None for all.
       at_once: number of tasks computed in parallel; None for all.
+      weights: of the tasks in the mean; None for equal ones.
 
     Returns:
       `(stored, original, batch) -> scalar`, all three with a leading task axis.
@@ -89,6 +94,7 @@ def divergence(
 
     def loss(stored: Lora, original: Lora, batch: Any) -> Array:
         job = stored, jax.lax.stop_gradient(original), batch
-        return jnp.mean(jax.vmap(one)(job) if at_once is None else jax.lax.map(one, job, batch_size=at_once))
+        each = jax.vmap(one)(job) if at_once is None else jax.lax.map(one, job, batch_size=at_once)
+        return jnp.average(each, weights=None if weights is None else jnp.asarray(weights))
 
     return loss

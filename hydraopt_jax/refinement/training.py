@@ -6,8 +6,9 @@ of the loss at the rounded factors, and moves the unrounded ones by it (straight
 not grow: the quantizer's price of a bit is adjusted.
 
 The loss is the mean over tasks and tokens of `KL(p_adapter || p_store)`, the divergence of the stored
-adapters' next-token distributions from the original ones', on unlabeled batches (distillation). The error of
-the weights is not refined: the fit has made it as small as its bytes allow.
+adapters' next-token distributions from the original ones', on unlabeled batches (distillation). Tasks have
+the weights that the store was made with. The error of the weights is not refined: the fit has made it as
+small as its bytes allow.
 
 Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432.
 """
@@ -175,11 +176,13 @@ def refine(
     if any(x.references or x.removed for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     parts = [n for n, x in enumerate(store.segments) if x.modules]
+    asked = store.report["options"].get("weights")
+    weights = [asked.get(t, 1.0) for t in store.tasks] if asked else None
     batch_at = batches if callable(batches) else lambda i: batches[i % len(batches)]
     given = Given(
         calibration=calibration,
         # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
-        loss=jax.tree_util.Partial(divergence(forward, mask, at_once=at_once)),
+        loss=jax.tree_util.Partial(divergence(forward, mask, at_once=at_once, weights=weights)),
         batch_at=batch_at,
         check=batch_at(0) if check is None else check,
         optimizer=accumulating(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate),

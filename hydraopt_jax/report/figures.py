@@ -116,7 +116,7 @@ def _plain(text: str, limit: int = 24) -> str:
 
 
 def plot_similarity(path: str | Path, summary: Summary) -> None:
-    """Write heat maps of all measures, averaged over modules.
+    """Write heat maps of all measures, averaged over modules; similar tasks are neighbors.
 
     Args:
       path: PNG, PDF or SVG file to write.
@@ -125,16 +125,19 @@ def plot_similarity(path: str | Path, summary: Summary) -> None:
     Raises:
       HydraOptError: matplotlib is missing, or the file cannot be written.
     """
+    from hydraopt_jax.forms.similarity import cluster_order
+
     tasks = len(summary.tasks)
     side = float(np.clip(0.3 * tasks, 1.9, 6.0))
     label = 0.075 * max(len(_plain(x)) for x in summary.tasks)
     figure = _figure(path, 5 * side + label + 2.0, side + label + 0.9)
     axes = figure.subplots(1, len(MEASURES), sharey=True)
-    ticks = [_plain(x) for x in summary.tasks]
+    order = cluster_order(np.asarray(summary.mean.delta))
+    ticks = [_plain(summary.tasks[t]) for t in order]
     size = 7 if tasks <= 20 else 5
     images = []
     for axis, (field, heading) in zip(axes, MEASURES.items(), strict=True):
-        matrix = np.asarray(getattr(summary.mean, field))
+        matrix = np.asarray(getattr(summary.mean, field))[np.ix_(order, order)]
         angle = field.endswith("subspace")
         # a cosine has a sign; an overlap of subspaces is in [0, 1]
         image = axis.imshow(
