@@ -81,7 +81,7 @@ def stoppable(path: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def weighted(context: click.Context, option: click.Parameter, rows: Sequence[str]) -> tuple[str, ...]:
+def with_number(context: click.Context, option: click.Parameter, rows: Sequence[str]) -> tuple[str, ...]:
     """Options NAME=NUMBER; a NAME alone has the weight `PROTECTED`."""
     return tuple(row if "=" in row else f"{row}={PROTECTED:g}" for row in rows)
 
@@ -99,12 +99,17 @@ def weighted(context: click.Context, option: click.Parameter, rows: Sequence[str
 @click.option("--max-task-error", type=float, help="largest relative squared error of any task")
 @click.option(
     "--weight",
-    "--protect",
     "weights",
     multiple=True,
+    metavar="NAME=NUMBER",
+    help="weight of a task's error, 1 if not given; may be repeated",
+)
+@click.option(
+    "--protect",
+    multiple=True,
     metavar="NAME[=NUMBER]",
-    callback=weighted,
-    help=f"weight of a task's error, 1 if not given and {PROTECTED:g} for NAME alone; may be repeated",
+    callback=with_number,
+    help=f"the same, {PROTECTED:g} for NAME alone",
 )
 @click.option("--calibration", type=click.Path(), help="file with second moments of the modules' inputs")
 @click.option("--alone", is_flag=True, help="share nothing between tasks")
@@ -168,7 +173,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     """
     targets = [k for k in ("budget", "max_error", "max_task_error") if given[k] is not None]
     fixed = [k for k, v in FORM.items() if given[k] != v]
-    beside = [k for k in ("weights", "calibration", "alone") if given[k]]
+    beside = [k for k in ("weights", "protect", "calibration", "alone") if given[k]]
     if given["form"] is None and fixed:
         raise HydraOptError(f"--{fixed[0]}: is an option of --form hydra: give --form hydra, or leave it out")
     if given["form"] is not None:
@@ -180,7 +185,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
         budget=None if given["budget"] is None else parse_budget(given["budget"]),
         max_error=given["max_error"],
         max_task_error=given["max_task_error"],
-        weights=parse_numbers("--weight", given["weights"]),
+        weights=parse_numbers("--weight", (*given["weights"], *given["protect"])),
         calibration=None if given["calibration"] is None else calibration.read_moments(given["calibration"]),
         share=not given["alone"],
         extras_dtype=given["extras_dtype"],
