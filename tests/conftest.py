@@ -44,13 +44,17 @@ def pytest_configure(config):
 COMPILING = (
     "test_apply.py",
     "test_closed.py",
+    "test_collection.py",
     "test_compilations.py",
+    "test_curves.py",
     "test_derivatives.py",
     "test_diagonalization.py",
+    "test_estimates.py",
     "test_folder.py",
     "test_forms.py",
     "test_frontier.py",
     "test_hub.py",
+    "test_layers.py",
     "test_lazy.py",
     "test_llm_pipeline.py",
     "test_lowering.py",
@@ -58,7 +62,12 @@ COMPILING = (
     "test_model.py",
     "test_numbers.py",
     "test_optimize.py",
+    "test_outputs.py",
+    "test_peft_parity.py",
     "test_pipeline.py",
+    "test_similarity.py",
+    "test_slots.py",
+    "test_trees_flax.py",
 )
 
 
