@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tests compile as much as they compute: most of LLVM's optimizations and XLA's fusion through MLIR take more
-# time than they save and change no semantics; none at all makes what is computed three times as slow.
+# time than they save and change no semantics; see `optimizations` below for what most tests do without.
 # `XLA_FLAGS= pytest` has them, and CI where results depend on rounding.
 # jaxlib 0.12 lacks the last one, and at a flag that it lacks ends the process, of which pytest shows nothing.
 os.environ.setdefault(
@@ -14,6 +14,8 @@ os.environ.setdefault(
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# where each operation was called from, which only a profiler shows, is a tenth of what lowering takes
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 from pathlib import Path
 
@@ -37,9 +39,36 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-# loops of linear algebra and their derivatives, run once or twice: without any they compile in a third
-# of the time
-COMPILING = ("test_derivatives.py",)
+# what these compute is too little to be worth more of LLVM than its selection of instructions: a program
+# compiles in less than half the time
+COMPILING = (
+    "test_apply.py",
+    "test_closed.py",
+    "test_collection.py",
+    "test_compilations.py",
+    "test_curves.py",
+    "test_derivatives.py",
+    "test_diagonalization.py",
+    "test_estimates.py",
+    "test_folder.py",
+    "test_forms.py",
+    "test_frontier.py",
+    "test_hub.py",
+    "test_layers.py",
+    "test_lazy.py",
+    "test_llm_pipeline.py",
+    "test_lowering.py",
+    "test_methods.py",
+    "test_model.py",
+    "test_numbers.py",
+    "test_optimize.py",
+    "test_outputs.py",
+    "test_peft_parity.py",
+    "test_pipeline.py",
+    "test_similarity.py",
+    "test_slots.py",
+    "test_trees_flax.py",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

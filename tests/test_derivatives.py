@@ -4,6 +4,7 @@
 reason to have none, fails `test_every_public_function_has_a_case`.
 """
 
+import contextlib
 import functools
 import inspect
 
@@ -44,7 +45,7 @@ def scalar(function):
     return total
 
 
-def batch(case: Case) -> tuple[jax.Array, ...]:
+def batch(case: Case) -> list[np.ndarray]:
     """Two places one beside the other, and a degenerate one: equal tasks, tasks without a delta, zeros."""
     rng = np.random.default_rng(0)
     out = []
@@ -53,8 +54,8 @@ def batch(case: Case) -> tuple[jax.Array, ...]:
         flat = 0 * x
         if x.ndim > 2:
             flat[:2] = x[:1]
-        out.append(jnp.stack([x, near, flat]))
-    return tuple(out)
+        out.append(np.stack([x, near, flat]))
+    return out
 
 
 def length(arrays):
@@ -79,70 +80,97 @@ def test_every_public_function_has_a_case():
     assert public == {x for x in (*CASES, *EXEMPT) if " " not in x}
 
 
+def differentiated(case: Case):
+    """Jitted: gradients at places and the case's numbers there, by jit of grad of vmap of jit."""
+
+    def every(*places):
+        numbers = jax.vmap(jax.jit(scalar(case.function)))(*places)
+        return jnp.sum(numbers), numbers
+
+    return jax.jit(jax.grad(every, argnums=tuple(range(len(case.args))), has_aux=True))
+
+
+UNFACTORED = ("estimates.", "losses.", "gradient.m", "descent.", "serving.")
+# the first cases of both tests of a case: pytest runs the two of a case one after the other, in one process
+FACTORED = [x for x, case in CASES.items() if case.plain and not x.startswith(UNFACTORED)]
+
+
 @functools.cache
 def own_gradients(name):
-    """`gradients` of a case: two tests compare them."""
-    return [np.asarray(x) for x in gradients(CASES[name], batch(CASES[name]))]
+    """Gradients of a case at its places, and the function that found them: two tests need them."""
+    function = differentiated(CASES[name])
+    return [np.asarray(x) for x in function(*batch(CASES[name]))[0]], function
 
 
-def gradients(case: Case, places):
-    """Of the case's number at each place, by jit of grad of vmap of jit."""
-    every = lambda *x: jnp.sum(jax.vmap(jax.jit(scalar(case.function)))(*x))  # noqa: E731
-    return jax.jit(jax.grad(every, argnums=tuple(range(len(places)))))(*places)
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*FACTORED, *(x for x in CASES if x not in FACTORED)], scope="module")
 def test_reverse_mode_is_the_slope_under_jit_and_vmap(name):
     """Along the gradient and along a random direction, at two places; finite at the degenerate one."""
     case = CASES[name]
     places = batch(case)
-    found = own_gradients(name)
+    found, function = own_gradients(name)
     assert all(np.isfinite(x).all() for x in found)
-    grads, places = jax.tree.map(lambda x: np.asarray(x[:2]), (found, places))
+    grads, near = [x[:2] for x in found], [x[:2] for x in places]
     size = length(grads)
     assert (size > 0).all()
-    noise = [np.random.default_rng(n).normal(size=x.shape).astype(np.float32) for n, x in enumerate(places)]
+    noise = [np.random.default_rng(n).normal(size=x.shape).astype(np.float32) for n, x in enumerate(near)]
     steps = case.step * np.array([-2, -1, 1, 2], np.float32)
     points, slopes = [], []
     for along in (grads, noise):
         unit = [x / spread(length(along), x) for x in along]
         slopes.append(sum((x * y).reshape(2, -1).sum(-1) for x, y in zip(grads, unit, strict=True)))
-        points += [[x + k * d for x, d in zip(places, unit, strict=True)] for k in steps]
-    flat = [np.concatenate(x) for x in zip(*points, strict=True)]
-    at = np.asarray(jax.jit(jax.vmap(scalar(case.function)))(*flat)).reshape(2, 4, 2)
+        points += [[x + k * d for x, d in zip(near, unit, strict=True)] for k in steps]
+    # three at a time, as the gradients were: the last two are there to fill
+    flat = [np.concatenate([*x, x[0]]) for x in zip(*points, strict=True)]
+    at = np.concatenate([function(*(x[n : n + 3] for x in flat))[1] for n in range(0, 18, 3)])[:16]
+    at = at.reshape(2, 4, 2)
     differences = (8 * (at[:, 2] - at[:, 1]) - (at[:, 3] - at[:, 0])) / (12 * case.step)
     np.testing.assert_allclose(differences / size, slopes / size, atol=case.tolerance)
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    """Swaps factorizations and their derivatives for those of `jnp.linalg`, in the whole package."""
+OWN_RULES = [
+    "decompose.residual_energy",
+    "decompose.svd",
+    "descent.minimize",
+    "factorizations.eigh",
+    "factorizations.eigvalsh",
+    "factorizations.pseudo_inverse",
+    "factorizations.qr",
+    "factorizations.qr of a wide matrix",
+    "factorizations.thin_svd",
+    "factorizations.thin_svd of a wide matrix",
+]
 
-    def swap():
-        jax.clear_caches()
-        own = {getattr(decompose, name): other for name, other in PLAIN.items()}
+
+@pytest.mark.parametrize("name", OWN_RULES)
+def test_a_function_with_a_rule_of_its_own_has_the_same_value_beside_its_derivative(name):
+    """Slopes are those of the values that come with gradients."""
+    places = batch(CASES[name])
+    alone = jax.jit(jax.vmap(scalar(CASES[name].function)))(*places)
+    np.testing.assert_allclose(own_gradients(name)[1](*places)[1], alone, rtol=1e-5, atol=1e-6)
+
+
+# what is traced with other factorizations is kept apart
+swapped = jax.make_user_context(default_value=False)
+
+
+@contextlib.contextmanager
+def plain():
+    """Swaps factorizations and their derivatives for those of `jnp.linalg`, in the whole package."""
+    own = {getattr(decompose, name): other for name, other in PLAIN.items()}
+    with pytest.MonkeyPatch.context() as patch, swapped(True):
         for module in MODULES.values():
             for key, value in list(vars(module).items()):
                 if callable(value) and not inspect.isclass(value) and value in own:
-                    monkeypatch.setattr(module, key, own[value])
-
-    yield swap
-    monkeypatch.undo()
-    jax.clear_caches()
+                    patch.setattr(module, key, own[value])
+        yield
 
 
-UNFACTORED = ("estimates.", "losses.", "gradient.m", "descent.", "serving.")
-
-
-@pytest.mark.parametrize(
-    "name", [x for x, case in CASES.items() if case.plain and not x.startswith(UNFACTORED)]
-)
-def test_derivatives_are_those_of_plain_linear_algebra(name, plain):
+@pytest.mark.parametrize("name", FACTORED, scope="module")
+def test_derivatives_are_those_of_plain_linear_algebra(name):
     case = CASES[name]
-    places = batch(case)
-    own = own_gradients(name)
-    plain()
-    other = [np.asarray(x[:2]) for x in gradients(case, places)]
+    own = own_gradients(name)[0]
+    with plain():
+        other = [np.asarray(x)[:2] for x in differentiated(case)(*batch(case))[0]]
     for x, y in zip(own, other, strict=True):
         np.testing.assert_allclose(x[:2] / spread(length(other), y), y / spread(length(other), y), atol=1e-2)
 

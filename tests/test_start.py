@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from copies import copies
 
 import hydraopt_jax
 from hydraopt_jax import compression, formats, store
@@ -51,6 +52,12 @@ def kept(small, tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    with copies(tmp_path_factory.mktemp("said")) as call:
+        yield call
+
+
 # a file is read without TensorStore, too
 @pytest.fixture(params=[("s", STORES), ("s.safetensors", POISON)], ids=["folder", "file"])
 def given(request, kept):
@@ -59,11 +66,11 @@ def given(request, kept):
     return kept / name, poison
 
 
-def test_a_store_is_read_without_jax(given, small, tmp_path):
+def test_a_store_is_read_without_jax(given, small, copy, tmp_path):
     path, poison = given
 
     def ok(*arguments):
-        status, said, error = command(*arguments, "--json", poison=poison)
+        status, said, error = copy([*arguments, "--json"], poison, os.environ, tmp_path)
         assert (status, error) == (0, ""), error
         return json.loads(said)
 
@@ -132,9 +139,9 @@ def test_a_folder_is_written_by_orbax(kept, tmp_path):
         (["remove", "{}/s", "onr"], "did you mean 'one'"),
     ],
 )
-def test_errors_of_bad_options_need_no_jax(kept, arguments, said):
+def test_errors_of_bad_options_need_no_jax(kept, copy, arguments, said):
     before = sorted(x.name for x in kept.iterdir())
-    status, out, error = command(*(x.format(kept) for x in arguments), poison=STORES)
+    status, out, error = copy([x.format(kept) for x in arguments], STORES, os.environ, kept)
     assert (status, out) == (2, "")
     assert error.startswith("hydraopt: ")
     assert error.count("\n") == 1

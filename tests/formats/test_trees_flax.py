@@ -9,7 +9,7 @@ from orbax.checkpoint import v1 as ocp
 
 import hydraopt_jax as hydra
 from hydraopt_jax import formats
-from hydraopt_jax.formats import trees
+from hydraopt_jax.formats import orbax_trees, trees
 
 RNG = np.random.default_rng(0)
 
@@ -61,7 +61,7 @@ def test_an_orbax_checkpoint_gives_its_lora_alone(interface, tmp_path):
     state = nnx.state(model)
     save = {"v0": orbax.PyTreeCheckpointer().save, "v1": ocp.save}
     save[interface](path, state)
-    read = formats.orbax_trees.load_factors(path)
+    read = orbax_trees.load_factors(path)
     assert {trees.path_text(p) for p, _ in trees.flatten(read)} == {
         "layers/0/lora/lora_a",
         "layers/0/lora/lora_b",

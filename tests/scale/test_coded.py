@@ -124,9 +124,9 @@ def test_an_error_is_met_closely(slim, tmp_path):
 
 
 def test_the_error_of_the_worst_task_is_met(slim, tmp_path):
-    said = code(tmp_path / "s", slim[1], SMALL // 2, max_task_error=0.02)
+    said = code(tmp_path / "s", slim[1], SMALL // 2, max_task_error=0.01)
     assert len(said.segments) > 3
-    assert 0.9 * 0.02 < task_errors(said.errors).max() <= 0.02
+    assert 0.9 * 0.01 < task_errors(said.errors).max() <= 0.01
 
 
 def test_errors_of_outputs_are_met_in_segments_too(slim, tmp_path):

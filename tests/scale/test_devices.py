@@ -73,7 +73,7 @@ def code(*arguments):
 def leaves(path):
     return [{k: bytes(v) for k, v in x.leaves.items()} for x in store.open(path).load().segments]
 def compress(found, **more):
-    return engine.compress_to_target(found, Options(max_error=0.05), segment_bytes=1 << 12, **more)
+    return engine.compress_to_target(found, Options(max_error=0.01), segment_bytes=1 << 12, **more)
 def run(path):
     with job.alone(path):
         job.run_job(path, found, compress, {})
@@ -96,6 +96,8 @@ def on_eight_devices(script, *arguments):
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
+        # each device compiles everything for itself
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
