@@ -97,6 +97,8 @@ EXEMPT = {
     "serving.grouped.ragged": "jax.lax.ragged_dot has no vmap; see test_ragged_products_have_gradients",
     "similarity.average": "host code",
     "similarity.cluster_order": "an order",
+    "similarity.average_linkage": "a tree of the host",
+    "similarity.groups": "indices",
     "similarity.nearest_pairs": "pairs of tasks",
     "similarity.numerical_rank": "a count",
     "similarity.summarize": "host code",
