@@ -196,6 +196,19 @@ def test_the_command_protects_and_says_so(capsys, many, tmp_path):
     assert leaves(store.open(tmp_path / "t")) == leaves(store.open(tmp_path / "s"))
 
 
+def test_a_removed_task_leaves_the_command_that_made_the_store(capsys, many, tmp_path):
+    for x in many:
+        formats.write_adapter(tmp_path / "in" / x.task, x)
+    asked = ["--budget", 0.5, "--protect", "legal", "--weight", "news=2", "--weight", "sports=3"]
+    assert run(capsys, "compress", tmp_path / "in", "--out", tmp_path / "s", *asked)[0] == 0
+    for task in ("legal", "news"):
+        assert run(capsys, "remove", tmp_path / "s", task)[0] == 0
+    content = store.open(tmp_path / "s")
+    made = content.report["provenance"]["made"]["options"]
+    assert (made["weights"], made["protect"]) == (["sports=3"], [])
+    assert content.report["options"]["weights"] == {"sports": 3.0}
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -11,7 +11,7 @@ from hydraopt_jax.cli.output import jsonable, mode
 from hydraopt_jax.store import Store, count, manifest
 from hydraopt_jax.store.predictions import Predicted
 from hydraopt_jax.store.removal import Held
-from hydraopt_jax.store.store import counted, task_errors
+from hydraopt_jax.store.store import counted, given_weights, task_errors
 
 # upper limit of tasks in a table without --verbose
 ROWS = 20
@@ -67,12 +67,6 @@ def errors_by_task(content: Store, errors: np.ndarray) -> dict[str, Any]:
             **weighted,
         }
     )
-
-
-def given_weights(content: Store) -> list[float] | None:
-    """The weights of the tasks that a store was made with; None if all are equal."""
-    given = content.report["options"].get("weights")
-    return [given.get(t, 1.0) for t in content.tasks] if given else None
 
 
 def worst_modules(content: Store) -> list[dict[str, Any]]:

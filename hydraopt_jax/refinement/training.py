@@ -33,6 +33,7 @@ from hydraopt_jax.refinement.objectives import Forward, Lora, all_tasks, diverge
 from hydraopt_jax.refinement.rounding import Indices, Modules, indices_of, trainable_arrays, with_indices
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Segment, Store
+from hydraopt_jax.store.store import given_weights
 
 LEARNING_RATE = 0.03
 # share of the steps after which the quantizer's tables are fixed
@@ -176,13 +177,11 @@ def refine(
     if any(x.references or x.removed for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     parts = [n for n, x in enumerate(store.segments) if x.modules]
-    asked = store.report["options"].get("weights")
-    weights = [asked.get(t, 1.0) for t in store.tasks] if asked else None
     batch_at = batches if callable(batches) else lambda i: batches[i % len(batches)]
     given = Given(
         calibration=calibration,
         # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
-        loss=jax.tree_util.Partial(divergence(forward, mask, at_once=at_once, weights=weights)),
+        loss=jax.tree_util.Partial(divergence(forward, mask, at_once=at_once, weights=given_weights(store))),
         batch_at=batch_at,
         check=batch_at(0) if check is None else check,
         optimizer=accumulating(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate),

@@ -17,6 +17,9 @@ from hydraopt_jax.static import Static
 from hydraopt_jax.store import schema
 from hydraopt_jax.store.store import SHARED, Segment, Store, closure, select, task_index
 
+# options of the command that name tasks
+WEIGHING = ("weights", "protect")
+
 
 class Held(NamedTuple):
     """A removed task of which the store still has vectors.
@@ -99,10 +102,10 @@ def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
             forms[label] = forms.get(label, 0) + count
         out["forms"] = forms
     made = report.get("provenance", {}).get("made")
-    if made is not None and "weights" in made["options"]:
-        rows = [x for x in made["options"]["weights"] if x.rpartition("=")[0] != task]
-        options = {**made["options"], "weights": rows}
-        out["provenance"] = {**report["provenance"], "made": {**made, "options": options}}
+    if made is not None:
+        asked = {k: v for k, v in made["options"].items() if k in WEIGHING}
+        rows = {k: [x for x in v if x.rpartition("=")[0] != task] for k, v in asked.items()}
+        out["provenance"] = {**report["provenance"], "made": {**made, "options": made["options"] | rows}}
     if "bounded" in report:
         out["bounded"] = [t for t in report["bounded"] if t != task]
     return out

@@ -323,6 +323,12 @@ def task_errors(errors: np.ndarray) -> np.ndarray:
     return np.where(present, errors, 0.0).sum(0) / np.maximum(present.sum(0), 1)
 
 
+def given_weights(store: Store) -> list[float] | None:
+    """The weights of the tasks that a store was made with; None if all are equal."""
+    given = store.report["options"].get("weights")
+    return [given.get(t, 1.0) for t in store.tasks] if given else None
+
+
 def places_of(store: Store, tasks: Sequence[str]) -> dict[int, list[int]]:
     """Segment -> place of each of some tasks, -1 for absent tasks; segments without any are left out."""
     out = {}
