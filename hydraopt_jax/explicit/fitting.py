@@ -155,7 +155,7 @@ exact = jax.jit(decompose.residual_energy)
 
 
 def squared_errors(
-    a: jax.Array, b: jax.Array, a_hat: jax.Array, b_hat: jax.Array, energy: np.ndarray
+    a: jax.Array, b: jax.Array, a_hat: np.ndarray, b_hat: np.ndarray, energy: np.ndarray
 ) -> np.ndarray:
     """Squared errors `[M, T]` of stored factors: by expansion, or by QR where its round-off would show."""
     error = np.asarray(expanded(a, b, a_hat, b_hat))
@@ -190,8 +190,7 @@ def fit_modules(bucket: Bucket, asked: Hydra, dtype: str) -> dict[str, tuple[Fac
     for m, (_, kept, _) in enumerate(rows):
         left[m, :, :, : widths[m]], right[m, :, : widths[m]] = stacked(kept)
     energy = np.stack([info.energy for _, _, info in rows])
-    left_put, right_put = jax.device_put((left, right))
-    error = squared_errors(a, b, left_put, right_put, energy)
+    error = squared_errors(a, b, left, right, energy)
     for m, (name, kept, info) in enumerate(rows):
         absent = bucket.ranks[m] == 0
         errors = np.where(absent, np.nan, relative(error[m], np.asarray(info.energy)))
