@@ -44,6 +44,7 @@ from hydraopt_jax.rate_control.segments import (
     Draft,
     Run,
     coded_segment,
+    codes_of,
     finished,
     kept_note,
     miss_of,
@@ -60,8 +61,9 @@ from hydraopt_jax.store.tensors import Tensors
 
 # bytes that stay free once a store was larger than its draft
 SPARE = 4
-# rounds in which weights of tasks below the error target are lowered; least and largest change, damping
-ROUNDS, LOWEST, HIGHEST, DAMPING = 3, 0.1, 10.0, 0.9
+# rounds in which weights of tasks below the error target are lowered; least and largest change, damping, and
+# changes that are not worth a round
+ROUNDS, LOWEST, HIGHEST, DAMPING, EVEN = 3, 0.1, 10.0, 0.9, 0.03
 
 
 def compress_to_target(
@@ -215,13 +217,17 @@ def passes(
             made.append(found)
             numbers.append(number)
             number += 1
-        best, step = made[chosen], done[chosen].step
-        assert best is not None
-        if round_number + 1 < ROUNDS and goal.worst:
+        found, step = made[chosen], done[chosen].step
+        assert found is not None
+        if best is None or codes_of(found.segments) < codes_of(best.segments):
+            best = found
+        if goal.worst:
             # spend less on tasks that are better than they need be
-            errors = task_errors(best.errors if best.output_errors is None else best.output_errors)
+            errors = task_errors(found.errors if found.output_errors is None else found.output_errors)
             errors = errors * np.asarray(goal.worst)
             change = np.clip(np.maximum(errors, 1e-3 * goal.limit) / goal.limit, LOWEST, HIGHEST) ** DAMPING
+            if np.ptp(change) < EVEN * np.mean(change):
+                break
             weights = weights * change / np.mean(weights * change)
             run, goal = run._replace(cache={}), goal._replace(settling=0)
             aim = goal

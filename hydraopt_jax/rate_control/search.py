@@ -41,6 +41,8 @@ ESTIMATES, NEAR_ESTIMATE = 14, 0.002
 # later passes keep the forms of a pass whose log miss is below CLOSE, or whose step is within NARROW (log) of
 # a pass on the other side of the target
 CLOSE, NARROW = 0.03, 0.02
+# passes of an error target after which the slack doubles with each
+PATIENT = 6
 # limits of the next step between two passes; and the distance of two steps, over the slack, at which the
 # curve is taken to jump between them
 INSIDE, TIGHT = (0.15, 0.85), 1.0
@@ -260,7 +262,7 @@ def forms_of(done: Sequence[Pass], goal: Target, pilot: float | None = None) -> 
 
     Bytes and errors are smooth in the step for fixed forms, and jump where a module changes its form. The
     kept forms are the pilot's if they are close and the pass that settles tables is, or those of the first
-    close pass; without one, of the pass that meets the target next to a jump.
+    close pass; without one, of the pass that meets the target next to a jump, see `jumps`.
 
     Args:
       done: the passes so far.
@@ -277,9 +279,19 @@ def forms_of(done: Sequence[Pass], goal: Target, pilot: float | None = None) -> 
     if close:
         return close[0].step
     ends = bracket(own)
-    if ends is not None and np.log(ends[1].step / ends[0].step) < NARROW:
-        return min(ends, key=lambda x: x.miss).step
-    return None
+    return min(ends, key=lambda x: x.miss).step if ends is not None and jumps(*ends, goal.sign) else None
+
+
+def jumps(one: Pass, two: Pass, sign: float) -> bool:
+    """Whether forms change between two passes of adjacent steps: these are as good as equal, or what is
+    bounded is steeper between them than it is for any forms.
+
+    >>> near, far = Pass(1.0, -0.2, 0.0), Pass(1.2, 0.1, 0.0)
+    >>> jumps(near, far._replace(step=1.05), 1.0), jumps(near, far, 1.0)
+    (True, False)
+    """
+    apart = float(np.log(two.step / one.step))
+    return apart < NARROW or abs(two.miss - one.miss) > SLOPES[sign][1] * apart
 
 
 def bracket(done: Sequence[Pass]) -> tuple[Pass, Pass] | None:
@@ -292,7 +304,8 @@ def bracket(done: Sequence[Pass]) -> tuple[Pass, Pass] | None:
 def next_step(done: Sequence[Pass], slope: float, goal: Target, forms: float | None) -> float:
     """The step of the next pass, which aims at the middle of the slack.
 
-    It interpolates between passes that enclose the target, or extrapolates by Newton's method in logarithms.
+    It interpolates between passes that enclose the target (regula falsi; an end that stays counts half each
+    time, as in the Illinois variant), or extrapolates by Newton's method in logarithms.
 
     Args:
       done: the passes so far.
@@ -306,7 +319,12 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target, forms: float | N
     ends = bracket(known)
     if ends is not None:
         one, two = ends
-        share = float(np.clip((one.miss + goal.slack / 2) / (one.miss - two.miss), *INSIDE))
+        misses = [x.miss + goal.slack / 2 for x in ends]
+        last = known[-1]
+        same = itertools.takewhile(lambda x: (x.miss > 0) == (last.miss > 0), reversed(known))
+        stays = 0 if (one.miss > 0) != (last.miss > 0) else 1
+        misses[stays] *= 0.5 ** (sum(1 for _ in same) - 1)
+        share = float(np.clip(misses[0] / (misses[0] - misses[1]), *INSIDE))
         return float(np.exp((1 - share) * np.log(one.step) + share * np.log(two.step)))
     last = known[-1]
     if len(known) > 1:
@@ -320,12 +338,16 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target, forms: float | N
 
 
 def met(done: Sequence[Pass], goal: Target) -> int | None:
-    """Index of the pass that meets the target within the slack; after the last pass, the best below it."""
+    """Index of the pass that meets the target within the slack; after the last pass, the best below it.
+
+    The errors of small stores are not smooth in the step, so the slack of an error target grows.
+    """
+    slack = goal.slack * 2.0 ** (max(len(done) - PATIENT, 0) if goal.sign > 0 else 0)
     fits = [k for k, x in enumerate(done) if x.miss <= 0 and k >= goal.settling]
     # steps beyond STEPS are not tried
     edge = STEPS[0] * 1.0001 if goal.sign < 0 else STEPS[1] / 1.0001
     outside = (lambda step: step <= edge) if goal.sign < 0 else (lambda step: step >= edge)
-    close = [k for k in fits if done[k].miss > -goal.slack or outside(done[k].step)]
+    close = [k for k in fits if done[k].miss > -slack or outside(done[k].step)]
     if close:
         return close[-1]
     best = max(fits, key=lambda k: done[k].miss) if fits else None
