@@ -101,6 +101,27 @@ def similarities() -> str:
     return markdown(["mean over pairs of tasks, all modules", *(x.replace("_", " ") for x in kinds)], rows)
 
 
+def trainings() -> str:
+    """What stores keep of the same tasks' adapters, trained in different ways."""
+    rows, found = [], read("llm/results/training.json")
+    for x in found:
+        rows.append(
+            [
+                f"{len(x['tasks'])}",
+                f"{x['layers']}",
+                f"{x['rate']:g} / {x['rate'] / x['plus']:.2g}",
+                f"{np.mean(list(x['loss'].values())):.3f}",
+                f"{x['cosine_of_a_to_start']:.3f}",
+                f"{x['energy_of_two_directions']:.2f}",
+                *(f"{np.mean(list(v['gain_kept'].values())):.4f}" for v in x["rows"].values()),
+            ]
+        )
+    heads = ["tasks", "layers", "rate of `b` / of `a`", "dev loss", "cosine of `a` to start"]
+    # the first row is HydraOpt with as many heads as there are tasks
+    heads += ["energy in two directions", "HydraOpt K = T", *list(found[0]["rows"])[1:]]
+    return markdown(heads, sorted(rows, key=lambda x: (int(x[0]), int(x[1]), x[2])))
+
+
 def waits() -> str:
     """What a user waits for, with targets and the load at which it was measured."""
     rows = []
@@ -123,6 +144,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "stores of the shared regime": functools.partial(stores, "shared"),
     "stores of the independent regime": functools.partial(stores, "independent"),
     "what stores were to reach": reached,
+    "stores of other trainings": trainings,
     "what a user waits for": waits,
     **frontier.REGIONS,
     **morphology.REGIONS,
