@@ -45,7 +45,8 @@ def facts_of(folder: Path, collection: list[Adapter]) -> dict[str, Any]:
         float(np.mean([s[:2] @ s[:2] / (s @ s) for s in map(np.asarray, singular_values(x)) if s.any()]))
         for x in collection
     ]
-    given = {name: logs[0][name] for name in ("rate", "plus", "rows", "seed")}
+    # logs from before `--plus` have one rate
+    given = {"plus": 1.0} | {k: v for k, v in logs[0].items() if k in ("rate", "plus", "rows", "seed")}
     return given | {
         "layers": len(layers),
         "steps": [x["steps"] for x in logs],
