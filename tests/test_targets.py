@@ -193,7 +193,7 @@ def test_error_target_is_met_and_not_by_much(alike, target):
 
 def test_worst_task_target(alike):
     kept = compress(alike, max_task_error=0.02)
-    assert 0.014 < task_errors(kept.errors).max() <= 0.02
+    assert 0.017 < task_errors(kept.errors).max() <= 0.02
 
 
 @pytest.mark.parametrize("kind", ["max_error", "max_task_error"])

@@ -351,8 +351,12 @@ def met(done: Sequence[Pass], goal: Target) -> int | None:
     if close:
         return close[-1]
     best = max(fits, key=lambda k: done[k].miss) if fits else None
+    # passes with other forms are on another curve
     tight = best is not None and any(
-        x.miss > 0 and abs(np.log(x.step / done[best].step)) < TIGHT * goal.slack for x in done
+        x.miss > 0
+        and x.forms == done[best].forms
+        and abs(np.log(x.step / done[best].step)) < TIGHT * goal.slack
+        for x in done
     )
     return best if best is not None and (len(done) >= goal.passes or tight) else None
 
