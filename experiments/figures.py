@@ -103,7 +103,7 @@ def similarities() -> str:
 
 def trainings() -> str:
     """What stores keep of the same tasks' adapters, trained in different ways."""
-    rows, found = [], read("llm/results/training.json")
+    rows, found = [], read("llm/results/training-study.json")
     for x in found:
         rows.append(
             [

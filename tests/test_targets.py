@@ -14,7 +14,7 @@ from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.compression import compress
 from hydraopt_jax.forms import diagonalization
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control import distortion
+from hydraopt_jax.rate_control import distortion, search
 from hydraopt_jax.store import sizes, task_factors
 from hydraopt_jax.store.store import task_errors
 
@@ -202,7 +202,15 @@ def test_error_target_of_one_small_module_is_met_and_not_by_much(kind):
     small = synthetic.collection(tasks=2, modules={"q": (64, 64)}, rank=4, dtype="float32")
     errors = task_errors(compress(small, **{kind: 0.02}).errors)
     reached = errors.mean() if kind == "max_error" else errors.max()
-    assert 0.9 * 0.02 < reached <= 0.02
+    assert 0.95 * 0.02 < reached <= 0.02
+
+
+def test_a_pass_with_other_forms_does_not_end_a_search():
+    """It is on another curve: the target may still be met more closely with the forms of the last pass."""
+    goal = search.Target(1.0, 0.05, settling=0)
+    over, under = search.Pass(0.0126, 0.24, 0.06, None), search.Pass(0.0126, -0.12, 0.044, 0.0116)
+    assert search.met([over, under], goal) is None
+    assert search.met([over._replace(forms=0.0116), under], goal) == 1
 
 
 def test_a_heavy_task_is_kept_better(alike):

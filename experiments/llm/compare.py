@@ -86,6 +86,15 @@ def reference_loss(
     return total / count
 
 
+def gain_kept(base: float, own: float, stored: float) -> float:
+    """The share of the log-likelihood gain that a stored adapter keeps, from mean losses per token.
+
+    >>> gain_kept(3.0, 1.0, 1.5)
+    0.75
+    """
+    return (base - stored) / (base - own)
+
+
 def prepare(task: Task, lower: Lower, data: Path, folder: Path, items: int) -> Problem:
     """The first `items` test items of a task, drafts and logits of its own adapter in `folder`."""
     base = lower.base
@@ -152,14 +161,13 @@ def compare(
             answers[i] = answer if len(answer) >= LONGEST_ANSWER else [*answer, stop]
     references = problem.sequences[:REFERENCES]
     loss = reference_loss(lower, upper, references, problem.reference_hidden)
-    base, own_loss = problem.losses["base"], problem.losses["own"]
     plain = [answer[:-1] if answer[-1] == stop else answer for answer in answers]
     scores_of = item_scores(problem.task, lower, plain, problem.sequences)
     found = {
         "score": round(float(np.mean(scores_of)), 4),
         "items": scores_of,
         "changed_answers": len(changed),
-        "gain_kept": round((base - loss) / (base - own_loss), 5),
+        "gain_kept": round(gain_kept(problem.losses["base"], problem.losses["own"], loss), 5),
         "kl": round(divergence / count, 6),
         "same_token": round(same / count, 5),
     }

@@ -221,7 +221,7 @@ def passes(
         assert found is not None
         if best is None or codes_of(found.segments) < codes_of(best.segments):
             best = found
-        if goal.worst:
+        if round_number + 1 < ROUNDS and goal.worst:
             # spend less on tasks that are better than they need be
             errors = task_errors(found.errors if found.output_errors is None else found.output_errors)
             errors = errors * np.asarray(goal.worst)

@@ -38,8 +38,8 @@ CHANGE = 0.1
 BELIEVED = (0.4, 1.6)
 # estimates of the first step, and how near they are to come to the target, in logarithms
 ESTIMATES, NEAR_ESTIMATE = 14, 0.002
-# later passes keep the forms of a pass whose log miss is below CLOSE, or whose step is within NARROW (log) of
-# a pass on the other side of the target
+# later passes keep the forms of a pass whose log miss is below CLOSE, or between which and a pass on the
+# other side of the target the curve jumps; steps within NARROW (log) are taken for one
 CLOSE, NARROW = 0.03, 0.02
 # passes of an error target after which the slack doubles with each
 PATIENT = 6
@@ -319,12 +319,12 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target, forms: float | N
     ends = bracket(known)
     if ends is not None:
         one, two = ends
-        misses = [x.miss + goal.slack / 2 for x in ends]
-        last = known[-1]
-        same = itertools.takewhile(lambda x: (x.miss > 0) == (last.miss > 0), reversed(known))
-        stays = 0 if (one.miss > 0) != (last.miss > 0) else 1
-        misses[stays] *= 0.5 ** (sum(1 for _ in same) - 1)
-        share = float(np.clip(misses[0] / (misses[0] - misses[1]), *INSIDE))
+        over = known[-1].miss > 0
+        same = len(list(itertools.takewhile(lambda x: (x.miss > 0) == over, reversed(known))))
+        low, high = (
+            (x.miss + goal.slack / 2) * (1.0 if (x.miss > 0) == over else 0.5 ** (same - 1)) for x in ends
+        )
+        share = float(np.clip(low / (low - high), *INSIDE))
         return float(np.exp((1 - share) * np.log(one.step) + share * np.log(two.step)))
     last = known[-1]
     if len(known) > 1:

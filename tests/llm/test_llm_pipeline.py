@@ -14,7 +14,19 @@ pytest.importorskip("rouge_score", reason="needs the extra: pip install -e '.[ll
 
 from tiny import write_model
 
-from experiments.llm import adapters, compare, distill, model, moments, score, serve, stores, table, train
+from experiments.llm import (
+    adapters,
+    compare,
+    distill,
+    model,
+    moments,
+    score,
+    serve,
+    stores,
+    table,
+    train,
+    training_study,
+)
 from experiments.llm.activations import gather, hidden_of, pad, place
 from experiments.llm.base import load_base
 from experiments.llm.decoding import answer_logits, decode
@@ -81,6 +93,30 @@ def test_training_lowers_the_loss_and_keeps_a_log(trained):
         assert len(log["train_loss"]) == STEPS
         assert log["dev_loss"][-1][1] < log["dev_loss"][0][1]
         assert 0.2 < log["cosine_of_a_to_start"] < 1
+
+
+def test_a_study_of_a_training_says_how_far_it_went_and_what_is_kept(trained, tmp_path, monkeypatch):
+    root, _ = trained
+    # smaller than a store of so little can be
+    monkeypatch.setattr(training_study, "BUDGETS", ())
+    folder, where = str(root / "adapters" / "shared"), ["--data", str(root), "--results", str(tmp_path)]
+    for chosen in (f":{','.join(TOY)}", f":{','.join(TOY)}", ":turn"):
+        training_study.main([f"{folder}{chosen}", *where, "--base", str(root / "base")])
+    both, one = json.loads((tmp_path / "training-study.json").read_text())
+    assert (both["tasks"], one["tasks"]) == (list(TOY), ["turn"])
+    assert both["layers"] == UPPER
+    assert both["energy_of_two_directions"] == 1.0
+    for name in TOY:
+        log = json.loads((root / "adapters" / "shared" / name / "log.json").read_text())
+        best = min(loss for _, loss in log["dev_loss"])
+        assert both["loss"][name] == pytest.approx(best, abs=2e-3)
+        assert both["base_loss"][name] == pytest.approx(log["dev_loss"][0][1], abs=2e-3)
+    # one task shares its factor with none
+    assert one["rows"]["HydraOpt K = 1, Adam from the mean"]["gain_kept"]["turn"] == pytest.approx(
+        1, abs=0.01
+    )
+    kept = both["rows"]["HydraOpt K = 2, Adam from the mean"]["gain_kept"].values()
+    assert all(0 < x < 1.01 for x in kept)
 
 
 def test_a_broken_off_training_ends_like_a_whole_one(trained, tmp_path, monkeypatch):

@@ -1,30 +1,29 @@
 """How training decides what a store can keep: the same tasks, trained in different ways, on dev items.
 
     python -m experiments.llm.train --data DATA --regime shared --rate 1e-3 --plus 1 --layers 15 --out FOLDER
-    python -m experiments.llm.training --data DATA FOLDER/shared
+    python -m experiments.llm.training_study --data DATA FOLDER/shared
 
 For each folder of adapters: how far training went, and the share of the log-likelihood gain over the base
 that stores of its tasks keep, on the first 64 dev items of each task. Adds an entry per folder to
-results/training.json. `FOLDER:TASK,TASK` takes some of a folder's tasks.
+results/training-study.json. `FOLDER:TASK,TASK` takes some of a folder's tasks.
 """
 
 import argparse
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from experiments.llm import adapters, stores
 from experiments.llm.activations import hidden_of, place
 from experiments.llm.base import DEFAULT, load_base
-from experiments.llm.compare import reference_loss, slug_of
+from experiments.llm.compare import gain_kept, reference_loss, slug_of
 from experiments.llm.score import with_deltas
 from experiments.llm.tasks import TASKS, load_sequences
-from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.adapters import Adapter, stack
 from hydraopt_jax.linalg import decompose
 
 HERE = Path(__file__).parent
@@ -40,30 +39,27 @@ def rows_of(tasks: int) -> list[str]:
 def facts_of(folder: Path, collection: list[Adapter]) -> dict[str, Any]:
     """What the logs say of a training, and how far it went: means over tasks and modules."""
     logs = [json.loads((folder / x.task / "log.json").read_text()) for x in collection]
-    layers = {int(re.findall(r"layers\.(\d+)\.", name)[0]) for x in collection for name in x.a}
-    first = [
-        float(np.mean([s[:2] @ s[:2] / (s @ s) for s in map(np.asarray, singular_values(x)) if s.any()]))
-        for x in collection
-    ]
     # logs from before `--plus` have one rate
     given = {"plus": 1.0} | {k: v for k, v in logs[0].items() if k in ("rate", "plus", "rows", "seed")}
     return given | {
-        "layers": len(layers),
+        "layers": len(collection[0].config["layers_to_transform"]),
         "steps": [x["steps"] for x in logs],
         "items": [x["items"]["train"] for x in logs],
         "regime": logs[0]["regime"],
         "tasks": [x.task for x in collection],
         "cosine_of_a_to_start": round(float(np.mean([x["cosine_of_a_to_start"] for x in logs])), 4),
-        "energy_of_two_directions": round(float(np.mean(first)), 4),
+        "energy_of_two_directions": round(energy_of_first(collection, 2), 4),
     }
 
 
-def singular_values(adapter: Adapter) -> list[np.ndarray]:
-    """Singular values of each module's delta."""
-    factors = [
-        (jnp.asarray(adapter.a[n], jnp.float32), jnp.asarray(adapter.b[n], jnp.float32)) for n in adapter.a
-    ]
-    return [np.asarray(decompose.svd(a, b).s) for a, b in factors]
+def energy_of_first(collection: list[Adapter], count: int) -> float:
+    """Share of a delta's energy in its first `count` singular directions, the mean over modules and tasks."""
+    shares = []
+    for bucket in stack(collection).buckets:
+        energy = np.asarray(decompose.batched_svd(*jax.device_put((bucket.a, bucket.b))).s) ** 2
+        total = energy.sum(-1)
+        shares.append(energy[..., :count].sum(-1)[total > 0] / total[total > 0])
+    return float(np.mean(np.concatenate(shares)))
 
 
 def measure(folder: Path, tasks: list[str], base: str, data: Path) -> dict[str, Any]:
@@ -80,13 +76,14 @@ def measure(folder: Path, tasks: list[str], base: str, data: Path) -> dict[str, 
     for task in tasks:
         dev = load_sequences(TASKS[task], data, lower.base.tokenizer, lower.base.stop)["dev"][:ITEMS]
         hidden = hidden_of(lower, dev)
-        zero = reference_loss(lower, lower.upper, dev, hidden)
-        deltas = adapters.load_deltas(folder / task)
-        own = reference_loss(lower, with_deltas(lower.upper, deltas), dev, hidden)
-        found["loss"][task], found["base_loss"][task] = round(own, 4), round(zero, 4)
+        base_loss = reference_loss(lower, lower.upper, dev, hidden)
+        own = reference_loss(
+            lower, with_deltas(lower.upper, adapters.load_deltas(folder / task)), dev, hidden
+        )
+        found["loss"][task], found["base_loss"][task] = round(own, 4), round(base_loss, 4)
         for name, row in rows.items():
             upper = with_deltas(lower.upper, stores.deltas_of(row.tasks[task]))
-            kept = (zero - reference_loss(lower, upper, dev, hidden)) / (zero - own)
+            kept = gain_kept(base_loss, own, reference_loss(lower, upper, dev, hidden))
             found["rows"][name]["gain_kept"][task] = round(kept, 4)
     return found | {"adapters": stores.digest(collection), "fp16_bytes": stores.fp16_bytes(collection)}
 
@@ -101,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", default=DEFAULT, help="hub id or folder of a Llama-architecture model")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args(argv)
-    path = given.results / "training.json"
+    path = given.results / "training-study.json"
     entries = json.loads(path.read_text()) if path.exists() else []
     for argument in given.folders:
         folder, _, chosen = argument.partition(":")
