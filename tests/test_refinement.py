@@ -90,10 +90,17 @@ def test_divergence_is_that_of_the_distributions(coded, many, at_once):
 
 def test_plain_store_of_one_head_gains_and_keeps_its_dtype(many):
     plain = hydra.compress(many, form=hydra.forms.Hydra(heads=1), dtype="float16")
-    found, info = refine(plain, many, optimizer=refinement.default_optimizer(16, 0.05))
+    found, info = refine(plain, many, optimizer=refinement.default_optimizer(16, 0.5))
     assert info.after < 0.95 * info.before
     (term,), (before,) = (decode_terms(x)["q"] for x in (found, plain))
     assert (term.a.dtype, term.a.shape) == (np.float16, before.a.shape)
+
+
+def test_plain_store_of_all_heads_gains_on_other_inputs_by_the_default_optimizer(many):
+    plain = hydra.compress(many, form=hydra.forms.Hydra(heads=3, side="in"), dtype="float16")
+    batches = [batch(seed) for seed in range(8)]
+    _, info = refine(plain, many, steps=40, batches=batches, check=batch(9), optimizer=None)
+    assert info.after < 0.8 * info.before
 
 
 def test_order_of_the_adapters_given_does_not_matter(coded, many):
@@ -152,7 +159,7 @@ def test_plain_segments_are_refined_together(many, monkeypatch):
     monkeypatch.setattr(group_loop, "TOGETHER", 0)
     form = hydra.forms.Hydra(heads=1)
     plain = group_loop.compress_in_form(in_memory(many), form, dtype="float16", group_bytes=1)
-    found, info = refine(plain, many, optimizer=refinement.default_optimizer(16, 0.05))
+    found, info = refine(plain, many, optimizer=refinement.default_optimizer(16, 0.5))
     assert info.after < 0.95 * info.before
     assert len(found.segments) == len(plain.segments) > 1
 

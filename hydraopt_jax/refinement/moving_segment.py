@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.factors import Factors
 from hydraopt_jax.rate_control.distortion import error_table, segment_terms
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
 from hydraopt_jax.refinement import rounding
 from hydraopt_jax.refinement.rounding import Modules, indices_of, trainable_arrays, with_indices
 from hydraopt_jax.store import Segment, plain
 from hydraopt_jax.store.store import make_segment, tensors_at
+
+# of a plain factor's rms: what a quantizer step is to a coded one. Steps as large as a coded factor takes in
+# its own units made the divergence of a language model larger, not smaller
+PLAIN_UNIT = 0.1
 
 
 class MovingSegment(NamedTuple):
@@ -79,26 +84,23 @@ def start_moving(
 
 
 def units(modules: Modules, coded: bool) -> Any:
-    """The unit of each factor: a quantizer step, or the rms of a plain factor; for cores their own size."""
+    """The unit of each array: a quantizer step, or `PLAIN_UNIT` of the rms of a plain factor or core."""
 
-    def rms(x: Any, axes: Any) -> np.ndarray:
-        wide = np.asarray(x, np.float32)
-        found = np.sqrt(np.mean(wide**2, axes, keepdims=True))
+    def rms(x: Any, axes: Any = None) -> np.ndarray:
+        found = np.sqrt(np.mean(np.asarray(x, np.float32) ** 2, axes, keepdims=True))
         return np.where(found > 0, found, 1.0)
 
-    out = {}
-    for name, terms in modules.items():
-        rows = []
-        for x in terms:
-            side = (np.float32(1.0), np.float32(1.0)) if coded else (rms(x.a, None), rms(x.b, None))
-            core: Any = () if x.core is None else rms(x.core, tuple(range(1, np.ndim(x.core))))
-            if coded:
-                # as much as one step is of a vector
-                core = np.abs(np.asarray(x.core, np.float32)) / max(float(rms(x.a, None).max()), 1.0)
-                core = np.where(core > 0, core, 1.0)
-            rows.append((*side, core))
-        out[name] = tuple(rows)
-    return out
+    def plain_units(x: Factors) -> Any:
+        core = () if x.core is None else PLAIN_UNIT * rms(x.core, tuple(range(1, np.ndim(x.core))))
+        return PLAIN_UNIT * rms(x.a), PLAIN_UNIT * rms(x.b), core
+
+    def coded_units(x: Factors) -> Any:
+        # a core's is as much as one step is of a vector
+        core = np.abs(np.asarray(x.core, np.float32)) / max(float(rms(x.a).max()), 1.0)
+        return np.float32(1.0), np.float32(1.0), np.where(core > 0, core, 1.0)
+
+    of = coded_units if coded else plain_units
+    return {name: tuple(of(x) for x in terms) for name, terms in modules.items()}
 
 
 def vectors(moved: Any) -> Any:

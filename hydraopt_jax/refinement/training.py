@@ -76,7 +76,7 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 @functools.lru_cache(maxsize=64)
 def default_optimizer(steps: int, rate: float = LEARNING_RATE) -> optax.GradientTransformation:
-    """Adam with a cosine decay to zero; the rate is in quantizer steps (coded) or in a factor's rms.
+    """Adam with a cosine decay to zero; the rate is in quantizer steps, or in tenths of a plain factor's rms.
 
     Equal arguments give the same object, so that a second refinement compiles nothing.
     """
