@@ -118,6 +118,8 @@ def plan(
         for label, form in (("closed form", Hydra(heads=heads)), ("Adam from the mean", adam)):
             made = partial(compress, collection, form=form, dtype="float16")
             rows[f"HydraOpt K = {heads}, {label}"] = partial(_stored, made)
+            if teach is not None and heads == tasks and form is adam:
+                rows[f"HydraOpt K = {heads}, {label}, refined"] = partial(_refined, collection, made, teach)
     for budget in BUDGETS:
         made = partial(compress, collection, budget=budget)
         rows[f"budget {budget:g}"] = partial(_stored, made)
@@ -126,7 +128,10 @@ def plan(
                 made = partial(_calibrated, collection, budget, measured)
                 rows[f"budget {budget:g}, calibrated{label}"] = partial(_stored, made)
             if teach is not None:
-                rows[f"budget {budget:g}, refined"] = partial(_refined, collection, budget, teach)
+                # a divergence needs all modules in one segment
+                target, whole = Options(budget=budget), fp16_bytes(collection)
+                made = partial(engine.compress_to_target, in_memory(collection), target, segment_bytes=whole)
+                rows[f"budget {budget:g}, refined"] = partial(_refined, collection, made, teach)
     rows["SVD rank 8, 4 bits"] = lambda folder: separate_svd(collection, 8, 4)
     rows["SVD rank 4, 4 bits"] = lambda folder: separate_svd(collection, 4, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -153,17 +158,15 @@ def _calibrated(
     return compress(collection, budget=budget, calibration=moments())
 
 
-def _refined(collection: list[Adapter], budget: float, teach: Callable[[], Teaching], folder: Path) -> Row:
-    """The store under `budget`, moved until its adapters' answers come nearest to the own adapters'."""
+def _refined(
+    collection: list[Adapter], start: Callable[[], Any], teach: Callable[[], Teaching], folder: Path
+) -> Row:
+    """The store that `start` makes, moved until its adapters' answers come nearest to the own adapters'."""
 
     def make() -> Any:
-        # a divergence needs all modules in one segment
-        found = engine.compress_to_target(
-            in_memory(collection), Options(budget=budget), segment_bytes=fp16_bytes(collection)
-        )
         given = teach()
         return refinement.refine(
-            found,
+            start(),
             collection,
             forward=given.forward,
             batches=given.batches,
