@@ -41,18 +41,20 @@ ROWS = (
 
 
 def scores(results: Path = ROOT / "experiments/llm/results") -> str:
-    """Stored rows of the language model: bytes, mean drops of score in both regimes, gain kept; rows that
-    were not measured are left out."""
+    """Stored rows of the language model: bytes, mean drops of score per regime, least gain kept; rows that
+    were not measured, or that take other bytes in a regime, are left out there."""
     found = {regime: {x.row: x for x in table.load_rows(results, regime, list(TASKS))} for regime in REGIMES}
     rows = []
     for name in ROWS:
         row = [found[regime].get(name) for regime in REGIMES]
+        first = next((x.share for x in row if x), 0.0)
+        row = [x if x and abs(x.share / first - 1) < 0.1 else None for x in row]
         known = [x for x in row if x is not None]
         if known:
             drops = [table.percent(x.drop, x.drop_interval) if x else "" for x in row]
             kept = f"{100 * min(x.gain_kept for x in known):.1f}%"
             rows.append([name, f"{max(x.share for x in known):.3f}", *drops, kept])
-    heads = ["stored", "bytes", *(f"{x} initialization{'s' * (x != 'shared')}" for x in REGIMES), "gain kept"]
+    heads = ["stored", "bytes", *(table.TITLES[x] for x in REGIMES), "gain kept"]
     return markdown(heads, sorted(rows, key=lambda x: -float(x[1])))
 
 
@@ -109,6 +111,7 @@ def trainings() -> str:
             [
                 f"{len(x['tasks'])}",
                 f"{x['layers']}",
+                f"{x['rank']}",
                 f"{x['rate']:g} / {x['rate'] / x['plus']:.2g}",
                 f"{np.mean(list(x['loss'].values())):.3f}",
                 f"{x['cosine_of_a_to_start']:.3f}",
@@ -116,10 +119,10 @@ def trainings() -> str:
                 *(f"{np.mean(list(v['gain_kept'].values())):.4f}" for v in x["rows"].values()),
             ]
         )
-    heads = ["tasks", "layers", "rate of `b` / of `a`", "dev loss", "cosine of `a` to start"]
+    heads = ["tasks", "layers", "rank", "rate of `b` / of `a`", "dev loss", "cosine of `a` to start"]
     # the first row is HydraOpt with as many heads as there are tasks
     heads += ["energy in two directions", "HydraOpt K = T", *list(found[0]["rows"])[1:]]
-    return markdown(heads, sorted(rows, key=lambda x: (int(x[0]), int(x[1]), x[2])))
+    return markdown(heads, sorted(rows, key=lambda x: (*map(int, x[:3]), x[3])))
 
 
 def waits() -> str:
@@ -143,6 +146,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "similarity of own adapters": similarities,
     "stores of the shared regime": functools.partial(stores, "shared"),
     "stores of the independent regime": functools.partial(stores, "independent"),
+    "stores of rank 16": functools.partial(stores, "rank-16"),
     "what stores were to reach": reached,
     "stores of other trainings": trainings,
     "what a user waits for": waits,

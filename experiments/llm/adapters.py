@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 from experiments.llm.base import HUB_ID
 from experiments.llm.model import GROUPS, MODULES, Tree
 
-REGIMES = ("shared", "independent")
+# one initialization for all tasks, one for each, and one for all again: of rank 16, from another seed
+REGIMES = ("shared", "independent", "rank-16")
 
 
 def key_of(regime: str, task: str, seed: int) -> jax.Array:
-    """Key of a task's initialization: one for all tasks if `regime` is shared, else one per task."""
+    """Key of a task's initialization: one per task if `regime` is independent, else one for all tasks."""
     key = jax.random.key(seed)
-    return key if regime == "shared" else jax.random.fold_in(key, zlib.crc32(task.encode()))
+    return jax.random.fold_in(key, zlib.crc32(task.encode())) if regime == "independent" else key
 
 
 def initialize(key: jax.Array, layers: Tree, rank: int) -> Tree:

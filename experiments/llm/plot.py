@@ -52,7 +52,7 @@ def color_of(group: str) -> str:
 
 def draw(axes: Axes, points: list[Point], *, gain: bool) -> None:
     """One panel of scores, or of kept gains: the names of lines of color stand at their last points, those of
-    other methods in a legend."""
+    other methods in a legend of the lower panel."""
     groups: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda x: x.share):
         groups.setdefault(group_of(point.row), []).append(point)
@@ -73,18 +73,21 @@ def draw(axes: Axes, points: list[Point], *, gain: bool) -> None:
         if name in others:
             continue
         long = len(mine) > 2 and name.startswith("HydraOpt")
-        at = len(mine) // 2 if long else -1
-        left, above = shares[at] > 0.2, name.endswith("refined")
+        # two lines of HydraOpt side by side: one has its name on the left, the other on the right
+        closed = name.endswith("closed form")
+        at = (len(mine) - 1) // 2 + closed if long else -1
+        left = closed if long else shares[at] > 0.2
+        above = name.endswith("refined") or (long and closed)
         axes.annotate(
             name if len(mine) > 1 or not name.startswith("HydraOpt") else mine[0].row,
             (shares[at], values[at]),
-            xytext=(4 if left else 6, 6 if above else -12),
+            xytext=((-6 if long else 4) if left else 6, 6 if above else -12),
             textcoords="offset points",
             fontsize=7.5,
             color=color,
             ha="right" if left else "left",
         )
-    if others:
+    if others and gain:
         axes.legend(fontsize=7, frameon=False, loc="lower right", labelcolor=OTHERS)
 
 
@@ -100,7 +103,7 @@ def plot(panels: dict[str, list[Point]], path: Path) -> None:
         squeeze=False,
     )
     figure.set_facecolor("white")
-    for column, (regime, points) in enumerate(panels.items()):
+    for column, (title, points) in enumerate(panels.items()):
         for row, axes in enumerate(rows[:, column]):
             draw(axes, points, gain=row == 1)
             axes.axhline(100, color="#bbbbbb", linewidth=0.8, zorder=0)
@@ -112,7 +115,7 @@ def plot(panels: dict[str, list[Point]], path: Path) -> None:
             axes.tick_params(labelsize=8)
             axes.grid(visible=True, color="#eeeeee", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
-        rows[0, column].set_title(f"{regime} initialization", fontsize=10)
+        rows[0, column].set_title(title, fontsize=10)
         rows[1, column].set_xlabel("bytes on disk over the adapters' fp16 bytes", fontsize=9)
     rows[0, 0].set_ylabel("mean score over own adapters' score, %", fontsize=9)
     rows[1, 0].set_ylabel("gain in log-likelihood kept, %", fontsize=9)

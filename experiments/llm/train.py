@@ -4,9 +4,9 @@
 
 Rank 8, alpha 16, all seven projections of the upper 8 layers; Adam, 10 steps of warm-up, then linearly to
 0; batches of one length, loss on the answers alone; the step with the lowest dev loss is kept. Regime
-`shared` starts all tasks from one initialization, `independent` each from its own. A finished task is left
-alone, a broken-off one goes on from its last saved
-step: run the same command again. See README.md for what it took.
+`shared` starts all tasks from one initialization, `independent` each from its own, `rank-16` is another
+shared one (its rank and layers are arguments, see README.md). A finished task is left alone, a broken-off one
+goes on from its last saved step: run the same command again. See README.md for what it took.
 """
 
 import argparse

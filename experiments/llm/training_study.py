@@ -43,6 +43,7 @@ def facts_of(folder: Path, collection: list[Adapter]) -> dict[str, Any]:
     given = {"plus": 1.0} | {k: v for k, v in logs[0].items() if k in ("rate", "plus", "rows", "seed")}
     return given | {
         "layers": len(collection[0].config["layers_to_transform"]),
+        "rank": collection[0].config["r"],
         "steps": [x["steps"] for x in logs],
         "items": [x["items"]["train"] for x in logs],
         "regime": logs[0]["regime"],
