@@ -31,6 +31,7 @@ REGION = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end of figures -->)", 
 # rows of experiments/llm that the README has, as `compare` names them
 ROWS = (
     "HydraOpt K = 16, Adam from the mean",
+    "HydraOpt K = 16, Adam from the mean, refined",
     "SVD rank 4, 4 bits",
     "budget 0.125",
     "budget 0.0625",

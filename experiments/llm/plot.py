@@ -45,6 +45,15 @@ def group_of(row: str) -> str:
     return f"HydraOpt, {tail}" if head.startswith("HydraOpt") else row
 
 
+def short(row: str) -> str:
+    """A row's name without the solver, for a point that stands alone.
+
+    >>> short("HydraOpt K = 16, Adam from the mean, refined"), short("HydraOpt K = 16, Adam from the mean")
+    ('HydraOpt K = 16, refined', 'HydraOpt K = 16')
+    """
+    return row.replace(", Adam from the mean", "")
+
+
 def color_of(group: str) -> str:
     """Color of a line, the last name of `COLORS` in it."""
     return next((color for name, color in reversed(COLORS.items()) if name in group), OTHERS)
@@ -77,9 +86,9 @@ def draw(axes: Axes, points: list[Point], *, gain: bool) -> None:
         closed = name.endswith("closed form")
         at = (len(mine) - 1) // 2 + closed if long else -1
         left = closed if long else shares[at] > 0.2
-        above = name.endswith("refined") or (long and closed)
+        above = name.endswith("refined") or name == "--budget" or (long and closed)
         axes.annotate(
-            name if len(mine) > 1 or not name.startswith("HydraOpt") else mine[0].row,
+            name if len(mine) > 1 or not name.startswith("HydraOpt") else short(mine[0].row),
             (shares[at], values[at]),
             xytext=((-6 if long else 4) if left else 6, 6 if above else -12),
             textcoords="offset points",
