@@ -128,7 +128,7 @@ def plan(
                 made = partial(_calibrated, collection, budget, measured)
                 rows[f"budget {budget:g}, calibrated{label}"] = partial(_stored, made)
             if teach is not None:
-                # a divergence needs all modules in one segment
+                # in one segment, as the committed rows were made; refinement takes several as well
                 target, whole = Options(budget=budget), fp16_bytes(collection)
                 made = partial(engine.compress_to_target, in_memory(collection), target, segment_bytes=whole)
                 rows[f"budget {budget:g}, refined"] = partial(_refined, collection, made, teach)
