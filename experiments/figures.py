@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.accelerator import figures as accelerator
 from experiments.frontier import figures as frontier
 from experiments.llm import table
 from experiments.llm.table import REGIMES, TASKS
@@ -157,6 +158,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     **serving.REGIONS,
     **reliability.REGIONS,
     **peers.REGIONS,
+    **accelerator.REGIONS,
 }
 
 

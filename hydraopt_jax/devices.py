@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 MODULES, TASKS = "modules", "tasks"
 
 Item = TypeVar("Item")
+Arguments = ParamSpec("Arguments")
 
 
 def make(modules: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -89,6 +90,33 @@ def current() -> jax.Device | None:
     """The device of this thread's computations; None for JAX's choice."""
     # JAX declares no type for its options
     return getattr(jax.config, "jax_default_device")  # noqa: B009
+
+
+def platform() -> str:
+    """The platform of this thread's computations: `"cpu"`, `"gpu"` or `"tpu"`."""
+    device: jax.Device | str | None = current()
+    return jax.default_backend() if device is None else getattr(device, "platform", str(device))
+
+
+def not_on_gpu(call: Callable[Arguments, Item]) -> Callable[Arguments, Item]:
+    """`call`, on the processor where this thread computes on a GPU.
+
+    For scans of thousands of small steps, which a GPU starts one by one: an H200 encoded a collection eight
+    times as slowly as the processor beside it (`experiments/accelerator`).
+    """
+
+    @functools.wraps(call)
+    def placed(*args: Arguments.args, **options: Arguments.kwargs) -> Item:
+        if platform() != "gpu":
+            return call(*args, **options)
+        try:
+            processor = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:
+            # this process was told to use the GPU alone
+            return call(*args, **options)
+        return on(processor, functools.partial(call, *args, **options))
+
+    return placed
 
 
 def on(device: jax.Device | None, call: Callable[[], Item]) -> Item:

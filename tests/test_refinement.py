@@ -1,5 +1,6 @@
 """Refinement with the rounding in the loop: it gains, never loses, keeps its bytes, goes on after a stop."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -86,6 +87,29 @@ def test_divergence_is_that_of_the_distributions(coded, many, at_once):
         logs = [np.log(np.exp(z) / np.exp(z).sum(-1, keepdims=True)) for z in scores]
         wanted.append((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)[:5].mean())
     np.testing.assert_allclose(found, np.mean(wanted), rtol=1e-3)
+
+
+def test_a_bound_model_is_an_argument_of_the_loss_and_not_a_constant(coded, many):
+    def bound(base, lora, x):
+        return x @ base + sum((x @ a) @ b for a, b in lora.values())
+
+    loss = refinement.divergence(jax.tree_util.Partial(bound, BASE))
+    (leaf,) = jax.tree.leaves(loss)
+    np.testing.assert_array_equal(leaf, BASE)
+    given = refinement.stacked(decode_terms(coded)), refinement.originals(many), batch(3)
+    np.testing.assert_allclose(loss(*given), refinement.divergence(forward)(*given), rtol=1e-6)
+    consts = jax.make_jaxpr(lambda loss, *given: loss(*given))(loss, *given).consts
+    assert not any(np.shape(x) == BASE.shape for x in consts)
+    _, found = refine(coded, many, steps=3)
+    _, same = refinement.refine(
+        coded,
+        many,
+        forward=jax.tree_util.Partial(bound, BASE),
+        batches=[batch(0)],
+        steps=3,
+        optimizer=refinement.default_optimizer(16, 0.03),
+    )
+    np.testing.assert_allclose(same.trace, found.trace, rtol=1e-4)
 
 
 def test_plain_store_of_one_head_gains_and_keeps_its_dtype(many):

@@ -20,7 +20,6 @@ from experiments.llm.tasks import TASKS, load_sequences
 ROWS = 2
 LENGTH = 56
 PREDICTED = 64
-BATCHES = 32
 
 
 class Teaching(NamedTuple):
@@ -46,26 +45,42 @@ def stack_layers(lora: dict[str, tuple[jax.Array, jax.Array]], first: int, count
     return out
 
 
-def forward(lora: dict[str, tuple[jax.Array, jax.Array]], batch: Batch, *, lower: Lower) -> jax.Array:
-    """Logits `[A, V]` of one task's batch with the adapter `lora`, module name -> `([in, S], [S, out])`."""
-    config = lower.base.config
-    layers = stack_layers(lora, lower.depth, config.layers - lower.depth)
-    x, _ = model.run_layers(lower.upper, jnp.asarray(batch.hidden), config=config, lora=layers)
-    return model.logits(lower.outer, x.reshape(-1, config.width)[batch.at], config=config)
+def forward(
+    weights: tuple[model.Tree, model.Tree],
+    lora: dict[str, tuple[jax.Array, jax.Array]],
+    batch: Batch,
+    *,
+    config: model.Config,
+    depth: int,
+) -> jax.Array:
+    """Logits `[A, V]` of one task's batch with the adapter `lora`, module name -> `([in, S], [S, out])`.
+
+    `weights` are those of the layers from `depth` on and of what is around the layers.
+    """
+    upper, outer = weights
+    layers = stack_layers(lora, depth, config.layers - depth)
+    x, _ = model.run_layers(upper, jnp.asarray(batch.hidden), config=config, lora=layers)
+    return model.logits(outer, x.reshape(-1, config.width)[batch.at], config=config)
 
 
-def teach(lower: Lower, tasks: list[str], data: Path) -> Teaching:
-    """Batches of training sequences that fit, the same number of every task."""
+def bind(lower: Lower) -> jax.tree_util.Partial:
+    """`forward(lora, batch)` with its weights, which what is compiled takes as arguments."""
+    run = partial(forward, config=lower.base.config, depth=lower.depth)
+    return jax.tree_util.Partial(run, (lower.upper, lower.outer))
+
+
+def teach(lower: Lower, tasks: list[str], data: Path, count: int) -> Teaching:
+    """`count` batches of training sequences that fit, the same number of every task."""
     rows = []
     for name in tasks:
         whole = load_sequences(TASKS[name], data, lower.base.tokenizer, lower.base.stop)["train"]
         fitting = [s for s in whole if len(s.tokens) - 1 <= LENGTH and len(s.answer) <= PREDICTED // ROWS]
-        fitting = fitting[: BATCHES * ROWS]
+        fitting = fitting[: count * ROWS]
         hidden = hidden_of(lower, fitting)
         # tasks with few fitting sequences go through them again
-        chosen = np.resize(range(len(fitting)), (BATCHES, ROWS)).tolist()
+        chosen = np.resize(range(len(fitting)), (count, ROWS)).tolist()
         rows.append([gather(fitting, hidden, x, ROWS, length=LENGTH, size=PREDICTED) for x in chosen])
     batches = [
         Batch(*(np.stack(leaf) for leaf in zip(*parts, strict=True))) for parts in zip(*rows, strict=True)
     ]
-    return Teaching(partial(forward, lower=lower), batches, lambda batch: batch.weights > 0)
+    return Teaching(bind(lower), batches, lambda batch: batch.weights > 0)

@@ -31,9 +31,10 @@ from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
-# budgets that are also calibrated, or refined: batches, and tasks computed side by side
+# budgets that are also calibrated, or refined
 CALIBRATED = (0.0625, 0.03, 0.015)
-REFINEMENT_STEPS = 40
+# of a refinement: steps, and the batches that they go through; tasks computed side by side
+CODED, PLAIN = (40, 32), (300, 100)
 AT_ONCE = 8
 # multiples of the scale of least weight error at which one adapter for all tasks is tried on dev items
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -102,14 +103,14 @@ def serve(x: jax.Array, modules: Mapping[str, Any], name: str, ids: jax.Array) -
 def plan(
     collection: list[Adapter],
     moments: Callable[[], Mapping[str, np.ndarray]] = dict,
-    teach: Callable[[], Teaching] | None = None,
+    teach: Callable[[int], Teaching] | None = None,
 ) -> dict[str, Callable[[Path], Row]]:
     """Name of each row -> what makes it, given a folder for it.
 
     Args:
         collection: the adapters.
         moments: what gives second moments for the calibrated rows.
-        teach: what gives the model's outputs for the refined rows; without it there are none.
+        teach: what gives the model and so many batches for the refined rows; without it there are none.
     """
     tasks = len(collection)
     rows: dict[str, Callable[[Path], Row]] = {}
@@ -119,7 +120,8 @@ def plan(
             made = partial(compress, collection, form=form, dtype="float16")
             rows[f"HydraOpt K = {heads}, {label}"] = partial(_stored, made)
             if teach is not None and heads == tasks and form is adam:
-                rows[f"HydraOpt K = {heads}, {label}, refined"] = partial(_refined, collection, made, teach)
+                refined = partial(_refined, collection, made, teach, PLAIN)
+                rows[f"HydraOpt K = {heads}, {label}, refined"] = refined
     for budget in BUDGETS:
         made = partial(compress, collection, budget=budget)
         rows[f"budget {budget:g}"] = partial(_stored, made)
@@ -131,7 +133,7 @@ def plan(
                 # in one segment, as the committed rows were made; refinement takes several as well
                 target, whole = Options(budget=budget), fp16_bytes(collection)
                 made = partial(engine.compress_to_target, in_memory(collection), target, segment_bytes=whole)
-                rows[f"budget {budget:g}, refined"] = partial(_refined, collection, made, teach)
+                rows[f"budget {budget:g}, refined"] = partial(_refined, collection, made, teach, CODED)
     rows["SVD rank 8, 4 bits"] = lambda folder: separate_svd(collection, 8, 4)
     rows["SVD rank 4, 4 bits"] = lambda folder: separate_svd(collection, 4, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -159,12 +161,17 @@ def _calibrated(
 
 
 def _refined(
-    collection: list[Adapter], start: Callable[[], Any], teach: Callable[[], Teaching], folder: Path
+    collection: list[Adapter],
+    start: Callable[[], Any],
+    teach: Callable[[int], Teaching],
+    effort: tuple[int, int],
+    folder: Path,
 ) -> Row:
     """The store that `start` makes, moved until its adapters' answers come nearest to the own adapters'."""
 
     def make() -> Any:
-        given = teach()
+        steps, count = effort
+        given = teach(count)
         return refinement.refine(
             start(),
             collection,
@@ -172,7 +179,7 @@ def _refined(
             batches=given.batches,
             mask=given.mask,
             at_once=AT_ONCE,
-            steps=REFINEMENT_STEPS,
+            steps=steps,
             folder=folder.with_name(f"{folder.name}-steps"),
         )[0]
 

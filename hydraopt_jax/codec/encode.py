@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from hydraopt_jax import devices
@@ -30,7 +29,7 @@ DISTORTION = 0.26
 # chunks that are quantized side by side, of few widths, for few compilations: the trellis keeps some thirty
 # bytes of every symbol until it has decided, so a CPU takes a few chunks at a time
 WIDTHS = {"cpu": (32,)}
-ELSEWHERE = (128, 1 << 14)
+ELSEWHERE = (128, 1 << 11)
 # least steps of a trellis, so that few shapes are compiled
 LEAST_STEPS = 1024
 
@@ -208,6 +207,7 @@ def check_range(target: np.ndarray, module: str) -> None:
         )
 
 
+@devices.not_on_gpu
 def quantize_streams(
     values: Sequence[np.ndarray], context: Sequence[np.ndarray], frequencies: np.ndarray, multiplier: float
 ) -> list[Symbols]:
@@ -235,7 +235,7 @@ def quantize_streams(
     # the longest first, so that those of about one length are side by side
     order = [x for k, (v, n) in enumerate(zip(values, lanes, strict=True)) for x in chunks_of(len(v), n, k)]
     order.sort(reverse=True)
-    widths = WIDTHS.get(jax.default_backend(), ELSEWHERE)
+    widths = WIDTHS.get(devices.platform(), ELSEWHERE)
     width = next((x for x in widths if x >= len(order)), widths[-1])
     groups = [order[at : at + width] for at in range(0, len(order), width)]
     devices.together([functools.partial(one, x, width) for x in groups])

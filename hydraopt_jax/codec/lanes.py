@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from hydraopt_jax import devices
 from hydraopt_jax.codec import frequency_tables, rans, streams
 from hydraopt_jax.codec.bitstream import Damaged
 from hydraopt_jax.codec.contexts import ESCAPE, RAW_BITS, WIDE, level
@@ -125,6 +126,7 @@ def encode_block(state: Array, lengths: Array, index: Array, both: Array) -> tup
     return lax.scan(step, state, (places, both[index]), reverse=True)
 
 
+@devices.not_on_gpu
 def encode_lanes(
     index: np.ndarray, lengths: np.ndarray, frequency: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -144,7 +146,7 @@ def encode_lanes(
       RuntimeError: they do not decode, which is a fault of this package.
     """
     both = jax.device_put(frequency.astype(np.uint32) << np.uint32(SLOT_BITS) | start.astype(np.uint32))
-    width = WIDTHS.get(jax.default_backend(), padded(len(lengths)))
+    width = WIDTHS.get(devices.platform(), padded(len(lengths)))
     states, words, counts = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint16)], [np.zeros(0, np.int64)]
     for at in range(0, len(lengths), width):
         mine = lengths[at : at + width]

@@ -3,18 +3,21 @@
 Reference: Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import Partial
 
 from hydraopt_jax import adapters, forms
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.refinement.rounding import Modules
 
 Lora = dict[str, tuple[Array, Array]]
+# as a `jax.tree_util.Partial` its arrays are arguments of what is compiled, not constants in it
 Forward = Callable[[Lora, Any], Array]
 
 
@@ -71,20 +74,30 @@ def divergence(
     *,
     at_once: int | None = None,
     weights: Sequence[float] | None = None,
-) -> Callable[[Lora, Lora, Any], Array]:
+) -> Partial:
     """The loss `mean KL(p_adapter || p_store)` of the next-token distributions.
 
     Args:
-      forward: `(lora, batch) -> logits [..., V]` of one task, `lora` module -> `(a: [I, S], b: [S, O])`.
+      forward: `(lora, batch) -> logits [..., V]` of one task, `lora` module -> `(a: [I, S], b: [S, O])`. Bind
+        a model's weights with `jax.tree_util.Partial(forward, weights)`: under `jit` they are then arguments;
+        those of a closure become constants, which a large model compiles slowly with.
       mask: `batch -> [...]` bool, the predictions that count; None for all.
       at_once: number of tasks computed in parallel; None for all.
       weights: of the tasks in the mean; None for equal ones.
 
     Returns:
-      `(stored, original, batch) -> scalar`, all three with a leading task axis.
+      `(stored, original, batch) -> scalar`, all three with a leading task axis; a pytree of what `forward`
+      has bound.
     """
+    bound = forward if isinstance(forward, Partial) else Partial(forward)
 
-    def one(job: tuple[Lora, Lora, Any]) -> Array:
+    def loss(forward: Forward, stored: Lora, original: Lora, batch: Any) -> Array:
+        job = stored, jax.lax.stop_gradient(original), batch
+        run = functools.partial(one, forward)
+        each = jax.vmap(run)(job) if at_once is None else jax.lax.map(run, job, batch_size=at_once)
+        return jnp.average(each, weights=None if weights is None else jnp.asarray(weights))
+
+    def one(forward: Forward, job: tuple[Lora, Lora, Any]) -> Array:
         stored, original, batch = job
         wanted = jax.nn.log_softmax(forward(original, batch).astype(jnp.float32))
         found = jax.nn.log_softmax(forward(stored, batch).astype(jnp.float32))
@@ -92,9 +105,4 @@ def divergence(
         counted = jnp.ones_like(each) if mask is None else mask(batch).astype(each.dtype)
         return jnp.sum(each * counted) / jnp.maximum(jnp.sum(counted), 1.0)
 
-    def loss(stored: Lora, original: Lora, batch: Any) -> Array:
-        job = stored, jax.lax.stop_gradient(original), batch
-        each = jax.vmap(one)(job) if at_once is None else jax.lax.map(one, job, batch_size=at_once)
-        return jnp.average(each, weights=None if weights is None else jnp.asarray(weights))
-
-    return loss
+    return Partial(loss, bound)

@@ -149,7 +149,8 @@ def refine(
     Args:
       store: plain or coded (made under a budget), all tasks of it.
       collection: the adapters it was made of.
-      forward: `(lora, batch) -> logits [..., V]` for one task, `lora` module -> `(a: [I, S], b: [S, O])`.
+      forward: `(lora, batch) -> logits [..., V]` for one task, `lora` module -> `(a: [I, S], b: [S, O])`;
+        with a model's weights bound by `jax.tree_util.Partial(forward, weights)`, see `divergence`.
       batches: step -> batch, or a sequence that is gone through again and again; every leaf has a leading
         task axis. Unlabeled inputs.
       calibration: the second moments that the store was made with, if it was: what is stated of the errors of
@@ -181,7 +182,7 @@ def refine(
     given = Given(
         calibration=calibration,
         # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
-        loss=jax.tree_util.Partial(divergence(forward, mask, at_once=at_once, weights=given_weights(store))),
+        loss=divergence(forward, mask, at_once=at_once, weights=given_weights(store)),
         batch_at=batch_at,
         check=batch_at(0) if check is None else check,
         optimizer=accumulating(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate),

@@ -211,7 +211,7 @@ def test_the_teaching_forward_pass_gives_the_logits_of_the_adapted_model(trained
     sequences = load_sequences(TOY["turn"], root, lower.base.tokenizer, lower.base.stop)["train"][:2]
     batch = gather(sequences, hidden_of(lower, sequences, dtype=np.float32), [0, 1], 2)
     read = formats.read_adapter(root / "adapters" / "shared" / "turn")
-    found = distill.forward({name: (read.a[name], read.b[name]) for name in read.a}, batch, lower=lower)
+    found = distill.bind(lower)({name: (read.a[name], read.b[name]) for name in read.a}, batch)
     upper = score.with_deltas(lower.upper, adapters.load_deltas(root / "adapters" / "shared" / "turn"))
     (_, same, expected), *_ = answer_logits(
         lower, upper, sequences, [batch.hidden[0], batch.hidden[1]], rows=2
