@@ -251,7 +251,9 @@ def refine_segments(
         if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
             keep_step(state, i + 1, trace, folder)
     ends = [x.finished(*y) for x, *y in zip(opened, state.factors, state.tables, strict=True)]
-    after = float(measure(loss, rows, original, arrays_of([x for x, _, _ in ends]), given.check))
+    # decoded for the tasks: a basis that none reads for itself is no longer among the factors
+    read = [Rows(at, indices_of(x)) for at, (x, _, _) in zip(places, ends, strict=True)]
+    after = float(measure(loss, read, original, arrays_of([x for x, _, _ in ends]), given.check))
     if not after < before or not any(fits for _, _, fits in ends):
         return segments, Refined(before, before, np.array(trace))
     for n, part, (modules, leaves, fits) in zip(parts, opened, ends, strict=True):
