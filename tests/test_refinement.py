@@ -50,11 +50,12 @@ def payload(store):
 def refine(store, many, **options):
     """The same batch again and again, so that every step is one down."""
     options = {
+        "forward": forward,
         "steps": 16,
         "optimizer": refinement.default_optimizer(16, 0.03),
         "batches": [batch(0)],
     } | options
-    return refinement.refine(store, many, forward=forward, **options)
+    return refinement.refine(store, many, **options)
 
 
 def test_outputs_of_a_coded_store_gain_at_no_more_bytes(coded, many, tmp_path):
@@ -101,14 +102,7 @@ def test_a_bound_model_is_an_argument_of_the_loss_and_not_a_constant(coded, many
     consts = jax.make_jaxpr(lambda loss, *given: loss(*given))(loss, *given).consts
     assert not any(np.shape(x) == BASE.shape for x in consts)
     _, found = refine(coded, many, steps=3)
-    _, same = refinement.refine(
-        coded,
-        many,
-        forward=jax.tree_util.Partial(bound, BASE),
-        batches=[batch(0)],
-        steps=3,
-        optimizer=refinement.default_optimizer(16, 0.03),
-    )
+    _, same = refine(coded, many, steps=3, forward=jax.tree_util.Partial(bound, BASE))
     np.testing.assert_allclose(same.trace, found.trace, rtol=1e-4)
 
 

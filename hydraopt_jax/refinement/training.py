@@ -181,7 +181,6 @@ def refine(
     batch_at = batches if callable(batches) else lambda i: batches[i % len(batches)]
     given = Given(
         calibration=calibration,
-        # compiled for this call alone: a cache that outlives it would keep the model that `forward` holds
         loss=divergence(forward, mask, at_once=at_once, weights=given_weights(store)),
         batch_at=batch_at,
         check=batch_at(0) if check is None else check,
@@ -226,6 +225,7 @@ def refine_segments(
         for n, at in zip(parts, places, strict=True)
     ]
     loss, folder, chain = given.loss, given.folder, given.optimizer
+    # compiled for this call alone: a cache that outlives it would keep the model that `forward` closes over
     measure, take = jax.jit(lambda *x: moved_loss(*x)), jax.jit(lambda *x: step(*x), static_argnums=0)
     original = originals(ordered)
     slope = [x.slope for x in opened]
