@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hydraopt_jax import devices
 from hydraopt_jax.errors import HydraOptError
 
 METHODS = ("mask", "blocks", "ragged")
@@ -36,7 +37,7 @@ def choose_method(rows: int, groups: int, rank: int) -> str:
     """
     if rows <= FEW_ROWS or groups * rank <= FEW_COLUMNS:
         return "mask"
-    return "ragged" if jax.default_backend() == "tpu" else "blocks"
+    return "ragged" if devices.platform() == "tpu" else "blocks"
 
 
 def check_method(method: str | None) -> None:

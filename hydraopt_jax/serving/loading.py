@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hydraopt_jax import devices
 from hydraopt_jax.codec import fixed_rate, lanes, rans
 from hydraopt_jax.errors import HydraOptError, one_line
 from hydraopt_jax.factors import to_dtype
@@ -46,8 +47,8 @@ def load(
       bits: 2 to 8 for codes of so many bits with a half-precision scale per vector; None for no codes.
       shardings: of the layers' kernels as matrices `[I, O]`, one for all modules or by name. `a` is split
         over inputs and `b` over outputs like the kernel. None for one device.
-      on_device: decode entropy-coded factors by JAX, the lanes of all tasks at once; None for True if the
-        default backend is an accelerator.
+      on_device: decode entropy-coded factors by JAX, the lanes of all tasks at once; None for True if this
+        thread computes on an accelerator.
 
     Returns:
       Module name -> its terms; modules that none of the tasks has are left out.
@@ -61,7 +62,7 @@ def load(
     if bits is not None and shardings is not None:
         raise HydraOptError("shardings and bits: give one; packed codes are not split over devices")
     if on_device is None:
-        on_device = jax.default_backend() != "cpu"
+        on_device = devices.platform() != "cpu"
     decode_lanes = lanes.decode if on_device else rans.decode
     check_base_of(store, store.tasks if tasks is None else tasks, base)
     chosen = store if tasks is None else select(store, tasks)

@@ -1,11 +1,11 @@
-"""Where coding runs: on the processor, also where everything else is on a GPU."""
+"""Where coding runs: on the processor, also beside a GPU; decoding follows the thread's device."""
 
 import jax
 import numpy as np
 import pytest
 
-from hydraopt_jax import devices
-from hydraopt_jax.codec import encode, lanes, trellis
+from hydraopt_jax import compress, devices, serving
+from hydraopt_jax.codec import encode, lanes, rans, trellis
 
 RNG = np.random.default_rng(5)
 VALUES = [(3 * RNG.laplace(size=n)).astype(np.float32) for n in (300, 5000)]
@@ -73,3 +73,20 @@ def test_the_platform_is_that_of_the_thread_s_device():
         assert devices.platform() == "cpu"
     with jax.default_device("cpu"):
         assert devices.platform() == "cpu"
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_factors_are_decoded_on_the_device_that_they_are_loaded_to(small, monkeypatch):
+    calls = []
+    for name, module in (("JAX", lanes), ("NumPy", rans)):
+        decode = module.decode
+        spied = lambda *args, name=name, decode=decode: calls.append(name) or decode(*args)  # noqa: E731
+        monkeypatch.setattr(module, "decode", spied)
+    store = compress(small, budget=0.9)
+    calls.clear()
+    serving.load(store)
+    assert set(calls) == {"JAX"}
+    calls.clear()
+    with jax.default_device("cpu"):
+        serving.load(store)
+    assert set(calls) == {"NumPy"}
