@@ -35,7 +35,7 @@ def counted(monkeypatch):
     pairs = sum(len(x.a) for x in collection())
     found = collections.Counter()
     encoded, quantize, decomposition = (
-        engine.encode_at_step,
+        engine.quantize_at_step,
         encode.quantize_streams,
         decompose.batched_svd,
     )
@@ -56,7 +56,7 @@ def counted(monkeypatch):
         # samples of a share of the collection, as those of large collections are
         patch.setattr(coding, "TABLE_CODES", 1 << 13)
         patch.setattr(pilot, "SAMPLE_CODES", 1 << 14)
-        patch.setattr(engine, "encode_at_step", coded)
+        patch.setattr(engine, "quantize_at_step", coded)
         patch.setattr(encode, "quantize_streams", through)
         patch.setattr(decompose, "batched_svd", decomposed)
         yield found

@@ -165,25 +165,46 @@ def sample(problem: Problem, codes: int) -> list[str]:
     return pick_names(problem.order, wanted)
 
 
-def encode_at_step(
-    problem: Problem, step: float, frequencies: np.ndarray | None = None, forms_at: float | None = None
-) -> Trial:
-    """The collection coded at one step, with its errors.
+class Quantized(NamedTuple):
+    """Codes of a collection at one step, and module -> form."""
+
+    step: float
+    coded: Coded
+    choices: dict[str, mode_decision.Choice]
+
+
+def quantize_at_step(
+    problem: Problem, step: float, frequencies: np.ndarray, forms_at: float | None = None
+) -> Quantized:
+    """The collection quantized at one step.
 
     Args:
       problem: the collection.
       step: the quantizer step.
-      frequencies: rate model of the quantizer; None to fit it at the step.
+      frequencies: rate model of the quantizer.
       forms_at: the step that forms are chosen for; None for `step`. For fixed forms bytes and errors are
         smooth in the step.
     """
+    goals, choices = terms_at_step(problem, step, forms_at)
+    return Quantized(step, encode.quantize(goals, frequencies), choices)
+
+
+def measure(problem: Problem, found: Quantized) -> Trial:
+    """What was quantized, with the gains of least error, and the errors and bytes with these."""
+    gains, errors = gains_and_errors(problem, found.coded)
+    side = encode.sides(found.coded, gains)
+    size = encode.estimate_bytes(found.coded, side)
+    return Trial(found.step, found.coded, gains, side, errors, size, found.choices)
+
+
+def encode_at_step(
+    problem: Problem, step: float, frequencies: np.ndarray | None = None, forms_at: float | None = None
+) -> Trial:
+    """The collection coded at one step, with its errors: `quantize_at_step`, then `measure`; without
+    frequencies these are fitted at the step."""
     if frequencies is None:
         frequencies = fit_tables(problem, step)
-    goals, choices = terms_at_step(problem, step, forms_at)
-    coded = encode.quantize(goals, frequencies)
-    gains, errors = gains_and_errors(problem, coded)
-    side = encode.sides(coded, gains)
-    return Trial(step, coded, gains, side, errors, encode.estimate_bytes(coded, side), choices)
+    return measure(problem, quantize_at_step(problem, step, frequencies, forms_at))
 
 
 def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:

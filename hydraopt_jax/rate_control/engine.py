@@ -23,11 +23,12 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import budget, pilot, prepared, search
 from hydraopt_jax.rate_control.carried import full_tensors
 from hydraopt_jax.rate_control.coding import (
-    Trial,
+    Quantized,
     disable_joint,
-    encode_at_step,
     fit_tables,
     fitted_tables,
+    measure,
+    quantize_at_step,
 )
 from hydraopt_jax.rate_control.metrics import uncovered
 from hydraopt_jax.rate_control.options import (
@@ -329,11 +330,12 @@ def encode_parts(
             problem = disable_joint(problem, step, frequencies)
         else:
             problem = problem._replace(no_joint=frozenset(before["no_joint"]))
-        trial = encode_at_step(problem, step, frequencies, forms_at)
-        return functools.partial(finish, n, name, problem, trial, given)
+        coded = quantize_at_step(problem, step, frequencies, forms_at)
+        return functools.partial(finish, n, name, problem, coded, given)
 
-    def finish(n: int, name: str, problem: Problem, trial: Trial, given: list[Adapter]) -> None:
-        """Keep the part; its bytes are made beside the analysis of the next part."""
+    def finish(n: int, name: str, problem: Problem, coded: Quantized, given: list[Adapter]) -> None:
+        """Keep the part; it is measured, and its bytes made, beside the next part."""
+        trial = measure(problem, coded)
         if run.drafts is None:
             segment = coded_segment(run, n, problem, trial, given)
         else:

@@ -63,7 +63,7 @@ for x in synthetic.collection(tasks=7, modules=modules, rank=4):
     formats.write_adapter(folder / x.task, x, dtype="float16")
 names = sorted(str(x) for x in folder.iterdir())
 found = peft_collection.collection_of([peft_collection.open_adapter(n, None, {}) for n in names])
-before, used, together = engine.encode_at_step, set(), threading.Barrier(3)
+before, used, together = engine.quantize_at_step, set(), threading.Barrier(3)
 def code(*arguments):
     # three devices at the least are at work at once
     if len(used) < 3:
@@ -81,10 +81,10 @@ def run(path):
 every = jax.local_devices()
 assert len(every) == 8
 jax.local_devices = lambda: every[::3]
-engine.encode_at_step = code
+engine.quantize_at_step = code
 run(folder / "three")
 assert len(used) == 3, used
-engine.encode_at_step, jax.local_devices = before, lambda: every[:1]
+engine.quantize_at_step, jax.local_devices = before, lambda: every[:1]
 run(folder / "one")
 assert leaves(folder / "three") == leaves(folder / "one")
 print(len(leaves(folder / "one")))
