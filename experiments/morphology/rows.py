@@ -75,7 +75,7 @@ def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
         return engine.compress_to_target(found, options, cache=known[calibrated])
 
     def refined_to(budget: float, seed: int) -> Store:
-        return refined(setting, settings, budgeted(budget, True), moments(), f"{budget:g}", seed)
+        return refined(setting, settings, budgeted(budget, True), moments(), budget, seed)
 
     rows: dict[str, Maker] = {}
     for budget in settings.budgets:
@@ -109,17 +109,19 @@ def refined(
     settings: Refining,
     start: Store,
     moments: Mapping[str, np.ndarray],
-    name: str,
+    budget: float,
     seed: int,
 ) -> Store:
-    """A store refined on the divergence of the logits; the seed orders the prompts."""
+    """A store of one of the budgets refined on the divergence of the logits; the seed orders the prompts."""
+    name, which = f"{budget:g}-seed-{seed}", settings.budgets.index(budget)
+    steps, rate = settings.steps[which], settings.rates[which]
     train = settings.prompts - settings.check
     heard = setting.heard()
     check = outputs.batch(heard, train, settings.check)
     order = np.random.default_rng(seed).permutation(train)
     shuffled = Sequences(*(x[:, order] for x in heard))
-    folder = None if setting.folder is None else setting.folder / f"{name}-seed-{seed}"
-    with report.progress(f"refining {name}, seed {seed}", settings.steps) as advance:
+    folder = None if setting.folder is None else setting.folder / name
+    with report.progress(f"refining {name}", steps) as advance:
         return refinement.refine(
             start,
             setting.collection,
@@ -128,8 +130,8 @@ def refined(
             mask=lambda x: x.counts,
             batches=lambda i: outputs.batch(shuffled, i * settings.batch, settings.batch),
             check=check,
-            steps=settings.steps,
-            optimizer=refinement.default_optimizer(settings.steps, settings.rate),
+            steps=steps,
+            optimizer=refinement.default_optimizer(steps, rate),
             folder=folder,
             save=settings.save,
             progress=lambda loss: advance(),
