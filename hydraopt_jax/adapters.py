@@ -132,6 +132,8 @@ def check_headers(headers: Iterable[Header]) -> dict[str, tuple[int, int]]:
             raise HydraOptError(f"task name {task!a} is not valid UTF-8: rename it with NAME=ADAPTER")
         if fault := strict_json.fault(dict(config)):
             raise HydraOptError(f"{source or task}: its configuration is not JSON: {fault}")
+        if not task:
+            raise HydraOptError(f"{source or 'an adapter'}: its task has no name: give one with NAME=ADAPTER")
         if task in seen:
             raise HydraOptError(
                 f"task name {task!r} is used by both {seen[task]} and {source}: rename one with NAME=ADAPTER"

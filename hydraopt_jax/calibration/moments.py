@@ -208,7 +208,8 @@ def read_moments(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError, LookupError, TypeError) as error:
+        # NumPy has no name for float8
         what = "no readable calibration file (safetensors)" if Path(path).exists() else "no such file"
         advice = "`hydraopt calibrate MODEL TEXT --out FILE` makes one"
         raise HydraOptError(f"{path}: {what}: {advice}") from error

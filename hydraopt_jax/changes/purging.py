@@ -6,6 +6,7 @@ triangle inequality, and the report lists the task under "bounded". All other se
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,9 +63,12 @@ def purge(
         names = [x.tasks[k] for k in x.live]
         given, absent = refitting.at_hand(store, names, original)
         part = [only(a, x) for a in given]
-        made = coded_again(store, out, x, part, calibration)
+        first, *more = coded_again(store, out, x, part, calibration)
         number[n] = len(out.segments)
-        out = out.replace(segments=(*out.segments, stated(x, made, absent)))
+        carried = [tensors_at(x, x.tasks.index(t)) for t in first.tasks]
+        again_coded = [y.replace(leaves=claims(x, y, absent)) for y in (first, *more)]
+        again_coded[0] = again_coded[0].with_tensors(carried)
+        out = out.replace(segments=(*out.segments, *again_coded))
         again |= dict.fromkeys(names)
         standing |= dict.fromkeys(absent)
     done = tuple(t for t in store.tasks if t in again)
@@ -85,15 +89,13 @@ def coded_again(
     segment: Segment,
     given: Sequence[Adapter],
     calibration: Mapping[str, np.ndarray] | None,
-) -> Segment:
-    """A segment of the same tasks, coded at the store's step; predicted from `before` if the old one was."""
+) -> tuple[Segment, ...]:
+    """Segments of the same tasks, coded at the store's step; predicted from `before` if the old one was."""
     if segment.references and any(x.coded and x.tables < 0 for x in before.segments):
-        return addition.segment_at_step(before.replace(report=store.report), given[0], calibration)
+        return (addition.segment_at_step(before.replace(report=store.report), given[0], calibration),)
     options = refitting.options_of(store)._replace(calibration=calibration)
     options = options._replace(weights={k: v for k, v in options.weights.items() if k in segment.tasks})
-    fresh = engine.compress_at_step(in_memory(given), options, store.report["step"])
-    (found,) = fresh.segments
-    return found
+    return engine.compress_at_step(in_memory(given), options, store.report["step"]).segments
 
 
 def bound(before: np.ndarray, again: np.ndarray) -> np.ndarray:
@@ -109,8 +111,8 @@ def bound(before: np.ndarray, again: np.ndarray) -> np.ndarray:
     return (first + (1 + first) * np.sqrt(again)) ** 2
 
 
-def stated(old: Segment, new: Segment, standing: Sequence[str]) -> Segment:
-    """A segment that was coded again, with its errors or bounds and the full tensors of the old segment."""
+def claims(old: Segment, new: Segment, standing: Sequence[str]) -> dict[str, Any]:
+    """Leaves of a segment that was coded again, with its errors, or bounds of them for `standing` tasks."""
     leaves = dict(new.leaves)
     for name in ERRORS:
         before, again = old.error_table(name), new.error_table(name)
@@ -121,10 +123,8 @@ def stated(old: Segment, new: Segment, standing: Sequence[str]) -> Segment:
         was = before[np.ix_(rows, columns)]
         # a delta that was lost completely stays lost
         again = np.where(np.isnan(again) & ~np.isnan(was), 0.0, again)
-        claims = np.where(np.isin(new.tasks, list(standing)), bound(was, again), again)
-        leaves[name] = error_leaf(claims)
-    carried = [tensors_at(old, old.tasks.index(t)) for t in new.tasks]
-    return new.replace(leaves=leaves).with_tensors(carried)
+        leaves[name] = error_leaf(np.where(np.isin(new.tasks, list(standing)), bound(was, again), again))
+    return leaves
 
 
 def bounded(store: Store, again: Sequence[str], standing: Sequence[str]) -> Store:
@@ -141,13 +141,11 @@ def refit_plain(store: Store, original: Original) -> tuple[Store, tuple[str, ...
     """A plain store fitted again as a whole."""
     collection, standing = refitting.at_hand(store, store.tasks, original)
     fresh = refitting.refit(store, collection)
-    (segment, *heads) = fresh.segments
     # the errors of all segments in one table
     old = make_segment(store.tasks, dict.fromkeys(store.shapes, ()), {}, store.errors)
-    claims = stated(old, segment, standing).leaves
-    segment = segment.replace(leaves={**segment.leaves, **{k: claims[k] for k in ERRORS if k in claims}})
+    segments = tuple(x.replace(leaves=claims(old, x, standing)) for x in fresh.segments)
     report = {**bounded(store, store.tasks, standing).report, **fresh.report}
     if standing:
         report |= {"entries": store.report["entries"], "bound": {}}
-    done = fresh.replace(segments=(segment, *heads), sources=store.sources, report=Static(report))
+    done = fresh.replace(segments=segments, sources=store.sources, report=Static(report))
     return select(done, store.tasks), store.tasks

@@ -73,9 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"out of memory on a device: {str(error)[:200]}; {LESS}", 2)
     except ModuleNotFoundError as error:
         fail(f"the package {error.name} is not installed: install it, or the extra that needs it", 2)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    except OSError as error:
+        fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
 
 
 def few_heaps() -> None:

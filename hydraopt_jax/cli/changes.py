@@ -15,6 +15,7 @@ from hydraopt_jax.cli.descriptions import calibration_notes, held_notes, sentenc
 from hydraopt_jax.cli.output import jsonable, output_options, say
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
+from hydraopt_jax.reading import locate
 from hydraopt_jax.store import Store, files, removal, sizes, task_index
 from hydraopt_jax.store.store import task_errors
 
@@ -83,6 +84,12 @@ def change_options(command: Any) -> Any:
     return command
 
 
+def check_originals(known: Sequence[str], used: bool, what: str) -> None:
+    """Raise for originals that nothing reads."""
+    if known and not used:
+        raise HydraOptError(f"--original: used with {what} only: give one of them, or leave it out")
+
+
 def change_report(path: str, before: int, content: Store, found: "Refit | None", task: str | None) -> Any:
     """JSON object, table with notes, and last sentence on a change."""
     own = task_errors(content.errors)
@@ -136,6 +143,12 @@ def add(
 
     --refit fits all tasks again, which may lower the errors; --estimate prints by how much and takes as long.
     """
+    if given["refit"] and given["estimate"]:
+        raise HydraOptError("--estimate: says what --refit would do: give one of them")
+    check_originals(known, given["refit"] or given["estimate"], "--refit or --estimate")
+    several = len(locate([adapter], strict=False))
+    if several > 1:
+        raise HydraOptError(f"{adapter}: holds {several} adapters: add one at a time")
     files.located(path)
     content = store.open(path)
     moments = load_moments(content, path, given["calibration"])
@@ -183,6 +196,9 @@ def remove(
         raise HydraOptError("remove: give a TASK, or --purge to erase what removed tasks left in the store")
     if purge and given["refit"]:
         raise HydraOptError("--purge: --refit erases removed tasks, too: give one of them")
+    if given["refit"] and given["estimate"]:
+        raise HydraOptError("--estimate: says what --refit would do: give one of them")
+    check_originals(known, purge or given["refit"] or given["estimate"], "--purge, --refit or --estimate")
     if given["calibration"] is not None and not (purge or given["refit"] or given["estimate"]):
         raise HydraOptError(
             "--calibration: used with --purge, --refit or --estimate only: give one of them, or leave it out"

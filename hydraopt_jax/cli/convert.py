@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from hydraopt_jax import report
 from hydraopt_jax.adapters import Adapter
@@ -34,10 +35,12 @@ def is_peft(source: str) -> bool:
 )
 @click.option("--scale", type=float, help="alpha / rank of the checkpoint, read or written")
 @click.option("--head-dim", type=int, help="size of a head, as in the base model's config.json")
-@click.option("--rank", type=int, help="rank to write; default: the widest module's")
+@click.option("--rank", type=click.IntRange(1), help="rank to write; default: the widest module's")
 @click.option("--scan", is_flag=True, help="write layers stacked, as MaxText's scan_layers")
-@click.option("--layers", type=int, help="count of layers to stack")
-@click.option("--step", type=int, default=0, show_default=True, help="number of the checkpoint to write")
+@click.option("--layers", type=click.IntRange(1), help="count of layers to stack")
+@click.option(
+    "--step", type=click.IntRange(0), default=0, show_default=True, help="number of the checkpoint to write"
+)
 @click.option("--base", help="name of the base model, for PEFT's configuration; default: the source's")
 @click.option("--prefix", default="model.layers", show_default=True, help="prefix of module names in PEFT")
 @click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; default: the source's")
@@ -46,6 +49,7 @@ def is_peft(source: str) -> bool:
 def convert(source: str, out: str, to: str, **options: Any) -> None:
     """Convert the adapter SOURCE, a PEFT folder or an Orbax checkpoint, to OUT."""
     check_dtype(options["dtype"])
+    check_used(source, to)
     adapter = read_source(source, to, **options)
     if to == "peft":
         write_adapter(out, adapter, dtype=options["dtype"], overwrite=options["overwrite"])
@@ -63,6 +67,20 @@ def convert(source: str, out: str, to: str, **options: Any) -> None:
     if to == "peft" and not base_name(adapter.config):
         note = "The base model's name is not in the checkpoint: --base NAME writes it."
     say(payload, table, note)
+
+
+def check_used(source: str, to: str) -> None:
+    """Raise for options that this conversion does not use."""
+    context = click.get_current_context()
+    idle = {"rank", "scan", "layers", "step"} if to == "peft" else set()
+    why = "--to peft does not use it"
+    if is_peft(source):
+        idle, why = idle | {"base", "prefix"}, "the source has the names of PEFT"
+    for name in sorted(idle):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise HydraOptError(f"--{name}: {why}: leave it out")
+    if context.params["scale"] == 0:
+        raise HydraOptError("--scale 0: would make the adapter zero: give alpha / rank")
 
 
 def read_source(source: str, to: str, **options: Any) -> Adapter:

@@ -115,7 +115,9 @@ def warnings(collection: Sequence[Adapter], method: str) -> None:
     metavar="NAME=FILE",
     help="regmean: second moments of a task's inputs; once per task",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="seed of the random masks")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="seed of the random masks"
+)
 @click.option(
     "--dtype", metavar="DTYPE", help="dtype on disk: float32, float16 or bfloat16; default: the adapters' own"
 )

@@ -1,9 +1,11 @@
 """Output of the verbs: a JSON object, tables and sentences, or nothing; progress and warnings."""
 
 import json
+import os
+import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import click
@@ -71,6 +73,18 @@ def warn(message: str) -> None:
         click.echo(f"hydraopt: warning: {message}", err=True)
 
 
+@contextmanager
+def to_a_reader() -> Iterator[None]:
+    """A context that prints; it ends the process without a failure where nobody reads any more (`| head`)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # what is flushed at the end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
 def say(payload: Mapping[str, Any], *parts: Any, more: Sequence[Any] = ()) -> None:
     """Print a JSON object, or tables and sentences.
 
@@ -79,6 +93,12 @@ def say(payload: Mapping[str, Any], *parts: Any, more: Sequence[Any] = ()) -> No
       *parts: tables, and sentences as text; None is skipped.
       more: parts that --verbose prints before the others.
     """
+    with to_a_reader():
+        say_all(payload, parts, more)
+
+
+def say_all(payload: Mapping[str, Any], parts: Sequence[Any], more: Sequence[Any]) -> None:
+    """See `say`."""
     if mode().json:
         # a new field keeps the version, any other change raises it
         name = f"hydraopt.{click.get_current_context().info_name}/1"

@@ -197,6 +197,7 @@ def export(
     check_dtype(dtype)
     whole = store.open(path)
     known = whole.tasks
+    tasks = tuple(dict.fromkeys(tasks))
     names = known if everything else [known[store.task_index(known, t)] for t in tasks]
     folders = {t: Path(out) if len(tasks) == 1 else Path(out) / folder_name(t) for t in names}
     taken = [f for f in folders.values() if f.exists() and not overwrite]

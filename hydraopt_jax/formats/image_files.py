@@ -76,19 +76,22 @@ def config_of(file: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(file, framework="np") as opened:
             keys = list(opened.keys())
+            if any(k.startswith(peft.PREFIX) for k in keys):
+                raise HydraOptError(
+                    f"{file}: is the weights file of a PEFT adapter: give its folder, which has the scale"
+                )
             metadata = {k: v for k, v in (opened.metadata() or {}).items() if k != "format"}
             lows = {m[0]: k for k in keys if (m := parse_key(k)) and m[1] == "A"}
             ranks = {m: opened.get_slice(k).get_shape()[0] for m, k in lows.items()}
             said = {m: opened.get_tensor(f"{m}.alpha") for m in ranks if f"{m}.alpha" in keys}
-    except (safetensors.SafetensorError, OSError, TypeError, IndexError) as error:
+            alphas = {m: float(np.asarray(x, np.float32).reshape(-1)[0]) for m, x in said.items()}
+    except (safetensors.SafetensorError, OSError, TypeError, LookupError, AttributeError) as error:
+        # NumPy has no name for float8
         raise HydraOptError(f"{file}: is not a LoRA file ({one_line(error)}): copy it again") from None
     if not ranks:
         raise HydraOptError(f"{file}: holds no LoRA tensor: is it a LoRA file of diffusers or kohya?")
     scales = _said_scales(file, metadata)
-    alphas = {
-        m: float(np.asarray(said[m], np.float32).reshape(-1)[0]) if m in said else rank * scales(m)
-        for m, rank in ranks.items()
-    }
+    alphas = {m: alphas[m] if m in alphas else rank * scales(m) for m, rank in ranks.items()}
     config = {
         "peft_type": "LORA",
         DIALECT: "kohya" if said or any(k.endswith(ENDINGS[0][0]) for k in keys) else "diffusers",

@@ -15,7 +15,7 @@ from hydraopt_jax.jobs.place import Folder, fingerprint
 from hydraopt_jax.locks import locked
 from hydraopt_jax.rate_control.search import Unmet
 from hydraopt_jax.rate_control.work import IN_MEMORY, Job
-from hydraopt_jax.store import files, folder
+from hydraopt_jax.store import files, folder, replacing
 from hydraopt_jax.store.store import Store
 
 # names of notes that mean that a step is finished
@@ -52,7 +52,7 @@ def clear(path: Path) -> None:
     at = files.job_home(path)
     if (at / folder.MANIFEST).exists():
         folder.remove_unnamed(at, folder.read_manifest(at))
-    elif at.is_dir():
+    elif folder.unfinished(at):
         folder.remove_unfinished(at)
 
 
@@ -108,7 +108,7 @@ def run_job(
         return None
     if at == path:
         files.check_output(path, True)
-        files.write_folder(path, store, limit, zstd, place.rows())
+        replacing.write_folder(path, store, limit, zstd, place.rows())
     else:
         files.save(path, store, overwrite=True, limit=limit)
         clear(path)

@@ -7,6 +7,7 @@
 A former store stays valid in the folder until the new manifest replaces the old one.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -95,6 +96,17 @@ class Folder:
     def _row(self, name: str) -> Path:
         return self.scratch / f"{name}.segment.json"
 
+    @functools.cached_property
+    def named(self) -> frozenset[str]:
+        """Segments of the store that is there: they stay until another manifest replaces it."""
+        there = (self.store / folder.MANIFEST).exists()
+        return (
+            frozenset(x["id"] for x in folder.read_manifest(self.store)["segments"]) if there else frozenset()
+        )
+
+    def _id(self, name: str) -> str:
+        return segment_data.free_id(f"{self.mark[:8]}-{name}", self.named)
+
     def segment(self, name: str) -> Segment | None:
         """See `Place`."""
         if not self._row(name).exists():
@@ -106,7 +118,7 @@ class Folder:
 
     def keep(self, name: str, segment: Segment) -> None:
         """See `Place`."""
-        own = f"{self.mark[:8]}-{name}"
+        own = self._id(name)
         (self.store / folder.SEGMENTS).mkdir(parents=True, exist_ok=True)
         if self.writer is None:
             row = folder.write_segment(self.store, segment, name=own, zstd=self.zstd)
@@ -117,7 +129,7 @@ class Folder:
     def drop(self, name: str) -> None:
         """See `Place`."""
         self._row(name).unlink(missing_ok=True)
-        shutil.rmtree(self.store / folder.SEGMENTS / f"{self.mark[:8]}-{name}", ignore_errors=True)
+        shutil.rmtree(self.store / folder.SEGMENTS / self._id(name), ignore_errors=True)
 
     def note(self, name: str) -> Mapping[str, Any] | None:
         """See `Place`."""

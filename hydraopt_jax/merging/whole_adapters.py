@@ -23,6 +23,9 @@ from hydraopt_jax.rate_control.distortion import relative
 Module = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 # fields of a PEFT configuration that select modules; they are wrong for the union of several adapters
+# what PEFT looks for further tensors for, which a merged adapter does not have: heads and trainable tokens
+_NOT_MERGED = ("modules_to_save", "trainable_token_indices")
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
@@ -103,7 +106,7 @@ def squared_errors(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array
 def relative_errors(
     modules: Iterable[Module], measure: Callable[[str, np.ndarray, np.ndarray], tuple[Any, Any]]
 ) -> dict[str, np.ndarray]:
-    """Module name -> relative squared errors `[T]`, NaN where a task lacks it.
+    """Module name -> relative squared errors `[T]`, NaN where a task lacks it or its delta is zero.
 
     Args:
       modules: the collection's.
@@ -112,7 +115,8 @@ def relative_errors(
     rows = {}
     for module, a, b, ranks in modules:
         lost, energy = (np.asarray(x) for x in measure(module, a, b))
-        rows[module] = np.where(ranks > 0, relative(lost, energy), np.nan)
+        # an error is relative to a delta that is not zero
+        rows[module] = np.where((ranks > 0) & (energy > 0), relative(lost, energy), np.nan)
     return rows
 
 
@@ -232,7 +236,9 @@ def merge_adapters(
         owner = next(x for x in collection if module in x.a)
         if module in owner.layout:
             layout[module] = owner.layout[module]
-    config = {k: v for k, v in collection[0].config.items() if k != "modules_to_save"}
+    config = {k: v for k, v in collection[0].config.items() if k not in _NOT_MERGED}
+    if config.get("task_type") in _WITH_HEAD:
+        config["task_type"] = None
     if len(a) > len(collection[0].a):
         config = {k: v for k, v in config.items() if k not in _TARGETS} | {"target_modules": sorted(a)}
     dtypes = {x.dtype for x in collection}
@@ -243,7 +249,7 @@ def merge_adapters(
 def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:
     """Relative squared errors `[M, T]` of one adapter for all tasks, modules in the order of `merged.a`.
 
-    NaN where a task lacks a module.
+    NaN where a task lacks a module, or its delta is zero.
     """
     modules = stream(collection, adapters.check(collection))
     rows = relative_errors(modules, lambda m, a, b: squared_errors(a, b, merged.a[m], merged.b[m]))

@@ -247,7 +247,7 @@ def outcome(
     before = run.place.note(f"missed-{number}")
     if before is None:
         store = put_together(run, number, step, heads, said)
-        found, error = pass_of(step, store, goal, run.place), float(np.nanmean(store.errors))
+        found, error = pass_of(step, store, goal, run.place), search.value(store.errors, ())
         if found.miss <= 0:
             return store, found, error
         # nothing goes before all have measured it and the note is there for those that go on

@@ -122,7 +122,10 @@ def least_lossless(found: Collection) -> int:
 def value(errors: np.ndarray, worst: Sequence[float]) -> float:
     """The largest of the tasks' errors times `worst`, see `Target`, or the mean over modules and tasks, of
     errors `[M, T]`."""
-    return float((np.asarray(worst) * task_errors(errors)).max()) if worst else float(np.nanmean(errors))
+    if np.isnan(errors).all():
+        # nothing can be lost of adapters that are zero
+        return 0.0
+    return float(np.nanmax(np.asarray(worst) * task_errors(errors))) if worst else float(np.nanmean(errors))
 
 
 class Found(NamedTuple):
@@ -330,7 +333,8 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target, forms: float | N
     if len(known) > 1:
         (x0, m0), (x1, m1) = ((float(np.log(x.step)), x.miss) for x in known[-2:])
         secant = (m1 - m0) / (x1 - x0) if x1 != x0 else slope
-        slope *= float(np.clip(secant / slope, *BELIEVED))
+        # an estimate that is far off shows in pass after pass on one side of the target
+        slope *= float(np.clip(secant / slope, BELIEVED[0] ** (len(known) - 1), BELIEVED[1]))
     # tables of all modules take less than those of the sample
     gained = SETTLED_BYTES if goal.sign < 0 and len(done) == goal.settling else 0.0
     aim = np.log(last.step) - (last.miss - gained + goal.slack / 2) / slope
@@ -375,12 +379,16 @@ def unmet(done: Sequence[Pass], goal: Target, entries: int, error: float) -> Unm
     found = min(x.value for x in done)
     if goal.sign < 0:
         more = f" and {goal.heads:,} bytes of full tensors" if goal.heads else ""
+        # sizes of drafts are estimates, and the limit itself was not enough
+        found = max(found, goal.limit) * (1 + goal.slack) + GRAIN
         return Unmet(
             f"budget of {int(goal.limit) + goal.heads:,} bytes: below the smallest store of this collection, "
-            f"{int(found) + goal.heads:,} bytes ({found / (2 * entries):.4f} of the factors' fp16 bytes"
+            f"about {int(found) + goal.heads:,} bytes ({found / (2 * entries):.4f} of the factors' fp16 bytes"
             f"{more}), of mean error {error:.3f}"
         )
+    finest = any(x.step <= STEPS[0] * 1.0001 for x in done)
+    least = "the least error at the finest step is" if finest else f"the nearest of {len(done)} passes had"
     return Unmet(
-        f"error target {goal.limit:g} cannot be met: the least error at the finest step is {found:.3g}; "
-        "--budget 1 keeps the adapters as they are"
+        f"error target {goal.limit:g} cannot be met: {least} {found:.3g}; --budget 1 keeps the adapters as "
+        "they are"
     )

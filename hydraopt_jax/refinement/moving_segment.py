@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.rate_control.distortion import error_table, segment_terms
 from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
@@ -62,9 +63,10 @@ def start_moving(
     """The state of one `among` so many segments, for the adapters of its tasks and the moments that it was
     made with."""
     kept = rounding.coded_terms(segment) if segment.coded else segment_terms(segment)
+    check_modules(kept, adapters)
     metrics = {}
     if calibration is not None:
-        shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items()}
+        shapes = {n: (v[0].a.shape[1], v[0].b.shape[2]) for n, v in kept.items() if v}
         metrics = metrics_of(shapes, calibration)
     unit = units(kept, segment.coded)
     if segment.coded:
@@ -81,6 +83,19 @@ def start_moving(
         lambda x, u: jnp.asarray(np.asarray(x, np.float32) / u), trainable_arrays(begin), unit
     )
     return MovingSegment(segment, adapters, metrics, kept, how, start, unit, slope)
+
+
+def check_modules(kept: Modules, adapters: Sequence[Adapter]) -> None:
+    """Raise unless the adapters have the modules that their tasks have in a store, in the same shapes."""
+    for name, terms in kept.items():
+        for t, x in enumerate(adapters):
+            shapes = {(y.a.shape[-2], y.b.shape[-1]) for y in terms if y.a_of[t] >= 0}
+            own = {(x.a[name].shape[0], x.b[name].shape[1])} if name in x.a else set()
+            if not shapes <= own:
+                raise HydraOptError(
+                    f"refine: {name} of the adapter {x.task!r} is not that of the store: give the adapters "
+                    "that it was made of"
+                )
 
 
 def units(modules: Modules, coded: bool) -> Any:

@@ -25,6 +25,9 @@ def stacked(modules: Modules) -> Lora:
     """Factors of all tasks, module -> `(a: [T, I, S], b: [T, S, O])`, terms concatenated, cores folded in."""
     out = {}
     for name, terms in modules.items():
+        # a module that is zero for all tasks has no terms
+        if not terms:
+            continue
         pairs = [forms.pair(x) for x in terms]
         out[name] = jnp.concatenate([a for a, _ in pairs], -1), jnp.concatenate([b for _, b in pairs], -2)
     return out
@@ -101,7 +104,10 @@ def divergence(
         stored, original, batch = job
         wanted = jax.nn.log_softmax(forward(original, batch).astype(jnp.float32))
         found = jax.nn.log_softmax(forward(stored, batch).astype(jnp.float32))
-        each = jnp.sum(jnp.exp(wanted) * (wanted - found), -1)
+        # tokens that a model masks have a logit of -inf
+        open_ = jnp.isfinite(wanted)
+        lost = jnp.where(open_, wanted, 0.0) - jnp.where(open_, found, 0.0)
+        each = jnp.sum(jnp.exp(wanted) * lost, -1)
         counted = jnp.ones_like(each) if mask is None else mask(batch).astype(each.dtype)
         return jnp.sum(each * counted) / jnp.maximum(jnp.sum(counted), 1.0)
 

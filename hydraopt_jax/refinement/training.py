@@ -14,6 +14,7 @@ Reference: Bengio et al., Estimating or propagating gradients through stochastic
 """
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from hydraopt_jax.refinement.moving_segment import start_moving, with_factors
 from hydraopt_jax.refinement.objectives import Forward, Lora, all_tasks, divergence, originals, stacked
 from hydraopt_jax.refinement.rounding import Indices, Modules, indices_of, trainable_arrays, with_indices
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import Segment, Store
+from hydraopt_jax.store import Segment, Store, segment_data
 from hydraopt_jax.store.store import given_weights
 
 LEARNING_RATE = 0.03
@@ -139,7 +140,7 @@ def refine(
     save: int = 25,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Store, Refined]:
-    """Refine a store so that the model's outputs with it diverge least; its bytes do not grow.
+    """Refine a store so that the model's outputs with it diverge least; the bytes of its factors do not grow.
 
     The loss needs all modules of a task at once: all factors are in memory in float32, also those of a store
     that was coded in several segments. `at_once` bounds what the model takes.
@@ -161,8 +162,8 @@ def refine(
       steps: number of batches.
       accumulate: batches per step of the optimizer.
       at_once: number of tasks computed in parallel; None for all, fewer need less memory.
-      folder: for saved steps, from which a stopped run resumes; None to save nothing.
-      save: number of steps between saves.
+      folder: for saved steps, from which a stopped run with the same arguments resumes; None to save nothing.
+      save: number of steps between saves, at least.
       progress: called with the loss of every step.
 
     Returns:
@@ -170,12 +171,15 @@ def refine(
 
     Raises:
       HydraOptError: adapters that are not those of the store, no batches, a store whose tasks have changed
-        since it was fitted, or a saved step that cannot be read.
+        since it was fitted, a folder with steps of another store or of another number of steps, or a saved
+        step that cannot be read.
     """
     ordered = in_order(store, collection)
     if not callable(batches) and not len(batches):
         raise HydraOptError("refine: needs batches of inputs")
-    if any(x.references or x.removed for x in store.segments):
+    if min(accumulate, save) < 1:
+        raise HydraOptError("refine: accumulate and save must be at least 1")
+    if any(x.references or x.removed or x.tables >= 0 for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     parts = [n for n, x in enumerate(store.segments) if x.modules]
     batch_at = batches if callable(batches) else lambda i: batches[i % len(batches)]
@@ -191,6 +195,8 @@ def refine(
         save=save,
         progress=progress,
     )
+    if folder is not None:
+        claim(folder, [segment_data.entry_of(x).sha256 for x in store.segments], steps, accumulate)
     segments, found = refine_segments(store, parts, ordered, given)
     if not found.after < found.before:
         return store, found
@@ -234,6 +240,8 @@ def refine_segments(
     factors = [x.start for x in opened]
     begin = RefinementState(factors, chain.init(factors), [x.rounding.tables for x in opened])
     state, done, trace = resume(begin, folder)
+    # with all batches of a step: the tables are those after its rounding
+    every = -(-given.save // given.accumulate) * given.accumulate
     moved: Any = None
     for i in range(done, given.steps):
         if moved is None or i % given.accumulate == 0:
@@ -248,7 +256,7 @@ def refine_segments(
         state = RefinementState(factors, memory, state.tables)
         trace.append(float(lost))
         given.progress(trace[-1])
-        if folder is not None and ((i + 1) % given.save == 0 or i + 1 == given.steps):
+        if folder is not None and ((i + 1) % every == 0 or i + 1 == given.steps):
             keep_step(state, i + 1, trace, folder)
     ends = [x.finished(*y) for x, *y in zip(opened, state.factors, state.tables, strict=True)]
     # decoded for the tasks: a basis that none reads for itself is no longer among the factors
@@ -275,6 +283,21 @@ def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:
     if missing:
         raise HydraOptError(f"refine: no adapter for the task {missing[0]!r} of the store")
     return [known[t] for t in store.tasks]
+
+
+def claim(folder: Path, segments: Sequence[str], steps: int, accumulate: int) -> None:
+    """Note in a folder whose steps it keeps; raise if it has those of another refinement."""
+    said = {"segments": list(segments), "steps": steps, "accumulate": accumulate}
+    file = folder / "refinement.json"
+    if any(p.name.isdigit() for p in folder.glob("*")):
+        if not file.exists() or json.loads(file.read_bytes()) != said:
+            raise HydraOptError(
+                f"{folder}: has steps of another refinement (of another store, or another number of steps): "
+                "give another folder, or remove it"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(said))
 
 
 def keep_step(state: RefinementState, done: int, trace: Sequence[float], folder: Path) -> None:

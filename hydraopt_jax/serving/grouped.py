@@ -122,6 +122,9 @@ def by_blocks(x: Array, group: Array, groups: int, multiply: Callable[[Array, Ar
       `[N, Q]`, rows in the order of `x`.
     """
     rows = x.shape[0]
+    if not rows:
+        one = jax.eval_shape(multiply, x, jax.ShapeDtypeStruct((), jnp.int32))
+        return jnp.zeros((0, one.shape[-1]), one.dtype)
     size = next((k for k in BLOCKS if k * groups >= rows), BLOCKS[-1])
     # each group leaves at most one block partly filled
     count = rows // size + min(groups, rows)

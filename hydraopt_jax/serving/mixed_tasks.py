@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
@@ -101,7 +102,7 @@ def apply(
     """
     check_method(method)
     tasks, inputs, outputs = shape(module)
-    ids = jnp.asarray(task_ids)
+    ids = as_ids(task_ids)
     lead = x.shape[:-1]
     if x.shape[-1:] != (inputs,):
         raise HydraOptError(f"x has shape {list(x.shape)}: its last axis must be the {inputs} inputs")
@@ -110,7 +111,7 @@ def apply(
     fits = (n in (1, m) for n, m in zip(ids.shape[::-1], lead[::-1], strict=False))
     if ids.ndim > len(lead) or not all(fits):
         raise HydraOptError(f"task_ids has shape {list(ids.shape)}: it must broadcast to {list(lead)}")
-    if checked:
+    if checked and ids.size:
         inside = (ids >= 0) & (ids < tasks)
         wrong = ids.ravel()[jnp.argmin(inside)]
         checkify.check(jnp.all(inside), f"task id {{id}} is outside 0..{tasks - 1}", id=wrong)
@@ -121,6 +122,17 @@ def apply(
     flat = jnp.broadcast_to(ids, lead).reshape(-1)
     total = sum(_mixed(rows, term, flat, method, precision) for term in module)
     return jnp.asarray(total).reshape(*lead, outputs).astype(x.dtype)
+
+
+def as_ids(given: Any) -> Array:
+    """Ids of tasks in 32 bits: narrower integers cannot hold the number of tasks, wider ones would wrap."""
+    wide = isinstance(given, np.ndarray | np.integer) and given.dtype.kind in "iu"
+    if wide:
+        low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+        given = np.clip(given.astype(np.int64), low, high).astype(np.int32)
+    ids = jnp.asarray(given)
+    narrow = jnp.issubdtype(ids.dtype, jnp.integer) and ids.dtype.itemsize < 4
+    return ids.astype(jnp.int32) if narrow else ids
 
 
 def _indices(term: Term, ids: Array) -> tuple[Array, Array, Array, Array]:

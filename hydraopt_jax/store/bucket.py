@@ -58,7 +58,7 @@ def read_manifest(at: str) -> dict[str, Any]:
     """
     if portable.named(at):
         return portable.read_header(source(at))[0]
-    return manifest.parse(at, manifest.gunzipped(at, manifest_data(at)))
+    return manifest.parse_folder(at, manifest_data(at))
 
 
 def manifest_data(at: str) -> bytes:
@@ -136,7 +136,7 @@ def size_in_bucket(at: str) -> int:
     if portable.named(at):
         return portable.remote_bytes(source(at))
     data = manifest_data(at)
-    said = manifest.parse(at, manifest.gunzipped(at, data))
+    said = manifest.parse_folder(at, data)
     return len(data) + sum(n for row in said["segments"] for _, n in row["arrays"])
 
 
@@ -155,6 +155,7 @@ def publish(written: Path, at: str, before: bytes) -> None:
         if not buckets.write(at, written.read_bytes(), before):
             raise overtaken(at)
         return
+    said = mark_segments(written)
     old = read_manifest(at) if state(at).data is not None else {"segments": []}
     segments = f"{at}/{SEGMENTS}/"
     new = {x.relative_to(written / SEGMENTS).as_posix(): x for x in (written / SEGMENTS).rglob("*")}
@@ -168,7 +169,20 @@ def publish(written: Path, at: str, before: bytes) -> None:
         named = {x["id"] for x in old["segments"]}
         buckets.remove_objects(segments, [key for key in new if key.partition("/")[0] not in named])
         raise
-    remove_unnamed(at, manifest.parse(at, manifest.gunzipped(at, data)), old)
+    remove_unnamed(at, said, old)
+
+
+def mark_segments(written: Path) -> dict[str, Any]:
+    """The manifest of a folder to be uploaded, after its segments have got a mark: those of a job have names
+    that the same job elsewhere gives, too."""
+    said, mark = folder.read_manifest(written), new_mark()
+    for row in said["segments"]:
+        here = written / SEGMENTS / row["id"]
+        if here.is_dir() and not MARK.fullmatch(row["id"]):
+            row["id"] = f"{row['id']}-{mark}"
+            here.rename(here.with_name(row["id"]))
+    folder.write_manifest(written, said)
+    return said
 
 
 def overtaken(at: str) -> HydraOptError:

@@ -74,6 +74,10 @@ def check_manifest(said: Any) -> None:
     report = said["report"]
     need(isinstance(report["form"], str) and isinstance(report["options"], dict), "report")
     need(is_whole(report["entries"], 0, 1 << 60) and isinstance(report["bound"], dict), "report")
+    options = report["options"]
+    need(isinstance(report.get("forms", {}), dict), "forms of a report")
+    need(isinstance(options.get("weights", {}), dict), "weights of a report")
+    need(all(isinstance(x, int | float) for x in options.get("weights", {}).values()), "weights of a report")
     check_provenance(report.get("provenance", {}))
     ids = set()
     for n, x in enumerate(said["segments"]):
@@ -100,6 +104,7 @@ def check_provenance(said: Any) -> None:
     for x in said.values():
         need(all(isinstance(x[k], str) for k in ("verb", "version", "date")), "provenance")
         need(all(isinstance(k, str) for k in x["options"]), "provenance")
+        need(isinstance(x["options"], dict), "provenance")
 
 
 def check_sources(merged: Mapping[str, Any], tasks: int) -> None:

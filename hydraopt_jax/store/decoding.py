@@ -228,7 +228,7 @@ def decode(store: Store, task: str) -> Adapter:
     """One task as an `Adapter`, ready for any writer in `formats`.
 
     Only the leaves of the task are read. The factors are balanced; those of a lossless store are bit for bit
-    those of the input.
+    those of the input. A task whose delta is zero has rank 1, of zeros.
 
     Raises:
       HydraOptError: the store has no such task, or its leaves cannot be decoded.
@@ -271,4 +271,8 @@ def adapter_of(store: Store, task: str, terms: Terms, place: int, last: bool) ->
             a[name], b[name] = balanced(*pair)
             if not (np.isfinite(a[name]).all() and np.isfinite(b[name]).all()):
                 raise damaged(None, f"factors of {name} that no encoder writes")
+    if not a:
+        # nothing is stored of a delta that is zero
+        a = {n: np.zeros((inputs, 1), np.float32) for n, (inputs, _) in store.shapes.items()}
+        b = {n: np.zeros((1, outputs), np.float32) for n, (_, outputs) in store.shapes.items()}
     return Adapter(task, a, b, **came)

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 from hydraopt_jax import buckets, network, remote
 from hydraopt_jax.deferred import Deferred, bytes_of
-from hydraopt_jax.errors import HydraOptError, TooLarge
+from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.locks import locked
-from hydraopt_jax.store import bucket, folder, manifest, portable, segment_data
+from hydraopt_jax.store import bucket, folder, portable, replacing
 from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.folder import MANIFEST
-from hydraopt_jax.store.store import Segment, Store, select
+from hydraopt_jax.store.store import Store, select
 
 Path_ = str | os.PathLike
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def located(path: Path_) -> Path | str:
         raise HydraOptError(
             f"{network.redact(str(path))}: remote stores are read-only: pull it, change it, and push it"
         )
-    return buckets.address(str(path)) if buckets.is_bucket(path) else Path(path).absolute()
+    return buckets.address(str(path)) if buckets.is_bucket(path) else folder.absolute(path)
 
 
 def open(path: Path_) -> Store:
@@ -100,7 +100,8 @@ def watched(path: Path | str, store: Store, opened: Any) -> Store:
             return leaf.read(start, stop)
         except HydraOptError:
             if replaced(leaf.origin[1]):
-                raise HydraOptError(f"{path}: was replaced since it was opened: open it again") from None
+                what = "is gone" if stamp(path) is None else "was replaced"
+                raise HydraOptError(f"{path}: {what} since it was opened: open it again") from None
             raise
 
     def one(leaf: Deferred) -> Deferred:
@@ -173,7 +174,7 @@ def save(
         if is_file(at):
             write_file(at, store, limit)
         else:
-            write_folder(at, store, limit, zstd)
+            replacing.write_folder(at, store, limit, zstd)
 
 
 @contextmanager
@@ -222,7 +223,7 @@ def upload(
         if is_file(at):
             write_file(here, store, limit)
         else:
-            write_folder(here, store, limit, zstd, rows, home=at, mark=bucket.new_mark())
+            replacing.write_folder(here, store, limit, zstd, rows, home=at, mark=bucket.new_mark())
         bucket.publish(here, at, before)
 
 
@@ -249,7 +250,7 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
         if is_file(at):
             write_file(at, changed)
         else:
-            write_folder(at, changed)
+            replacing.write_folder(at, changed)
     return open(at)
 
 
@@ -264,78 +265,6 @@ def write_file(path: Path, store: Store, limit: int | None = None) -> None:
     left = job_home(path)
     if folder.unfinished(left):
         folder.remove_unfinished(left)
-
-
-ROW = ("id", "bytes", "header", "sha256", "arrays", "files")
-
-
-def kept_row(segment: Segment, home: str, rows: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest row of a segment that is in the folder already; None for a segment to be written."""
-    origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
-    origin = origins.pop() if len(origins) == 1 else None
-    name = ""
-    if origin is not None and origin[0] == home and origin[2] == len(segment.leaves):
-        name = origin[1]
-    elif not any(isinstance(x, Deferred) for x in segment.leaves.values()):
-        # equal bytes may be there under the name that is made of their checksum
-        name = segment_data.entry_of(segment).id
-    return {k: rows[name][k] for k in ROW} if name in rows else None
-
-
-def write_folder(
-    path: Path,
-    store: Store,
-    limit: int | None = None,
-    zstd: bool = True,
-    known: Mapping[str, Any] | None = None,
-    home: str | None = None,
-    mark: str = "",
-) -> None:
-    """Write missing segments, then the manifest; then remove files that the manifest does not name.
-
-    Args:
-      limit, zstd: see `save`.
-      known: segment id -> manifest row of existing segments that the manifest lacks: those of a job, or those
-        in the bucket that the folder is written for.
-      home: where those segments are, if not in the folder.
-      mark: suffix of the names of new segments, where others may write the same ones at the same time.
-    """
-    fresh = not path.exists() or (known is None and folder.unfinished(path))
-    before = folder.read_manifest(path) if (path / MANIFEST).exists() else None
-    rows = {**(known or {}), **({x["id"]: x for x in before["segments"]} if before is not None else {})}
-    added: list[str] = []
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if before is None:
-            (path / folder.NEW).touch()
-        (path / folder.SEGMENTS).mkdir(exist_ok=True)
-        written = []
-        for x in store.segments:
-            row = kept_row(x, home or str(path), rows)
-            if row is None:
-                name = f"{segment_data.entry_of(x).id}-{mark}" if mark else None
-                row = folder.write_segment(path, x, name=name, zstd=zstd)
-                added.append(row["id"])
-            written.append(row)
-        said = manifest.as_json(store, written, path.name)
-        if limit is not None:
-            size = len(manifest.gzipped(manifest.to_text(said))) + sum(
-                folder.tree_bytes(path / folder.SEGMENTS / x["id"]) for x in written
-            )
-            if size > limit:
-                raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
-        folder.write_manifest(path, said)
-    except BaseException:
-        if fresh:
-            shutil.rmtree(path, ignore_errors=True)
-        elif known is not None:
-            # keep the segments of the job
-            for name in set(added) - set(rows):
-                shutil.rmtree(path / folder.SEGMENTS / name, ignore_errors=True)
-        else:
-            folder.remove_unnamed(path, before)
-        raise
-    folder.remove_unnamed(path, said)
 
 
 def verify(path: Path_) -> int:

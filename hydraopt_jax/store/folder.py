@@ -36,8 +36,10 @@ MANIFEST = "manifest.json.gz"
 SEGMENTS = "segments"
 # temporary name of the next manifest; without a manifest it marks a store that is being written
 NEW = f".{MANIFEST}.new"
-# folders of an unfinished job, see `jobs`, and of a job that is being removed
+# folders of an unfinished job, see `jobs`, and of a job that is being removed; a file that a job begins with,
+# perhaps still under a temporary name
 JOB, GONE = "job", ".job.gone"
+BEGUN = re.compile(r"(job|checked-\d+)\.(json|\d+)")
 # chunk size in bytes, and maximum chunks per array: small chunks waste fewer bytes when one task is read
 CHUNK, MAX_CHUNKS = 1 << 16, 256
 # maximum bytes per array; a writer holds an array twice, its own and Orbax's copy
@@ -47,8 +49,9 @@ SMALL_ARRAY_BYTES, FEW_ARRAYS = 1 << 25, 16
 # what a checkpoint takes beside its chunks and the path in its commit marker, and what a path is counted as
 # where it is not known
 CHECKPOINT_BYTES, PATH_BYTES = 735, 128
-# limit on the size that an array may claim: a constant, plus so many bytes per byte on disk (zstd of zeros)
-ROOM, EXPANSION = 1 << 22, 1000
+# limit on the size that a segment may claim: an array, as chunks of zeros are not on disk, plus so many bytes
+# per byte on disk (zstd of zeros)
+ROOM, EXPANSION = ARRAY_BYTES, 1000
 # number of segments whose headers are read at once
 READERS = 8
 # Orbax numbers its operations for the whole process: two threads may not save at once
@@ -56,6 +59,21 @@ WRITING = threading.Lock()
 # texts of TensorStore for errors of the system, such as a full disk
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """A path without links and `..`: one name for one place, and TensorStore reads no `..`.
+
+    Raises:
+      HydraOptError: it cannot be a path.
+    """
+    try:
+        found = Path(os.path.realpath(path))
+        found.exists()
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise HydraOptError(f"{str(path)[:120]!r}: cannot be a path ({said}): give another one") from None
+    return found
 
 
 def read_file(path: Path, name: str) -> bytes:
@@ -85,14 +103,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"{path}: an unfinished job: run its command again to go on, or delete the folder"
             )
         raise HydraOptError(f"{path}: not a store (it has no {MANIFEST}): give one that `compress` wrote")
-    return manifest.parse(path, manifest.gunzipped(path, read_file(path, MANIFEST)))
+    return manifest.parse_folder(path, read_file(path, MANIFEST))
 
 
 def unfinished(path: Path) -> bool:
-    """Whether a folder is empty or has only the leftovers of a stopped writer."""
-    if not path.is_dir() or (path / MANIFEST).exists():
+    """Whether a folder is empty or has the leftovers of a stopped writer, and nothing else."""
+    if not path.is_dir():
         return False
-    return any((path / x).exists() for x in (JOB, NEW)) or not any(path.iterdir())
+    names = {x.name for x in path.iterdir()}
+    if not names <= {JOB, GONE, NEW, SEGMENTS}:
+        return False
+    return not names or NEW in names or GONE in names or is_job(path / JOB)
+
+
+def is_job(path: Path) -> bool:
+    """Whether a folder is that of a job, and not one of the user that has its name."""
+    names = [x.name for x in path.iterdir()] if path.is_dir() else []
+    return path.is_dir() and (not names or any(map(BEGUN.fullmatch, names)))
 
 
 def reader(
@@ -224,7 +251,7 @@ def write_segment(
     found: list[SegmentEntry] = []
     name = name or segment_data.entry_of(segment).id
     folder = store / SEGMENTS / name
-    # a segment that no manifest names was left by a dead writer
+    # callers choose a name that no manifest has: what is there was left by a dead writer
     shutil.rmtree(folder, ignore_errors=True)
     context = ocp.Context()
     context.array.saving.use_compression = zstd and bool(segment.modules) and not segment.coded
@@ -246,7 +273,8 @@ def write_segment(
                 deque(map(save, itertools.count(), pieces), 0)
                 ocp.partial.finalize(folder)
     except BaseException as error:
-        for left in (folder.parent).glob(f"{name}*"):
+        # Orbax's temporary names are NAME.SOMETHING, and names of segments have no dot
+        for left in (folder, *folder.parent.glob(f"{name}.*")):
             shutil.rmtree(left, ignore_errors=True)
         code = SYSTEM_ERROR.search(str(error))
         if code is not None:
@@ -328,6 +356,11 @@ def write_manifest(path: Path, said: Mapping[str, Any]) -> None:
     sync(path)
 
 
+def remove_segment(path: Path, name: str) -> None:
+    """Remove a segment's files."""
+    shutil.rmtree(path / SEGMENTS / name, ignore_errors=True)
+
+
 def remove_unnamed(path: Path, said: Mapping[str, Any] | None) -> None:
     """Remove segments that the manifest does not name, and the folder of an unfinished job."""
     # the job first: it must not be resumed after its segments are gone
@@ -344,14 +377,21 @@ def remove_unnamed(path: Path, said: Mapping[str, Any] | None) -> None:
 def remove_job(path: Path) -> None:
     """Remove the folder of a job, after a rename: a partly removed one would be resumed."""
     shutil.rmtree(path / GONE, ignore_errors=True)
-    with suppress(OSError):
-        os.replace(path / JOB, path / GONE)
-    shutil.rmtree(path / GONE, ignore_errors=True)
+    if is_job(path / JOB):
+        with suppress(OSError):
+            os.replace(path / JOB, path / GONE)
+        shutil.rmtree(path / GONE, ignore_errors=True)
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what a stopped writer has left of a store that never was; stopped, it is known as that still."""
+    """Remove what a stopped writer has left of a store that never was; stopped, it is known as that still.
+
+    Other files in the folder stay, and the folder with them.
+    """
     (path / NEW).touch()
+    (path / MANIFEST).unlink(missing_ok=True)
     remove_job(path)
     shutil.rmtree(path / SEGMENTS, ignore_errors=True)
-    shutil.rmtree(path, ignore_errors=True)
+    (path / NEW).unlink(missing_ok=True)
+    with suppress(OSError):
+        path.rmdir()

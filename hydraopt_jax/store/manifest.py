@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydraopt_jax import strict_json
-from hydraopt_jax.errors import HydraOptError, damaged
+from hydraopt_jax.errors import HydraOptError, damaged, one_line
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import checks
 from hydraopt_jax.store.segment_data import SegmentEntry
@@ -79,6 +79,23 @@ def gunzipped(path: Any, data: bytes) -> bytes:
     return text
 
 
+def parse_folder(path: Any, data: bytes) -> dict[str, Any]:
+    """The manifest of a folder, in its stored bytes; see `gunzipped` and `parse`."""
+    said = parse(path, gunzipped(path, data))
+    with checks.believing(path, "its manifest"):
+        for x in said["segments"]:
+            checks.need(bool(x["arrays"]) and isinstance(x["files"], str), "arrays of a segment")
+    return said
+
+
+def check_written(said: Any, name: str) -> None:
+    """Raise for a manifest that no reader would take."""
+    try:
+        checks.check_manifest(said)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise HydraOptError(f"{name}: this store cannot be written: wrong {one_line(error, 120)}") from None
+
+
 def parse(path: Any, text: bytes) -> dict[str, Any]:
     """A manifest, checked.
 
@@ -131,8 +148,13 @@ def merge_sources(sources: Sequence[Source]) -> dict[str, Any]:
         | {f"config.{k}": v for k, v in x.config.items()}
         for x in sources
     ]
-    common = {k: v for k, v in rows[0].items() if all(k in r and r[k] == v for r in rows)} if rows else {}
+    common = {k: v for k, v in rows[0].items() if all(k in r and same(r[k], v) for r in rows)} if rows else {}
     return {"common": common, "own": [{k: v for k, v in r.items() if k not in common} for r in rows]}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are one in JSON, where 1 is neither 1.0 nor true."""
+    return one is other or (one == other and repr(one) == repr(other))
 
 
 def split_sources(merged: Mapping[str, Any]) -> tuple[Source, ...]:

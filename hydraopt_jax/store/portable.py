@@ -133,7 +133,9 @@ def header_rows(source: remote.RemoteFile) -> tuple[dict[str, Any], dict[str, An
 
 def header(store: Store, entries: list[SegmentEntry], name: str) -> bytes:
     """The header of the file, preceded by its length, padded to eight bytes as the format requires."""
-    text = manifest.to_text(manifest.as_json(store, [x._asdict() for x in entries], name), name).decode()
+    whole = manifest.as_json(store, [x._asdict() for x in entries], name)
+    manifest.check_written(whole, name)
+    text = manifest.to_text(whole, name).decode()
     seal = hashlib.sha256(text.encode()).hexdigest()
     rows: dict[str, Any] = {"__metadata__": {KEY: text, SEAL: seal}}
     at = 0
@@ -142,6 +144,11 @@ def header(store: Store, entries: list[SegmentEntry], name: str) -> bytes:
         at += x.bytes
     body = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
+    if len(body) > MAX_HEADER:
+        raise HydraOptError(
+            f"{name}: its header would take {len(body):,} bytes, the format allows {MAX_HEADER:,}: "
+            "save it as a folder"
+        )
     return len(body).to_bytes(8, "little") + body
 
 
@@ -152,7 +159,10 @@ def write_portable(path: Path, store: Store, limit: int | None = None) -> None:
       HydraOptError: the file cannot be written.
       TooLarge: the file would exceed `limit` bytes.
     """
-    entries = [segment_data.entry_of(x) for x in store.segments]
+    entries: list[SegmentEntry] = []
+    for x in store.segments:
+        entry = segment_data.entry_of(x)
+        entries.append(entry._replace(id=segment_data.free_id(entry.id, {y.id for y in entries})))
     head = header(store, entries, path.name)
     total = len(head) + sum(x.bytes for x in entries)
     if limit is not None and total > limit:

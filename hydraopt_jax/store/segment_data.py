@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,6 +113,17 @@ def sealed(segment: Segment, packed: bytes, raw: int, digests: bytes) -> Segment
 def entry_of(segment: Segment) -> SegmentEntry:
     """The entry of a segment; leaves with known digests are not read."""
     return sealed(segment, *deflated_header(segment), b"".join(map(leaf_digest, segment.leaves.values())))
+
+
+def free_id(wanted: str, taken: Collection[str]) -> str:
+    """An id that is not taken: equal segments have equal checksums, but not one name.
+
+    >>> free_id("a", {"b"}), free_id("a", {"a", "ax"})
+    ('a', 'axx')
+    """
+    while wanted in taken:
+        wanted += "x"
+    return wanted
 
 
 def likely_entry(segment: Segment, n: int) -> SegmentEntry:

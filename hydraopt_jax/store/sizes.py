@@ -84,7 +84,7 @@ def name_there(segment: Segment, path: Path_ | None) -> str:
     for x in segment.leaves.values():
         if isinstance(x, Deferred) and x.origin is not None and path is not None:
             where, name, _ = x.origin
-            return str(name) if where == str(Path(path).absolute()) else ""
+            return str(name) if where == str(folder.absolute(path)) else ""
     return ""
 
 
@@ -109,7 +109,7 @@ def measure_size(store: Store, path: Path_ | None = None) -> int:
         for x in entries
     ]
     said = manifest.as_json(store, written)
-    name = None if path is None else len(str(Path(path).absolute() / folder.SEGMENTS / ("0" * 16)))
+    name = None if path is None else len(str(folder.absolute(path) / folder.SEGMENTS / ("0" * 16)))
     sizes = (
         folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name + max(len(x.id) - 16, 0))
         for x in entries
