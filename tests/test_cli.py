@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -316,3 +318,34 @@ def test_add_and_remove_say_what_they_did(capsys, folders, tmp_path):
     again = ok(capsys, "remove", path, "a.b", "--refit", "--original", moved)
     assert again["tasks"] == ["two/three", "four"]
     assert ok(capsys, "verify", path, moved, folders[3])["ok"]
+
+
+def test_options_and_adapters_that_would_not_be_used_are_refused(capsys, folders, small, tmp_path):
+    path = tmp_path / "store"
+    ok(capsys, "compress", *folders[:3], "--out", path, *HYDRA)
+    for n, adapter in enumerate(small[2:]):
+        formats.write_adapter(tmp_path / "more" / f"new-{n}", adapter)
+    assert "holds 2 adapters: add one at a time" in refused(capsys, "add", path, tmp_path / "more")
+    assert "give one of them" in refused(capsys, "add", path, folders[3], "--refit", "--estimate")
+    assert "give one of them" in refused(capsys, "remove", path, "one", "--refit", "--estimate")
+    assert "--original: used with" in refused(capsys, "add", path, folders[3], "--original", folders[0])
+    assert "--original: used with" in refused(capsys, "remove", path, "one", "--original", folders[0])
+    assert ok(capsys, "export", path, "--task", "one", "--task", "one", "--out", tmp_path / "out")
+
+
+def test_a_reader_that_stops_is_no_failure(folders, tmp_path, capsys):
+    ok(capsys, "compress", *folders, "--out", tmp_path / "s", *HYDRA)
+    for more in ([], ["--json"]):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "hydraopt_jax.cli", "inspect", str(tmp_path / "s"), *more]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_names_that_no_disk_takes_are_one_line(capsys, folders, tmp_path):
+    for words in (["inspect", "x" * 300], ["merge", *folders, "--out", tmp_path / ("x" * 300)]):
+        said = refused(capsys, *words)
+        assert "too long" in said.lower()
+        assert said.count("\n") == 1

@@ -9,6 +9,7 @@ from commands import run
 from hydraopt_jax import calibration, changes, formats, forms, store, synthetic
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import distortion, engine, parts
 from hydraopt_jax.rate_control.metrics import metrics_of
@@ -272,3 +273,36 @@ def test_options_of_remove_that_do_nothing_are_refused(many, tmp_path, capsys, a
     assert words in err
     assert store.open(tmp_path / "s").tasks == ("legal", "medical")
     assert sizes.size_on_disk(tmp_path / "s") > 0
+
+
+def test_a_task_larger_than_a_part_is_purged_around(many, grown, monkeypatch):
+    later = changes.add(compress(many[:1], max_error=0.02), many[1])
+    monkeypatch.setattr(engine, "parts_of", lambda found, limit=600: parts.parts_of(found, 600))
+    left, again = changes.purge(removal.remove(later, many[0].task))
+    assert again == (many[1].task,)
+    assert len(left.segments) > 1
+    assert not removal.held(left)
+    claimed = left.errors
+    for t, adapter in enumerate(many[1:2]):
+        back = store.task_factors(left, adapter.task)
+        for m, n in enumerate(left.shapes):
+            delta = adapter.a[n] @ adapter.b[n]
+            lost = np.sum((delta - back[n][0] @ back[n][1]) ** 2) / np.sum(delta**2)
+            assert lost <= 1.01 * claimed[m, t]
+
+
+def test_bounds_hold_in_every_segment_of_a_plain_store(many, monkeypatch):
+    monkeypatch.setattr(group_loop, "TOGETHER", 0)
+    given = [
+        x.replace(a={**x.a, "v": x.a["layers.0.q"][:64]}, b={**x.b, "v": x.b["layers.0.q"]}) for x in many
+    ]
+    plain = compress(given, form=forms.Hydra(heads=2, rank=2), dtype="float16")
+    assert len(plain.segments) > 1
+    left, _ = changes.purge(removal.remove(plain, given[1].task))
+    kept = {x.task: x for x in given}
+    for t, task in enumerate(left.tasks):
+        back = store.task_factors(left, task)
+        for m, n in enumerate(left.shapes):
+            delta = kept[task].a[n] @ kept[task].b[n]
+            a, b = back.get(n, (np.zeros((len(delta), 1)), np.zeros((1, delta.shape[1]))))
+            assert np.sum((delta - a @ b) ** 2) <= 1.01 * left.errors[m, t] * np.sum(delta**2)

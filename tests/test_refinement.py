@@ -1,5 +1,7 @@
 """Refinement with the rounding in the loop: it gains, never loses, keeps its bytes, goes on after a stop."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,18 +233,75 @@ def test_a_stopped_run_goes_on_to_the_same_end(coded, many, tmp_path):
     np.testing.assert_allclose(found.errors, whole.errors, rtol=0.05)
 
 
+def test_a_stop_between_the_batches_of_a_step_changes_nothing(coded, many, tmp_path):
+    whole = refine(coded, many, steps=8, accumulate=4, batches=batch)[1].trace
+    stop = iter(range(7))
+    stopping = lambda step: (next(stop), batch(step))[1]  # noqa: E731
+    with pytest.raises(StopIteration):
+        refine(coded, many, steps=8, accumulate=4, save=2, folder=tmp_path, batches=stopping, check=batch(0))
+    assert {x.name for x in tmp_path.iterdir()} == {"4", "refinement.json"}
+    again = refine(coded, many, steps=8, accumulate=4, save=2, folder=tmp_path, batches=batch)[1].trace
+    np.testing.assert_allclose(again, whole, rtol=1e-6)
+
+
 def test_a_damaged_step_is_named(coded, many, tmp_path):
+    refine(coded, many, steps=3, folder=tmp_path)
+    shutil.rmtree(tmp_path / "3")
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "_METADATA").write_bytes(b"not a checkpoint")
     with pytest.raises(HydraOptError, match="3: no saved step"):
-        refine(coded, many, steps=6, folder=tmp_path)
+        refine(coded, many, steps=3, folder=tmp_path)
+
+
+def test_steps_of_another_refinement_are_not_taken(coded, many, tmp_path):
+    refine(coded, many, steps=3, folder=tmp_path)
+    other = hydra.compress(many, max_error=0.06)
+    for store, options in ((other, {}), (coded, {"steps": 4}), (coded, {"accumulate": 3})):
+        with pytest.raises(HydraOptError, match="steps of another refinement"):
+            refine(store, many, **({"steps": 3, "folder": tmp_path} | options))
+    assert len(refine(coded, many, steps=3, folder=tmp_path)[1].trace) == 3
+
+
+def test_a_module_that_is_zero_for_all_tasks_stays_so(many):
+    given = [x.replace(b={**x.b, "q": 0 * x.b["q"]}) for x in many]
+    kept = hydra.compress(given, max_error=0.05)
+    moments = dict.fromkeys(MODULES, ROOT.T @ ROOT)
+    found, info = refine(
+        kept, given, calibration=moments, steps=32, optimizer=refinement.default_optimizer(32)
+    )
+    assert info.after < info.before
+    assert set(found.shapes) == set(kept.shapes)
+    assert "q" not in decode_terms(found)
+
+
+def test_masked_tokens_do_not_count():
+    def masked(lora, x):
+        return forward(lora, x).at[..., 3:].set(-jnp.inf)
+
+    some = {"k": (jnp.ones((1, 256, 1)), jnp.ones((1, 1, 48)))}
+    other = {"k": (2 * some["k"][0], some["k"][1])}
+    whole = lambda lora, x: forward(lora, x)[..., :3]  # noqa: E731
+    found, wanted = (
+        jax.value_and_grad(refinement.divergence(f))(some, other, batch(0)[:1]) for f in (masked, whole)
+    )
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    for one, two in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"batches": ()}, "needs batches"), ({"drop": 1}, "no adapter for the task 'three'")],
+    [
+        ({"batches": ()}, "needs batches"),
+        ({"drop": 1}, "no adapter for the task 'three'"),
+        ({"accumulate": 0}, "accumulate and save must be at least 1"),
+        ({"without": "q"}, "q of the adapter 'one' is not that of the store"),
+        ({"narrow": "q"}, "q of the adapter 'one' is not that of the store"),
+    ],
 )
 def test_bad_input_is_one_line(coded, many, options, words):
     kept = many[: len(many) - options.pop("drop", 0)]
+    gone, narrow = options.pop("without", None), options.pop("narrow", None)
+    kept = [x.replace(a={n: a[n == narrow :] for n, a in x.a.items() if n != gone}) for x in kept]
     with pytest.raises(HydraOptError, match=words):
         refinement.refine(coded, kept, forward=forward, **({"batches": batch} | options))

@@ -124,6 +124,7 @@ def test_a_job_whose_removal_was_killed_is_not_gone_on_with(tmp_path):
             (tmp_path / SEGMENTS / x / "state" / "data").touch()
             (tmp_path / folder.JOB).mkdir(exist_ok=True)
             (tmp_path / folder.JOB / f"{x}.segment.json").touch()
+            (tmp_path / folder.JOB / "job.json").touch()
 
     begin()
     point, seen = 1, set()
@@ -205,6 +206,7 @@ def test_a_job_beside_a_file_that_was_half_removed_goes_with_the_next_change(
     left = tmp_path / "s.safetensors.job"
     for name in (folder.JOB, SEGMENTS):
         (left / name / "x").mkdir(parents=True)
+    (left / folder.JOB / "job.json").touch()
     calls, remove = [], shutil.rmtree
 
     def dying(path, **options):

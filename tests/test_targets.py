@@ -302,3 +302,20 @@ def test_real_adapters_reach_their_figures(gpt2, budget, target, alone):
     assert np.nanmean(kept.errors) <= target
     apart = compress(many, budget=budget, share=False)
     assert np.nanmean(kept.errors) < alone * np.nanmean(apart.errors)
+
+
+@pytest.mark.parametrize("weights", [{"task 2": 0.01}, {"task 0": 100.0, "task 1": 100.0}])
+def test_an_error_is_met_where_weights_make_a_plateau(weights):
+    """Nearly all bytes go to some of the tasks; the mean is the other's error until its turn comes."""
+    found = collection(0.5)
+    for goal in (0.4, 0.2):
+        kept = compress(found, max_error=goal, weights=weights)
+        assert 0.8 * goal < np.nanmean(kept.errors) <= goal
+
+
+def test_the_smallest_store_that_is_named_can_be_had():
+    found = collection(0.5)
+    with pytest.raises(HydraOptError, match="below the smallest store of this collection, about") as told:
+        compress(found, budget=900)
+    size = int(str(told.value).split("about ")[1].split(" bytes")[0].replace(",", ""))
+    assert sizes.measure_size(compress(found, budget=size)) <= size

@@ -73,6 +73,14 @@ def warn(message: str) -> None:
         click.echo(f"hydraopt: warning: {message}", err=True)
 
 
+class Printer(Console):
+    """A console that leaves a closed pipe to `to_a_reader`; rich ends the process with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """See `rich.console.Console`."""
+        raise BrokenPipeError
+
+
 @contextmanager
 def to_a_reader() -> Iterator[None]:
     """A context that prints; it ends the process without a failure where nobody reads any more (`| head`)."""
@@ -107,7 +115,7 @@ def say_all(payload: Mapping[str, Any], parts: Sequence[Any], more: Sequence[Any
     if mode().quiet:
         return
     # names of tasks are no markup
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Printer(highlight=False, markup=False, emoji=False)
     for part in (*(more if mode().verbose else ()), *parts):
         if isinstance(part, str):
             click.echo(wrapped(part, console.width))

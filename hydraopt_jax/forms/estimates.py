@@ -183,5 +183,5 @@ def errors_by_model(deltas: Sequence[Svd | HostSvd], sizes: np.ndarray) -> dict[
     directions = Directions(*jax.device_put([np.concatenate(x) for x in zip(*alone, strict=True)]))
     # one size at a time: any number of sizes shares a program
     found = [(separate_estimate(directions, x), joint_estimate(tuple(sides), x)) for x in bits]
-    separate, joint = (np.concatenate(x) / pairs for x in zip(*jax.device_get(found), strict=True))
+    separate, joint = (np.concatenate(x) / max(pairs, 1) for x in zip(*jax.device_get(found), strict=True))
     return {"separate": separate, "joint": joint}

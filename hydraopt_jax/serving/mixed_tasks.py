@@ -102,7 +102,7 @@ def apply(
     """
     check_method(method)
     tasks, inputs, outputs = shape(module)
-    ids = as_ids(task_ids)
+    x, ids = jnp.asarray(x), _as_ids(task_ids)
     lead = x.shape[:-1]
     if x.shape[-1:] != (inputs,):
         raise HydraOptError(f"x has shape {list(x.shape)}: its last axis must be the {inputs} inputs")
@@ -124,7 +124,7 @@ def apply(
     return jnp.asarray(total).reshape(*lead, outputs).astype(x.dtype)
 
 
-def as_ids(given: Any) -> Array:
+def _as_ids(given: Any) -> Array:
     """Ids of tasks in 32 bits: narrower integers cannot hold the number of tasks, wider ones would wrap."""
     wide = isinstance(given, np.ndarray | np.integer) and given.dtype.kind in "iu"
     if wide:

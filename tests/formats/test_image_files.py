@@ -233,3 +233,10 @@ def test_a_failed_write_leaves_nothing(file, tmp_path, monkeypatch):
         write_adapter(tmp_path / "deep" / "out.safetensors", found)
     assert [x.name for x in tmp_path.iterdir()] == ["cat.safetensors"]
     assert adapter({"q": 2}).config.get("lora_file") is None
+
+
+def test_the_weights_file_of_a_peft_folder_is_refused(tmp_path):
+    """It has no scale: alpha is in the configuration beside it."""
+    write_adapter(tmp_path / "a", adapter({"q": 2}).replace(config={}, layout={}))
+    with pytest.raises(HydraOptError, match="weights file of a PEFT adapter: give its folder"):
+        read_adapter(tmp_path / "a" / "adapter_model.safetensors")

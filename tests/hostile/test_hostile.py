@@ -187,7 +187,7 @@ def test_a_pattern_that_never_ended_ends():
     assert targets.read(json.dumps(fields).encode(), targets.weights()).a["q"].shape == (3, 2)
 
 
-NAMES = ["../../x", "/etc/x", "..", ".", "", "a\x00b", "con", "x" * 300, "a/../../b", "\\..\\x", "~", "a\nb"]
+NAMES = ["../../x", "/etc/x", "..", ".", " ", "a\x00b", "con", "x" * 300, "a/../../b", "\\..\\x", "~", "a\nb"]
 
 
 def test_task_names_never_lead_out_of_a_folder(tmp_path, capsys):

@@ -255,3 +255,30 @@ def test_moments_must_cover_every_module():
     collection = synthetic.collection(tasks=2, rank=2, modules={"q": (6, 4)})
     with pytest.raises(HydraOptError, match="q: the second moments of 'task-01'"):
         merging.merge_adapters(collection, "regmean", moments=[{"q": np.eye(6)}, {}])
+
+
+def test_a_merged_adapter_promises_no_tensors_that_it_has_not(small, tmp_path):
+    """PEFT adds `modules_to_save` for a task type with a head, and looks for trainable tokens."""
+    promises = {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "trainable_token_indices": [1, 5]}
+    merged = merging.merge_adapters([x.replace(config={**x.config, **promises}) for x in small], "linear")
+    assert merged.config["task_type"] is None
+    assert not {"modules_to_save", "trainable_token_indices"} & set(merged.config)
+
+
+def test_a_module_that_is_zero_leaves_errors_of_the_others(capsys, small, tmp_path):
+    gone = next(iter(small[0].a))
+    given = [small[0].replace(b={**small[0].b, gone: 0 * small[0].b[gone]}), *small[1:]]
+    names = []
+    for n, x in enumerate(given):
+        formats.write_adapter(tmp_path / f"in{n}", x)
+        names.append(f"{n}={tmp_path / f'in{n}'}")
+    code, out, _ = run(capsys, "merge", *names, "--out", tmp_path / "m", "--json")
+    said = json.loads(out)
+    assert code == 0
+    assert all(np.isfinite(x) for x in str_errors(said))
+
+
+def str_errors(said):
+    """Every number that the report of a merge has of errors."""
+    error = said["error"]
+    return [error["mean"], error["worst"], *error["per_task"].values()]

@@ -236,6 +236,27 @@ def test_checked_ids_raise_and_name_the_id():
     assert "task id 77 is outside 0..4" in error.get()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint32, np.int64])
+def test_ids_of_every_integer_type_are_those_tasks(dtype):
+    many = 300
+    module = (term("hydra", tasks=many),)
+    x, _ = batch(4, tasks=many)
+    ids = np.array([5, 60, 120, 0], dtype)
+    for given in (ids, jnp.asarray(ids)):
+        np.testing.assert_allclose(apply(x, module, given), expected(x, module, ids), rtol=1e-4, atol=1e-5)
+    if dtype is np.int64:
+        assert not serving.apply(x, module, ids + 2**32).any()
+
+
+@pytest.mark.parametrize("method", [*grouped.METHODS, None])
+def test_an_empty_batch_is_an_empty_result(method):
+    module = (term("separate"),)
+    nothing = np.zeros((0, I), np.float32), module, np.zeros(0, np.int32)
+    assert apply(*nothing, method=method).shape == (0, O)
+    checked = checkify.checkify(functools.partial(serving.apply, checked=True, method=method))
+    assert checked(*nothing)[0].get() is None
+
+
 @pytest.mark.parametrize(
     ("shape", "ids", "options", "named"),
     [
