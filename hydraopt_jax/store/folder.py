@@ -388,10 +388,11 @@ def remove_unfinished(path: Path) -> None:
 
     Other files in the folder stay, and the folder with them.
     """
-    (path / NEW).touch()
-    (path / MANIFEST).unlink(missing_ok=True)
+    with suppress(OSError):
+        (path / NEW).touch()
+        (path / MANIFEST).unlink(missing_ok=True)
     remove_job(path)
     shutil.rmtree(path / SEGMENTS, ignore_errors=True)
-    (path / NEW).unlink(missing_ok=True)
     with suppress(OSError):
+        (path / NEW).unlink(missing_ok=True)
         path.rmdir()
