@@ -53,11 +53,50 @@ def test_a_folder_of_the_user_named_job_is_no_job(theirs, folders, capsys, asked
     assert (theirs / "job" / "run.slurm").read_text() == "mine"
 
 
+def test_it_is_not_called_an_unfinished_job(theirs, lossless):
+    for call in (lambda: hydra.open(theirs), lambda: hydra.save(theirs, lossless, overwrite=True)):
+        with pytest.raises(HydraOptError, match="not a store"):
+            call()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_nor_is_one_inside_a_store(folders, tmp_path, capsys, more):
+    words = ("compress", *folders, "--out", tmp_path / "s", "--form", "hydra", "--overwrite")
+    assert run(capsys, *words)[0] == 0
+    (tmp_path / "s" / "job").mkdir()
+    (tmp_path / "s" / "job" / "run.slurm").write_text("mine")
+    status, _, said = run(capsys, *words, *more)
+    assert status == 2
+    assert "is no folder of a job" in said
+    assert (tmp_path / "s" / "job" / "run.slurm").read_text() == "mine"
+    hydra.update(tmp_path / "s", lambda x: hydra.remove(x, x.tasks[0]))
+    assert (tmp_path / "s" / "job" / "run.slurm").read_text() == "mine"
+
+
+def test_a_stray_file_does_not_keep_a_writer_from_beginning_anew(lossless, tmp_path):
+    (tmp_path / "s").mkdir()
+    for name in (folder.NEW, ".DS_Store"):
+        (tmp_path / "s" / name).touch()
+    hydra.save(tmp_path / "s", lossless)
+    assert hydra.verify(tmp_path / "s")
+    assert (tmp_path / "s" / ".DS_Store").exists()
+
+
+def test_a_link_into_a_cache_is_the_store_that_it_is_named(lossless, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    hydra.save(tmp_path / "s.safetensors", lossless)
+    (tmp_path / "s.safetensors").rename(tmp_path / "blobs" / "0123abcd")
+    (tmp_path / "s.safetensors").symlink_to(tmp_path / "blobs" / "0123abcd")
+    assert hydra.verify(tmp_path / "s.safetensors")
+    hydra.update(tmp_path / "s.safetensors", lambda x: hydra.remove(x, x.tasks[0]))
+    assert len(hydra.open(tmp_path / "s.safetensors").tasks) == 2
+
+
 def test_what_is_not_of_the_job_outlives_it(lossless, tmp_path):
     place = Folder(tmp_path / "s", "abcdef1234")
     place.enter()
     (tmp_path / "s" / "notes.txt").write_text("mine")
-    assert not folder.unfinished(tmp_path / "s")
+    assert folder.unfinished(tmp_path / "s")
     folder.remove_unfinished(tmp_path / "s")
     assert [x.name for x in (tmp_path / "s").iterdir()] == ["notes.txt"]
     with pytest.raises(TooLarge):

@@ -306,3 +306,15 @@ def test_bounds_hold_in_every_segment_of_a_plain_store(many, monkeypatch):
             delta = kept[task].a[n] @ kept[task].b[n]
             a, b = back.get(n, (np.zeros((len(delta), 1)), np.zeros((1, delta.shape[1]))))
             assert np.sum((delta - a @ b) ** 2) <= 1.01 * left.errors[m, t] * np.sum(delta**2)
+
+
+def test_full_tensors_stay_where_a_purge_makes_several_segments(many, monkeypatch):
+    head = {"score": np.arange(12, dtype=np.float32)}
+    later = compress([many[0], *(x.replace(extras=head) for x in many[1:])], max_error=0.02)
+    gone = reference(later) if any("predicted" in x for x in later.report["forms"]) else many[0].task
+    monkeypatch.setattr(engine, "parts_of", lambda found, limit=2000: parts.parts_of(found, 2000))
+    left, again = changes.purge(removal.remove(later, gone))
+    assert len(left.segments) > 1
+    for task in again:
+        if task != many[0].task:
+            assert np.array_equal(store.decode(left, task).extras["score"], head["score"])

@@ -272,6 +272,8 @@ def test_a_module_that_is_zero_for_all_tasks_stays_so(many):
     assert info.after < info.before
     assert set(found.shapes) == set(kept.shapes)
     assert "q" not in decode_terms(found)
+    indexed = lambda lora, x: x @ BASE + sum((x @ lora[n][0]) @ lora[n][1] for n in MODULES)  # noqa: E731
+    assert refine(kept, given, forward=indexed, steps=1)[1].before == pytest.approx(info.before, rel=1e-3)
 
 
 def test_masked_tokens_do_not_count():

@@ -18,6 +18,9 @@ from hydraopt_jax.rate_control import engine
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import removal
 from hydraopt_jax.store.store import ERRORS, Segment, Store, error_leaf, make_segment, select, tensors_at
+from hydraopt_jax.store.tensors import Tensors
+
+NONE = Tensors((), b"")
 
 
 def purge(
@@ -63,12 +66,15 @@ def purge(
         names = [x.tasks[k] for k in x.live]
         given, absent = refitting.at_hand(store, names, original)
         part = [only(a, x) for a in given]
-        first, *more = coded_again(store, out, x, part, calibration)
-        number[n] = len(out.segments)
-        carried = [tensors_at(x, x.tasks.index(t)) for t in first.tasks]
-        again_coded = [y.replace(leaves=claims(x, y, absent)) for y in (first, *more)]
-        again_coded[0] = again_coded[0].with_tensors(carried)
-        out = out.replace(segments=(*out.segments, *again_coded))
+        # full tensors go with the first segment of their task
+        carried = {t: tensors_at(x, x.tasks.index(t)) for t in names}
+        made = [
+            y.replace(leaves=claims(x, y, absent)).with_tensors([carried.pop(t, NONE) for t in y.tasks])
+            for y in coded_again(store, out, x, part, calibration)
+        ]
+        if any(v.table for v in carried.values()):
+            made.append(make_segment(tuple(carried), {}, {}, tensors=list(carried.values())))
+        out = out.replace(segments=(*out.segments, *made))
         again |= dict.fromkeys(names)
         standing |= dict.fromkeys(absent)
     done = tuple(t for t in store.tasks if t in again)

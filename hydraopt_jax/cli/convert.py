@@ -75,7 +75,8 @@ def check_used(source: str, to: str) -> None:
     idle = {"rank", "scan", "layers", "step"} if to == "peft" else set()
     why = "--to peft does not use it"
     if is_peft(source):
-        idle, why = idle | {"base", "prefix"}, "the source has the names of PEFT"
+        # with --to peft, `read_source` says what is wrong
+        idle, why = set() if to == "peft" else {"base", "prefix"}, "the source has the names of PEFT"
     for name in sorted(idle):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise HydraOptError(f"--{name}: {why}: leave it out")

@@ -22,6 +22,7 @@ from hydraopt_jax.cli.output import jsonable, output_options, progress, say, war
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.merging import registry, whole_adapters
+from hydraopt_jax.rate_control import search
 from hydraopt_jax.reading import locate
 from hydraopt_jax.store.store import task_errors
 from hydraopt_jax.store.tensors import check_dtype
@@ -178,7 +179,7 @@ def merge(
     write_adapter(out, merged, dtype=dtype, overwrite=overwrite)
     warnings(collection, method)
     per_task = dict(zip(tasks, task_errors(errors).tolist(), strict=True))
-    mean, worst = float(np.nanmean(errors)), max(per_task.values())
+    mean, worst = search.value(errors, ()), max(per_task.values())
     payload = {
         "out": str(out),
         "method": method,

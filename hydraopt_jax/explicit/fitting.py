@@ -180,10 +180,11 @@ def fit_modules(bucket: Bucket, asked: Hydra, dtype: str) -> dict[str, tuple[Fac
     heads, rank = asked.heads or tasks, asked.rank or a.shape[3]
     out = {}
     rows = []
-    for name, (factors, info) in zip(bucket.modules, fit(a, b, asked, heads, rank), strict=True):
+    found = fit(a, b, asked, heads, rank)
+    for name, present, (factors, info) in zip(bucket.modules, bucket.ranks > 0, found, strict=True):
         if (np.asarray(factors.a_of) < 0).all():
-            # zero for all tasks: one pair of zeros, which the first one uses
-            one = np.where(np.arange(tasks) == 0, 0, -1).astype(np.int32)
+            # zero for all tasks: one pair of zeros, for the first one that has the module
+            one = np.where(np.arange(tasks) == np.argmax(present), 0, -1).astype(np.int32)
             factors = factors._replace(a=0 * factors.a[:1], b=0 * factors.b[:1], a_of=one, b_of=one)
         # without factors that no task uses
         kept = cast(scale(select_term(factors, range(tasks))), dtype, name)

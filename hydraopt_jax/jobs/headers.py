@@ -12,6 +12,7 @@ from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 from hydraopt_jax.jobs.place import read_json, write_json
 from hydraopt_jax.rate_control.work import Processes
 from hydraopt_jax.reading import NamedPath
+from hydraopt_jax.store.folder import check_job
 
 # number of files that are read and hashed at once
 READERS = 2
@@ -35,9 +36,10 @@ def read_headers(
       advance: called after each adapter.
 
     Raises:
-      HydraOptError: a bad adapter, named.
+      HydraOptError: a bad adapter, named; or a folder of the user in the job's place.
     """
     processes = processes or Processes()
+    check_job(folder)
     known: dict[str, Any] = {}
     for file in folder.glob("checked-*.json"):
         known |= read_json(file)["known"]

@@ -80,6 +80,7 @@ class Folder:
         Raises:
           HydraOptError: the folder belongs to another job.
         """
+        folder.check_job(self.scratch)
         file = self.scratch / "job.json"
         if file.exists():
             if read_json(file) != {"mark": self.mark}:

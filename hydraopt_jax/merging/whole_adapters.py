@@ -22,10 +22,10 @@ from hydraopt_jax.rate_control.distortion import relative
 # name, `a: [T, I, R]`, `b: [T, R, O]`, ranks `[T]`
 Module = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
-# fields of a PEFT configuration that select modules; they are wrong for the union of several adapters
 # what PEFT looks for further tensors for, which a merged adapter does not have: heads and trainable tokens
 _NOT_MERGED = ("modules_to_save", "trainable_token_indices")
 _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# fields of a PEFT configuration that select modules; they are wrong for the union of several adapters
 _TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 

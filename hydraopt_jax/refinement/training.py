@@ -101,7 +101,10 @@ def moved_loss(loss: Any, rows: Sequence[Rows], original: Lora, moved: Any, batc
     """The loss of the moved factors of some segments."""
     parts = [stacked(with_indices(x.indices, own)) for x, own in zip(rows, moved, strict=True)]
     tasks = len(next(iter(original.values()))[0])
-    return loss(all_tasks(parts, [jnp.asarray(x.places) for x in rows], tasks), original, batch)
+    found = all_tasks(parts, [jnp.asarray(x.places) for x in rows], tasks)
+    # a module that is zero for all tasks has no terms
+    zero = {n: (0 * a[..., :1], 0 * b[:, :1]) for n, (a, b) in original.items() if n not in found}
+    return loss({**found, **zero}, original, batch)
 
 
 def step(

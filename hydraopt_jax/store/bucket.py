@@ -17,7 +17,7 @@ import numpy as np
 
 from hydraopt_jax import buckets, remote
 from hydraopt_jax.errors import HydraOptError, damaged
-from hydraopt_jax.store import folder, manifest, portable
+from hydraopt_jax.store import checksums, folder, manifest, portable
 from hydraopt_jax.store.arrays import run_reader
 from hydraopt_jax.store.folder import ARRAY_BYTES, MANIFEST, SEGMENTS
 from hydraopt_jax.store.segment_data import SegmentEntry
@@ -126,7 +126,7 @@ def check_files(at: str, said: Mapping[str, Any]) -> None:
         found = hashlib.sha256()
         for key in sorted((x for x in known[row["id"]] if x.startswith(inside)), key=lambda x: x.split("/")):
             data = buckets.read_object(f"{place}/{key}").data or b""
-            folder.hash_file(found, key, len(data), [data])
+            checksums.hash_file(found, key, len(data), [data])
         if found.hexdigest()[:16] != row["files"]:
             raise damaged(at, f"an object of segment {row['id']} does not match its checksum")
 

@@ -228,7 +228,7 @@ def decode(store: Store, task: str) -> Adapter:
     """One task as an `Adapter`, ready for any writer in `formats`.
 
     Only the leaves of the task are read. The factors are balanced; those of a lossless store are bit for bit
-    those of the input. A task whose delta is zero has rank 1, of zeros.
+    those of the input. A task whose delta is zero has rank 1, of zeros, in the store's modules.
 
     Raises:
       HydraOptError: the store has no such task, or its leaves cannot be decoded.

@@ -8,8 +8,7 @@ new one. A crash can leave segments that no manifest names; the next writer remo
 by Orbax and read through TensorStore, without JAX.
 """
 
-import functools
-import hashlib
+import errno
 import itertools
 import logging
 import os
@@ -27,7 +26,7 @@ import numpy as np
 
 from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged, system_error
-from hydraopt_jax.store import manifest, segment_data
+from hydraopt_jax.store import checksums, manifest, segment_data
 from hydraopt_jax.store.arrays import run_reader
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Reference, Segment, Store
@@ -39,6 +38,8 @@ NEW = f".{MANIFEST}.new"
 # folders of an unfinished job, see `jobs`, and of a job that is being removed; a file that a job begins with,
 # perhaps still under a temporary name
 JOB, GONE = "job", ".job.gone"
+# how the name of a store in one file ends
+FILE = ".safetensors"
 BEGUN = re.compile(r"(job|checked-\d+)\.(json|\d+)")
 # chunk size in bytes, and maximum chunks per array: small chunks waste fewer bytes when one task is read
 CHUNK, MAX_CHUNKS = 1 << 16, 256
@@ -65,14 +66,19 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     """A path without links and `..`: one name for one place, and TensorStore reads no `..`.
 
     Raises:
-      HydraOptError: it cannot be a path.
+      HydraOptError: it cannot be a path, or no right to it.
     """
     try:
         found = Path(os.path.realpath(path))
         found.exists()
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise system_error(path, "read", error) from None
         said = error.strerror if isinstance(error, OSError) else error
         raise HydraOptError(f"{str(path)[:120]!r}: cannot be a path ({said}): give another one") from None
+    if found.suffix != Path(path).suffix and Path(path).suffix == FILE:
+        # a cache names files by their content: the link says what it is
+        return Path(os.path.realpath(Path(path).parent), Path(path).name)
     return found
 
 
@@ -98,7 +104,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         if (path / "_CHECKPOINT_METADATA").is_file():
             raise manifest.old(path, "1 to 4")
-        if (path / JOB).is_dir() or (path / NEW).exists():
+        if is_job(path / JOB) or (path / NEW).exists():
             raise HydraOptError(
                 f"{path}: an unfinished job: run its command again to go on, or delete the folder"
             )
@@ -107,13 +113,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def unfinished(path: Path) -> bool:
-    """Whether a folder is empty or has the leftovers of a stopped writer, and nothing else."""
-    if not path.is_dir():
+    """Whether a folder is empty or has the leftovers of a stopped writer."""
+    names = {x.name for x in path.iterdir()} if path.is_dir() else {MANIFEST}
+    if MANIFEST in names:
         return False
-    names = {x.name for x in path.iterdir()}
-    if not names <= {JOB, GONE, NEW, SEGMENTS}:
-        return False
-    return not names or NEW in names or GONE in names or is_job(path / JOB)
+    # an empty folder of a job tells nothing where there is more
+    begun = is_job(path / JOB) and (names <= {JOB, GONE, SEGMENTS} or any((path / JOB).iterdir()))
+    return begun or NEW in names or names <= {GONE}
+
+
+def check_job(path: Path) -> None:
+    """Raise if the folder of a store has a folder of the user where its job needs one."""
+    if path.exists() and not is_job(path):
+        raise HydraOptError(
+            f"{path}: is no folder of a job, which needs this name: move it, or choose another --out"
+        )
 
 
 def is_job(path: Path) -> bool:
@@ -283,29 +297,8 @@ def write_segment(
     sync_tree(folder)
     names = ["data"] if len(parts) == 1 else [f"data_{k}" for k in range(len(parts))]
     arrays = [[array_path(folder, n), size] for n, (size, _) in zip(names, parts, strict=True)]
-    files = checksum(folder, [str(x) for x, _ in arrays])
+    files = checksums.checksum(folder, [str(x) for x, _ in arrays])
     return {**found[0]._replace(id=name)._asdict(), "arrays": arrays, "files": files}
-
-
-def checksum(folder: Path, arrays: Sequence[str]) -> str:
-    """The first 16 digits of a SHA-256 over names, sizes and bytes of all files of a checkpoint's arrays.
-
-    Orbax's own files with times and paths do not count.
-    """
-    whole = hashlib.sha256()
-    for x in sorted(x for name in arrays for x in (folder / name).rglob("*")):
-        if x.is_file():
-            with x.open("rb") as file:
-                pieces = iter(functools.partial(file.read, 1 << 20), b"")
-                hash_file(whole, x.relative_to(folder).as_posix(), x.stat().st_size, pieces)
-    return whole.hexdigest()[:16]
-
-
-def hash_file(whole: Any, name: str, size: int, pieces: Iterable[bytes]) -> None:
-    """Add a file to a checksum: its name in the checkpoint, its size, and its bytes in pieces."""
-    whole.update(f"{name}\n{size}\n".encode())
-    for piece in pieces:
-        whole.update(piece)
 
 
 def check_files(path: Path, said: Mapping[str, Any]) -> None:
@@ -317,7 +310,7 @@ def check_files(path: Path, said: Mapping[str, Any]) -> None:
     for row in said["segments"]:
         folder = path / SEGMENTS / row["id"]
         try:
-            right = checksum(folder, [x for x, _ in row["arrays"]]) == row["files"]
+            right = checksums.checksum(folder, [x for x, _ in row["arrays"]]) == row["files"]
         except FileNotFoundError:
             # gone since it was listed: removed, or the store is being replaced
             right = False

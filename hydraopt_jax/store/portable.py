@@ -17,11 +17,11 @@ from hydraopt_jax import remote, strict_json
 from hydraopt_jax.durable import sync
 from hydraopt_jax.errors import HydraOptError, TooLarge, damaged, one_line, system_error
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.folder import from_manifest
+from hydraopt_jax.store.folder import FILE, from_manifest
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Store
 
-SUFFIX = ".safetensors"
+SUFFIX = FILE
 # keys of the manifest in the header's metadata, and of its checksum
 KEY, SEAL = "hydraopt", "hydraopt_sha256"
 # maximum bytes of a header, set by the format

@@ -6,7 +6,7 @@ from typing import Any
 
 from hydraopt_jax.deferred import Deferred
 from hydraopt_jax.errors import TooLarge
-from hydraopt_jax.store import folder, manifest, segment_data
+from hydraopt_jax.store import checksums, folder, manifest, segment_data
 from hydraopt_jax.store.folder import MANIFEST
 from hydraopt_jax.store.store import Segment, Store
 
@@ -25,7 +25,7 @@ def whole(path: Path, row: Mapping[str, Any]) -> bool:
     """Whether the files of a segment are as they were written."""
     try:
         inside = path / folder.SEGMENTS / row["id"]
-        return folder.checksum(inside, [x for x, _ in row["arrays"]]) == row["files"]
+        return checksums.checksum(inside, [x for x, _ in row["arrays"]]) == row["files"]
     except OSError:
         return False
 
