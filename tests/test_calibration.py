@@ -9,6 +9,7 @@ import pytest
 from commands import run
 
 from hydraopt_jax import HydraOptError, calibration, compression, formats, store, synthetic
+from hydraopt_jax.calibration import tap
 from hydraopt_jax.rate_control import metrics
 from hydraopt_jax.store import sizes
 
@@ -241,3 +242,11 @@ def test_the_command_that_calibrates_refuses_in_one_line(tmp_path, monkeypatch, 
     assert said in error
     assert error.count("\n") == 1
     assert {x.name for x in tmp_path.iterdir()} == {"latin.txt", "text.txt"}
+
+
+def test_rows_that_are_left_out_may_be_no_numbers():
+    rows, mask = jnp.array([[1.0, 0.0], [jnp.nan, jnp.inf]]), jnp.array([True, False])
+    found = calibration.mean(calibration.accumulate(calibration.start(2), rows, mask))
+    np.testing.assert_allclose(found, [[1, 0], [0, 0]])
+    for ndim in (1, 2):
+        assert np.isfinite(tap.second(rows, mask.astype(jnp.float32), ndim)).all()

@@ -67,3 +67,16 @@ def test_deltas_of_the_form_come_back(diagonal):
     made = jax.vmap(lambda c: decompose.svd(a @ c, b))(core)
     _, info = diagonalization.joint_diagonal(made, rank=R, diagonal=diagonal, steps=200)
     assert loss(info) < 1e-4
+
+
+def test_one_task_has_the_weight_that_it_is_given():
+    deltas = decompose.svd(
+        *(
+            jnp.asarray(np.random.default_rng(s[1]).normal(size=s), jnp.float32)
+            for s in ((1, 8, 3), (1, 3, 6))
+        )
+    )
+    _, info = diagonalization.joint_diagonal(deltas, rank=2, weights=jnp.array([4.0]), diagonal=False)
+    np.testing.assert_allclose(info.weights, [4.0])
+    np.testing.assert_allclose(info.trace, 4 * info.error.sum(), rtol=1e-5)
+    assert float(info.bound) <= float(info.trace[-1]) * (1 + 1e-5)

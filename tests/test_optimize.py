@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hydraopt_jax import compression, forms
+from hydraopt_jax import compression, forms, synthetic
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import descent, gradient
 from hydraopt_jax.linalg import decompose
@@ -159,3 +159,17 @@ def test_real_adapters_from_the_mean(gpt2):
     )
     bound = np.mean(list(solved.report["bound"].values()))
     assert bound * (1 - 1e-4) <= solved.errors.mean() <= bound * 1.01
+
+
+@pytest.mark.parametrize("cores", [False, True])
+def test_the_start_from_the_mean_is_the_mean(cores):
+    """The first loss is that of the mean of the factors, with or without cores, which begin as identities."""
+    made = synthetic.collection(tasks=4, modules={"q": (24, 16)}, rank=3, likeness=0.5, dtype="float32")
+    a, b = (jnp.stack([getattr(x, side)["q"] for x in made]) for side in "ab")
+    deltas = decompose.svd(a, b)
+    solver = forms.Gradient(None, "mean", 1)
+    found, info = gradient.hydra(a, b, deltas, heads=2, rank=3, side="in", cores=cores, solver=solver)
+    labels = np.asarray(found.b_of)
+    start, heads = gradient.mean_start(a, b, jnp.asarray(labels), 2, 3)
+    lost = [jnp.sum((a[t] @ b[t] - start @ heads[labels[t]]) ** 2) for t in range(4)]
+    np.testing.assert_allclose(info.trace[0], sum(info.weights * jnp.stack(lost)), rtol=1e-4)

@@ -114,3 +114,14 @@ def test_recipes_are_text_that_others_read(capsys, made, tmp_path):
     run(capsys, "inspect", made, "--recipe", tmp_path / "r.yaml")
     run(capsys, "inspect", made, "--recipe", tmp_path / "r.json")
     assert yaml.safe_load((tmp_path / "r.yaml").read_text()) == json.loads((tmp_path / "r.json").read_text())
+
+
+def test_a_target_of_the_command_line_stands_for_those_of_the_recipe(capsys, made, tmp_path):
+    run(capsys, "inspect", made, "--recipe", tmp_path / "r.json")
+    given = ["--recipe", tmp_path / "r.json", "--budget", "0.9", "--out", tmp_path / "s2"]
+    code, _, err = run(capsys, "compress", *given)
+    assert code == 0, err
+    said = store.open(tmp_path / "s2").report["provenance"]["made"]["options"]
+    assert said["budget"] == "0.9"
+    assert "max_error" not in said
+    assert said["weights"] == ["one=2"]

@@ -106,7 +106,8 @@ def weigh(counted: Any, x: Any, name: str) -> Any:
 
 def second(rows: Any, weights: Any, diagonal: bool) -> Any:
     """Sum of `x x.T` over rows `[..., n]`, or of its diagonal."""
-    flat, keep = rows.detach().reshape(-1, rows.shape[-1]).float(), weights.reshape(-1, 1)
+    keep = weights.reshape(-1, 1)
+    flat = rows.detach().reshape(-1, rows.shape[-1]).float().masked_fill(keep <= 0, 0.0)
     return (flat * flat * keep).sum(0) if diagonal else flat.T @ (flat * keep)
 
 

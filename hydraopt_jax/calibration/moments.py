@@ -68,6 +68,8 @@ def accumulate(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
     """
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     keep = jnp.ones(rows.shape[0]) if mask is None else mask.reshape(-1).astype(jnp.float32)
+    # what is left out may be no number
+    rows = jnp.where(keep[:, None] > 0, rows, 0.0)
     return Moment(moment.total + matmul(rows.T, rows * keep[:, None]), moment.count + keep.sum())
 
 

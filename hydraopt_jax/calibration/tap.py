@@ -84,7 +84,8 @@ def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
 
 def second(rows: Array, weights: Array, ndim: int) -> Array:
     """Sum of `x x.T` over rows `[..., n]`, or of its diagonal."""
-    flat, keep = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), weights.reshape(-1, 1)
+    keep = weights.reshape(-1, 1)
+    flat = jnp.where(keep > 0, rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), 0.0)
     return (flat * flat * keep).sum(0) if ndim == 1 else matmul(flat.T, flat * keep)
 
 

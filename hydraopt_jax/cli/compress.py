@@ -151,6 +151,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
     """
     files.check_output(out, given["overwrite"])
     sources = locate(adapters, strict=not given["skip_bad"])
+    given |= recipes.without_replaced(context, ("budget", "max_error", "max_task_error", "form"), FORM)
     asked = asked_of(given, len(sources))
     made = {"made": provenance.entry("compress", recipes.recorded(context))}
     if given["coordinator"] is not None and buckets.is_bucket(out):

@@ -1,5 +1,6 @@
 """Recipes on the command line: options read from a file, and options recorded in a store."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -45,6 +46,26 @@ def apply_recipe(context: click.Context, option: click.Parameter, path: str | No
     adapters = [f"{x['task']}={x['source']}" for x in found["adapters"]]
     context.default_map = {**found["options"], **({"adapters": adapters} if adapters else {})}
     return found
+
+
+def without_replaced(
+    context: click.Context, targets: Sequence[str], form: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Values of a recipe's targets that one of the command line stands for, and of its form's options.
+
+    Args:
+      context: of the verb.
+      targets: options of which a store has one.
+      form: defaults of the options of "form".
+    """
+    source = context.get_parameter_source
+    if all(source(k) is not ParameterSource.COMMANDLINE for k in targets):
+        return {}
+    gone: dict[str, Any] = {k: None for k in targets if source(k) is ParameterSource.DEFAULT_MAP}
+    if "form" in gone:
+        gone |= {k: v for k, v in form.items() if source(k) is ParameterSource.DEFAULT_MAP}
+    context.params |= gone
+    return gone
 
 
 def recorded(context: click.Context) -> dict[str, Any]:

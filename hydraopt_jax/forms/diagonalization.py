@@ -67,6 +67,8 @@ def full_cores(deltas: Svd, common: Array, weights: Array, steps: int) -> tuple[
     if deltas.s.shape[0] == 1:
         factors, info = forms.separate(deltas, rank=rank)
         width = factors.a.shape[-1]
+        lost = jnp.sum(weights * info.error)
+        info = info._replace(weights=weights, bound=lost, trace=jnp.broadcast_to(lost, info.trace.shape))
         return factors._replace(core=jnp.eye(width)[None]), info
     mean, info = forms.hydra(deltas, heads=1, rank=rank, weights=weights, cores=True, steps=steps)
     other, trace = forms.add_cores(deltas, mean._replace(a=common), weights, steps)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from hydraopt_jax.store.store import SHARED, Store, closure, places_of, task_ind
 
 # default limit of a cache in bytes
 LIMIT = "10GB"
+# least seconds between two looks for an unknown task in a remote store
+AGAIN = 5.0
 # version of the folders' contents, for a given store
 WRITER = 1
 
@@ -67,7 +70,7 @@ class TaskFolders:
     ) -> None:
         server.check_ranks(None, profile)
         self.path, self.profile = store_path(store), profile
-        self._state = read_state(self.path)
+        self._state, self._opened = read_state(self.path), time.monotonic()
         self.cache = FolderCache(
             Path(default_cache() if cache is None else cache).absolute(), read_limit(limit)
         )
@@ -79,6 +82,17 @@ class TaskFolders:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks in the store's present state."""
         return self._now().store.tasks
+
+    def check(self, task: str) -> None:
+        """Raise if the store has no such task.
+
+        A remote store has no stamp: it is opened again for an unknown task, at most every `AGAIN` seconds.
+        """
+        with self._mutex:
+            late = time.monotonic() - self._opened > AGAIN
+            if isinstance(self.path, str) and late and task not in self._state.store.tasks:
+                self._state, self._opened = read_state(self.path), time.monotonic()
+        task_index(self.tasks, task)
 
     def folder(self, task: str, *, base: str | None = None) -> Path:
         """A task's folder, which stays until `release`, or as long as this object lives.

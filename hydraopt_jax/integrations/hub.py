@@ -79,6 +79,8 @@ def without_paths(store: Store) -> Store:
         paths = {k: own(v) for k, v in said["options"].items() if k == "calibration"}
         known[key] = {**said, "options": {**said["options"], **paths}}
     report = store.report.replace(provenance=known) if known else store.report
+    if left := report.get("left_out"):
+        report = report.replace(left_out={own(k): v.replace(k, own(k)) for k, v in left.items()})
     sources = tuple(x._replace(origin=own(x.origin)) for x in store.sources)
     return store.replace(sources=sources, report=report)
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from hydraopt_jax import remote, report
 from hydraopt_jax.deferred import size_of
+from hydraopt_jax.formats.adapter_folder import weights_file
+from hydraopt_jax.formats.peft import file_digest
 from hydraopt_jax.formats.peft_config import base_name
 from hydraopt_jax.integrations.vllm import MIDDLEWARE
 from hydraopt_jax.store import Store, manifest, schema
@@ -61,15 +63,19 @@ def licenses_of(store: Store) -> dict[str, str]:
         said = source.config.get("license")
         if not isinstance(said, str):
             if source.origin not in asked:
-                asked[source.origin] = license_of(source.origin)
+                asked[source.origin] = license_of(source.origin, source.digest)
             said = asked[source.origin]
         if said:
             found[task] = said
     return found
 
 
-def license_of(origin: str) -> str:
-    """The license in the model card of an adapter; "" if there is none."""
+def license_of(origin: str, digest: str) -> str:
+    """The license in the model card of an adapter; "" if there is none.
+
+    A card on this machine counts if the weights beside it have that digest: of a pulled store the origins are
+    names of folders, and another one may have such a name.
+    """
     from huggingface_hub import HfApi, ModelCard
 
     try:
@@ -78,7 +84,8 @@ def license_of(origin: str) -> str:
             data = HfApi().model_info(name, revision=revision or None).card_data
         else:
             file = Path(origin) / "README.md"
-            data = ModelCard.load(file).data if origin and file.is_file() else None
+            own = bool(origin) and file.is_file() and file_digest(weights_file(Path(origin))) == digest
+            data = ModelCard.load(file).data if own else None
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception:  # an invalid card, or no network: the license is unknown
@@ -116,6 +123,8 @@ def render(
     if license is None and known.get("license") and known.get("license_name") != SEVERAL:
         # somebody has decided it
         ours = {k: v for k, v in ours.items() if k not in ("license", "license_name")}
+    if "license" in ours and "license_name" not in ours and known.get("license_name") == SEVERAL:
+        known.pop("license_name")
     tags = [*(known.get("tags") or ()), *ours["tags"]]
     known |= ours | {"tags": list(dict.fromkeys(tags))}
     head, begin, rest = card.text.partition(BEGIN)

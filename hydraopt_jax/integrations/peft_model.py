@@ -77,11 +77,9 @@ def load_adapter(
     # empty until it is filled, but for full tensors, which take the dtype of the module that they stand for
     empty = not adapter.extras
     if not wrapped:
-        model = peft.get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=empty)
-        peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
-        _restore_precision(model, name, state)
+        model = _wrap(model, name, config, state, empty)
     elif name not in model.peft_config:
-        _add(model, name, config, state, empty)
+        _try_to_add(model, name, config, state, empty)
     elif _fits(model, name, config, state):
         peft.set_peft_model_state_dict(model, state, adapter_name=name)
     else:
@@ -123,11 +121,22 @@ def _check_modules(base: Any, adapter: Adapter) -> None:
             ) from None
         wanted = [a.shape[0], adapter.b[module].shape[1]]
         sizes = [getattr(layer, x, None) for x in ("in_features", "out_features")]
+        if None in sizes and hasattr(layer, "nf"):
+            # GPT-2's Conv1D, whose weight is `[in, out]`
+            sizes = list(layer.weight.shape)
         if None not in sizes and sizes != wanted:
             raise HydraOptError(
                 f"task {adapter.task!r} adapts {module} as [in, out] = {wanted}, which the model has as "
                 f"{sizes}: use its own base model"
             )
+    names = {x.rpartition(".")[2] for x, _ in base.named_modules()}
+    heads = {x.rpartition(".")[2] for x in adapter.config.get("modules_to_save") or ()}
+    # PEFT names heads that a model may have; what matters are those with tensors
+    brought = {x.rpartition(".")[0].rpartition(".")[2] for x in adapter.extras}
+    for head in sorted((heads & brought) - names):
+        raise HydraOptError(
+            f"task {adapter.task!r} brings a trained {head}, which the model lacks: use its own base model"
+        )
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -152,6 +161,48 @@ def _fits(model: Any, name: str, config: Any, state: Mapping[str, Any]) -> bool:
     shapes = [{k: tuple(v.shape) for k, v in x.items()} for x in (there, state)]
     old = model.peft_config[name]
     return shapes[0] == shapes[1] and all(getattr(old, x) == getattr(config, x) for x in _SCALES)
+
+
+def _cannot(name: str, error: Exception) -> HydraOptError:
+    return HydraOptError(f"adapter {name!r} cannot be loaded: {one_line(error, 200)}")
+
+
+def _wrap(base: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> Any:
+    """A PEFT model around a base model, which is as it was after a failure."""
+    import peft
+
+    try:
+        model = peft.get_peft_model(base, config, adapter_name=name, low_cpu_mem_usage=empty)
+        peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
+        _restore_precision(model, name, state)
+    except Exception as error:
+        _unwrap(base)
+        raise _cannot(name, error) from error
+    return model
+
+
+def _unwrap(base: Any) -> None:
+    """Put the layers of a base model back in the place of those that PEFT has put around them."""
+    vars(base).pop("peft_config", None)
+    for path, layer in list(base.named_modules()):
+        inner = getattr(layer, "original_module", None)
+        inner = getattr(layer, "base_layer", None) if inner is None else inner
+        if inner is not None and type(layer).__module__.startswith("peft."):
+            parent, _, own = path.rpartition(".")
+            setattr(base.get_submodule(parent), own, inner)
+
+
+def _try_to_add(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:
+    """`_add`; after a failure the adapters are those of before."""
+    active = list(model.active_adapters) if model.peft_config else []
+    try:
+        _add(model, name, config, state, empty)
+    except Exception as error:
+        if name in model.peft_config:
+            _delete(model, name)
+        if active:
+            model.base_model.set_adapter(active)
+        raise _cannot(name, error) from error
 
 
 def _add(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:
@@ -185,7 +236,7 @@ def _replace(model: Any, name: str, config: Any, state: Mapping[str, Any], empty
             _delete(model, name)
         _add(model, name, old, kept, False)
         model.set_adapter(name)
-        raise HydraOptError(f"adapter {name!r} cannot be loaded: {one_line(error, 200)}") from error
+        raise _cannot(name, error) from error
 
 
 def _delete(model: Any, name: str) -> None:

@@ -26,7 +26,6 @@ from typing import Any
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.integrations.folders import LIMIT, TaskFolders, store_path
 from hydraopt_jax.store import files
-from hydraopt_jax.store.store import task_index
 
 # below vLLM's own logger, whose handler writes; where it has made one, the root's may write nothing
 LOG = logging.getLogger("vllm.hydraopt_jax")
@@ -118,7 +117,7 @@ class StoreResolver:
 
     def find(self, task: str, base: str | None) -> Path:
         """A task's folder, held for running requests; held permanently if no request is known."""
-        task_index(self.folders.tasks, task)
+        self.folders.check(task)
         requests = self._requests(task)
         with requests.busy:
             path = self.folders.hold(task, base=base)

@@ -18,6 +18,7 @@ from hydraopt_jax import changes, compression, store
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter
 from hydraopt_jax.integrations import TaskFolders, cache
+from hydraopt_jax.integrations import folders as task_folders
 from hydraopt_jax.store import removal
 
 TASKS = served.names(6)
@@ -271,3 +272,22 @@ def test_two_hundred_tasks_in_room_for_twenty(tmp_path):
     left = [x for x in (tmp_path / "cache").iterdir() if cache.NAME.fullmatch(x.name)]
     assert 18 <= len(left) <= 22
     assert all(np.isfinite(v).all() for x in left for v in read_adapter(x).a.values())
+
+
+def test_a_remote_store_is_looked_at_again_for_a_task_that_it_lacked(folders, path, monkeypatch):
+    """It has no stamp that tells a change; names come from clients, so not for each of them."""
+    looks = []
+    monkeypatch.setattr(folders, "path", str(path))
+    monkeypatch.setattr(folders, "_opened", float("-inf"))
+    read = task_folders.read_state
+    known = lambda at: read(Path(at))._replace(stamp=None)  # noqa: E731
+    monkeypatch.setattr(task_folders, "read_state", lambda at: looks.append(at) or known(at))
+    monkeypatch.setattr(folders, "_state", known(path))
+    folders.check(TASKS[0])
+    assert not looks
+    store.update(path, lambda x: changes.add(x, store.decode(x, TASKS[0]).replace(task="new")))
+    folders.check("new")
+    for _ in range(2):
+        with pytest.raises(HydraOptError, match="no task 'other'"):
+            folders.check("other")
+    assert len(looks) == 1

@@ -224,3 +224,44 @@ def test_without_peft_the_extra_is_named(base, coded, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(HydraOptError, match="install the peft extra"):
         ours.load_adapter(base, coded, "one")
+
+
+def sizes(model):
+    return {k: tuple(v.shape) for k, v in model.state_dict().items()}
+
+
+def test_a_model_that_cannot_take_a_task_is_left_as_it_was(base, coded, adapters):
+    """Too small a head, a head that the model lacks, and GPT-2's layers of another width."""
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
+    )
+    wide = synthetic.collection(tasks=1, modules={"transformer.h.0.attn.c_attn": (24, 72)}, rank=2)
+    before = sizes(gpt2)
+    with pytest.raises(
+        HydraOptError, match=r"c_attn as \[in, out\] = \[24, 72\], which the model has as \[32, 96\]"
+    ):
+        ours.load_adapter(gpt2, compression.compress(wide, budget=1.0), "task-00")
+    assert sizes(gpt2) == before
+    fits = synthetic.collection(tasks=1, modules={"transformer.h.0.attn.c_attn": (32, 96)}, rank=2)[0]
+    head = {"score.weight": np.zeros((3, 32), np.float32)}
+    config = {**fits.config, "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
+    with_head = compression.compress([fits.replace(extras=head, config=config)], budget=1.0)
+    with pytest.raises(HydraOptError, match="brings a trained score, which the model lacks"):
+        ours.load_adapter(gpt2, with_head, "task-00")
+    assert sizes(gpt2) == before
+    five = transformers.GPT2ForSequenceClassification(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32, n_positions=16, num_labels=5)
+    )
+    before = sizes(five)
+    with pytest.raises(HydraOptError, match="cannot be loaded"):
+        ours.load_adapter(five, with_head, "task-00")
+    assert sizes(five) == before
+    plain = compression.compress([fits.replace(config={**fits.config, "task_type": None})], budget=1.0)
+    wrapped = ours.load_adapter(five, plain, "task-00", name="one")
+    wrapped.config.pad_token_id = 0
+    before = output(wrapped)
+    with pytest.raises(HydraOptError, match="cannot be loaded"):
+        ours.load_adapter(wrapped, with_head, "task-00", name="two")
+    assert list(wrapped.peft_config) == ["one"]
+    same(output(wrapped), before)
+    assert wrapped.active_adapters == ["one"]
