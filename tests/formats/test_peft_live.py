@@ -230,7 +230,7 @@ def safetensors_torch():
     ("content", "words"),
     [
         ([torch.zeros(2)], "holds a list"),
-        ({"x": 3}, "entry 'x' is a int"),
+        ({"x": 3}, "entry 'x' is no named tensor"),
         ({3: torch.zeros(2)}, "entry 3 is"),
     ],
 )
