@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from commands import run
 
-from hydraopt_jax import HydraOptError, calibration, compression, formats, store, synthetic
+from hydraopt_jax import HydraOptError, calibration, changes, compression, formats, store, synthetic
 from hydraopt_jax.calibration import tap
 from hydraopt_jax.rate_control import metrics
 from hydraopt_jax.store import sizes
@@ -250,3 +250,15 @@ def test_rows_that_are_left_out_may_be_no_numbers():
     np.testing.assert_allclose(found, [[1, 0], [0, 0]])
     for ndim in (1, 2):
         assert np.isfinite(tap.second(rows, mask.astype(jnp.float32), ndim)).all()
+
+
+def test_a_task_without_any_calibrated_module_is_added_by_its_weights():
+    made = synthetic.collection(tasks=3, modules={"q": (32, 24), "o": (24, 32)}, rank=3, dtype="float32")
+    moments = {"q": np.linspace(0.1, 2, 32).astype(np.float32)}
+    kept = compression.compress(made[:2], max_error=0.05, calibration=moments)
+    only = made[2].replace(a={"o": made[2].a["o"]}, b={"o": made[2].b["o"]})
+    grown = changes.add(kept, only, calibration=moments)
+    assert grown.report["uncalibrated"] == ["o"]
+    assert grown.errors[list(grown.shapes).index("o"), 2] < 0.1
+    with pytest.raises(HydraOptError, match="no tensor has the name of a module"):
+        changes.add(kept, made[2], calibration={"k": moments["q"]})

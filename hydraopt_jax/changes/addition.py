@@ -84,7 +84,9 @@ def add(
     if calibration is not None and store.report["options"].get("calibrated"):
         # modules whose errors are those of weights, under the names that `compress` uses
         known = report.get("uncalibrated", ())
-        without = [x for x in uncovered(adapters.module_shapes(new), calibration) if x not in known]
+        own = adapters.module_shapes(new)
+        lacking = uncovered({**store.shapes, **own}, calibration)
+        without = [x for x in lacking if x in own and x not in known]
         report = report.replace(uncalibrated=[*known, *without]) if without else report
     return store.replace(
         segments=(*store.segments, segment.with_tensors([carried])),
