@@ -66,11 +66,15 @@ def accumulate(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
     [[0.5 0. ]
      [0.  2. ]]
     """
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    keep = jnp.ones(rows.shape[0]) if mask is None else mask.reshape(-1).astype(jnp.float32)
-    # what is left out may be no number
-    rows = jnp.where(keep[:, None] > 0, rows, 0.0)
-    return Moment(moment.total + matmul(rows.T, rows * keep[:, None]), moment.count + keep.sum())
+    keep = jnp.ones(x.shape[:-1]) if mask is None else mask.astype(jnp.float32)
+    return Moment(moment.total + second(x, keep, 2), moment.count + keep.sum())
+
+
+def second(rows: Array, weights: Array, ndim: int) -> Array:
+    """Sum of `x x.T` over rows `[..., n]`, or of its diagonal; rows of weight 0 may be no numbers."""
+    keep = weights.reshape(-1, 1)
+    flat = jnp.where(keep > 0, rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), 0.0)
+    return (flat * flat * keep).sum(0) if ndim == 1 else matmul(flat.T, flat * keep)
 
 
 def mean(moment: Moment) -> Array:

@@ -18,10 +18,9 @@ from flax import nnx
 from jax import Array
 
 from hydraopt_jax.calibration import hooks
-from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen
+from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen, second
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.families import Name
-from hydraopt_jax.linalg.decompose import matmul
 from hydraopt_jax.nnx_layers import (
     contraction,
     dotted,
@@ -80,13 +79,6 @@ def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
     """
     counted = jnp.asarray(counted, jnp.float32)
     return jnp.broadcast_to(counted.reshape(aligned(counted.shape, lead, name)), lead)
-
-
-def second(rows: Array, weights: Array, ndim: int) -> Array:
-    """Sum of `x x.T` over rows `[..., n]`, or of its diagonal."""
-    keep = weights.reshape(-1, 1)
-    flat = jnp.where(keep > 0, rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), 0.0)
-    return (flat * flat * keep).sum(0) if ndim == 1 else matmul(flat.T, flat * keep)
 
 
 def note(rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Array) -> Array:

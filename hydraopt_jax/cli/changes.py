@@ -84,9 +84,11 @@ def change_options(command: Any) -> Any:
     return command
 
 
-def check_originals(known: Sequence[str], used: bool, what: str) -> None:
-    """Raise for originals that nothing reads."""
-    if known and not used:
+def check_used(known: Sequence[str], given: Mapping[str, Any], what: str, purge: bool = False) -> None:
+    """Raise for --estimate beside --refit, and for originals that nothing reads."""
+    if given["refit"] and given["estimate"]:
+        raise HydraOptError("--estimate: says what --refit would do: give one of them")
+    if known and not (purge or given["refit"] or given["estimate"]):
         raise HydraOptError(f"--original: used with {what} only: give one of them, or leave it out")
 
 
@@ -143,9 +145,7 @@ def add(
 
     --refit fits all tasks again, which may lower the errors; --estimate prints by how much and takes as long.
     """
-    if given["refit"] and given["estimate"]:
-        raise HydraOptError("--estimate: says what --refit would do: give one of them")
-    check_originals(known, given["refit"] or given["estimate"], "--refit or --estimate")
+    check_used(known, given, "--refit or --estimate")
     several = len(locate([adapter], strict=False))
     if several > 1:
         raise HydraOptError(f"{adapter}: holds {several} adapters: add one at a time")
@@ -196,9 +196,7 @@ def remove(
         raise HydraOptError("remove: give a TASK, or --purge to erase what removed tasks left in the store")
     if purge and given["refit"]:
         raise HydraOptError("--purge: --refit erases removed tasks, too: give one of them")
-    if given["refit"] and given["estimate"]:
-        raise HydraOptError("--estimate: says what --refit would do: give one of them")
-    check_originals(known, purge or given["refit"] or given["estimate"], "--purge, --refit or --estimate")
+    check_used(known, given, "--purge, --refit or --estimate", purge)
     if given["calibration"] is not None and not (purge or given["refit"] or given["estimate"]):
         raise HydraOptError(
             "--calibration: used with --purge, --refit or --estimate only: give one of them, or leave it out"

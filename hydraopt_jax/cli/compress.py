@@ -38,6 +38,8 @@ from hydraopt_jax.store import Store, files, sizes
 from hydraopt_jax.store.folder import JOB
 from hydraopt_jax.store.tensors import check_dtype
 
+# options of which a store has one, if it has no form
+TARGETS = ("budget", "max_error", "max_task_error")
 # options of an explicit form, and what they are where they were not given
 FORM = {
     "heads": None,
@@ -151,7 +153,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
     """
     files.check_output(out, given["overwrite"])
     sources = locate(adapters, strict=not given["skip_bad"])
-    given |= recipes.without_replaced(context, ("budget", "max_error", "max_task_error", "form"), FORM)
+    given |= recipes.without_replaced(context, (*TARGETS, "form"), FORM)
     asked = asked_of(given, len(sources))
     made = {"made": provenance.entry("compress", recipes.recorded(context))}
     if given["coordinator"] is not None and buckets.is_bucket(out):
@@ -172,7 +174,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     Raises:
       HydraOptError: options that contradict each other.
     """
-    targets = [k for k in ("budget", "max_error", "max_task_error") if given[k] is not None]
+    targets = [k for k in TARGETS if given[k] is not None]
     fixed = [k for k, v in FORM.items() if given[k] != v]
     beside = [k for k in ("weights", "protect", "calibration", "alone") if given[k]]
     if given["form"] is None and fixed:
@@ -282,7 +284,7 @@ def shown_store(path: Path, store: Store, before: int, given: Mapping[str, Any])
             0, f"original factors, kept bit for bit: {report.format_bytes(size)}, {share} of their fp16 bytes"
         )
     left += calibration_notes(store)
-    if all(given[k] is None for k in ("budget", "max_error", "max_task_error", "form")):
+    if all(given[k] is None for k in (*TARGETS, "form")):
         left.append(DEFAULT_NOTE)
     tables = (errors_table(store), bytes_table(parts, store))
     last = sentence(store, before, after)

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ class Folder:
     def drop(self, name: str) -> None:
         """See `Place`."""
         self._row(name).unlink(missing_ok=True)
-        shutil.rmtree(self.store / folder.SEGMENTS / self._id(name), ignore_errors=True)
+        folder.remove_segment(self.store, self._id(name))
 
     def note(self, name: str) -> Mapping[str, Any] | None:
         """See `Place`."""

@@ -292,7 +292,7 @@ def claim(folder: Path, segments: Sequence[str], steps: int, accumulate: int) ->
     """Note in a folder whose steps it keeps; raise if it has those of another refinement."""
     said = {"segments": list(segments), "steps": steps, "accumulate": accumulate}
     file = folder / "refinement.json"
-    if any(p.name.isdigit() for p in folder.glob("*")):
+    if saved(folder):
         if not file.exists() or json.loads(file.read_bytes()) != said:
             raise HydraOptError(
                 f"{folder}: has steps of another refinement (of another store, or another number of steps): "
@@ -301,6 +301,11 @@ def claim(folder: Path, segments: Sequence[str], steps: int, accumulate: int) ->
         return
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(said))
+
+
+def saved(folder: Path) -> list[int]:
+    """Numbers of the steps that a folder keeps."""
+    return [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
 
 
 def keep_step(state: RefinementState, done: int, trace: Sequence[float], folder: Path) -> None:
@@ -312,7 +317,7 @@ def keep_step(state: RefinementState, done: int, trace: Sequence[float], folder:
 
 def resume(state: RefinementState, folder: Path | None) -> tuple[RefinementState, int, list[float]]:
     """The newest saved state, its step and trace; or the given state at step 0."""
-    done = [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder is not None else []
+    done = saved(folder) if folder is not None else []
     if not done:
         return state, 0, []
     assert folder is not None

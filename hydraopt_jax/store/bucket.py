@@ -176,12 +176,14 @@ def mark_segments(written: Path) -> dict[str, Any]:
     """The manifest of a folder to be uploaded, after its segments have got a mark: those of a job have names
     that the same job elsewhere gives, too."""
     said, mark = folder.read_manifest(written), new_mark()
-    for row in said["segments"]:
-        here = written / SEGMENTS / row["id"]
-        if here.is_dir() and not MARK.fullmatch(row["id"]):
-            row["id"] = f"{row['id']}-{mark}"
-            here.rename(here.with_name(row["id"]))
-    folder.write_manifest(written, said)
+    here = written / SEGMENTS
+    bare = [x for x in said["segments"] if (here / x["id"]).is_dir() and not MARK.fullmatch(x["id"])]
+    for row in bare:
+        name = f"{row['id']}-{mark}"
+        (here / row["id"]).rename(here / name)
+        row["id"] = name
+    if bare:
+        folder.write_manifest(written, said)
     return said
 
 

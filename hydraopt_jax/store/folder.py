@@ -39,7 +39,7 @@ NEW = f".{MANIFEST}.new"
 # perhaps still under a temporary name
 JOB, GONE = "job", ".job.gone"
 # how the name of a store in one file ends
-FILE = ".safetensors"
+SUFFIX = ".safetensors"
 BEGUN = re.compile(r"(job|checked-\d+)\.(json|\d+)")
 # chunk size in bytes, and maximum chunks per array: small chunks waste fewer bytes when one task is read
 CHUNK, MAX_CHUNKS = 1 << 16, 256
@@ -76,7 +76,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
             raise system_error(path, "read", error) from None
         said = error.strerror if isinstance(error, OSError) else error
         raise HydraOptError(f"{str(path)[:120]!r}: cannot be a path ({said}): give another one") from None
-    if found.suffix != Path(path).suffix and Path(path).suffix == FILE:
+    if found.suffix != Path(path).suffix and Path(path).suffix == SUFFIX:
         # a cache names files by their content: the link says what it is
         return Path(os.path.realpath(Path(path).parent), Path(path).name)
     return found

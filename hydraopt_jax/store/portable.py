@@ -17,11 +17,10 @@ from hydraopt_jax import remote, strict_json
 from hydraopt_jax.durable import sync
 from hydraopt_jax.errors import HydraOptError, TooLarge, damaged, one_line, system_error
 from hydraopt_jax.store import manifest, segment_data
-from hydraopt_jax.store.folder import FILE, from_manifest
+from hydraopt_jax.store.folder import SUFFIX, from_manifest
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Store
 
-SUFFIX = FILE
 # keys of the manifest in the header's metadata, and of its checksum
 KEY, SEAL = "hydraopt", "hydraopt_sha256"
 # maximum bytes of a header, set by the format
@@ -159,12 +158,13 @@ def write_portable(path: Path, store: Store, limit: int | None = None) -> None:
       HydraOptError: the file cannot be written.
       TooLarge: the file would exceed `limit` bytes.
     """
-    entries: list[SegmentEntry] = []
+    entries: dict[str, SegmentEntry] = {}
     for x in store.segments:
         entry = segment_data.entry_of(x)
-        entries.append(entry._replace(id=segment_data.free_id(entry.id, {y.id for y in entries})))
-    head = header(store, entries, path.name)
-    total = len(head) + sum(x.bytes for x in entries)
+        name = segment_data.free_id(entry.id, entries)
+        entries[name] = entry._replace(id=name)
+    head = header(store, list(entries.values()), path.name)
+    total = len(head) + sum(x.bytes for x in entries.values())
     if limit is not None and total > limit:
         raise TooLarge(f"{path}: the store would take {total:,} bytes, its input takes {limit:,}")
     new = path.with_name(f".{path.name}.new")

@@ -4,21 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydraopt_jax.deferred import Deferred
 from hydraopt_jax.errors import TooLarge
 from hydraopt_jax.store import checksums, folder, manifest, segment_data
 from hydraopt_jax.store.folder import MANIFEST
-from hydraopt_jax.store.store import Segment, Store
+from hydraopt_jax.store.store import Store
 
 ROW = ("id", "bytes", "header", "sha256", "arrays", "files")
-
-
-def name_there(segment: Segment, home: str) -> str:
-    """The name of a segment that was read from the folder; "" for another one."""
-    origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
-    origin = origins.pop() if len(origins) == 1 else None
-    there = origin is not None and origin[0] == home and origin[2] == len(segment.leaves)
-    return origin[1] if there and origin is not None else ""
 
 
 def whole(path: Path, row: Mapping[str, Any]) -> bool:
@@ -61,7 +52,7 @@ def write_folder(
             (path / folder.NEW).touch()
         (path / folder.SEGMENTS).mkdir(exist_ok=True)
         for x in store.segments:
-            name = name_there(x, home or str(path))
+            name = segment_data.name_there(x, home or str(path))
             if name not in rows or name in written:
                 name = segment_data.entry_of(x).id
                 # equal bytes may be there under the name that is made of their checksum

@@ -115,6 +115,14 @@ def entry_of(segment: Segment) -> SegmentEntry:
     return sealed(segment, *deflated_header(segment), b"".join(map(leaf_digest, segment.leaves.values())))
 
 
+def name_there(segment: Segment, home: str) -> str:
+    """The name of a segment that was read from the folder; "" for another one."""
+    origins = {x.origin if isinstance(x, Deferred) else None for x in segment.leaves.values()}
+    origin = origins.pop() if len(origins) == 1 else None
+    there = origin is not None and origin[0] == home and origin[2] == len(segment.leaves)
+    return origin[1] if there and origin is not None else ""
+
+
 def free_id(wanted: str, taken: Collection[str]) -> str:
     """An id that is not taken: equal segments have equal checksums, but not one name.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hydraopt_jax import buckets, remote
-from hydraopt_jax.deferred import Deferred, size_of
+from hydraopt_jax.deferred import size_of
 from hydraopt_jax.store import bucket, folder, manifest, portable, segment_data
 from hydraopt_jax.store.store import Segment, Store
 
@@ -79,15 +79,6 @@ def size_on_disk(path: Path_) -> int:
     return folder.tree_bytes(at) if at.is_dir() else 0
 
 
-def name_there(segment: Segment, path: Path_ | None) -> str:
-    """The name of a segment in a folder; it may be longer than the start of its checksum."""
-    for x in segment.leaves.values():
-        if isinstance(x, Deferred) and x.origin is not None and path is not None:
-            where, name, _ = x.origin
-            return str(name) if where == str(folder.absolute(path)) else ""
-    return ""
-
-
 def measure_size(store: Store, path: Path_ | None = None) -> int:
     """Bytes of the store as a folder with uncompressed plain factors, computed without writing or reading.
 
@@ -95,10 +86,12 @@ def measure_size(store: Store, path: Path_ | None = None) -> int:
       store: in memory.
       path: of the folder, on which a few bytes depend; None for a path of typical length.
     """
+    home = "" if path is None else str(folder.absolute(path))
     entries = []
     for n, x in enumerate(store.segments):
         entry = segment_data.likely_entry(x, n)
-        entries.append(entry._replace(id=name_there(x, path) or entry.id))
+        # a name may be longer than the start of a checksum
+        entries.append(entry._replace(id=segment_data.name_there(x, home) or entry.id))
     written = [
         {
             **x._asdict(),
@@ -109,7 +102,7 @@ def measure_size(store: Store, path: Path_ | None = None) -> int:
         for x in entries
     ]
     said = manifest.as_json(store, written)
-    name = None if path is None else len(str(folder.absolute(path) / folder.SEGMENTS / ("0" * 16)))
+    name = len(str(Path(home) / folder.SEGMENTS / ("0" * 16))) if home else None
     sizes = (
         folder.segment_size(x.bytes, folder.PATH_BYTES if name is None else name + max(len(x.id) - 16, 0))
         for x in entries
