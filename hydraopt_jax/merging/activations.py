@@ -49,19 +49,28 @@ def regmean(
     tasks, inputs, _ = a.shape
     if len(moments) != tasks:
         raise HydraOptError(f"regmean: {len(moments)} second moments for {tasks} tasks: give one each")
-    total, sides = jnp.zeros((inputs, inputs)), []
-    for t, moment in enumerate(moments):
-        moment = jnp.asarray(moment, jnp.float32)
-        if moment.shape not in ((inputs,), (inputs, inputs)):
-            raise HydraOptError(f"regmean: a second moment is {moment.shape}, the module has {inputs} inputs")
-        diagonal = moment if moment.ndim == 1 else jnp.diagonal(moment)
-        scaled = jnp.diag(diagonal)
-        if moment.ndim == 2:
-            scaled = off_diagonal * moment + (1 - off_diagonal) * scaled
-        total = total + weights[t] * scaled
-        sides.append(weights[t] * matmul(scaled, a[t]))
-    ridge = RIDGE * jnp.trace(total) / inputs + 1e-30
-    left = jax.scipy.linalg.solve(
-        total + ridge * jnp.eye(inputs), decompose.wide(jnp.stack(sides)), assume_a="sym"
-    )
+    for moment in moments:
+        if jnp.shape(moment) not in ((inputs,), (inputs, inputs)):
+            raise HydraOptError(
+                f"regmean: a second moment is {jnp.shape(moment)}, the module has {inputs} inputs"
+            )
+    known = [jnp.asarray(x, jnp.float32) for x in moments]
+    # a matrix is formed only where one is given: diagonals are for modules where it would be too large
+    whole = any(x.ndim == 2 for x in known)
+
+    def scaled(moment: Array) -> Array:
+        if moment.ndim == 1:
+            return jnp.diag(moment) if whole else moment
+        return off_diagonal * moment + (1 - off_diagonal) * jnp.diag(jnp.diagonal(moment))
+
+    total, sides = jnp.zeros((inputs, inputs) if whole else inputs), []
+    for t, moment in enumerate(map(scaled, known)):
+        total = total + weights[t] * moment
+        sides.append(weights[t] * (matmul(moment, a[t]) if whole else moment[:, None] * a[t]))
+    side = decompose.wide(jnp.stack(sides))
+    ridge = RIDGE * (jnp.trace(total) if whole else total.sum()) / inputs + 1e-30
+    if whole:
+        left = jax.scipy.linalg.solve(total + ridge * jnp.eye(inputs), side, assume_a="sym")
+    else:
+        left = side / (total + ridge)[:, None]
     return truncate(left, b.reshape(-1, b.shape[-1]), rank)

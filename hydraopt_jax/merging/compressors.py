@@ -94,9 +94,10 @@ def k_merge(
     Models, 2025, arXiv 2510.13537.
     """
     labels = k_merge_slots(decompose.gram(a, b) if gram is None else gram, slots, threshold)
-    average, _ = clustering.membership(labels, weights, min(slots, a.shape[0]))
-    left, right = jax.lax.map(lambda w: truncate(*side_by_side(a, b, w), rank), average)
+    # a task without this module has no part in its slot's mean
     here = jnp.any(b != 0, (1, 2)) & jnp.any(a != 0, (1, 2))
+    average, _ = clustering.membership(labels, jnp.where(here, weights, 0.0), min(slots, a.shape[0]))
+    left, right = jax.lax.map(lambda w: truncate(*side_by_side(a, b, w), rank), average)
     of = jnp.where(here, labels, -1)
     return Factors(left, right, of, of)
 

@@ -271,8 +271,9 @@ def breadcrumbs(
         )
 
     def sparsify(x: Array, t: Array) -> Array:
-        large = int(outliers * x.size)
-        kept = trim(x, (large + max(int(density * x.size), 1)) / x.size)
-        return jnp.where(jnp.abs(x) < nth_largest(x, large), kept, 0.0) if large else kept
+        large, kept = int(outliers * x.size), max(int(density * x.size), 1)
+        size = jnp.abs(x)
+        below = size < nth_largest(x, large) if large else True
+        return jnp.where(below & (size >= nth_largest(x, large + kept)), x, 0.0)
 
     return _merge(a, b, weights, rank, sparsify)

@@ -1,7 +1,8 @@
 """Methods that align or equalize singular directions, in coordinates of size T * R instead of I and O.
 
 Directions below `TOLERANCE` of the largest singular value (from padding, absent tasks or copies) are dropped:
-they are zero in exact arithmetic, and their singular vectors are arbitrary.
+they are zero in exact arithmetic, and their singular vectors are arbitrary. So are tasks' coordinates: what
+is zero in exact arithmetic has no vote.
 """
 
 import jax.numpy as jnp
@@ -19,6 +20,16 @@ TOLERANCE = 1e-5
 def significant(s: Array) -> Array:
     """1 where a singular value counts, 0 elsewhere; `[..., N]`."""
     return (s > TOLERANCE * s.max(-1, keepdims=True)).astype(jnp.float32)
+
+
+def without_round_off(u: Array, s: Array) -> Array:
+    """Left singular vectors `[K, N]` with zeros where their coordinates `u * s` are round-off.
+
+    >>> print(without_round_off(jnp.array([[1.0, 1e-8], [0.1, 1.0]]), jnp.array([2.0, 1.0])))
+    [[1.  0. ]
+     [0.1 1. ]]
+    """
+    return jnp.where(jnp.abs(u) * s > TOLERANCE * s.max(), u, 0.0)
 
 
 def rows_svd(x: Array) -> Svd:
@@ -53,7 +64,7 @@ def knots(
     rows = matmul(r, b)
     found = rows_svd(rows.reshape(-1, rows.shape[-1]))
     counts = significant(found.s)
-    own = (found.u * counts).reshape(*rows.shape[:2], -1)
+    own = (without_round_off(found.u, found.s) * counts).reshape(*rows.shape[:2], -1)
     size = a.shape[1] * counts.sum()
     v = combine((q, own), weights, lambda part: matmul(*part), lambda x, t: trim(x, density, size), elect)
     return truncate(v * found.s, found.v, rank)
@@ -138,8 +149,10 @@ def core_space(
     counts = significant(left.s), significant(right.s)
     tasks, kept = each.s.shape
     # row block t of `u * s` holds task t's factor in the basis' coordinates
-    x = (left.u * left.s * counts[0]).reshape(tasks, kept, -1)
-    y = (right.u * right.s * counts[1]).reshape(tasks, kept, -1)
+    x, y = (
+        (without_round_off(v.u, v.s) * v.s * count).reshape(tasks, kept, -1)
+        for v, count in zip((left, right), counts, strict=True)
+    )
     size = counts[0].sum() * counts[1].sum()
     core = combine(
         (x, y),

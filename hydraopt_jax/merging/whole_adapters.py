@@ -42,7 +42,8 @@ def check_weights(weights: Sequence[float] | None, method: Method, tasks: int) -
     """One weight per task; the method's default if None.
 
     Raises:
-      HydraOptError: the number of weights is not that of adapters, or a weight is not a finite number.
+      HydraOptError: the number of weights is not that of adapters, a weight is not a finite number, or it is
+        negative and the method keeps something of every task: it counts errors or members then.
     """
     if weights is None:
         return np.full(tasks, 1.0 / tasks if method.mean and method.single else 1.0, np.float32)
@@ -51,6 +52,8 @@ def check_weights(weights: Sequence[float] | None, method: Method, tasks: int) -
         raise HydraOptError(f"{values.size} weights for {tasks} adapters: give one each")
     if not np.isfinite(values).all():
         raise HydraOptError(f"weights = {values.tolist()}: must be finite numbers")
+    if not method.single and (values < 0).any():
+        raise HydraOptError(f"weights = {values.tolist()}: must not be negative where tasks are kept apart")
     return values
 
 
