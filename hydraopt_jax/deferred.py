@@ -65,6 +65,10 @@ class Deferred:
         out = np.frombuffer(bytes_of(self), np.uint8).view(self.dtype).reshape(self.shape)
         return out if dtype is None else out.astype(dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # what is read here cannot be read in another process: it gets the numbers
+        return np.array, (np.asarray(self),)
+
     def part(self, start: int, shape: Sequence[int], dtype: Any) -> "Deferred":
         """A part of the array from a byte offset on, as an array of its own.
 

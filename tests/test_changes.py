@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hydraopt_jax import changes, forms, store, synthetic
+from hydraopt_jax.cli import descriptions
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import distortion
@@ -191,3 +192,47 @@ def test_what_a_removed_task_still_takes_is_said():
         assert [x.task for x in own] == [task] * kept
     assert removal.held(changes.remove(grown, "t2")) == ()
     assert any(r.place >= 0 for r in added.references)
+
+
+def test_a_task_is_added_after_a_predicted_one_has_gone():
+    """Its segment stays for those that are predicted from it, without a task of its own."""
+    modules = {"q": (48, 32), "k": (48, 32)}
+    a, b, c, d = synthetic.collection(
+        1, tasks=list("abcd"), modules=modules, rank=4, likeness=0.9, dtype="float32"
+    )
+    made = compress([a, b], max_error=0.01)
+    for x in (c, c.replace(task="alike")):
+        made = changes.add(made, x)
+    assert changes.add(changes.remove(made, "c"), d).tasks == ("a", "b", "alike", "d")
+
+
+def test_a_weight_of_one_is_a_weight():
+    """A task that comes back without its weight does not get the one that it had."""
+    given = collection(likeness=0.0)[:3]
+    made = compress(given, max_error=0.01, weights={"t0": 16})
+    back = [changes.add(x, given[0]) for x in (changes.remove(made, "t0"), store.select(made, ["t1", "t2"]))]
+    for x in back:
+        assert x.report["options"]["weights"] == {}
+        assert x.report["entries"] == made.report["entries"]
+        assert x.errors[:, 2].mean() > 3 * made.errors[:, 0].mean()
+    assert store.select(made, made.tasks[::-1]).report == made.report
+
+
+def test_a_purge_keeps_the_weight_of_a_task_that_came_back():
+    given = collection(likeness=0.95)[:3]
+    made = compress(given, max_error=0.01, weights={"t0": 4})
+    made = changes.add(changes.remove(made, "t0"), given[0], weight=4)
+    assert [x.task for x in removal.held(made)] == ["t0"]
+    done, _ = changes.purge(made, {x.task: x for x in given}.get)
+    assert not removal.held(done)
+    assert done.report["options"]["weights"] == {"t0": 4}
+    assert max(distortion.measure(done, given).values()) < 0.05
+
+
+def test_an_earlier_copy_of_a_task_is_called_so():
+    given = collection(likeness=0.95)[:3]
+    made = compress(given, max_error=0.01, weights={"t0": 4})
+    made = changes.add(changes.remove(made, "t0"), given[0])
+    assert descriptions.held_notes(removal.held(made), made.tasks)[0].startswith("an earlier task t0: ")
+    gone = changes.remove(made, "t0")
+    assert descriptions.held_notes(removal.held(gone), gone.tasks)[0].startswith("removed task t0: ")

@@ -1,5 +1,7 @@
 """Adapters, collections and stores are pytrees: arrays are leaves, names and shapes are static."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import typing
@@ -166,3 +168,14 @@ def test_fields_of_a_pytree_have_types(kind):
     fields = typing.get_type_hints(kind, {"jax": jax})
     assert fields
     assert [name for name, declared in fields.items() if declared is typing.Any] == []
+
+
+def test_an_opened_store_goes_to_another_process(tmp_path, collection):
+    made = hydra.compress(collection, max_error=0.02)
+    hydra.save(tmp_path / "s", made)
+    opened = hydra.open(tmp_path / "s")
+    for copied in (pickle.loads(pickle.dumps(opened)), copy.deepcopy(opened)):
+        assert copied.tasks == made.tasks
+        np.testing.assert_array_equal(copied.errors, made.errors)
+        one, two = (hydra.decode(x, made.tasks[0]) for x in (copied, made))
+        np.testing.assert_array_equal(one.a["q"], two.a["q"])

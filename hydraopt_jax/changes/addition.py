@@ -103,15 +103,16 @@ def with_weight(store: Store, task: str, weight: float) -> Store:
       HydraOptError: not a weight, or it does nothing in this store.
     """
     check_weight(weight, f"weight of {task!r}")
-    if weight == 1:
+    options = store.report["options"]
+    known = options.get("weights", {})
+    if known.get(task, 1) == weight:
         return store
     if not any(x.coded for x in store.segments):
         raise HydraOptError(
             f"weight of {task!r}: does nothing in a store of form {store.report['form']!r}, which has no "
             "quantizer step: leave it out"
         )
-    options = store.report["options"]
-    weights = {**options["weights"], task: float(weight)}
+    weights = {k: v for k, v in known.items() if k != task} | ({task: float(weight)} if weight != 1 else {})
     return store.replace(report=Static({**store.report, "options": {**options, "weights": weights}}))
 
 
@@ -152,7 +153,7 @@ def candidates(store: Store) -> tuple[dict[Reference, Vectors], int]:
     known: dict[Reference, Vectors] = {}
     tables = next(n for n, x in enumerate(store.segments) if x.coded and x.tables < 0)
     for n, x in enumerate(store.segments):
-        if not x.coded:
+        if not x.coded or not x.live:
             continue
         if x.references or x.tables >= 0:
             terms = decode_segments(store, {n: x.live})[n]
@@ -175,8 +176,12 @@ def predicted_segment(store: Store, new: Adapter, problem: Problem, step: float)
     found: list[Prediction] = []
     guesses: dict[tuple[str, int], np.ndarray] = {}
     for name, terms in goals.items():
+        if not len(terms[0].a):
+            # a term without factors would be read as one that is predicted
+            rest[name] = ()
+            continue
         left = []
-        for side in (0, 1) if terms else ():
+        for side in (0, 1):
             target = (terms[0].b if side else terms[0].a)[0]
             base = base_of(known, chosen, (name, side))
             if base is not None:
@@ -186,7 +191,7 @@ def predicted_segment(store: Store, new: Adapter, problem: Problem, step: float)
             # an exactly predicted vector must not look like a vector that is not coded
             remains[0] += TRACE * (target.any(0) & ~remains.any(0))
             left.append(np.where(target.any(0), remains, 0).astype(np.float32))
-        rest[name] = (terms[0]._replace(a=left[0][None], b=left[1][None]), *terms[1:]) if terms else ()
+        rest[name] = (terms[0]._replace(a=left[0][None], b=left[1][None]), *terms[1:])
     quantized = encode.quantize(rest, table.astype(np.float64))
     whole = []
     for x, value in zip(quantized.pieces, quantized.values, strict=True):
@@ -204,7 +209,8 @@ def choose_references(
     goals: Mapping[str, Sequence[encode.TermInSteps]], known: Mapping[Reference, Vectors]
 ) -> tuple[Reference, ...]:
     """The references that save the most bits, greedily."""
-    targets = {(n, side): (v[0].b if side else v[0].a)[0] for n, v in goals.items() if v for side in (0, 1)}
+    coded = {n: v[0] for n, v in goals.items() if len(v[0].a)}
+    targets = {(n, side): (x.b if side else x.a)[0] for n, x in coded.items() for side in (0, 1)}
     total = sum(
         float((len(x) / 2 * np.log2(np.maximum((x**2).mean(0) / encode.DISTORTION, 1))).sum())
         for x in targets.values()

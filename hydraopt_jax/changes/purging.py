@@ -17,7 +17,7 @@ from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import removal
-from hydraopt_jax.store.store import ERRORS, Segment, Store, error_leaf, make_segment, select, tensors_at
+from hydraopt_jax.store.store import ERRORS, Segment, Store, cut_to, error_leaf, make_segment, tensors_at
 from hydraopt_jax.store.tensors import Tensors
 
 NONE = Tensors((), b"")
@@ -100,7 +100,8 @@ def coded_again(
     if segment.references and any(x.coded and x.tables < 0 for x in before.segments):
         return (addition.segment_at_step(before.replace(report=store.report), given[0], calibration),)
     options = refitting.options_of(store)._replace(calibration=calibration)
-    options = options._replace(weights={k: v for k, v in options.weights.items() if k in segment.tasks})
+    names = {x.task for x in given}
+    options = options._replace(weights={k: v for k, v in options.weights.items() if k in names})
     return engine.compress_at_step(in_memory(given), options, store.report["step"]).segments
 
 
@@ -154,4 +155,4 @@ def refit_plain(store: Store, original: Original) -> tuple[Store, tuple[str, ...
     if standing:
         report |= {"entries": store.report["entries"], "bound": {}}
     done = fresh.replace(segments=segments, sources=store.sources, report=Static(report))
-    return select(done, store.tasks), store.tasks
+    return cut_to(done, store.tasks), store.tasks

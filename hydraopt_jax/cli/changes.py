@@ -119,7 +119,7 @@ def change_report(path: str, before: int, content: Store, found: "Refit | None",
         table.add_row(report.shorten(name), report.format_error(now), *then)
     notes = calibration_notes(content)
     if held:
-        notes += [*held_notes(held), f"to remove them: hydraopt remove {path} --purge"]
+        notes += [*held_notes(held, content.tasks), f"to remove them: hydraopt remove {path} --purge"]
     if found is not None and found.due:
         notes.append("A refit is due: --refit would lower the mean error by more than a tenth.")
     return payload, (table, *notes), sentence(content, before, payload["bytes_after"])

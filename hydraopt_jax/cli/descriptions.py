@@ -225,8 +225,8 @@ def calibration_notes(content: Store) -> list[str]:
     return [f"{without[0]}{more}: {said}"] if without else []
 
 
-def held_notes(held: Sequence[Held]) -> list[str]:
-    """Notes on what a store still holds of removed tasks, one per task."""
+def held_notes(held: Sequence[Held], tasks: Sequence[str]) -> list[str]:
+    """Notes on what a store of some tasks still holds of removed ones, one per task."""
     out = []
     for x in held:
         why = []
@@ -235,5 +235,6 @@ def held_notes(held: Sequence[Held]) -> list[str]:
             why.append(f"{report.format_bytes(x.bytes)} stay, because {names} are predicted from them")
         if x.fitted:
             why.append("vectors that other tasks share were fitted to it")
-        out.append(f"removed task {x.task}: {'; '.join(why)}")
+        what = "an earlier" if x.task in tasks else "removed"
+        out.append(f"{what} task {x.task}: {'; '.join(why)}")
     return out

@@ -97,7 +97,7 @@ def inspect(path: str, recipe: str | None, plot: str | None, references: bool) -
             for t, x in found.items()
         }
         payload["groups"] = groups(found)
-    notes = [*held_notes(held), *calibration_notes(content), *provenance.sentences(content)]
+    notes = [*held_notes(held, content.tasks), *calibration_notes(content), *provenance.sentences(content)]
     if worst:
         error = report.format_error(worst[0]["error"])
         notes.insert(0, f"highest error of a module: {error}, {worst[0]['module']} of {worst[0]['task']}")

@@ -183,7 +183,7 @@ def pull(
     content = portable.open_source(source)
     check_store_base(address.label, content, base)
     if tasks:
-        content = removal.keep_tasks(content, list(dict.fromkeys(tasks)))
+        content = removal.select(content, list(dict.fromkeys(tasks)))
     elif source.path is None:
         hub = network.client(address.label)
         with network.explained(address.label, "cannot be downloaded"), network.quiet(progress):

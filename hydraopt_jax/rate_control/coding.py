@@ -242,7 +242,7 @@ def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.
     solved: dict[str, tuple[np.ndarray, ...]] = {}
     for name in problem.order:
         x, m = place[name]
-        if not decoded[name]:
+        if not any(len(y.a) for y in decoded[name]):
             continue
         mask = np.stack(
             [
@@ -270,7 +270,7 @@ def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.
         x, m = place[name]
         for t in range(tasks):
             if x.norms[m, t] == 0:
-                errors[row, t] = 0.0 if name in solved and (name, 0) in live[t] else np.nan
+                errors[row, t] = 0.0 if problem.present[row, t] else np.nan
                 continue
             if name in solved:
                 _, gram, cross, energies, mask = solved[name]

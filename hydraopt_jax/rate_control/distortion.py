@@ -27,12 +27,12 @@ def measure(
     Errors are those of weights; with metrics (`metrics.metrics_of`) those of the modules' outputs.
 
     Raises:
-      HydraOptError: an adapter whose task is not in the store, or that has other modules.
+      HydraOptError: an adapter whose task is not in the store, or that changes other modules.
     """
     out = {}
     for x in collection:
         terms = decode_terms(store, [x.task])
-        unknown = set(x.a) - set(store.shapes)
+        unknown = {n for n in set(x.a) - set(store.shapes) if x.a[n].any() and x.b[n].any()}
         if unknown:
             raise HydraOptError(f"{x.task!r}: the store has no module {min(unknown)}")
         out[x.task] = float(np.mean(list(module_errors(terms, 0, x, metrics).values())))

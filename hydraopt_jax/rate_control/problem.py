@@ -19,6 +19,7 @@ class Problem(NamedTuple):
       metrics: module -> metrics of its inputs and of its outputs; empty without calibration.
       order: module names in the collection's order.
       weights: `[M, T]` of the relative errors, in that order.
+      present: `[M, T]` whether a task has the module, be it that its delta is zero.
       unit: the mean importance of a delta, by which importance is divided.
       no_joint: modules whose cost was higher with a joint basis in a trial.
     """
@@ -27,6 +28,7 @@ class Problem(NamedTuple):
     metrics: Mapping[str, Metrics]
     order: tuple[str, ...]
     weights: np.ndarray
+    present: np.ndarray
     unit: float = 1.0
     no_joint: frozenset[str] = frozenset()
 
@@ -38,7 +40,9 @@ class Problem(NamedTuple):
             spectra += [take_modules(x, at)] if at else []
         rows = [m for m, n in enumerate(self.order) if n in modules]
         order = tuple(self.order[m] for m in rows)
-        return self._replace(spectra=tuple(spectra), order=order, weights=self.weights[rows])
+        return self._replace(
+            spectra=tuple(spectra), order=order, weights=self.weights[rows], present=self.present[rows]
+        )
 
 
 def prepare(
@@ -81,4 +85,5 @@ def prepare(
         )
         weight = np.stack([rows[n] for n in x.modules])
         spectra.append(spectrum(x.modules, deltas, weight, coded, share=share, deep=deep))
-    return Problem(tuple(spectra), metrics, tuple(order), table, unit)
+    has = {n: row > 0 for x in inputs.buckets for n, row in zip(x.modules, x.ranks, strict=True)}
+    return Problem(tuple(spectra), metrics, tuple(order), table, np.stack([has[n] for n in order]), unit)

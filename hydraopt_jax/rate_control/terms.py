@@ -51,7 +51,11 @@ def separate_terms(
     first = [reference] if reference >= 0 else []
     order = np.array([*first, *(t for t in present if t != reference)], int)
     if not len(order):
-        return ()
+        # the module's shape, and no factors
+        none = tuple(-1 for _ in live)
+        shape = TermShape(none, none, deltas.u.shape[-2], 1, deltas.v.shape[-1], 0)
+        empty = [np.zeros((0, n, 1), np.float32) for n in (shape.inputs, shape.outputs)]
+        return (TermInSteps(shape, *empty),)
     rank = max(int(live[present].sum(-1).max(initial=0)), 1)
     scales = [np.ones(live.shape, np.float32) for _ in range(2)]
     if cosines is not None:

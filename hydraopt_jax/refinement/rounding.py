@@ -80,12 +80,18 @@ def coded_terms(segment: Segment) -> dict[str, tuple[Factors, ...]]:
     """The terms of a coded segment, with the bases that no task reads for itself."""
     places = range(len(segment.tasks))
     found = decode_segment(segment, places)
-    own = terms_of(found, segment.modules, places)
+    own = changed(terms_of(found, segment.modules, places))
     values = [x for x in found.values if x is not None]
     return {
         n: tuple(x._replace(core=y.core) for x, y in zip(terms, own[n], strict=True))
         for n, terms in all_terms(segment.modules, found.pieces, values).items()
+        if n in own
     }
+
+
+def changed(modules: Modules) -> dict[str, tuple[Factors, ...]]:
+    """The modules that any task changes: the others have a term without factors."""
+    return {n: tuple(terms) for n, terms in modules.items() if any(len(x.a) for x in terms)}
 
 
 def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
@@ -202,7 +208,7 @@ def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Round
             leaves, size = serialize(coded, modules)
             if size <= limit:
                 found = decode_leaves(leaves, shapes, range(tasks))
-                return terms_of(found, shapes, range(tasks)), leaves
+                return changed(terms_of(found, shapes, range(tasks))), leaves
             tables = recount(coded, tables.multiplier * (1.003 * size / limit) ** 4)
         return {}, None
 

@@ -1,6 +1,7 @@
 """The store: a compressed collection, in memory and on disk. Only writing needs JAX.
 
-- `store`: the types: segments, names, references; some tasks of a store.
+- `store`: the types: segments, names, references.
+- `removal`: some tasks of a store, and what is left of removed ones.
 - `schema`: the contents of a segment's leaves. `plain`, `lossless`: factors that are not coded.
 - `decoding`: from leaves back to factors and adapters; `references`: prediction from earlier segments.
 - `tensors`: full tensors beside the factors.
@@ -11,6 +12,7 @@
 
 from hydraopt_jax.store.decoding import decode, decode_terms, task_factors
 from hydraopt_jax.store.files import open, save, update, verify
+from hydraopt_jax.store.removal import select
 from hydraopt_jax.store.sizes import size_on_disk
 from hydraopt_jax.store.store import (
     Reference,
@@ -18,7 +20,6 @@ from hydraopt_jax.store.store import (
     Source,
     Store,
     count,
-    select,
     task_index,
 )
 

@@ -91,8 +91,8 @@ def all_terms(
     return {
         name: [
             Factors(
-                np.stack(of[name, k, 0]),
-                np.stack(of[name, k, 1]).swapaxes(1, 2),
+                stack_pieces(of.get((name, k, 0), []), (term.inputs, term.rank)),
+                stack_pieces(of.get((name, k, 1), []), (term.outputs, term.rank)).swapaxes(1, 2),
                 np.array(term.a_of, np.int32),
                 np.array(term.b_of, np.int32),
             )

@@ -20,7 +20,7 @@ from hydraopt_jax.locks import locked
 from hydraopt_jax.store import bucket, folder, portable, replacing
 from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.folder import MANIFEST
-from hydraopt_jax.store.store import Store, select
+from hydraopt_jax.store.store import Store, cut_to
 
 Path_ = str | os.PathLike
 T = TypeVar("T")
@@ -310,4 +310,4 @@ def batches(store: Store, tasks: Any = None, limit: int = BATCH) -> Iterator[Sto
     span = max((len(x.tasks) for x in store.segments), default=1)
     length -= length % span if length > span else 0
     for at in range(0, len(names), length):
-        yield select(store, names[at : at + length])
+        yield cut_to(store, names[at : at + length])

@@ -1,4 +1,4 @@
-"""Remove a task from a store, and find what is left of removed tasks.
+"""Some tasks of a store, all but one, and what is left of removed tasks.
 
 Removing a task removes its own leaves, except for vectors that other tasks need: those that predict them, and
 those that were fitted to several tasks including the removed one. The coder's tables are counts of symbols of
@@ -15,7 +15,7 @@ from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import schema
-from hydraopt_jax.store.store import SHARED, Segment, Store, closure, select, task_index
+from hydraopt_jax.store.store import SHARED, Segment, Store, closure, cut_to, task_index
 
 # options of the command that name tasks
 WEIGHING = ("weights", "protect")
@@ -65,17 +65,22 @@ def remove(store: Store, task: str) -> Store:
     task_index(store.tasks, task)
     if len(store.tasks) == 1:
         raise HydraOptError(f"{task!r} is the store's only task: delete the store instead")
-    return keep_tasks(store, [t for t in store.tasks if t != task])
+    return select(store, [t for t in store.tasks if t != task])
 
 
-def keep_tasks(store: Store, tasks: Sequence[str]) -> Store:
-    """The store with some tasks only, in the order given; their data are not touched.
+def select(store: Store, tasks: Sequence[str]) -> Store:
+    """The store with some of its tasks, in the order given, without leaves that none of them needs.
+
+    Nothing is decoded. Vectors that predict these tasks, or that they share with others, stay under the names
+    of the tasks that they were coded with.
 
     Raises:
-      HydraOptError: no such task.
+      HydraOptError: an unknown task.
     """
-    left = select(store, tasks)
+    left = cut_to(store, tasks)
     gone = [t for t in store.tasks if t not in set(tasks)]
+    if not gone:
+        return left
     report = changed_report(store.report, -round(len(gone) * store.report["entries"] / len(store.tasks)))
     for task in gone:
         report = report.replace(**unnamed(report, task))

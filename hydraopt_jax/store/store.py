@@ -260,11 +260,8 @@ def count(store: Store) -> int:
     return total
 
 
-def select(store: Store, tasks: Sequence[str]) -> Store:
-    """The store with some of its tasks, in the order given, without leaves that none of them needs.
-
-    Nothing is decoded. Vectors that predict these tasks, or that they share with others, stay under the names
-    of the tasks that they were coded with.
+def cut_to(store: Store, tasks: Sequence[str]) -> Store:
+    """The store with the segments of some of its tasks, in the order given; its report stays as it is.
 
     Raises:
       HydraOptError: an unknown task.
