@@ -34,6 +34,8 @@ ROWS = (
     "HydraOpt K = 16, Adam from the mean",
     "HydraOpt K = 16, Adam from the mean, refined",
     "SVD rank 4, 4 bits",
+    "SVD rank 2, 4 bits",
+    "SVD rank 1, 4 bits",
     "budget 0.125",
     "budget 0.0625",
     "budget 0.03",

@@ -17,6 +17,14 @@ from experiments.llm.model import GROUPS, MODULES, Tree
 REGIMES = ("shared", "independent", "rank-16")
 
 
+def check_made(path: Path, option: str, **asked: Any) -> None:
+    """Ends with a line if a log or result that is there says that it was made otherwise than is asked now."""
+    said = json.loads(path.read_text())
+    other = [f"{k} {said[k]}, not {v}" for k, v in asked.items() if said.get(k, v) != v]
+    if other:
+        raise SystemExit(f"{path}: is there, made with {', '.join(other)}: give another {option}")
+
+
 def key_of(regime: str, task: str, seed: int) -> jax.Array:
     """Key of a task's initialization: one per task if `regime` is independent, else one for all tasks."""
     key = jax.random.key(seed)

@@ -179,6 +179,18 @@ def stored_answers_path(collection: list[Any], slug: str, task: str) -> Path:
     return stores_folder(collection) / f"answers-{slug}-{task}.json"
 
 
+def stored_answers(collection: list[Any], row: str, task: str) -> list[list[int]]:
+    """The answers of a stored adapter that are kept here; without them, a line that says how to make them."""
+    path = stored_answers_path(collection, slug_of(row), task)
+    if not path.exists():
+        raise SystemExit(
+            f"{path}: no such file: run `python -m experiments.llm.compare --only {row!r}` first, with "
+            "--results of its own if that row has its scores"
+        )
+    found: list[list[int]] = json.loads(path.read_text())
+    return found
+
+
 def stores_folder(collection: list[Any]) -> Path:
     """Where the stores of a collection are kept."""
     folder = cache_folder() / "stores" / stores.digest(collection)
@@ -252,6 +264,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     lower = place(load_base(given.base), given.layers)
     folder = given.adapters / given.regime
+    for log in (folder / task / "log.json" for task in given.tasks):
+        if log.exists():
+            adapters.check_made(log, "--adapters", base=lower.base.name)
     collection = stores.read_collection(folder, given.tasks)
     rows, results = {}, {}
     measured = partial(moments, lower, folder, given.tasks, given.data)

@@ -1,7 +1,7 @@
 """Refinement of stores by distillation: the stored adapters' answers are moved towards the own adapters'.
 
 What `hydraopt_jax.refinement` needs of a model: a forward function of one task, and batches of unlabeled
-inputs. Those are training sequences of all tasks, which neither dev nor test items share.
+inputs. Those are training sequences of all tasks, which no dev or test item of the same task shares.
 """
 
 from functools import partial

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.llm import adapters, stores
 from experiments.llm.base import DEFAULT, Base, load_base, wheel_path
-from experiments.llm.compare import slug_of, stored_answers_path, stores_folder
+from experiments.llm.compare import slug_of, stored_answers, stores_folder
 from experiments.llm.decoding import LONGEST_ANSWER
 from experiments.llm.tasks import TASKS, load_sequences
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     found = {}
     for name in given.tasks:
         sequences = load_sequences(TASKS[name], given.data, base.tokenizer, base.stop)["test"][: given.items]
-        answers = json.loads(stored_answers_path(collection, slug_of(given.row), name).read_text())
+        answers = stored_answers(collection, given.row, name)
         with tempfile.TemporaryDirectory() as folder:
             stores.export(stores_folder(collection) / slug_of(given.row), name, Path(folder) / name)
             adapted = PeftModel.from_pretrained(load_reference(given.base), Path(folder) / name)

@@ -120,7 +120,8 @@ def read_translation(data: Path, source: str, target: str) -> Splits:
 
 
 def read_asset(data: Path) -> Splits:
-    """Sentences and ten simplifications each; the validation file is trained on, a tenth of it held out."""
+    """Sentences and their ten simplifications, without repeated and unchanged ones; the validation file is
+    trained on, a tenth of it held out."""
     sides: Splits = {}
     for split in ("valid", "test"):
         folder = data / "asset" / "dataset"

@@ -106,7 +106,14 @@ def main(argv: list[str] | None = None) -> None:
         path = given.results / given.regime / f"{name}.json"
         folder = given.adapters / given.regime / name
         own = given.regime != "zero-shot"
-        if (own and not (folder / "log.json").exists()) or path.exists() != given.rescore:
+        for there in (path, folder / "log.json") if own else (path,):
+            if there.exists():
+                adapters.check_made(there, "--adapters and --results", base=lower.base.name)
+        if own and not (folder / "log.json").exists():
+            print(f"{given.regime} {name}: no adapter in {folder}", flush=True)
+            continue
+        if path.exists() != given.rescore:
+            print(f"{given.regime} {name}: {'is' if path.exists() else 'no score'} in {path}", flush=True)
             continue
         upper = with_deltas(lower.upper, adapters.load_deltas(folder) if own else {})
         at = answers_path(lower.base.name, name, folder if own else None)

@@ -22,7 +22,7 @@ import numpy as np
 from experiments.llm import adapters, model, stores
 from experiments.llm.activations import Lower, gather, hidden_of, place
 from experiments.llm.base import DEFAULT, load_base
-from experiments.llm.compare import slug_of, stored_answers_path, stores_folder
+from experiments.llm.compare import slug_of, stored_answers, stores_folder
 from experiments.llm.score import labels_of
 from experiments.llm.tasks import TASKS, Sequence, load_sequences
 
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     drafts, labels = [], []
     for name in given.tasks:
         items = load_sequences(TASKS[name], given.data, lower.base.tokenizer, lower.base.stop)["test"]
-        answers = json.loads(stored_answers_path(collection, slug_of(given.row), name).read_text())
+        answers = stored_answers(collection, given.row, name)
         pairs = zip(items[: len(answers)], answers, strict=True)
         drafts.append([s._replace(answer=answer) for s, answer in pairs])
         labels.append(labels_of(TASKS[name], given.data, lower))

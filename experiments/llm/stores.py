@@ -37,7 +37,9 @@ CALIBRATED = (0.0625, 0.03, 0.015)
 CODED, PLAIN = (40, 32), (300, 100)
 AT_ONCE = 8
 # multiples of the scale of least weight error at which one adapter for all tasks is tried on dev items
-SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# directions of the plain SVDs that are compared with
+SVD_RANKS = (8, 4, 3, 2, 1)
 SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m", "iso-c", "core-space")
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -134,8 +136,8 @@ def plan(
                 target, whole = Options(budget=budget), fp16_bytes(collection)
                 made = partial(engine.compress_to_target, in_memory(collection), target, segment_bytes=whole)
                 rows[f"budget {budget:g}, refined"] = partial(_refined, collection, made, teach, CODED)
-    rows["SVD rank 8, 4 bits"] = lambda folder: separate_svd(collection, 8, 4)
-    rows["SVD rank 4, 4 bits"] = lambda folder: separate_svd(collection, 4, 4)
+    for rank in SVD_RANKS:
+        rows[f"SVD rank {rank}, 4 bits"] = partial(_separate_svd, collection, rank, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
     for name, options in (
         ("k-merge", {"slots": max(tasks // 4, 1)}),
@@ -210,7 +212,7 @@ def _by_task(
     }
 
 
-def separate_svd(collection: Sequence[Adapter], rank: int, bits: int) -> Row:
+def _separate_svd(collection: Sequence[Adapter], rank: int, bits: int, folder: Path) -> Row:
     """Every delta's first `rank` singular directions at `bits`, a scale per vector."""
     stacked = adapters.stack(collection)
     size, factors = 0.0, []
@@ -226,8 +228,8 @@ def separate_svd(collection: Sequence[Adapter], rank: int, bits: int) -> Row:
 def two_level(collection: Sequence[Adapter], first: int) -> Row:
     """Two-level quantization after LoRAQuant (arXiv 2510.26690): some directions at 2 bits, others as signs.
 
-    The `first` directions have 2 bits; the published method also tunes them by gradients. A sign vector
-    keeps its mean magnitude as its scale; every vector has one fp16 scale.
+    The `first` directions have 2 bits, of four levels; the published method also tunes them by gradients. A
+    sign vector keeps its mean magnitude as its scale; every vector has one fp16 scale.
     """
     stacked = adapters.stack(collection)
     size, factors = 0, []
@@ -235,7 +237,7 @@ def two_level(collection: Sequence[Adapter], first: int) -> Row:
         deltas = decompose.batched_svd(jnp.asarray(bucket.a), jnp.asarray(bucket.b))
         root = jnp.sqrt(deltas.s)
         x, y = deltas.u * root[..., None, :], deltas.v * root[..., None]
-        fine = tradeoff.rounded_directions(deltas, 2)
+        fine = four_levels(x, -2), four_levels(y, -1)
         signs = [jnp.sign(v) * jnp.mean(jnp.abs(v), axis, keepdims=True) for v, axis in ((x, -2), (y, -1))]
         factors.append(
             (
@@ -248,6 +250,24 @@ def two_level(collection: Sequence[Adapter], first: int) -> Row:
             for vectors, bits in ((first, 2), (x.shape[-1] - first, 1)):
                 size += count * vectors * (-(-width * bits // 8) + 2)
     return Row(int(size), _by_task(collection, stacked, factors))
+
+
+def four_levels(x: jax.Array, axis: int) -> jax.Array:
+    """Vectors along an axis at 2 bits: 1/2 or 3/2 of a half-precision scale, with a sign.
+
+    The scale is that of least squared error among some shares of the largest entry.
+
+    >>> print(four_levels(jnp.array([[-3.0, -1.0, 1.0, 3.0]]), -1)[0])
+    [-3. -1.  1.  3.]
+    """
+    peak = jnp.max(jnp.abs(x), axis, keepdims=True)
+    best, least = jnp.zeros_like(x), jnp.full_like(peak, jnp.inf)
+    for share in fixed_rate.CLIPS:
+        scale = (peak * share / 1.5).astype(jnp.float16).astype(jnp.float32)
+        near = jnp.clip(jnp.floor(x / jnp.where(scale > 0, scale, 1.0)) + 0.5, -1.5, 1.5) * scale
+        error = jnp.sum((x - near) ** 2, axis, keepdims=True)
+        best, least = jnp.where(error < least, near, best), jnp.minimum(error, least)
+    return best
 
 
 def _kept(collection: Sequence[Adapter], name: str, options: Mapping[str, Any], folder: Path) -> Row:

@@ -162,13 +162,15 @@ def main(argv: list[str] | None = None) -> None:
     lower = place(base, given.layers)
     for name in given.tasks:
         folder = given.out / given.regime / name
+        settings = {name: getattr(given, name) for name in ("rate", "plus", "steps", "rows", "seed")}
         if (folder / "log.json").exists():
+            adapters.check_made(folder / "log.json", "--out", base=base.name, **settings)
+            print(f"{given.regime} {name}: is in {folder}", flush=True)
             continue
         splits = load_sequences(TASKS[name], given.data, base.tokenizer, base.stop)
         splits["train"] = splits["train"][: given.items]
         start = adapters.initialize(adapters.key_of(given.regime, name, given.seed), lower.upper, given.rank)
         parts = (given.out.resolve().name, base.name, given.regime, name, given.layers)
-        settings = {name: getattr(given, name) for name in ("rate", "plus", "steps", "rows", "seed")}
         label = "-".join(map(str, (*parts, *settings.values())))
         saved = cache_folder() / f"training-{label.replace('/', '_')}.npz"
         lora, log = train(lower, start, splits, scale=given.alpha / given.rank, saved=saved, **settings)

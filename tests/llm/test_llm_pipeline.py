@@ -268,6 +268,28 @@ def test_batches_that_mix_tasks_give_the_answers_of_the_compared_store(trained):
     assert found["HydraOpt K = 1, closed form"]["differing"] == 0
 
 
+def test_what_was_made_otherwise_is_not_taken_for_this(trained, capsys):
+    root, _ = trained
+    base, folder = ["--base", str(root / "base"), "--layers", str(UPPER)], str(root / "adapters")
+    common = ["--data", str(root), "--regime", "shared", *base, "--tasks", *TOY]
+    asked = ["--steps", str(STEPS), "--rate", "0.02", "--plus", "1", "--rows", "8", "--out", folder]
+    train.main([*common, *asked])
+    assert capsys.readouterr().out.startswith(f"shared turn: is in {root}")
+    with pytest.raises(SystemExit, match=f"made with steps {STEPS}, not 7: give another --out"):
+        train.main([*common, *asked, "--steps", "7"])
+    score.main([*common, "--adapters", folder, "--results", str(root / "results")])
+    assert "is in" in capsys.readouterr().out
+    log = root / "adapters" / "shared" / "turn" / "log.json"
+    said = log.read_text()
+    log.write_text(json.dumps(json.loads(said) | {"base": "another"}))
+    for main in (score.main, compare.main):
+        with pytest.raises(SystemExit, match="made with base another"):
+            main([*common, "--adapters", folder, "--results", str(root / "results")])
+    log.write_text(said)
+    with pytest.raises(SystemExit, match=r"run `python -m experiments.llm.compare --only 'share'` first"):
+        compare.stored_answers(stores.read_collection(root / "adapters" / "shared", TOY), "share", "turn")
+
+
 def test_tables_have_every_row_and_task(trained, capsys):
     root, _ = trained
     where = ["--results", str(root / "results"), "--adapters", str(root / "adapters"), "--tasks", *TOY]
