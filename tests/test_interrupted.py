@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import contextmanager, suppress
 
 import pytest
 from commands import run
@@ -10,7 +11,7 @@ from commands import run
 import hydraopt_jax as hydra
 from hydraopt_jax import HydraOptError, buckets, formats, synthetic
 from hydraopt_jax.jobs.place import Folder
-from hydraopt_jax.store import bucket, files, folder
+from hydraopt_jax.store import bucket, files, folder, sizes
 
 AT = "s3://b/store"
 MARK = "abcdef12" * 8
@@ -318,3 +319,45 @@ def test_of_two_commands_to_one_address_the_second_is_refused(adapters, service,
     assert said == [f"{AT}: another process is writing it: try again when it is done"] * 2
     assert hydra.open(AT).tasks == tuple("abc")
     assert not list(bucket.staging(AT).parent.parent.iterdir())
+
+
+def test_a_size_is_that_of_what_is_still_there(kept, tmp_path, monkeypatch, capsys):
+    hydra.save(tmp_path / "s", kept)
+    (tmp_path / "s" / "gone").mkdir()
+    (tmp_path / "s" / "gone" / "x").write_text("x")
+    scan = os.scandir
+
+    @contextmanager
+    def late(path):
+        with scan(path) as found:
+            every = list(found)
+        with suppress(FileNotFoundError):
+            (tmp_path / "s" / "gone" / "x").unlink()
+            (tmp_path / "s" / "gone").rmdir()
+        yield every
+
+    whole = sum(x.stat().st_size for x in (tmp_path / "s").rglob("*") if x.is_file()) - 1
+    monkeypatch.setattr(os, "scandir", late)
+    assert sizes.size_on_disk(tmp_path / "s") == whole
+    assert run(capsys, "inspect", tmp_path / "s", "--json")[::2] == (0, "")
+
+
+@pytest.mark.parametrize("verb", ["add", "remove"])
+def test_a_change_reports_what_it_has_written(adapters, kept, tmp_path, monkeypatch, capsys, verb):
+    """As soon as its lock is free another command changes the store."""
+    hydra.save(tmp_path / "s", kept)
+    locked = files.locked
+
+    @contextmanager
+    def then(*arguments, **options):
+        with locked(*arguments, **options):
+            yield
+        monkeypatch.setattr(files, "locked", locked)
+        hydra.save(tmp_path / "s", hydra.remove(kept, "c"), overwrite=True)
+
+    monkeypatch.setattr(files, "locked", then)
+    words = {"add": adapters[3], "remove": "a"}
+    status, said, error = run(capsys, verb, tmp_path / "s", words[verb], "--json")
+    assert (status, error) == (0, "")
+    assert json.loads(said)["tasks"] == list(AFTER[verb])
+    assert hydra.open(tmp_path / "s").tasks == ("a", "b")

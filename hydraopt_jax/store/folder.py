@@ -136,10 +136,12 @@ def tree_bytes(folder: Path | str) -> int:
     total = 0
     with os.scandir(folder) as found:
         for x in found:
-            if x.is_dir(follow_symlinks=False):
-                total += tree_bytes(x.path)
-            elif x.is_file():
-                total += x.stat().st_size
+            # another process may remove it meanwhile
+            with suppress(FileNotFoundError):
+                if x.is_dir(follow_symlinks=False):
+                    total += tree_bytes(x.path)
+                elif x.is_file():
+                    total += x.stat().st_size
     return total
 
 
