@@ -15,6 +15,8 @@ from hydraopt_jax.jobs.place import Folder
 from hydraopt_jax.store import bucket, folder, manifest, replacing
 
 MODULES = {"m.q": (64, 48), "m.v": (64, 32)}
+# of a job
+MARK = "abcdef12" * 8
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_a_link_into_a_cache_is_the_store_that_it_is_named(lossless, tmp_path):
 
 
 def test_what_is_not_of_the_job_outlives_it(lossless, tmp_path):
-    place = Folder(tmp_path / "s", "abcdef1234")
+    place = Folder(tmp_path / "s", MARK)
     place.enter()
     (tmp_path / "s" / "notes.txt").write_text("mine")
     assert folder.unfinished(tmp_path / "s")
@@ -162,7 +164,7 @@ def test_damaged_segments_are_written_again(lossless, tmp_path):
 
 
 def test_an_error_removes_its_own_segment_only(lossless, tmp_path, request):
-    place = Folder(tmp_path / "s", "abcdef1234")
+    place = Folder(tmp_path / "s", MARK)
     place.enter()
     for n in (1, 10, 2):
         place.keep(f"pass-0-{n}", lossless.segments[0])
@@ -182,7 +184,7 @@ def test_who_is_overtaken_removes_nothing_of_the_winner(lossless, tmp_path, monk
     )
 
     def made(where):
-        place = Folder(tmp_path / where, "abcdef1234")
+        place = Folder(tmp_path / where, MARK)
         place.enter()
         place.keep("pass-0-0", lossless.segments[0])
         mine = lossless.replace(segments=(place.segment("pass-0-0"),))

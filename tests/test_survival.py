@@ -1,6 +1,7 @@
 """Stores survive: killed writers, two writers, readers meanwhile, changes that fail."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,9 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.locks import locked
 from hydraopt_jax.store import folder
 from hydraopt_jax.store.folder import SEGMENTS
+
+# of a job
+IDENTITY = json.dumps({"mark": "abcdef12" * 8})
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +128,7 @@ def test_a_job_whose_removal_was_killed_is_not_gone_on_with(tmp_path):
             (tmp_path / SEGMENTS / x / "state" / "data").touch()
             (tmp_path / folder.JOB).mkdir(exist_ok=True)
             (tmp_path / folder.JOB / f"{x}.segment.json").touch()
-            (tmp_path / folder.JOB / "job.json").touch()
+            (tmp_path / folder.JOB / "job.json").write_text(IDENTITY)
 
     begin()
     point, seen = 1, set()
@@ -206,7 +210,7 @@ def test_a_job_beside_a_file_that_was_half_removed_goes_with_the_next_change(
     left = tmp_path / "s.safetensors.job"
     for name in (folder.JOB, SEGMENTS):
         (left / name / "x").mkdir(parents=True)
-    (left / folder.JOB / "job.json").touch()
+    (left / folder.JOB / "job.json").write_text(IDENTITY)
     calls, remove = [], shutil.rmtree
 
     def dying(path, **options):

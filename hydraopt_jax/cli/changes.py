@@ -170,8 +170,9 @@ def add(
         return grown
 
     said = {"changed": provenance.entry("add", recipes.recorded(context))}
-    content = store.update(path, lambda x: provenance.with_entries(change(x), said))
-    payload, shown, last = change_report(path, before, content, found[0] if found else None, new.task)
+    # no other command may change the store before the report has read it
+    with files.updated(path, lambda x: provenance.with_entries(change(x), said)) as content:
+        payload, shown, last = change_report(path, before, content, found[0] if found else None, new.task)
     say(payload | {"added": new.task}, *shown, last)
 
 
@@ -226,8 +227,8 @@ def remove(
         return left
 
     said = {"changed": provenance.entry("remove", recipes.recorded(context))}
-    content = store.update(path, lambda x: provenance.with_entries(change(x), said))
-    payload, shown, last = change_report(path, before, content, found[0] if found else None, None)
+    with files.updated(path, lambda x: provenance.with_entries(change(x), said)) as content:
+        payload, shown, last = change_report(path, before, content, found[0] if found else None, None)
     payload |= {"removed": task, "coded_again": again, "bounded": content.report.get("bounded", [])}
     if again:
         shown = (*shown, f"coded again: {', '.join(again)}")

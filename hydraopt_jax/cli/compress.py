@@ -35,7 +35,7 @@ from hydraopt_jax.rate_control.options import Options, check_options
 from hydraopt_jax.rate_control.work import Job
 from hydraopt_jax.reading import NamedPath, locate
 from hydraopt_jax.store import Store, files, sizes
-from hydraopt_jax.store.folder import JOB
+from hydraopt_jax.store.job_folder import JOB
 from hydraopt_jax.store.tensors import check_dtype
 
 # options of which a store has one, if it has no form
@@ -162,7 +162,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
         )
     given["out"] = str(files.located(out))
     tell: Callable[[], None] | None
-    with files.staged(out, given["overwrite"]) as path, stoppable(path):
+    with files.staged(out, given["overwrite"], given["dry_run"]) as path, stoppable(path):
         tell = streamed(path, sources, asked, given, made)
     if tell is not None:
         tell()
@@ -249,7 +249,6 @@ def streamed(
         if given["recipe"] is not None:
             provenance.check_digests(given["recipe"], {x.task: x.digest for x in found.cards})
         if given["dry_run"]:
-            job.clear_if_empty(path)
             return shown_plan(given["out"], found, asked, bad)
         with progress.to_stderr(who.rank == 0 and not mode().quiet) as told:
             store = job.run_job(
@@ -261,6 +260,7 @@ def streamed(
                 overwrite=given["overwrite"],
                 limit=None if given["force"] or keeps_all(asked.get("budget")) else found.size,
                 zstd=not given["no_zstd"],
+                maker=path.with_name(".maker.json") if buckets.is_bucket(given["out"]) else None,
             )
     return None if store is None else shown_store(path, store, found.size, given)
 

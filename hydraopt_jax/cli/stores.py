@@ -71,7 +71,8 @@ def inspect(path: str, recipe: str | None, plot: str | None, references: bool) -
         }
         for x in content.segments
     ]
-    size, parts = sizes.size_on_disk(path), sizes.account(path, content)._asdict()
+    parts = sizes.account(path, content)._asdict()
+    size = sum(parts.values())
     held, kinds = removal.held(content), kinds_of(content)
     payload = describe(path, content) | {"leaves": rows, "bytes": size, "bytes_of": parts}
     payload |= {"task_bytes": own, "kinds": kinds, "held": [x._asdict() for x in held]}

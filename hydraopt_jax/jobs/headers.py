@@ -12,7 +12,7 @@ from hydraopt_jax.formats.peft_collection import collection_of, open_adapter
 from hydraopt_jax.jobs.place import read_json, write_json
 from hydraopt_jax.rate_control.work import Processes
 from hydraopt_jax.reading import NamedPath
-from hydraopt_jax.store.folder import check_job
+from hydraopt_jax.store.job_folder import check_job
 
 # number of files that are read and hashed at once
 READERS = 2

@@ -18,7 +18,7 @@ from typing import Any
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.jobs.writer import Writer
-from hydraopt_jax.store import folder, manifest, segment_data
+from hydraopt_jax.store import folder, job_folder, manifest, segment_data
 from hydraopt_jax.store.store import Segment
 
 SCHEMA = 3
@@ -26,7 +26,7 @@ SCHEMA = 3
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
-    new = path.with_suffix(f".{os.getpid()}")
+    new = job_folder.new_name(path)
     with new.open("w") as sink:
         # `dump` writes number by number, in Python
         sink.write(json.dumps(content))
@@ -70,7 +70,7 @@ class Folder:
     def __init__(self, path: Path, mark: str, zstd: bool = True, shared: bool = False) -> None:
         self.path: Path | None = path
         self.store, self.mark, self.zstd = path, mark, zstd
-        self.scratch = path / folder.JOB
+        self.scratch = path / job_folder.JOB
         self.writer = Writer(path, self.scratch) if shared else None
 
     def enter(self) -> None:
@@ -79,8 +79,8 @@ class Folder:
         Raises:
           HydraOptError: the folder belongs to another job.
         """
-        folder.check_job(self.scratch)
-        file = self.scratch / "job.json"
+        job_folder.check_job(self.scratch)
+        file = self.scratch / job_folder.IDENTITY
         if file.exists():
             if read_json(file) != {"mark": self.mark}:
                 # what must not be lost is a store that the job was to replace

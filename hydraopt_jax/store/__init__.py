@@ -7,6 +7,7 @@
 - `tensors`: full tensors beside the factors.
 - `segment_data`, `manifest`, `checks`: bytes and JSON, written, read and checked.
 - `folder`, `portable`: a folder of Orbax checkpoints, one safetensors file; `files`: either, by its name.
+- `job_folder`: what an unfinished job has left there.
 - `sizes`: bytes on disk, in total and per task.
 """
 

@@ -9,7 +9,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,36 +156,51 @@ def publish(written: Path, at: str, before: bytes) -> None:
         if not buckets.write(at, written.read_bytes(), before):
             raise overtaken(at)
         return
-    said = mark_segments(written)
-    old = read_manifest(at) if state(at).data is not None else {"segments": []}
+    said, names = marked(written)
+    old = current_manifest(at)
     segments = f"{at}/{SEGMENTS}/"
-    new = {x.relative_to(written / SEGMENTS).as_posix(): x for x in (written / SEGMENTS).rglob("*")}
-    new = {key: x for key, x in sorted(new.items()) if x.is_file()}
-    data = (written / MANIFEST).read_bytes()
+    new: dict[str, Path] = {}
+    for name, home in names.items():
+        found = (x for x in sorted(home.rglob("*")) if x.is_file())
+        new |= {f"{name}/{x.relative_to(home).as_posix()}": x for x in found}
     try:
         buckets.write_objects(segments, {key: x.read_bytes for key, x in new.items()})
-        if not buckets.write(root_object(at), data, before):
-            raise overtaken(at)
     except BaseException:
-        named = {x["id"] for x in old["segments"]}
-        buckets.remove_objects(segments, [key for key in new if key.partition("/")[0] not in named])
+        remove_new(at, new)
         raise
+    # after an error of this request it may have been carried out: what it names must stay
+    if not buckets.write(root_object(at), manifest.gzipped(manifest.to_text(said, at)), before):
+        remove_new(at, new)
+        raise overtaken(at)
     remove_unnamed(at, said, old)
 
 
-def mark_segments(written: Path) -> dict[str, Any]:
-    """The manifest of a folder to be uploaded, after its segments have got a mark: those of a job have names
-    that the same job elsewhere gives, too."""
+def current_manifest(at: str) -> dict[str, Any]:
+    """The manifest of a store, or one without segments where there is no store."""
+    return read_manifest(at) if state(at).data is not None else {"segments": []}
+
+
+def marked(written: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The manifest of a folder to be uploaded, and its new segments: name -> folder.
+
+    Their names get a mark, as the same job elsewhere gives the same names. The folder stays as it is.
+    """
     said, mark = folder.read_manifest(written), new_mark()
-    here = written / SEGMENTS
-    bare = [x for x in said["segments"] if (here / x["id"]).is_dir() and not MARK.fullmatch(x["id"])]
-    for row in bare:
-        name = f"{row['id']}-{mark}"
-        (here / row["id"]).rename(here / name)
-        row["id"] = name
-    if bare:
-        folder.write_manifest(written, said)
-    return said
+    names = {}
+    for row in said["segments"]:
+        home = written / SEGMENTS / row["id"]
+        if home.is_dir():
+            row["id"] = row["id"] if MARK.fullmatch(row["id"]) else f"{row['id']}-{mark}"
+            names[row["id"]] = home
+    return said, names
+
+
+def remove_new(at: str, new: Iterable[str]) -> None:
+    """Remove uploaded objects of segments, unless the store names them, or it cannot be read."""
+    with suppress(HydraOptError):
+        named = {x["id"] for x in current_manifest(at)["segments"]}
+        gone = [key for key in new if key.partition("/")[0] not in named]
+        buckets.remove_objects(f"{at}/{SEGMENTS}/", gone)
 
 
 def overtaken(at: str) -> HydraOptError:

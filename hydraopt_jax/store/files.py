@@ -6,7 +6,6 @@ in part and cannot be changed.
 
 import functools
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from hydraopt_jax.locks import locked
 from hydraopt_jax.store import bucket, folder, portable, replacing
 from hydraopt_jax.store.decoding import decode_terms
 from hydraopt_jax.store.folder import MANIFEST
+from hydraopt_jax.store.job_folder import remove_renamed
 from hydraopt_jax.store.store import Store, cut_to
 
 Path_ = str | os.PathLike
@@ -178,8 +178,10 @@ def save(
 
 
 @contextmanager
-def staged(path: Path_, overwrite: bool) -> Iterator[Path]:
+def staged(path: Path_, overwrite: bool, dry_run: bool = False) -> Iterator[Path]:
     """A context with the path where a local job makes a store; its end uploads a store for a bucket.
+
+    It holds the lock of a local folder per address. With `dry_run` nothing is uploaded.
 
     Raises:
       HydraOptError: see `save`. A store that could not be uploaded stays in the local folder, which is named.
@@ -188,19 +190,21 @@ def staged(path: Path_, overwrite: bool) -> Iterator[Path]:
     if not isinstance(at, str):
         yield at
         return
-    before, here = bucket.state(at).version, bucket.staging(at)
-    check_output(at, overwrite)
-    if here.exists() and not folder.unfinished(here):
-        # left by a job whose upload failed
-        shutil.rmtree(here.parent)
-    yield here
-    if not here.exists():
-        return
-    try:
-        bucket.publish(here, at, before)
-    except HydraOptError as error:
-        raise HydraOptError(f"{error} (the store itself is made: hydraopt unpack or pack {here})") from None
-    shutil.rmtree(here.parent)
+    here = bucket.staging(at)
+    with locked(here.parent, label=at):
+        before = bucket.state(at).version
+        check_output(at, overwrite)
+        yield here
+        if dry_run:
+            return
+        try:
+            bucket.publish(here, at, before)
+        except HydraOptError as error:
+            raise HydraOptError(
+                f"{error} (the store itself is made: run the same command again to upload it, or hydraopt "
+                f"unpack or pack {here})"
+            ) from None
+        remove_renamed(here.parent, here.parent.with_suffix(".gone"))
 
 
 def upload(
@@ -236,6 +240,13 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
     Raises:
       HydraOptError: see `open` and `save`; and every error of `change`. The store is then unchanged.
     """
+    with updated(path, change) as found:
+        return found
+
+
+@contextmanager
+def updated(path: Path_, change: Callable[[Store], Store]) -> Iterator[Store]:
+    """`update`, with the store as written in a context in which its lock is still held."""
     at = located(path)
     if isinstance(at, str):
         # there is no lock in a bucket: a writer whose store was replaced fails
@@ -243,7 +254,8 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
         changed = change(open(at))
         there = {} if is_file(at) else {x["id"]: x for x in bucket.read_manifest(at)["segments"]}
         upload(at, changed, before, rows=there)
-        return open(at)
+        yield open(at)
+        return
     open(at)
     with locked(at):
         changed = change(open(at))
@@ -251,7 +263,7 @@ def update(path: Path_, change: Callable[[Store], Store]) -> Store:
             write_file(at, changed)
         else:
             replacing.write_folder(at, changed)
-    return open(at)
+        yield open(at)
 
 
 def job_home(path: Path) -> Path:

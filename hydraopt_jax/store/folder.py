@@ -28,6 +28,7 @@ from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged, system_error
 from hydraopt_jax.store import checksums, manifest, segment_data
 from hydraopt_jax.store.arrays import run_reader
+from hydraopt_jax.store.job_folder import GONE, JOB, is_begun, is_job, remove_job
 from hydraopt_jax.store.segment_data import SegmentEntry
 from hydraopt_jax.store.store import Reference, Segment, Store
 
@@ -35,12 +36,8 @@ MANIFEST = "manifest.json.gz"
 SEGMENTS = "segments"
 # temporary name of the next manifest; without a manifest it marks a store that is being written
 NEW = f".{MANIFEST}.new"
-# folders of an unfinished job, see `jobs`, and of a job that is being removed; a file that a job begins with,
-# perhaps still under a temporary name
-JOB, GONE = "job", ".job.gone"
 # how the name of a store in one file ends
 SUFFIX = ".safetensors"
-BEGUN = re.compile(r"(job|checked-\d+)\.(json|\d+)")
 # chunk size in bytes, and maximum chunks per array: small chunks waste fewer bytes when one task is read
 CHUNK, MAX_CHUNKS = 1 << 16, 256
 # maximum bytes per array; a writer holds an array twice, its own and Orbax's copy
@@ -104,7 +101,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         if (path / "_CHECKPOINT_METADATA").is_file():
             raise manifest.old(path, "1 to 4")
-        if is_job(path / JOB) or (path / NEW).exists():
+        if unfinished(path) and any(path.iterdir()):
             raise HydraOptError(
                 f"{path}: an unfinished job: run its command again to go on, or delete the folder"
             )
@@ -117,23 +114,9 @@ def unfinished(path: Path) -> bool:
     names = {x.name for x in path.iterdir()} if path.is_dir() else {MANIFEST}
     if MANIFEST in names:
         return False
-    # an empty folder of a job tells nothing where there is more
-    begun = is_job(path / JOB) and (names <= {JOB, GONE, SEGMENTS} or any((path / JOB).iterdir()))
-    return begun or NEW in names or names <= {GONE}
-
-
-def check_job(path: Path) -> None:
-    """Raise if the folder of a store has a folder of the user where its job needs one."""
-    if path.exists() and not is_job(path):
-        raise HydraOptError(
-            f"{path}: is no folder of a job, which needs this name: move it, or choose another --out"
-        )
-
-
-def is_job(path: Path) -> bool:
-    """Whether a folder is that of a job, and not one of the user that has its name."""
-    names = [x.name for x in path.iterdir()] if path.is_dir() else []
-    return path.is_dir() and (not names or any(map(BEGUN.fullmatch, names)))
+    # a folder of a job that says nothing is the user's where there is more
+    bare = names <= {JOB, GONE, SEGMENTS} and is_job(path / JOB) and not any((path / SEGMENTS).glob("*"))
+    return bare or is_begun(path / JOB) or NEW in names or names <= {GONE}
 
 
 def reader(
@@ -153,10 +136,12 @@ def tree_bytes(folder: Path | str) -> int:
     total = 0
     with os.scandir(folder) as found:
         for x in found:
-            if x.is_dir(follow_symlinks=False):
-                total += tree_bytes(x.path)
-            elif x.is_file():
-                total += x.stat().st_size
+            # another process may remove it meanwhile
+            with suppress(FileNotFoundError):
+                if x.is_dir(follow_symlinks=False):
+                    total += tree_bytes(x.path)
+                elif x.is_file():
+                    total += x.stat().st_size
     return total
 
 
@@ -367,15 +352,6 @@ def remove_unnamed(path: Path, said: Mapping[str, Any] | None) -> None:
         (path / NEW).unlink(missing_ok=True)
 
 
-def remove_job(path: Path) -> None:
-    """Remove the folder of a job, after a rename: a partly removed one would be resumed."""
-    shutil.rmtree(path / GONE, ignore_errors=True)
-    if is_job(path / JOB):
-        with suppress(OSError):
-            os.replace(path / JOB, path / GONE)
-        shutil.rmtree(path / GONE, ignore_errors=True)
-
-
 def remove_unfinished(path: Path) -> None:
     """Remove what a stopped writer has left of a store that never was; stopped, it is known as that still.
 
@@ -383,7 +359,6 @@ def remove_unfinished(path: Path) -> None:
     """
     with suppress(OSError):
         (path / NEW).touch()
-        (path / MANIFEST).unlink(missing_ok=True)
     remove_job(path)
     shutil.rmtree(path / SEGMENTS, ignore_errors=True)
     with suppress(OSError):

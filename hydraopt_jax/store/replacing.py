@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydraopt_jax.errors import TooLarge
+from hydraopt_jax.errors import HydraOptError, TooLarge
 from hydraopt_jax.store import checksums, folder, manifest, segment_data
 from hydraopt_jax.store.folder import MANIFEST
 from hydraopt_jax.store.store import Store
@@ -18,6 +18,14 @@ def whole(path: Path, row: Mapping[str, Any]) -> bool:
         inside = path / folder.SEGMENTS / row["id"]
         return checksums.checksum(inside, [x for x, _ in row["arrays"]]) == row["files"]
     except OSError:
+        return False
+
+
+def is_current(path: Path, said: Mapping[str, Any] | None) -> bool:
+    """Whether a folder has this manifest, or none if it is None; False if that cannot be found out."""
+    try:
+        return (folder.read_manifest(path) if (path / MANIFEST).exists() else None) == said
+    except (OSError, HydraOptError):
         return False
 
 
@@ -72,6 +80,9 @@ def write_folder(
                 raise TooLarge(f"{path}: the store would take {size:,} bytes, its input takes {limit:,}")
         folder.write_manifest(path, said)
     except BaseException:
+        if not is_current(path, before):
+            # the new manifest counts: what it names stays, and the next writer removes the rest
+            raise
         if fresh and path.is_dir():
             folder.remove_unfinished(path)
         elif known is not None:
