@@ -260,7 +260,6 @@ def streamed(
                 overwrite=given["overwrite"],
                 limit=None if given["force"] or keeps_all(asked.get("budget")) else found.size,
                 zstd=not given["no_zstd"],
-                maker=path.with_name(".maker.json") if buckets.is_bucket(given["out"]) else None,
             )
     return None if store is None else shown_store(path, store, found.size, given)
 

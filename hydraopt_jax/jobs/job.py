@@ -15,10 +15,12 @@ from hydraopt_jax.jobs.place import Folder, fingerprint, read_json, write_json
 from hydraopt_jax.locks import locked
 from hydraopt_jax.rate_control.search import Unmet
 from hydraopt_jax.rate_control.work import IN_MEMORY, Job
-from hydraopt_jax.store import files, folder, replacing
+from hydraopt_jax.store import bucket, files, folder, replacing
 from hydraopt_jax.store.job_folder import IDENTITY, JOB, check_job, is_job
 from hydraopt_jax.store.store import Store
 
+# file beside a store to be uploaded, with the mark of the job that has made it
+MAKER = ".maker.json"
 # names of notes that mean that a step is finished
 KEPT = ("group-", "pass-", "tensors-")
 AGAIN = "; what was done is kept: make room and run the same command again"
@@ -93,9 +95,10 @@ def run_job(
     overwrite: bool = False,
     limit: int | None = None,
     zstd: bool = True,
-    maker: Path | None = None,
 ) -> Store | None:
     """The store on disk, after compressing a collection; None in all processes but the first.
+
+    A store that waits to be uploaded to a bucket, see `files.staged`, is returned if this job has made it.
 
     Args:
       path: the store; `alone` holds its lock.
@@ -104,8 +107,6 @@ def run_job(
       asked: all inputs and options that the result depends on, JSON-able.
       job: its `place` is not used; a job that goes on keeps the provenance of its start.
       overwrite, limit, zstd: see `store.save`.
-      maker: file with the mark of the job that makes a store to be uploaded. A store that is there is
-        returned if this job has made it.
 
     Raises:
       HydraOptError: the folder belongs to another job, or the store that waits to be uploaded is that of
@@ -114,6 +115,7 @@ def run_job(
     """
     processes = job.processes
     mark = fingerprint(found, asked)
+    maker = path.with_name(MAKER) if path.parent.parent == bucket.uploads() else None
     if maker is not None and files.stamp(path) is not None:
         return made_before(path, maker, mark)
     files.check_output(path, overwrite)

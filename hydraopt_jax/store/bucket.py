@@ -220,8 +220,12 @@ def remove_unnamed(at: str, said: Mapping[str, Any], old: Mapping[str, Any]) -> 
     buckets.remove_objects(f"{at}/{SEGMENTS}/", gone)
 
 
+def uploads() -> Path:
+    """The local folder of what is to be uploaded."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "hydraopt_jax" / "uploads"
+
+
 def staging(at: str) -> Path:
     """The local folder in which a job makes a store for a bucket; the same in each run, to resume there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    own = hashlib.sha256(at.encode()).hexdigest()[:16]
-    return cache / "hydraopt_jax" / "uploads" / own / at.split("/")[-1]
+    return uploads() / hashlib.sha256(at.encode()).hexdigest()[:16] / at.split("/")[-1]

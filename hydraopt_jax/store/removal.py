@@ -81,7 +81,8 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
     gone = [t for t in store.tasks if t not in set(tasks)]
     if not gone:
         return left
-    report = changed_report(store.report, -round(len(gone) * store.report["entries"] / len(store.tasks)))
+    entries = store.report.get("entries", 0)
+    report = changed_report(store.report, -round(len(gone) * entries / len(store.tasks)))
     for task in gone:
         report = report.replace(**unnamed(report, task))
     return left.replace(report=report)
@@ -90,13 +91,13 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
 def changed_report(report: Static, entries: int) -> Static:
     """The report after a change, without statements about the collection as it was compressed."""
     kept = {k: v for k, v in report.items() if k not in ("estimate", "refinement")}
-    return Static({**kept, "entries": report["entries"] + entries, "bound": {}})
+    return Static({**kept, "entries": report.get("entries", 0) + entries, "bound": {}})
 
 
 def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
     """The parts of a report that name tasks, without a removed task."""
     out: dict[str, Any] = {}
-    if "weights" in report["options"]:
+    if "weights" in report.get("options", {}):
         weights = {k: v for k, v in report["options"]["weights"].items() if k != task}
         out["options"] = {**report["options"], "weights": weights}
     if "forms" in report:
