@@ -66,9 +66,19 @@ def test_an_untrained_module_is_not_taken_for_a_predicted_one():
     grown = hydra.add(hydra.compress(alike[:2], max_error=0.01), new)
     assert grown.segments[-1].references
     assert grown.errors[0, 2] == 0
-    np.testing.assert_allclose(
-        list(hydra.measure(grown, [*alike[:2], new]).values()), task_errors(grown.errors), rtol=0.01
-    )
+    alone = hydra.remove(hydra.remove(grown, "a"), "b")
+    assert alone.shapes == MODULES
+    for made, given in ((grown, [*alike[:2], new]), (alone, [new])):
+        np.testing.assert_allclose(
+            list(hydra.measure(made, given).values()), task_errors(made.errors), rtol=0.01
+        )
+
+
+def test_a_store_of_untrained_adapters_has_no_step_for_a_trained_one():
+    trained, other = collection()
+    made = hydra.compress([other.replace(b={n: 0 * x for n, x in other.b.items()})], max_error=0.02)
+    with pytest.raises(hydra.HydraOptError, match="all untrained, which gives no quantizer step for 't0'"):
+        hydra.add(made, trained)
 
 
 def test_a_module_that_the_store_lacks_may_only_be_zero():

@@ -58,8 +58,8 @@ def add(
       calibration: the second moments that the store was made with, if any.
 
     Raises:
-      HydraOptError: the store has a task of that name, shapes disagree, the calibration is missing, or a
-        weight for a store without a quantizer step.
+      HydraOptError: the store has a task of that name, shapes disagree, the calibration is missing, a weight
+        for a store without a quantizer step, or a coded store in which nothing is coded.
     """
     if new.task in store.tasks:
         raise HydraOptError(f"task {new.task!r} is in the store: remove it first, or give NAME=ADAPTER")
@@ -77,6 +77,11 @@ def add(
     if store.report["form"] == lossless.FORM:
         segment = as_it_came(new)
     elif any(x.coded for x in store.segments):
+        if not any(max(t.a_of) >= 0 for x in store.segments for v in x.modules.values() for t in v):
+            raise HydraOptError(
+                "add: the adapters of the store are all untrained, which gives no quantizer step for "
+                f"{new.task!r}: compress them again with it"
+            )
         segment = segment_at_step(store, new, calibration)
     else:
         segment = joined_to(store, new)
@@ -177,8 +182,7 @@ def predicted_segment(store: Store, new: Adapter, problem: Problem, step: float)
     guesses: dict[tuple[str, int], np.ndarray] = {}
     for name, terms in goals.items():
         if not len(terms[0].a):
-            # a term without factors would be read as one that is predicted
-            rest[name] = ()
+            rest[name] = terms
             continue
         left = []
         for side in (0, 1):

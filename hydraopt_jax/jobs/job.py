@@ -156,6 +156,6 @@ def made_before(path: Path, maker: Path, mark: str) -> Store:
     if not maker.exists() or read_json(maker) != {"mark": mark}:
         raise HydraOptError(
             f"{path}: is a store of a job with other adapters or options that was not uploaded: upload it "
-            "with hydraopt unpack or pack, or delete it"
+            "with hydraopt unpack or pack if it is wanted, and delete the folder"
         )
     return files.open(path)

@@ -15,7 +15,8 @@ from hydraopt_jax.factors import to_dtype
 from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.mixed_tasks import Module, PackedFactors, Term
-from hydraopt_jax.store import Store, decode_terms, select, task_index
+from hydraopt_jax.store import Store, decode_terms, task_index
+from hydraopt_jax.store.store import cut_to
 
 # shardings of kernels as matrices `[I, O]`: one for all modules, or a function of the name; None: one device
 Shardings: TypeAlias = NamedSharding | Callable[[str], NamedSharding | None] | None
@@ -65,7 +66,7 @@ def load(
         on_device = devices.platform() != "cpu"
     decode_lanes = lanes.decode if on_device else rans.decode
     check_base_of(store, store.tasks if tasks is None else tasks, base)
-    chosen = store if tasks is None else select(store, tasks)
+    chosen = store if tasks is None else cut_to(store, tasks)
     out = {}
     for name, terms in decode_terms(chosen, decode_lanes=decode_lanes).items():
         used = [x for x in terms if np.any((np.asarray(x.a_of) >= 0) & (np.asarray(x.b_of) >= 0))]

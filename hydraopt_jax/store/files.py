@@ -8,7 +8,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -196,13 +196,15 @@ def staged(path: Path_, overwrite: bool, dry_run: bool = False) -> Iterator[Path
         check_output(at, overwrite)
         yield here
         if dry_run:
+            with suppress(OSError):
+                here.parent.rmdir()
             return
         try:
             bucket.publish(here, at, before)
         except HydraOptError as error:
             raise HydraOptError(
-                f"{error} (the store itself is made: run the same command again to upload it, or hydraopt "
-                f"unpack or pack {here})"
+                f"{error} (the store itself is made: run the same command again to upload it, with "
+                f"--overwrite if a store is there by then, or hydraopt unpack or pack {here})"
             ) from None
         remove_renamed(here.parent, here.parent.with_suffix(".gone"))
 

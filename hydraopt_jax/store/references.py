@@ -102,7 +102,7 @@ def add_predictions(
     known: Mapping[Reference, Vectors],
 ) -> dict[str, tuple[Factors, ...]]:
     """The terms of a predicted segment: decoded differences of its task plus its `packed` predictions."""
-    keys = [(n, side) for n, v in terms.items() for side in (0, 1) if v]
+    keys = [(n, side) for n, v in terms.items() for side in (0, 1) if v and len(v[0].a)]
     bases = {k: base for k in keys if (base := base_of(known, references, k)) is not None}
     sizes = [(base.shape[1], terms[n][0].a.shape[2]) for (n, _), base in bases.items()]
     guesses = {

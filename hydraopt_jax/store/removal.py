@@ -5,7 +5,7 @@ those that were fitted to several tasks including the removed one. The coder's t
 all tasks and do not count as vectors of a task.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from hydraopt_jax.store.store import SHARED, Segment, Store, closure, cut_to, ta
 
 # options of the command that name tasks
 WEIGHING = ("weights", "protect")
+# what the name of a task follows in the labels of forms, see `rate_control.segments.label`
+PREDICTED = "separate, predicted from "
 
 
 class Held(NamedTuple):
@@ -78,14 +80,12 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
       HydraOptError: an unknown task.
     """
     left = cut_to(store, tasks)
-    gone = [t for t in store.tasks if t not in set(tasks)]
+    gone = set(store.tasks) - set(tasks)
     if not gone:
         return left
     entries = store.report.get("entries", 0)
     report = changed_report(store.report, -round(len(gone) * entries / len(store.tasks)))
-    for task in gone:
-        report = report.replace(**unnamed(report, task))
-    return left.replace(report=report)
+    return left.replace(report=report.replace(**unnamed(report, gone)))
 
 
 def changed_report(report: Static, entries: int) -> Static:
@@ -94,26 +94,26 @@ def changed_report(report: Static, entries: int) -> Static:
     return Static({**kept, "entries": report.get("entries", 0) + entries, "bound": {}})
 
 
-def unnamed(report: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """The parts of a report that name tasks, without a removed task."""
+def unnamed(report: Mapping[str, Any], gone: Set[str]) -> dict[str, Any]:
+    """The parts of a report that name tasks, without the removed ones."""
     out: dict[str, Any] = {}
     if "weights" in report.get("options", {}):
-        weights = {k: v for k, v in report["options"]["weights"].items() if k != task}
+        weights = {k: v for k, v in report["options"]["weights"].items() if k not in gone}
         out["options"] = {**report["options"], "weights": weights}
     if "forms" in report:
         forms: dict[str, int] = {}
         for label, count in report["forms"].items():
-            mine = label == f"separate, predicted from {task}"
-            label = "separate, predicted from a removed task" if mine else label
+            mine = label.removeprefix(PREDICTED)
+            label = f"{PREDICTED}a removed task" if mine != label and mine in gone else label
             forms[label] = forms.get(label, 0) + count
         out["forms"] = forms
     made = report.get("provenance", {}).get("made")
     if made is not None:
         asked = {k: v for k, v in made["options"].items() if k in WEIGHING}
-        rows = {k: [x for x in v if x.rpartition("=")[0] != task] for k, v in asked.items()}
+        rows = {k: [x for x in v if x.rpartition("=")[0] not in gone] for k, v in asked.items()}
         out["provenance"] = {**report["provenance"], "made": {**made, "options": made["options"] | rows}}
     if "bounded" in report:
-        out["bounded"] = [t for t in report["bounded"] if t != task]
+        out["bounded"] = [t for t in report["bounded"] if t not in gone]
     return out
 
 
