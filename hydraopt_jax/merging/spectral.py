@@ -22,10 +22,10 @@ def significant(s: Array) -> Array:
     return (s > TOLERANCE * s.max(-1, keepdims=True)).astype(jnp.float32)
 
 
-def without_round_off(u: Array, s: Array) -> Array:
+def _without_round_off(u: Array, s: Array) -> Array:
     """Left singular vectors `[K, N]` with zeros where their coordinates `u * s` are round-off.
 
-    >>> print(without_round_off(jnp.array([[1.0, 1e-8], [0.1, 1.0]]), jnp.array([2.0, 1.0])))
+    >>> print(_without_round_off(jnp.array([[1.0, 1e-8], [0.1, 1.0]]), jnp.array([2.0, 1.0])))
     [[1.  0. ]
      [0.1 1. ]]
     """
@@ -64,7 +64,7 @@ def knots(
     rows = matmul(r, b)
     found = rows_svd(rows.reshape(-1, rows.shape[-1]))
     counts = significant(found.s)
-    own = (without_round_off(found.u, found.s) * counts).reshape(*rows.shape[:2], -1)
+    own = (_without_round_off(found.u, found.s) * counts).reshape(*rows.shape[:2], -1)
     size = a.shape[1] * counts.sum()
     v = combine((q, own), weights, lambda part: matmul(*part), lambda x, t: trim(x, density, size), elect)
     return truncate(v * found.s, found.v, rank)
@@ -150,7 +150,7 @@ def core_space(
     tasks, kept = each.s.shape
     # row block t of `u * s` holds task t's factor in the basis' coordinates
     x, y = (
-        (without_round_off(v.u, v.s) * v.s * count).reshape(tasks, kept, -1)
+        (_without_round_off(v.u, v.s) * v.s * count).reshape(tasks, kept, -1)
         for v, count in zip((left, right), counts, strict=True)
     )
     size = counts[0].sum() * counts[1].sum()
