@@ -25,6 +25,7 @@ from hydraopt_jax.rate_control.search import Pass, Target
 from hydraopt_jax.rate_control.work import Place, Processes, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import sizes
+from hydraopt_jax.store.removal import PREDICTED
 from hydraopt_jax.store.store import Segment, Store, make_segment
 from hydraopt_jax.store.tensors import Tensors
 
@@ -155,7 +156,7 @@ def note_of(problem: Problem, trial: Trial, segment: Segment, tasks: Sequence[st
 def label(choice: Choice, tasks: Sequence[str]) -> str:
     """The description of a form."""
     if choice.form == "separate":
-        return "separate" if choice.reference < 0 else f"separate, predicted from {tasks[choice.reference]}"
+        return "separate" if choice.reference < 0 else f"{PREDICTED}{tasks[choice.reference]}"
     return "joint basis"
 
 

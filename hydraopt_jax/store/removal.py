@@ -19,7 +19,7 @@ from hydraopt_jax.store.store import SHARED, Segment, Store, closure, cut_to, ta
 
 # options of the command that name tasks
 WEIGHING = ("weights", "protect")
-# what the name of a task follows in the labels of forms, see `rate_control.segments.label`
+# what the name of a task follows in the labels of forms
 PREDICTED = "separate, predicted from "
 
 
