@@ -96,8 +96,11 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     """Check that adapters can be stored together; return module name -> (I, O).
 
     Raises:
-      HydraOptError: no adapter, duplicate task names, shapes that disagree, NaN or infinite values.
+      HydraOptError: no adapter, duplicate task names, factors that do not belong together, shapes that
+        disagree, NaN or infinite values.
     """
+    for adapter in collection:
+        check_factors(adapter)
     shapes = check_headers((x.task, x.source, x.config, module_shapes(x)) for x in collection)
     for adapter in collection:
         if not adapter.a:
@@ -111,6 +114,23 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
                     )
             check_size(adapter, name)
     return shapes
+
+
+def check_factors(adapter: Adapter) -> None:
+    """Raise unless every module has two factors of real numbers, `[I, R]` and `[R, O]`, of one rank."""
+    owner = adapter.source or adapter.task
+    for name in sorted(adapter.a.keys() ^ adapter.b.keys()):
+        raise HydraOptError(f"{owner}: {name} has one factor: give both a and b, or leave the module out")
+    for name, a in adapter.a.items():
+        one, two = np.shape(a), np.shape(adapter.b[name])
+        if len(one) != 2 or len(two) != 2 or one[1] != two[0]:
+            raise HydraOptError(
+                f"{owner}: {name} has factors of shapes {list(one)} and {list(two)}: give a [in, rank] and "
+                "b [rank, out]"
+            )
+        for factor in (a, adapter.b[name]):
+            if np.iscomplexobj(factor):
+                raise HydraOptError(f"{owner}: {name} has factors of {factor.dtype}: give real numbers")
 
 
 # task, source, configuration, and module -> (I, O) of an adapter

@@ -176,7 +176,9 @@ def merged(collection: Adapters) -> Curve:
         squared, energy = (
             np.asarray(x) for x in mean_delta_errors(jax.device_put(bucket.a), jax.device_put(bucket.b))
         )
-        errors.append(np.where(bucket.ranks > 0, relative(squared, energy), np.nan))
+        lost = relative(squared, energy)
+        # the error of a delta that is zero is relative to nothing
+        errors.append(np.where((bucket.ranks > 0) & np.isfinite(lost), lost, np.nan))
         size += 2 * len(bucket.modules) * bucket.a.shape[3] * (bucket.a.shape[2] + bucket.b.shape[3])
     return Curve("merged (mean delta)", (summary("one adapter", size, np.concatenate(errors)),))
 

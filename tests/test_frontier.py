@@ -27,6 +27,20 @@ def found(many):
     return tradeoff.frontier(many, (0.9, 0.5), heads=(1, 3))
 
 
+def test_an_untrained_adapter_has_a_place_in_every_curve():
+    """Relative to a delta of zero there is no error: one adapter for all tasks is not judged by it."""
+    many = synthetic.collection(tasks=3, modules={"q": (48, 32), "score": (48, 1)}, rank=4)
+    many[2] = many[2].replace(b={k: 0 * v for k, v in many[2].b.items()})
+    found = tradeoff.frontier(many, (0.9, 1e-9))
+    text = json.dumps(tradeoff.as_dict(found), allow_nan=False)
+    assert "merged (mean delta)" in text
+    merged = next(x for x in found.curves if x.label == "merged (mean delta)").points[0]
+    two = tradeoff.merged(adapters.stack(many[:2])).points[0]
+    assert 0 < merged.mean < 1
+    # the mean of three, of which one is zero, is two thirds of that of the two
+    assert merged.mean > two.mean
+
+
 def line(factor, slope=2.0):
     return Curve("", tuple(Point("", factor * 2.0**-k, slope**k, 0.0) for k in range(5)))
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import activations, compressors, registry, whole_adapters
 from hydraopt_jax.rate_control import distortion, options
 from hydraopt_jax.store import checks, files, folder, manifest, portable, tensors
+from hydraopt_jax.store.removal import select
 
 ONES = np.ones((2, 3, 3), np.float32)
 DELTAS = decompose.svd(jnp.asarray(ONES), jnp.asarray(ONES))
 PAIR = synthetic.collection(tasks=2, modules={"q": (8, 6)}, rank=2)
 TERMS = {"q": ()}
+STORE = hydra.compress(PAIR, budget=1)
 TREE = {"q": {"kernel_lora_a": np.ones((4, 2), np.int32), "kernel_lora_b": np.ones((2, 4), np.int32)}}
 RECIPE = {"recipe": provenance.RECIPE}
 TASKS = ["legal", "medical"]
@@ -34,9 +37,8 @@ TASKS = ["legal", "medical"]
 def kept(tmp_path_factory):
     """A folder with a store, as a folder and as a file, and what else the cases name."""
     home = tmp_path_factory.mktemp("refusals")
-    store = hydra.compress(PAIR, budget=1)
-    hydra.save(home / "store", store)
-    hydra.save(home / "one.safetensors", store)
+    hydra.save(home / "store", STORE)
+    hydra.save(home / "one.safetensors", STORE)
     shutil.copytree(home / "store", home / "torn")
     for x in (home / "torn" / "segments").iterdir():
         shutil.rmtree(x)
@@ -46,6 +48,12 @@ def kept(tmp_path_factory):
     formats.write_adapter(home / "peft", PAIR[0])
     formats.write_checkpoint(home / "tree", PAIR[0], "flax_nnx", scale=1.0)
     return home
+
+
+def changed(**sides):
+    """The first adapter with a factor of `q` replaced."""
+    shapes = {"a": (8, 2), "b": (2, 6)}
+    return PAIR[0].replace(**{k: {"q": np.full(shapes[k], v)} for k, v in sides.items()})
 
 
 PURE = [
@@ -71,6 +79,9 @@ PURE = [
     ),
     (lambda: hydra.forms.hydra(DELTAS, heads=1, rank=0), "rank = 0: must be at least 1"),
     (lambda: check_form(Hydra(rank=0), 2), "rank = 0: must be at least 1"),
+    (lambda: check_form(Hydra(heads=2.0), 2), "heads = 2.0: give a whole number"),
+    (lambda: check_form(Hydra(rank=2.5), 2), "rank = 2.5: give a whole number"),
+    (lambda: check_form(Hydra(solver=Gradient(steps=None)), 2), "steps = None: give a whole number"),
     (lambda: check_form(Hydra(side="up"), 2), "side = 'up': must be one of in, out, auto"),
     (lambda: check_form(Hydra(solver=Gradient(start="x")), 2), "start = 'x': must be one of closed, mean"),
     (
@@ -97,6 +108,15 @@ PURE = [
         lambda: options.check_options(options.Options(budget=0.5, weights={"a": 0})),
         "weight of 'a' = 0: must",
     ),
+    (lambda: options.check_options(options.Options(budget=0.5, share="no")), "share = 'no': give True or"),
+    (lambda: hydra.compress(PAIR, budget=1e-9), "below the smallest store of this collection"),
+    (lambda: select(STORE, []), "select: name at least one task"),
+    (lambda: select(STORE, ["task-01", "task-00", "task-01"]), "select: 'task-01' is named twice"),
+    (
+        lambda: hydra.refine(STORE, PAIR, forward=None, batches=[0]),
+        "refine: the store keeps the adapters bit for bit",
+    ),
+    (lambda: hydra.measure(STORE, [changed(a=np.nan)]), "q has NaN or infinite values in its input-side"),
     (lambda: options.relative_weights(TASKS, options.Options(weights={"x": 1})), "weights: no task 'x'"),
     (lambda: tensors.check_dtype("int8"), "dtype = 'int8': must be one of"),
     (lambda: manifest.gunzipped("s", b"no gzip at all"), "s: damaged store: its manifest does not match"),
@@ -113,6 +133,30 @@ def test_values_are_refused_in_one_line(call, words):
         call()
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+UNPAIRED = [
+    ({"b": {}}, "q has one factor: give both"),
+    ({"a": {}}, "q has one factor: give both"),
+    ({"a": {"q": np.ones((8, 1))}}, "q has factors of shapes [8, 1] and [2, 6]: give a [in, rank] and b"),
+    ({"b": {"q": np.ones((1, 6))}}, "q has factors of shapes [8, 2] and [1, 6]"),
+    ({"a": {"q": np.ones((1, 8, 2))}}, "q has factors of shapes [1, 8, 2] and [2, 6]"),
+    ({"a": {"q": np.ones((8, 2), complex)}}, "q has factors of complex128: give real numbers"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), UNPAIRED, ids=[words for _, words in UNPAIRED])
+def test_factors_that_do_not_belong_together_are_refused_everywhere(given, words):
+    bad = PAIR[0].replace(**given)
+    for call in (
+        lambda: hydra.compress([bad], budget=1),
+        lambda: hydra.compress([bad], max_error=0.1),
+        lambda: hydra.add(STORE, bad.replace(task="new")),
+        lambda: hydra.similarity([bad, PAIR[1]]),
+        lambda: hydra.measure(STORE, [bad]),
+    ):
+        with pytest.raises(HydraOptError, match=re.escape(words)):
+            call()
 
 
 def unbelievable(at):

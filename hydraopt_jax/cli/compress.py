@@ -209,8 +209,7 @@ def asked_form(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
             "it out"
         )
     solver = None if given["solver"] == "closed" else Gradient(None, given["start"], given["steps"])
-    form = Hydra(given["heads"], given["rank"], given["side"], given["cores"], solver)
-    check_form(form, tasks)
+    form = check_form(Hydra(given["heads"], given["rank"], given["side"], given["cores"], solver), tasks)
     check_dtype(given["dtype"])
     return {"form": form, "dtype": given["dtype"], "extras_dtype": given["extras_dtype"]}
 

@@ -80,7 +80,7 @@ def compress_in_form(
     """
     place, progress, processes = job.place or Memory(), job.progress, job.processes
     tasks = len(found.cards)
-    check_form(form, tasks)
+    form = check_form(form, tasks)
     check_dtype(dtype)
     check_dtype(extras_dtype, "extras_dtype")
     kind = dtype or found.dtype

@@ -83,12 +83,12 @@ Strips = tuple[Array, ...]
 
 
 def rows_of_strips(size: int) -> list[tuple[int, int]]:
-    """Begin and end of every strip of a sum; there are at least two, which saves a quarter of the products.
+    """Begin and end of every strip of a sum; two at least save a quarter of the products.
 
-    >>> rows_of_strips(896)
-    [(0, 448), (448, 896)]
+    >>> rows_of_strips(896), rows_of_strips(1)
+    ([(0, 448), (448, 896)], [(0, 1)])
     """
-    count = max(2, size // STRIP)
+    count = min(max(2, size // STRIP), size)
     return list(itertools.pairwise(size * k // count for k in range(count + 1)))
 
 

@@ -1,5 +1,6 @@
 """Hyper-parameters of explicit forms; no arrays."""
 
+import numbers
 from typing import Any, NamedTuple
 
 from hydraopt_jax.errors import HydraOptError
@@ -41,13 +42,19 @@ class Hydra(NamedTuple):
     solver: Gradient | None = None
 
 
-def check_form(form: Hydra, tasks: int) -> None:
-    """Raise for an unknown or impossible value; the message names it.
+def check_form(form: Hydra, tasks: int) -> Hydra:
+    """The form with whole numbers of Python's own type, as a report has them.
 
     Raises:
-      HydraOptError: such a value, or one that has no effect together with the others.
+      HydraOptError: an unknown or impossible value, or one that has no effect together with the others; the
+        message names it.
     """
     solver = form.solver or Gradient()
+    counts: tuple[tuple[str, Any], ...]
+    counts = (("heads", form.heads), ("rank", form.rank), ("steps", solver.steps))
+    for name, count in counts:
+        if not (isinstance(count, numbers.Integral) or (count is None and name != "steps")):
+            raise HydraOptError(f"{name} = {count!r}: give a whole number")
     for name, value, known in (("side", form.side, SIDES), ("start", solver.start, STARTS)):
         if value not in known:
             raise HydraOptError(f"{name} = {value!r}: must be one of {', '.join(known)}")
@@ -61,3 +68,6 @@ def check_form(form: Hydra, tasks: int) -> None:
         raise HydraOptError(
             f"cores: do nothing with a head for each of the {tasks} tasks: give fewer heads, or no cores"
         )
+    heads, rank = (None if x is None else int(x) for x in (form.heads, form.rank))
+    given = None if form.solver is None else solver._replace(steps=int(solver.steps))
+    return Hydra(heads, rank, form.side, bool(form.cores), given)

@@ -107,7 +107,7 @@ def form_costs(found: Collection, form: Hydra, dtype: str | None = None) -> Cost
     """Estimate a job of an explicit form. Forms other than a head per task are counted as if they were; they
     take longer."""
     tasks = len(found.cards)
-    check_form(form, tasks)
+    form = check_form(form, tasks)
     check_dtype(dtype)
     stored = np.dtype(dtype or found.dtype).itemsize
     itemsize = np.dtype(host_dtype(found)).itemsize

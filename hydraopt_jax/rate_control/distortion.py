@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors, task_pair
 from hydraopt_jax.static import Static
@@ -27,10 +27,12 @@ def measure(
     Errors are those of weights; with metrics (`metrics.metrics_of`) those of the modules' outputs.
 
     Raises:
-      HydraOptError: an adapter whose task is not in the store, or that changes other modules.
+      HydraOptError: an adapter whose task is not in the store, that changes other modules, or that no store
+        could have, see `adapters.check`.
     """
     out = {}
     for x in collection:
+        check([x])
         terms = decode_terms(store, [x.task])
         unknown = {n for n in set(x.a) - set(store.shapes) if x.a[n].any() and x.b[n].any()}
         if unknown:

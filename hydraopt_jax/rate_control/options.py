@@ -46,7 +46,7 @@ class Options(NamedTuple):
 
 
 def check_options(options: Options) -> Options:
-    """The options with the budget read.
+    """The options with the budget read, and numbers and `share` of Python's own types, as a report has them.
 
     Raises:
       HydraOptError: contradicting targets, a target that cannot be met, or an option without effect.
@@ -62,7 +62,7 @@ def check_options(options: Options) -> Options:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
     if not number:
         raise HydraOptError(f"{named[0]} = {value!r}: give a number")
-    if not np.isfinite(value) or value <= 0:
+    if not 0 < float(value) < np.inf:
         way = (
             "give a positive number"
             if named[0] == "budget"
@@ -70,8 +70,15 @@ def check_options(options: Options) -> Options:
         )
         raise HydraOptError(f"{named[0]} = {value}: must be positive; {way}")
     tensors.check_dtype(options.extras_dtype, "extras_dtype")
-    for task, weight in options.weights.items():
-        check_weight(weight, f"weight of {task!r}")
+    weights = {k: check_weight(v, f"weight of {k!r}") for k, v in options.weights.items()}
+    if not isinstance(options.share, bool | np.bool_):
+        raise HydraOptError(f"share = {options.share!r}: give True or False")
+    options = options._replace(
+        max_error=None if options.max_error is None else float(options.max_error),
+        max_task_error=None if options.max_task_error is None else float(options.max_task_error),
+        weights=weights,
+        share=bool(options.share),
+    )
     if budget.keeps_all(value) and named == ["budget"]:
         idle = {
             "weights": options.weights,
@@ -86,15 +93,16 @@ def check_options(options: Options) -> Options:
     return options
 
 
-def check_weight(weight: Any, name: str) -> None:
-    """Raise unless the weight of a task is a number within `WEIGHTS`.
+def check_weight(weight: Any, name: str) -> float:
+    """The weight of a task.
 
     Raises:
-      HydraOptError: see above.
+      HydraOptError: no number within `WEIGHTS`.
     """
     number = isinstance(weight, numbers.Real) and not isinstance(weight, bool | np.bool_)
     if not number or not WEIGHTS[0] <= weight <= WEIGHTS[1]:
         raise HydraOptError(f"{name} = {weight!r}: must be positive, from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
+    return float(weight)
 
 
 def weights_of(tasks: Sequence[str], options: Options) -> np.ndarray:

@@ -105,7 +105,7 @@ def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -
         return Target(1.0, options.max_error, heads, (), slack, settling)
     given = budget.read_budget(options.budget)
     assert given is not None
-    limit = given if isinstance(given, int) else int(given * 2 * found.entries()) + heads
+    limit = given if isinstance(given, int) else max(int(given * 2 * found.entries()), 1) + heads
     slack = max(slack, GRAIN / max(limit - heads, GRAIN))
     return Target(-1.0, limit - heads, heads, (), slack, settling)
 

@@ -33,7 +33,7 @@ from hydraopt_jax.refinement.moving_segment import start_moving, with_factors
 from hydraopt_jax.refinement.objectives import Forward, Lora, all_tasks, divergence, originals, stacked
 from hydraopt_jax.refinement.rounding import Indices, Modules, indices_of, trainable_arrays, with_indices
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import Segment, Store, segment_data
+from hydraopt_jax.store import Segment, Store, lossless, segment_data
 from hydraopt_jax.store.store import given_weights
 
 LEARNING_RATE = 0.03
@@ -182,6 +182,8 @@ def refine(
         raise HydraOptError("refine: needs batches of inputs")
     if min(accumulate, save) < 1:
         raise HydraOptError("refine: accumulate and save must be at least 1")
+    if store.report.get("form") == lossless.FORM:
+        raise HydraOptError("refine: the store keeps the adapters bit for bit: there is nothing to gain")
     if any(x.references or x.removed or x.tables >= 0 for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     parts = [n for n, x in enumerate(store.segments) if x.modules]

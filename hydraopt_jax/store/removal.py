@@ -77,8 +77,13 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
     of the tasks that they were coded with.
 
     Raises:
-      HydraOptError: an unknown task.
+      HydraOptError: an unknown task, one that is named twice, or none.
     """
+    if not tasks:
+        raise HydraOptError("select: name at least one task")
+    if len(set(tasks)) < len(tasks):
+        twice = next(t for n, t in enumerate(tasks) if t in tasks[:n])
+        raise HydraOptError(f"select: {twice!r} is named twice")
     left = cut_to(store, tasks)
     gone = set(store.tasks) - set(tasks)
     if not gone:
