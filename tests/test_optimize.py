@@ -77,6 +77,18 @@ def test_it_stops_early_and_says_so():
     assert int(info.steps) < 50
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.float32])
+def test_the_loss_may_have_any_dtype(kind, wide):
+    """Also where Python's numbers are of 64 bits."""
+    with jax.enable_x64(wide):
+        start = jnp.zeros(2, kind)
+        found, info = descent.minimize(lambda x: jnp.sum((x - 1) ** 2), start, optax.sgd(0.25), steps=30)
+        assert found.dtype == kind
+        np.testing.assert_allclose(found.astype(jnp.float32), 1, atol=0.01)
+        assert info.loss < 1e-3
+
+
 def test_the_best_iterate_is_kept():
     best, info = descent.minimize(lambda x: x**2, jnp.array(1.0), optax.sgd(1.5), steps=5)
     assert float(best) == 1.0

@@ -133,6 +133,7 @@ def minimize(
     def body(run: Carry) -> Carry:
         params = run.state.params
         state, value = step(loss, optimizer, run.state, *given(run.step))
+        value = value.astype(run.best_loss.dtype)
         better = value < run.best_loss
         best_loss = jnp.where(better, value, run.best_loss)
         fresh = varies | (best_loss < run.reference * (1 - tolerance))
@@ -146,14 +147,16 @@ def minimize(
             run.trace.at[run.step].set(value),
         )
 
+    # of a dtype of its own, whatever the loss has
+    worst = jnp.full((), jnp.inf, jnp.result_type(float))
     start = Carry(
         DescentState(params, optimizer.init(params), aux),
         params,
-        jnp.array(jnp.inf),
-        jnp.array(jnp.inf),
+        worst,
+        worst,
         jnp.array(0),
         jnp.array(0),
-        jnp.full(steps, jnp.nan),
+        jnp.full(steps, jnp.nan, worst.dtype),
     )
     # values that the loss closes over become arguments: custom derivatives only see arguments
     closed, shape = jax.make_jaxpr(body, return_shape=True)(start)
