@@ -50,14 +50,14 @@ class Setting(NamedTuple):
     Attributes:
       base: the trained transformer.
       collection: the T adapters.
-      heard: makes prompts of the train split with the adapters' own answers; only called where needed.
+      heard: makes so many prompts of the train split, with the adapters' own answers.
       score: mean exact match of a store on some dev items, to choose a merge's scale.
       folder: where refinements keep their steps, to go on after a stop; None for nowhere.
     """
 
     base: Base
     collection: list[Adapter]
-    heard: Callable[[], Sequences]
+    heard: Callable[[int], Sequences]
     score: Callable[[Store], float]
     folder: Path | None = None
 
@@ -99,7 +99,7 @@ def plan(setting: Setting, settings: Refining) -> dict[str, Maker]:
 
 def _moments(setting: Setting, settings: Refining) -> dict[str, np.ndarray]:
     """Second moments of inputs and output gradients on a few prompts."""
-    sample = outputs.batch(setting.heard(), 0, settings.moments)
+    sample = setting.heard(settings.moments)
     lora = refinement.originals(setting.collection)
     return outputs.moments(setting.base, lora, sample, jax.random.key(0))
 
@@ -115,8 +115,8 @@ def refined(
     """A store of one of the budgets refined on the divergence of the logits; the seed orders the prompts."""
     name, which = f"{budget:g}-seed-{seed}", settings.budgets.index(budget)
     steps, rate = settings.steps[which], settings.rates[which]
-    train = settings.prompts - settings.check
-    heard = setting.heard()
+    train = settings.prompts[which] - settings.check
+    heard = setting.heard(settings.prompts[which])
     check = outputs.batch(heard, train, settings.check)
     order = np.random.default_rng(seed).permutation(train)
     shuffled = Sequences(*(x[:, order] for x in heard))

@@ -137,8 +137,8 @@ def run(
         return encode_items(vocabulary, {t: list(items[t][split]) for t in tasks}, limit=limit)
 
     @functools.cache
-    def heard() -> outputs.Sequences:
-        prompts = encoded("train", settings.prompts).prompts
+    def heard(count: int) -> outputs.Sequences:
+        prompts = encoded("train", count).prompts
         return outputs.answered(base, refinement.originals(collection), prompts)
 
     few = encoded("dev", CHOOSING)

@@ -131,7 +131,7 @@ def test_every_kind_of_row_is_scored_and_a_second_run_adds_nothing(items, traine
     save_adapters(tmp_path / "adapters.zip", one, ADAPTING.alpha)
     folders = unpack_adapters(tmp_path / "adapters.zip", tmp_path / "in")
     collection = [formats.read_adapter(p) for p in folders]
-    small = Refining((0.9,), (3,), (0.05,), prompts=8, check=2, moments=4, batch=2, seeds=(0,), save=2)
+    small = Refining((0.9,), (3,), (0.05,), prompts=(8,), check=2, moments=4, batch=2, seeds=(0,), save=2)
     given = base, vocabulary, collection, items, small, tmp_path / "result.json", tmp_path / "out"
     stores.run(*given, count=20, only="0.9, output gradients")
     found = stores.run(*given, count=20, only="merged, linear")
