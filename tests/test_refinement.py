@@ -1,6 +1,7 @@
 """Refinement with the rounding in the loop: it gains, never loses, keeps its bytes, goes on after a stop."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +252,15 @@ def test_a_damaged_step_is_named(coded, many, tmp_path):
     (tmp_path / "3" / "_METADATA").write_bytes(b"not a checkpoint")
     with pytest.raises(HydraOptError, match="3: no saved step"):
         refine(coded, many, steps=3, folder=tmp_path)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_for_steps_is_made_or_named(coded, many, tmp_path, kind):
+    refine(coded, many, steps=1, folder=kind(tmp_path / "new" / "run"))
+    assert (tmp_path / "new" / "run" / "1").is_dir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HydraOptError, match=r"file/run: cannot be written: [^\n]*$"):
+        refine(coded, many, steps=1, folder=kind(tmp_path / "file" / "run"))
 
 
 def test_steps_of_another_refinement_are_not_taken(coded, many, tmp_path):

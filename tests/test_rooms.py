@@ -13,7 +13,7 @@ MOST = 8
 WHY = "More than eight arguments: "
 # a room is a folder or a module of the package; it imports from itself and from lines above its own
 ROOMS = """
-errors static strict_json durable devices compilation byte_counts
+errors static strict_json durable devices compilation byte_counts checkpoints
 network locks buckets deferred
 remote
 adapters factors

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hydraopt_jax.checkpoints import save_context
 from hydraopt_jax.demo.model import Base, Branches, forward
 from hydraopt_jax.demo.vocabulary import PAD_ID
 
@@ -118,7 +119,8 @@ def run(
                 print(text, flush=True)
             if done == end or done // save > (done - count) // save:
                 folder.mkdir(parents=True, exist_ok=True)
-                ocp.save((folder / str(done)).resolve(), state, overwrite=True)
+                with save_context():
+                    ocp.save((folder / str(done)).resolve(), state, overwrite=True)
     return state, trace
 
 

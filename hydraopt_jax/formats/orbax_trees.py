@@ -10,7 +10,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError, one_line
+from hydraopt_jax.checkpoints import save_context
+from hydraopt_jax.errors import HydraOptError, one_line, system_error
 from hydraopt_jax.formats.trees import Scale, flatten, insert, is_factor, leaves, read_tree
 
 # what Orbax and its back ends raise for files that are not a checkpoint's, or not whole; not among them are
@@ -144,9 +145,9 @@ def write_checkpoint(
     tree: dict[Any, Any] = {}
     for keys, value in leaves(adapter, name, scale, rank, dtype):
         insert(tree, [str(key) for key in keys], value)
+    said = dict(metadata or {})
     try:
-        ocp.save(
-            folder, tree, checkpointable_name=item, overwrite=overwrite, custom_metadata=dict(metadata or {})
-        )
+        with save_context():
+            ocp.save(folder, tree, checkpointable_name=item, overwrite=overwrite, custom_metadata=said)
     except (OSError, ValueError) as error:
-        raise HydraOptError(f"{path}: cannot be written: {one_line(error)}") from None
+        raise system_error(path, "written", error) from None

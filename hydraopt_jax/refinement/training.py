@@ -15,6 +15,7 @@ Reference: Bengio et al., Estimating or propagating gradients through stochastic
 
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ from jax import Array
 from orbax.checkpoint import v1 as ocp
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.checkpoints import save_context
+from hydraopt_jax.errors import HydraOptError, system_error
 from hydraopt_jax.forms import descent
 from hydraopt_jax.refinement.moving_segment import start_moving, with_factors
 from hydraopt_jax.refinement.objectives import Forward, Lora, all_tasks, divergence, originals, stacked
@@ -139,7 +141,7 @@ def refine(
     steps: int = 100,
     accumulate: int = 1,
     at_once: int | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     save: int = 25,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Store, Refined]:
@@ -174,8 +176,8 @@ def refine(
 
     Raises:
       HydraOptError: adapters that are not those of the store, no batches, a store whose tasks have changed
-        since it was fitted, a folder with steps of another store or of another number of steps, or a saved
-        step that cannot be read.
+        since it was fitted, a folder with steps of another store or of another number of steps or that cannot
+        be written, or a saved step that cannot be read.
     """
     ordered = in_order(store, collection)
     if not callable(batches) and not len(batches):
@@ -187,6 +189,7 @@ def refine(
     if any(x.references or x.removed or x.tables >= 0 for x in store.segments):
         raise HydraOptError("refine: tasks were added or removed since the store was fitted: refit it first")
     parts = [n for n, x in enumerate(store.segments) if x.modules]
+    home = None if folder is None else Path(folder)
     batch_at = batches if callable(batches) else lambda i: batches[i % len(batches)]
     given = Given(
         calibration=calibration,
@@ -196,12 +199,12 @@ def refine(
         optimizer=accumulating(optimizer or default_optimizer(max(steps // accumulate, 1)), accumulate),
         steps=steps,
         accumulate=accumulate,
-        folder=folder,
+        folder=home,
         save=save,
         progress=progress,
     )
-    if folder is not None:
-        claim(folder, [segment_data.entry_of(x).sha256 for x in store.segments], steps, accumulate)
+    if home is not None:
+        claim(home, [segment_data.entry_of(x).sha256 for x in store.segments], steps, accumulate)
     segments, found = refine_segments(store, parts, ordered, given)
     if not found.after < found.before:
         return store, found
@@ -301,8 +304,11 @@ def claim(folder: Path, segments: Sequence[str], steps: int, accumulate: int) ->
                 "give another folder, or remove it"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(said))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(said))
+    except OSError as error:
+        raise system_error(folder, "written", error) from None
 
 
 def saved(folder: Path) -> list[int]:
@@ -312,9 +318,13 @@ def saved(folder: Path) -> list[int]:
 
 def keep_step(state: RefinementState, done: int, trace: Sequence[float], folder: Path) -> None:
     """Save a step, from which a run can resume."""
-    folder.mkdir(parents=True, exist_ok=True)
     tree = {"state": state, "trace": np.array(trace)}
-    ocp.save((folder / str(done)).resolve(), tree, overwrite=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with save_context():
+            ocp.save((folder / str(done)).resolve(), tree, overwrite=True)
+    except OSError as error:
+        raise system_error(folder, "written", error) from None
 
 
 def resume(state: RefinementState, folder: Path | None) -> tuple[RefinementState, int, list[float]]:

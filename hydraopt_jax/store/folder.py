@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from hydraopt_jax.checkpoints import save_context
 from hydraopt_jax.durable import sync, sync_tree
 from hydraopt_jax.errors import HydraOptError, damaged, system_error
 from hydraopt_jax.store import checksums, manifest, segment_data
@@ -252,7 +253,7 @@ def write_segment(
     folder = store / SEGMENTS / name
     # callers choose a name that no manifest has: what is there was left by a dead writer
     shutil.rmtree(folder, ignore_errors=True)
-    context = ocp.Context()
+    context = save_context()
     context.array.saving.use_compression = zstd and bool(segment.modules) and not segment.coded
     # plain zarr: few arrays need no database, whose own files cost more and vary in size
     context.array.saving.use_ocdbt = False

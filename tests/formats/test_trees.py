@@ -1,6 +1,8 @@
 """LoRA factors in the parameter trees of JAX libraries, on their documented layouts."""
 
+import gc
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 import hydraopt_jax as hydra
 from hydraopt_jax import formats, synthetic
 from hydraopt_jax.formats import trees
+from hydraopt_jax.store import folder
 
 RNG = np.random.default_rng(0)
 
@@ -301,6 +304,29 @@ def test_an_orbax_tree_becomes_a_peft_folder(tmp_path):
     back = formats.read_adapter(tmp_path / "peft")
     for name, a in adapter.a.items():
         np.testing.assert_allclose(back.a[name] @ back.b[name], a @ adapter.b[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda at, store, adapter: formats.write_checkpoint(at, adapter, "qwix", scale=1.0),
+        lambda at, store, adapter: folder.write_segment(at, store.segments[0]),
+    ],
+    ids=["checkpoint", "segment"],
+)
+def test_nothing_waits_for_a_place_that_cannot_be_written(write, small, tmp_path):
+    """Orbax's threads would keep the process for minutes after the error."""
+    (tmp_path / "file").write_text("x")
+    store = hydra.compress(small[:2], form=hydra.forms.Hydra(heads=1))
+    before = set(threading.enumerate())
+    with pytest.raises((hydra.HydraOptError, OSError), match=r"^[^\n]*Not a directory[^\n]*$"):
+        write(tmp_path / "file" / "x", store, small[0])
+    # idle ones of an event loop end with it
+    gc.collect()
+    for x in set(threading.enumerate()) - before:
+        x.join(3)
+    assert set(threading.enumerate()) <= before
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
 
 
 def test_layouts_survive_a_store(tmp_path):
