@@ -58,22 +58,17 @@ class FolderCache:
         # one after another in this process, then among processes; and what guards the counts
         self._turn, self._mutex = threading.Lock(), threading.Condition()
         self._holds: Counter[str] = Counter()
-        users = path / "users"
-        self._user = users / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._closed = False
+        self._user = path / "users" / f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._alive = FileLock(f"{self._user}.lock", thread_local=False)
-        try:
-            users.mkdir(parents=True, exist_ok=True)
-            self._alive.acquire(timeout=0)
-            self._user.mkdir()
-        except OSError as error:
-            raise self._unwritable(error) from None
         with self._locked():
             self._in_use()
 
     def hold(self, name: str) -> bool:
         """Hold a folder until `drop` is called as often as `hold`; False if it is missing or incomplete."""
         with self._mutex:
-            if self._holds[name]:
+            # somebody may have cleared the cache
+            if self._holds[name] and (self.path / name / adapter_folder.WEIGHTS_FILE).exists():
                 self._holds[name] += 1
                 return True
         with self._locked():
@@ -125,6 +120,7 @@ class FolderCache:
     def close(self) -> None:
         """Release all folders; they stay in the cache."""
         with self._mutex:
+            self._closed = True
             self._holds.clear()
             shutil.rmtree(self._user, ignore_errors=True)
             self._alive.release()
@@ -134,10 +130,26 @@ class FolderCache:
     def _locked(self) -> Iterator[None]:
         """A context with the cache's lock, in which no other process marks, writes or removes folders."""
         try:
-            with self._turn, FileLock(self.path / ".lock").acquire(poll_interval=PAUSE):
-                yield
+            with self._turn:
+                self._user.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(self.path / ".lock").acquire(poll_interval=PAUSE):
+                    self._enter()
+                    yield
         except (OSError, safetensors.SafetensorError) as error:
             raise self._unwritable(error) from None
+
+    def _enter(self) -> None:
+        """Make the user's marks and its held lock if they are missing. Needs the lock."""
+        with self._mutex:
+            if self._closed:
+                raise HydraOptError(f"{self.path}: the cache was closed: open it again")
+            if self._user.is_dir() and Path(self._alive.lock_file).exists():
+                return
+            self._alive.release()
+            self._alive.acquire(timeout=0)
+            self._user.mkdir(exist_ok=True)
+            for x in self._holds:
+                (self._user / x).touch()
 
     def _mark(self, name: str) -> bool:
         """Hold an existing, complete folder. Needs the lock."""

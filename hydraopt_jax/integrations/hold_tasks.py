@@ -19,6 +19,10 @@ from hydraopt_jax.integrations.vllm import ALLOW, LOG, NAME, STORE, UNLOAD, Chan
 
 # seconds that a folder stays after a cancelled request: the engine may not know yet
 LINGER = 5.0
+# the same after the answer to a background request, which the engine may begin only then
+BACKGROUND = 3600.0
+# path of vLLM's only requests that may go on in the background
+RESPONSES = "/v1/responses"
 
 # vLLM's own check of this comes before the middleware
 SEVERAL = (
@@ -75,15 +79,25 @@ class HoldTasks:
         if not known:
             unloads = scope["path"].endswith(UNLOAD)
             return await self.app(scope, again, self.unloading(asked, send) if unloads else send)
-        finished = False
+        # vLLM reads 1 and "true" as True, and refuses background requests unless it stores responses
+        accepted, background = False, bool(asked.get("background")) and scope["path"].endswith(RESPONSES)
+        seconds = LINGER
+
+        async def noting(message: MutableMapping[str, Any]) -> None:
+            nonlocal accepted
+            accepted |= message.get("status") == 200
+            await send(message)
+
         try:
-            await self.app(scope, again, send)
-            finished = not given_up
+            await self.app(scope, again, noting)
+            seconds = LINGER if given_up else 0.0
         finally:
-            if finished and not asked.get("background"):
+            if background and accepted:
+                seconds = BACKGROUND
+            if seconds:
+                asyncio.get_running_loop().call_later(seconds, self.resolver.end, task)
+            else:
                 self.resolver.end(task)
-            elif not asked.get("background"):
-                asyncio.get_running_loop().call_later(LINGER, self.resolver.end, task)
 
     async def begin(self, task: str) -> bool:
         """The resolver's `begin`, undone where this is cancelled."""
@@ -121,7 +135,7 @@ def parse_request(body: bytes) -> Mapping[str, Any]:
     """The JSON object of a request; empty if it is not an object, which vLLM then refuses."""
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -135,6 +136,33 @@ def test_half_a_folder_is_made_again(folders, name):
         assert again == path
         assert (path / name).read_bytes() == whole
     assert not list(folders.cache.path.glob(".new-*"))
+
+
+@pytest.mark.parametrize("gone", ["", "users", "*-*"])
+def test_a_cache_that_somebody_clears_is_made_again(folders, gone):
+    path = folders.folder(TASKS[0])
+    for x in folders.cache.path.glob(gone) if gone else [folders.cache.path]:
+        shutil.rmtree(x)
+    for task in TASKS[1:4]:
+        with folders.held(task) as other:
+            assert read_adapter(other).a
+    assert folders.folder(TASKS[0]) == path
+    for task in TASKS[1:4]:
+        with folders.held(task):
+            assert read_adapter(path).a
+    user = folders.cache._user
+    assert [x.name for x in user.iterdir()] == [path.name]
+    assert cache.alive(Path(f"{user}.lock"))
+
+
+def test_a_closed_cache_says_so(folders):
+    path = folders.folder(TASKS[0])
+    folders.close()
+    for task in TASKS[:2]:
+        with pytest.raises(HydraOptError, match="cache: the cache was closed: open it again"):
+            folders.folder(task)
+    assert path.is_dir()
+    assert not list((folders.cache.path / "users").iterdir())
 
 
 def test_a_changed_task_has_another_folder_and_the_others_have_not(folders, path):

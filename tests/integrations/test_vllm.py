@@ -268,6 +268,40 @@ def test_a_request_that_is_given_up_holds_on_for_a_while(registry, monkeypatch):
     assert asyncio.run(scenario()) == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("where", "said", "status", "counts"),
+    [
+        ("/v1/completions", True, 200, [0, 0]),
+        ("/v1/responses", False, 200, [0, 0]),
+        ("/v1/responses", True, 400, [0, 0]),
+        ("/v1/responses", True, 200, [1, 0]),
+        # vLLM's models read these as True
+        ("/v1/responses", "true", 200, [1, 0]),
+        ("/v1/responses", 1, 200, [1, 0]),
+    ],
+)
+def test_a_background_request_holds_on_for_a_while(registry, monkeypatch, where, said, status, counts):
+    monkeypatch.setattr(hold_tasks, "BACKGROUND", 0.05)
+    resolver = registry.get_resolver("hydraopt")
+
+    async def app(scope, receive, send):
+        await hold_tasks.refuse(send, status, "")
+
+    async def scenario():
+        body = {"model": TASKS[0], "background": said}
+        assert (await fake_vllm.post(hold_tasks.HoldTasks(app), where, body))[0] == status
+        found = [resolver.requests[TASKS[0]].count]
+        await asyncio.sleep(0.1)
+        return [*found, resolver.requests[TASKS[0]].count]
+
+    assert asyncio.run(scenario()) == counts
+
+
+@pytest.mark.parametrize("body", [b"", b"[" * 200_000, b'{"model": ', b"\xff\xfe", b"[1]"])
+def test_a_body_that_is_no_object_is_left_to_vllm(body):
+    assert hold_tasks.parse_request(body) == {}
+
+
 def test_a_request_that_is_cancelled_while_it_waits_lets_go(registry, monkeypatch):
     monkeypatch.setattr("hydraopt_jax.integrations.cache.PATIENCE", 1)
     server = fake_vllm.Server(registry, served.BASE, slots=1)
