@@ -111,6 +111,14 @@ def test_bytes_are_of_everything(headed, tmp_path, make):
     assert 0 < np.nanmean(half.errors) < 1
 
 
+def test_plain_factors_that_are_compressed_in_a_folder_leave_the_manifest_its_bytes(headed, tmp_path):
+    bare = [x.replace(extras={}) for x in headed]
+    store.save(tmp_path / "s", compress(bare, budget=1.0))
+    parts = account(tmp_path / "s")
+    assert parts.metadata > (tmp_path / "s" / "manifest.json.gz").stat().st_size
+    assert sum(parts) == sizes.size_on_disk(tmp_path / "s")
+
+
 @PATHS
 def test_a_budget_below_the_heads_is_refused_at_once(headed, tmp_path, make, monkeypatch):
     """Before anything is fitted, by name, with the way out; nothing is left behind."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ class Account(NamedTuple):
     """Bytes of a store on disk in three parts, which add up to the whole.
 
     Attributes:
-      factors: compressed factors.
+      factors: compressed factors, and the headers that are compressed along with plain ones in a folder.
       heads: full tensors beside the factors, which a budget given as a fraction does not count.
       metadata: the rest: manifest, headers, errors, checksums, and overhead of checkpoints.
     """
@@ -36,8 +37,17 @@ def account(path: Path_, store: Store) -> Account:
             heads += size_of(leaf) if name.startswith("tensors_") else 0
             factors += size_of(leaf) if name.startswith(("shared", "task_", "head_", "prediction")) else 0
     # plain factors may be compressed on disk
-    factors = min(factors, whole - heads)
+    factors = min(factors, array_bytes(path, whole) - heads)
     return Account(factors, heads, whole - factors - heads)
+
+
+def array_bytes(path: Path_, whole: int) -> int:
+    """Bytes of the arrays in a local folder; `whole` for other stores, which do not compress them."""
+    if not (remote.is_address(path) or buckets.is_bucket(path)) and Path(path).is_dir():
+        # another process may remove a segment meanwhile
+        with suppress(FileNotFoundError):
+            return sum(map(folder.tree_bytes, Path(path).glob(f"{folder.SEGMENTS}/*/*/data*")))
+    return whole
 
 
 def owner(segment: Segment, leaf: str) -> int:
