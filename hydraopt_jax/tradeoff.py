@@ -325,7 +325,7 @@ def frontier(
     Returns:
       Frontier.
     """
-    if not fractions or min(fractions) <= 0:
+    if len(fractions) == 0 or min(fractions) <= 0:
         raise HydraOptError("budgets of the frontier must be positive fractions of the fp16 bytes")
     collection = [x.replace(extras={}) for x in collection]
     stacked = adapters.stack(collection)

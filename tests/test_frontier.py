@@ -24,7 +24,7 @@ def many():
 
 @pytest.fixture(scope="module")
 def found(many):
-    return tradeoff.frontier(many, (0.9, 0.5), heads=(1, 3))
+    return tradeoff.frontier(many, np.array([0.9, 0.5]), heads=(1, 3))
 
 
 def test_an_untrained_adapter_has_a_place_in_every_curve():
@@ -181,5 +181,6 @@ def test_budgets_beside_the_paper_s_errors_still_have_a_rate(many):
 
 
 def test_budgets_must_be_positive(many):
-    with pytest.raises(HydraOptError, match="positive fractions"):
-        tradeoff.frontier(many, (0.5, 0.0))
+    for fractions in ((0.5, 0.0), (), np.array([]), np.array([0.5, -0.1])):
+        with pytest.raises(HydraOptError, match="positive fractions"):
+            tradeoff.frontier(many, fractions)
