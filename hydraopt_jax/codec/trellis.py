@@ -129,8 +129,9 @@ def candidates(x: Places, quantizer: Array, parity: Array, table: Array) -> tupl
     """
     both = table[(2 * quantizer + parity) * (COUNT * CELLS) + x.cell]
     zero = quantizer * (1 - parity)
-    error = ((x.phase + 1024 - 512 * (2 * parity - quantizer)) & 2047) - 1024 - 512 * (zero * (x.whole < 1))
-    lower = error + 2048 - 512 * (zero * ((x.whole > 0) & (x.whole < 5)))
+    first, second = jnp.where(x.whole < 1, zero, 0), jnp.where((x.whole > 0) & (x.whole < 5), zero, 0)
+    error = ((x.phase + 1024 - 512 * (2 * parity - quantizer)) & 2047) - 1024 - 512 * first
+    lower = error + 2048 - 512 * second
     shift = 18 - FINE
     return error**2 + (both >> 16 << shift), lower**2 + ((both & 0xFFFF) << shift)
 
@@ -202,6 +203,6 @@ def quantize(y: Array, context: Array, table: Array) -> tuple[Array, Array]:
     at, below = candidates(places, quantizer, parity, table)
     # as the table has it: rounding the value itself could differ at an edge
     near = (2 * places.whole + 5 + 2 * (quantizer - 2 * parity) >> 3) * 2 + parity
-    magnitude = jnp.maximum(near, parity) - 2 * (below < at)
+    magnitude = jnp.maximum(near, parity) - 2 * (below < at).astype(jnp.int32)
     flat = (x.reshape(-1, lanes)[:n] for x in (magnitude, quantizer.astype(jnp.uint8)))
     return next(flat), next(flat)

@@ -174,7 +174,7 @@ def hydra(
     between = clustering.between(reduced, deltas.v, labels, weights, heads)
     basis, values = decompose.top_eigenvectors(between, rank)
     if used is not None:
-        basis = basis * (jnp.arange(rank) < used)
+        basis = basis * (jnp.arange(rank) < used).astype(basis.dtype)
     projected = matmul(basis.T, reduced)
     average, _ = clustering.membership(labels, weights, heads)
     b = jnp.einsum("kt,tsr,tro->kso", average, projected, deltas.v, precision="highest")

@@ -98,7 +98,7 @@ def joint_curve(x: Sides, level: Array) -> tuple[Array, Array]:
     for values, count in ((x.left, x.inputs), (x.right, x.outputs)):
         live = values > count * level
         missing = jnp.where(live, 0.0, values).sum(-1)
-        noise = count * level * live.sum(-1)
+        noise = count * level * live.sum(-1, dtype=values.dtype)
         most = jnp.maximum(most, missing)
         clean = clean * (1 - noise * decompose.safe_inverse(jnp.maximum(energy - missing, 0.0), 1e-30))
         bits = bits + 0.5 * count * jnp.log2(jnp.maximum(values / count / level, 1.0)).sum()

@@ -143,7 +143,7 @@ def principal_cosines(u: Array, rank: Array) -> Array:
     [1. 0.]
     """
     # A direction of numerically zero energy is arbitrary and does not belong to the subspace.
-    kept = u * (jnp.arange(u.shape[-1]) < rank[:, None])[:, None, :]
+    kept = u * (jnp.arange(u.shape[-1]) < rank[:, None])[:, None, :].astype(u.dtype)
     return jax.vmap(lambda x: jax.vmap(partial(decompose.subspace_cosines, x))(kept))(kept)
 
 
@@ -162,7 +162,7 @@ def mean_squared_cosine(cosines: Array, rank: Array) -> Array:
     >>> print(mean_squared_cosine(jnp.array([[[1.0, 0.6]]]), jnp.array([2])))
     [[0.68]]
     """
-    smaller = jnp.minimum(rank[:, None], rank[None, :])
+    smaller = jnp.minimum(rank[:, None], rank[None, :]).astype(cosines.dtype)
     return jnp.clip(jnp.sum(cosines**2, -1) / jnp.maximum(smaller, 1), 0.0, 1.0)
 
 

@@ -33,7 +33,7 @@ def partitions(tasks: int, heads: int) -> np.ndarray:
 
 def membership(labels: Array, weights: Array, heads: int) -> tuple[Array, Array]:
     """Averaging matrix `[K, T]` (row k takes the weighted mean of head k's tasks) and head masses `[K]`."""
-    ones = (labels[None, :] == jnp.arange(heads)[:, None]) * weights
+    ones = (labels[None, :] == jnp.arange(heads)[:, None]).astype(weights.dtype) * weights
     mass = ones.sum(-1)
     return ones / jnp.where(mass > 0, mass, 1.0)[:, None], mass
 
