@@ -39,10 +39,17 @@ def is_peft(source: str) -> bool:
 @click.option("--scan", is_flag=True, help="write layers stacked, as MaxText's scan_layers")
 @click.option("--layers", type=click.IntRange(1), help="count of layers to stack")
 @click.option(
+    "--fused/--no-fused",
+    default=None,
+    help="whether queries, keys and values share a parameter, as in Gemma 7B; default: by their shapes",
+)
+@click.option(
     "--step", type=click.IntRange(0), default=0, show_default=True, help="number of the checkpoint to write"
 )
 @click.option("--base", help="name of the base model, for PEFT's configuration; default: the source's")
-@click.option("--prefix", default="model.layers", show_default=True, help="prefix of module names in PEFT")
+@click.option(
+    "--prefix", help="prefix of module names in PEFT; default: model.layers, or as a multimodal model has it"
+)
 @click.option("--dtype", help="dtype on disk: float32, float16 or bfloat16; default: the source's")
 @click.option("--overwrite", is_flag=True, help="replace what is there")
 @output_options
@@ -55,7 +62,7 @@ def convert(source: str, out: str, to: str, **options: Any) -> None:
         write_adapter(out, adapter, dtype=options["dtype"], overwrite=options["overwrite"])
         rank, scale = max(x.shape[1] for x in adapter.a.values()), 1.0
     else:
-        names = ("rank", "head_dim", "scan", "layers", "step", "dtype", "overwrite")
+        names = ("rank", "head_dim", "scan", "layers", "fused", "prefix", "step", "dtype", "overwrite")
         scale = (options["scale"] if is_peft(source) else None) or 1.0
         rank = write_trained(
             out, adapter, options["family"], to, scale=scale, **{k: options[k] for k in names}
@@ -72,11 +79,11 @@ def convert(source: str, out: str, to: str, **options: Any) -> None:
 def check_used(source: str, to: str) -> None:
     """Raise for options that this conversion does not use."""
     context = click.get_current_context()
-    idle = {"rank", "scan", "layers", "step"} if to == "peft" else set()
+    idle = {"rank", "scan", "layers", "fused", "step"} if to == "peft" else set()
     why = "--to peft does not use it"
     if is_peft(source):
         # with --to peft, `read_source` says what is wrong
-        idle, why = set() if to == "peft" else {"base", "prefix"}, "the source has the names of PEFT"
+        idle, why = set() if to == "peft" else {"base"}, "the source's configuration names it"
     for name in sorted(idle):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise HydraOptError(f"--{name}: {why}: leave it out")
@@ -100,7 +107,7 @@ def read_source(source: str, to: str, **options: Any) -> Adapter:
         options["library"],
         scale=options["scale"],
         head_dim=options["head_dim"],
-        prefix=options["prefix"],
+        prefix=options["prefix"] or "model.layers",
     )
     known = {"base_model_name_or_path": options["base"]} if options["base"] else {}
     return found.replace(config={**found.config, **known})

@@ -14,7 +14,9 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError, near
 from hydraopt_jax.formats.families import FAMILIES, LIBRARIES, Library, ModuleRow, Table
 
-_LAYER = re.compile(r"(?:.*\.)?layers\.(?P<n>\d+)\.(?P<module>.+)")
+_LAYER = re.compile(r"(?P<prefix>.+)\.(?P<n>\d+)\.(?P<module>.+)")
+# prefixes of a language model's layers; other towers (vision, audio) have names of their own
+_LANGUAGE = re.compile(r"(?:(?:base_model|model|language_model|text_model)\.)*layers")
 _STACKED = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\]")
 
 
@@ -84,6 +86,8 @@ def to_library(
     head_dim: int | None = None,
     scan: bool = False,
     layers: int | None = None,
+    fused: bool | None = None,
+    prefix: str | None = None,
 ) -> Adapter:
     """The adapter with a library's names and axes, for `write_tree` and `write_checkpoint`.
 
@@ -97,22 +101,25 @@ def to_library(
       head_dim: size of an attention head, as in the base model's config.json.
       scan: whether the library's model has stacked layers (MaxText's `scan_layers`).
       layers: number of the model's layers, if stacked; None for those up to the adapter's last.
+      fused: whether queries, keys and values share a parameter, as in Gemma 7B; None to see it from the
+        shapes of queries and keys, which then must both be there.
+      prefix: text before the number of a layer; None for those of Hugging Face's language models.
 
     Raises:
-      HydraOptError: an unknown family, library or module, sizes that are not multiples of a head, or a model
-        that the library does not stack.
+      HydraOptError: an unknown family, library or module, a module of another tower, two modules of one
+        parameter, sizes that are not multiples of a head, a model that the library does not stack, or a
+        missing `fused`.
     """
     table, kept = table_of(family, library)
     if scan and not table.scanned:
         raise HydraOptError(f"{library} has no stacked layers of family {family!r}: leave scan out")
     parts: dict[str, tuple[dict[str, Any], list[tuple[ModuleRow, str]]]] = {}
-    named = {name: _split(name, library, family, table) for name in adapter.a}
+    named = _places(adapter, library, family, prefix)
     count = max([*(n + 1 for n, _ in named.values()), layers or 0])
     if layers is not None and count > layers:
         raise HydraOptError(f"layers = {layers}: the adapter has modules of layer {count - 1}")
-    equal = _fused_layers(adapter, named)
+    rows = (*(table.fused if _is_fused(adapter, named, family, library, fused) else ()), *table.rows)
     for name, (n, module) in named.items():
-        rows = (*(table.fused if n in equal else ()), *table.rows)
         row = next(x for x in rows if x.module == module)
         path, stack = parameter_place(table, row, n, count if scan else 0)
         factors = {s: kept.factor.format(path=path, side=s).split("/") for s in "ab"}
@@ -147,28 +154,59 @@ def to_library(
     return adapter.replace(a=a, b=b, layout=layouts, config={}, raw={})
 
 
-def _split(name: str, library: str, family: str, table: Table) -> tuple[int, str]:
-    """Layer and module of a Hugging Face name."""
-    match = _LAYER.fullmatch(name)
-    known = [x.module for x in table.rows]
-    if match is None or match["module"] not in known:
-        offered = near(match["module"] if match else name, known)
+def _places(adapter: Adapter, library: str, family: str, prefix: str | None) -> dict[str, tuple[int, str]]:
+    """Layer and module of each Hugging Face name."""
+    known = [x.module for x in table_of(family, library)[0].rows]
+    found: dict[str, re.Match[str]] = {}
+    for name in adapter.a:
+        match = _LAYER.fullmatch(name)
+        if match is None or match["module"] not in known:
+            offered = near(match["module"] if match else name, known)
+            raise HydraOptError(
+                f"{name}: {library}'s {family!r} has no layer for it (near: {offered}): leave it out of the "
+                "adapter, or name another family"
+            )
+        found[name] = match
+    owners: dict[Any, str] = {}
+    for name, match in found.items():
+        other = owners.setdefault(match.group("n", "module"), name)
+        if other != name:
+            raise HydraOptError(
+                f"{other} and {name}: are one parameter of {library}: leave one of them out of the adapter"
+            )
+    for name, match in found.items():
+        own = match["prefix"]
+        if own != prefix and (prefix is not None or not _LANGUAGE.fullmatch(own)):
+            raise HydraOptError(
+                f"{name}: is not named as a layer of a language model ({prefix or 'model.layers'}): leave it "
+                f"out of the adapter or, if it is one, give prefix (--prefix {own})"
+            )
+    return {name: (int(match["n"]), match["module"]) for name, match in found.items()}
+
+
+def _is_fused(
+    adapter: Adapter, named: Mapping[str, tuple[int, str]], family: str, library: str, fused: bool | None
+) -> bool:
+    """Whether queries, keys and values share a parameter, as they do where they have one size."""
+    table, _ = table_of(family, library)
+    if fused and not table.fused:
         raise HydraOptError(
-            f"{name}: {library}'s {family!r} has no layer for it (near: {offered}): leave it out of the "
-            "adapter, or name another family"
+            f"{library}'s {family!r} has no parameter that queries, keys and values share: leave fused out"
         )
-    return int(match["n"]), match["module"]
-
-
-def _fused_layers(adapter: Adapter, named: Mapping[str, tuple[int, str]]) -> set[int]:
-    """Layers whose keys have as many heads as their queries."""
-    width = {key: adapter.b[name].shape[1] for name, key in named.items()}
-    return {
-        n
-        for n, module in width
-        if module == "self_attn.q_proj"
-        and width[n, module] in (width.get((n, f"self_attn.{x}_proj")) for x in "kv")
-    }
+    if fused is not None or not table.fused:
+        return bool(fused)
+    query, *others = (x.module for x in table.fused)
+    width = {place: adapter.b[name].shape[1] for name, place in named.items()}
+    pairs = [((n, query), (n, x)) for n, module in width if module == query for x in others]
+    equal = [width[x] == width[y] for x, y in pairs if y in width]
+    some = next((x for x, (_, module) in named.items() if module in (query, *others)), None)
+    if some is not None and not equal:
+        raise HydraOptError(
+            f"{some}: without queries and keys or values of one layer it is unknown whether they share a "
+            "parameter: give fused (--fused if config.json of the base model has as many num_key_value_heads "
+            "as num_attention_heads, else --no-fused)"
+        )
+    return any(equal)
 
 
 def parameter_place(table: Table, row: ModuleRow, n: int, scanned: int) -> tuple[str, list[int] | None]:

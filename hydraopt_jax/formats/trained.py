@@ -97,6 +97,8 @@ def write_trained(
     head_dim: int | None = None,
     scan: bool = False,
     layers: int | None = None,
+    fused: bool | None = None,
+    prefix: str | None = None,
     step: int = 0,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -108,7 +110,7 @@ def write_trained(
     Args:
       path: the run's folder; the checkpoint is its subfolder `step`, for gemma the folder itself.
       adapter: modules with Hugging Face's names.
-      family, library, head_dim, scan, layers: see `model_maps.to_library`.
+      family, library, head_dim, scan, layers, fused, prefix: see `model_maps.to_library`.
       scale: alpha / rank of the library's model; 1 for gemma, which has no scale.
       rank: of the library's model; None for that of the widest parameter. The ranks of modules that share a
         parameter add up.
@@ -125,7 +127,16 @@ def write_trained(
     kept = table_of(family, library)[1]
     if library == "gemma" and scale != 1:
         raise HydraOptError(f"scale = {scale}: gemma has no scale: leave it at 1")
-    found = to_library(adapter, family, library, head_dim=head_dim, scan=scan, layers=layers)
+    found = to_library(
+        adapter,
+        family,
+        library,
+        head_dim=head_dim,
+        scan=scan,
+        layers=layers,
+        fused=fused,
+        prefix=prefix,
+    )
     width = rank or max(x.shape[1] for x in found.a.values())
     known = {k: adapter.config[k] for k in KEPT if isinstance(adapter.config.get(k), str)}
     orbax_trees.write_checkpoint(

@@ -75,6 +75,77 @@ def test_modules_with_one_input_side_share_it():
     trainers.check_same(formats.from_library(out, "gemma3", "tunix"), one.replace(a=a))
 
 
+def renamed(one, *names):
+    """An adapter whose modules are the first query projection under other names."""
+    own = "model.layers.0.self_attn.q_proj"
+    return one.replace(a=dict.fromkeys(names, one.a[own]), b=dict.fromkeys(names, one.b[own]))
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        (("model.encoder.layers", "model.decoder.layers"), r"model\.encoder.* and model\.decoder"),
+        (("vision_tower.encoder.layers", "language_model.model.layers"), "vision.* and language_model"),
+        (("model.layers", "layers"), r"are one parameter of tunix: leave one"),
+        (("model.vision_tower.vision_model.encoder.layers",), "is not named as a layer of a language model"),
+        (("audio_tower.layers",), r"give prefix .--prefix audio_tower\.layers"),
+        (("model.visual.0.layers",), "is not named"),
+    ],
+)
+def test_modules_of_another_tower_are_refused(places, named):
+    one = renamed(trainers.adapter(1), *(f"{x}.0.self_attn.q_proj" for x in places))
+    with pytest.raises(hydra.HydraOptError, match=named):
+        formats.to_library(one, "llama", "tunix", head_dim=DIM)
+
+
+@pytest.mark.parametrize(
+    ("place", "prefix"),
+    [
+        ("layers", None),
+        ("model.language_model.layers", None),
+        ("language_model.model.layers", None),
+        ("model.text_model.layers", None),
+        ("thinker.model.layers", "thinker.model.layers"),
+    ],
+)
+def test_a_language_model_inside_another_is_converted(place, prefix):
+    one = renamed(trainers.adapter(1), f"{place}.0.self_attn.q_proj")
+    out = formats.to_library(one, "llama", "tunix", head_dim=DIM, prefix=prefix)
+    assert set(out.a) == {"layers.0.attn.q_proj.w"}
+    with pytest.raises(hydra.HydraOptError, match=r"is not named as a layer of a language model .other"):
+        formats.to_library(one, "llama", "tunix", head_dim=DIM, prefix="other.layers")
+
+
+def only(one, *kept):
+    """The modules of some names of an adapter."""
+    names = [x for x in one.a if x.endswith(kept)]
+    return one.replace(a={x: one.a[x] for x in names}, b={x: one.b[x] for x in names})
+
+
+@pytest.mark.parametrize("library", ["tunix", "gemma"])
+@pytest.mark.parametrize(
+    "kept", [("q_proj",), ("k_proj", "v_proj"), ("0.self_attn.q_proj", "1.self_attn.k_proj")]
+)
+def test_what_shapes_do_not_say_of_a_fused_parameter_is_asked_for(library, kept):
+    one = only(trainers.adapter(2, kv_heads=4), *kept, "o_proj")
+    with pytest.raises(hydra.HydraOptError, match=r"_proj: without queries and keys .*--fused .*--no-fused"):
+        formats.to_library(one, "gemma", library, head_dim=DIM)
+    for fused in (True, False):
+        out = formats.to_library(one, "gemma", library, head_dim=DIM, fused=fused)
+        assert any("qkv_einsum" in x for x in out.a) is fused
+        assert any(".q_einsum" in x or ".kv_einsum" in x for x in out.a) is not fused
+
+
+def test_one_layer_with_queries_and_keys_says_it_for_all():
+    one = only(trainers.adapter(2, kv_heads=4), "q_proj", "0.self_attn.v_proj")
+    out = formats.to_library(one, "gemma", "tunix", head_dim=DIM)
+    assert set(out.a) == {"layers.0.attn.qkv_einsum.w", "layers.1.attn.qkv_einsum.w"}
+    few = only(one, "o_proj", "mlp.up_proj", "0.self_attn.q_proj", "0.self_attn.v_proj")
+    assert not any("q_einsum" in x for x in formats.to_library(few, "gemma", "tunix", head_dim=DIM).a)
+    with pytest.raises(hydra.HydraOptError, match="has no parameter that queries, keys and values share"):
+        formats.to_library(one, "qwen", "tunix", head_dim=DIM, fused=True)
+
+
 def test_maxtexts_llama_has_rotary_pairs_beside_each_other_and_scaled_queries():
     one = trainers.adapter(1)
     out = formats.to_library(one, "llama", "maxtext", head_dim=DIM)
@@ -104,6 +175,7 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
     options = ["--family", "qwen", "--head-dim", DIM, "--scale", 2, "--json"]
     status, said, _ = run(capsys, "convert", "peft", "run", "--to", "tunix", *options)
     assert (status, json.loads(said)["rank"], json.loads(said)["alpha"]) == (0, 3, 6.0)
+    assert json.loads(said)["modules"] == len(formats.read_trained("run", "qwen").a)
     schemas = json.loads((Path(__file__).parents[2] / "docs" / "schemas.json").read_text())
     jsonschema.Draft202012Validator({**schemas, "$ref": "#/$defs/convert"}).validate(json.loads(said))
     assert (Path("run") / "0" / "model_params").is_dir()
@@ -150,6 +222,19 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
         (("none", "out", "--family", "qwen"), "none: no such folder"),
         (("run", "out", "--family", "gemma", "--from", "tunix"), "no LoRA layer of tunix's 'gemma' .near: "),
         (("run", "peft", "--family", "qwen"), "peft: exists"),
+        (
+            ("towers", "out", "--family", "llama", "--to", "tunix", "--head-dim", DIM),
+            "coder.* and model.*coder.*: are one parameter of tunix",
+        ),
+        (
+            ("query", "out", "--family", "gemma", "--to", "tunix", "--head-dim", DIM),
+            "q_proj: without queries and keys",
+        ),
+        (("run", "out", "--family", "qwen", "--no-fused"), "--fused: --to peft does not use it"),
+        (
+            ("peft", "out", "--family", "qwen", "--to", "tunix", "--prefix", "x.layers", "--head-dim", DIM),
+            "is not named as a layer of a language model .x.layers",
+        ),
         (("bare", "out", "--family", "qwen"), "stores no scale .*give scale"),
     ],
 )
@@ -161,6 +246,9 @@ def test_what_does_not_convert_is_named_in_one_line(arguments, named, tmp_path, 
     formats.write_adapter(
         "odd", one.replace(a={k: one.a[v] for k, v in odd.items()}, b={k: one.b[v] for k, v in odd.items()})
     )
+    towers = [f"model.{x}.layers.0.self_attn.q_proj" for x in ("encoder", "decoder")]
+    formats.write_adapter("towers", renamed(one, *towers))
+    formats.write_adapter("query", only(one, "q_proj"))
     formats.write_trained("run", one, "qwen", "tunix", head_dim=DIM)
     formats.write_checkpoint(
         "bare", model_maps.to_library(one, "qwen", "tunix", head_dim=DIM), "qwix", scale=1
