@@ -1,15 +1,21 @@
 """Read adapters from folders, files, patterns and the hub; export tasks of a store."""
 
 import glob
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import check_same_base, read_adapter
 from hydraopt_jax.formats.adapter_folder import PICKLE_FILE, WEIGHTS_FILE
+from hydraopt_jax.formats.image_files import WEIGHTS_FILE as IMAGE_FILE
 from hydraopt_jax.formats.image_files import file_of
+from hydraopt_jax.formats.lora_keys import parse_key
+from hydraopt_jax.formats.peft import ADDRESS
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
+from hydraopt_jax.formats.tensor_files import names_and_metadata
+from hydraopt_jax.store import portable
 from hydraopt_jax.store.decoding import decode
 from hydraopt_jax.store.folder import MANIFEST
 from hydraopt_jax.store.store import Store
@@ -17,8 +23,59 @@ from hydraopt_jax.store.store import Store
 
 def holds_adapter(path: Path) -> bool:
     """Whether a path is an adapter, complete or not: a PEFT folder, or a LoRA file of diffusers or kohya."""
-    names = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)
-    return any((path / x).is_file() for x in names) or file_of(path) is not None
+    if any((path / x).is_file() for x in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
+        return True
+    file = file_of(path)
+    # a store may be beside the files that it was made of
+    return file is not None and portable.KEY not in names_and_metadata(file)[1]
+
+
+def among(paths: Iterable[str | Path], source: str) -> list[str]:
+    """Those of some paths that are adapters.
+
+    Raises:
+      HydraOptError: others are folders of adapters, which would be left out.
+    """
+    found: list[str] = []
+    others: list[Path] = []
+    for x in paths:
+        if holds_adapter(Path(x)):
+            found.append(str(x))
+        else:
+            others.append(Path(x))
+    deeper = next((y for x in others if not x.name.startswith(".") for y in adapters_below(x)), None)
+    if deeper is not None:
+        raise HydraOptError(
+            f"{source}: {'some of ' if found else ''}its adapters lie deeper, such as {deeper}: name the "
+            "folders that they lie in"
+        )
+    return found
+
+
+def adapters_below(folder: Path) -> Iterator[Path]:
+    """Adapters in a folder: PEFT folders, then LoRA files, each sorted by name.
+
+    Hidden folders are what a killed writer left.
+    """
+    yield from (x.parent for x in sorted(folder.glob(f"[!.]*/{CONFIG_FILE}")))
+    for x in sorted((*folder.glob("*.safetensors"), *folder.glob(f"[!.]*/{IMAGE_FILE}"))):
+        # any file has the ending of a LoRA file, such as a base model's
+        if any(map(parse_key, names_and_metadata(x)[0])):
+            yield x
+
+
+def check_alone(folder: Path) -> None:
+    """Raise if adapters lie in an adapter's folder, where PEFT saves all but "default".
+
+    A trainer's `checkpoint-N` is an earlier state of the adapter, and no other one.
+    """
+    below = (x.parent for x in sorted(folder.glob(f"[!.]*/{CONFIG_FILE}")))
+    other = next((x for x in below if not re.fullmatch(r"checkpoint-\d+", x.name)), None)
+    if other is not None:
+        raise HydraOptError(
+            f"{folder}: other adapters lie in this adapter's folder, such as {other}: name each folder, this "
+            f"one as NAME={folder}"
+        )
 
 
 def inside(folder: Path) -> list[str]:
@@ -27,17 +84,12 @@ def inside(folder: Path) -> list[str]:
     Raises:
       HydraOptError: the folder has no adapter; the message says what it has instead.
     """
-    found = [str(x) for x in sorted(folder.iterdir()) if holds_adapter(x)]
+    found = among(sorted(folder.iterdir()), str(folder))
     if found:
         return found
     if (folder / MANIFEST).is_file():
         raise HydraOptError(
             f"{folder}: is a store, not an adapter: hydraopt export writes its adapters as folders"
-        )
-    deeper = next(folder.glob(f"*/*/{CONFIG_FILE}"), None)
-    if deeper is not None:
-        raise HydraOptError(
-            f"{folder}: its adapters lie deeper, such as {deeper.parent}: name the folders that they lie in"
         )
     raise HydraOptError(
         f"{folder}: no adapter (no {CONFIG_FILE} in it, or in a folder in it): give a folder that PEFT's "
@@ -54,25 +106,28 @@ def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> lis
 
     Args:
       given: PEFT folders, folders of such folders, LoRA files of diffusers or kohya, patterns of all these
-        (`"adapters/*"`), `hf:ORG/NAME` ids, each adapter also as NAME=SOURCE; or one of these. Those of a
-        folder or a pattern are sorted by name.
+        (`"adapters/*"`), `hf:ORG/NAME` ids, each adapter also as NAME=SOURCE, NAME without "/"; or one of
+        these. Those of a folder or a pattern are sorted by name.
       strict: raise here for a folder without adapters, instead of when it is read.
 
     Raises:
-      HydraOptError: a pattern or a folder without any adapter, or a name for several.
+      HydraOptError: a pattern or a folder without any adapter, or with some that would be left out; or a name
+        for several.
     """
     out: list[NamedPath] = []
     for text in map(str, [given] if isinstance(given, str | Path) else given):
         path, task = Path(text), None
-        if not path.exists():
-            if glob.has_magic(text) and "=" not in text:
-                found = [x for x in sorted(glob.glob(text)) if holds_adapter(Path(x))]
+        if not path.exists() and not ADDRESS.match(text):
+            matched = sorted(glob.glob(text)) if glob.has_magic(text) else []
+            name, sep, rest = text.partition("=")
+            if sep and "/" not in name and not matched:
+                path, task, text = Path(rest), name, rest
+            elif glob.has_magic(text):
+                found = among(matched, text)
                 if not found:
                     raise HydraOptError(f"{text}: no folder of that pattern holds an adapter")
                 out += [(x, None) for x in found]
                 continue
-            name, sep, rest = text.partition("=")
-            path, task, text = (Path(rest), name, rest) if sep else (path, None, text)
         if not path.is_dir() or holds_adapter(path):
             out.append((text, task))
             continue
@@ -88,6 +143,9 @@ def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> lis
                 f"{task}={text}: one name for the {len(found)} adapters in it: leave the name out"
             )
         out += [(x, task) for x in found]
+    for place, task in out:
+        if task is None:
+            check_alone(Path(place))
     return out
 
 

@@ -24,6 +24,7 @@ from hydraopt_jax.formats.lora_keys import DIALECT, ENDINGS, parse_key
 from hydraopt_jax.formats.peft_config import check_config, module_scale
 from hydraopt_jax.formats.tensor_files import disk_dtype, write_tensors
 from hydraopt_jax.locks import locked
+from hydraopt_jax.store.portable import KEY
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 # key of the header under which diffusers keeps the scales, by component
@@ -79,6 +80,10 @@ def config_of(file: Path) -> dict[str, Any]:
             if any(k.startswith(peft.PREFIX) for k in keys):
                 raise HydraOptError(
                     f"{file}: is the weights file of a PEFT adapter: give its folder, which has the scale"
+                )
+            if KEY in (opened.metadata() or {}):
+                raise HydraOptError(
+                    f"{file}: is a store, not an adapter: hydraopt export writes its adapters as folders"
                 )
             metadata = {k: v for k, v in (opened.metadata() or {}).items() if k != "format"}
             lows = {m[0]: k for k in keys if (m := parse_key(k)) and m[1] == "A"}

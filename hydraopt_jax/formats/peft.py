@@ -38,10 +38,12 @@ from hydraopt_jax.formats.peft_config import (
 )
 from hydraopt_jax.formats.tensor_files import disk_array, disk_dtype, read_tensors
 from hydraopt_jax.locks import locked
-from hydraopt_jax.network import client, explained
+from hydraopt_jax.network import client, explained, redact
 from hydraopt_jax.remote import COMMIT
 
 PREFIX = "base_model.model."
+# beginning of an address of the web or of a bucket
+ADDRESS = re.compile(r"\w+://")
 
 # A factor's key, with the adapter's name where PEFT's state dict was saved without removing it.
 _LINEAR_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
@@ -177,11 +179,16 @@ def fetch_folder(source: str) -> tuple[Path, str]:
     """An adapter's folder, fetched from the hub if necessary; and the name of its task."""
     if source.startswith("hf:"):
         return _fetch(source[3:]), source[3:]
+    if ADDRESS.match(source):
+        raise HydraOptError(
+            f"{redact(source)}: adapters are not read from addresses, except hf:ORG/NAME: download it first"
+        )
     folder = Path(source)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "no such folder"
         raise HydraOptError(f"{source}: {what}: pass a folder that PEFT's save_pretrained wrote")
-    return folder, folder.resolve().name
+    # not that of a link's target; "." and ".." have names, too
+    return folder, Path(os.path.abspath(folder)).name
 
 
 def look_into(source: str) -> tuple[dict[str, Any], Path, str]:
@@ -190,8 +197,8 @@ def look_into(source: str) -> tuple[dict[str, Any], Path, str]:
 
     file = None if source.startswith("hf:") else image_files.file_of(source)
     if file is not None:
-        own = Path(source).resolve()
-        return image_files.config_of(file), file, own.stem if own == file.resolve() else own.name
+        own = Path(os.path.abspath(source))
+        return image_files.config_of(file), file, own.stem if Path(source) == file else own.name
     folder, name = fetch_folder(source)
     return read_config(folder / CONFIG_FILE), weights_file(folder), name
 

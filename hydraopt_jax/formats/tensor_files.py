@@ -50,6 +50,15 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             yield key, tensor
 
 
+def names_and_metadata(path: Path) -> tuple[list[str], Mapping[str, str]]:
+    """Names of the tensors of a safetensors file and its metadata; both empty if it is not one."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return list(file.keys()), file.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        return [], {}
+
+
 def _read_pickle(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         import torch

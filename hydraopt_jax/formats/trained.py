@@ -62,7 +62,7 @@ def read_trained(
             adapter = trees.read_tree(
                 tree,
                 dialect,
-                task=task or Path(path).resolve().name,
+                task=task or Path(os.path.abspath(path)).name,
                 scale=1.0 if found is None and name == "gemma" else found,
                 stack=STACK,
                 source=source,
