@@ -45,7 +45,8 @@ def compress(
     Args:
       adapters: in memory, or a `Collection` that is read as it is needed.
       budget: bytes on disk of everything if an integer above 10 or text such as "3MB"; else a fraction of the
-        factors' half-precision bytes. 1 keeps the adapters bit for bit. See `rate_control.budget`.
+        factors' half-precision bytes. 1 keeps `a` and `b` of the adapters bit for bit, and of files (a
+        `Collection`) every factor as it is there. See `rate_control.budget`.
       max_error: largest mean relative squared error over modules and tasks, whatever the weights are.
       max_task_error: largest relative squared error of any task, the mean over its modules; with weights, of
         the tasks of the least weight, and of one of n times this weight an n-th of it.

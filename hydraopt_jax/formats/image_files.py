@@ -29,6 +29,8 @@ from hydraopt_jax.store.portable import KEY
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 # key of the header under which diffusers keeps the scales, by component
 SCALES = "lora_adapter_metadata"
+# keys of the header that describe the factors as they were: scales, kohya's ranks, alphas and checksums
+_OF_FACTORS = (SCALES, "ss_network_dim", "ss_network_alpha", "sshs_model_hash", "sshs_legacy_hash")
 
 _NOT_UNDERSTOOD = {
     ".hada_": "LoHa is no plain low-rank delta",
@@ -59,6 +61,8 @@ def sort_tensors(
         for part, reason in _NOT_UNDERSTOOD.items():
             if part in key:
                 raise HydraOptError(f"{source}: {key}: {reason}: leave this file out")
+        if key.endswith(".bias") and parse_key(f"{key.removesuffix('.bias')}.weight"):
+            raise HydraOptError(f"{source}: {key}: {peft.FACTOR_BIAS}")
         found = parse_key(key)
         if found is None:
             others[key] = tensor
@@ -150,7 +154,7 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, str]
     if found is None:
         # scale 1, which is also the meaning of a missing scale
         found = adapter if kohya else server.fit_server(adapter, padded=True).adapter
-        metadata.pop(SCALES, None)
+        metadata = {k: v for k, v in metadata.items() if k not in _OF_FACTORS}
         tensors, ranks = peft.key_tensors(found, disk_dtype(dtype or adapter.dtype))
         alphas: dict[str, float] = dict(ranks)
     else:

@@ -51,9 +51,10 @@ _EMBEDDING_KEY = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\.[^
 # VeLoRA's buffers serve its backward pass only.
 _TRAINING_ONLY_KEY = re.compile(r".+\.lora_velora_[a-z]+(\.[^.]+)?")
 
+FACTOR_BIAS = "a bias on a LoRA factor is no low-rank delta: retrain without lora_bias"
 _NOT_UNDERSTOOD = (
     ("lora_magnitude_vector", "DoRA's magnitudes are no low-rank delta: retrain without DoRA"),
-    (".bias", "a bias on a LoRA factor is no low-rank delta: retrain without lora_bias"),
+    (".bias", FACTOR_BIAS),
     ("lora_diag", "KaSA's diagonal is not supported: use plain LoRA"),
     ("lora_", "this LoRA tensor is not understood, and none is dropped silently: use plain LoRA"),
 )
@@ -326,8 +327,8 @@ def write_adapter(
 
     The configuration gives every module its own rank and scale 1, because `b` contains the scale. Other
     fields are kept. Factors are written unchanged: balance them first if they must fit float16. An adapter
-    from a lossless store is written bit for bit as it was read, with its own configuration, unless a dtype is
-    given.
+    from a lossless store is written as the store has it, with its own configuration, unless a dtype is given;
+    a store that the command made of files has their factors bit for bit.
 
     Args:
       path: the folder to write; missing parents are made.

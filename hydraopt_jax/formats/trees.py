@@ -324,8 +324,8 @@ def leaves(
         )
     if adapter.extras:
         raise HydraOptError(
-            f"{next(iter(adapter.extras))}: a LoRA tree holds no full tensors: keep adapter.extras yourself "
-            "and pass adapter.replace(extras={})"
+            f"{next(iter(adapter.extras))}: a LoRA tree holds no full tensors: keep them apart and give the "
+            "adapter without them (in Python adapter.replace(extras={}))"
         )
     kind = disk_dtype(dtype or adapter.dtype)
     stacks: dict[Path, list[Any]] = {}

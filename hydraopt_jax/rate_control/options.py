@@ -23,7 +23,7 @@ class Options(NamedTuple):
     Attributes:
       budget: bytes of everything on disk if an integer above 10 or text such as "3MB"; else a fraction of the
         factors' fp16 bytes for factors and description. Coded full tensors beside the factors are not counted
-        in a fraction (`tensors`). A fraction of 1 or more stores the adapters bit for bit. See `budget` for
+        in a fraction (`tensors`). A fraction of 1 or more keeps `a` and `b` bit for bit. See `budget` for
         the full rule.
       max_error: largest mean relative squared error over modules and tasks, whatever the weights are.
       max_task_error: largest relative squared error of any task, the mean over its modules; with weights, of

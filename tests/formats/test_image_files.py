@@ -77,6 +77,25 @@ def test_the_command_keeps_files_as_they_came(file, tmp_path, capsys):
     assert (status, json.loads(said)["ok"]) == (0, True), error
 
 
+def test_a_coded_file_says_nothing_of_the_factors_that_it_was(tmp_path):
+    said = {
+        "ss_network_dim": "4",
+        "ss_network_alpha": "2",
+        "sshs_model_hash": "01",
+        "sshs_legacy_hash": "23",
+        "ss_output_name": "cat",
+    }
+    save_file(kohya(), tmp_path / "cat.safetensors", said)
+    found = reading.read([tmp_path / "cat.safetensors"])
+    for name, target, kept in (
+        ("coded", {"max_error": 0.01}, {"ss_output_name": "cat"}),
+        ("kept", {"budget": 1}, said),
+    ):
+        reading.export(compression.compress(found, **target), "cat", tmp_path / f"{name}.safetensors")
+        with safe_open(tmp_path / f"{name}.safetensors", "np") as opened:
+            assert opened.metadata() == {"format": "pt", **kept}
+
+
 def test_a_coded_file_says_its_scales(file, tmp_path):
     found = reading.read([file])
     coded = compression.compress(found, max_error=0.01)
@@ -194,6 +213,10 @@ def refuse(tmp_path, tensors, words, metadata=None):
         ({f"{Q}.lora_mid.weight": values(0, 2, 2)}, "Tucker"),
         ({f"{Q}.dora_scale": values(0, 2, 2)}, "DoRA"),
         ({f"{Q}.lora_A.weight": values(0, 2, 2)}, "clashes with"),
+        *(
+            ({f"x.{bias}": values(0, 10)}, rf"{bias}: a bias on a LoRA factor is no low-rank delta: retrain")
+            for bias in ("lora_B.bias", "lora_up.bias", "lora.up.bias", "lora_linear_layer.up.bias")
+        ),
         ({f"{Q}.alpha": np.array(np.inf, np.float32)}, "must be a finite number"),
         ({f"{Q}.lora_up.weight": values(0, 10, 3)}, "rank 3 but .* has rank 4"),
         ({f"{Q}.lora_up.weight": np.ones((10, 4), np.int8)}, "is int8: a LoRA factor must be"),

@@ -230,6 +230,10 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
             ("query", "out", "--family", "gemma", "--to", "tunix", "--head-dim", DIM),
             "q_proj: without queries and keys",
         ),
+        (
+            ("head", "out", "--family", "qwen", "--to", "tunix", "--head-dim", DIM),
+            "score.weight: a LoRA tree holds no full tensors: keep them apart and give the adapter",
+        ),
         (("run", "out", "--family", "qwen", "--no-fused"), "--fused: --to peft does not use it"),
         (
             ("peft", "out", "--family", "qwen", "--to", "tunix", "--prefix", "x.layers", "--head-dim", DIM),
@@ -249,6 +253,8 @@ def test_what_does_not_convert_is_named_in_one_line(arguments, named, tmp_path, 
     towers = [f"model.{x}.layers.0.self_attn.q_proj" for x in ("encoder", "decoder")]
     formats.write_adapter("towers", renamed(one, *towers))
     formats.write_adapter("query", only(one, "q_proj"))
+    head = {"base_model.model.score.weight": np.ones((2, 4), np.float32)}
+    formats.write_adapter("head", one.replace(extras=head))
     formats.write_trained("run", one, "qwen", "tunix", head_dim=DIM)
     formats.write_checkpoint(
         "bare", model_maps.to_library(one, "qwen", "tunix", head_dim=DIM), "qwix", scale=1
