@@ -106,8 +106,8 @@ def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> lis
 
     Args:
       given: PEFT folders, folders of such folders, LoRA files of diffusers or kohya, patterns of all these
-        (`"adapters/*"`), `hf:ORG/NAME` ids, each adapter also as NAME=SOURCE, NAME without "/"; or one of
-        these. Those of a folder or a pattern are sorted by name.
+        (`"adapters/*"`), `hf:ORG/NAME` ids, each adapter also as NAME=SOURCE; or one of these. Those of a
+        folder or a pattern are sorted by name. A path that exists, or a pattern that matches, may have "=".
       strict: raise here for a folder without adapters, instead of when it is read.
 
     Raises:
@@ -120,7 +120,9 @@ def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> lis
         if not path.exists() and not ADDRESS.match(text):
             matched = sorted(glob.glob(text)) if glob.has_magic(text) else []
             name, sep, rest = text.partition("=")
-            if sep and "/" not in name and not matched:
+            # a slash is rather of a path than of a name, unless what follows is there
+            named = "/" not in name or rest.startswith("hf:") or Path(rest).exists()
+            if sep and named and not matched:
                 path, task, text = Path(rest), name, rest
             elif glob.has_magic(text):
                 found = among(matched, text)

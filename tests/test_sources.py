@@ -107,6 +107,7 @@ def test_adapters_in_an_adapters_folder_are_not_passed_over(place, small):
         ("runs/lr=1/a", ["a"]),
         ("legal=runs/lr=1/a", ["legal"]),
         ("legal=lr=1/x", ["legal"]),
+        ("org/legal=lr=1/x", ["org/legal"]),
     ],
 )
 def test_a_path_may_have_an_equals_sign(place, small, given, tasks, monkeypatch):

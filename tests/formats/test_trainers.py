@@ -166,6 +166,8 @@ def test_a_checkpoint_goes_there_and_back(family, library, scan, tmp_path):
     found = formats.read_trained(tmp_path / "run", family)
     trainers.check_same(found, one)
     assert (found.task, len(found.digest)) == ("run", 64)
+    (tmp_path / "legal").symlink_to(tmp_path / "run")
+    assert formats.read_trained(tmp_path / "legal", family).task == "legal"
 
 
 def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypatch):
