@@ -261,11 +261,11 @@ def same_base(one: str, other: str, suffixes: Sequence[str] = ()) -> bool:
     return _base_key(one, suffixes) == _base_key(other, suffixes)
 
 
-def check_base(source: str, own: str, served: str) -> None:
+def check_base(source: str, own: str, served: str, advice: str = "use its own base model") -> None:
     """Raise if the names of the trained and the present base model differ."""
     if not same_base(own, served):
         named = repr(own) if own else "no base model"
-        raise HydraOptError(f"{source}: names {named}, but the model is {served!r}: use its own base model")
+        raise HydraOptError(f"{source}: names {named}, but the model is {served!r}: {advice}")
 
 
 def check_same_base(

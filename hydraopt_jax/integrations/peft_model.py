@@ -1,8 +1,10 @@
 """Load a store's tasks into a PEFT model of this process, without folders."""
 
+import contextlib
+import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -39,7 +41,7 @@ def load_adapter(
       store: an open store, or its path.
       task: its name.
       name: of the adapter in the model; None for `adapter_name(task)`. An existing adapter of this name is
-        replaced, in place if modules and ranks are equal.
+        replaced, in place if modules and ranks are equal; it must not be merged.
       rank: pad or cut every module to this rank, so that tasks replace each other in place and a compiled
         model stays compiled.
       any_base: do not compare the base model's name with the store's.
@@ -48,56 +50,50 @@ def load_adapter(
       The PEFT model in evaluation mode; `model` itself if it was a PEFT model.
 
     Raises:
-      HydraOptError: no such task, another base model, a name with dots, or modules that the model lacks. The
-        model is then unchanged.
+      HydraOptError: no such task, another base model, a name that PyTorch does not take, a merged adapter of
+        this name, a model with adapters that is no `PeftModel`, or modules that the model lacks. The model is
+        then unchanged.
     """
-    try:
-        import peft
-    except ImportError:
-        raise HydraOptError("load_adapter needs PEFT and PyTorch: install the peft extra") from None
-    if name is not None and (not name or "." in name):
-        raise HydraOptError(
-            f"name {name!r}: PyTorch takes no dots and no empty name: leave it out, or give another"
-        )
+    peft = _peft()
+    wrapped = isinstance(model, peft.PeftModel)
+    if not wrapped:
+        _check_plain(model)
     found = store if isinstance(store, Store) else open_store(store)
     own = base_name(found.sources[task_index(found.tasks, task)].config)
     served = getattr(getattr(model, "config", None), "name_or_path", "")
     if own and served and not any_base:
-        check_base(f"task {task!r}", own, served)
+        advice = "use its own base model, or any_base=True if this is the same under another name"
+        check_base(f"task {task!r}", own, served, advice)
+    name = adapter_name(task) if name is None else name
+    _check_name(name)
+    if wrapped:
+        _check_not_merged(model, name)
     adapter = server.fit_server(decode(found, task), rank=rank, padded=rank is not None).adapter
-    wrapped = isinstance(model, peft.PeftModel)
     base = model
     if wrapped:
         # PEFT's own way fails where the last adapter was unloaded
         base = model.get_base_model() if model.peft_config else model.base_model.model
     _check_modules(base, adapter)
+    _check_full_tensors(base, adapter)
     fields, arrays = peft_folders.contents(adapter)
-    config, state = peft.PeftConfig.from_peft_type(**fields), _tensors(arrays)
-    name = adapter_name(task) if name is None else name
     # empty until it is filled, but for full tensors, which take the dtype of the module that they stand for
     empty = not adapter.extras
-    if not wrapped:
-        model = _wrap(model, name, config, state, empty)
-    elif name not in model.peft_config:
-        _try_to_add(model, name, config, state, empty)
-    elif _fits(model, name, config, state):
-        peft.set_peft_model_state_dict(model, state, adapter_name=name)
-    else:
-        _replace(model, name, config, state, empty)
-    model.set_adapter(name)
-    return model.eval()
+    return _put(model, name, peft.PeftConfig.from_peft_type(**fields), _tensors(arrays), empty).eval()
 
 
 def unload_adapter(model: Any, task: str) -> None:
     """Remove a task's adapter from a PEFT model, which needs another one before it runs again.
 
     Raises:
-      HydraOptError: the model has no adapter of this task.
+      HydraOptError: the model has no adapter of this task, or it is merged.
     """
     name = adapter_name(task)
+    if not isinstance(getattr(model, "_orig_mod", model), _peft().PeftModel):
+        raise HydraOptError("the model has no adapters: pass the PEFT model that load_adapter returned")
     if name not in model.peft_config:
         loaded = ", ".join(map(repr, model.peft_config)) or "none"
         raise HydraOptError(f"task {task!r} is not loaded: the model's adapters are {loaded}")
+    _check_not_merged(model, name)
     _delete(model, name)
 
 
@@ -108,6 +104,49 @@ def adapter_name(task: str) -> str:
     ('legal', 'v1%2E2%2Fa')
     """
     return folder_name(task).replace(".", "%2E")
+
+
+def _peft() -> Any:
+    """The package.
+
+    Raises:
+      HydraOptError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise HydraOptError("adapters in models need PEFT and PyTorch: install the peft extra") from None
+    return peft
+
+
+def _check_plain(model: Any) -> None:
+    """Raise if a model that is no `PeftModel` cannot be wrapped."""
+    import torch
+
+    if hasattr(model, "_orig_mod"):
+        raise HydraOptError("the model is compiled: pass the one that was compiled, model._orig_mod")
+    if not isinstance(model, torch.nn.Module):
+        raise HydraOptError(f"the model is a {type(model).__name__}: pass a PyTorch model")
+    if any(type(x).__module__.startswith("peft.") for x in model.modules()):
+        raise HydraOptError("this model already has adapters: pass the PEFT model that load_adapter returned")
+
+
+def _check_name(name: str) -> None:
+    import torch
+
+    if not name or "." in name:
+        raise HydraOptError(
+            f"name {name!r}: PyTorch takes no dots and no empty name: leave it out, or give another"
+        )
+    if hasattr(torch.nn.ModuleDict(), name):
+        raise HydraOptError(
+            f"adapter {name!r}: PyTorch's modules have an attribute of this name: give another name="
+        )
+
+
+def _check_not_merged(model: Any, name: str) -> None:
+    if any(name in getattr(x, "merged_adapters", ()) for x in model.modules()):
+        raise HydraOptError(f"adapter {name!r} is merged into the model: call model.unmerge_adapter() first")
 
 
 def _check_modules(base: Any, adapter: Adapter) -> None:
@@ -129,6 +168,10 @@ def _check_modules(base: Any, adapter: Adapter) -> None:
                 f"task {adapter.task!r} adapts {module} as [in, out] = {wanted}, which the model has as "
                 f"{sizes}: use its own base model"
             )
+
+
+def _check_full_tensors(base: Any, adapter: Adapter) -> None:
+    """Raise if an adapter has a head that the model lacks, or full tensors of other shapes."""
     names = {x.rpartition(".")[2] for x, _ in base.named_modules()}
     heads = {x.rpartition(".")[2] for x in adapter.config.get("modules_to_save") or ()}
     # PEFT names heads that a model may have; what matters are those with tensors
@@ -137,6 +180,20 @@ def _check_modules(base: Any, adapter: Adapter) -> None:
         raise HydraOptError(
             f"task {adapter.task!r} brings a trained {head}, which the model lacks: use its own base model"
         )
+    for key, x in adapter.extras.items():
+        path, _, own = key.removeprefix("base_model.model.").rpartition(".")
+        try:
+            layer = base.get_submodule(path)
+        except AttributeError:
+            continue
+        # what PEFT has wrapped
+        layer = getattr(layer, "original_module", layer)
+        shape = getattr(getattr(layer, own, None), "shape", x.shape)
+        if tuple(shape) != x.shape:
+            raise HydraOptError(
+                f"task {adapter.task!r} brings {path}.{own} as {list(x.shape)}, which the model has as "
+                f"{list(shape)}: load its base model with this shape"
+            )
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -153,64 +210,78 @@ def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return out
 
 
-def _fits(model: Any, name: str, config: Any, state: Mapping[str, Any]) -> bool:
-    """Whether an existing adapter has the shapes and scales of another."""
+def _put(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> Any:
+    """The PEFT model with an adapter, new or in the place of another, which is active.
+
+    The model is as it was after an error.
+    """
     import peft
 
-    there = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    shapes = [{k: tuple(v.shape) for k, v in x.items()} for x in (there, state)]
-    old = model.peft_config[name]
-    return shapes[0] == shapes[1] and all(getattr(old, x) == getattr(config, x) for x in _SCALES)
-
-
-def _cannot(name: str, error: Exception) -> HydraOptError:
-    return HydraOptError(f"adapter {name!r} cannot be loaded: {one_line(error, 200)}")
-
-
-def _wrap(base: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> Any:
-    """A PEFT model around a base model, which is as it was after a failure."""
-    import peft
-
-    try:
-        model = peft.get_peft_model(base, config, adapter_name=name, low_cpu_mem_usage=empty)
-        peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
-        _restore_precision(model, name, state)
-    except Exception as error:
-        _unwrap(base)
-        raise _cannot(name, error) from error
+    there, wrapped = {}, isinstance(model, peft.PeftModel)
+    if wrapped and name in model.peft_config:
+        there = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with _restored_on_error(model, name, there):
+        if there and _fits(model.peft_config[name], there, config, state):
+            peft.set_peft_model_state_dict(model, state, adapter_name=name)
+        else:
+            if there:
+                _delete(model, name)
+            if wrapped:
+                model.add_adapter(name, config, low_cpu_mem_usage=empty)
+            else:
+                model = peft.get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=empty)
+            peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
+            _restore_precision(model, name, state)
+        model.set_adapter(name)
     return model
 
 
-def _unwrap(base: Any) -> None:
-    """Put the layers of a base model back in the place of those that PEFT has put around them."""
-    vars(base).pop("peft_config", None)
-    for path, layer in list(base.named_modules()):
-        inner = getattr(layer, "original_module", None)
-        inner = getattr(layer, "base_layer", None) if inner is None else inner
-        if inner is not None and type(layer).__module__.startswith("peft."):
-            parent, _, own = path.rpartition(".")
-            setattr(base.get_submodule(parent), own, inner)
+def _fits(old: Any, there: Mapping[str, Any], config: Any, state: Mapping[str, Any]) -> bool:
+    """Whether an existing adapter has the shapes and scales of another."""
+    shapes = [{k: tuple(v.shape) for k, v in x.items()} for x in (there, state)]
+    return shapes[0] == shapes[1] and all(getattr(old, x) == getattr(config, x) for x in _SCALES)
 
 
-def _try_to_add(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:
-    """`_add`; after a failure the adapters are those of before."""
-    active = list(model.active_adapters) if model.peft_config else []
+@contextlib.contextmanager
+def _restored_on_error(model: Any, name: str, there: Mapping[str, Any]) -> Iterator[None]:
+    """Restore a model, and the tensors `there` of the adapter of this name, on any error."""
+    restore, values = _snapshot(model), [(x, x.clone()) for x in there.values()]
     try:
-        _add(model, name, config, state, empty)
-    except Exception as error:
-        if name in model.peft_config:
-            _delete(model, name)
-        if active:
-            model.base_model.set_adapter(active)
-        raise _cannot(name, error) from error
+        yield
+    except BaseException as error:
+        restore()
+        for x, before in values:
+            x.copy_(before)
+        if isinstance(error, Exception):
+            what = f"{type(error).__name__}: {one_line(error, 200)}"
+            raise HydraOptError(f"adapter {name!r} cannot be loaded: {what}") from error
+        raise
 
 
-def _add(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:
-    import peft
+def _snapshot(model: Any) -> Callable[[], None]:
+    """A function that restores layers, adapters, which of them are active or merged, and `requires_grad`.
 
-    model.add_adapter(name, config, low_cpu_mem_usage=empty)
-    peft.set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=empty)
-    _restore_precision(model, name, state)
+    Values of parameters are not copied: adapters are replaced by others and stay as they are.
+    """
+    trained = [(x, x.requires_grad) for x in model.parameters()]
+    merged = [(x, list(x.merged_adapters)) for x in model.modules() if getattr(x, "merged_adapters", None)]
+    own = [vars(x) for x in model.modules()]
+    held = [x for attributes in own for x in attributes.values() if isinstance(x, dict | list | set)]
+    copies = [(x, copy.copy(x)) for x in (*own, *held)]
+
+    def restore() -> None:
+        unmerged = [(layer, names) for layer, names in merged if not layer.merged_adapters]
+        for x, before in copies:
+            x.clear()
+            x.extend(before) if isinstance(x, list) else x.update(before)
+        for x, before in trained:
+            x.requires_grad_(before)
+        for layer, names in unmerged:
+            # PEFT unmerges adapters when it sets another one
+            layer.merged_adapters.clear()
+            layer.merge(adapter_names=names)
+
+    return restore
 
 
 def _restore_precision(model: Any, name: str, state: Mapping[str, Any]) -> None:
@@ -220,23 +291,6 @@ def _restore_precision(model: Any, name: str, state: Mapping[str, Any]) -> None:
         exact = state.get(before + after) if found and "lora_" in key else None
         if exact is not None and exact.dtype != parameter.dtype:
             parameter.data = exact.to(parameter.device)
-
-
-def _replace(model: Any, name: str, config: Any, state: Mapping[str, Any], empty: bool) -> None:
-    """Replace an existing adapter; after a failure the former one is restored."""
-    import peft
-
-    old = model.peft_config[name]
-    kept = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    _delete(model, name)
-    try:
-        _add(model, name, config, state, empty)
-    except Exception as error:
-        if name in model.peft_config:
-            _delete(model, name)
-        _add(model, name, old, kept, False)
-        model.set_adapter(name)
-        raise _cannot(name, error) from error
 
 
 def _delete(model: Any, name: str) -> None:

@@ -189,7 +189,9 @@ def test_what_cannot_be_loaded_leaves_the_model_as_it_was(base, coded, adapters,
     named = copy.deepcopy(model)
     named.base_model.model.config.name_or_path = "org/other"
     monkeypatch.setattr(ours, "decode", None)
-    with pytest.raises(HydraOptError, match=r"names 'hydraopt-jax/synthetic', but the model is 'org/other'"):
+    with pytest.raises(
+        HydraOptError, match=r"names 'hydraopt-jax/synthetic', but the model is 'org/other'.*any_base=True"
+    ):
         ours.load_adapter(named, coded, "one")
     monkeypatch.undo()
     wide = compression.compress(
@@ -203,27 +205,139 @@ def test_what_cannot_be_loaded_leaves_the_model_as_it_was(base, coded, adapters,
         with pytest.raises(HydraOptError, match=f"name '{name}': PyTorch takes no dots"):
             ours.load_adapter(model, coded, "one", name=name)
     assert not [x for x, _ in plain.named_modules() if "lora" in x]
-    # whatever PEFT itself does not like
-    change = peft.set_peft_model_state_dict
-    refused = [RuntimeError("of another kind")]
-
-    def refuse_once(*given, **options):
-        if refused:
-            raise refused.pop()
-        return change(*given, **options)
-
-    monkeypatch.setattr(peft, "set_peft_model_state_dict", refuse_once)
-    with pytest.raises(HydraOptError, match=r"adapter 'slot' cannot be loaded: .*of another kind"):
-        ours.load_adapter(model, compression.compress(adapters, budget=1.0), "one", name="slot")
     same(output(model), before)
-    assert model.active_adapters == ["slot"]
-    assert list(model.peft_config) == ["slot"]
+
+
+def state_of(model):
+    """All that a failed load must leave as it was: layers, adapters, what is trained, and values."""
+    adapters = getattr(model, "peft_config", {})
+    return (
+        [(x, type(layer)) for x, layer in model.named_modules()],
+        [(x, p.requires_grad, p.detach().clone().numpy().tolist()) for x, p in model.named_parameters()],
+        [layer.training for layer in model.modules()],
+        {x: id(config) for x, config in adapters.items()},
+        list(model.active_adapters) if adapters else [],
+        "peft_config" in vars(model),
+    )
+
+
+def plain(base, coded):
+    return copy.deepcopy(base).train()
+
+
+def two_adapters(base, coded):
+    model = ours.load_adapter(copy.deepcopy(base), coded, "one", name="slot", rank=4)
+    model = ours.load_adapter(model, coded, "a.b")
+    model.set_adapter("slot")
+    return model.train()
+
+
+def both_active(base, coded):
+    model = two_adapters(base, coded)
+    model.base_model.set_adapter(["slot", "a%2Eb"])
+    return model
+
+
+@pytest.mark.parametrize("fails", ["set_peft_model_state_dict", "set_adapter"])
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (plain, {}),
+        (two_adapters, {"name": "new"}),
+        (two_adapters, {"name": "slot", "rank": 4}),
+        (two_adapters, {"name": "slot", "rank": 2}),
+        (two_adapters, {"name": "a%2Eb", "rank": 2}),
+        (both_active, {"name": "new"}),
+        (both_active, {"name": "a%2Eb", "rank": 2}),
+    ],
+)
+def test_an_error_of_peft_leaves_the_model_as_it_was(base, coded, monkeypatch, fails, make, given):
+    model = make(base, coded)
+    before = state_of(model)
+    owner = peft if hasattr(peft, fails) else peft.PeftModel
+    change = getattr(owner, fails)
+
+    def fail(*given, **options):
+        change(*given, **options)
+        monkeypatch.undo()
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(owner, fails, fail)
+    with pytest.raises(HydraOptError, match=r"cannot be loaded: .*of another kind"):
+        ours.load_adapter(model, coded, "two/three", **given)
+    assert state_of(model) == before
+    model = ours.load_adapter(model, coded, "two/three", **given)
+    same(output(model), output(ours.load_adapter(copy.deepcopy(base), coded, "two/three", **given)))
+
+
+@pytest.mark.parametrize("rank", [4, 2])
+def test_a_merged_adapter_is_neither_replaced_nor_unloaded(base, coded, rank):
+    model = two_adapters(base, coded)
+    model.merge_adapter()
+    before, outputs = state_of(model), output(copy.deepcopy(model))
+    said = r"adapter 'slot' is merged into the model: call model\.unmerge_adapter\(\) first"
+    with pytest.raises(HydraOptError, match=said):
+        ours.load_adapter(model, coded, "two/three", name="slot", rank=rank)
+    with pytest.raises(HydraOptError, match=said):
+        ours.unload_adapter(model, "slot")
+    assert state_of(model) == before
+    same(output(model), outputs)
+    model.unmerge_adapter()
+    ours.load_adapter(model, coded, "two/three", name="slot", rank=rank)
+    ours.unload_adapter(model, "slot")
+    with model.disable_adapter():
+        same(output(model), output(base))
+
+
+def test_beside_a_merged_adapter_a_task_is_loaded_or_the_model_is_as_it_was(base, coded, monkeypatch):
+    model = two_adapters(base, coded)
+    model.merge_adapter()
+    outputs = output(copy.deepcopy(model))
+    monkeypatch.setattr(ours, "_restore_precision", lambda model, *_: model.set_adapter("a%2Eb") or 1 / 0)
+    with pytest.raises(HydraOptError, match="cannot be loaded: ZeroDivisionError"):
+        ours.load_adapter(model, coded, "two/three")
+    monkeypatch.undo()
+    assert model.get_model_status().merged_adapters == ["slot"]
+    same(output(model), outputs)
+    ours.load_adapter(model, coded, "two/three")
+    same(output(model), output(ours.load_adapter(copy.deepcopy(base), coded, "two/three")))
+    with model.disable_adapter():
+        same(output(model), output(base))
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "training"])
+def test_a_task_named_as_an_attribute_takes_another_name(base, adapters, name):
+    content = compression.compress([adapters[0].replace(task=name), adapters[1]], budget=1.0)
+    model = copy.deepcopy(base)
+    with pytest.raises(HydraOptError, match=f"adapter '{name}': .*: give another name="):
+        ours.load_adapter(model, content, name)
+    assert ours.load_adapter(model, content, name, name="x").active_adapters == ["x"]
+
+
+def test_a_model_that_is_no_peft_model_is_named(base, coded):
+    first = copy.deepcopy(base)
+    model = ours.load_adapter(first, coded, "one")
+    outputs = output(model)
+    said = "pass the PEFT model that load_adapter returned"
+    with pytest.raises(HydraOptError, match=f"this model already has adapters: {said}"):
+        ours.load_adapter(first, coded, "a.b")
+    for given in (first, base):
+        with pytest.raises(HydraOptError, match=f"the model has no adapters: {said}"):
+            ours.unload_adapter(given, "one")
+    same(output(model), outputs)
+    for given in (copy.deepcopy(base), model):
+        with pytest.raises(HydraOptError, match=r"the model is compiled: .* model\._orig_mod"):
+            ours.load_adapter(torch.compile(given), coded, "one")
+    with pytest.raises(HydraOptError, match="the model is a NoneType: pass a PyTorch model"):
+        ours.load_adapter(None, coded, "one")
 
 
 def test_without_peft_the_extra_is_named(base, coded, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(HydraOptError, match="install the peft extra"):
         ours.load_adapter(base, coded, "one")
+    with pytest.raises(HydraOptError, match="install the peft extra"):
+        ours.unload_adapter(base, "one")
 
 
 def sizes(model):
@@ -253,15 +367,19 @@ def test_a_model_that_cannot_take_a_task_is_left_as_it_was(base, coded, adapters
         transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32, n_positions=16, num_labels=5)
     )
     before = sizes(five)
-    with pytest.raises(HydraOptError, match="cannot be loaded"):
+    said = (
+        r"brings score\.weight as \[3, 32\], which the model has as \[5, 32\]: load its base model with this"
+    )
+    with pytest.raises(HydraOptError, match=said):
         ours.load_adapter(five, with_head, "task-00")
     assert sizes(five) == before
     plain = compression.compress([fits.replace(config={**fits.config, "task_type": None})], budget=1.0)
     wrapped = ours.load_adapter(five, plain, "task-00", name="one")
     wrapped.config.pad_token_id = 0
     before = output(wrapped)
-    with pytest.raises(HydraOptError, match="cannot be loaded"):
-        ours.load_adapter(wrapped, with_head, "task-00", name="two")
+    for name in ("one", "two"):
+        with pytest.raises(HydraOptError, match=said):
+            ours.load_adapter(wrapped, with_head, "task-00", name=name)
     assert list(wrapped.peft_config) == ["one"]
     same(output(wrapped), before)
     assert wrapped.active_adapters == ["one"]
