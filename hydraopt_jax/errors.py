@@ -13,23 +13,23 @@ class TooLarge(HydraOptError):
     """A store would exceed its byte limit."""
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: object, known: Iterable[str]) -> str:
     """Advice on an unknown name: similar names, or all names if none is similar.
 
     >>> suggest("tie", ["linear", "ties", "dare"]), suggest("x", ["linear", "ties"])
     ("did you mean 'ties'?", 'must be one of linear, ties')
     """
     names = list(known)
-    close = difflib.get_close_matches(name, names, 3)
+    close = difflib.get_close_matches(str(name), names, 3)
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
     return f"must be one of {', '.join(names)}"
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def near(name: object, known: Iterable[str]) -> str:
     """Similar names, for a message; the first ones if none is similar."""
     names = list(known)
-    return ", ".join(map(repr, difflib.get_close_matches(name, names, 3, 0.3) or names[:3])) or "none"
+    return ", ".join(map(repr, difflib.get_close_matches(str(name), names, 3, 0.3) or names[:3])) or "none"
 
 
 def one_line(error: object, limit: int | None = None) -> str:

@@ -65,6 +65,7 @@ COMPILING = (
     "test_outputs.py",
     "test_peft_parity.py",
     "test_pipeline.py",
+    "test_shipped.py",
     "test_similarity.py",
     "test_slots.py",
     "test_trees_flax.py",

@@ -28,7 +28,7 @@ from hydraopt_jax.errors import HydraOptError, near
 from hydraopt_jax.formats import trees
 from hydraopt_jax.formats.dialects import DIALECTS
 from hydraopt_jax.formats.families import Name
-from hydraopt_jax.nnx_layers import contraction, dotted, is_layer, matrix, replace
+from hydraopt_jax.nnx_layers import Path, contraction, dotted, is_layer, matrix, replace
 from hydraopt_jax.serving.loading import check_base_of
 from hydraopt_jax.serving.mixed_tasks import Module, apply, shape
 from hydraopt_jax.store import Store
@@ -124,8 +124,8 @@ def wrap(
         describes its product: by an `einsum_str` (`nnx.Einsum`, Tunix' layers), or by `in_features` and
         `out_features`, with an `axis` if these are several (`nnx.Linear`, `nnx.LinearGeneral`).
       modules: `serving.load(store)`, or the modules of the state of `serving.Slots`.
-      patterns: shell patterns of dotted module paths, such as `"layers.*.q_proj"`; None for all modules of
-        the store, each of which must then have a layer.
+      patterns: one or more shell patterns of dotted module paths, such as `"layers.*.q_proj"`; None for all
+        modules of the store, each of which must then have a layer.
       rename: model path -> module name in the store, if they differ; a tuple of names if modules of equal
         width share the kernel, one after another along its outputs (keys and values of Gemma).
         `formats.hugging_face_name` returns this function for known model families.
@@ -135,13 +135,14 @@ def wrap(
       Paths of the wrapped layers. All rows are of the base model until `set_task_ids` is called.
 
     Raises:
-      HydraOptError: a pattern that matches no layer of the store, a module without a layer, or shapes that
-        differ.
+      HydraOptError: a pattern that matches no layer of the store, a module without a layer, a layer that
+        serves a store, a model that is itself a layer, or shapes that differ.
     """
-    layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(model) if is_layer(x)}
+    layers = {dotted(path): (path, x) for path, x in layers_of(model).items()}
     served = {path: rename(path) for path in layers}
     served = {path: name for path, name in served.items() if any(factors_of(name, modules))}
     matches = lambda path, pattern: fnmatch.fnmatchcase(path, pattern)  # noqa: E731
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns or ():
         if not any(matches(path, pattern) for path in served):
             other = any(matches(path, pattern) for path in layers)
@@ -159,13 +160,29 @@ def wrap(
                 )
     chosen = [p for p in served if patterns is None or any(matches(p, x) for x in patterns)]
     for path in chosen:
-        check_shape(path, layers[path][1], factors_of(served[path], modules))
+        keys, layer = layers[path]
+        if not keys:
+            raise HydraOptError("the model is itself a layer: wrap a module that has it as an attribute")
+        if isinstance(layer, Served):
+            raise HydraOptError(f"{path}: already serves a store: set_modules gives it other factors")
+        check_shape(path, layer, factors_of(served[path], modules))
     ids = TaskIds(jnp.array(-1, jnp.int32))
     for path in chosen:
         keys, base = layers[path]
         parts = factors_of(served[path], modules)
         replace(model, keys, Served(base, parts, ids, name=served[path], method=method))
     return chosen
+
+
+def layers_of(model: nnx.Module) -> dict[Path, nnx.Module]:
+    """Layers by path, those that `wrap` made without their bases; a shared layer under each attribute."""
+    found = dict(nnx.iter_modules(model))
+    for path, parent in tuple(found.items()):
+        # `iter_modules` has one path per object
+        children = nnx.iter_children(parent)
+        found |= {(*path, key): x for key, x in children if isinstance(x, nnx.Module)}
+    bases = {(*path, "base") for path, x in found.items() if isinstance(x, Served)}
+    return {path: x for path, x in found.items() if path not in bases and is_layer(x)}
 
 
 def set_task_ids(model: nnx.Module, task_ids: Any) -> None:
@@ -208,14 +225,16 @@ def set_modules(model: nnx.Module, modules: Mapping[str, Module]) -> None:
         layer.stored.set_value(factors_of(layer.name, modules))
 
 
-def task_ids(tasks: Store | Sequence[str], names: Sequence[str]) -> np.ndarray:
+def task_ids(tasks: Store | Sequence[str], names: Sequence[str | None]) -> np.ndarray:
     """Ids of task names, `[N]` int32: positions among a store's tasks, or among given names.
+
+    None is the base model, whose id is -1.
 
     Raises:
       HydraOptError: an unknown name; similar names are listed.
     """
     known = tasks.tasks if isinstance(tasks, Store) else tasks
-    return np.array([stores.task_index(known, name) for name in names], np.int32)
+    return np.array([-1 if x is None else stores.task_index(known, x) for x in names], np.int32)
 
 
 def load_task(

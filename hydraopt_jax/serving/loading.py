@@ -55,13 +55,15 @@ def load(
       Module name -> its terms; modules that none of the tasks has are left out.
 
     Raises:
-      HydraOptError: an unknown task, one of another base model, values that overflow the dtype, a sharding
-        that does not fit, options that exclude each other, an unknown width.
+      HydraOptError: an unknown task, one of another base model, a dtype that is no float of two bytes or
+        more, values that overflow it, a sharding that does not fit, options that exclude each other, an
+        unknown width.
     """
     if bits is not None and dtype is not None:
         raise HydraOptError("dtype and bits: give one; dequantize takes the dtype of quantized factors")
     if bits is not None and shardings is not None:
         raise HydraOptError("shardings and bits: give one; packed codes are not split over devices")
+    check_dtype(dtype)
     if on_device is None:
         on_device = devices.platform() != "cpu"
     decode_lanes = lanes.decode if on_device else rans.decode
@@ -103,6 +105,19 @@ def serving_dtype(stored: Any, asked: Any = None) -> np.dtype:
     """
     stored = np.dtype(stored)
     return jnp.dtype(asked if asked is not None else stored if stored.itemsize <= 2 else jnp.bfloat16)
+
+
+def check_dtype(asked: Any) -> None:
+    """Raise unless a requested dtype is None or a float of two bytes or more."""
+    try:
+        kind = jnp.dtype(jnp.float32 if asked is None else asked)
+    except TypeError:
+        kind = None
+    if kind is None or not jnp.issubdtype(kind, jnp.floating) or kind.itemsize < 2:
+        name = asked if kind is None else kind.name
+        raise HydraOptError(
+            f"dtype {name}: give float32, bfloat16 or float16; load has bits=8 for smaller codes"
+        )
 
 
 def kernel_sharding(shardings: Shardings, name: str) -> NamedSharding | None:

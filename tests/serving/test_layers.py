@@ -5,31 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from plain_stores import plain_store
+from plain_stores import plain_store, store_of
 
 import hydraopt_jax as hydra
-from experiments.morphology.assets import load_adapters
 from hydraopt_jax import nnx_layers, serving
-from hydraopt_jax.demo import assets
-from hydraopt_jax.demo.evaluate import greedy
-from hydraopt_jax.demo.model import bind, forward
-from hydraopt_jax.demo.vocabulary import encode_items
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.store import decode_terms, task_factors
 
 TASKS = ("legal", "medical", "sports")
 SHAPES = {"attention.query": (12, 8), "attention.out": (8, 12), "layers.0": (12, 6), "layers.1": (12, 6)}
-
-
-def store_of(loras, shared=False):
-    """A store of plain factors: task -> module -> (a, b); with `shared`, one input factor for all."""
-    tasks = tuple(loras)
-    modules = {}
-    for name in loras[tasks[0]]:
-        a, b = (jnp.stack([loras[t][name][k] for t in tasks]) for k in (0, 1))
-        index = jnp.arange(len(tasks))
-        modules[name] = (Factors(a[:1], b, index * 0, index) if shared else Factors(a, b, index, index),)
-    return plain_store(tasks, modules)
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +308,54 @@ def test_modules_that_share_a_kernel_are_served_side_by_side(present):
         serving.wrap(Shared(nnx.Rngs(0)), modules | {"other": wide[f"layer.{present[0]}"]}, rename=rename)
 
 
+class Tied(nnx.Module):
+    """One layer under two attributes."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(12, 6, rngs=rngs)
+        self.second = self.first
+
+    def __call__(self, x):
+        return self.first(x), self.second(x)
+
+
+def test_a_shared_layer_is_served_under_each_of_its_attributes(kept):
+    modules = serving.load(kept, dtype=jnp.float32)
+    modules = {"first": modules["layers.0"], "second": modules["layers.1"]}
+    model, x = Tied(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 12))
+    plain = model(x)
+    assert sorted(serving.wrap(model, modules)) == ["first", "second"]
+    serving.set_task_ids(model, 2)
+    for name, y, before in zip(("layers.0", "layers.1"), model(x), plain, strict=True):
+        a, b = task_factors(kept, "sports")[name]
+        np.testing.assert_allclose(y - before, x @ a @ b, atol=1e-4)
+
+
+@pytest.mark.parametrize("patterns", [None, ["*"], ["layers.*"], "layers.0"])
+def test_a_layer_is_wrapped_once(kept, patterns):
+    model = Small(nnx.Rngs(0))
+    modules = serving.load(kept, dtype=jnp.float32)
+    assert serving.wrap(model, modules, "layers.0") == ["layers.0"]
+    wrapped = model.layers[0]
+    with pytest.raises(hydra.HydraOptError, match=r"layers\.0: already serves a store: set_modules gives it"):
+        serving.wrap(model, modules, patterns)
+    assert model.layers[0] is wrapped
+    assert isinstance(model.layers[1], nnx.Linear)
+    assert serving.wrap(model, modules, ["layers.1", "attention.*"]) == [
+        "attention.out",
+        "attention.query",
+        "layers.1",
+    ]
+    serving.set_task_ids(model, 1)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    np.testing.assert_allclose(run(model, x), run(merged(kept, "medical"), x), atol=1e-4)
+
+
+def test_none_is_the_base_model(kept):
+    np.testing.assert_array_equal(serving.task_ids(kept, [None, "sports"]), [-1, 2])
+    np.testing.assert_array_equal(serving.task_ids(["sports"], ["sports", None]), [0, -1])
+
+
 def test_bad_wrapping_is_named(kept):
     modules = serving.load(kept, dtype=jnp.float32)
     with pytest.raises(
@@ -346,38 +378,9 @@ def test_bad_wrapping_is_named(kept):
         serving.set_task_ids(Small(nnx.Rngs(0)), 0)
     with pytest.raises(hydra.HydraOptError, match="no task 'legl' in the store: did you mean 'legal'"):
         serving.task_ids(kept, ["legl"])
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    adapters = load_adapters()
-    return store_of({t: adapters[t] for t in ("lemmatise-en", "pronounce-es", "inflect-de")})
-
-
-def test_the_shipped_transformer_serves_a_mixed_batch(shipped):
-    base = assets.load_base()
-    model = bind(base)
-    serving.wrap(model, serving.load(shipped, dtype=jnp.float32), ["layers.*"])
-    tokens = jax.random.randint(jax.random.key(0), (4, 6), 5, 60)
-    positions = jnp.broadcast_to(jnp.arange(6), (4, 6))
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((6, 6), bool)), (4, 6, 6))
-    ids = jnp.array([2, 0, -1, 1])
-    serving.set_task_ids(model, ids[:, None])
-    got = nnx.jit(lambda model: model.readout(model(tokens, positions, mask, {})[0]))(model)
-    whole = jax.jit(forward)
-    for row, task in enumerate(ids.tolist()):
-        factors = task_factors(shipped, shipped.tasks[task])
-        lora = {name: (a, (task >= 0) * b) for name, (a, b) in factors.items()}
-        np.testing.assert_allclose(got[row], whole(base, lora, tokens[row : row + 1])[0], atol=2e-3)
-
-
-def test_answers_of_a_mixed_batch_are_right(shipped):
-    rows = {t: items[:16] for t, items in assets.load_sample().items() if t in shipped.tasks}
-    held = encode_items(assets.load_vocabulary(), {t: rows[t] for t in shipped.tasks})
-    ids = np.repeat(np.arange(3), 16)
-    order = np.random.default_rng(0).permutation(48)
-    prompts, targets = (np.asarray(x).reshape(48, -1)[order] for x in (held.prompts, held.targets))
-    served = serving.branches(serving.load(shipped, dtype=jnp.float32), jnp.asarray(ids[order])[:, None])
-    answers = np.asarray(jax.jit(lambda p: greedy(assets.load_base(), served, p, targets.shape[1]))(prompts))
-    exact = (answers == targets).all(1)
-    assert np.mean(exact) > 0.7
+    for act, given in ((serving.task_ids, [0]), (hydra.decode, 0)):
+        with pytest.raises(hydra.HydraOptError, match="no task 0 in the store: did you mean 'legal'"):
+            act(kept, given)
+    layer, rename = nnx.Linear(12, 6, rngs=nnx.Rngs(0)), lambda _: "layers.0"
+    with pytest.raises(hydra.HydraOptError, match="the model is itself a layer: wrap a module that has it"):
+        serving.wrap(layer, modules, ["*"], rename=rename)

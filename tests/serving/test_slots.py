@@ -185,6 +185,27 @@ def test_a_store_of_another_base_model_is_refused_before_it_is_decoded(coded, mo
     assert serving.load(coded, tasks=[task], base="synthetic")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "named"),
+    [
+        (jnp.int8, "int8"),
+        (np.int32, "int32"),
+        ("bool", "bool"),
+        ("complex64", "complex64"),
+        (jnp.float8_e4m3fn, "float8_e4m3fn"),
+        ("foo", "foo"),
+    ],
+)
+def test_a_dtype_that_holds_no_factors_is_refused_before_anything_is_decoded(
+    coded, monkeypatch, dtype, named
+):
+    monkeypatch.setattr("hydraopt_jax.serving.loading.decode_terms", None)
+    for act in (serving.load, lambda store, dtype: serving.Slots(store, 2, dtype=dtype)):
+        said = f"dtype {named}: give float32, bfloat16 or float16; load has bits=8 for smaller codes"
+        with pytest.raises(hydra.HydraOptError, match=said):
+            act(coded, dtype=dtype)
+
+
 def test_a_row_of_no_task_and_a_module_that_a_task_lacks_are_exactly_zero():
     kept = plain()
     lacking = plain_store(TASKS, {"q": (term("separate", tasks=6),), "v": (term("separate", 1, tasks=6),)})
