@@ -339,7 +339,11 @@ def frontier(
         return plain, estimates.errors_by_model(scaled, np.asarray(fractions) * reference)
 
     curves, [(plain, found)] = compressed(
-        collection, fractions, heads or cuts(len(collection)), progress, [others]
+        collection,
+        fractions,
+        heads if heads is not None and len(heads) else cuts(len(collection)),
+        progress,
+        [others],
     )
     ours = curves[0]
     curves += [*plain, *baselines]

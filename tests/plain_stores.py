@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hydraopt_jax.forms import Factors
+from hydraopt_jax.factors import Factors
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import Source, Store, plain
 from hydraopt_jax.store.store import make_segment
