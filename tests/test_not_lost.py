@@ -12,7 +12,7 @@ import hydraopt_jax as hydra
 from hydraopt_jax import HydraOptError, buckets, changes, store, synthetic
 from hydraopt_jax.errors import TooLarge
 from hydraopt_jax.jobs.place import Folder
-from hydraopt_jax.store import bucket, folder, manifest, replacing
+from hydraopt_jax.store import bucket, folder, manifest, removal, replacing
 
 MODULES = {"m.q": (64, 48), "m.v": (64, 32)}
 # of a job
@@ -208,10 +208,10 @@ def test_who_is_overtaken_removes_nothing_of_the_winner(lossless, tmp_path, monk
 
 def test_what_no_reader_would_take_is_not_written(many, lossless, tmp_path):
     hydra.save(tmp_path / "s", lossless)
-    twice = store.select(lossless, lossless.tasks[:1] * 2)
+    twice = removal.cut_to(lossless, lossless.tasks[:1] * 2)
     odd = hydra.compress([x.replace(dtype="int8") for x in many], budget=0.9)
     for name in ("s", "s.safetensors"):
-        for wrong in (store.select(lossless, []), twice, odd):
+        for wrong in (removal.cut_to(lossless, []), twice, odd):
             with pytest.raises(HydraOptError, match="cannot be written"):
                 hydra.save(tmp_path / name, wrong, overwrite=True)
     assert hydra.verify(tmp_path / "s")
