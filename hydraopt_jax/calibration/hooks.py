@@ -9,9 +9,7 @@ import numpy as np
 
 from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen
 from hydraopt_jax.errors import HydraOptError
-
-# what PEFT puts before the names that its adapters have
-PREFIX = "base_model.model."
+from hydraopt_jax.formats.peft_config import PREFIX
 
 
 def is_torch(model: Any) -> bool:

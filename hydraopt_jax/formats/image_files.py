@@ -21,7 +21,7 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError, one_line
 from hydraopt_jax.formats import peft, server
 from hydraopt_jax.formats.lora_keys import DIALECT, ENDINGS, parse_key
-from hydraopt_jax.formats.peft_config import check_config, module_scale
+from hydraopt_jax.formats.peft_config import PREFIX, check_config, module_scale
 from hydraopt_jax.formats.tensor_files import disk_dtype, write_tensors
 from hydraopt_jax.locks import locked
 from hydraopt_jax.store.portable import KEY
@@ -81,7 +81,7 @@ def config_of(file: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(file, framework="np") as opened:
             keys = list(opened.keys())
-            if any(k.startswith(peft.PREFIX) for k in keys):
+            if any(k.startswith(PREFIX) for k in keys):
                 raise HydraOptError(
                     f"{file}: is the weights file of a PEFT adapter: give its folder, which has the scale"
                 )
@@ -165,7 +165,7 @@ def contents(adapter: Adapter, dtype: str | None = None) -> tuple[dict[str, str]
     for module in found.a:
         endings = ENDINGS[(found.layout.get(module) or {}).get("ending", 0)]
         for side, ending in zip("AB", endings, strict=True):
-            out[f"{module}{ending}"] = tensors.pop(f"{peft.PREFIX}{module}.lora_{side}.weight")
+            out[f"{module}{ending}"] = tensors.pop(f"{PREFIX}{module}.lora_{side}.weight")
         if kohya and module in alphas:
             out[f"{module}.alpha"] = np.array(alphas[module], np.float32)
     return metadata, out | tensors

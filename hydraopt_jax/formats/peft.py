@@ -31,6 +31,7 @@ from hydraopt_jax.formats.adapter_folder import (
 )
 from hydraopt_jax.formats.peft_config import (
     CONFIG_FILE,
+    PREFIX,
     module_rank,
     module_scale,
     read_config,
@@ -41,7 +42,6 @@ from hydraopt_jax.locks import locked
 from hydraopt_jax.network import client, explained, redact
 from hydraopt_jax.remote import COMMIT
 
-PREFIX = "base_model.model."
 # beginning of an address of the web or of a bucket
 ADDRESS = re.compile(r"\w+://")
 

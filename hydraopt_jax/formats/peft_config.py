@@ -12,6 +12,8 @@ from hydraopt_jax.errors import HydraOptError, one_line, system_error
 from hydraopt_jax.formats import patterns
 
 CONFIG_FILE = "adapter_config.json"
+# what PEFT puts before the names of a model's modules
+PREFIX = "base_model.model."
 
 # PEFT's own defaults, for fields that old versions did not write.
 _DEFAULT_RANK = 8

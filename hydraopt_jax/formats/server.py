@@ -14,7 +14,7 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import svd
 from hydraopt_jax.formats.lora_keys import DIALECT
-from hydraopt_jax.formats.peft_config import module_rank
+from hydraopt_jax.formats.peft_config import PREFIX, module_rank
 
 PROFILES = ("vllm",)
 # maximum number of tensor names in a message
@@ -97,7 +97,7 @@ def check_served(
 
     if config.get(DIALECT):
         refuse("is of an image model", "serve it with diffusers")
-    names = [x.removeprefix("base_model.model.") for x in extras]
+    names = [x.removeprefix(PREFIX) for x in extras]
     if names:
         shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
         saved = ", ".join(config.get("modules_to_save") or ())

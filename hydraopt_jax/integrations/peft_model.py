@@ -15,7 +15,7 @@ from hydraopt_jax.errors import HydraOptError, one_line
 from hydraopt_jax.formats import peft as peft_folders
 from hydraopt_jax.formats import server
 from hydraopt_jax.formats.adapter_folder import folder_name
-from hydraopt_jax.formats.peft_config import base_name, check_base
+from hydraopt_jax.formats.peft_config import PREFIX, base_name, check_base
 from hydraopt_jax.store import Store, decode, task_index
 from hydraopt_jax.store import open as open_store
 
@@ -181,7 +181,7 @@ def _check_full_tensors(base: Any, adapter: Adapter) -> None:
             f"task {adapter.task!r} brings a trained {head}, which the model lacks: use its own base model"
         )
     for key, x in adapter.extras.items():
-        path, _, own = key.removeprefix("base_model.model.").rpartition(".")
+        path, _, own = key.removeprefix(PREFIX).rpartition(".")
         try:
             layer = base.get_submodule(path)
         except AttributeError:

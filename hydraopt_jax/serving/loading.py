@@ -63,7 +63,7 @@ def load(
         raise HydraOptError("dtype and bits: give one; dequantize takes the dtype of quantized factors")
     if bits is not None and shardings is not None:
         raise HydraOptError("shardings and bits: give one; packed codes are not split over devices")
-    check_dtype(dtype)
+    check_serving_dtype(dtype)
     if on_device is None:
         on_device = devices.platform() != "cpu"
     decode_lanes = lanes.decode if on_device else rans.decode
@@ -107,7 +107,7 @@ def serving_dtype(stored: Any, asked: Any = None) -> np.dtype:
     return jnp.dtype(asked if asked is not None else stored if stored.itemsize <= 2 else jnp.bfloat16)
 
 
-def check_dtype(asked: Any) -> None:
+def check_serving_dtype(asked: Any) -> None:
     """Raise unless a requested dtype is None or a float of two bytes or more."""
     try:
         kind = jnp.dtype(jnp.float32 if asked is None else asked)

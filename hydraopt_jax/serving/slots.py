@@ -25,7 +25,7 @@ from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.loading import (
     Shardings,
     check_base_of,
-    check_dtype,
+    check_serving_dtype,
     kernel_sharding,
     place_term,
     serving_dtype,
@@ -225,7 +225,7 @@ class Slots:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise HydraOptError(f"{self.count} slots: make at least 1")
-        check_dtype(self.dtype)
+        check_serving_dtype(self.dtype)
         check_base_of(self.store, self.store.tasks, self.base)
 
     @functools.cached_property
