@@ -1,5 +1,6 @@
 """Shared inputs: strict numerics, seeded collections, and real adapters where they are at hand."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -23,6 +24,9 @@ import jax
 import pytest
 
 from hydraopt_jax import formats, synthetic
+
+# nearly all of what a full collection looks through is what JAX keeps: a sixth of the processor's time
+gc.set_threshold(50_000, 20, 100)
 
 # whether a machine survives is not tested here, and a disk that others use makes it take minutes
 os.fsync = lambda handle: None

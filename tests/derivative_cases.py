@@ -210,9 +210,6 @@ CASES = {
     "decompose.orthonormal": Case(lambda x: turned(decompose.orthonormal(x), 2), (TALL,)),
     "decompose.reduce": Case(lambda a: matmul(decompose.reduce(a)[0], decompose.reduce(a)[1] ** 3), (A,)),
     "decompose.residual_energy": Case(decompose.residual_energy, (A, B, A + 0.2 * normal(7, T, I, R), B)),
-    "decompose.subspace_cosines": Case(
-        lambda x, y: decompose.subspace_cosines(x, decompose.orthonormal(y)), (0.3 * TALL[0], TALL[1])
-    ),
     "decompose.svd": Case(lambda a, b: seen(decompose.svd(a, b)), (A, B)),
     "decompose.task_weights": Case(decompose.task_weights, (WEIGHTS,)),
     "decompose.top_eigenvectors": Case(
@@ -315,11 +312,8 @@ CASES = {
     "similarity.cosine": Case(lambda x: similarity.cosine(x @ x.mT), (0.5 * SQUARE,)),
     "similarity.delta_cosine": Case(similarity.delta_cosine, (A, B)),
     "similarity.factor_cosine": Case(similarity.factor_cosine, (A,)),
-    "similarity.mean_squared_cosine": Case(
-        lambda c: similarity.mean_squared_cosine(c, jnp.array([1, 2])), (np.full((2, 2, 2), 0.4, np.float32),)
-    ),
-    "similarity.principal_cosines": Case(
-        lambda x: similarity.principal_cosines(decompose.orthonormal(x), jnp.array([2, 3])), (TALL,)
+    "similarity.subspace_overlap": Case(
+        lambda x: similarity.subspace_overlap(decompose.orthonormal(x), jnp.array([2, 3])), (TALL,)
     ),
     "subspace.iterate": Case(
         lambda a: subspace.iterate(lambda q: matmul(a[0], a[0].mT, q), I, 2, 2), (A,), 1e-3, 3e-2

@@ -100,13 +100,5 @@ def test_balance(shape):
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
 
 
-def test_subspace_cosines():
-    x = np.eye(4, dtype=np.float32)[:, :2]
-    y = np.array([[0.6, 0], [0, 0], [0.8, 0], [0, 1]], np.float32)
-    np.testing.assert_allclose(decompose.subspace_cosines(x, y), [0.6, 0.0], atol=1e-6)
-    np.testing.assert_allclose(decompose.subspace_cosines(x, x), [1.0, 1.0], atol=1e-6)
-    np.testing.assert_allclose(decompose.subspace_cosines(x, 0 * x), [0.0, 0.0], atol=1e-6)
-
-
 def test_task_weights():
     np.testing.assert_allclose(decompose.task_weights(np.array([4.0, 0.0, 0.5])), [0.25, 0.0, 2.0])

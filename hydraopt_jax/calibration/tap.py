@@ -27,10 +27,8 @@ from hydraopt_jax.nnx_layers import (
     is_layer,
     kernel_of,
     kernel_shape,
-    labels,
     matrix,
     replace,
-    roles,
 )
 
 
@@ -59,7 +57,7 @@ class Tapped(nnx.Module):
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
         """The output of the original layer."""
         equation = next((a for a in (*args, options.get("einsum_str")) if isinstance(a, str)), None)
-        rows, _ = contraction(self.base, x, equation)
+        rows, restore = contraction(self.base, x, equation)
         weights = weigh(self.counted.get_value(), rows.shape[:-1], self.name)
         total, count = self.sum.get_value()
         seen = jax.lax.stop_gradient(rows)
@@ -67,8 +65,10 @@ class Tapped(nnx.Module):
         y = self.base(x, *args, **options)
         if self.cell is None:
             return y
-        rows_of = lambda g: output_rows(self.base, g, x.ndim, equation)  # noqa: E731
-        return note(rows_of, y, self.cell.get_value(), weights)
+        made = jax.ShapeDtypeStruct((*weights.shape, y.size // max(weights.size, 1)), y.dtype)
+        # the inverse of what only reorders entries
+        rows_of = jax.linear_transpose(restore, made)
+        return note(lambda g: rows_of(g)[0], y, self.cell.get_value(), weights)
 
 
 def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
@@ -96,19 +96,6 @@ def note(rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Arra
 
     identity.defvjp(forward, backward)
     return identity(y, cell, weights)
-
-
-def output_rows(base: Any, y: Array, ndim: int, equation: str | None) -> Array:
-    """A layer's output as rows `[..., O]` of its matrix, for an input of `ndim` axes."""
-    equation = equation or getattr(base, "einsum_str", None)
-    if equation:
-        inputs, kernel, out = labels(equation, ndim)
-        free, _, made = roles(inputs, kernel, out)
-        rows = jnp.einsum(f"{out}->{free}{made}", y)
-        return rows.reshape(*rows.shape[: len(free)], -1)
-    if hasattr(base, "axis"):
-        return y.reshape(*y.shape[: y.ndim - len(base.out_features)], -1)
-    return y
 
 
 def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]]:

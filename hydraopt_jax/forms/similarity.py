@@ -1,7 +1,6 @@
 """How alike the adapters of a collection are: factors, deltas and the subspaces they span."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -127,43 +126,30 @@ def numerical_rank(s: Array) -> Array:
     return jnp.sum(s > 1e-5 * s[..., :1], -1)
 
 
-def principal_cosines(u: Array, rank: Array) -> Array:
-    """Cosines of the principal angles between every two tasks' subspaces: singular values of `u_s.T @ u_t`.
+def subspace_overlap(u: Array, rank: Array) -> Array:
+    """Mean squared cosine of the principal angles of every two tasks' subspaces.
+
+    `sum_j cos_j^2 / min(rank_s, rank_t)`, where the sum is `||u_s.T @ u_t||^2`; 0 where a rank is 0.
 
     Args:
       u: `[T, I, R]`, whose first `rank[t]` columns are an orthonormal basis of task t's subspace.
       rank: `[T]`.
 
     Returns:
-      `[T, T, R]`, descending, in [0, 1]; 0 beyond the smaller of the two ranks.
+      `[T, T]` in [0, 1]; 1 where the smaller subspace lies in the larger.
 
-    Reference: Bjorck and Golub, Numerical methods for computing angles between linear subspaces, 1973.
+    References: Bjorck and Golub, Numerical methods for computing angles between linear subspaces, 1973;
+    Hu et al., LoRA, ICLR 2022, section 7.2 (phi, with equal ranks).
 
-    >>> print(principal_cosines(jnp.eye(3)[None, :, :2], jnp.array([1]))[0, 0])
-    [1. 0.]
+    >>> plane, line = jnp.eye(4)[:, :2], jnp.array([[0.5, 0.0]] * 4)
+    >>> print(subspace_overlap(jnp.stack([plane, line]), jnp.array([2, 1])))
+    [[1.  0.5]
+     [0.5 1. ]]
     """
     # A direction of numerically zero energy is arbitrary and does not belong to the subspace.
     kept = u * (jnp.arange(u.shape[-1]) < rank[:, None])[:, None, :].astype(u.dtype)
-    return jax.vmap(lambda x: jax.vmap(partial(decompose.subspace_cosines, x))(kept))(kept)
-
-
-def mean_squared_cosine(cosines: Array, rank: Array) -> Array:
-    """Mean squared cosine of principal angles, `sum_j cos_j^2 / min(rank_s, rank_t)`; 0 where a rank is 0.
-
-    Args:
-      cosines: `[T, T, R]`.
-      rank: `[T]`.
-
-    Returns:
-      `[T, T]` in [0, 1]; 1 where the smaller subspace lies in the larger.
-
-    Reference: Hu et al., LoRA, ICLR 2022, section 7.2 (phi, with equal ranks).
-
-    >>> print(mean_squared_cosine(jnp.array([[[1.0, 0.6]]]), jnp.array([2])))
-    [[0.68]]
-    """
-    smaller = jnp.minimum(rank[:, None], rank[None, :]).astype(cosines.dtype)
-    return jnp.clip(jnp.sum(cosines**2, -1) / jnp.maximum(smaller, 1), 0.0, 1.0)
+    smaller = jnp.minimum(rank[:, None], rank[None, :]).astype(u.dtype)
+    return jnp.clip(decompose.gram(kept, kept.mT) / jnp.maximum(smaller, 1), 0.0, 1.0)
 
 
 def _unit(x: Array) -> Array:
@@ -184,8 +170,8 @@ def _measure(a: Array, b: Array, svd: decompose.Svd) -> Similarity:
         jnp.where(pair, factor_cosine(a), 0.0),
         jnp.where(pair, factor_cosine(b), 0.0),
         jnp.where(pair, delta_cosine(a, b), 0.0),
-        mean_squared_cosine(principal_cosines(svd.u, rank), rank),
-        mean_squared_cosine(principal_cosines(svd.v.mT, rank), rank),
+        subspace_overlap(svd.u, rank),
+        subspace_overlap(svd.v.mT, rank),
     )
 
 

@@ -221,19 +221,6 @@ def balance(a: Array, b: Array) -> tuple[Array, Array]:
     return a * scale[..., None, :], b / scale[..., :, None]
 
 
-def subspace_cosines(x: Array, y: Array) -> Array:
-    """Cosines of the principal angles between column spaces, descending.
-
-    Args:
-      x: `[I, R]`, orthonormal columns; zero columns are allowed and are not directions.
-      y: `[I, R]`, likewise.
-
-    Returns:
-      `[R]` singular values of `x.T @ y`, in [0, 1].
-    """
-    return jnp.clip(thin_svd(matmul(x.T, y))[1], 0.0, 1.0)
-
-
 def task_weights(energy: Array) -> Array:
     """Default task weights `1 / ||delta||^2`, 0 for a task without a delta, so that errors are relative."""
     positive = energy > 0

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.codec import contexts, encode, syntax
+from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.codec.decode import decode_leaves
 from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.codec.layout import TermShape
 from hydraopt_jax.factors import Array, Factors
+from hydraopt_jax.rate_control.coding import fitted_tables, prior_tables
 from hydraopt_jax.rate_control.metrics import Metrics, unweigh
 from hydraopt_jax.store.decoding import all_terms, decode_segment, terms_of
 from hydraopt_jax.store.store import Segment
@@ -104,14 +105,12 @@ def decoded(coded: Coded, modules: Modules) -> dict[str, tuple[Factors, ...]]:
 
 def recount(coded: Coded, multiplier: float | np.ndarray) -> Tables:
     """Tables counted from quantized values."""
-    prior = contexts.gaussian()
-    return Tables(coded.counts + 8 * prior / prior.sum(-1, keepdims=True), np.reshape(multiplier, 1))
+    return Tables(fitted_tables(coded.counts), np.reshape(multiplier, 1))
 
 
 def start_tables(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> Tables:
     """Tables for factors in steps, by alternating quantization and counting."""
-    prior = contexts.gaussian()
-    tables = Tables(prior / prior.sum(-1, keepdims=True), np.array([encode.MULTIPLIER]))
+    tables = Tables(prior_tables(), np.array([encode.MULTIPLIER]))
     for _ in range(TABLE_ROUNDS):
         tables = recount(quantized(modules, shapes, tables), tables.multiplier)
     return tables
