@@ -94,6 +94,7 @@ EXEMPT = {
     "serving.grouped.arrange": "places",
     "serving.grouped.check_method": "checks a name",
     "serving.grouped.choose_method": "chooses a name",
+    "serving.grouped.common_dtype": "a dtype",
     "serving.grouped.ragged": "jax.lax.ragged_dot has no vmap; see test_ragged_products_have_gradients",
     "similarity.average": "host code",
     "similarity.cluster_order": "an order",

@@ -44,6 +44,15 @@ def test_joint_diagonal_lies_between_its_bound_and_one_merged_adapter(deltas, di
     assert (np.diff(info.trace) <= 1e-4 * info.trace[0]).all()
 
 
+@pytest.mark.parametrize("tasks", [1, T])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_cores_are_of_32_bits_where_python_s_numbers_are_of_64(deltas, tasks, diagonal):
+    few = jax.tree.map(lambda x: x[:tasks], deltas)
+    with jax.enable_x64(True):
+        factors, info = diagonalization.joint_diagonal(few, rank=3, diagonal=diagonal, steps=4)
+    assert {x.dtype for x in (factors.a, factors.b, factors.core, info.error)} == {jnp.dtype("float32")}
+
+
 def test_full_cores_are_no_worse_than_diagonal_ones(deltas):
     full, diagonal = (diagonalization.joint_diagonal(deltas, rank=4, diagonal=d)[1] for d in (False, True))
     assert loss(full) <= loss(diagonal) * 1.01

@@ -33,6 +33,15 @@ def claiming(content, name, factor):
     return content.replace(segments=(x.replace(leaves={**x.leaves, **lie}),))
 
 
+def test_no_error_is_above_what_its_store_says():
+    true = np.array([0, 1e-12, 0.02, 0.020001, 1.0, np.nan])
+    kept = error_leaf(true).view(np.float16).astype(np.float32) ** 2
+    assert (kept >= true)[:-1].all()
+    np.testing.assert_allclose(kept[2:], true[2:], rtol=2e-3)
+    # nothing is added again where a store is made of a store
+    np.testing.assert_array_equal(error_leaf(kept), error_leaf(true))
+
+
 @pytest.fixture(scope="module")
 def many():
     return synthetic.collection(0, tasks=["a", "b"], modules=MODULES, rank=4, likeness=0.5, dtype="float32")

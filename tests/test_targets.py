@@ -277,6 +277,7 @@ def test_order_of_tasks_does_not_matter(alike):
         ({"budget": 0.0}, "positive"),
         ({"max_error": 0.0}, "--budget 1"),
         ({"max_error": 1e-12}, "cannot be met"),
+        ({"max_error": 0.02, "weights": {"task 0": 1e-6, "task 1": 1e6}}, "bring the weights nearer"),
         ({"budget": 500}, "below the smallest store"),
         ({"budget": 0.5, "weights": {"tusk": 1.0}}, "tusk"),
         ({"budget": 0.5, "weights": {"task 0": -1.0}}, "positive"),

@@ -242,7 +242,7 @@ def add_cores(deltas: Svd, factors: Factors, weights: Array, steps: int) -> tupl
     q, right = decompose.reduce(deltas.v.mT)
     right = right.mT
     width = min(rank, q.shape[1])
-    member = (factors.b_of[None, :] == jnp.arange(heads)[:, None]) * weights
+    member = (factors.b_of[None, :] == jnp.arange(heads)[:, None]).astype(weights.dtype) * weights
     of = jnp.maximum(factors.b_of, 0)
     total = jnp.sum(weights * deltas.energy)
     root = decompose.safe_sqrt(weights)[:, None, None]

@@ -73,7 +73,9 @@ def step(
     else:
         found, gradient = jax.value_and_grad(loss, has_aux=True)(state.params, *given, state.aux)
         value, aux = found
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    # Optax promotes its counts of steps
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     return DescentState(optax.apply_updates(state.params, updates), opt_state, aux), value
 
 

@@ -69,7 +69,7 @@ def full_cores(deltas: Svd, common: Array, weights: Array, steps: int) -> tuple[
         width = factors.a.shape[-1]
         lost = jnp.sum(weights * info.error)
         info = info._replace(weights=weights, bound=lost, trace=jnp.broadcast_to(lost, info.trace.shape))
-        return factors._replace(core=jnp.eye(width)[None]), info
+        return factors._replace(core=jnp.eye(width, dtype=factors.a.dtype)[None]), info
     mean, info = forms.hydra(deltas, heads=1, rank=rank, weights=weights, cores=True, steps=steps)
     other, trace = forms.add_cores(deltas, mean._replace(a=common), weights, steps)
     better = trace[-1] < info.trace[-1]
@@ -88,7 +88,7 @@ def polyadic(deltas: Svd, rank: int, weights: Array, steps: int) -> tuple[Factor
 
     def solve(system: Array, target: Array) -> Array:
         ridge = 1e-7 * jnp.trace(system) + 1e-30
-        return jnp.linalg.solve(system + ridge * jnp.eye(rank), target)
+        return jnp.linalg.solve(system + ridge * jnp.eye(rank, dtype=system.dtype), target)
 
     def cores(a: Array, b: Array) -> Array:
         system = matmul(a.T, a) * matmul(b, b.T)

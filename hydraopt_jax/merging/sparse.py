@@ -76,7 +76,8 @@ def combine(
         s = sparse(part, t)
         vote = vote + (s if elect == "total" else jnp.sign(s))
         above, below = above + jnp.where(s > 0, w * s, 0.0), below + jnp.where(s < 0, w * s, 0.0)
-        return (vote, above, below, voters_above + (s > 0), voters_below + (s < 0)), None
+        more, less = voters_above + (s > 0).astype(s.dtype), voters_below + (s < 0).astype(s.dtype)
+        return (vote, above, below, more, less), None
 
     start: tuple[Array, ...] = (zero,) * 5
     found, _ = jax.lax.scan(ballot, start, (parts, tasks, weights))
@@ -239,7 +240,7 @@ def della(
         )
 
     def sparsify(x: Array, t: Array) -> Array:
-        probability = low + epsilon * column_ranks(x) / max(x.shape[0] - 1, 1)
+        probability = low + epsilon * column_ranks(x).astype(x.dtype) / max(x.shape[0] - 1, 1)
         kept = jax.random.uniform(jax.random.fold_in(key, t), x.shape) < probability
         return jnp.where(kept, x / probability, 0.0)
 

@@ -205,7 +205,7 @@ def passes(
                 if best is not None:
                     # other weights of the tasks would not meet what these have met
                     return best
-                raise search.unmet(done, goal, run.found.entries(), mean)
+                raise search.unmet(done, goal, run.found.entries(), mean, bool(run.options.weights))
             # tables and forms stay as they are in the end, so that the search sees a smooth curve
             forms = search.forms_of(done, goal, pilots)
             if done:

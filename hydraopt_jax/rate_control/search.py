@@ -374,8 +374,8 @@ def hopeless(done: Sequence[Pass], goal: Target) -> bool:
     return last.miss > 0 and edge
 
 
-def unmet(done: Sequence[Pass], goal: Target, entries: int, error: float) -> Unmet:
-    """The error for a target that no pass meets; the message says what can be met."""
+def unmet(done: Sequence[Pass], goal: Target, entries: int, error: float, weighted: bool) -> Unmet:
+    """The error for a target that no pass meets, with `weighted` tasks or not: it says what can be met."""
     found = min(x.value for x in done)
     if goal.sign < 0:
         more = f" and {goal.heads:,} bytes of full tensors" if goal.heads else ""
@@ -388,7 +388,7 @@ def unmet(done: Sequence[Pass], goal: Target, entries: int, error: float) -> Unm
         )
     finest = any(x.step <= STEPS[0] * 1.0001 for x in done)
     least = "the least error at the finest step is" if finest else f"the nearest of {len(done)} passes had"
-    return Unmet(
-        f"error target {goal.limit:g} cannot be met: {least} {found:.3g}; --budget 1 keeps the adapters as "
-        "they are"
+    way = (
+        "bring the weights nearer to each other" if weighted else "--budget 1 keeps the adapters as they are"
     )
+    return Unmet(f"error target {goal.limit:g} cannot be met: {least} {found:.3g}; {way}")

@@ -46,9 +46,19 @@ def check_method(method: str | None) -> None:
         raise HydraOptError(f"method = {method!r}: must be one of {', '.join(METHODS)}, or None")
 
 
+def common_dtype(x: Array, w: Array) -> jnp.dtype:
+    """Dtype of a product's operands, also where JAX promotes nothing implicitly.
+
+    >>> print(common_dtype(jnp.ones(1, jnp.float16), jnp.ones(1, jnp.bfloat16)))
+    float32
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(x.dtype, w.dtype)
+
+
 def dot(x: Array, w: Array, precision: Any) -> Array:
     """`x @ w` accumulated in float32: `[..., P]`, `[P, Q]`."""
-    kind = jnp.promote_types(x.dtype, w.dtype)
+    kind = common_dtype(x, w)
     return jnp.dot(x.astype(kind), w.astype(kind), precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -79,7 +89,7 @@ def product(
     if groups == 1:
         return dot(x, w[0], precision)
     method = method or choose_method(x.shape[0], groups, min(inputs, outputs))
-    kind = jnp.promote_types(x.dtype, w.dtype)
+    kind = common_dtype(x, w)
     compute: dict[str, Callable[..., Array]] = {"mask": masked, "blocks": blocked, "ragged": ragged}
     return compute[method](x.astype(kind), w.astype(kind), group, precision)
 

@@ -21,7 +21,7 @@ from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.codec.fixed_rate import Packed
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
-from hydraopt_jax.serving.grouped import by_blocks, check_method, choose_method, dot, product
+from hydraopt_jax.serving.grouped import by_blocks, check_method, choose_method, common_dtype, dot, product
 
 
 class PackedFactors(NamedTuple):
@@ -155,7 +155,7 @@ def _one(x: Array, term: Term, task_id: Array, precision: Any) -> Array:
 def _mixed(x: Array, term: Term, ids: Array, method: str | None, precision: Any) -> Array:
     task, a, b, present = _indices(term, ids)
     left, right = _dense(term.a, True), _dense(term.b, False)
-    kind = jnp.promote_types(x.dtype, right.dtype)
+    kind = common_dtype(x, right)
     many = min(left.shape[0], right.shape[0]) > 1
     if many and (method or choose_method(x.shape[0], left.shape[0], left.shape[2])) == "blocks":
         # sorted once, by task, for both sides
@@ -176,7 +176,7 @@ def _block(x: Array, task: Array, *, term: Term, left: Array, right: Array, prec
     if term.core is not None:
         core = term.core[task]
         h = h * core if core.ndim == 1 else dot(h, core, precision)
-    kind = jnp.promote_types(x.dtype, right.dtype)
+    kind = common_dtype(x, right)
     return dot(h.astype(kind), right[jnp.maximum(term.b_of[task], 0)], precision)
 
 

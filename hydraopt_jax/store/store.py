@@ -112,8 +112,14 @@ class Segment:
 
 
 def error_leaf(errors: np.ndarray) -> np.ndarray:
-    """The leaf of a table of errors: square roots in half precision, whose range suffices for them."""
-    return np.sqrt(np.asarray(errors, np.float64)).astype(np.float16).reshape(-1).view(np.uint8)
+    """The leaf of a table of errors: square roots in half precision, whose range suffices for them.
+
+    They are rounded up, so that no error is above what its store says, nor above a limit that this meets.
+    """
+    roots = np.sqrt(np.asarray(errors, np.float64))
+    half = roots.astype(np.float16)
+    half = np.where(half < roots, np.nextafter(half, np.float16(np.inf)), half)
+    return half.reshape(-1).view(np.uint8)
 
 
 def make_segment(
