@@ -10,7 +10,7 @@ from derivative_cases import CASES
 from jax import export
 
 import hydraopt_jax
-from hydraopt_jax import adapters, compression, forms, refinement, serving, synthetic, tradeoff
+from hydraopt_jax import compression, forms, refinement, serving, synthetic, tradeoff
 from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import similarity
@@ -77,10 +77,9 @@ def test_what_the_engines_jit_lowers(monkeypatch):
     many = synthetic.collection(tasks=40, modules={"q": (96, 64)}, rank=3)
     for found in (few, many):
         group_loop.compress_in_form(in_memory(found), forms.Hydra(rank=3))
-    stacked = adapters.stack(few)
     tradeoff.frontier(few, [0.5])
-    similarity.summarize(stacked)
-    curves.curves_of(stacked, ["linear", "share"])
+    similarity.summarize(few)
+    curves.curves_of(few, ["linear", "share"])
     whole_adapters.best_scale(few, whole_adapters.merge_adapters(few, "linear"))
     missed = {name for _, name, _ in places.values()} - set(met)
     assert not missed

@@ -272,7 +272,7 @@ def four_levels(x: jax.Array, axis: int) -> jax.Array:
 
 def _kept(collection: Sequence[Adapter], name: str, options: Mapping[str, Any], folder: Path) -> Row:
     """What a merging method keeps of every task, in half precision."""
-    found = merging.merge_stacked(adapters.stack(collection), name, **options)
+    found = merging.merge_modules(collection, name, **options)
     ranks = {module: max(x.a[module].shape[1] for x in collection) for module in found}
     size = 2 * sum(compressors.entries(factors, ranks[module]) for module, factors in found.items())
     tasks: dict[str, dict[str, Pair]] = {x.task: {} for x in collection}
@@ -286,9 +286,8 @@ def _kept(collection: Sequence[Adapter], name: str, options: Mapping[str, Any], 
 
 def _merged(collection: Sequence[Adapter], name: str, folder: Path) -> Row:
     """One adapter for all tasks, at the scale of least weight error, see `SCALES`."""
-    stacked = adapters.stack(collection)
-    found = merging.merge_stacked(stacked, name)
-    scale = np.float32(whole_adapters.least_error_scale(whole_adapters.modules_of(stacked), found)[0])
+    found = merging.merge_modules(collection, name)
+    scale = np.float32(whole_adapters.least_error_scale(collection, found)[0])
     pairs = {
         module: (np.asarray(a, np.float16), np.asarray(scale * b, np.float16))
         for module, (a, b) in found.items()

@@ -16,8 +16,8 @@ import numpy as np
 from experiments.morphology import outputs
 from experiments.morphology.config import Refining
 from experiments.morphology.outputs import Sequences
-from hydraopt_jax import adapters, merging, refinement, report
-from hydraopt_jax.adapters import Adapter, Adapters
+from hydraopt_jax import merging, refinement, report
+from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.compression import compress
 from hydraopt_jax.demo.model import Base, forward
 from hydraopt_jax.explicit import fitting
@@ -140,32 +140,28 @@ def refined(
 
 def merged(setting: Setting, settings: Refining) -> dict[str, Maker]:
     """The merging baselines, in float16."""
-    stacked = functools.cache(lambda: adapters.stack(setting.collection))
 
     def kept(method: str, **options: Any) -> Store:
-        return store_of(setting.collection, merging.merge_stacked(stacked(), method, **options))
-
-    def at_best_scale(method: str, seed: int) -> Store:
-        return scaled(setting, stacked(), method, seed)
+        return store_of(setting.collection, merging.merge_modules(setting.collection, method, **options))
 
     rows: dict[str, Maker] = {}
     for method in SINGLE:
         for seed in settings.seeds if method in RANDOM else (0,):
             name = f"merged, {method}" + (f", seed {seed}" if seed else "")
-            rows[name] = functools.partial(at_best_scale, method, seed)
+            rows[name] = functools.partial(scaled, setting, method, seed)
     for slots in SLOTS:
         rows[f"K-Merge, {slots} slots"] = functools.partial(kept, "k-merge", slots=slots)
     return rows
 
 
-def scaled(setting: Setting, stacked: Adapters, method: str, seed: int) -> Store:
+def scaled(setting: Setting, method: str, seed: int) -> Store:
     """One adapter for all tasks, at the best of a few scales on dev items.
 
     Scales are multiples of the one of least weight error, see `merging.whole_adapters.least_error_scale`.
     """
-    found = merging.merge_stacked(stacked, method, key=jax.random.key(seed))
-    least, _ = whole_adapters.least_error_scale(whole_adapters.modules_of(stacked), found)
-    everywhere = np.zeros(len(stacked.tasks), np.int32)
+    found = merging.merge_modules(setting.collection, method, key=jax.random.key(seed))
+    least, _ = whole_adapters.least_error_scale(setting.collection, found)
+    everywhere = np.zeros(len(setting.collection), np.int32)
     tries = []
     for scale in SCALES:
         one = {

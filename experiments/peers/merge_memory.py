@@ -30,12 +30,11 @@ def worker(name: str) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from hydraopt_jax import adapters, merging, synthetic
+    from hydraopt_jax import merging, synthetic
     from hydraopt_jax.merging import registry
 
-    stacked = adapters.stack(
-        synthetic.collection(0, tasks=TASKS, modules={"q": (WIDTH, WIDTH)}, rank=RANK, dtype="float32")
-    )
+    shapes = {"q": (WIDTH, WIDTH)}
+    collection = synthetic.collection(0, tasks=TASKS, modules=shapes, rank=RANK, dtype="float32")
     options: dict[str, Any] = {}
     if "moments" in registry.method_of(name).options:
         rng = np.random.default_rng(0)
@@ -47,7 +46,7 @@ def worker(name: str) -> dict[str, float]:
     if (highest := peak()) > 1.2 * before + 100e6:
         raise SystemExit(f"making the inputs took {highest / 1e6:.0f} MB: the peak of {name} is not seen")
     start = time.perf_counter(), time.process_time()
-    merging.merge_stacked(stacked, name, **options)
+    merging.merge_modules(collection, name, **options)
     return {
         "seconds": round(time.perf_counter() - start[0], 2),
         "cpu_seconds": round(time.process_time() - start[1], 2),

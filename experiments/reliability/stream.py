@@ -52,7 +52,7 @@ def main() -> None:
         size = sizes.measure_size(content)
         found = changes.estimate_refit(content, {x.task: x for x in many})
         whole = compress(arrived, budget=size)
-        curve = curves.curves_of(adapters.stack(arrived), ["k-merge"])[0]
+        curve = curves.curves_of(arrived, ["k-merge"])[0]
         rival = next((p for p in curve.points if p.bytes >= size), curve.points[-1])
         rows.append(
             {

@@ -7,7 +7,6 @@ import click
 import numpy as np
 
 from hydraopt_jax import merging, report, tradeoff
-from hydraopt_jax.adapters import stack
 from hydraopt_jax.cli.common import PlaceType, read_all, with_adapters
 from hydraopt_jax.cli.descriptions import groups_note
 from hydraopt_jax.cli.output import jsonable, output_options, progress, say
@@ -88,7 +87,7 @@ def frontier(
     collection = read_all(adapters, any_base, base_suffix)
     runs = len(fractions) * (2 if len(collection) > 1 else 1)
     with progress("compressing", runs + len(names)) as advance:
-        others = merging.curves.curves_of(stack(collection), names, advance)
+        others = merging.curves.curves_of(collection, names, advance)
         found = tradeoff.frontier(collection, fractions, baselines=others, progress=advance)
     if plot:
         report.plot_frontier(plot, found)

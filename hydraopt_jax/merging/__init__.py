@@ -7,7 +7,7 @@ from hydraopt_jax.merging.registry import METHODS, Method
 from hydraopt_jax.merging.sparse import breadcrumbs, dare, dare_ties, della, magnitude, ties
 from hydraopt_jax.merging.spectral import core_space, iso_c, knots, tsv_m
 from hydraopt_jax.merging.sums import concatenation, linear, linear_factors
-from hydraopt_jax.merging.whole_adapters import best_scale, merge_adapters, merge_stacked, merged_errors
+from hydraopt_jax.merging.whole_adapters import best_scale, merge_adapters, merge_modules, merged_errors
 
 __all__ = [
     "METHODS",
@@ -29,7 +29,7 @@ __all__ = [
     "linear_factors",
     "magnitude",
     "merge_adapters",
-    "merge_stacked",
+    "merge_modules",
     "merged_errors",
     "regmean",
     "separate",

@@ -8,15 +8,14 @@ import numpy as np
 from jax import Array
 
 from hydraopt_jax import forms
-from hydraopt_jax.adapters import Adapters
+from hydraopt_jax.adapters import Adapter, module_ranks
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, registry
 from hydraopt_jax.merging.whole_adapters import (
     least_error_scale,
-    merge_stacked,
-    modules_of,
+    merge_modules,
     relative_errors,
     squared_errors,
 )
@@ -50,28 +49,28 @@ def kept_errors(a: Array, b: Array, factors: Factors) -> tuple[Array, Array]:
     return decompose.residual_energy(a, b, *forms.pair(factors)), decompose.inner(a, b, a, b)
 
 
-def single(stacked: Adapters, name: str) -> Point:
+def single(collection: Sequence[Adapter], name: str) -> Point:
     """The point of a method with one adapter for all tasks, at its best scale, see `least_error_scale`."""
-    found = merge_stacked(stacked, name)
-    scale, _ = least_error_scale(modules_of(stacked), found)
+    found = merge_modules(collection, name)
+    scale, _ = least_error_scale(collection, found)
     scaled = {module: (left, right * np.float32(scale)) for module, (left, right) in found.items()}
-    rows = relative_errors(modules_of(stacked), lambda m, a, b: squared_errors(a, b, *scaled[m]))
+    rows = relative_errors(collection, lambda m, a, b: squared_errors(a, b, *scaled[m]))
     size = sum(2 * (left.size + right.size) for left, right in found.values())
     return summary(f"one adapter, scale {scale:.3g}", size, np.stack(list(rows.values())))
 
 
-def kept(stacked: Adapters, name: str, setting: str, **options: Any) -> Point:
+def kept(collection: Sequence[Adapter], name: str, setting: str, **options: Any) -> Point:
     """The point of a method that keeps factors of every task, at one setting."""
-    found = merge_stacked(stacked, name, **options)
-    rows = relative_errors(modules_of(stacked), lambda m, a, b: kept_errors(a, b, found[m]))
-    size = sum(compressors.entries(found[m], int(ranks.max())) for m, _, _, ranks in modules_of(stacked))
+    found = merge_modules(collection, name, **options)
+    rows = relative_errors(collection, lambda m, a, b: kept_errors(a, b, found[m]))
+    size = sum(compressors.entries(x, max(module_ranks(collection, m))) for m, x in found.items())
     return summary(setting, 2 * size, np.stack(list(rows.values())))
 
 
-def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:
+def settings(collection: Sequence[Adapter], name: str) -> dict[str, dict[str, Any]]:
     """Settings of a method that keeps factors of every task: name of the setting -> options."""
-    tasks = len(stacked.tasks)
-    rank = max(int(x.ranks.max()) for x in stacked.buckets)
+    tasks = len(collection)
+    rank = max(x.shape[1] for adapter in collection for x in adapter.a.values())
     if name == "k-merge":
         return {f"K = {k}": {"slots": k} for k in cuts(tasks)}
     widths = [rank * k for k in WIDTHS if k == 1 or rank * k < rank * tasks]
@@ -84,15 +83,15 @@ def settings(stacked: Adapters, name: str) -> dict[str, dict[str, Any]]:
 
 
 def curves_of(
-    stacked: Adapters, names: Sequence[str], progress: Callable[[int], None] = lambda done: None
+    collection: Sequence[Adapter], names: Sequence[str], progress: Callable[[int], None] = lambda done: None
 ) -> list[Curve]:
     """One curve per method: errors against each task's own delta; progress is called with 1 after each."""
     out = []
     for name in names:
         if registry.method_of(name).single:
-            points = [single(stacked, name)]
+            points = [single(collection, name)]
         else:
-            points = [kept(stacked, name, s, **options) for s, options in settings(stacked, name).items()]
+            points = [kept(collection, name, s, **x) for s, x in settings(collection, name).items()]
         out.append(Curve(name, tuple(points)))
         progress(1)
     return out

@@ -3,7 +3,7 @@
 import functools
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hydraopt_jax import adapters
-from hydraopt_jax.adapters import Adapter, Adapters
+from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import without_zeros
 from hydraopt_jax.linalg import decompose
@@ -78,14 +78,9 @@ def merge_module(
     return _jitted(method.function, static)(a, b, weights, **{k: v for k, v in traced.items() if k in known})
 
 
-def modules_of(stacked: Adapters) -> Iterator[Module]:
-    """The modules of a stacked collection, in order."""
-    for bucket in stacked.buckets:
-        yield from zip(bucket.modules, bucket.a, bucket.b, bucket.ranks, strict=True)
-
-
-def stream(collection: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> Iterator[Module]:
+def stream(collection: Sequence[Adapter]) -> Iterator[Module]:
     """The modules of a collection, stacked one at a time; modules of one shape have one R."""
+    shapes = {name: shape for x in collection for name, shape in adapters.module_shapes(x).items()}
     ranks = {name: np.array(adapters.module_ranks(collection, name)) for name in shapes}
     width: dict[tuple[int, int], int] = {}
     for name, shape in shapes.items():
@@ -107,25 +102,25 @@ def squared_errors(a: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array
 
 
 def relative_errors(
-    modules: Iterable[Module], measure: Callable[[str, np.ndarray, np.ndarray], tuple[Any, Any]]
+    collection: Sequence[Adapter], measure: Callable[[str, np.ndarray, np.ndarray], tuple[Any, Any]]
 ) -> dict[str, np.ndarray]:
     """Module name -> relative squared errors `[T]`, NaN where a task lacks it or its delta is zero.
 
     Args:
-      modules: the collection's.
+      collection: the adapters.
       measure: name, `a`, `b` -> squared errors and energies, `[T]` each.
     """
     rows = {}
-    for module, a, b, ranks in modules:
+    for module, a, b, ranks in stream(collection):
         lost, energy = (np.asarray(x) for x in measure(module, a, b))
         # an error is relative to a delta that is not zero
         rows[module] = np.where((ranks > 0) & (energy > 0), relative(lost, energy), np.nan)
     return rows
 
 
-def merge_stacked(
-    stacked: Adapters,
-    name: str,
+def merge_modules(
+    collection: Sequence[Adapter],
+    method: str,
     *,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
@@ -134,53 +129,26 @@ def merge_stacked(
     **options: Any,
 ) -> dict[str, Any]:
     """Module name -> merged NumPy `(a, b)`, or Factors for methods that keep them; see `merge_adapters`."""
-    names = [x for bucket in stacked.buckets for x in bucket.modules]
-    method, w, given = _prepare(stacked.tasks, names, name, weights, rank, options)
-    if "gram" in method.options:
+    shapes, chosen = adapters.check(collection), registry.method_of(method)
+    given = {k: v for k, v in options.items() if v is not None}
+    registry.check_options(method, given | ({} if rank is None else {"rank": rank}))
+    w = jnp.asarray(check_weights(weights, chosen, len(collection)))
+    moments = given.get("moments", ())
+    if "moments" in given and len(moments) != len(collection):
+        raise HydraOptError(f"{len(moments)} files of second moments for {len(collection)} adapters")
+    for adapter, rows in zip(collection, moments, strict=False):
+        for module in (x for x in shapes if x not in rows):
+            raise HydraOptError(f"{module}: the second moments of {adapter.task!r} do not have it")
+    if "gram" in chosen.options:
         # inner products of whole adapters
         gram = jax.jit(decompose.gram)
-        given["gram"] = jnp.asarray(np.sum([gram(a, b) for _, a, b, _ in modules_of(stacked)], 0))
-    return _merge(modules_of(stacked), method, w, rank, key, progress, given)
-
-
-def _prepare(
-    tasks: Sequence[str],
-    modules: Collection[str],
-    name: str,
-    weights: Sequence[float] | None,
-    rank: int | None,
-    options: Mapping[str, Any],
-) -> tuple[Method, jax.Array, dict[str, Any]]:
-    """The checked method, weights and options."""
-    method = registry.method_of(name)
-    given = {k: v for k, v in options.items() if v is not None}
-    registry.check_options(name, given | ({} if rank is None else {"rank": rank}))
-    w = jnp.asarray(check_weights(weights, method, len(tasks)))
-    moments = given.get("moments", ())
-    if "moments" in given and len(moments) != len(tasks):
-        raise HydraOptError(f"{len(moments)} files of second moments for {len(tasks)} adapters")
-    for task, rows in zip(tasks, moments, strict=False):
-        for module in (x for x in modules if x not in rows):
-            raise HydraOptError(f"{module}: the second moments of {task!r} do not have it")
-    return method, w, given
-
-
-def _merge(
-    modules: Iterable[Module],
-    method: Method,
-    weights: jax.Array,
-    rank: int | None,
-    key: jax.Array | None,
-    progress: Callable[[], Any],
-    given: Mapping[str, Any],
-) -> dict[str, Any]:
-    known, key = method.options, jax.random.key(0) if key is None else key
+        given["gram"] = jnp.asarray(np.sum([gram(a, b) for _, a, b, _ in stream(collection)], 0))
+    given["key"] = jax.random.key(0) if key is None else key
     out = {}
-    for module, a, b, ranks in modules:
-        each = dict(given, key=key)
-        if "rank" in known:
-            each["rank"] = max(int(ranks.max()), 1) if rank is None else rank
-        found = merge_module(method, module, jnp.asarray(a), jnp.asarray(b), weights, each)
+    for module, a, b, ranks in stream(collection):
+        if "rank" in chosen.options:
+            given["rank"] = max(int(ranks.max()), 1) if rank is None else rank
+        found = merge_module(chosen, module, jnp.asarray(a), jnp.asarray(b), w, given)
         out[module] = jax.device_get(found)
         progress()
     return out
@@ -228,10 +196,9 @@ def merge_adapters(
     check_single(method)
     if not math.isfinite(scale):
         raise HydraOptError(f"scale = {scale}: must be a finite number")
-    shapes = adapters.check(collection)
-    tasks = [x.task for x in collection]
-    chosen, w, given = _prepare(tasks, shapes, method, weights, rank, options)
-    found = _merge(stream(collection, shapes), chosen, w, rank, key, progress, given)
+    found = merge_modules(
+        collection, method, weights=weights, rank=rank, key=key, progress=progress, **options
+    )
     a, b, layout = {}, {}, {}
     for module, (left, right) in found.items():
         low, high = without_zeros(left, right)
@@ -254,8 +221,8 @@ def merged_errors(collection: Sequence[Adapter], merged: Adapter) -> np.ndarray:
 
     NaN where a task lacks a module, or its delta is zero.
     """
-    modules = stream(collection, adapters.check(collection))
-    rows = relative_errors(modules, lambda m, a, b: squared_errors(a, b, merged.a[m], merged.b[m]))
+    adapters.check(collection)
+    rows = relative_errors(collection, lambda m, a, b: squared_errors(a, b, merged.a[m], merged.b[m]))
     return np.stack([rows[module] for module in merged.a])
 
 
@@ -271,7 +238,9 @@ def products(
     )
 
 
-def least_error_scale(modules: Iterable[Module], found: Mapping[str, tuple[Any, Any]]) -> tuple[float, float]:
+def least_error_scale(
+    collection: Sequence[Adapter], found: Mapping[str, tuple[Any, Any]]
+) -> tuple[float, float]:
     """The scale of a merged adapter with the least mean relative squared error, and that error.
 
     The papers tune this scale on data. For the error of weights it has a closed form. The error of a module
@@ -279,12 +248,12 @@ def least_error_scale(modules: Iterable[Module], found: Mapping[str, tuple[Any, 
     least at `s = mean(p) / mean(q)`.
 
     Args:
-      modules: of the collection, see `stream` and `modules_of`.
+      collection: the adapters.
       found: module -> the merged adapter's `(a: [I, S], b: [S, O])`.
     """
     p = q = 0.0
     count = 0
-    for module, a, b, _ in modules:
+    for module, a, b, _ in stream(collection):
         cross, energy, own = (np.asarray(x, np.float64) for x in products(a, b, *found[module]))
         inverse = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
         p += float((cross * inverse).sum())
@@ -304,5 +273,5 @@ def best_scale(collection: Sequence[Adapter], merged: Adapter) -> tuple[float, f
     >>> round(scale, 4), round(error, 4)
     (0.25, 0.0)
     """
-    found = {module: (merged.a[module], merged.b[module]) for module in merged.a}
-    return least_error_scale(stream(collection, adapters.check(collection)), found)
+    adapters.check(collection)
+    return least_error_scale(collection, {m: (merged.a[m], merged.b[m]) for m in merged.a})

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydraopt_jax import HydraOptError, adapters, forms, merging
+from hydraopt_jax import HydraOptError, forms, merging
 from hydraopt_jax.merging import compressors, registry, sparse, spectral
 
 I, R, O = 40, 4, 30
@@ -59,7 +59,7 @@ def test_a_slot_is_the_mean_of_those_that_have_the_module():
 @pytest.mark.parametrize("name", ["k-merge", "jd-full", "share"])
 def test_negative_weights_are_refused_where_tasks_are_kept_apart(name, small):
     with pytest.raises(HydraOptError, match="negative"):
-        merging.merge_stacked(adapters.stack(small), name, weights=[1, 1, -1, 1])
+        merging.merge_modules(small, name, weights=[1, 1, -1, 1])
 
 
 def test_diagonal_moments_are_as_good_as_their_matrices():

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from hydraopt_jax import HydraOptError, adapters, merging, synthetic
+from hydraopt_jax import HydraOptError, merging, synthetic
 from hydraopt_jax.merging import curves, registry
 
 
@@ -14,18 +14,13 @@ def many():
     return synthetic.collection(3, tasks=4, modules={"q": (20, 14), "k": (20, 14)}, rank=2, dtype="float32")
 
 
-@pytest.fixture(scope="module")
-def stacked(many):
-    return adapters.stack(many)
-
-
 def relative(many, module, hats):
     deltas = [x.a[module] @ x.b[module] for x in many]
     return [((d - h) ** 2).sum() / (d**2).sum() for d, h in zip(deltas, hats, strict=True)]
 
 
-def test_merged_point_has_the_best_scale(many, stacked):
-    point = curves.single(stacked, "task-arithmetic")
+def test_merged_point_has_the_best_scale(many):
+    point = curves.single(many, "task-arithmetic")
     found = merging.merge_adapters(many, "task-arithmetic")
 
     def mean(scale):
@@ -37,18 +32,18 @@ def test_merged_point_has_the_best_scale(many, stacked):
     assert point.bytes == 2 * 2 * 2 * (20 + 14)
 
 
-def test_kept_points_hold_what_they_say(many, stacked):
-    slots = curves.settings(stacked, "k-merge")
+def test_kept_points_hold_what_they_say(many):
+    slots = curves.settings(many, "k-merge")
     assert list(slots) == ["K = 1", "K = 2", "K = 3", "K = 4"]
-    three, four = (curves.kept(stacked, "k-merge", k, **slots[k]) for k in ("K = 3", "K = 4"))
+    three, four = (curves.kept(many, "k-merge", k, **slots[k]) for k in ("K = 3", "K = 4"))
     assert four.mean < 1e-8 < three.mean
     assert three.bytes == 3 * 2 * 2 * 2 * (20 + 14)
-    share = curves.curves_of(stacked, ["share"])[0].points
+    share = curves.curves_of(many, ["share"])[0].points
     assert [p.setting for p in share] == ["rank 2", "rank 4"]
     # two bases, and a 4 x 4 core a task
     assert share[1].bytes == 2 * 2 * (4 * (20 + 14) + 4 * 16)
     assert share[1].mean < share[0].mean
-    assert list(curves.settings(stacked, "jd-full")) == [
+    assert list(curves.settings(many, "jd-full")) == [
         "rank 2",
         "rank 4",
         "rank 2, 2 clusters",
@@ -58,7 +53,7 @@ def test_kept_points_hold_what_they_say(many, stacked):
 
 def test_measured_in_the_order_of_the_names(many):
     names, steps = ["dare", "concatenation", "jd-diag"], []
-    found = curves.curves_of(adapters.stack(many[:2]), names, steps.append)
+    found = curves.curves_of(many[:2], names, steps.append)
     assert [c.label for c in found] == names
     assert len(steps) == len(found)
     # half of every delta is common, so that no method on deltas is worse than keeping nothing
