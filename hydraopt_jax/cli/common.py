@@ -1,8 +1,6 @@
 """Functions of several verbs: reading collections, options NAME=VALUE, calibrations."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,13 +10,11 @@ from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.cli.output import progress
 from hydraopt_jax.errors import HydraOptError, suggest
 from hydraopt_jax.formats import check_same_base, read_adapter
-from hydraopt_jax.reading import NamedPath, locate
+from hydraopt_jax.formats.peft_collection import check_cards, collection_of, open_adapter
+from hydraopt_jax.reading import locate
 from hydraopt_jax.store import Store
 
 Command = Callable[..., Any]
-
-# bytes of adapters that are held in memory at once
-LARGE = 1 << 28
 
 
 class CheckFailed(click.ClickException):
@@ -39,51 +35,29 @@ class PlaceType(click.Path):
 
 def read_all(given: Sequence[str], any_base: bool, base_suffix: Sequence[str]) -> list[Adapter]:
     """Adapters of arguments of `reading.locate`, checked to be of one base model."""
-    return read_beside([], locate(given), any_base, base_suffix)
-
-
-def read_beside(
-    before: Sequence[Adapter], sources: Sequence[NamedPath], any_base: bool, base_suffix: Sequence[str]
-) -> list[Adapter]:
-    """Adapters of some sources, checked to fit each other and the adapters `before`."""
-    out = []
+    sources, out = locate(given), []
     with progress("reading", len(sources)) as advance:
         for path, task in sources:
             out.append(read_adapter(path, task=task))
             advance()
-    check_same_base([*before, *out], any_base=any_base, base_suffixes=tuple(base_suffix))
-    check([*before, *out])
+    check_same_base(out, any_base=any_base, base_suffixes=tuple(base_suffix))
+    check(out)
     return out
 
 
-def source_bytes(source: NamedPath) -> int:
-    """Bytes of an adapter's folder or file; 0 if it does not exist."""
-    folder = Path(source[0])
-    if folder.is_file():
-        return folder.stat().st_size
-    return sum(x.stat().st_size for x in folder.iterdir() if x.is_file()) if folder.is_dir() else 0
-
-
-def read_in_batches(
-    given: Sequence[str], any_base: bool, base_suffix: Sequence[str]
-) -> Iterator[list[Adapter]]:
-    """Lists of about `LARGE` bytes of the adapters of `read_all`; each is checked against those before."""
-    before: list[Adapter] = []
-    sources = locate(given)
-    ends = zip(itertools.accumulate(map(source_bytes, sources)), sources, strict=True)
-    for _, group in itertools.groupby(ends, key=lambda x: x[0] // LARGE):
-        few = read_beside(before, [x for _, x in group], any_base, base_suffix)
-        yield few
-        before += map(shell, few)
-
-
-def shell(x: Adapter) -> Adapter:
-    """An adapter without its numbers, for checks of other adapters against it."""
-    return x.replace(
-        a={n: v[:, :0].copy() for n, v in x.a.items()},
-        b={n: v[:0].copy() for n, v in x.b.items()},
-        extras={},
-    )
+def read_in_turn(given: Sequence[str], any_base: bool, base_suffix: Sequence[str]) -> Iterator[Adapter]:
+    """Factors of the adapters of `read_all`, one adapter in memory at a time; all are checked first."""
+    sources, cards = locate(given), []
+    seen: dict[Any, Any] = {}
+    with progress("reading", len(sources)) as advance:
+        for path, task in sources:
+            cards.append(open_adapter(path, task, {}, seen))
+            advance()
+    named = [Adapter(x.task, {}, {}, config=x.config, source=x.source) for x in cards]
+    check_same_base(named, any_base=any_base, base_suffixes=tuple(base_suffix))
+    check_cards(cards)
+    for x in cards:
+        yield collection_of([x]).adapters([0], list(x.modules))[0].replace(source=x.source)
 
 
 def with_adapters(command: Command) -> Command:

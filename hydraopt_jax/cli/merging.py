@@ -15,7 +15,7 @@ from hydraopt_jax.cli.common import (
     check_task,
     parse_files,
     parse_numbers,
-    read_beside,
+    read_all,
     with_adapters,
 )
 from hydraopt_jax.cli.output import jsonable, output_options, progress, say, warn
@@ -23,7 +23,6 @@ from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.merging import registry, whole_adapters
 from hydraopt_jax.rate_control import search
-from hydraopt_jax.reading import locate
 from hydraopt_jax.store.store import task_errors
 from hydraopt_jax.store.tensors import check_dtype
 
@@ -154,7 +153,7 @@ def merge(
     check_dtype(dtype)
     if Path(out).exists() and not overwrite:
         raise HydraOptError(f"{out}: exists; choose another --out or give --overwrite")
-    collection = read_beside([], locate(adapters), any_base, base_suffix)
+    collection = read_all(adapters, any_base, base_suffix)
     tasks = [x.task for x in collection]
     numbers = weights_of(weights, method, tasks)
     if moments:

@@ -9,8 +9,8 @@ import numpy as np
 from rich.table import Table
 
 from hydraopt_jax import provenance, report, store
-from hydraopt_jax.adapters import Adapter, layer_kind, module_shapes
-from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, read_in_batches, with_adapters
+from hydraopt_jax.adapters import layer_kind
+from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, read_in_turn, with_adapters
 from hydraopt_jax.cli.descriptions import (
     bytes_table,
     calibration_notes,
@@ -30,6 +30,7 @@ from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import server, write_adapter
 from hydraopt_jax.formats.adapter_folder import folder_name
+from hydraopt_jax.rate_control.distortion import measure
 from hydraopt_jax.store import files, portable, removal, sizes
 from hydraopt_jax.store.decoding import decode_all
 from hydraopt_jax.store.predictions import groups, predicted
@@ -265,16 +266,19 @@ def verify(
     payload["tasks"] = list(content.tasks)
     wrong: list[str] = []
     bounds = payload["bounded"] = list(content.report.get("bounded", ()))
-    claims = {"error": content.errors}
+    # claim -> its table, and the metrics of its errors
+    claims: dict[str, tuple[np.ndarray, Any]] = {"error": (content.errors, None)}
     if moments is not None and content.output_errors is not None:
-        claims["output_error"] = content.output_errors
+        from hydraopt_jax.rate_control.metrics import metrics_of
+
+        claims["output_error"] = content.output_errors, metrics_of(content.shapes, moments, inner=True)
     if adapters:
         measured: dict[str, dict[str, float]] = {k: {} for k in claims}
-        for few in read_in_batches(adapters, any_base, base_suffix):
-            for key, found in measured.items():
-                found |= true_errors(content, few, moments if key != "error" else None)
+        for x in read_in_turn(adapters, any_base, base_suffix):
+            for key, (_, metrics) in claims.items():
+                measured[key] |= measure(content, [x], metrics)
         for key, found in measured.items():
-            claimed = dict(zip(content.tasks, task_errors(claims[key]).tolist(), strict=True))
+            claimed = dict(zip(content.tasks, task_errors(claims[key][0]).tolist(), strict=True))
             payload[key] = {
                 t: {"measured": jsonable(x), "claimed": jsonable(claimed[t])} for t, x in found.items()
             }
@@ -300,20 +304,6 @@ def verify(
 
 # claim -> its name
 ERRORS = {"error": "of weights", "output_error": "of outputs"}
-
-
-def true_errors(
-    content: store.Store, few: Sequence[Adapter], moments: Mapping[str, np.ndarray] | None
-) -> dict[str, float]:
-    """Task -> measured error: of weights, or of outputs if second moments are given."""
-    from hydraopt_jax.rate_control.distortion import measure
-
-    if moments is None:
-        return measure(content, few)
-    from hydraopt_jax.rate_control.metrics import metrics_of
-
-    shapes = {k: v for x in few for k, v in module_shapes(x).items()}
-    return measure(content, few, metrics_of(shapes, moments, inner=True))
 
 
 @click.command()

@@ -69,10 +69,15 @@ def open_adapter(
     )
 
 
+def check_cards(cards: Sequence[Card]) -> dict[str, tuple[int, int]]:
+    """Check that adapters can be stored together; see `adapters.check_headers`."""
+    sizes = ({n: (e.inputs, e.outputs) for n, e in x.modules.items()} for x in cards)
+    return check_headers((x.task, x.source, {}, own) for x, own in zip(cards, sizes, strict=True))
+
+
 def collection_of(cards: Sequence[Card]) -> Collection:
     """A collection of PEFT adapters, from their cards."""
-    sizes = ({n: (e.inputs, e.outputs) for n, e in x.modules.items()} for x in cards)
-    shapes = check_headers((x.task, x.source, {}, own) for x, own in zip(cards, sizes, strict=True))
+    shapes = check_cards(cards)
     held = {x.file: dict(read_tensors(Path(x.file))) for x in cards if not x.file.endswith(".safetensors")}
     # equal adapters share one table: a thousand adapters must not have a thousand tables
     tables: dict[Any, Mapping[str, ModuleEntry]] = {}

@@ -70,16 +70,16 @@ def _shapes(file: Path) -> list[tuple[str, Any]]:
         return list(read_tensors(file))
     try:
         with safetensors.safe_open(file, framework="np") as opened:
-            out = []
-            for key in opened.keys():  # noqa: SIM118 - no mapping
-                part = opened.get_slice(key)
-                kind = part.get_dtype()
-                out.append((key, _Shape(tuple(part.get_shape()), np.dtype(DTYPES.get(kind, "V1")))))
-            return out
+            parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+            kinds = {k: DTYPES.get(x.get_dtype()) for k, x in parts.items()}
+            if None not in kinds.values():
+                return [(k, _Shape(tuple(x.get_shape()), np.dtype(kinds[k]))) for k, x in parts.items()]
     except (safetensors.SafetensorError, OSError) as error:
         raise HydraOptError(
             f"{file}: is not a complete safetensors file ({one_line(error)}): copy it again"
         ) from None
+    # rare dtypes have names that only reading reveals
+    return list(read_tensors(file))
 
 
 def header_of(file: Path) -> bytes:
@@ -117,10 +117,7 @@ def contents_of(file: Path, header: bytes, config: Mapping[str, Any]) -> Content
         if layout:
             layouts[module] = layout
     dtypes = {x.dtype for pair in pairs.values() for _, x in pair.values()}
-    table = [[k, "" if x.dtype.kind == "V" else x.dtype.name, list(x.shape)] for k, x in extras.items()]
-    if any(not kind for _, kind, _ in table):
-        # rare dtypes have names that only reading reveals
-        table = [[k, x.dtype.name, list(x.shape)] for k, x in read_tensors(file) if k in extras]
+    table = [[k, x.dtype.name, list(x.shape)] for k, x in extras.items()]
     kind = dtypes.pop().name if len(dtypes) == 1 else "float32"
     places = {}
     if header:

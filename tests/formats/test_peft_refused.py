@@ -13,6 +13,10 @@ from peft_folders import PREFIX, folder, linear, values
 
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter
+from hydraopt_jax.formats.peft_collection import open_adapter
+
+# merge reads an adapter whole; compress and verify open it and read its factors later
+BOTH = pytest.mark.parametrize("read", [read_adapter, lambda path: open_adapter(str(path), None, {})])
 
 
 @pytest.mark.parametrize(
@@ -117,10 +121,11 @@ def test_configurations_accepted(tmp_path, fields):
         ({x: y.astype(np.int8) for x, y in linear("q").items()}, r"q\.lora_A\.weight is int8"),
     ],
 )
-def test_tensors_refused(tmp_path, tensors, words):
+@BOTH
+def test_tensors_refused(tmp_path, read, tensors, words):
     path = folder(tmp_path, tensors)
     with pytest.raises(HydraOptError, match=words) as caught:
-        read_adapter(path)
+        read(path)
     assert "adapter_model.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -211,10 +216,11 @@ def eight_bit_floats(path):
         (eight_bit_floats, r"adapter_model.safetensors: .*lora_A\.weight"),
     ],
 )
-def test_damaged_folders(tmp_path, make, words):
+@BOTH
+def test_damaged_folders(tmp_path, read, make, words):
     path = make(tmp_path / "x")
     with pytest.raises(HydraOptError, match=words) as caught:
-        read_adapter(path)
+        read(path)
     assert "\n" not in str(caught.value)
 
 
