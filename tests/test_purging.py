@@ -256,6 +256,29 @@ def test_commands_say_what_is_left_and_are_rid_of_it(many, tmp_path, capsys):
     assert run(capsys, "verify", out, f"{others[0]}={tmp_path / 'wrong'}")[0] == 1
 
 
+@pytest.mark.parametrize("asked", ["--purge", "--refit", "--estimate"])
+def test_another_adapter_is_not_taken_for_an_original(many, tmp_path, capsys, asked):
+    folders = [tmp_path / x.task for x in many[:3]]
+    for x, folder in zip(many, folders, strict=False):
+        formats.write_adapter(folder, x)
+    formats.write_adapter(tmp_path / "other", many[3])
+    given = [formats.read_adapter(x) for x in folders]
+    made = compress(given, max_error=0.01)
+    task = reference(made)
+    one, two = (x for x in NAMES[:3] if x != task)
+    store.save(tmp_path / "s", removal.remove(made, task))
+    wrong = f"{one}={tmp_path / 'other'}"
+    code, _, err = run(
+        capsys, "remove", tmp_path / "s", *[two] * (asked != "--purge"), asked, "--original", wrong
+    )
+    assert code == 2
+    assert f"{tmp_path / 'other'}: is not the original of '{one}'" in err
+    assert err.count("\n") == 1
+    assert removal.held(store.open(tmp_path / "s"))
+    with pytest.raises(HydraOptError, match="is not the original"):
+        changes.refit(made, [formats.read_adapter(tmp_path / "other", task=one)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,12 +1,13 @@
 """Fit all tasks of a store again, with the options that made it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.changes.addition import need_calibration
+from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
@@ -55,9 +56,10 @@ def refit(
       calibration: the second moments that the store was made with, if any.
 
     Raises:
-      HydraOptError: the store was made with calibration, and none is given.
+      HydraOptError: the store was made with calibration, and none is given; or see `check_originals`.
     """
     need_calibration(store, calibration)
+    check_originals(store, collection)
     found = in_memory(collection)
     if store.report["form"] == lossless.FORM:
         return engine.compress_to_target(found, Options(budget=1.0))
@@ -77,9 +79,26 @@ def refit(
     )
 
 
+def check_originals(store: Store, given: Iterable[Adapter]) -> None:
+    """Raise for an adapter that is not the one that the store has of its task, if both have a digest."""
+    digests = {t: x.digest for t, x in zip(store.tasks, store.sources, strict=True)}
+    for x in given:
+        known = digests.get(x.task)
+        if x.digest and known and x.digest != known:
+            raise HydraOptError(
+                f"{x.source}: is not the original of {x.task!r}, whose checksum is another: give what "
+                f"{x.task!r} was read from, or remove {x.task!r} and add this one in its place"
+            )
+
+
 def at_hand(store: Store, tasks: Sequence[str], original: Original) -> tuple[list[Adapter], list[str]]:
-    """Originals, or decoded tasks in their place; and the names of the decoded ones."""
+    """Originals, or decoded tasks in their place; and the names of the decoded ones.
+
+    Raises:
+      HydraOptError: see `check_originals`.
+    """
     found = {t: original(t) for t in tasks}
+    check_originals(store, (x for x in found.values() if x is not None))
     absent = [t for t, x in found.items() if x is None]
     return [decode(store, t) if x is None else x for t, x in found.items()], absent
 
