@@ -34,8 +34,9 @@ class Adapter:
       layout: module name -> how its format names and shapes the factors (empty for a linear layer).
       source: path or id it came from.
       digest: SHA-256 of the source's weights, hexadecimal; "" when it has no file.
-      raw: module name -> `(a, b, scale)` as the format had them, where a store kept the adapter as it came:
-        its writer then writes them as they were.
+      raw: module name -> `(a, b, scale)` as the format had them, where a store kept the adapter as it came,
+        or where folding the scale into `b` has rounded it: its writer then writes them as they were, and a
+        lossless store keeps them, unless `a` or `b` has been replaced since.
     """
 
     task: str

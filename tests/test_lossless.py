@@ -17,6 +17,7 @@ from hydraopt_jax.store import sizes
 
 KEY = "base_model.model.{}.lora_{}.weight"
 HALF, BRAIN, SINGLE = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+DOUBLE = np.dtype(np.float64)
 # per adapter: dtypes of A and B, rank, alpha, other fields
 KINDS = {
     "fp16": (HALF, HALF, 4, 8, {}),
@@ -25,13 +26,14 @@ KINDS = {
     "fp32": (SINGLE, SINGLE, 4, 4, {}),
     "fp32-odd-scale": (SINGLE, SINGLE, 6, 7, {"use_rslora": True}),
     "mixed": (HALF, SINGLE, 3, 7, {"alpha_pattern": {"k": 2}}),
+    "fp64": (DOUBLE, DOUBLE, 3, 10, {"use_rslora": True}),
 }
 
 
-def made(folder, name, modules=("layers.0.q", "layers.0.k")):
+def made(folder, name, modules=("layers.0.q", "layers.0.k"), seed=0):
     """A folder of an adapter of a kind, its values of every magnitude and some zeros of both signs."""
     low, high, rank, alpha, fields = KINDS[name]
-    rng = np.random.default_rng(list(KINDS).index(name))
+    rng = np.random.default_rng(list(KINDS).index(name) + 10 * seed)
     tensors = {}
     for m in modules:
         a = rng.normal(size=(rank, 40)) * np.exp(rng.normal(size=(rank, 1)))
@@ -66,6 +68,20 @@ def same_adapters(one, two):
         assert bits(one.a[name]) == bits(two.a[name])
         assert bits(one.b[name]) == bits(two.b[name])
     assert {k: bits(v) for k, v in one.extras.items()} == {k: bits(v) for k, v in two.extras.items()}
+
+
+def exported(capsys, content, path):
+    """The folder that a task of a store is exported to; its task is named as the folder that it came from."""
+    out = path.with_name("exported")
+    arguments = ["export", content, "--task", path.name, "--out", out]
+    assert run(capsys, *arguments, *["--overwrite"] * out.exists())[0] == 0
+    return out
+
+
+def same_files(one, two):
+    """Whether two folders have the same tensors, bit for bit."""
+    before, after = (load_file(p / "adapter_model.safetensors") for p in (one, two))
+    return {k: bits(v) for k, v in before.items()} == {k: bits(v) for k, v in after.items()}
 
 
 @pytest.mark.parametrize("options", [[], ["--skip-bad"], ["--no-zstd"]])
@@ -154,6 +170,48 @@ def test_tasks_come_and_go_as_they_came(tmp_path):
     assert back.tasks == tuple(x.task for x in given[1:])
     for x in given[1:]:
         same_adapters(x, store.decode(back, x.task))
+
+
+@pytest.mark.parametrize("kind", ["fp32-odd-scale", "mixed", "fp64"])
+def test_what_folding_rounds_is_kept_through_every_change(capsys, tmp_path, kind):
+    paths = [made(tmp_path / str(k), kind, seed=k).rename(tmp_path / f"t{k}") for k in range(3)]
+    s = tmp_path / "s"
+    assert run(capsys, "compress", *paths[:2], "--budget", "1", "--force", "--out", s)[0] == 0
+    assert run(capsys, "add", s, paths[2])[0] == 0
+    written = [same_files(x, exported(capsys, s, x)) for x in paths]
+    assert run(capsys, "remove", s, "t0", "--refit")[0] == 0
+    assert "lossless" in run(capsys, "inspect", s)[1]
+    written += [same_files(x, exported(capsys, s, x)) for x in paths[1:]]
+    given = [formats.read_adapter(x) for x in paths]
+    kept = changes.refit(compress(given, budget=1), given)
+    for x, path in zip(given, paths, strict=True):
+        same_adapters(x, store.decode(kept, x.task))
+        formats.write_adapter(tmp_path / "out" / x.task, store.decode(kept, x.task))
+        written.append(same_files(path, tmp_path / "out" / x.task))
+    assert all(written)
+
+
+def test_factors_that_were_replaced_are_not_those_of_the_file(tmp_path):
+    x = formats.read_adapter(made(tmp_path, "fp32-odd-scale"))
+    assert x.raw
+    for twice in (x, store.decode(compress([x], budget=1), x.task)):
+        twice = twice.replace(b={k: 2 * v for k, v in twice.b.items()})
+        kept = store.decode(compress([twice], budget=1), x.task)
+        assert all(np.array_equal(kept.b[k], 2 * x.b[k]) for k in x.b)
+        formats.write_adapter(tmp_path / "out", twice, overwrite=True)
+        again = formats.read_adapter(tmp_path / "out")
+        assert all(np.array_equal(again.b[k], 2 * x.b[k]) for k in x.b)
+
+
+def test_double_precision_in_memory_comes_back():
+    rng = np.random.default_rng(0)
+    x = synthetic.collection(tasks=["x"], modules={"q": (12, 8)}, rank=2, dtype="float32")[0]
+    for dtype in ("float64", "float32"):
+        y = x.replace(dtype=dtype, a={"q": rng.normal(size=(12, 2))}, b={"q": rng.normal(size=(2, 8))})
+        kept = compress([y], budget=9.0)
+        for content in (kept, changes.refit(kept, [y]), changes.add(kept, y.replace(task="y"))):
+            for task in content.tasks:
+                same_adapters(y, store.decode(content, task))
 
 
 def test_a_scale_of_another_format_is_in_b():

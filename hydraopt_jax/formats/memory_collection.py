@@ -9,7 +9,7 @@ from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.collection import Card, Collection, ModuleEntry, Pair
 from hydraopt_jax.formats.peft_config import module_scale
-from hydraopt_jax.store.lossless import Raw
+from hydraopt_jax.store.lossless import Raw, is_of, same_bits, unfold
 
 
 def in_memory(given: Sequence[Adapter]) -> Collection:
@@ -44,22 +44,22 @@ def in_memory(given: Sequence[Adapter]) -> Collection:
 
 
 def raw_of(adapter: Adapter, module: str) -> Raw:
-    """A module's factors in the narrowest dtype that restores `adapter.a` and `adapter.b` bit for bit.
+    """A module's factors as they came, or else in the narrowest dtype that restores `a` and `b` bit for bit.
 
-    `b` is `fl(B * scale)` in float32 where a reader folded the scale into it. Of a half-precision B, which
-    has half of float32's digits, rounding `b / scale` gives B itself; whatever came, it is checked.
+    A reader folds the scale into `b`; what came is had by `unfold`, or else kept by the reader.
     """
     a, b = np.asarray(adapter.a[module]), np.asarray(adapter.b[module])
+    came = adapter.raw.get(module)
+    # the factors may have been replaced since
+    if came is not None and is_of(Raw(*came), a, b):
+        return Raw(*came)
     kept = narrow(a, adapter.dtype)
     # an adapter of another format has its scale nowhere else than in b
     said = [module_scale(adapter.config, module)] if adapter.config.get("peft_type") == "LORA" else []
     for scale in (*said, 1.0):
-        factor = np.float32(scale)
-        with np.errstate(all="ignore"):
-            own = (b / factor).astype(adapter.dtype)
-            again = own.astype(np.float32) * factor
-        if factor and same_bits(again, b.astype(np.float32)):
-            return Raw(kept, own, float(factor))
+        own = unfold(b, scale, adapter.dtype)
+        if own is not None:
+            return Raw(kept, own, float(np.float32(scale)))
     return Raw(kept, b, 1.0)
 
 
@@ -70,8 +70,3 @@ def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(all="ignore"):
         small = x.astype(dtype)
     return small if same_bits(small.astype(x.dtype), x) else x
-
-
-def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether arrays of one dtype are equal bit for bit, including signs of zeros."""
-    return x.dtype == y.dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()

@@ -41,6 +41,7 @@ from hydraopt_jax.formats.tensor_files import disk_array, disk_dtype, read_tenso
 from hydraopt_jax.locks import locked
 from hydraopt_jax.network import client, explained, redact
 from hydraopt_jax.remote import COMMIT
+from hydraopt_jax.store import lossless
 
 # beginning of an address of the web or of a bucket
 ADDRESS = re.compile(r"\w+://")
@@ -150,14 +151,13 @@ def check_pair(module: str, pair: _Pair, config: Mapping[str, Any], source: str)
 
 def _factors(
     module: str, pair: _Pair, config: Mapping[str, Any], source: str
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """One module's `a: [I, R]`, `b: [R, O]` and layout, from PEFT's A and B."""
+) -> tuple[np.ndarray, np.ndarray, float, dict[str, Any]]:
+    """One module's `a: [I, R]`, `b: [R, O]`, scale and layout, from PEFT's A and B."""
     layout = check_pair(module, pair, config, source)
     (_, low), (_, high) = pair["A"], pair["B"]
     rank = low.shape[0]
-    b = np.array(high.reshape(high.shape[0], rank).T, dtype=np.float32, order="C")
-    b *= np.float32(module_scale(config, module))
-    return low.reshape(rank, -1).T, b, layout
+    scale = float(np.float32(module_scale(config, module)))
+    return low.reshape(rank, -1).T, high.reshape(high.shape[0], rank).T, scale, layout
 
 
 def _fetch(name: str) -> Path:
@@ -233,9 +233,10 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
       task: the task's name; by default the folder's name or the hub id.
 
     Returns:
-      The adapter: `a` `[I, R]` in the dtype on disk, `b` `[R, O]` in float32 with the exact scale folded in,
-      all other tensors in `extras`. For an embedding I is the vocabulary. For a convolution I is inputs times
-      kernel size; the kernel's shape is in `layout`.
+      The adapter: `a` `[I, R]` in the dtype on disk, `b` `[R, O]` in float32, or float64 if that is on disk,
+      with the exact scale folded in, all other tensors in `extras`. For an embedding I is the vocabulary. For
+      a convolution I is inputs times kernel size; the kernel's shape is in `layout`. Modules of which the
+      scale cannot be taken out again are in `raw`, too.
 
     Raises:
       HydraOptError: a missing, damaged or contradictory file, or a LoRA variant that is not a plain
@@ -247,22 +248,29 @@ def read_adapter(path: str | os.PathLike[str], *, task: str | None = None) -> Ad
     if not pairs:
         raise HydraOptError(f"{weights}: holds no LoRA tensor: was the right adapter saved?")
     dtypes = {tensor.dtype for pair in pairs.values() for _, tensor in pair.values()}
-    a, b, layout = {}, {}, {}
+    # Float32 represents all values of the narrower dtypes exactly.
+    dtype = dtypes.pop().name if len(dtypes) == 1 else "float32"
+    a, b, layout, raw = {}, {}, {}, {}
     for module in list(pairs):
         # Popping frees each lora_B as its scaled copy is made.
-        a[module], b[module], layout[module] = _factors(module, pairs.pop(module), config, str(weights))
+        pair = pairs.pop(module)
+        a[module], high, scale, layout[module] = _factors(module, pair, config, str(weights))
+        b[module] = lossless.fold(high, scale)
+        own = lossless.unfold(b[module], scale, dtype)
+        if own is None or not lossless.same_bits(own, high):
+            raw[module] = lossless.Raw(a[module], high, scale)
     digest = file_digest(weights)
     return Adapter(
         task=name if task is None else task,
         a=a,
         b=b,
-        # Float32 represents all values of the narrower dtypes exactly.
-        dtype=dtypes.pop().name if len(dtypes) == 1 else "float32",
+        dtype=dtype,
         extras=extras,
         config=config,
         layout={name: value for name, value in layout.items() if value},
         source=source,
         digest=digest,
+        raw=raw,
     )
 
 
@@ -273,6 +281,9 @@ def as_came(adapter: Adapter) -> Adapter | None:
         return None
     for name, (a, _, scale) in raw.items():
         if module_rank(config, name) != a.shape[1] or np.float32(module_scale(config, name)) != scale:
+            return None
+        # the factors may have been replaced since
+        if not lossless.is_of(lossless.Raw(*raw[name]), adapter.a[name], adapter.b[name]):
             return None
     return adapter.replace(a={n: x[0] for n, x in raw.items()}, b={n: x[1] for n, x in raw.items()})
 

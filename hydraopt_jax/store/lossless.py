@@ -72,6 +72,35 @@ def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str
 
 
 def folded(raw: Mapping[str, Raw]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """`a` unchanged and `b` in float32 with the scale folded in, as a reader of adapters returns them."""
+    """`a` unchanged and `b` with the scale folded in, as a reader of adapters returns them."""
     a = {n: np.asarray(x.a) for n, x in raw.items()}
-    return a, {n: np.asarray(x.b, np.float32) * np.float32(x.scale) for n, x in raw.items()}
+    return a, {n: fold(x.b, x.scale) for n, x in raw.items()}
+
+
+def fold(b: np.ndarray | Deferred, scale: float) -> np.ndarray:
+    """`b * scale` in float32, or in float64 if `b` has it."""
+    wide = np.promote_types(b.dtype, np.float32)
+    out = np.array(np.asarray(b), dtype=wide, order="C")
+    out *= wide.type(np.float32(scale))
+    return out
+
+
+def unfold(b: np.ndarray, scale: float, dtype: str) -> np.ndarray | None:
+    """The factor whose `fold` is `b` bit for bit, `b / scale` rounded to a dtype; None if there is none.
+
+    Of a half-precision factor, which has half of float32's digits, the quotient rounds to the factor itself.
+    """
+    wide = np.promote_types(b.dtype, np.float32)
+    with np.errstate(all="ignore"):
+        own = (b / wide.type(np.float32(scale))).astype(dtype)
+        return own if same_bits(fold(own, scale), b.astype(wide)) else None
+
+
+def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether arrays of one dtype are equal bit for bit, including signs of zeros."""
+    return x.dtype == y.dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()
+
+
+def is_of(raw: Raw, a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether factors are those that a reader makes of `raw`, bit for bit."""
+    return same_bits(np.asarray(raw.a), a) and same_bits(fold(raw.b, raw.scale), b)

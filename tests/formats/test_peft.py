@@ -22,12 +22,13 @@ def test_factors_are_transposed_and_scaled(tmp_path, dtype):
     tensors = linear(dtype=dtype)
     path = folder(tmp_path / "legal", tensors)
     got = read_adapter(path)
-    low, high = (x.astype(np.float32) for x in tensors.values())
+    wide = np.promote_types(dtype, np.float32)
+    low, high = (x.astype(wide) for x in tensors.values())
     assert got.task == "legal"
     assert got.dtype == np.dtype(dtype).name
     assert got.a["layers.0.q"].shape == (5, 2)
-    assert got.b["layers.0.q"].dtype == np.float32
-    np.testing.assert_array_equal(got.a["layers.0.q"].astype(np.float32), low.T)
+    assert got.b["layers.0.q"].dtype == wide
+    np.testing.assert_array_equal(got.a["layers.0.q"].astype(wide), low.T)
     np.testing.assert_array_equal(got.b["layers.0.q"], 3 * high.T)
     assert got.digest == hashlib.sha256((path / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert got.source == str(path)
