@@ -10,6 +10,7 @@ from commands import run
 from hydraopt_jax import changes, forms, store, synthetic
 from hydraopt_jax.cli.descriptions import groups_note
 from hydraopt_jax.compression import compress
+from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import similarity
 from hydraopt_jax.rate_control import engine, parts
@@ -159,6 +160,14 @@ def test_the_command_shows_references_and_groups(capsys, many, kept, tmp_path):
     shown = run(capsys, "inspect", tmp_path / "s", "--references")[1]
     assert f"groups of alike tasks: {', '.join(said['groups'][0])}" in shown
     assert "module_errors" not in json.loads(run(capsys, "inspect", tmp_path / "s", "--json")[1])
+
+
+def test_leaves_that_no_encoder_writes_are_one_line(kept):
+    *rest, last = kept.segments
+    short = last.replace(leaves={**last.leaves, "prediction": last.leaves["prediction"][:2]})
+    with pytest.raises(HydraOptError, match="damaged store") as refused:
+        predictions.predicted(kept.replace(segments=(*rest, short)))
+    assert "\n" not in str(refused.value)
 
 
 def test_many_groups_are_cut_short():

@@ -6,6 +6,7 @@ from commands import run
 
 import hydraopt_jax as hydra
 from hydraopt_jax import changes, formats, synthetic
+from hydraopt_jax.store import predictions
 from hydraopt_jax.store.store import task_errors
 
 MODULES = {"q": (64, 64), "k": (64, 32)}
@@ -66,6 +67,8 @@ def test_an_untrained_module_is_not_taken_for_a_predicted_one():
     grown = hydra.add(hydra.compress(alike[:2], max_error=0.01), new)
     assert grown.segments[-1].references
     assert grown.errors[0, 2] == 0
+    found = predictions.predicted(grown)["c"]
+    assert found.vectors == sum(x.predicted for x in found.sources.values()) == 2 * 4
     alone = hydra.remove(hydra.remove(grown, "a"), "b")
     assert alone.shapes == MODULES
     for made, given in ((grown, [*alike[:2], new]), (alone, [new])):

@@ -5,6 +5,7 @@ Decoding a task reads its own leaves, the leaves that it shares, and the leaves 
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,26 @@ def borrowing(store: Store, n: int) -> plain.Borrow:
     return borrow
 
 
+@contextmanager
+def trusting_checksums() -> Iterator[None]:
+    """A context in which errors of leaves that no encoder writes become `HydraOptError`s."""
+    try:
+        yield
+    except HydraOptError:
+        raise
+    except bitstream.Damaged as error:
+        raise damaged(None, str(error)) from None
+    except (LookupError, TypeError, OverflowError) as error:
+        # checksums and schema are valid: this is a forgery or a fault of this package
+        what = f"{type(error).__name__}: {one_line(error, 120)}"
+        raise HydraOptError(
+            f"the store cannot be read ({what}), though its checksums hold: report this as a fault of "
+            "hydraopt_jax if it was written by this version"
+        ) from error
+    except ValueError as error:
+        raise damaged(None, f"its leaves do not fit its schema ({one_line(error, 120)})") from None
+
+
 def decode_terms(
     store: Store, tasks: Sequence[str] | None = None, *, decode_lanes: rans.DecodeLanes = rans.decode
 ) -> Terms:
@@ -191,21 +212,8 @@ def decode_terms(
     for task in names:
         task_index(store.tasks, task)
     wanted = places_of(store, names)
-    try:
+    with trusting_checksums():
         found = decode_segments(store, wanted, decode_lanes)
-    except HydraOptError:
-        raise
-    except bitstream.Damaged as error:
-        raise damaged(None, str(error)) from None
-    except (LookupError, TypeError, OverflowError) as error:
-        # checksums and schema are valid: this is a forgery or a fault of this package
-        what = f"{type(error).__name__}: {one_line(error, 120)}"
-        raise HydraOptError(
-            f"the store cannot be read ({what}), though its checksums hold: report this as a fault of "
-            "hydraopt_jax if it was written by this version"
-        ) from error
-    except ValueError as error:
-        raise damaged(None, f"its leaves do not fit its schema ({one_line(error, 120)})") from None
     out: dict[str, list[Factors]] = {}
     for n in wanted:
         for name, terms in found[n].items():

@@ -14,7 +14,7 @@ from hydraopt_jax.codec.decode import read_sides
 from hydraopt_jax.codec.layout import pieces
 from hydraopt_jax.deferred import bytes_of
 from hydraopt_jax.store import references, schema
-from hydraopt_jax.store.decoding import decode_segment, decode_segments
+from hydraopt_jax.store.decoding import decode_segment, decode_segments, trusting_checksums
 from hydraopt_jax.store.store import SHARED, Reference, Store
 
 # share of the vectors that a source could predict from which a task belongs to it
@@ -45,8 +45,13 @@ class Predicted(NamedTuple):
     sources: dict[str, Source]
 
 
+@trusting_checksums()
 def predicted(store: Store) -> dict[str, Predicted]:
-    """Task -> its coded vectors, and from which tasks these are predicted; for tasks of coded segments."""
+    """Task -> its coded vectors, and from which tasks these are predicted; for tasks of coded segments.
+
+    Raises:
+      HydraOptError: leaves that cannot be decoded.
+    """
     totals: Counter[str] = Counter()
     known: dict[str, dict[str, Source]] = {}
     for n, x in enumerate(store.segments):
@@ -97,7 +102,9 @@ def from_others(store: Store, n: int, vectors: int) -> list[tuple[str, int, int]
     """
     x = store.segments[n]
     known = {r: vectors_of(store, r) for r in x.references}
-    keys = [(name, side) for name, terms in x.modules.items() for side in (0, 1) if terms]
+    # a module whose delta is zero has a term without factors
+    own = [name for name, terms in x.modules.items() if terms and max(terms[0].a_of) >= 0]
+    keys = [(name, side) for name in own for side in (0, 1)]
     bases = {k: base for k in keys if (base := references.base_of(known, x.references, k)) is not None}
     sizes = [(base.shape[1], x.modules[name][0].rank) for (name, _), base in bases.items()]
     found = references.from_leaf(bytes(bytes_of(x.leaves.get("prediction", b""))), sizes)
