@@ -5,7 +5,7 @@ so one adapter and ten thousand, in memory or on disk, take the same path.
 """
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -61,6 +61,11 @@ class Card(NamedTuple):
     places: Mapping[str, Any] = MappingProxyType({})
 
 
+def card_entries(card: Card) -> int:
+    """Number of entries of an adapter's factors."""
+    return sum(e.rank * (e.inputs + e.outputs) for e in card.modules.values())
+
+
 class Collection(NamedTuple):
     """Adapters of one base model, read one group of modules at a time.
 
@@ -104,7 +109,14 @@ class Collection(NamedTuple):
 
     def entries(self) -> int:
         """Number of entries of all factors."""
-        return sum(e.rank * (e.inputs + e.outputs) for x in self.cards for e in x.modules.values())
+        return sum(map(card_entries, self.cards))
+
+    def entries_report(self) -> dict[str, Any]:
+        """The number of entries for a store's report, and those of tasks that have not the most usual one."""
+        own = {x.task: card_entries(x) for x in self.cards}
+        usual, _ = Counter(own.values()).most_common(1)[0]
+        unusual = {t: n for t, n in own.items() if n != usual}
+        return {"entries": sum(own.values())} | ({"task_entries": unusual} if unusual else {})
 
     def adapters(self, tasks: Iterable[int], modules: Sequence[str]) -> list[Adapter]:
         """Adapters with some modules of some tasks, read into memory as float32."""

@@ -8,6 +8,7 @@ from hydraopt_jax.cli import descriptions
 from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import distortion
+from hydraopt_jax.static import Static
 from hydraopt_jax.store import removal, sizes
 from hydraopt_jax.store.store import task_errors, tensors_of
 
@@ -204,6 +205,32 @@ def test_a_task_is_added_after_a_predicted_one_has_gone():
     for x in (c, c.replace(task="alike")):
         made = changes.add(made, x)
     assert changes.add(changes.remove(made, "c"), d).tasks == ("a", "b", "alike", "d")
+
+
+def size_of(given):
+    return sum(v.size for x in given for v in (*x.a.values(), *x.b.values()))
+
+
+def test_what_the_adapters_took_is_stated_after_every_change(made, tmp_path):
+    """Tasks of higher ranks than the others, which were added or came at once."""
+    given = collection()[:3]
+    wide = synthetic.collection(3, tasks=["wide", "t2"], modules=MODULES, rank=12, dtype="float32")
+    grown = saved(changes.add(made, wide[0]), tmp_path, "s")
+    assert grown.report["entries"] == size_of([*given, wide[0]])
+    left = changes.remove(grown, "wide")
+    assert left.report["entries"] == made.report["entries"]
+    assert left.report.get("factor_bytes") == made.report.get("factor_bytes")
+    assert store.select(grown, ["wide"]).report["entries"] == size_of(wide[:1])
+    asked = {"form": forms.Hydra(rank=3)} if made.report["form"] == "hydra" else {"budget": 9.0}
+    mixed = saved(compress([*given[:2], wide[1]], **asked), tmp_path, "mixed")
+    for task in mixed.tasks:
+        rest = [x for x in (*given[:2], wide[1]) if x.task != task]
+        left = changes.remove(mixed, task)
+        assert left.report["entries"] == size_of(rest)
+        assert left.report.get("factor_bytes", 4 * size_of(rest)) == 4 * size_of(rest)
+    # a store from before: the tasks have equal shares
+    before = made.replace(report=Static({k: v for k, v in made.report.items() if k != "task_entries"}))
+    assert changes.remove(before, "t0").report["entries"] == round(2 / 3 * made.report["entries"])
 
 
 def test_a_weight_of_one_is_a_weight():

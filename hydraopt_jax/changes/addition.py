@@ -28,7 +28,7 @@ from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, references, tensors
 from hydraopt_jax.store.decoding import borrowing, decode_segment, decode_segments, terms_of
 from hydraopt_jax.store.references import Vectors, base_of
-from hydraopt_jax.store.removal import changed_report
+from hydraopt_jax.store.removal import changed_report, entries_of
 from hydraopt_jax.store.schema import PlainShape
 from hydraopt_jax.store.store import SHARED, Reference, Segment, Source, Store, count, make_segment
 
@@ -85,7 +85,12 @@ def add(
         segment = segment_at_step(store, new, calibration)
     else:
         segment = joined_to(store, new)
-    report = changed_report(store.report, sum(x.size for x in (*new.a.values(), *new.b.values())))
+    grown = store.replace(
+        segments=(*store.segments, segment.with_tensors([carried])),
+        tasks=(*store.tasks, new.task),
+        sources=(*store.sources, source),
+    )
+    report = grown_report(store, grown, sum(x.size for x in (*new.a.values(), *new.b.values())))
     if calibration is not None and store.report["options"].get("calibrated"):
         # modules whose errors are those of weights, under the names that `compress` uses
         known = report.get("uncalibrated", ())
@@ -93,12 +98,15 @@ def add(
         lacking = uncovered({**store.shapes, **own}, calibration)
         without = [x for x in lacking if x in own and x not in known]
         report = report.replace(uncalibrated=[*known, *without]) if without else report
-    return store.replace(
-        segments=(*store.segments, segment.with_tensors([carried])),
-        tasks=(*store.tasks, new.task),
-        sources=(*store.sources, source),
-        report=report,
-    )
+    return grown.replace(report=report)
+
+
+def grown_report(store: Store, grown: Store, entries: int) -> Static:
+    """The report of a store after a task of so many entries was added."""
+    report = changed_report(grown, store.report.get("entries", 0) + entries)
+    if entries_of(grown.replace(report=report))[grown.tasks[-1]] == entries:
+        return report
+    return report.replace(task_entries={**report.get("task_entries", {}), grown.tasks[-1]: entries})
 
 
 def with_weight(store: Store, task: str, weight: float) -> Store:

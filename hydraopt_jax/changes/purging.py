@@ -152,7 +152,10 @@ def refit_plain(store: Store, original: Original) -> tuple[Store, tuple[str, ...
     old = make_segment(store.tasks, dict.fromkeys(store.shapes, ()), {}, store.errors)
     segments = tuple(x.replace(leaves=claims(old, x, standing)) for x in fresh.segments)
     report = {**bounded(store, store.tasks, standing).report, **fresh.report}
+    before = store.report if standing else fresh.report
+    report = {k: v for k, v in report.items() if k not in removal.ENTRIES}
+    report |= {k: before[k] for k in removal.ENTRIES if k in before}
     if standing:
-        report |= {"entries": store.report["entries"], "bound": {}}
+        report |= {"bound": {}}
     done = fresh.replace(segments=segments, sources=store.sources, report=Static(report))
     return cut_to(done, store.tasks), store.tasks

@@ -98,7 +98,7 @@ def compress_in_form(
     report = {
         "form": "hydra",
         "options": form_options(form, tasks, kind, extras_dtype),
-        "entries": found.entries(),
+        **found.entries_report(),
         "bound": {name: float(f"{bounds[name]:.6g}") for name in found.shapes if name in bounds},
         **job.said,
     }

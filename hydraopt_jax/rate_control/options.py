@@ -141,4 +141,4 @@ def as_report(options: Options, found: Collection) -> dict[str, Any]:
         # modules whose errors are those of weights
         without = uncovered(found.shapes, options.calibration)
         known |= {"uncalibrated": without} if without else {}
-    return {"options": asked, "entries": found.entries(), "bound": {}, **known}
+    return {"options": asked, **found.entries_report(), "bound": {}, **known}

@@ -74,6 +74,8 @@ def check_manifest(said: Any) -> None:
     report = said["report"]
     need(isinstance(report["form"], str) and isinstance(report["options"], dict), "report")
     need(is_whole(report["entries"], 0, 1 << 60) and isinstance(report["bound"], dict), "report")
+    own = report.get("task_entries", {})
+    need(all(is_whole(x, 0, 1 << 60) for x in own.values()), "entries of a report")
     options = report["options"]
     need(isinstance(report.get("forms", {}), dict), "forms of a report")
     need(isinstance(options.get("weights", {}), dict), "weights of a report")

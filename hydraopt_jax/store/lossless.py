@@ -59,6 +59,19 @@ def lossless_terms(
     return made, errors, {"form": FORM, "forms": {FORM: len(made)}, "factor_bytes": size}
 
 
+def factor_bytes(modules: Mapping[str, Sequence[Any]], live: Sequence[int]) -> int:
+    """Bytes of the factors of the tasks at some places of a segment that `terms` has made."""
+    return sum(
+        x.rank * size * sum(of[t] >= 0 for t in live)
+        for every in modules.values()
+        for x in every
+        for of, size in (
+            (x.a_of, x.inputs * np.dtype(x.a_dtype).itemsize),
+            (x.b_of, x.outputs * np.dtype(x.b_dtype).itemsize),
+        )
+    )
+
+
 def raw_factors(modules: Mapping[str, Sequence[Factors]], task: int) -> dict[str, Raw] | None:
     """Module -> `Raw` of a task that `terms` stored; None for a task that was stored otherwise."""
     out = {}

@@ -14,11 +14,13 @@ from hydraopt_jax.codec.layout import pieces
 from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import schema
+from hydraopt_jax.store import lossless, schema
 from hydraopt_jax.store.store import SHARED, Segment, Store, closure, cut_to, task_index
 
 # options of the command that name tasks
 WEIGHING = ("weights", "protect")
+# parts of a report that count the entries of the adapters before
+ENTRIES = ("entries", "task_entries")
 # what the name of a task follows in the labels of forms
 PREDICTED = "separate, predicted from "
 
@@ -88,15 +90,26 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
     gone = set(store.tasks) - set(tasks)
     if not gone:
         return left
-    entries = store.report.get("entries", 0)
-    report = changed_report(store.report, -round(len(gone) * entries / len(store.tasks)))
+    own = entries_of(store)
+    report = changed_report(left, store.report.get("entries", 0) - round(sum(own[t] for t in gone)))
     return left.replace(report=report.replace(**unnamed(report, gone)))
 
 
-def changed_report(report: Static, entries: int) -> Static:
-    """The report after a change, without statements about the collection as it was compressed."""
-    kept = {k: v for k, v in report.items() if k not in ("estimate", "refinement")}
-    return Static({**kept, "entries": report.get("entries", 0) + entries, "bound": {}})
+def entries_of(store: Store) -> dict[str, float]:
+    """Task -> number of entries of its adapter before; tasks that the report does not name share the rest."""
+    known = {t: n for t, n in store.report.get("task_entries", {}).items() if t in store.tasks}
+    rest = max(store.report.get("entries", 0) - sum(known.values()), 0)
+    share = rest / max(len(store.tasks) - len(known), 1)
+    return {t: known.get(t, share) for t in store.tasks}
+
+
+def changed_report(store: Store, entries: int) -> Static:
+    """The report of a store that was changed and has so many entries before, without statements about the
+    collection as it was compressed."""
+    kept = {k: v for k, v in store.report.items() if k not in ("estimate", "refinement")}
+    if "factor_bytes" in kept:
+        kept["factor_bytes"] = sum(lossless.factor_bytes(x.modules, x.live) for x in store.segments)
+    return Static({**kept, "entries": entries, "bound": {}})
 
 
 def unnamed(report: Mapping[str, Any], gone: Set[str]) -> dict[str, Any]:
@@ -117,6 +130,8 @@ def unnamed(report: Mapping[str, Any], gone: Set[str]) -> dict[str, Any]:
         asked = {k: v for k, v in made["options"].items() if k in WEIGHING}
         rows = {k: [x for x in v if x.rpartition("=")[0] not in gone] for k, v in asked.items()}
         out["provenance"] = {**report["provenance"], "made": {**made, "options": made["options"] | rows}}
+    if "task_entries" in report:
+        out["task_entries"] = {k: v for k, v in report["task_entries"].items() if k not in gone}
     if "bounded" in report:
         out["bounded"] = [t for t in report["bounded"] if t not in gone]
     return out
