@@ -158,6 +158,19 @@ def test_refit_keeps_the_form(form):
     assert found.stand_ins == ("t0", "t1", "t2")
 
 
+def test_a_task_that_is_added_to_tasks_alone_is_alone():
+    many = collection(0.95, 4)
+    content = compress(many[:3], max_error=0.01, share=False)
+    grown = changes.add(content, many[3])
+    assert grown.segments[-1].references == ()
+    assert 0 < task_errors(grown.errors)[3] < 0.03
+    for x in many:
+        left = changes.remove(grown, x.task)
+        assert removal.held(left) == ()
+        assert changes.purge(left)[1] == ()
+        assert all(same(left, grown, t) for t in left.tasks)
+
+
 def test_what_cannot_be_added_is_named(made):
     one = collection()[3]
     with pytest.raises(HydraOptError, match="'t1' is in the store"):

@@ -1,8 +1,9 @@
 """Add one task to a store as a new segment; other segments are not touched.
 
 In a coded store the task is coded at the store's quantizer step, as in a fit of all tasks. Its vectors are
-predicted by least squares from those of a few tasks, or from the shared leaf of a segment. In a plain store
-it joins module by module, until it has used the mean number of entries per task of the store.
+predicted by least squares from those of a few tasks, or from the shared leaf of a segment, unless the store's
+tasks share nothing. In a plain store it joins module by module, until it has used the mean number of entries
+per task of the store.
 """
 
 from collections.abc import Mapping, Sequence
@@ -162,9 +163,14 @@ def segment_at_step(store: Store, new: Adapter, calibration: Mapping[str, np.nda
 
 
 def candidates(store: Store) -> tuple[dict[Reference, Vectors], int]:
-    """The vectors of all tasks and shared leaves in coded segments; and the segment whose tables are used."""
+    """The vectors of all tasks and shared leaves in coded segments; and the segment whose tables are used.
+
+    There are none in a store of tasks that share nothing.
+    """
     known: dict[Reference, Vectors] = {}
     tables = next(n for n, x in enumerate(store.segments) if x.coded and x.tables < 0)
+    if not store.report["options"].get("share", True):
+        return known, tables
     for n, x in enumerate(store.segments):
         if not x.coded or not x.live:
             continue
