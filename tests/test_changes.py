@@ -158,6 +158,16 @@ def test_refit_keeps_the_form(form):
     assert found.stand_ins == ("t0", "t1", "t2")
 
 
+def test_a_refit_rounds_full_tensors_as_before(made):
+    many = [x.replace(extras={"head": np.arange(8, dtype=np.float32) / 7}) for x in collection()[:2]]
+    asked = {"form": forms.Hydra(rank=3)} if made.report["form"] == "hydra" else made.report["options"]
+    target = {k: v for k, v in asked.items() if k in ("form", "budget", "max_error") and v}
+    again = changes.refit(compress(many, **target, extras_dtype="float16"), many)
+    assert again.report["form"] == made.report["form"]
+    assert again.report["options"]["extras_dtype"] == "float16"
+    assert {tensors_of(again, x.task)["head"].dtype.name for x in many} == {"float16"}
+
+
 def test_a_task_that_is_added_to_tasks_alone_is_alone():
     many = collection(0.95, 4)
     content = compress(many[:3], max_error=0.01, share=False)

@@ -61,12 +61,13 @@ def refit(
     need_calibration(store, calibration)
     check_originals(store, collection)
     found = in_memory(collection)
+    asked = store.report["options"]
     if store.report["form"] == lossless.FORM:
-        return engine.compress_to_target(found, Options(budget=1.0))
+        kept = Options(budget=1.0, extras_dtype=asked.get("extras_dtype"))
+        return engine.compress_to_target(found, kept)
     if any(x.coded for x in store.segments):
         options = options_of(store)._replace(calibration=calibration)
         return engine.compress_at_step(found, options, store.report["step"])
-    asked = store.report["options"]
     form = group_loop.form_of(asked)
     tasks = len(collection)
     # a head per task stays a head per task
