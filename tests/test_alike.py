@@ -129,8 +129,27 @@ def test_removed_tasks_are_sources_and_no_members(kept):
     left = removal.remove(kept, leader)
     found = predictions.predicted(left)
     assert leader not in found
-    assert leader in found["b3"].sources
+    assert f"{leader} (removed, in segment 1)" in found["b3"].sources
     assert leader not in set(itertools.chain(*predictions.groups(found)))
+
+
+def test_a_task_that_came_back_is_no_source_for_its_namesake(many, kept):
+    other = next(x for x in many if x.task == "other")
+    leader = next(iter(predictions.predicted(kept)["b3"].sources))
+    back = changes.add(removal.remove(kept, leader), other.replace(task=leader))
+    found = predictions.predicted(back)
+    assert all(leader not in x.sources for x in found.values())
+    assert found["b3"].sources == {
+        f"{leader} (removed, in segment 1)": predictions.predicted(kept)["b3"].sources[leader]
+    }
+    assert leader not in next(x for x in predictions.groups(found) if "b3" in x)
+    # a later task that is gone, of which others are predicted, has sources of its own
+    grown = changes.add(kept, many[-1].replace(task="again"))
+    assert any(r.segment == 1 for r in grown.segments[-1].references)
+    left = changes.add(removal.remove(grown, many[-1].task), other.replace(task=many[-1].task))
+    mine = predictions.predicted(left)[many[-1].task]
+    assert all(x.predicted <= x.possible for x in mine.sources.values())
+    assert sum(x.predicted for x in mine.sources.values()) <= mine.vectors
 
 
 @pytest.mark.parametrize("asked", [{"form": forms.Hydra(heads=1)}, {"budget": 1.0}])

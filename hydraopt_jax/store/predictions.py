@@ -38,7 +38,8 @@ class Predicted(NamedTuple):
 
     Attributes:
       vectors: their number, of both sides of all modules.
-      sources: task, or name of a basis of several tasks -> what it does; the one that predicts most first.
+      sources: task, or label of a removed one or of a basis of several tasks -> what it does; the one that
+        predicts most first.
     """
 
     vectors: int
@@ -59,7 +60,7 @@ def predicted(store: Store) -> dict[str, Predicted]:
         for place, _, coded, _ in rows:
             totals[x.tasks[place]] += coded
         found = [(x.tasks[place], source, coded, used) for place, source, coded, used in rows if source]
-        if x.coded and x.references:
+        if x.coded and x.references and x.live:
             found += [(x.tasks[0], *row) for row in from_others(store, n, sum(row[2] for row in rows))]
         for task, source, possible, used in found:
             before = known.setdefault(task, {}).get(source, Source(0, 0))
@@ -89,7 +90,7 @@ def within(store: Store, n: int) -> list[tuple[int, str | None, int, int]]:
             source, taken = None, 0
             if used is not None:
                 base = min(users[rows[i].base], default=-1)
-                source, taken = basis(n) if base < 0 else x.tasks[base], int((used & coded).sum())
+                source, taken = basis(n) if base < 0 else task_at(store, n, base), int((used & coded).sum())
             out += [(place, source, int(coded.sum()), taken) for place in users[i] & set(x.live)]
     return out
 
@@ -123,15 +124,21 @@ def basis(n: int) -> str:
     return f"basis of segment {n + 1}"
 
 
+def task_at(store: Store, n: int, place: int) -> str:
+    """The task at a place of a segment; a removed one has another label, as a task may come back."""
+    x = store.segments[n]
+    return f"{x.tasks[place]} (removed, in segment {n + 1})" if place in x.removed else x.tasks[place]
+
+
 def name_of(store: Store, r: Reference, key: tuple[str, int]) -> str:
     """The task that a reference's vectors for one side of a module are of, or the name of a basis."""
     x = store.segments[r.segment]
     if r.place != SHARED:
-        return x.tasks[r.place]
+        return task_at(store, r.segment, r.place)
     assert schema.is_coded(x.modules)
     rows = [row for row in pieces(x.modules)[0] if row.leaf == "shared" and (row.module, row.side) == key]
     (*users,) = set().union(*(schema.readers(x.modules, row) for row in rows))
-    return x.tasks[users[0]] if len(users) == 1 else basis(r.segment)
+    return task_at(store, r.segment, users[0]) if len(users) == 1 else basis(r.segment)
 
 
 def vectors_of(store: Store, r: Reference) -> references.Vectors:
