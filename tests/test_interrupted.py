@@ -323,8 +323,9 @@ def test_of_two_commands_to_one_address_the_second_is_refused(adapters, service,
 
 def test_a_size_is_that_of_what_is_still_there(kept, tmp_path, monkeypatch, capsys):
     hydra.save(tmp_path / "s", kept)
-    (tmp_path / "s" / "gone").mkdir()
-    (tmp_path / "s" / "gone" / "x").write_text("x")
+    gone = next((tmp_path / "s" / "segments").iterdir()) / "gone"
+    gone.mkdir()
+    (gone / "x").write_text("x")
     scan = os.scandir
 
     @contextmanager
@@ -332,14 +333,30 @@ def test_a_size_is_that_of_what_is_still_there(kept, tmp_path, monkeypatch, caps
         with scan(path) as found:
             every = list(found)
         with suppress(FileNotFoundError):
-            (tmp_path / "s" / "gone" / "x").unlink()
-            (tmp_path / "s" / "gone").rmdir()
+            (gone / "x").unlink()
+            gone.rmdir()
         yield every
 
     whole = sum(x.stat().st_size for x in (tmp_path / "s").rglob("*") if x.is_file()) - 1
     monkeypatch.setattr(os, "scandir", late)
     assert sizes.size_on_disk(tmp_path / "s") == whole
     assert run(capsys, "inspect", tmp_path / "s", "--json")[::2] == (0, "")
+
+
+@pytest.mark.parametrize(("verb", "said"), [("add", "larger"), ("remove", "smaller")])
+def test_bytes_of_a_stopped_job_are_not_those_of_the_store(kept, adapters, tmp_path, capsys, verb, said):
+    at = tmp_path / "s"
+    hydra.save(at, kept)
+    size = sizes.size_on_disk(at)
+    assert size == sum(x.stat().st_size for x in at.rglob("*") if x.is_file())
+    left = at / "segments" / "of-a-job"
+    left.mkdir()
+    (left / "data").write_bytes(bytes(1 << 16))
+    assert sizes.size_on_disk(at) == size
+    assert sum(sizes.account(at, hydra.open(at))) == size
+    code, out, _ = run(capsys, verb, at, tmp_path / "in" / "d" if verb == "add" else "a")
+    assert code == 0
+    assert said in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("verb", ["add", "remove"])

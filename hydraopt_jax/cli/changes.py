@@ -153,12 +153,13 @@ def add(
     content = store.open(path)
     moments = load_moments(content, path, given["calibration"])
     new, *originals = read_all([adapter, *known], any_base, base_suffix)
-    before = sizes.size_on_disk(path)
+    before: list[int] = []
     found: list[Refit] = []
 
     def change(content: Store) -> Store:
         from hydraopt_jax import changes
 
+        before.append(sizes.size_on_disk(path))
         bases = [x.replace(config=s.config) for x, s in ((new, content.sources[0]),) if s.config]
         check_same_base([*bases, new], any_base=any_base, base_suffixes=tuple(base_suffix))
         grown = changes.add(content, new, weight=given["weight"], calibration=moments)
@@ -172,7 +173,7 @@ def add(
     said = {"changed": provenance.entry("add", recipes.recorded(context))}
     # no other command may change the store before the report has read it
     with files.updated(path, lambda x: provenance.with_entries(change(x), said)) as content:
-        payload, shown, last = change_report(path, before, content, found[0] if found else None, new.task)
+        payload, shown, last = change_report(path, before[0], content, found[0] if found else None, new.task)
     say(payload | {"added": new.task}, *shown, last)
 
 
@@ -206,11 +207,12 @@ def remove(
     content = store.open(path)
     moments = load_moments(content, path, given["calibration"])
     originals = read_all(known, True, ()) if known else []
-    before = sizes.size_on_disk(path)
+    before: list[int] = []
     found: list[Refit] = []
     again: list[str] = []
 
     def change(content: Store) -> Store:
+        before.append(sizes.size_on_disk(path))
         left = content if task is None else removal.remove(content, task)
         if given["refit"]:
             return refit_store(left, originals, moments)
@@ -228,7 +230,7 @@ def remove(
 
     said = {"changed": provenance.entry("remove", recipes.recorded(context))}
     with files.updated(path, lambda x: provenance.with_entries(change(x), said)) as content:
-        payload, shown, last = change_report(path, before, content, found[0] if found else None, None)
+        payload, shown, last = change_report(path, before[0], content, found[0] if found else None, None)
     payload |= {"removed": task, "coded_again": again, "bounded": content.report.get("bounded", [])}
     if again:
         shown = (*shown, f"coded again: {', '.join(again)}")

@@ -146,6 +146,21 @@ def tree_bytes(folder: Path | str) -> int:
     return total
 
 
+def store_bytes(path: Path) -> int:
+    """Bytes of a store's manifest and of the segments that it names; an unfinished job may have others."""
+    total = (path / MANIFEST).stat().st_size
+    for x in segment_folders(path):
+        # another process may remove it meanwhile
+        with suppress(FileNotFoundError):
+            total += tree_bytes(x)
+    return total
+
+
+def segment_folders(path: Path) -> list[Path]:
+    """The folders of the segments that a store's manifest names."""
+    return [path / SEGMENTS / x["id"] for x in read_manifest(path)["segments"]]
+
+
 def open_folder(path: Path) -> Store:
     """A store whose leaves are read on demand.
 

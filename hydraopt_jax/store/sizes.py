@@ -46,7 +46,8 @@ def array_bytes(path: Path_, whole: int) -> int:
     if not (remote.is_address(path) or buckets.is_bucket(path)) and Path(path).is_dir():
         # another process may remove a segment meanwhile
         with suppress(FileNotFoundError):
-            return sum(map(folder.tree_bytes, Path(path).glob(f"{folder.SEGMENTS}/*/*/data*")))
+            named = folder.segment_folders(Path(path))
+            return sum(folder.tree_bytes(y) for x in named for y in x.glob("*/data*"))
     return whole
 
 
@@ -75,7 +76,7 @@ def shared_bytes(store: Store) -> int:
 
 
 def size_on_disk(path: Path_) -> int:
-    """Bytes of a file, local or remote, or of all files below a path.
+    """Bytes of a file, local or remote, of a store's manifest and segments, or of all files below a path.
 
     For a folder in a bucket: bytes of its manifest and uncompressed arrays.
     """
@@ -86,6 +87,8 @@ def size_on_disk(path: Path_) -> int:
     at = Path(path)
     if at.is_file():
         return at.stat().st_size
+    if (at / folder.MANIFEST).is_file():
+        return folder.store_bytes(at)
     return folder.tree_bytes(at) if at.is_dir() else 0
 
 
