@@ -275,6 +275,10 @@ def test_another_adapter_is_not_taken_for_an_original(many, tmp_path, capsys, as
     assert f"{tmp_path / 'other'}: is not the original of '{one}'" in err
     assert err.count("\n") == 1
     assert removal.held(store.open(tmp_path / "s"))
+    # also where there is nothing to code again
+    store.save(tmp_path / "whole", made)
+    code, _, err = run(capsys, "remove", tmp_path / "whole", two, asked, "--original", wrong)
+    assert (code, "is not the original" in err) == (2, True)
     with pytest.raises(HydraOptError, match="is not the original"):
         changes.refit(made, [formats.read_adapter(tmp_path / "other", task=one)])
 

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 
 def original_of(content: Store, given: Sequence[Adapter]) -> Callable[[str], Adapter | None]:
-    """A function: task -> its original if given or unchanged at its source, else None."""
+    """A function: task -> its original if given or unchanged at its source, else None.
+
+    Raises:
+      HydraOptError: one that is given is not the task's, also if it will not be read.
+    """
+    from hydraopt_jax.changes import refitting
+
+    refitting.check_originals(content, given)
     known = {x.task: x for x in given}
     sources = dict(zip(content.tasks, content.sources, strict=True))
 
