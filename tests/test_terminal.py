@@ -2,13 +2,14 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 from commands import run
 from rich.console import Console
 
-from hydraopt_jax import compression, formats, report, store, synthetic
+from hydraopt_jax import cli, compression, formats, report, store, synthetic
 from hydraopt_jax.cli import descriptions
 from hydraopt_jax.forms import similarity
 from hydraopt_jax.jobs import progress
@@ -131,6 +132,30 @@ def test_quiet_prints_nothing_but_errors(capsys, place, made, tmp_path):
     code, out, err = run(capsys, "inspect", tmp_path / "none", "-q")
     assert (code, out) == (2, "")
     assert "no store there" in err
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_failure(made, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", str(made), "--all", "--out", str(tmp_path / "x")])
+    getattr(sys, name).close()
+    assert stop.value.code == 0
+    assert len(list((tmp_path / "x").iterdir())) == 3
+
+
+def test_letters_that_standard_output_lacks_are_replaced(made, tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pack", str(made), str(tmp_path / "法é.safetensors")])
+    assert stop.value.code == 0
+    assert "?é.safetensors" in out.buffer.getvalue().decode("latin-1")
+
+
+def test_zero_columns_are_as_many_as_without_a_terminal(capsys, made, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert max(map(len, ok(capsys, "inspect", made).splitlines())) > 60
 
 
 def test_the_command_alone_prints_its_help(capsys):

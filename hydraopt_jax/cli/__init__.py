@@ -6,6 +6,7 @@ standard error. With `--json` one JSON object goes to standard output and nothin
 
 import contextlib
 import ctypes
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def cli(context: click.Context) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; every expected failure is one line and an exit status."""
+    open_streams()
     few_heaps()
     compilation.keep_compiled()
     words = sys.argv[1:] if arguments is None else arguments
@@ -75,6 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"the package {error.name} is not installed: install it, or the extra that needs it", 2)
     except OSError as error:
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+
+
+def open_streams() -> None:
+    """Print nowhere where a standard stream is closed, and `?` for letters that standard output lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="replace"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def few_heaps() -> None:

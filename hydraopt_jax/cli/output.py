@@ -116,6 +116,8 @@ def say_all(payload: Mapping[str, Any], parts: Sequence[Any], more: Sequence[Any
         return
     # names of tasks are no markup
     console = Printer(highlight=False, markup=False, emoji=False)
+    # rich takes COLUMNS=0 for a width, others for none
+    console.width = console.width or 80
     for part in (*(more if mode().verbose else ()), *parts):
         if isinstance(part, str):
             click.echo(wrapped(part, console.width))
