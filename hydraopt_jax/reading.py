@@ -97,6 +97,17 @@ def inside(folder: Path) -> list[str]:
     )
 
 
+def split_name(text: str) -> tuple[str, str] | None:
+    """Name and source of a NAME=SOURCE, both of which may have "="; None for a source alone."""
+    parts = text.split("=")
+    pairs = [("=".join(parts[:n]), "=".join(parts[n:])) for n in range(1, len(parts))]
+    for name, source in pairs:
+        if source.startswith("hf:") or (source and Path(source).exists()):
+            return name, source
+    # of what is not there a slash is rather of a path than of a name
+    return pairs[0] if pairs and "/" not in pairs[0][0] else None
+
+
 # place of an adapter, and its task name; None for that of its folder
 NamedPath = tuple[str, str | None]
 
@@ -107,7 +118,8 @@ def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> lis
     Args:
       given: PEFT folders, folders of such folders, LoRA files of diffusers or kohya, patterns of all these
         (`"adapters/*"`), `hf:ORG/NAME` ids, each adapter also as NAME=SOURCE; or one of these. Those of a
-        folder or a pattern are sorted by name. A path that exists, or a pattern that matches, may have "=".
+        folder or a pattern are sorted by name. A path that exists, a pattern that matches, and a name
+        before a path that exists may have "=".
       strict: raise here for a folder without adapters, instead of when it is read.
 
     Raises:
@@ -119,11 +131,10 @@ def locate(given: str | Path | Iterable[str | Path], strict: bool = True) -> lis
         path, task = Path(text), None
         if not path.exists() and not ADDRESS.match(text):
             matched = sorted(glob.glob(text)) if glob.has_magic(text) else []
-            name, sep, rest = text.partition("=")
-            # a slash is rather of a path than of a name, unless what follows is there
-            named = "/" not in name or rest.startswith("hf:") or Path(rest).exists()
-            if sep and named and not matched:
-                path, task, text = Path(rest), name, rest
+            named = None if matched else split_name(text)
+            if named is not None:
+                task, text = named
+                path = Path(text)
             elif glob.has_magic(text):
                 found = among(matched, text)
                 if not found:

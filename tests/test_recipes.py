@@ -92,6 +92,29 @@ def test_a_bad_recipe_is_named(capsys, tmp_path, text, said):
     assert err.count("\n") == 1
 
 
+def test_a_task_may_have_an_equals_sign(capsys, folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    first, second = (x.rpartition("=")[2] for x in folders[:2])
+    given = [
+        f"lr=3={first}",
+        f"v=x={second}",
+        "--max-error",
+        "0.05",
+        "--weight",
+        "lr=3=2",
+        "--protect",
+        "v=x",
+    ]
+    assert run(capsys, "compress", *given, "--out", tmp_path / "s1")[0] == 0
+    assert store.open(tmp_path / "s1").report["options"]["weights"] == {"lr=3": 2, "v=x": 4}
+    assert run(capsys, "inspect", tmp_path / "s1", "--recipe", tmp_path / "r.yaml")[0] == 0
+    assert run(capsys, "compress", "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "s2")[0] == 0
+    assert data_of(tmp_path / "s2") == data_of(tmp_path / "s1")
+    more = ["--protect", "lr=3", "--protect", "v=x=2", "--out", tmp_path / "s3"]
+    assert run(capsys, "compress", *given[:4], *more)[0] == 0
+    assert store.open(tmp_path / "s3").report["options"]["weights"] == {"lr=3": 4, "v=x": 2}
+
+
 def test_stores_of_python_say_nothing(small, tmp_path):
     import hydraopt_jax as hydra
 

@@ -32,6 +32,21 @@ def test_a_folder_of_adapters_stands_for_them(place):
     assert [x.task for x in reading.read(place)] == ["a", "b"]
 
 
+def test_a_name_with_an_equals_sign_ends_where_an_adapter_is_behind_it(place, monkeypatch):
+    monkeypatch.chdir(place.parent)
+    for given, want in (
+        ("lr=3=adapters/a", ("adapters/a", "lr=3")),
+        ("x=y/z=adapters/a", ("adapters/a", "x=y/z")),
+        ("lr=3=hf:org/name", ("hf:org/name", "lr=3")),
+        ("lr=3/none", ("3/none", "lr")),
+        ("runs/lr=3", ("runs/lr=3", None)),
+        ("x=", ("", "x")),
+    ):
+        assert reading.locate(given, strict=False) == [want]
+    (place / "a").rename("lr=3")
+    assert reading.locate("x=lr=3") == [("lr=3", "x")]
+
+
 def test_an_adapter_without_its_configuration_is_not_passed_over(place):
     (place / "a" / "adapter_config.json").unlink()
     with pytest.raises(HydraOptError, match=r"adapter_config\.json"):

@@ -75,6 +75,14 @@ def with_adapters(command: Command) -> Command:
     return command
 
 
+def number_of(text: str) -> float | None:
+    """The number that a text is; None if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def parse_numbers(option: str, rows: Sequence[str]) -> dict[str, float]:
     """Task -> number, of options NAME=NUMBER.
 
@@ -84,13 +92,11 @@ def parse_numbers(option: str, rows: Sequence[str]) -> dict[str, float]:
     out: dict[str, float] = {}
     for row in rows:
         task, sep, value = row.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            sep = ""
-        if not sep or task in out:
-            why = "was given before" if sep else "give NAME=NUMBER, such as legal=2"
-            raise HydraOptError(f"{option} {row}: {why}")
+        number = number_of(value) if sep else None
+        if number is None:
+            raise HydraOptError(f"{option} {row}: give NAME=NUMBER, such as legal=2")
+        if task in out:
+            raise HydraOptError(f"{option} {row}: was given before")
         out[task] = number
     return out
 

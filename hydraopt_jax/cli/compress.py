@@ -14,7 +14,7 @@ import jax
 from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
-from hydraopt_jax.cli.common import PlaceType, parse_numbers, with_adapters
+from hydraopt_jax.cli.common import PlaceType, number_of, parse_numbers, with_adapters
 from hydraopt_jax.cli.descriptions import (
     bytes_table,
     calibration_notes,
@@ -83,9 +83,11 @@ def stoppable(path: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def with_number(context: click.Context, option: click.Parameter, rows: Sequence[str]) -> tuple[str, ...]:
-    """Options NAME=NUMBER; a NAME alone has the weight `PROTECTED`."""
-    return tuple(row if "=" in row else f"{row}={PROTECTED:g}" for row in rows)
+def with_number(rows: Sequence[str], sources: Sequence[NamedPath]) -> tuple[str, ...]:
+    """Options NAME=NUMBER; a NAME alone, which may have "=", has the weight `PROTECTED`."""
+    names = {task or Path(place).absolute().name.removesuffix(".safetensors") for place, task in sources}
+    numbered = ("=" in x and x not in names and number_of(x.rpartition("=")[2]) is not None for x in rows)
+    return tuple(x if n else f"{x}={PROTECTED:g}" for x, n in zip(rows, numbered, strict=True))
 
 
 @click.command("compress")
@@ -110,7 +112,6 @@ def with_number(context: click.Context, option: click.Parameter, rows: Sequence[
     "--protect",
     multiple=True,
     metavar="NAME[=NUMBER]",
-    callback=with_number,
     help=f"the same, {PROTECTED:g} for NAME alone",
 )
 @click.option("--calibration", type=click.Path(), help="file with second moments of the modules' inputs")
@@ -153,6 +154,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
     """
     files.check_output(out, given["overwrite"])
     sources = locate(adapters, strict=not given["skip_bad"])
+    context.params["protect"] = given["protect"] = with_number(given["protect"], sources)
     given |= recipes.without_replaced(context, (*TARGETS, "form"), FORM)
     asked = asked_of(given, len(sources))
     made = {"made": provenance.entry("compress", recipes.recorded(context))}
