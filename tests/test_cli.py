@@ -320,6 +320,17 @@ def test_add_and_remove_say_what_they_did(capsys, folders, tmp_path):
     assert ok(capsys, "verify", path, moved, folders[3])["ok"]
 
 
+def test_the_mean_of_a_change_is_over_modules_and_tasks(capsys, folders, small, tmp_path):
+    name = next(iter(small[0].a))
+    formats.write_adapter(
+        tmp_path / "new", small[0].replace(a={name: small[0].a[name]}, b={name: small[0].b[name]})
+    )
+    ok(capsys, "compress", *folders[1:3], "--out", tmp_path / "s", *HYDRA, "--heads", "1")
+    said = ok(capsys, "add", tmp_path / "s", tmp_path / "new")
+    seen = ok(capsys, "inspect", tmp_path / "s")["error"]
+    assert said["error"]["mean"] == seen["mean"] != pytest.approx(np.mean(list(seen["per_task"].values())))
+
+
 def test_options_and_adapters_that_would_not_be_used_are_refused(capsys, folders, small, tmp_path):
     path = tmp_path / "store"
     ok(capsys, "compress", *folders[:3], "--out", path, *HYDRA)
