@@ -13,6 +13,10 @@ class TooLarge(HydraOptError):
     """A store would exceed its byte limit."""
 
 
+class DamagedStore(HydraOptError):
+    """A store does not match its checksums, or lacks a part."""
+
+
 def suggest(name: object, known: Iterable[str]) -> str:
     """Advice on an unknown name: similar names, or all names if none is similar.
 
@@ -43,7 +47,7 @@ def system_error(place: Any, done: str, error: Exception, advice: str = "") -> H
     return HydraOptError(f"{place}: cannot be {done}: {what}{advice}")
 
 
-def damaged(path: Any, what: str) -> HydraOptError:
+def damaged(path: Any, what: str) -> DamagedStore:
     """The error for a damaged store, at a path or None."""
     at = "" if path is None else f"{path}: "
-    return HydraOptError(f"{at}damaged store: {what}: restore it from a copy or compress again")
+    return DamagedStore(f"{at}damaged store: {what}: restore it from a copy or compress again")

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 from commands import run
 
-from hydraopt_jax import formats
+from hydraopt_jax import compression, formats, store
 from hydraopt_jax.cli.verbs import VERBS
 from hydraopt_jax.demo import main as demo
 
@@ -58,6 +58,24 @@ def test_output_of_stores(capsys, folders, tmp_path):
     ok(capsys, "remove", s, "--purge")
     ok(capsys, "pack", s, tmp_path / "s.safetensors")
     ok(capsys, "unpack", tmp_path / "s.safetensors", tmp_path / "u")
+
+
+@pytest.mark.parametrize("name", ["s", "s.safetensors"])
+def test_a_damaged_store_is_a_failed_check(capsys, small, tmp_path, name):
+    path = tmp_path / name
+    store.save(path, compression.compress(small[:2], budget=1))
+    file = max((x for x in (path, *path.rglob("*")) if x.is_file()), key=lambda x: x.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, out, err = run(capsys, "verify", path, "--json")
+    said = json.loads(out)
+    check("verify", said)
+    assert (code, said["checksums"], said["ok"]) == (1, "wrong", False)
+    assert err == f"hydraopt: {said['damage']}\n"
+    assert run(capsys, "verify", path)[:2] == (1, "")
+    assert run(capsys, "export", path, "--all", "--out", tmp_path / "x")[0] == 2
+    assert run(capsys, "verify", tmp_path / "none", "--json")[:2] == (2, "")
 
 
 def test_output_of_collections(capsys, folders, tmp_path):

@@ -27,7 +27,7 @@ from hydraopt_jax.cli.descriptions import (
 )
 from hydraopt_jax.cli.output import jsonable, mode, output_options, progress, say
 from hydraopt_jax.deferred import size_of
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import DamagedStore, HydraOptError
 from hydraopt_jax.formats import server, write_adapter
 from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.rate_control.distortion import measure
@@ -259,7 +259,11 @@ def verify(
     """
     if calibration is not None and not adapters:
         raise HydraOptError("--calibration: errors of outputs are measured against ADAPTERS: give them, too")
-    leaves = store.verify(path)
+    try:
+        leaves = store.verify(path)
+    except DamagedStore as error:
+        say({"store": str(path), "checksums": "wrong", "damage": str(error), "ok": False})
+        raise CheckFailed(str(error)) from None
     content = store.open(path)
     moments = load_moments(content, path, calibration)
     payload: dict[str, Any] = {"store": str(path), "checksums": "ok", "leaves": leaves}
