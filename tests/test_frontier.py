@@ -168,6 +168,20 @@ def test_lossless_points_in_plot_and_table(tmp_path):
     assert ["c", "0%", "10%", "-", "-5.0%"] in rows
 
 
+def test_more_budgets_than_a_line_holds_are_named():
+    shares = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.001)
+    points = tuple(Point("", 1000 * f, 1.23e-4 / f, 0.0) for f in shares)
+    curves = tuple(Curve(x, points) for x in ("ours", "another method of a long name"))
+    found = tradeoff.Frontier(1000, shares, curves, (), {curves[1].label: -12.3})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.frontier_table(found))
+    text = console.export_text()
+    assert "0.00…" not in text
+    assert [f"{x}%" in text for x in (90, 50, 40, 0.1)] == [True, True, False, False]
+    assert report.shares_left_out(found) == "With --verbose and --json only: 40%, 0.1%"
+    assert report.shares_left_out(found._replace(fractions=shares[:5])) is None
+
+
 def test_curves_that_meet_at_one_error_are_compared_there():
     single = Curve("", (Point("", 8.0, 1.0, 0.0),))
     assert tradeoff.bjontegaard(line(1.0), single) == pytest.approx(100 * (1 / 8 - 1))

@@ -153,6 +153,17 @@ def test_letters_that_standard_output_lacks_are_replaced(made, tmp_path, monkeyp
     assert "?é.safetensors" in out.buffer.getvalue().decode("latin-1")
 
 
+def test_a_narrow_terminal_shortens_names_and_no_number(capsys, made, monkeypatch):
+    def numbers():
+        rows = (x.split() for x in run(capsys, "inspect", made)[1].splitlines())
+        return sorted(x for row in rows if row[1:] for x in row if x.endswith("%"))
+
+    before = numbers()
+    assert before
+    monkeypatch.setenv("COLUMNS", "20")
+    assert numbers() == before
+
+
 def test_zero_columns_are_as_many_as_without_a_terminal(capsys, made, monkeypatch):
     monkeypatch.setenv("COLUMNS", "0")
     assert max(map(len, ok(capsys, "inspect", made).splitlines())) > 60

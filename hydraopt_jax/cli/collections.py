@@ -92,7 +92,8 @@ def frontier(
     if plot:
         report.plot_frontier(plot, found)
     payload = jsonable(tradeoff.as_dict(found))
-    say(payload, report.frontier_table(found), against_hydraopt(found), more=[report.points_table(found)])
+    parts = (report.frontier_table(found), report.shares_left_out(found), against_hydraopt(found))
+    say(payload, *parts, more=[report.points_table(found)])
 
 
 def against_hydraopt(found: tradeoff.Frontier) -> str:

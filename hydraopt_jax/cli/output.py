@@ -117,15 +117,16 @@ def say_all(payload: Mapping[str, Any], parts: Sequence[Any], more: Sequence[Any
     # names of tasks are no markup
     console = Printer(highlight=False, markup=False, emoji=False)
     # rich takes COLUMNS=0 for a width, others for none
-    console.width = console.width or 80
+    width = console.width or 80
     for part in (*(more if mode().verbose else ()), *parts):
         if isinstance(part, str):
-            click.echo(wrapped(part, console.width))
+            click.echo(wrapped(part, width))
         elif part is not None:
             if part.title:
                 # rich would break the title at the width of the table
-                click.echo(wrapped(str(part.title), console.width))
+                click.echo(wrapped(str(part.title), width))
                 part.title = None
+            console.width = max(width, report.least_width(part))
             console.print(part)
             click.echo()
 

@@ -7,6 +7,7 @@ from hydraopt_jax.report.tables import (
     kinds_table,
     nearest_table,
     points_table,
+    shares_left_out,
     task_table,
 )
 from hydraopt_jax.report.terminal import bars, progress
@@ -16,6 +17,7 @@ from hydraopt_jax.report.text import (
     format_error,
     format_rate,
     format_share,
+    least_width,
     off_diagonal,
     shorten,
     shorten_path,
@@ -33,6 +35,7 @@ __all__ = [
     "format_share",
     "frontier_table",
     "kinds_table",
+    "least_width",
     "nearest_table",
     "off_diagonal",
     "plot_errors",
@@ -41,6 +44,7 @@ __all__ = [
     "plot_tradeoff",
     "points_table",
     "progress",
+    "shares_left_out",
     "shorten",
     "shorten_path",
     "task_table",

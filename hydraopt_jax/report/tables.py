@@ -76,6 +76,7 @@ def task_table(summary: Summary) -> Table | None:
     matrix = np.asarray(summary.mean.delta)
     order = cluster_order(matrix)
     table = columns("", "task", "", title=f"Similarity of deltas, {unit}; alike tasks side by side")
+    table.columns[2].no_wrap = True
     # columns of one character are numbered by the last digit
     table.columns[2].header = "".join(
         f"{n + 1:3d}" if width > 1 else str((n + 1) % 10) for n in range(len(order))
@@ -105,7 +106,7 @@ def best_below(curve: Curve, size: float) -> str:
 
 
 # upper limit of budgets in a line of 80 columns
-SHARES = 6
+SHARES = 5
 
 
 def frontier_table(found: Frontier) -> Table:
@@ -123,8 +124,14 @@ def frontier_table(found: Frontier) -> Table:
         # rounding may take a store slightly over its budget
         cells = (best_below(curve, 1.001 * f * found.reference) for f in shares)
         said = "" if not known else "-" if rate is None else format_rate(rate)
-        table.add_row(shorten(curve.label, 28 if len(shares) < 6 else 20), *cells, said)
+        table.add_row(shorten(curve.label, 28), *cells, said)
     return table
+
+
+def shares_left_out(found: Frontier) -> str | None:
+    """A line that names the shares that `frontier_table` has no column for; None if there are none."""
+    shares = [f"{100 * f:.3g}%" for f in found.fractions[SHARES:]]
+    return f"With --verbose and --json only: {', '.join(shares)}" if shares else None
 
 
 def points_table(found: Frontier) -> Table:

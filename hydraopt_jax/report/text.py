@@ -2,10 +2,11 @@
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.table import Table
 
-# width of a name in a table
-NAME = 32
+# width of a name in a table, and in the narrowest terminal
+NAME, LEAST = 32, 8
 
 
 def format_bytes(count: float) -> str:
@@ -106,7 +107,9 @@ def shorten_path(text: str, limit: int = NAME) -> str:
 
 
 def columns(*headings: str, title: str = "") -> Table:
-    """An empty table with headings; `>` before a heading aligns its column to the right.
+    """An empty table with headings; `>` before a heading aligns its column to the right, as numbers are.
+
+    In a narrow terminal the other columns shrink first.
 
     >>> columns("task", ">bytes").columns[1].justify
     'right'
@@ -114,8 +117,19 @@ def columns(*headings: str, title: str = "") -> Table:
     table = Table(box=SIMPLE_HEAD, title=title or None, show_edge=False, pad_edge=False)
     for heading in headings:
         right = heading.startswith(">")
-        table.add_column(heading.removeprefix(">"), justify="right" if right else "left", no_wrap=True)
+        table.add_column(heading.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
     return table
+
+
+def least_width(table: Table) -> int:
+    """Characters that a table of `columns` takes at least: numbers stay whole, names shrink to `LEAST`.
+
+    >>> least_width(columns("a name of 20 letters", ">bytes"))
+    16
+    """
+    widest = [max(cell_len(str(cell)) for cell in (x.header, *x.cells)) for x in table.columns]
+    kept = [n if x.no_wrap else min(n, LEAST) for n, x in zip(widest, table.columns, strict=True)]
+    return sum(kept) + 3 * (len(kept) - 1)
 
 
 def off_diagonal(matrix: np.ndarray) -> float:
