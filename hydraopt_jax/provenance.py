@@ -15,7 +15,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,10 @@ def is_yaml(path: Path) -> bool:
     return path.suffix.lower() in (".yaml", ".yml")
 
 
-def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
+def read_recipe(path: str | Path, known: Iterable[str], several: Collection[str] = ()) -> dict[str, Any]:
     """The recipe in a file, checked to have `known` options only, and the file's path.
+
+    Options of `several` have a list of values, all others one value.
 
     Raises:
       HydraOptError: no such file, or not a recipe; the message names the field.
@@ -153,6 +155,14 @@ def read_recipe(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         raise HydraOptError(f"{path}: options are a mapping, adapters a list")
     for name in (x for x in options if x not in names):
         raise HydraOptError(f"{path}: options: {name}: {suggest(str(name), names)}")
+    options = dict(options)
+    for name, given in options.items():
+        values = given if name in several and isinstance(given, list) else [given]
+        if any(isinstance(x, list | dict) for x in values):
+            what = "a list of values" if name in several else "one value"
+            raise HydraOptError(f"{path}: options: {name}: give {what}, not {str(given)[:80]}")
+        if name in several and given is not None:
+            options[name] = values
     for row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("task", "source")):
             raise HydraOptError(f"{path}: adapters: give task and source of each, not {str(row)[:80]}")

@@ -56,6 +56,9 @@ def test_a_recipe_makes_the_same_store(capsys, made, tmp_path, name):
 
 def test_what_the_command_line_gives_goes_before_the_recipe(capsys, made, tmp_path):
     run(capsys, "inspect", made, "--recipe", tmp_path / "r.json")
+    recipe = json.loads((tmp_path / "r.json").read_text())
+    recipe["options"]["weights"] = "one=2"
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
     given = ["--recipe", tmp_path / "r.json", "--max-error", "0.2", "--out", tmp_path / "s2"]
     assert run(capsys, "compress", *given)[0] == 0
     assert store.open(tmp_path / "s2").report["options"]["max_error"] == 0.2
@@ -82,6 +85,7 @@ def test_other_adapters_than_the_recipe_has_are_refused(capsys, made, small, tmp
         ('{"recipe": 1, "options": {"bugdet": "0.1"}}', "did you mean 'budget'"),
         ('{"recipe": 1, "adapters": ["x"]}', "give task and source"),
         ('{"recipe": 1, "options": []}', "options are a mapping"),
+        ('{"recipe": 1, "options": {"max_error": {"a": 1}}}', "options: max_error: give one value"),
     ],
 )
 def test_a_bad_recipe_is_named(capsys, tmp_path, text, said):

@@ -13,6 +13,7 @@ import hydraopt_jax as hydra
 from hydraopt_jax import HydraOptError, calibration, deferred, formats, locks, provenance, synthetic
 from hydraopt_jax.adapters import check_headers
 from hydraopt_jax.cli import common
+from hydraopt_jax.cli.merging import parse_scale
 from hydraopt_jax.demo import main as demo
 from hydraopt_jax.formats import model_maps, patterns, peft, peft_config, tensor_files, trees
 from hydraopt_jax.forms import Gradient, Hydra
@@ -60,6 +61,10 @@ PURE = [
     (lambda: check_headers([("a", "", {}, {"q": (2, 3)}), ("b", "", {}, {"q": (2, 4)})]), "one base model"),
     (lambda: common.parse_numbers("--weight", ["legal"]), "--weight legal: give NAME=NUMBER"),
     (lambda: common.parse_numbers("--weight", ["legal=1", "legal=2"]), "legal=2: was given before"),
+    (lambda: common.parse_numbers("--weight", ["legal=1e300"]), "--weight legal=1e300: is not a number that"),
+    (lambda: common.parse_numbers("--weight", ["legal=nan"]), "--weight legal=nan: is not a number that"),
+    (lambda: parse_scale("1e300"), "--scale 1e300: is not a number that float32 holds"),
+    (lambda: parse_scale("1e-300"), "--scale 1e-300: is not a number that float32 holds"),
     (
         lambda: common.parse_files("--moments", ["file"], TASKS),
         "file: give NAME=VALUE, NAME one of",
@@ -243,12 +248,15 @@ def test_files_are_refused_in_one_line(kept, call, words):
         ({**RECIPE, "option": {}}, "option: did you mean 'options'?"),
         ({**RECIPE, "options": []}, "options are a mapping, adapters a list"),
         ({**RECIPE, "options": {"budge": 1}}, "options: budge: did you mean 'budget'?"),
+        ({**RECIPE, "options": {"budget": {"a": 1}}}, "options: budget: give one value, not {'a': 1}"),
+        ({**RECIPE, "options": {"budget": [1]}}, "options: budget: give one value"),
+        ({**RECIPE, "options": {"weights": {"a": 1}}}, "options: weights: give a list of values"),
     ],
 )
 def test_recipes_are_refused_by_the_field(tmp_path, said, words):
     (tmp_path / "r.json").write_text(json.dumps(said))
     with pytest.raises(HydraOptError, match=words.replace("?", r"\?")) as refused:
-        provenance.read_recipe(tmp_path / "r.json", ["budget"])
+        provenance.read_recipe(tmp_path / "r.json", ["budget", "weights"], ["weights"])
     assert str(refused.value).startswith(f"{tmp_path / 'r.json'}: ")
 
 

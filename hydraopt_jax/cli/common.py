@@ -97,8 +97,17 @@ def parse_numbers(option: str, rows: Sequence[str]) -> dict[str, float]:
             raise HydraOptError(f"{option} {row}: give NAME=NUMBER, such as legal=2")
         if task in out:
             raise HydraOptError(f"{option} {row}: was given before")
+        check_range(f"{option} {row}", number)
         out[task] = number
     return out
+
+
+def check_range(said: str, number: float) -> None:
+    """Raise for an option's number that float32 does not hold: not finite, too large, or too near to 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        held = np.float32(number)
+    if not np.isfinite(held) or (held == 0) != (number == 0):
+        raise HydraOptError(f"{said}: is not a number that float32 holds: give a finite one, nearer to 1")
 
 
 def parse_files(option: str, rows: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:

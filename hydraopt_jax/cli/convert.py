@@ -8,6 +8,7 @@ from click.core import ParameterSource
 
 from hydraopt_jax import report
 from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.cli.common import check_range
 from hydraopt_jax.cli.output import output_options, say
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats import read_adapter, read_trained, write_adapter, write_trained
@@ -87,8 +88,11 @@ def check_used(source: str, to: str) -> None:
     for name in sorted(idle):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise HydraOptError(f"--{name}: {why}: leave it out")
-    if context.params["scale"] == 0:
+    scale = context.params["scale"]
+    if scale == 0:
         raise HydraOptError("--scale 0: would make the adapter zero: give alpha / rank")
+    if scale is not None:
+        check_range(f"--scale {scale:g}", scale)
 
 
 def read_source(source: str, to: str, **options: Any) -> Adapter:

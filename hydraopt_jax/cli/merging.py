@@ -12,7 +12,9 @@ from hydraopt_jax import calibration, merging, report
 from hydraopt_jax.adapters import Adapter, check
 from hydraopt_jax.cli.common import (
     PlaceType,
+    check_range,
     check_task,
+    number_of,
     parse_files,
     parse_numbers,
     read_all,
@@ -62,14 +64,12 @@ def parse_scale(text: str) -> float | None:
     """
     if text == "auto":
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not np.isfinite(value):
+    value = number_of(text)
+    if value is None or not np.isfinite(value):
         raise HydraOptError(
             f"--scale {text}: give a number, or auto for the factor with the lowest mean error"
         )
+    check_range(f"--scale {text}", value)
     return value
 
 

@@ -42,7 +42,8 @@ def apply_recipe(context: click.Context, option: click.Parameter, path: str | No
     """The recipe of a file; its values become the defaults of the command line."""
     if path is None:
         return None
-    found = provenance.read_recipe(path, option_names(context.command))
+    several = [x.name for x in context.command.params if x.name and x.multiple]
+    found = provenance.read_recipe(path, option_names(context.command), several)
     adapters = [f"{x['task']}={x['source']}" for x in found["adapters"]]
     context.default_map = {**found["options"], **({"adapters": adapters} if adapters else {})}
     return found
