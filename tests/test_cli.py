@@ -344,6 +344,22 @@ def test_options_and_adapters_that_would_not_be_used_are_refused(capsys, folders
     assert ok(capsys, "export", path, "--task", "one", "--task", "one", "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["verify", "s", "--any-base"], "--any-base: used with ADAPTERS only"),
+        (["verify", "s", "--base-suffix", "-bnb"], "--base-suffix: used with ADAPTERS only"),
+        (["merge", "a", "b", "--out", "m", "--seed", "7"], "--seed: linear draws no masks"),
+        (["similarity", "a", "--plot", ""], "--plot: is empty"),
+        (["frontier", "a", "--plot", ""], "--plot: is empty"),
+        (["frontier", "a", "--baselines", ""], "--baselines: is empty"),
+        (["inspect", "s", "--plot", ""], "--plot: is empty"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(capsys, words, said):
+    assert said in refused(capsys, *words)
+
+
 def test_a_reader_that_stops_is_no_failure(folders, tmp_path, capsys):
     ok(capsys, "compress", *folders, "--out", tmp_path / "s", *HYDRA)
     for more in ([], ["--json"]):

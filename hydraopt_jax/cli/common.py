@@ -33,6 +33,13 @@ class PlaceType(click.Path):
         return value
 
 
+def not_empty(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    """The value of an option for which an empty text means nothing, not the default."""
+    if text == "":
+        raise HydraOptError(f"--{option.name}: is empty: give a value, or leave it out")
+    return text
+
+
 def read_all(given: Sequence[str], any_base: bool, base_suffix: Sequence[str]) -> list[Adapter]:
     """Adapters of arguments of `reading.locate`, checked to be of one base model."""
     sources, out = locate(given), []

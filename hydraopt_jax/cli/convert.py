@@ -88,6 +88,8 @@ def check_used(source: str, to: str) -> None:
     for name in sorted(idle):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise HydraOptError(f"--{name}: {why}: leave it out")
+    if context.params["layers"] is not None and not context.params["scan"]:
+        raise HydraOptError("--layers: used with --scan only: give it, too, or leave --layers out")
     scale = context.params["scale"]
     if scale == 0:
         raise HydraOptError("--scale 0: would make the adapter zero: give alpha / rank")

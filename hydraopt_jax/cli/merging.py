@@ -7,6 +7,7 @@ from typing import Any
 import click
 import jax
 import numpy as np
+from click.core import ParameterSource
 
 from hydraopt_jax import calibration, merging, report
 from hydraopt_jax.adapters import Adapter, check
@@ -149,6 +150,9 @@ def merge(
         method,
         options | ({} if rank is None else {"rank": rank}) | ({"moments": moments} if moments else {}),
     )
+    source = click.get_current_context().get_parameter_source("seed")
+    if source is ParameterSource.COMMANDLINE and "key" not in registry.method_of(method).options:
+        raise HydraOptError(f"--seed: {method} draws no masks: leave it out")
     parse_numbers("--weight", weights)
     check_dtype(dtype)
     if Path(out).exists() and not overwrite:

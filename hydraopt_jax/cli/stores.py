@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import layer_kind
-from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, read_in_turn, with_adapters
+from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, not_empty, read_in_turn, with_adapters
 from hydraopt_jax.cli.descriptions import (
     bytes_table,
     calibration_notes,
@@ -48,6 +48,7 @@ from hydraopt_jax.store.tensors import check_dtype
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False),
+    callback=not_empty,
     help="write the errors by module and task to this PNG, PDF or SVG",
 )
 @click.option(
@@ -259,6 +260,9 @@ def verify(
     """
     if calibration is not None and not adapters:
         raise HydraOptError("--calibration: errors of outputs are measured against ADAPTERS: give them, too")
+    if (any_base or base_suffix) and not adapters:
+        name = "--any-base" if any_base else "--base-suffix"
+        raise HydraOptError(f"{name}: used with ADAPTERS only: give them, too, or leave it out")
     try:
         leaves = store.verify(path)
     except DamagedStore as error:

@@ -240,6 +240,10 @@ def test_one_verb_from_peft_to_a_checkpoint_and_back(tmp_path, capsys, monkeypat
             ("run", "out", "--family", "qwen", "--scale", "1e-300"),
             "--scale 1e-300: is not a number that float32",
         ),
+        (
+            ("peft", "out", "--family", "qwen", "--to", "tunix", "--head-dim", DIM, "--layers", 2),
+            "--layers: used with --scan only",
+        ),
         (("run", "out", "--family", "qwen", "--no-fused"), "--fused: --to peft does not use it"),
         (
             ("peft", "out", "--family", "qwen", "--to", "tunix", "--prefix", "x.layers", "--head-dim", DIM),
