@@ -102,9 +102,10 @@ def test_inspect_begins_with_the_tasks_and_lists_leaves_on_request(capsys, made)
 
 
 def test_changes_and_parts_say_what_their_numbers_are(capsys, place, tmp_path):
-    s = tmp_path / "s"
+    s = tmp_path / "my store"
     ok(capsys, "compress", place / "in", "--max-error", "0.05", "--out", s)
     removed = ok(capsys, "remove", s, "c").splitlines()
+    assert f"to remove them: hydraopt remove '{s}' --purge" in " ".join(removed)
     assert removed[0].split() == ["task", "error", "of", "weights"]
     assert removed[2].startswith("mean ")
     added = ok(capsys, "add", s, place / "in/c", "--estimate").splitlines()

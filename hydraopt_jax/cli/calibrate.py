@@ -1,5 +1,6 @@
 """The verb that gathers a calibration: calibrate."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -69,5 +70,5 @@ def calibrate(
         "diagonal": diagonal,
         "bytes": size,
     }
-    last = f"{out}: {report.format_bytes(size)}, for compress --calibration {out}"
+    last = f"{out}: {report.format_bytes(size)}, for compress --calibration {shlex.quote(out)}"
     say(payload, table, few if count < widest and not diagonal else None, last)

@@ -1,5 +1,6 @@
 """Verbs that change a store in place: add, remove."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,8 @@ def change_report(path: str, before: int, content: Store, found: "Refit | None",
         table.add_row(report.shorten(name), report.format_error(now), *then)
     notes = calibration_notes(content)
     if held:
-        notes += [*held_notes(held, content.tasks), f"to remove them: hydraopt remove {path} --purge"]
+        notes += held_notes(held, content.tasks)
+        notes.append(f"to remove them: hydraopt remove {shlex.quote(path)} --purge")
     if found is not None and found.due:
         notes.append("A refit is due: --refit would lower the mean error by more than a tenth.")
     return payload, (table, *notes), sentence(content, before, payload["bytes_after"])

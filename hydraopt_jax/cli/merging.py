@@ -200,7 +200,7 @@ def merge(
     notes = []
     if worst > 1:
         notes.append(WORSE)
-    if least < 0.99 * mean:
+    if least < 0.99 * mean and scale != "auto":
         low = report.format_error(least)
         notes.append(f"Lowest mean error: {low}, at scale {factor * best:.3g} (--scale auto)")
     how = f"{method}, rank {payload['rank']}, scale {factor:.3g}"

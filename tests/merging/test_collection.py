@@ -162,6 +162,15 @@ def test_errors_above_one_are_explained(capsys, folders, tmp_path):
     assert found["error"]["mean"] <= 1
 
 
+def test_the_best_scale_is_not_advised_where_it_was_taken(capsys, folders, tmp_path, monkeypatch):
+    """Of errors that are nothing but rounding the least is far below the others."""
+    monkeypatch.setattr(merging, "best_scale", lambda *_: (2.0, 0.0))
+    for scale, said in (("1", True), ("auto", False)):
+        code, out, _ = run(capsys, "merge", *folders[:2], "--scale", scale, "--out", tmp_path / scale)
+        assert code == 0
+        assert ("--scale auto" in out) == said
+
+
 def test_regmean_takes_a_file_of_moments_a_task(capsys, small, folders, tmp_path):
     rng = np.random.default_rng(0)
     rows = []
