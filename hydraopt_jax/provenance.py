@@ -96,6 +96,12 @@ def recipe_of(store: Store) -> dict[str, Any]:
     return {"recipe": RECIPE, "version": made["version"], "options": options, "adapters": adapters}
 
 
+def check_absent(path: str | Path) -> None:
+    """Raise if a recipe cannot be written to a path because something is there."""
+    if os.path.lexists(path):
+        raise HydraOptError(f"{path}: exists; choose another file")
+
+
 def write_recipe(path: str | Path, recipe: Mapping[str, Any]) -> None:
     """Write a recipe as YAML or JSON, depending on the file's name.
 
@@ -103,6 +109,7 @@ def write_recipe(path: str | Path, recipe: Mapping[str, Any]) -> None:
       HydraOptError: the file exists or cannot be written.
     """
     at = Path(path)
+    check_absent(at)
     if is_yaml(at):
         import yaml
 
@@ -112,8 +119,6 @@ def write_recipe(path: str | Path, recipe: Mapping[str, Any]) -> None:
     try:
         with at.open("x", encoding="utf-8") as sink:
             sink.write(text)
-    except FileExistsError:
-        raise HydraOptError(f"{path}: exists; choose another file") from None
     except OSError as error:
         raise system_error(path, "written", error) from None
 

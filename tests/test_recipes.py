@@ -143,6 +143,26 @@ def test_recipes_are_text_that_others_read(capsys, made, tmp_path):
     assert yaml.safe_load((tmp_path / "r.yaml").read_text()) == json.loads((tmp_path / "r.json").read_text())
 
 
+def test_a_recipe_that_cannot_be_written_is_said_before_the_plot(capsys, made, tmp_path):
+    (tmp_path / "r.json").write_text("mine")
+    code, _, err = run(capsys, "inspect", made, "--plot", tmp_path / "p.svg", "--recipe", tmp_path / "r.json")
+    assert code == 2
+    assert "r.json: exists" in err
+    assert not (tmp_path / "p.svg").exists()
+
+
+def test_a_form_of_the_command_line_stands_for_the_targets_of_the_recipe(capsys, made, tmp_path):
+    run(capsys, "inspect", made, "--recipe", tmp_path / "r.json")
+    given = ["--recipe", tmp_path / "r.json", "--form", "hydra", "--heads", "2", "--out", tmp_path / "s2"]
+    code, _, err = run(capsys, "compress", *given)
+    assert code == 0, err
+    said = store.open(tmp_path / "s2").report["provenance"]["made"]["options"]
+    assert said == {"any_base": True, "form": "hydra", "heads": 2}
+    code, _, err = run(capsys, "compress", *given[:-1], tmp_path / "s3", "--weight", "one=2")
+    assert code == 2
+    assert "--weight: cannot be combined" in err
+
+
 def test_a_target_of_the_command_line_stands_for_those_of_the_recipe(capsys, made, tmp_path):
     run(capsys, "inspect", made, "--recipe", tmp_path / "r.json")
     given = ["--recipe", tmp_path / "r.json", "--budget", "0.9", "--out", tmp_path / "s2"]

@@ -51,6 +51,8 @@ FORM = {
     "steps": 1000,
     "dtype": None,
 }
+# options that no form has, and what they are where they were not given
+BESIDE_FORM = {"weights": (), "protect": (), "calibration": None, "alone": False}
 # weight of a task that is protected without a number: half the quantizer step
 PROTECTED = 4
 DEFAULT_NOTE = (
@@ -155,7 +157,7 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
     files.check_output(out, given["overwrite"])
     sources = locate(adapters, strict=not given["skip_bad"])
     context.params["protect"] = given["protect"] = with_number(given["protect"], sources)
-    given |= recipes.without_replaced(context, (*TARGETS, "form"), FORM)
+    given |= recipes.without_replaced(context, (*TARGETS, "form"), FORM, BESIDE_FORM)
     asked = asked_of(given, len(sources))
     made = {"made": provenance.entry("compress", recipes.recorded(context))}
     if given["coordinator"] is not None and buckets.is_bucket(out):
@@ -178,7 +180,7 @@ def asked_of(given: Mapping[str, Any], tasks: int) -> dict[str, Any]:
     """
     targets = [k for k in TARGETS if given[k] is not None]
     fixed = [k for k, v in FORM.items() if given[k] != v]
-    beside = [k for k in ("weights", "protect", "calibration", "alone") if given[k]]
+    beside = [k for k in BESIDE_FORM if given[k]]
     if given["form"] is None and fixed:
         raise HydraOptError(f"--{fixed[0]}: is an option of --form hydra: give --form hydra, or leave it out")
     if given["form"] is not None:

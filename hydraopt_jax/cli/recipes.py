@@ -50,21 +50,22 @@ def apply_recipe(context: click.Context, option: click.Parameter, path: str | No
 
 
 def without_replaced(
-    context: click.Context, targets: Sequence[str], form: Mapping[str, Any]
+    context: click.Context, targets: Sequence[str], form: Mapping[str, Any], beside: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Values of a recipe's targets that one of the command line stands for, and of its form's options.
+    """Values of a recipe's targets that one of the command line stands for, and of what goes with them.
 
     Args:
       context: of the verb.
       targets: options of which a store has one.
       form: defaults of the options of "form".
+      beside: defaults of the options that go with no form.
     """
     source = context.get_parameter_source
     if all(source(k) is not ParameterSource.COMMANDLINE for k in targets):
         return {}
     gone: dict[str, Any] = {k: None for k in targets if source(k) is ParameterSource.DEFAULT_MAP}
-    if "form" in gone:
-        gone |= {k: v for k, v in form.items() if source(k) is ParameterSource.DEFAULT_MAP}
+    for given, options in (("form" in gone, form), (source("form") is ParameterSource.COMMANDLINE, beside)):
+        gone |= {k: v for k, v in options.items() if given and source(k) is ParameterSource.DEFAULT_MAP}
     context.params |= gone
     return gone
 

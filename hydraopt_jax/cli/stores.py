@@ -61,10 +61,13 @@ def inspect(path: str, recipe: str | None, plot: str | None, references: bool) -
     --verbose lists every leaf, and with --json the error of every module of every task.
     """
     content = store.open(path)
+    if recipe is not None:
+        provenance.check_absent(recipe)
+        again = provenance.recipe_of(content)
     if plot:
         report.plot_errors(plot, list(claims_of(content).values())[-1], list(content.shapes), content.tasks)
     if recipe is not None:
-        provenance.write_recipe(recipe, provenance.recipe_of(content))
+        provenance.write_recipe(recipe, again)
     own = sizes.task_bytes(content)
     rows = [
         {
