@@ -103,9 +103,11 @@ def test_budget_makes_a_store_that_verifies(capsys, folders, tmp_path):
 
 
 def test_frontier_command_prints_every_curve(capsys, folders, tmp_path):
-    options = ["--budget", "0.6", "--plot", tmp_path / "f.pdf", "--baselines", "ties, k-merge"]
+    options = ["--budget", "0.6", "--budget", "0.6", "--plot", tmp_path / "f.pdf"]
+    options += ["--baselines", "ties, k-merge, ties"]
     said = ok(capsys, "frontier", *folders, *options)
     assert {"hydraopt_jax", "HydraOpt, fp16", "merged (mean delta)", "k-merge"} <= set(said["curves"])
+    assert (len(said["fractions"]), len(said["curves"]["hydraopt_jax"])) == (1, 1)
     assert said["curves"]["ties"][0]["fraction"] == pytest.approx(0.25)
     assert "'magic'" in refused(capsys, "frontier", *folders, "--baselines", "magic")
     assert (tmp_path / "f.pdf").stat().st_size > 1000

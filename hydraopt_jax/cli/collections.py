@@ -93,7 +93,7 @@ def frontier(
 
     --verbose lists every point of every method.
     """
-    fractions = [parse_budget(x) for x in budgets] or list(tradeoff.FRACTIONS)
+    fractions = list(dict.fromkeys(map(parse_budget, budgets))) or list(tradeoff.FRACTIONS)
     if any(isinstance(x, int) for x in fractions):
         raise HydraOptError("frontier: --budget takes shares of the fp16 bytes, such as 0.125")
     names = merging.curves.parse_names(baselines) if baselines else ()

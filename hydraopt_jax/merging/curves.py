@@ -33,10 +33,10 @@ def parse_names(text: str) -> tuple[str, ...]:
     Raises:
       HydraOptError: an unknown method, or one that needs more than the adapters.
 
-    >>> parse_names("ties, knots")
+    >>> parse_names("ties, knots, ties")
     ('ties', 'knots')
     """
-    names = BASELINES if text.strip() == "all" else tuple(x.strip() for x in text.split(","))
+    names = BASELINES if text.strip() == "all" else tuple(dict.fromkeys(x.strip() for x in text.split(",")))
     for name in names:
         if name not in BASELINES:
             raise HydraOptError(f"baseline {name!r}: must be all, or some of {', '.join(BASELINES)}")
