@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,14 @@ def test_demo_writes_stores_scores_and_a_plot(tmp_path):
     assert said["own_adapters"]["scores"].keys() == set(said["tasks"])
     assert (tmp_path / "demo" / "tradeoff.png").exists()
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == said
+
+
+def test_demo_leaves_nothing_when_it_is_stopped(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "build_demo", lambda *_: signal.raise_signal(signal.SIGTERM))
+    ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert "stopped by SIGTERM" in refused(capsys, "demo", "--out", tmp_path / "d", code=143)
+    assert signal.signal(signal.SIGTERM, ignored) == signal.SIG_IGN
+    assert not list(tmp_path.iterdir())
 
 
 def test_demo_does_not_write_over_anything(capsys, tmp_path):

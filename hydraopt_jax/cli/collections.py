@@ -7,7 +7,7 @@ import click
 import numpy as np
 
 from hydraopt_jax import merging, report, tradeoff
-from hydraopt_jax.cli.common import PlaceType, not_empty, read_all, with_adapters
+from hydraopt_jax.cli.common import PlaceType, not_empty, read_all, stoppable, with_adapters
 from hydraopt_jax.cli.descriptions import groups_note
 from hydraopt_jax.cli.output import jsonable, output_options, progress, say
 from hydraopt_jax.demo import main as demonstration
@@ -124,7 +124,8 @@ def against_hydraopt(found: tradeoff.Frontier) -> str:
 def demo(out: str) -> None:
     """Compress forty trained adapters at three budgets, and score them before and after."""
     budgets = demonstration.BUDGETS
-    with progress("scoring and compressing", demonstration.stages(budgets)) as advance:
+    stages = demonstration.stages(budgets)
+    with stoppable("nothing was written"), progress("scoring and compressing", stages) as advance:
         result = demonstration.run_demo(Path(out), advance)
     table = report.columns("what is kept", ">bytes", ">of fp16", ">error", ">exact match", ">of own")
     own = result["own_adapters"]["score"]

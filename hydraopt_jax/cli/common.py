@@ -1,5 +1,8 @@
 """Functions of several verbs: reading collections, options NAME=VALUE, calibrations."""
 
+import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +24,29 @@ class CheckFailed(click.ClickException):
     """The error of a failed check: exit status 1."""
 
     exit_code = 1
+
+
+class Terminated(click.ClickException):
+    """The error of a command that SIGTERM stopped."""
+
+    exit_code = 143
+
+
+@contextlib.contextmanager
+def stoppable(left: str) -> Iterator[None]:
+    """End with a message on SIGTERM: what is `left`."""
+
+    def stop(*_: Any) -> None:
+        raise Terminated(f"stopped by SIGTERM; {left}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class PlaceType(click.Path):

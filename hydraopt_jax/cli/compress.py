@@ -1,10 +1,7 @@
 """The verb that compresses a collection: compress."""
 
-import contextlib
 import functools
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import jax
 from hydraopt_jax import buckets, calibration, compression, provenance, report
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.cli import recipes
-from hydraopt_jax.cli.common import PlaceType, number_of, parse_numbers, with_adapters
+from hydraopt_jax.cli.common import PlaceType, number_of, parse_numbers, stoppable, with_adapters
 from hydraopt_jax.cli.descriptions import (
     bytes_table,
     calibration_notes,
@@ -58,31 +55,6 @@ PROTECTED = 4
 DEFAULT_NOTE = (
     "No target was given: a quarter of the factors' fp16 bytes. Others: --budget, --max-error, --form hydra."
 )
-
-
-class Terminated(click.ClickException):
-    """The error of a job that SIGTERM stopped."""
-
-    exit_code = 143
-
-
-@contextlib.contextmanager
-def stoppable(path: Path) -> Iterator[None]:
-    """End with a message on SIGTERM."""
-
-    def stop(*_: Any) -> None:
-        raise Terminated(
-            f"stopped by SIGTERM; what is done is kept in {path}: run the same command again to go on"
-        )
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def with_number(rows: Sequence[str], sources: Sequence[NamedPath]) -> tuple[str, ...]:
@@ -166,8 +138,10 @@ def compress(context: click.Context, adapters: Sequence[str], out: str, **given:
         )
     given["out"] = str(files.located(out))
     tell: Callable[[], None] | None
-    with files.staged(out, given["overwrite"], given["dry_run"]) as path, stoppable(path):
-        tell = streamed(path, sources, asked, given, made)
+    with files.staged(out, given["overwrite"], given["dry_run"]) as path:
+        kept = f"what is done is kept in {path}: run the same command again to go on"
+        with stoppable(kept):
+            tell = streamed(path, sources, asked, given, made)
     if tell is not None:
         tell()
 
