@@ -10,7 +10,14 @@ from rich.table import Table
 
 from hydraopt_jax import provenance, report, store
 from hydraopt_jax.adapters import layer_kind
-from hydraopt_jax.cli.common import CheckFailed, PlaceType, load_moments, not_empty, read_in_turn, with_adapters
+from hydraopt_jax.cli.common import (
+    CheckFailed,
+    PlaceType,
+    load_moments,
+    not_empty,
+    read_in_turn,
+    with_adapters,
+)
 from hydraopt_jax.cli.descriptions import (
     bytes_table,
     calibration_notes,
