@@ -97,8 +97,14 @@ def seeds() -> str:
     return wrapped(said)
 
 
+def on_both(regime: str, name: str) -> list[str]:
+    """Mean drops of a row on dev and on test items."""
+    result = read(f"morphology/results/stores-{regime}.json")
+    return [percent(drops(result, split)[name]["drop"], 2) for split in ("dev", "test")]
+
+
 def divergences() -> str:
-    """What refinement did to the divergence of the logits on held-out prompts."""
+    """What refinement did to the divergence of the logits on held-out prompts, and to the scores."""
     rows = []
     for regime in REGIMES:
         found = read(f"morphology/results/stores-{regime}.json")["rows"]
@@ -106,8 +112,9 @@ def divergences() -> str:
             run = x.get("refinement")
             if run and ", seed " not in name:
                 minutes = f"{x['seconds'] / 60:.0f}"
-                rows.append([regime, name, f"{run['before']:.2g}", f"{run['after']:.2g}", minutes])
-    heads = ["regime", "stored", "divergence before", "after", "minutes"]
+                said = [f"{run['before']:.2g}", f"{run['after']:.2g}", minutes]
+                rows.append([regime, name, *said, *on_both(regime, name)])
+    heads = ["regime", "stored", "divergence before", "after", "minutes", "mean drop on dev", "on test"]
     return markdown(heads, rows)
 
 
