@@ -60,8 +60,12 @@ DEFAULT_NOTE = (
 def with_number(rows: Sequence[str], sources: Sequence[NamedPath]) -> tuple[str, ...]:
     """Options NAME=NUMBER; a NAME alone, which may have "=", has the weight `PROTECTED`."""
     names = {task or Path(place).absolute().name.removesuffix(".safetensors") for place, task in sources}
-    numbered = ("=" in x and x not in names and number_of(x.rpartition("=")[2]) is not None for x in rows)
-    return tuple(x if n else f"{x}={PROTECTED:g}" for x, n in zip(rows, numbered, strict=True))
+
+    def numbered(row: str) -> bool:
+        name, sep, number = row.rpartition("=")
+        return bool(sep) and row not in names and (name in names or number_of(number) is not None)
+
+    return tuple(x if numbered(x) else f"{x}={PROTECTED:g}" for x in rows)
 
 
 @click.command("compress")

@@ -114,11 +114,12 @@ class Segment:
 def error_leaf(errors: np.ndarray) -> np.ndarray:
     """The leaf of a table of errors: square roots in half precision, whose range suffices for them.
 
-    They are rounded up, so that no error is above what its store says, nor above a limit that this meets.
+    They are rounded up, so that no error is above what its store says, nor above a limit that this meets,
+    except by the rounding of its measurement: 1 stays 1.
     """
     roots = np.sqrt(np.asarray(errors, np.float64))
     half = roots.astype(np.float16)
-    half = np.where(half < roots, np.nextafter(half, np.float16(np.inf)), half)
+    half = np.where(half < (1 - 1e-6) * roots, np.nextafter(half, np.float16(np.inf)), half)
     return half.reshape(-1).view(np.uint8)
 
 
