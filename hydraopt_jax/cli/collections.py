@@ -7,7 +7,7 @@ import click
 import numpy as np
 
 from hydraopt_jax import merging, report, tradeoff
-from hydraopt_jax.cli.common import PlaceType, not_empty, read_all, stoppable, with_adapters
+from hydraopt_jax.cli.common import PlaceType, not_empty, plot_option, read_all, stoppable, with_adapters
 from hydraopt_jax.cli.descriptions import groups_note
 from hydraopt_jax.cli.output import jsonable, output_options, progress, say
 from hydraopt_jax.demo import main as demonstration
@@ -25,12 +25,7 @@ LEGEND = (
 @click.command("similarity")
 @click.argument("adapters", nargs=-1, required=True, type=PlaceType())
 @with_adapters
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False),
-    callback=not_empty,
-    help="write heat maps to this PNG, PDF or SVG",
-)
+@plot_option("write heat maps")
 @output_options
 def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[str], plot: str | None) -> None:
     """Measure how alike ADAPTERS are: factors, deltas and subspaces, per layer kind and pair of tasks."""
@@ -74,12 +69,7 @@ def similarity(adapters: Sequence[str], any_base: bool, base_suffix: Sequence[st
     callback=not_empty,
     help="merging methods to add: all, or names separated by commas",
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False),
-    callback=not_empty,
-    help="write the plot to this PNG, PDF or SVG",
-)
+@plot_option("write the plot")
 @output_options
 def frontier(
     adapters: Sequence[str],

@@ -66,6 +66,16 @@ def not_empty(context: click.Context, option: click.Parameter, text: str | None)
     return text
 
 
+def plot_option(what: str) -> Callable[[Command], Command]:
+    """The option of a verb that can draw `what` it has found."""
+    return click.option(
+        "--plot",
+        type=click.Path(dir_okay=False),
+        callback=not_empty,
+        help=f"{what} to this PNG, PDF or SVG",
+    )
+
+
 def read_all(given: Sequence[str], any_base: bool, base_suffix: Sequence[str]) -> list[Adapter]:
     """Adapters of arguments of `reading.locate`, checked to be of one base model."""
     sources, out = locate(given), []

@@ -14,7 +14,7 @@ from hydraopt_jax.cli.common import (
     CheckFailed,
     PlaceType,
     load_moments,
-    not_empty,
+    plot_option,
     read_in_turn,
     with_adapters,
 )
@@ -52,12 +52,7 @@ from hydraopt_jax.store.tensors import check_dtype
     type=click.Path(),
     help="write a .json or .yaml file that repeats the compression: compress --recipe",
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False),
-    callback=not_empty,
-    help="write the errors by module and task to this PNG, PDF or SVG",
-)
+@plot_option("write the errors by module and task")
 @click.option(
     "--references", is_flag=True, help="show which tasks are predicted from which; reads every leaf"
 )

@@ -107,11 +107,8 @@ def hydra(
     if solver.start == "mean":
         width = closed.a.shape[2]
         a_start, b_start = mean_start(a, b, labels, heads, width)
-        core = (
-            None
-            if core is None
-            else jnp.broadcast_to(jnp.eye(width, dtype=a.dtype), (a.shape[0], width, width))
-        )
+        if core is not None:
+            core = jnp.broadcast_to(jnp.eye(width, dtype=a.dtype), (a.shape[0], width, width))
     unbalanced = a_start
     a_start, b_all = decompose.balance(a_start, jnp.moveaxis(b_start, 0, 1).reshape(a_start.shape[1], -1))
     b_start = jnp.moveaxis(b_all.reshape(b_all.shape[0], heads, -1), 0, 1) if core is None else b_start
