@@ -127,7 +127,9 @@ def candidates(x: Places, quantizer: Array, parity: Array, table: Array) -> tupl
 
     Reconstructions of one parity are four steps apart, but for that of the zero of Q1, which would be at -1.
     """
-    both = table[(2 * quantizer + parity) * (COUNT * CELLS) + x.cell]
+    at = (2 * quantizer + parity) * (COUNT * CELLS) + x.cell
+    # by itself, or what follows is computed one number at a time as well
+    both = jax.lax.optimization_barrier(table.at[at].get(mode="promise_in_bounds"))
     zero = quantizer * (1 - parity)
     first, second = jnp.where(x.whole < 1, zero, 0), jnp.where((x.whole > 0) & (x.whole < 5), zero, 0)
     error = ((x.phase + 1024 - 512 * (2 * parity - quantizer)) & 2047) - 1024 - 512 * first
@@ -179,15 +181,17 @@ def quantize(y: Array, context: Array, table: Array) -> tuple[Array, Array]:
         second = total[FROM[:, 1]] + paid[BRANCH[:, 1]]
         return jnp.minimum(first, second), None
 
-    def forward(total: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
-        cost = jnp.minimum(*candidates(places_of(*block), quantizer, parity, table))
-        total, _ = jax.lax.scan(step, total, (cost >> (18 - FINER) << TOGETHER) + bits)
+    def forward(total: Array, paid: Array) -> tuple[Array, Array]:
+        total, _ = jax.lax.scan(step, total, paid)
         parities = total & known
         # state 0 is always reached, and a row costs less to find than a minimum
         return total - parities - (total[0] & ~known), parities.astype(jnp.uint8)
 
     start = jnp.full((STATES, lanes), FORBIDDEN << FINER + TOGETHER, jnp.int32).at[0].set(0)
-    total, paths = jax.lax.scan(forward, start, (value, context))
+    # of all steps at once: a few microseconds for each piece of a loop would be half of the time
+    places = places_of(value, context)
+    cost = jnp.minimum(*candidates(places, quantizer, parity, table))
+    total, paths = jax.lax.scan(forward, start, (cost >> (18 - FINER) << TOGETHER) + bits)
     lane, table_of_history = jnp.arange(lanes), jnp.asarray(history())
 
     def backward(state: Array, path: Array) -> tuple[Array, Array]:
@@ -199,7 +203,6 @@ def quantize(y: Array, context: Array, table: Array) -> tuple[Array, Array]:
     words = jax.lax.scan(backward, end, paths, reverse=True)[1][:, None, None]
     place = jnp.arange(TOGETHER, dtype=jnp.int32)[:, None, None]
     parity, quantizer = words >> place & 1, words >> TOGETHER >> place & 1
-    places = places_of(value, context)
     at, below = candidates(places, quantizer, parity, table)
     # as the table has it: rounding the value itself could differ at an edge
     near = (2 * places.whole + 5 + 2 * (quantizer - 2 * parity) >> 3) * 2 + parity
