@@ -54,17 +54,17 @@ def regmean(
             raise HydraOptError(
                 f"regmean: a second moment is {jnp.shape(moment)}, the module has {inputs} inputs"
             )
-    known = [jnp.asarray(x, jnp.float32) for x in moments]
     # a matrix is formed only where one is given: diagonals are for modules where it would be too large
-    whole = any(x.ndim == 2 for x in known)
+    whole = any(jnp.ndim(x) == 2 for x in moments)
 
     def scaled(moment: Array) -> Array:
+        moment = jnp.asarray(moment, jnp.float32)
         if moment.ndim == 1:
             return jnp.diag(moment) if whole else moment
         return off_diagonal * moment + (1 - off_diagonal) * jnp.diag(jnp.diagonal(moment))
 
     total, sides = jnp.zeros((inputs, inputs) if whole else inputs), []
-    for t, moment in enumerate(map(scaled, known)):
+    for t, moment in enumerate(map(scaled, moments)):
         total = total + weights[t] * moment
         sides.append(weights[t] * (matmul(moment, a[t]) if whole else moment[:, None] * a[t]))
     side = decompose.wide(jnp.stack(sides))
