@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -129,18 +130,24 @@ def trainings() -> str:
     return markdown(heads, sorted(rows, key=lambda x: (*map(int, x[:3]), x[3])))
 
 
+def verdict(x: dict[str, Any]) -> str:
+    """A wait's target and whether it was reached."""
+    return f"{x['target']:g}: {'reached' if x['reached'] else 'not reached'}" if "target" in x else ""
+
+
 def waits() -> str:
-    """What a user waits for, with targets and the load at which it was measured."""
+    """What a user waits for on two machines, with targets and the load at which it was measured."""
     rows = []
+    slower = {x["what"]: x for part in read("speed/results-avx2.json").values() for x in part["rows"]}
     for part in read("speed/results.json").values():
         for x in part["rows"]:
             seconds = x.get("processor seconds")
-            target = (
-                f"{x['target']:g}: {'reached' if x['reached'] else 'not reached'}" if "target" in x else ""
-            )
             spent = "" if seconds is None else f"{seconds:g}"
-            rows.append([x["what"], f"{x['value']:.3g}", spent, target, f"{part['load at the end']:g}"])
-    return markdown(["wait", "measured", "processor seconds", "target", "load"], rows)
+            other = slower[x["what"]]
+            rows.append([x["what"], f"{x['value']:.3g}", spent, verdict(x), f"{part['load at the end']:g}"])
+            rows[-1] += [f"{other['value']:.3g}", verdict(other).partition(": ")[2]]
+    heads = ["wait", "measured", "processor seconds", "target", "load", "slower machine", "there"]
+    return markdown(heads, rows)
 
 
 REGIONS: dict[str, Callable[[], str]] = {

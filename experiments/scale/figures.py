@@ -20,14 +20,14 @@ def peak(job: dict[str, Any]) -> str:
 
 def jobs() -> str:
     """Memory, time, size and error of jobs, input rising."""
-    found = [(x, "") for x in read("scale/results.json")["runs"]]
-    found += [(read("scale/two-devices.json"), ", two devices"), (read("scale/large.json"), "")]
+    found = list(read("scale/results.json")["runs"])
+    found.append(read("scale/large.json"))
     rows = []
-    for x, devices in found:
+    for x in found:
         rows.append(
             [
                 f"{x['tasks']:,} adapters, {JOBS[x['model']]}",
-                asked(x) + devices,
+                asked(x),
                 megabytes(x["input_bytes"]),
                 megabytes(x["largest_bucket_bytes"]),
                 peak(x),
@@ -38,21 +38,6 @@ def jobs() -> str:
         )
     sizes = ["input MB", "largest bucket MB", "peak MB"]
     return markdown(["collection", "asked", *sizes, "seconds", "store MB", "error"], rows)
-
-
-def recent() -> str:
-    """Memory and processor seconds of the jobs that were run again."""
-    rows = [
-        [
-            f"{x['tasks']:,} adapters",
-            asked(x),
-            peak(x),
-            f"{x['cpu_seconds']:.1f}",
-            f"{x['error']:.2g}",
-        ]
-        for x in read("scale/jobs-2026-11-26.json")
-    ]
-    return markdown(["collection", "asked", "peak MB", "processor seconds", "error"], rows)
 
 
 def roofline() -> str:
@@ -123,7 +108,6 @@ def times() -> str:
 
 REGIONS: dict[str, Callable[[], str]] = {
     "jobs on large collections": jobs,
-    "jobs that were run again": recent,
     "shares of the roofline": roofline,
     "verbs on 999 adapters": lambda: verbs(**{"5d9d005": "living-5d9d005", "now": "living"}),
     "verbs on 299 adapters": lambda: verbs(f68485a="living-300-f68485a", now="living-300"),

@@ -10,8 +10,8 @@
 
 Commands are whole processes. "Cold" is with an empty cache of compilations, "warm" with that of the run
 before. Times are processor seconds, the least of the runs, so that a busy machine counts little; wall seconds
-stand beside them where a target is in those. Writes results.json beside this file; parts that are named are
-run again and the others are kept.
+stand beside them where a target is in those. Writes results.json beside this file, or --json; parts that are
+named are run again and the others are kept.
 """
 
 import argparse
@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--layers", type=int, default=32, help="of the adapter that a cold process decodes")
     parser.add_argument("--gpt2", type=Path, help="a folder of GPT-2 adapters; the part is left out without")
+    parser.add_argument("--json", type=Path, default=OUT, help="the results; parts it has are kept")
     options = parser.parse_args()
     chosen = options.parts or [x for x in PARTS if x != "gpt2" or options.gpt2]
     with tempfile.TemporaryDirectory() as folder:
@@ -259,8 +260,8 @@ def main() -> None:
             machine = f"{platform.machine()}, {os.cpu_count()} cores"
             said = {"machine": machine, "load at the end": round(os.getloadavg()[0], 1), "rows": rows}
             print(json.dumps({name: said}, indent=1), flush=True)
-            known = json.loads(OUT.read_text()) if OUT.exists() else {}
-            OUT.write_text(json.dumps({**known, name: said}, indent=1) + "\n")
+            known = json.loads(options.json.read_text()) if options.json.exists() else {}
+            options.json.write_text(json.dumps({**known, name: said}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
