@@ -131,8 +131,8 @@ def trainings() -> str:
 
 
 def verdict(x: dict[str, Any]) -> str:
-    """A wait's target and whether it was reached."""
-    return f"{x['target']:g}: {'reached' if x['reached'] else 'not reached'}" if "target" in x else ""
+    """Whether a wait's target was reached; empty where it has none."""
+    return {True: "reached", False: "not reached", None: ""}[x.get("reached")]
 
 
 def waits() -> str:
@@ -144,8 +144,9 @@ def waits() -> str:
             seconds = x.get("processor seconds")
             spent = "" if seconds is None else f"{seconds:g}"
             other = slower[x["what"]]
-            rows.append([x["what"], f"{x['value']:.3g}", spent, verdict(x), f"{part['load at the end']:g}"])
-            rows[-1] += [f"{other['value']:.3g}", verdict(other).partition(": ")[2]]
+            target = f"{x['target']:g}: {verdict(x)}" if "target" in x else ""
+            here = [f"{x['value']:.3g}", spent, target, f"{part['load at the end']:g}"]
+            rows.append([x["what"], *here, f"{other['value']:.3g}", verdict(other)])
     heads = ["wait", "measured", "processor seconds", "target", "load", "slower machine", "there"]
     return markdown(heads, rows)
 
