@@ -320,3 +320,19 @@ def test_the_smallest_store_that_is_named_can_be_had():
         compress(found, budget=900)
     size = int(str(told.value).split("about ")[1].split(" bytes")[0].replace(",", ""))
     assert sizes.measure_size(compress(found, budget=size)) <= size
+
+
+def test_a_budget_keeps_something_of_the_adapters_or_is_refused():
+    """Where a change of forms leaves nothing, the search goes on with the forms that keep something."""
+    modules = {f"layers.0.{n}": (256, 256) for n in ("q", "v")}
+    found = synthetic.collection(tasks=3, modules=modules, rank=4)
+    means = []
+    for budget in (2600, 2400, 2200):
+        kept = compress(found, budget=budget)
+        assert sizes.measure_size(kept) <= budget
+        means.append(kept.errors.mean())
+    assert means == sorted(means)
+    assert means[-1] < 0.9
+    for budget in (1800, 900):
+        with pytest.raises(HydraOptError, match="below the smallest store of this collection, about"):
+            compress(found, budget=budget)

@@ -175,7 +175,7 @@ def passes(
     weights = relative_weights(run.found.tasks, run.options)
     known = pilot.run_pilot(run, goal, weights)
     step, frequencies = known["step"], np.array(known["frequencies"])
-    number, mean, aim = 0, float("nan"), goal
+    number, aim = 0, goal
     best: Store | None = None
     for round_number in range(ROUNDS if goal.worst else 1):
         # other weights have other forms
@@ -205,7 +205,7 @@ def passes(
                 if best is not None:
                     # other weights of the tasks would not meet what these have met
                     return best
-                raise search.unmet(done, goal, run.found.entries(), mean, bool(run.options.weights))
+                raise search.unmet(done, goal, run.found.entries(), bool(run.options.weights))
             # tables and forms stay as they are in the end, so that the search sees a smooth curve
             forms = search.forms_of(done, goal, pilots)
             if done:
@@ -213,7 +213,7 @@ def passes(
             step = encode_pass(run, number, step, frequencies, weights, known, goal, forms)
             if number < goal.settling:
                 frequencies = next_frequencies(run, number)
-            found, passed, mean = outcome(run, number, step, aim, heads, said)
+            found, passed = outcome(run, number, step, aim, heads, said)
             done.append(passed._replace(forms=forms))
             made.append(found)
             numbers.append(number)
@@ -238,8 +238,8 @@ def passes(
 
 def outcome(
     run: Run, number: int, step: float, goal: Target, heads: Sequence[Segment], said: Mapping[str, Any]
-) -> tuple[Store | None, Pass, float]:
-    """The store of a pass, its result, and its mean error.
+) -> tuple[Store | None, Pass]:
+    """The store of a pass, and its result.
 
     A pass over the target is not used: its result stays as a note, its segments are removed, and there is no
     store.
@@ -247,20 +247,20 @@ def outcome(
     before = run.place.note(f"missed-{number}")
     if before is None:
         store = put_together(run, number, step, heads, said)
-        found, error = pass_of(step, store, goal, run.place), search.value(store.errors, ())
+        found = pass_of(step, store, goal, run.place)
         if found.miss <= 0:
-            return store, found, error
+            return store, found
         # nothing goes before all have measured it and the note is there for those that go on
         run.processes.wait(f"measured {number}")
         if run.processes.rank == 0:
-            run.place.keep_note(f"missed-{number}", {**found._asdict(), "error": error})
+            run.place.keep_note(f"missed-{number}", found._asdict())
         run.processes.wait(f"missed {number}")
-        before = {**found._asdict(), "error": error}
+        before = found._asdict()
     for n in run.mine:
         run.place.drop(f"pass-{number}-{n}")
         if run.drafts is not None:
             run.drafts.pop(f"pass-{number}-{n}", None)
-    return None, Pass(step, before["miss"], before["value"]), before["error"]
+    return None, Pass(**{**before, "step": step})
 
 
 def encode_pass(

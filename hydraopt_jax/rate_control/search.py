@@ -82,12 +82,16 @@ class Pass(NamedTuple):
       miss: log of result over target: bytes of the codes over the bytes left for them, or error over limit.
       value: the result: bytes without the full tensors, or the error.
       forms: the step that forms were chosen for; None for `step`.
+      error: mean over modules and tasks.
+      empty: whether nothing of any delta was kept, which meets no budget.
     """
 
     step: float
     miss: float
     value: float
     forms: float | None = None
+    error: float = float("nan")
+    empty: bool = False
 
 
 def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -> Target:
@@ -282,7 +286,9 @@ def forms_of(done: Sequence[Pass], goal: Target, pilot: float | None = None) -> 
     if close:
         return close[0].step
     ends = bracket(own)
-    return min(ends, key=lambda x: x.miss).step if ends is not None and jumps(*ends, goal.sign) else None
+    if ends is None or not jumps(*ends, goal.sign):
+        return None
+    return min(ends, key=lambda x: (x.empty, x.miss)).step
 
 
 def jumps(one: Pass, two: Pass, sign: float) -> bool:
@@ -308,13 +314,8 @@ def next_step(done: Sequence[Pass], slope: float, goal: Target, forms: float | N
     """The step of the next pass, which aims at the middle of the slack.
 
     It interpolates between passes that enclose the target (regula falsi; an end that stays counts half each
-    time, as in the Illinois variant), or extrapolates by Newton's method in logarithms.
-
-    Args:
-      done: the passes so far.
-      slope: slope of the sample.
-      goal: the target.
-      forms: of the next pass, see `forms_of`.
+    time, as in the Illinois variant), or extrapolates by Newton's method in logarithms. `slope` is that of
+    the sample, `forms` are those of the next pass, see `forms_of`.
     """
     # passes with other tables or forms are on another curve
     known = done[goal.settling :]
@@ -347,7 +348,8 @@ def met(done: Sequence[Pass], goal: Target) -> int | None:
     The errors of small stores are not smooth in the step, so the slack of an error target grows.
     """
     slack = goal.slack * 2.0 ** (max(len(done) - PATIENT, 0) if goal.sign > 0 else 0)
-    fits = [k for k, x in enumerate(done) if x.miss <= 0 and k >= goal.settling]
+    known = enumerate(done[goal.settling :], goal.settling)
+    fits = [k for k, x in known if x.miss <= 0 and not (x.empty and goal.sign < 0)]
     # steps beyond STEPS are not tried
     edge = STEPS[0] * 1.0001 if goal.sign < 0 else STEPS[1] / 1.0001
     outside = (lambda step: step <= edge) if goal.sign < 0 else (lambda step: step >= edge)
@@ -374,21 +376,23 @@ def hopeless(done: Sequence[Pass], goal: Target) -> bool:
     return last.miss > 0 and edge
 
 
-def unmet(done: Sequence[Pass], goal: Target, entries: int, error: float, weighted: bool) -> Unmet:
+def unmet(done: Sequence[Pass], goal: Target, entries: int, weighted: bool) -> Unmet:
     """The error for a target that no pass meets, with `weighted` tasks or not: it says what can be met."""
-    found = min(x.value for x in done)
+    least = min(done, key=lambda x: (x.empty, x.value))
+    found = least.value
     if goal.sign < 0:
+        has = "with nothing of the adapters: give more" if least.empty else f"of mean error {least.error:.3f}"
         more = f" and {goal.heads:,} bytes of full tensors" if goal.heads else ""
         # sizes of drafts are estimates, and the limit itself was not enough
         found = max(found, goal.limit) * (1 + goal.slack) + GRAIN
         return Unmet(
             f"budget of {int(goal.limit) + goal.heads:,} bytes: below the smallest store of this collection, "
             f"about {int(found) + goal.heads:,} bytes ({found / (2 * entries):.4f} of the factors' fp16 bytes"
-            f"{more}), of mean error {error:.3f}"
+            f"{more}), {has}"
         )
     finest = any(x.step <= STEPS[0] * 1.0001 for x in done)
-    least = "the least error at the finest step is" if finest else f"the nearest of {len(done)} passes had"
+    what = "the least error at the finest step is" if finest else f"the nearest of {len(done)} passes had"
     way = (
         "bring the weights nearer to each other" if weighted else "--budget 1 keeps the adapters as they are"
     )
-    return Unmet(f"error target {goal.limit:g} cannot be met: {least} {found:.3g}; {way}")
+    return Unmet(f"error target {goal.limit:g} cannot be met: {what} {found:.3g}; {way}")
