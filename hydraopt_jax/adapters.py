@@ -6,14 +6,15 @@ rank, S stored rank, K heads. A module's kernel is `[I, O]` (`y = x @ kernel`), 
 """
 
 import dataclasses
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hydraopt_jax import strict_json
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, one_line
 from hydraopt_jax.static import Static
 
 # allowed range of the norms of factors and deltas; zero is allowed too
@@ -97,9 +98,10 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     """Check that adapters can be stored together; return module name -> (I, O).
 
     Raises:
-      HydraOptError: no adapter, duplicate task names, factors that do not belong together, shapes that
-        disagree, NaN or infinite values.
+      HydraOptError: no sequence of adapters, or an empty one, duplicate task names, factors that do not
+        belong together, shapes that disagree, NaN or infinite values.
     """
+    check_types(collection)
     for adapter in collection:
         check_factors(adapter)
     shapes = check_headers((x.task, x.source, x.config, module_shapes(x)) for x in collection)
@@ -115,6 +117,20 @@ def check(collection: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
                     )
             check_size(adapter, name)
     return shapes
+
+
+def check_types(collection: Sequence[Adapter]) -> None:
+    """Raise for anything that is no sequence of adapters: one adapter, paths, a mapping of tasks."""
+    if isinstance(collection, Adapter):
+        raise HydraOptError(f"{collection.task}: one adapter, not a sequence: give [adapter]")
+    if isinstance(collection, Mapping | Iterator):
+        way = "list(adapters.values())" if isinstance(collection, Mapping) else "list(adapters)"
+        raise HydraOptError(f"adapters: {type(collection).__name__}, not a sequence: give {way}")
+    one = not isinstance(collection, Iterable) or isinstance(collection, str | os.PathLike)
+    for x in [collection] if one else collection:
+        if not isinstance(x, Adapter):
+            said = one_line(repr(x), 60)
+            raise HydraOptError(f"adapters: {said} is not an Adapter: hydraopt_jax.read reads folders")
 
 
 def check_factors(adapter: Adapter) -> None:

@@ -70,6 +70,8 @@ def compress(
     found = adapters if isinstance(adapters, Collection) else in_memory(adapters)
     targets: dict[str, Any] = {"budget": budget, "max_error": max_error, "max_task_error": max_task_error}
     if form is not None:
+        if not isinstance(form, Hydra):
+            raise HydraOptError(f"form = {form!r}: give a form of hydraopt_jax.forms, such as Hydra(heads=2)")
         idle = targets | {"weights": weights, "calibration": calibration, "share=False": None if share else 1}
         for name in (k for k, v in idle.items() if v is not None):
             raise HydraOptError(f"{name}: a form excludes it: leave one of them out")

@@ -47,6 +47,13 @@ def system_error(place: Any, done: str, error: Exception, advice: str = "") -> H
     return HydraOptError(f"{place}: cannot be {done}: {what}{advice}")
 
 
+def exists(place: Any) -> HydraOptError:
+    """The error for an output that is there and may not be replaced."""
+    return HydraOptError(
+        f"{place}: exists: choose another path, or replace what is there (--overwrite, overwrite=True)"
+    )
+
+
 def damaged(path: Any, what: str) -> DamagedStore:
     """The error for a damaged store, at a path or None."""
     at = "" if path is None else f"{path}: "

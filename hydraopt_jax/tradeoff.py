@@ -327,6 +327,7 @@ def frontier(
     """
     if len(fractions) == 0 or min(fractions) <= 0:
         raise HydraOptError("budgets of the frontier must be positive fractions of the fp16 bytes")
+    adapters.check_types(collection)
     collection = [x.replace(extras={}) for x in collection]
     stacked = adapters.stack(collection)
     reference = 2 * stacked.size

@@ -201,7 +201,7 @@ def test_folders_of_the_user_are_no_leftovers_of_a_job(kept, adapters, tmp_path,
     for words in (["unpack", tmp_path / "one.safetensors", out], compress, [*compress, "--dry-run"]):
         status, _, said = run(capsys, *words)
         assert (status, said.count("\n")) == (2, 1)
-        assert "exists; choose another --out" in said
+        assert "exists: choose another path" in said
     assert snapshot(out) == before
     with pytest.raises(HydraOptError, match="not a store"):
         hydra.open(out)

@@ -51,7 +51,7 @@ def theirs(tmp_path):
 def test_a_folder_of_the_user_named_job_is_no_job(theirs, folders, capsys, asked):
     status, _, said = run(capsys, "compress", *folders, "--out", theirs, *asked)
     assert status == 2
-    assert "exists; choose another --out" in said
+    assert "exists: choose another path" in said
     assert (theirs / "job" / "run.slurm").read_text() == "mine"
 
 

@@ -22,6 +22,7 @@ from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import activations, compressors, registry, whole_adapters
 from hydraopt_jax.rate_control import distortion, options
 from hydraopt_jax.store import checks, files, folder, manifest, portable, tensors
+from hydraopt_jax.store.decoding import decode_all
 from hydraopt_jax.store.removal import select
 
 ONES = np.ones((2, 3, 3), np.float32)
@@ -114,6 +115,9 @@ PURE = [
         "weight of 'a' = 0: must",
     ),
     (lambda: options.check_options(options.Options(budget=0.5, share="no")), "share = 'no': give True or"),
+    (lambda: hydra.compress(PAIR, form="hydra"), "form = 'hydra': give a form of hydraopt_jax.forms"),
+    (lambda: hydra.compress(PAIR, budget=0.5, weights=[1, 2]), "weights = [1, 2]: give task name -> weight"),
+    (lambda: hydra.serving.Slots(STORE, 1).load(None, "x"), "names = 'x': one name, not one per row"),
     (lambda: hydra.compress(PAIR, budget=1e-9), "below the smallest store of this collection"),
     (lambda: select(STORE, []), "select: name at least one task"),
     (lambda: select(STORE, ["task-01", "task-00", "task-01"]), "select: 'task-01' is named twice"),
@@ -164,6 +168,41 @@ def test_factors_that_do_not_belong_together_are_refused_everywhere(given, words
             call()
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (PAIR[0], "task-00: one adapter, not a sequence: give [adapter]"),
+        ({x.task: x for x in PAIR}, "adapters: dict, not a sequence: give list(adapters.values())"),
+        ("adapters/*", "adapters: 'adapters/*' is not an Adapter: hydraopt_jax.read reads folders"),
+        ([PAIR[0], "legal"], "adapters: 'legal' is not an Adapter"),
+        (iter(PAIR), "adapters: list_iterator, not a sequence: give list(adapters)"),
+        (3, "adapters: 3 is not an Adapter"),
+    ],
+)
+def test_what_is_no_sequence_of_adapters_is_refused_everywhere(given, words):
+    for call in (
+        lambda: hydra.compress(given, budget=0.5),
+        lambda: hydra.similarity(given),
+        lambda: hydra.frontier(given),
+        lambda: hydra.merge(given, "linear"),
+        lambda: hydra.measure(STORE, given),
+        lambda: hydra.refine(STORE, given, forward=lambda lora, x: x, batches=[1]),
+    ):
+        with pytest.raises(HydraOptError, match=re.escape(words)):
+            call()
+    with pytest.raises(HydraOptError, match="is not an Adapter"):
+        hydra.add(STORE, [PAIR[0]])
+
+
+@pytest.mark.parametrize("call", [select, decode_all, hydra.serving.load], ids=lambda x: x.__name__)
+def test_names_of_tasks_are_a_sequence_and_a_store_is_one(call):
+    more = {"tasks": "task-00"}
+    with pytest.raises(HydraOptError, match=re.escape("one name, not a sequence: give ['task-00']")):
+        dict(call(STORE, **more))
+    with pytest.raises(HydraOptError, match=r"'store': not a Store: hydraopt_jax\.open opens a folder or"):
+        dict(call("store", tasks=["task-00"]))
+
+
 def unbelievable(at):
     with checks.believing(at, "its manifest"):
         raise KeyError("tasks")
@@ -201,16 +240,19 @@ FILES = [
     (lambda at: peft.fetch_folder(str(at / "text")), "text: is not a folder: pass a folder that"),
     (
         lambda at: formats.write_adapter(at / "peft", PAIR[0]),
-        "choose another path or pass --overwrite",
+        "peft: exists: choose another path, or replace",
     ),
-    (lambda at: formats.write_checkpoint(at / "tree", PAIR[0], "qwix", scale=1.0), "pass overwrite=True"),
+    (
+        lambda at: formats.write_checkpoint(at / "tree", PAIR[0], "qwix", scale=1.0),
+        "tree: exists: choose another path, or replace",
+    ),
     (lambda at: locks.locked(at / "text" / "x").__enter__(), "x: cannot be written"),
     (lambda at: provenance.write_recipe(at / "text", RECIPE), "text: exists; choose another file"),
     (lambda at: provenance.write_recipe(at / "none" / "x", RECIPE), "x: cannot be written"),
     (lambda at: provenance.read_recipe(at / "none", []), "none: cannot be read"),
     (lambda at: provenance.read_recipe(at / "text", []), "text: not JSON"),
     (lambda at: unbelievable(at), "damaged store: its manifest cannot be right ('tasks')"),
-    (lambda at: files.check_output(at / "store", False), "store: exists; choose another --out or give"),
+    (lambda at: files.check_output(at / "store", False), "store: exists: choose another path, or replace"),
     (lambda at: folder.read_manifest(at / "none"), "none: no store there: look for a wrong name"),
     (
         lambda at: folder.read_manifest(at / "empty"),

@@ -62,6 +62,7 @@ def add(
       HydraOptError: the store has a task of that name, shapes disagree, the calibration is missing, a weight
         for a store without a quantizer step, or a coded store in which nothing is coded.
     """
+    adapters.check_types([new])
     if new.task in store.tasks:
         raise HydraOptError(f"task {new.task!r} is in the store: remove it first, or give NAME=ADAPTER")
     have = store.shapes

@@ -8,7 +8,7 @@ import click
 from hydraopt_jax import report
 from hydraopt_jax.cli.common import PlaceType
 from hydraopt_jax.cli.output import output_options, say
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, exists
 
 
 @click.command()
@@ -42,7 +42,7 @@ def calibrate(
     from hydraopt_jax.integrations import transformers
 
     if Path(out).exists() and not overwrite:
-        raise HydraOptError(f"{out}: exists; choose another --out or give --overwrite")
+        raise exists(out)
     if not Path(out).absolute().parent.is_dir():
         raise HydraOptError(f"{out}: there is no such folder: make it, or choose another --out")
     read = transformers.read_text(text)

@@ -22,7 +22,7 @@ from hydraopt_jax.cli.common import (
     with_adapters,
 )
 from hydraopt_jax.cli.output import jsonable, output_options, progress, say, warn
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, exists
 from hydraopt_jax.formats import write_adapter
 from hydraopt_jax.merging import registry, whole_adapters
 from hydraopt_jax.rate_control import search
@@ -156,7 +156,7 @@ def merge(
     parse_numbers("--weight", weights)
     check_dtype(dtype)
     if Path(out).exists() and not overwrite:
-        raise HydraOptError(f"{out}: exists; choose another --out or give --overwrite")
+        raise exists(out)
     collection = read_all(adapters, any_base, base_suffix)
     tasks = [x.task for x in collection]
     numbers = weights_of(weights, method, tasks)

@@ -34,7 +34,7 @@ from hydraopt_jax.cli.descriptions import (
 )
 from hydraopt_jax.cli.output import jsonable, mode, output_options, progress, say
 from hydraopt_jax.deferred import size_of
-from hydraopt_jax.errors import DamagedStore, HydraOptError
+from hydraopt_jax.errors import DamagedStore, HydraOptError, exists
 from hydraopt_jax.formats import server, write_adapter
 from hydraopt_jax.formats.adapter_folder import folder_name
 from hydraopt_jax.rate_control.distortion import measure
@@ -211,7 +211,7 @@ def export(
     taken = [f for f in folders.values() if f.exists() and not overwrite]
     if taken or len(set(folders.values())) < len(names):
         where = (taken or list(folders.values()))[0]
-        raise HydraOptError(f"{where}: exists; choose another --out or give --overwrite")
+        raise exists(where)
     server.check_ranks(rank, profile)
     for t in names:
         x = whole.sources[whole.tasks.index(t)]

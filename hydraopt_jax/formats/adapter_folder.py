@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, exists
 from hydraopt_jax.formats.peft_config import CONFIG_FILE
 from hydraopt_jax.formats.tensor_files import write_tensors
 
@@ -47,7 +47,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     if not (path.exists() or path.is_symlink()):
         return
     if not overwrite:
-        raise HydraOptError(f"{path}: exists: choose another path or pass --overwrite")
+        raise exists(path)
     if not path.is_dir():
         raise HydraOptError(f"{path}: is not a folder, so it is not overwritten: choose another path")
     if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():

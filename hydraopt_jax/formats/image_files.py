@@ -18,7 +18,7 @@ import safetensors
 
 from hydraopt_jax import strict_json
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.errors import HydraOptError, one_line
+from hydraopt_jax.errors import HydraOptError, exists, one_line
 from hydraopt_jax.formats import peft, server
 from hydraopt_jax.formats.lora_keys import DIALECT, ENDINGS, parse_key
 from hydraopt_jax.formats.peft_config import PREFIX, check_config, module_scale
@@ -186,7 +186,7 @@ def write_lora_file(
     target = Path(path).resolve()
     file = target if target.suffix == ".safetensors" else target / WEIGHTS_FILE
     if file.exists() and not overwrite:
-        raise HydraOptError(f"{file}: exists: choose another path or pass --overwrite")
+        raise exists(file)
     try:
         metadata, tensors = contents(adapter, dtype)
         with peft.parents(file), locked(file):

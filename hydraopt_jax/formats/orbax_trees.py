@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.checkpoints import save_context
-from hydraopt_jax.errors import HydraOptError, one_line, system_error
+from hydraopt_jax.errors import HydraOptError, exists, one_line, system_error
 from hydraopt_jax.formats.trees import Scale, flatten, insert, is_factor, leaves, read_tree
 
 # what Orbax and its back ends raise for files that are not a checkpoint's, or not whole; not among them are
@@ -139,7 +139,7 @@ def write_checkpoint(
     """
     folder = Path(path).absolute()
     if folder.exists() and not overwrite:
-        raise HydraOptError(f"{path}: exists: choose another path or pass overwrite=True")
+        raise exists(path)
     if folder.exists():
         load_factors(folder)  # anything else is never replaced
     tree: dict[Any, Any] = {}

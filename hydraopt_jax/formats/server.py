@@ -93,7 +93,7 @@ def check_served(
         return
 
     def refuse(what: str, way: str) -> None:
-        raise HydraOptError(f"task {task!r} {what}: {way}, or leave out --profile {profile}")
+        raise HydraOptError(f"task {task!r} {what}: {way}, or leave out the profile {profile}")
 
     if config.get(DIALECT):
         refuse("is of an image model", "serve it with diffusers")
@@ -116,9 +116,9 @@ def check_served(
 def check_ranks(rank: int | None, profile: str | None) -> None:
     """Raise for a rank below 1 and for an unknown profile."""
     if profile is not None and profile not in PROFILES:
-        raise HydraOptError(f"--profile {profile}: choose one of {', '.join(PROFILES)}")
+        raise HydraOptError(f"profile = {profile!r}: choose one of {', '.join(PROFILES)}")
     if rank is not None and rank < 1:
-        raise HydraOptError(f"--rank {rank}: give at least 1")
+        raise HydraOptError(f"rank = {rank}: give at least 1")
 
 
 def fit_server(

@@ -14,6 +14,7 @@ from hydraopt_jax.errors import HydraOptError, system_error
 from hydraopt_jax.formats.peft_config import same_base
 from hydraopt_jax.integrations import model_card
 from hydraopt_jax.store import Store, files, portable, removal, sizes
+from hydraopt_jax.store.decoding import named_tasks
 
 CARD = "README.md"
 
@@ -183,7 +184,7 @@ def pull(
     content = portable.open_source(source)
     check_store_base(address.label, content, base)
     if tasks:
-        content = removal.select(content, list(dict.fromkeys(tasks)))
+        content = removal.select(content, list(dict.fromkeys(named_tasks(content, tasks))))
     elif source.path is None:
         hub = network.client(address.label)
         with network.explained(address.label, "cannot be downloaded"), network.quiet(progress):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hydraopt_jax.adapters import Adapter, check
+from hydraopt_jax.adapters import Adapter, check, check_types
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors, task_pair
 from hydraopt_jax.static import Static
@@ -30,6 +30,7 @@ def measure(
       HydraOptError: an adapter whose task is not in the store, that changes other modules, or that no store
         could have, see `adapters.check`.
     """
+    check_types(collection)
     out = {}
     for x in collection:
         check([x])

@@ -8,7 +8,7 @@ import numpy as np
 
 from hydraopt_jax import calibration
 from hydraopt_jax.collection import Collection
-from hydraopt_jax.errors import HydraOptError, suggest
+from hydraopt_jax.errors import HydraOptError, one_line, suggest
 from hydraopt_jax.rate_control import budget
 from hydraopt_jax.rate_control.metrics import uncovered
 from hydraopt_jax.store import tensors
@@ -70,6 +70,8 @@ def check_options(options: Options) -> Options:
         )
         raise HydraOptError(f"{named[0]} = {value}: must be positive; {way}")
     tensors.check_dtype(options.extras_dtype, "extras_dtype")
+    if not isinstance(options.weights, Mapping):
+        raise HydraOptError(f"weights = {one_line(repr(options.weights), 60)}: give task name -> weight")
     weights = {k: check_weight(v, f"weight of {k!r}") for k, v in options.weights.items()}
     if not isinstance(options.share, bool | np.bool_):
         raise HydraOptError(f"share = {options.share!r}: give True or False")

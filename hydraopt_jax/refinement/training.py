@@ -27,7 +27,7 @@ import optax
 from jax import Array
 from orbax.checkpoint import v1 as ocp
 
-from hydraopt_jax.adapters import Adapter
+from hydraopt_jax.adapters import Adapter, check_types
 from hydraopt_jax.checkpoints import save_context
 from hydraopt_jax.errors import HydraOptError, system_error
 from hydraopt_jax.forms import descent
@@ -286,6 +286,7 @@ def arrays_of(parts: Sequence[Modules]) -> Any:
 
 def in_order(store: Store, collection: Sequence[Adapter]) -> list[Adapter]:
     """The adapters in the order of the store's tasks."""
+    check_types(collection)
     known = {x.task: x for x in collection}
     missing = [t for t in store.tasks if t not in known]
     if missing:

@@ -16,6 +16,7 @@ from hydraopt_jax.formats.peft_config import base_name, check_base
 from hydraopt_jax.forms import Factors
 from hydraopt_jax.serving.mixed_tasks import Module, PackedFactors, Term
 from hydraopt_jax.store import Store, decode_terms, task_index
+from hydraopt_jax.store.decoding import named_tasks
 from hydraopt_jax.store.store import cut_to
 
 # shardings of kernels as matrices `[I, O]`: one for all modules, or a function of the name; None: one device
@@ -67,8 +68,9 @@ def load(
     if on_device is None:
         on_device = devices.platform() != "cpu"
     decode_lanes = lanes.decode if on_device else rans.decode
-    check_base_of(store, store.tasks if tasks is None else tasks, base)
-    chosen = store if tasks is None else cut_to(store, tasks)
+    names = named_tasks(store, tasks)
+    check_base_of(store, names, base)
+    chosen = store if tasks is None else cut_to(store, names)
     out = {}
     for name, terms in decode_terms(chosen, decode_lanes=decode_lanes).items():
         used = [x for x in terms if np.any((np.asarray(x.a_of) >= 0) & (np.asarray(x.b_of) >= 0))]

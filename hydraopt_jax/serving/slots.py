@@ -261,6 +261,8 @@ class Slots:
           HydraOptError: an unknown task (similar names are listed), more different tasks than slots, or a
             task that cannot be decoded. `state` is then unchanged.
         """
+        if isinstance(names, str):
+            raise HydraOptError(f"names = {names!r}: one name, not one per row: give [{names!r}]")
         if len(state.tasks) != self.count:
             raise HydraOptError(f"the state has {len(state.tasks)} slots, these are {self.count}")
         place = {t: k for k, t in enumerate(self.store.tasks)} | {None: EMPTY}

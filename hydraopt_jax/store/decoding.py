@@ -197,6 +197,23 @@ def trusting_checksums() -> Iterator[None]:
         raise damaged(None, f"its leaves do not fit its schema ({one_line(error, 120)})") from None
 
 
+def named_tasks(store: Store, tasks: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of some tasks of a store, of all if None.
+
+    Raises:
+      HydraOptError: no store, no sequence of names, or an unknown one.
+    """
+    if not isinstance(store, Store):
+        said = one_line(repr(store), 60)
+        raise HydraOptError(f"{said}: not a Store: hydraopt_jax.open opens a folder or file")
+    if isinstance(tasks, str):
+        raise HydraOptError(f"tasks = {tasks!r}: one name, not a sequence: give [{tasks!r}]")
+    names = store.tasks if tasks is None else tuple(tasks)
+    for task in names:
+        task_index(store.tasks, task)
+    return names
+
+
 def decode_terms(
     store: Store, tasks: Sequence[str] | None = None, *, decode_lanes: rans.DecodeLanes = rans.decode
 ) -> Terms:
@@ -208,9 +225,7 @@ def decode_terms(
     Raises:
       HydraOptError: an unknown task, or leaves that cannot be decoded.
     """
-    names = store.tasks if tasks is None else tuple(tasks)
-    for task in names:
-        task_index(store.tasks, task)
+    names = named_tasks(store, tasks)
     wanted = places_of(store, names)
     with trusting_checksums():
         found = decode_segments(store, wanted, decode_lanes)
@@ -252,7 +267,7 @@ def decode_all(store: Store, tasks: Sequence[str] | None = None) -> Iterator[Ada
     Raises:
       HydraOptError: see `decode`.
     """
-    names = store.tasks if tasks is None else tuple(tasks)
+    names = named_tasks(store, tasks)
     terms = decode_terms(store, names)
     for k, task in enumerate(names):
         yield adapter_of(store, task, terms, k, last=k + 1 == len(names))

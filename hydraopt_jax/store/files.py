@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from hydraopt_jax import buckets, network, remote
 from hydraopt_jax.deferred import Deferred, bytes_of
-from hydraopt_jax.errors import HydraOptError
+from hydraopt_jax.errors import HydraOptError, exists
 from hydraopt_jax.locks import locked
 from hydraopt_jax.store import bucket, folder, portable, replacing
 from hydraopt_jax.store.decoding import decode_terms
@@ -142,7 +142,7 @@ def check_output(path: Path_, overwrite: bool) -> None:
     if bucket.stamp(at) is None if isinstance(at, str) else not at.exists() or folder.unfinished(at):
         return
     if not overwrite:
-        raise HydraOptError(f"{at}: exists; choose another --out or give --overwrite")
+        raise exists(at)
     read_manifest(at)
 
 

@@ -15,6 +15,7 @@ from hydraopt_jax.deferred import size_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, schema
+from hydraopt_jax.store.decoding import named_tasks
 from hydraopt_jax.store.store import SHARED, Segment, Store, closure, cut_to, task_index
 
 # options of the command that name tasks
@@ -81,13 +82,14 @@ def select(store: Store, tasks: Sequence[str]) -> Store:
     Raises:
       HydraOptError: an unknown task, one that is named twice, or none.
     """
-    if not tasks:
+    names = named_tasks(store, tasks)
+    if not names:
         raise HydraOptError("select: name at least one task")
-    if len(set(tasks)) < len(tasks):
-        twice = next(t for n, t in enumerate(tasks) if t in tasks[:n])
+    if len(set(names)) < len(names):
+        twice = next(t for n, t in enumerate(names) if t in names[:n])
         raise HydraOptError(f"select: {twice!r} is named twice")
-    left = cut_to(store, tasks)
-    gone = set(store.tasks) - set(tasks)
+    left = cut_to(store, names)
+    gone = set(store.tasks) - set(names)
     if not gone:
         return left
     own = entries_of(store)

@@ -99,7 +99,7 @@ def test_what_vllm_refuses_is_refused_by_name(change, words):
 
 @pytest.mark.parametrize(
     ("asked", "words"),
-    [({"rank": 0}, "--rank 0: give at least 1"), ({"profile": "x"}, "--profile x: choose")],
+    [({"rank": 0}, "rank = 0: give at least 1"), ({"profile": "x"}, "profile = 'x': choose")],
 )
 def test_what_is_asked_is_checked(asked, words):
     with pytest.raises(HydraOptError, match=words):
