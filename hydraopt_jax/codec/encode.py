@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydraopt_jax import devices
-from hydraopt_jax.codec import contexts, frequency_tables, lanes, prediction, streams, syntax, trellis
-from hydraopt_jax.codec.contexts import COUNT, MAX_MAGNITUDE, RAW_BITS, WIDE
+from hydraopt_jax.codec import frequency_tables, lanes, prediction, streams, syntax, trellis
+from hydraopt_jax.codec.contexts import COUNT, RAW_BITS, WIDE
 from hydraopt_jax.codec.decode import prediction_base, read_sides, split_gains
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.rans import PERIOD
+from hydraopt_jax.codec.remainders import remainders
 from hydraopt_jax.codec.streams import Symbols
 from hydraopt_jax.codec.syntax import SHARED, join
-from hydraopt_jax.errors import HydraOptError
 
 # squared steps per bit, and the squared error of a well-coded coefficient in squared steps
 MULTIPLIER = 0.38
@@ -118,32 +118,19 @@ def quantize(
     predictions: list[Prediction | None] = [None] * len(rows)
     offsets: list[Any] = [None] * len(rows)
     values: list[Any] = [None] * len(rows)
-    bases: dict[int, tuple[prediction.Base, np.ndarray]] = {}
     symbols: list[Symbols] = []
     members: dict[str, list[int]] = {leaf: [] for leaf in leaves}
     for i, x in enumerate(rows):
         members[x.leaf].append(i)
     for now in (leaves[:1], leaves[1:]):
-        rests, guesses = {}, {}
-        for i in (i for leaf in now for i in members[leaf]):
-            piece = rows[i]
-            term = modules[piece.module][piece.term]
-            target = np.ascontiguousarray((term.b if piece.side else term.a)[piece.factor].T, np.float32)
-            check_range(target, piece.module)
-            guesses[i] = np.zeros_like(target)
-            if piece.base >= 0:
-                if piece.base not in bases:
-                    base = prediction_base(values[piece.base], context[piece.base])
-                    bases[piece.base] = base, base.solver()
-                predictions[i], guess, _ = prediction.predict(target.T, *bases[piece.base])
-                guesses[i] = guess.T
-            rests[i] = Rest(
-                target - guesses[i], np.any(target, 1), prediction.units_of(predictions[i], len(target))
-            )
-        for i, (vectors, kind, moved) in classified(rests, rows).items():
-            rests[i], context[i], offsets[i] = rests[i]._replace(vectors=vectors), kind, moved
+        factors = {i: factor_of(rows[i], modules) for leaf in now for i in members[leaf]}
+        bases = {rows[i].base for i in factors if rows[i].base >= 0}
+        known = {i: prediction_base(values[i], context[i]) for i in bases}
+        rests = remainders(factors, rows, known)
+        for i, rest in rests.items():
+            predictions[i], context[i], offsets[i] = rest.prediction, rest.context, rest.offsets
         found = quantize_streams(
-            [join([rests[i].vectors[rests[i].coded].ravel() for i in members[x]], np.float32) for x in now],
+            [join([rests[i].vectors[context[i] > 0].ravel() for i in members[x]], np.float32) for x in now],
             [
                 syntax.code_contexts([rows[i] for i in m], [context[i] for i in m], [offsets[i] for i in m])
                 for m in (members[leaf] for leaf in now)
@@ -157,7 +144,7 @@ def quantize(
             for i in members[leaf]:
                 end = at + syntax.code_count(rows[i], context[i])
                 coded = context[i] > 0
-                value = guesses[i]
+                value = rests[i].guess
                 if coded.all():
                     value += codes[at:end].reshape(value.shape)
                 else:
@@ -168,43 +155,10 @@ def quantize(
     return Coded(shapes, rows, context, predictions, offsets, values, leaves, symbols, counts)
 
 
-class Rest(NamedTuple):
-    """What prediction leaves of a piece: `vectors` `[S, n]` in steps, which are `coded`, `[S]` bool, and the
-    `units` of their coefficients, `[S]`, see `prediction.units_of`."""
-
-    vectors: np.ndarray
-    coded: np.ndarray
-    units: np.ndarray
-
-
-def classified(
-    rests: Mapping[int, Rest], rows: Sequence[Piece]
-) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Vectors (0 where uncoded), contexts and offsets of pieces, computed for all of one length at once."""
-    out: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    for length in {rows[i].length for i in rests}:
-        same = [i for i in rests if rows[i].length == length]
-        coded = np.concatenate([rests[i].coded for i in same])
-        vectors = np.concatenate([rests[i].vectors for i in same])
-        vectors[~coded] = 0
-        side = np.repeat([rows[i].side for i in same], [len(rests[i].coded) for i in same])
-        # a vector wholly predicted still needs a context: the least one
-        spread = np.maximum(np.sqrt(prediction.mean_squares(vectors)), 1e-6)
-        context = contexts.classify(np.where(coded, spread, 0.0), side)
-        context = prediction.agreeing(context, np.concatenate([rests[i].units for i in same]))
-        ends = np.cumsum([len(rests[i].coded) for i in same])[:-1]
-        each = (np.split(x, ends) for x in (vectors, context, contexts.offsets(vectors, context)))
-        out |= dict(zip(same, zip(*each, strict=True), strict=True))
-    return out
-
-
-def check_range(target: np.ndarray, module: str) -> None:
-    """Raise for entries beyond the range of codes."""
-    if not max(target.max(initial=0), -target.min(initial=0)) < MAX_MAGNITUDE:
-        raise HydraOptError(
-            f"module {module}: entries of {np.abs(target).max():.3g} quantizer steps; the finest step codes "
-            f"{MAX_MAGNITUDE:.3g}: ask for a larger error, or keep the adapters as they are with --budget 1"
-        )
+def factor_of(row: Piece, modules: Mapping[str, Sequence[TermInSteps]]) -> np.ndarray:
+    """The vectors `[S, n]` of a piece, in steps."""
+    term = modules[row.module][row.term]
+    return (term.b if row.side else term.a)[row.factor].T
 
 
 @devices.not_on_gpu

@@ -16,7 +16,8 @@ These are the coordinates of joint diagonalization and of Share; here the remain
 Reference: Gabrielsson et al., Compress then Serve, arXiv 2407.00066.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,8 @@ ROUND_UP = 0.5
 GRID = 1 / 16
 # bits that sums of products may take
 EXACT_BITS = 52
+# entries that are predicted at once: many small factors take as long as few large ones
+TOGETHER = 1 << 18
 
 
 class Prediction(NamedTuple):
@@ -208,6 +211,24 @@ def predict(
         return nothing
     guess[:, ~used] = 0
     return Prediction(used, rounded, step), guess, float(saved[used].sum())
+
+
+def predict_each(targets: Sequence[np.ndarray], base: Base) -> Iterator[tuple[Prediction | None, np.ndarray]]:
+    """`predict` for each of several factors from one base, some of them at once, without the bits saved."""
+    solver = base.solver() if base.peaks.any() else None
+    size = max(max((x.size for x in targets), default=1), 1)
+    count = max(TOGETHER // size, 1)
+    for some in (targets[at : at + count] for at in range(0, len(targets), count)):
+        found, guess, _ = predict(np.concatenate([x.T for x in some]).T, base, solver)
+        if found is None and len(some) > 1:
+            # perhaps one of them has coefficients that are too large
+            yield from (predict(x, base, solver)[:2] for x in some)
+            continue
+        ends = np.cumsum([x.shape[1] for x in some]).tolist()
+        for mine in itertools.starmap(slice, itertools.pairwise([0, *ends])):
+            used = found is not None and found.used[mine].any()
+            own = Prediction(*(x[..., mine] for x in found)) if found is not None and used else None
+            yield own, guess[:, mine]
 
 
 def mean_squares(rows: np.ndarray) -> np.ndarray:

@@ -148,6 +148,26 @@ def test_coefficients_beyond_what_is_exact_are_refused():
         prediction.apply_weights(prediction.scaled(base), np.full((1, 1), 2**30), np.array([1]))
 
 
+@pytest.mark.parametrize("peak", [1.0, 1e14])
+def test_factors_that_are_predicted_together_are_as_if_alone(peak, monkeypatch):
+    """Among them one that is like nothing, and one whose coefficients may be too large to be exact."""
+    rng = np.random.default_rng(1)
+    base = prediction.scaled(np.rint(rng.normal(size=(96, 4)) * 64).astype(np.float32) / 16)
+    like = [(base.known @ rng.normal(size=(4, n)) * 40).astype(np.float32) for n in (3, 1, 2, 3)]
+    targets = [*like[:2], rng.normal(size=(96, 2)).astype(np.float32), np.float32(peak) * like[2], like[3]]
+    alone = [prediction.predict(x, base, base.solver())[:2] for x in targets]
+    assert [x is not None for x, _ in alone] == [True, True, False, peak == 1, True]
+    for size in (1, 96 * 6, 1 << 18):
+        monkeypatch.setattr(prediction, "TOGETHER", size)
+        for (one, guess), (found, part) in zip(alone, prediction.predict_each(targets, base), strict=True):
+            np.testing.assert_array_equal(guess, part)
+            assert (one is None) == (found is None)
+            for x, y in zip(one or (), found or (), strict=True):
+                np.testing.assert_array_equal(x, y)
+    nothing = prediction.scaled(np.zeros((96, 4), np.float32))
+    assert [x for x, _ in prediction.predict_each(targets, nothing)] == [None] * 5
+
+
 def test_the_decoder_needs_no_jax():
     """The modules of the decoder import nothing but NumPy and the standard library."""
     code = (
