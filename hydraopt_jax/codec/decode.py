@@ -78,7 +78,7 @@ def decode_leaves(
                 value[:, contexts[i] == 0] = 0
             values[i] = value
     every = [contexts.get(i, np.zeros(x.rank, np.int64)) for i, x in enumerate(rows)]
-    gains = {t: split_gains(sides[f"task_{t}"].gains, shapes, rows, every, t) for t in tasks}
+    gains = {t: split_gains(sides[f"task_{t}"].gains, shapes, every, t) for t in tasks}
     return Decoded(rows, every, values, gains)
 
 
@@ -126,7 +126,6 @@ def prediction_base(values: np.ndarray | None, context: np.ndarray) -> predictio
 def split_gains(
     data: bytes,
     shapes: Mapping[str, tuple[TermShape, ...]],
-    rows: Sequence[Piece],
     contexts: Sequence[np.ndarray],
     task: int,
 ) -> list[np.ndarray]:
@@ -135,6 +134,6 @@ def split_gains(
     Raises:
       Damaged: bytes that no encoder writes.
     """
-    sums = syntax.gain_contexts(shapes, rows, contexts, task)
+    sums = syntax.gain_contexts(shapes, contexts, task)
     found = syntax.unpack_gains(data, syntax.join(sums, np.int64))
     return np.split(found, np.cumsum([len(x) for x in sums])[:-1]) if sums else []

@@ -272,7 +272,7 @@ def sides(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> dict[str, 
 
 def packed_gains(coded: Coded, task: int, gains: Sequence[np.ndarray]) -> bytes:
     """The bytes of a task's gains."""
-    sums = syntax.gain_contexts(coded.shapes, coded.pieces, coded.contexts, task)
+    sums = syntax.gain_contexts(coded.shapes, coded.contexts, task)
     return syntax.pack_gains(join(gains, np.float32), join(sums, np.int64))
 
 
@@ -329,9 +329,7 @@ def check_sides(
             same &= np.array_equal(used, x.used) and np.array_equal(weights, x.coefficients[:, x.used])
             same &= np.array_equal(prediction.units(context[used]), x.units[used])
     for task, mine in gains.items():
-        read = split_gains(
-            found.sides[f"task_{task}"].gains, coded.shapes, coded.pieces, coded.contexts, task
-        )
+        read = split_gains(found.sides[f"task_{task}"].gains, coded.shapes, coded.contexts, task)
         same &= np.array_equal(join(read, np.float32), join(mine, np.float32))
     if not same:
         raise RuntimeError(f"coded factors decode to others: {lanes.BUG}")

@@ -65,6 +65,10 @@ class TermShape(NamedTuple):
     outputs: int
     predicted: int
 
+    def factors(self, side: int) -> int:
+        """Number of factors of a side, 0 for the input side."""
+        return max(self.b_of if side else self.a_of) + 1
+
 
 class Piece(NamedTuple):
     """One coded factor: `rank` vectors of one length.
@@ -97,7 +101,7 @@ def pieces(modules: Mapping[str, Sequence[TermShape]]) -> tuple[list[Piece], lis
             tasks = len(term.a_of)
             for side, (of, length) in enumerate(((term.a_of, term.inputs), (term.b_of, term.outputs))):
                 first = len(rows)
-                for factor in range(max(of) + 1):
+                for factor in range(term.factors(side)):
                     base = first if term.predicted and factor else -1
                     everyone = term.predicted and not factor
                     users = range(tasks) if everyone else np.flatnonzero(np.array(of) == factor).tolist()

@@ -74,8 +74,8 @@ def decode(
         np.bitwise_and(y, SLOTS - 1, out=s)
         np.bitwise_or(s, now, out=s)
         np.add(s, rows, out=s)
-        np.take(lookup.entry, s, out=e, mode="clip")
-        np.take(lookup.value, s, out=out[step, :lanes], mode="clip")
+        lookup.entry.take(s, out=e, mode="clip")
+        lookup.value.take(s, out=out[step, :lanes], mode="clip")
         np.right_shift(y, SLOT_BITS, out=y)
         np.right_shift(e, SLOT_BITS + 1, out=p)
         np.multiply(y, p, out=y)
@@ -88,7 +88,7 @@ def decode(
         np.less(y, LOW, out=short[:lanes])
         (refill,) = short[:lanes].nonzero()
         where = at[refill]
-        y[refill] = y[refill] << np.uint32(16) | np.take(padded, where, mode="clip")
+        y[refill] = y[refill] << np.uint32(16) | padded.take(where, mode="clip")
         at[refill] = where + 1
     if not (np.array_equal(at, last) and (x == LOW)[lengths > 0].all()):
         raise Damaged("a lane that does not end where its words do")

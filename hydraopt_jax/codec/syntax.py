@@ -76,41 +76,35 @@ def code_count(piece: Piece, context: np.ndarray) -> int:
 
 
 def direction_contexts(
-    shapes: Mapping[str, tuple[TermShape, ...]],
-    rows: Sequence[Piece],
-    contexts: Sequence[np.ndarray],
-    task: int,
+    shapes: Mapping[str, tuple[TermShape, ...]], contexts: Sequence[np.ndarray], task: int
 ) -> dict[tuple[str, int], np.ndarray]:
     """For each (module, term) of a task the sum of the contexts of each direction's two vectors, each counted
     from the first of its side; 0 for a direction without either, and so without a gain: `[S]`."""
-    of = {(x.module, x.term, x.side, x.factor): i for i, x in enumerate(rows)}
     out = {}
+    # of the term's first factor, in the order of `pieces`
+    at = 0
     for name, terms in shapes.items():
         for k, term in enumerate(terms):
+            first, at = at, at + term.factors(0)
+            second, at = at, at + term.factors(1)
             if term.a_of[task] >= 0:
-                a, b = contexts[of[name, k, 0, term.a_of[task]]], contexts[of[name, k, 1, term.b_of[task]]]
+                a, b = contexts[first + term.a_of[task]], contexts[second + term.b_of[task]]
                 out[name, k] = np.where((a > 0) & (b > 0), a % PER_SIDE + b % PER_SIDE, 0).astype(np.int64)
     return out
 
 
 def gain_contexts(
-    shapes: Mapping[str, tuple[TermShape, ...]],
-    rows: Sequence[Piece],
-    contexts: Sequence[np.ndarray],
-    task: int,
+    shapes: Mapping[str, tuple[TermShape, ...]], contexts: Sequence[np.ndarray], task: int
 ) -> list[np.ndarray]:
     """`direction_contexts` of the directions that a task has a gain for, term by term."""
-    return [x[x > 0] for x in direction_contexts(shapes, rows, contexts, task).values()]
+    return [x[x > 0] for x in direction_contexts(shapes, contexts, task).values()]
 
 
 def live_directions(
-    shapes: Mapping[str, tuple[TermShape, ...]],
-    rows: Sequence[Piece],
-    contexts: Sequence[np.ndarray],
-    task: int,
+    shapes: Mapping[str, tuple[TermShape, ...]], contexts: Sequence[np.ndarray], task: int
 ) -> dict[tuple[str, int], np.ndarray]:
     """For each (module, term) the directions that a task has on both sides, and so a gain for: `[S]` bool."""
-    return {k: x > 0 for k, x in direction_contexts(shapes, rows, contexts, task).items()}
+    return {k: x > 0 for k, x in direction_contexts(shapes, contexts, task).items()}
 
 
 def round_gains(gains: Sequence[np.ndarray], bits: int) -> list[np.ndarray]:

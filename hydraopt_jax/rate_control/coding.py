@@ -237,7 +237,7 @@ def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.
     """Task -> decoded gains, and errors `[M, T]` with these gains."""
     tasks = problem.weights.shape[1]
     decoded = all_terms(coded.shapes, coded.pieces, coded.values)
-    live = [syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t) for t in range(tasks)]
+    live = [syntax.live_directions(coded.shapes, coded.contexts, t) for t in range(tasks)]
     place = {n: (x, m) for x in problem.spectra for m, n in enumerate(x.modules)}
     solved: dict[str, tuple[np.ndarray, ...]] = {}
     for name in problem.order:

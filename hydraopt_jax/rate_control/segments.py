@@ -167,7 +167,7 @@ def mean_tail(problem: Problem, trial: Trial) -> float:
     coded, tails = trial.coded, []
     for t in range(problem.weights.shape[1]):
         kept: dict[str, int] = {}
-        for (name, _), live in syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t).items():
+        for (name, _), live in syntax.live_directions(coded.shapes, coded.contexts, t).items():
             kept[name] = kept.get(name, 0) + int(live.sum())
         for x in problem.spectra:
             for m in np.flatnonzero(x.norms[:, t] > 0):

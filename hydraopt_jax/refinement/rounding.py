@@ -120,7 +120,7 @@ def gains_of(coded: Coded, modules: Modules, tasks: int) -> dict[int, list[np.nd
     """The cores of `modules` in the codec's order, rounded as they will be decoded."""
     gains = {}
     for t in range(tasks):
-        live = syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t)
+        live = syntax.live_directions(coded.shapes, coded.contexts, t)
         own = [np.asarray(modules[n][k].core)[t][x] for (n, k), x in live.items()]
         gains[t] = syntax.round_gains(own, GAIN_BITS)
     return gains

@@ -44,11 +44,8 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
       places: one for each task of the result, -1 for a task that is not in the segment.
     """
     position = {(x.module, x.term, x.side, x.factor): i for i, x in enumerate(found.pieces)}
-    live = {
-        k: dict(zip(live_directions(shapes, found.pieces, found.contexts, k), found.gains[k], strict=True))
-        for k in set(places)
-        if k >= 0
-    }
+    # (module, term) -> the directions that a task has, and their gains
+    gains = {k: gains_of(found, shapes, k) for k in set(places) if k >= 0}
     out = {}
     for name, terms in shapes.items():
         made = []
@@ -56,12 +53,9 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
             (a, a_of), (b, b_of) = (renumber(of, places) for of in (x.a_of, x.b_of))
             core = np.zeros((len(places), x.rank), np.float32)
             for t, place in enumerate(places):
-                if place >= 0 and (name, k) in live[place]:
-                    sides = (
-                        found.contexts[position[name, k, side, of[place]]]
-                        for side, of in enumerate((x.a_of, x.b_of))
-                    )
-                    core[t, np.logical_and(*(y > 0 for y in sides))] = live[place][name, k]
+                if place >= 0 and (name, k) in gains[place]:
+                    live, own = gains[place][name, k]
+                    core[t, live] = own
             values = [
                 stack_pieces([found.values[position[name, k, side, f]] for f in kept], (length, x.rank))
                 for side, kept, length in ((0, a, x.inputs), (1, b, x.outputs))
@@ -69,6 +63,14 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
             made.append(Factors(values[0], values[1].swapaxes(1, 2), a_of, b_of, core))
         out[name] = tuple(made)
     return out
+
+
+def gains_of(
+    found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], place: int
+) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    """(module, term) -> the directions that the task at a place has, `[S]` bool, and their gains."""
+    live = live_directions(shapes, found.contexts, place)
+    return {k: (x, own) for (k, x), own in zip(live.items(), found.gains[place], strict=True)}
 
 
 def stack_pieces(values: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.ndarray:

@@ -72,7 +72,7 @@ def describe(name, make):
         t: syntax.round_gains(
             [
                 rng.normal(size=int(x.sum()))
-                for x in syntax.live_directions(coded.shapes, coded.pieces, coded.contexts, t).values()
+                for x in syntax.live_directions(coded.shapes, coded.contexts, t).values()
             ],
             6 + t,
         )
