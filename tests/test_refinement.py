@@ -11,10 +11,12 @@ import pytest
 
 import hydraopt_jax as hydra
 from hydraopt_jax import HydraOptError, refinement, synthetic
+from hydraopt_jax.codec import encode
 from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
+from hydraopt_jax.refinement import rounding
 from hydraopt_jax.store import decode_terms, select
 from hydraopt_jax.store.sizes import measure_size
 
@@ -128,6 +130,22 @@ def test_order_of_the_adapters_given_does_not_matter(coded, many):
     one, _ = refine(coded, many, steps=4)
     other, _ = refine(coded, many[::-1], steps=4)
     np.testing.assert_array_equal(one.errors, other.errors)
+
+
+def test_the_price_of_a_bit_follows_factors_that_grow(coded):
+    """What is refined is then a store that fits, not one that the last rounding makes smaller."""
+    segment = coded.segments[0]
+    kept = rounding.coded_terms(segment)
+    grown = {n: tuple(x._replace(a=2 * x.a, b=2 * x.b) for x in terms) for n, terms in kept.items()}
+    found = rounding.coded_rounding(segment, kept)
+    tables = found.tables
+    for _ in range(80):
+        _, tables = found.round(grown, tables, False)
+    fits = rounding.quantized(grown, segment.modules, tables)
+    gains = rounding.gains_of(fits, grown, len(NAMES))
+    size = sum(map(len, encode.serialize(fits, gains).values()))
+    limit = sum(v.nbytes for k, v in segment.leaves.items() if k.startswith(("shared", "task_", "head_")))
+    assert 0.9 * limit < size < 1.02 * limit
 
 
 def test_a_bad_optimizer_never_makes_it_worse(coded, many):

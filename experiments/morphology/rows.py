@@ -29,7 +29,8 @@ from hydraopt_jax.rate_control.distortion import error_table
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.static import Static
-from hydraopt_jax.store import Store, plain
+from hydraopt_jax.store import Store, plain, save
+from hydraopt_jax.store import open as open_store
 from hydraopt_jax.store.store import make_segment
 from hydraopt_jax.store.tensors import encode_tensors
 
@@ -120,7 +121,14 @@ def refined(
     check = outputs.batch(heard, train, settings.check)
     order = np.random.default_rng(seed).permutation(train)
     shuffled = Sequences(*(x[:, order] for x in heard))
-    folder = None if setting.folder is None else setting.folder / name
+    folder = None
+    if setting.folder is not None:
+        folder = setting.folder / name
+        # a store made again differs in the last bits, and steps are of one start
+        first = setting.folder / f"{budget:g}-start"
+        if not first.exists():
+            save(first, start)
+        start = open_store(first)
     with report.progress(f"refining {name}", steps) as advance:
         return refinement.refine(
             start,

@@ -33,8 +33,9 @@ SPARE = 96
 GAIN_BITS = 10
 # share of the bytes kept free while factors move; the size estimate is more accurate than this
 MARGIN = 0.002
-# range of the price of a bit while factors move, relative to the usual price
-PRICES = (0.5, 2.0)
+# range of the price of a bit while factors move, relative to the usual price: they grow with every step, and
+# a loss is that of a store that fits only as long as the price keeps up with them
+PRICES = (0.5, 32.0)
 # attempts to meet the byte limit at the end
 ROUNDS = 12
 # limit on entries in steps, for modules that diverged under a bad optimizer
