@@ -124,7 +124,7 @@ def refined(
     folder = None
     if setting.folder is not None:
         folder = setting.folder / name
-        # a store made again differs in the last bits, and steps are of one start
+        # steps are of one start: one made again from another temporary folder has other bytes
         first = setting.folder / f"{budget:g}-start"
         if not first.exists():
             save(first, start)

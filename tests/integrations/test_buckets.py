@@ -154,7 +154,7 @@ def test_who_is_overtaken_writes_nothing(place, several, kept, name, monkeypatch
     # nor does who makes one where there was none
     others.append(lambda: hydra.save(new, kept))
     with pytest.raises(hydra.HydraOptError, match=f"{new}: {said}"):
-        hydra.save(new, select(kept, "ab"))
+        hydra.save(new, select(kept, ["a", "b"]))
     same(hydra.open(new), kept, "abc")
 
 
