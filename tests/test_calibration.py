@@ -227,7 +227,11 @@ def test_a_task_that_is_added_says_what_the_calibration_lacks(made, tmp_path, ca
     [
         ("none.txt", "c", "none.txt: cannot be read: No such file or directory: give a text file in UTF-8"),
         ("latin.txt", "c", "latin.txt: cannot be read: 'utf-8' codec can't decode"),
-        ("text.txt", "text.txt", "text.txt: exists: choose another path, or replace what is there"),
+        (
+            "text.txt",
+            "text.txt",
+            "text.txt: exists: choose another path, or replace what is there (--overwrite, overwrite=True)",
+        ),
         ("text.txt", "none/c", "none/c: there is no such folder"),
         ("text.txt", "c", "model: needs PyTorch, transformers and PEFT: install the peft extra"),
     ],

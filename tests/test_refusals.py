@@ -33,6 +33,7 @@ STORE = hydra.compress(PAIR, budget=1)
 TREE = {"q": {"kernel_lora_a": np.ones((4, 2), np.int32), "kernel_lora_b": np.ones((2, 4), np.int32)}}
 RECIPE = {"recipe": provenance.RECIPE}
 TASKS = ["legal", "medical"]
+EXISTS = "exists: choose another path, or replace what is there (--overwrite, overwrite=True)"
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +197,8 @@ def test_what_is_no_sequence_of_adapters_is_refused_everywhere(given, words):
 
 @pytest.mark.parametrize("call", [select, decode_all, hydra.serving.load], ids=lambda x: x.__name__)
 def test_names_of_tasks_are_a_sequence_and_a_store_is_one(call):
-    more = {"tasks": "task-00"}
     with pytest.raises(HydraOptError, match=re.escape("one name, not a sequence: give ['task-00']")):
-        dict(call(STORE, **more))
+        dict(call(STORE, tasks="task-00"))
     with pytest.raises(HydraOptError, match=r"'store': not a Store: hydraopt_jax\.open opens a folder or"):
         dict(call("store", tasks=["task-00"]))
 
@@ -240,11 +240,11 @@ FILES = [
     (lambda at: peft.fetch_folder(str(at / "text")), "text: is not a folder: pass a folder that"),
     (
         lambda at: formats.write_adapter(at / "peft", PAIR[0]),
-        "peft: exists: choose another path, or replace",
+        f"peft: {EXISTS}",
     ),
     (
         lambda at: formats.write_checkpoint(at / "tree", PAIR[0], "qwix", scale=1.0),
-        "tree: exists: choose another path, or replace",
+        f"tree: {EXISTS}",
     ),
     (lambda at: locks.locked(at / "text" / "x").__enter__(), "x: cannot be written"),
     (lambda at: provenance.write_recipe(at / "text", RECIPE), "text: exists; choose another file"),
@@ -252,7 +252,7 @@ FILES = [
     (lambda at: provenance.read_recipe(at / "none", []), "none: cannot be read"),
     (lambda at: provenance.read_recipe(at / "text", []), "text: not JSON"),
     (lambda at: unbelievable(at), "damaged store: its manifest cannot be right ('tasks')"),
-    (lambda at: files.check_output(at / "store", False), "store: exists: choose another path, or replace"),
+    (lambda at: files.check_output(at / "store", False), f"store: {EXISTS}"),
     (lambda at: folder.read_manifest(at / "none"), "none: no store there: look for a wrong name"),
     (
         lambda at: folder.read_manifest(at / "empty"),

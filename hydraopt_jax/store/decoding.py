@@ -45,7 +45,7 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
     """
     position = {(x.module, x.term, x.side, x.factor): i for i, x in enumerate(found.pieces)}
     # (module, term) -> the directions that a task has, and their gains
-    gains = {k: gains_of(found, shapes, k) for k in set(places) if k >= 0}
+    gains = {k: directions_of(found, shapes, k) for k in set(places) if k >= 0}
     out = {}
     for name, terms in shapes.items():
         made = []
@@ -65,7 +65,7 @@ def terms_of(found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], places
     return out
 
 
-def gains_of(
+def directions_of(
     found: Decoded, shapes: Mapping[str, tuple[TermShape, ...]], place: int
 ) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """(module, term) -> the directions that the task at a place has, `[S]` bool, and their gains."""
@@ -210,7 +210,9 @@ def named_tasks(store: Store, tasks: Sequence[str] | None) -> tuple[str, ...]:
         raise HydraOptError(f"{said}: not a Store: hydraopt_jax.open opens a folder or file")
     if isinstance(tasks, str):
         raise HydraOptError(f"tasks = {tasks!r}: one name, not a sequence: give [{tasks!r}]")
-    names = store.tasks if tasks is None else tuple(tasks)
+    if tasks is None:
+        return store.tasks
+    names = tuple(tasks)
     for task in names:
         task_index(store.tasks, task)
     return names
