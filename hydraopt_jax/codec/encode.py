@@ -7,7 +7,7 @@ vectors. The gains, a diagonal core per task, convert steps to values.
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,17 +140,12 @@ def quantize(
         )
         symbols += found
         for leaf, stream in zip(now, found, strict=True):
-            codes, at = streams.values(stream), 0
-            for i in members[leaf]:
-                end = at + syntax.code_count(rows[i], context[i])
-                coded = context[i] > 0
+            codes = codes_of(stream, [rows[i] for i in members[leaf]], [context[i] for i in members[leaf]])
+            for i, code in zip(members[leaf], codes, strict=True):
                 value = rests[i].guess
-                if coded.all():
-                    value += codes[at:end].reshape(value.shape)
-                else:
-                    value[coded] += codes[at:end].reshape(-1, rows[i].length)
-                    value[~coded] = 0
-                values[i], at = value.T, end
+                value += code
+                value[context[i] == 0] = 0
+                values[i] = value.T
     counts = streams.histogram(symbols)
     return Coded(shapes, rows, context, predictions, offsets, values, leaves, symbols, counts)
 
@@ -159,6 +154,31 @@ def factor_of(row: Piece, modules: Mapping[str, Sequence[TermInSteps]]) -> np.nd
     """The vectors `[S, n]` of a piece, in steps."""
     term = modules[row.module][row.term]
     return (term.b if row.side else term.a)[row.factor].T
+
+
+def codes_of(stream: Symbols, rows: Sequence[Piece], contexts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """The codes `[S, n]` of each piece of a stream in steps, 0 where a vector is not coded."""
+    flat, at = streams.values(stream), 0
+    for row, context in zip(rows, contexts, strict=True):
+        end, coded = at + syntax.code_count(row, context), context > 0
+        codes, at = flat[at:end].reshape(-1, row.length), end
+        if coded.all():
+            yield codes
+            continue
+        found = np.zeros((row.rank, row.length), flat.dtype)
+        found[coded] = codes
+        yield found
+
+
+def all_codes(coded: Coded) -> Iterator[tuple[int, np.ndarray]]:
+    """The position of each piece and its codes `[S, n]` in steps."""
+    members: dict[str, list[int]] = {leaf: [] for leaf in coded.leaves}
+    for i, x in enumerate(coded.pieces):
+        members[x.leaf].append(i)
+    for leaf, stream in zip(coded.leaves, coded.symbols, strict=True):
+        mine = members[leaf]
+        found = codes_of(stream, [coded.pieces[i] for i in mine], [coded.contexts[i] for i in mine])
+        yield from zip(mine, found, strict=True)
 
 
 @devices.not_on_gpu

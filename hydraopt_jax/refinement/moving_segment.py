@@ -50,6 +50,14 @@ class MovingSegment(NamedTuple):
         whole = jax.tree.map(lambda x, u: np.asarray(x) * u, moved, self.unit)
         return with_indices(indices_of(self.kept), whole)
 
+    def distortion(self) -> float:
+        """Squared units between the factors as given and the unrounded ones at the start."""
+        given = jax.tree.map(
+            lambda x, u: np.asarray(x, np.float32) / u, trainable_arrays(self.kept), self.unit
+        )
+        off = jax.tree.map(lambda x, y: float(np.sum((x - np.asarray(y)) ** 2)), given, self.start)
+        return sum(jax.tree.leaves(off))
+
     def finished(self, moved: Any, tables: Any) -> tuple[Modules, Mapping[str, bytes] | None, bool]:
         """The rounded factors of arrays in units and their leaves (None if plain); and whether they fit in
         the segment's bytes: if not, its own factors are returned."""

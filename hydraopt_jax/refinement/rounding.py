@@ -18,6 +18,7 @@ from hydraopt_jax.codec.layout import TermShape
 from hydraopt_jax.factors import Array, Factors
 from hydraopt_jax.rate_control.coding import fitted_tables, prior_tables
 from hydraopt_jax.rate_control.metrics import Metrics, unweigh
+from hydraopt_jax.refinement import rates
 from hydraopt_jax.store.decoding import all_terms, decode_segment, terms_of
 from hydraopt_jax.store.store import Segment
 
@@ -33,8 +34,8 @@ SPARE = 96
 GAIN_BITS = 10
 # share of the bytes kept free while factors move; the size estimate is more accurate than this
 MARGIN = 0.002
-# range of the price of a bit while factors move, relative to the usual price: they grow with every step, and
-# a loss is that of a store that fits only as long as the price keeps up with them
+# range of the price of a bit while factors move, relative to the usual price: a loss is that of a store that
+# fits only as long as the price keeps up with factors that grow
 PRICES = (0.5, 32.0)
 # attempts to meet the byte limit at the end
 ROUNDS = 12
@@ -148,31 +149,47 @@ def with_indices(indices: Indices, moved: Any) -> dict[str, tuple[Factors, ...]]
     }
 
 
+class Rounded(NamedTuple):
+    """A rounding.
+
+    Attributes:
+      factors: decoded.
+      tables: the rate model of the next rounding.
+      rate: derivative of the bits, at the quantizer's price, by the unrounded factors, in squared steps per
+        step: like `trainable_arrays`, scalar zeros where there is none.
+    """
+
+    factors: Modules
+    tables: Any
+    rate: Any
+
+
 class Rounding(NamedTuple):
     """The rounding of a segment.
 
     Attributes:
       tables: the rate model of the first rounding.
-      round: `(factors, tables, settled) -> (decoded factors, next tables)`; if settled, tables that fit the
-        byte limit stay, so that decisions change less.
+      round: `(factors, tables, settled) -> Rounded`; if settled, tables that fit the byte limit stay, so that
+        decisions change less.
       finish: `(factors, tables) -> (decoded factors, their leaves or None)`; no factors if they exceed the
         byte limit.
     """
 
     tables: Any
-    round: Callable[[Modules, Any, bool], tuple[Modules, Any]]
+    round: Callable[[Modules, Any, bool], Rounded]
     finish: Callable[[Modules, Any], tuple[Modules, dict[str, bytes] | None]]
 
 
 def cast_rounding(kept: Modules) -> Rounding:
     """The rounding of a plain segment: each factor to the dtype it is stored in."""
     dtypes = jax.tree.map(lambda x: np.asarray(x).dtype, trainable_arrays(kept))
+    free = jax.tree.map(lambda x: np.zeros((), np.float32), dtypes)
 
-    def cast(modules: Modules, tables: Any, settled: bool = False) -> tuple[Modules, Any]:
+    def cast(modules: Modules, tables: Any, settled: bool = False) -> Rounded:
         moved = jax.tree.map(lambda x, dtype: np.asarray(x).astype(dtype), trainable_arrays(modules), dtypes)
-        return with_indices(indices_of(modules), moved), tables
+        return Rounded(with_indices(indices_of(modules), moved), tables, free)
 
-    return Rounding(np.zeros(1), cast, lambda modules, tables: (cast(modules, tables)[0], None))
+    return Rounding(np.zeros(1), cast, lambda modules, tables: (cast(modules, tables).factors, None))
 
 
 def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Rounding:
@@ -193,14 +210,18 @@ def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Round
     first = quantized(kept, shapes, tables)
     bias = serialize(first, kept)[1] / estimate(first, kept)
 
-    def round_all(modules: Modules, tables: Any, settled: bool) -> tuple[Modules, Any]:
+    def round_all(modules: Modules, tables: Any, settled: bool) -> Rounded:
         coded = quantized(modules, shapes, tables)
+        slopes = rates.rate_slopes(coded, terms_in_steps(modules, shapes))
+        price, core = np.float32(tables.multiplier[0]), np.zeros((), np.float32)
+        rate = {n: tuple((price * a, price * b, core) for a, b in terms) for n, terms in slopes.items()}
         over = bias * estimate(coded, modules) / (limit - MARGIN * limit)
         if settled and over <= 1:
-            return decoded(coded, modules), tables
+            return Rounded(decoded(coded, modules), tables, rate)
         # bytes react slowly to the price
-        price = tables.multiplier * np.clip(over**4, 0.95, 1.05) / encode.MULTIPLIER
-        return decoded(coded, modules), recount(coded, encode.MULTIPLIER * np.clip(price, *PRICES))
+        relative = tables.multiplier * np.clip(over**4, 0.95, 1.05) / encode.MULTIPLIER
+        following = recount(coded, encode.MULTIPLIER * np.clip(relative, *PRICES))
+        return Rounded(decoded(coded, modules), following, rate)
 
     def finish(modules: Modules, tables: Any) -> tuple[Modules, dict[str, bytes] | None]:
         for _ in range(ROUNDS):

@@ -10,7 +10,14 @@ adapters' next-token distributions from the original ones', on unlabeled batches
 the weights that the store was made with. The error of the weights is not refined: the fit has made it as
 small as its bytes allow.
 
-Reference: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432.
+The quantizer minimizes `D + price * R`, squared error in steps and bits. Factors move by the gradient of
+
+    loss + h * price * R,     h = loss / D
+
+with the loss of the last steps, and D of the store at the start: the same compromise, as the loss sees it.
+
+References: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432;
+Balle et al., End-to-end optimized image compression, arXiv 1611.01704 (rate in the loss).
 """
 
 import functools
@@ -41,6 +48,8 @@ from hydraopt_jax.store.store import given_weights
 LEARNING_RATE = 0.03
 # share of the steps after which the quantizer's tables are fixed
 SETTLED = 0.8
+# steps whose mean loss tells what a squared quantizer step costs
+RECENT = 20
 
 
 class Refined(NamedTuple):
@@ -109,23 +118,39 @@ def moved_loss(loss: Any, rows: Sequence[Rows], original: Lora, moved: Any, batc
     return loss({**found, **zero}, original, batch)
 
 
+class Around(NamedTuple):
+    """What a step is taken around: arrays like the unrounded ones in their units.
+
+    Attributes:
+      rounded: the rounded factors.
+      slope: derivative of the rounded factors by the unrounded ones.
+      rate: derivative of the price of the bits, in units of the loss.
+    """
+
+    rounded: Any
+    slope: Any
+    rate: Any
+
+
 def step(
     chain: optax.MultiSteps,
     loss: Any,
     rows: Sequence[Rows],
     original: Lora,
-    slope: Any,
+    around: Around,
     state: descent.DescentState,
-    moved: Any,
     batch: Any,
 ) -> tuple[descent.DescentState, Array]:
-    """One step of `chain` on unrounded factors, by the gradient at the rounded ones, `moved`."""
+    """One step of `chain` on unrounded factors, by the gradients of the loss at the rounded ones and of the
+    rate; and the loss."""
 
-    def through(factors: Any, moved: Any, batch: Any) -> Array:
-        straight = jax.tree.map(straight_through, factors, moved, slope)
-        return moved_loss(loss, rows, original, straight, batch)
+    def through(factors: Any, around: Around, batch: Any) -> Array:
+        straight = jax.tree.map(straight_through, factors, around.rounded, around.slope)
+        lost = moved_loss(loss, rows, original, straight, batch)
+        spent = sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), around.rate, factors)))
+        return lost + (spent - jax.lax.stop_gradient(spent))
 
-    return descent.step(through, chain, state, moved, batch)
+    return descent.step(through, chain, state, around, batch)
 
 
 def refine(
@@ -250,17 +275,22 @@ def refine_segments(
     state, done, trace = resume(begin, folder)
     # with all batches of a step: the tables are those after its rounding
     every = -(-given.save // given.accumulate) * given.accumulate
-    moved: Any = None
+    # a plain store is where it starts: it has no rate
+    distortion = sum(x.distortion() for x in opened)
+    around: Any = None
     for i in range(done, given.steps):
-        if moved is None or i % given.accumulate == 0:
+        if around is None or i % given.accumulate == 0:
             rounded = [
                 x.rounding.round(x.factors(own), tables, i >= SETTLED * given.steps)
                 for x, own, tables in zip(opened, state.factors, state.tables, strict=True)
             ]
-            state = state._replace(tables=[tables for _, tables in rounded])
-            moved = arrays_of([found for found, _ in rounded])
+            state = state._replace(tables=[x.tables for x in rounded])
+            cost = np.mean(trace[-RECENT:]) if trace else before
+            weight = np.float32(cost / distortion if distortion > 0 else 0.0)
+            rate = [jax.tree.map(lambda x, w=weight: w * x, y.rate) for y in rounded]
+            around = Around(arrays_of([x.factors for x in rounded]), slope, rate)
         at = descent.DescentState(state.factors, state.optimizer)
-        (factors, memory, _), lost = take(chain, loss, rows, original, slope, at, moved, given.batch_at(i))
+        (factors, memory, _), lost = take(chain, loss, rows, original, around, at, given.batch_at(i))
         state = RefinementState(factors, memory, state.tables)
         trace.append(float(lost))
         given.progress(trace[-1])
