@@ -77,6 +77,7 @@ MODULES = {
 
 EXEMPT = {
     "estimates.component_energies": "host code of estimates",
+    "estimates.white": "of numbers of samples",
     "estimates.errors_by_model": "host code around separate_estimate and joint_estimate",
     "clustering.fill_empty": "labels",
     "clustering.hierarchy": "labels",
@@ -173,12 +174,22 @@ def level_curve(values: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Arr
     return jnp.minimum(values, level).sum(), 0.5 * jnp.log2(jnp.maximum(values / level, 1.0)).sum()
 
 
+# counts and variances of the samples of a unit vector
+MIXED = [10.0, 30.0], [0.06, 0.4 / 30]
+
+
 def sides(left: jax.Array, right: jax.Array) -> estimates.Sides:
-    return estimates.Sides(left, right, jnp.float32(40.0), jnp.float32(30.0))
+    modules = len(left)
+    outputs = estimates.white(jnp.full(modules, 30.0))
+    inputs = estimates.Components(*(jnp.tile(jnp.array(x), (modules, 1)) for x in MIXED))
+    return estimates.Sides(left, right, jnp.linspace(0.5, 2.0, modules), inputs, outputs)
 
 
 def directions(energy: jax.Array) -> estimates.Directions:
-    return estimates.Directions(energy, jnp.full(energy.shape, 40.0), jnp.full(energy.shape, 30.0))
+    count = len(energy)
+    outputs = estimates.white(jnp.full(count, 30.0))
+    inputs = estimates.Components(*(jnp.tile(jnp.array(x), (count, 1)) for x in MIXED))
+    return estimates.Directions(energy, jnp.linspace(0.5, 2.0, count), inputs, outputs)
 
 
 def served(x: jax.Array, a: jax.Array, b: jax.Array, core: jax.Array) -> Any:

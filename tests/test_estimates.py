@@ -7,7 +7,8 @@ import pytest
 from hydraopt_jax import adapters, synthetic
 from hydraopt_jax.forms import estimates
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control import problem
+from hydraopt_jax.rate_control import expected, problem
+from hydraopt_jax.rate_control.metrics import metrics_of
 
 pytestmark = pytest.mark.numeric
 
@@ -24,13 +25,15 @@ def test_water_filling_has_the_textbook_answer():
 
 def test_separate_estimate_of_one_direction_is_two_gaussian_vectors():
     """At a high rate the error is that of two Gaussian vectors at `2 rate / (I + O)` bits a sample."""
-    one = estimates.Directions(jnp.ones(1), jnp.full(1, 64.0), jnp.full(1, 64.0))
+    side = estimates.white(jnp.full(1, 64.0))
+    one = estimates.Directions(jnp.ones(1), jnp.ones(1), side, side)
     found = estimates.separate_estimate(one, jnp.array([512.0]))
     np.testing.assert_allclose(found, 1 - (1 - 2.0**-8) ** 2, rtol=1e-3)
 
 
 def test_nothing_is_kept_at_no_bits():
-    one = estimates.Directions(jnp.array([0.7, 0.3]), jnp.full(2, 8.0), jnp.full(2, 8.0))
+    side = estimates.white(jnp.full(2, 8.0))
+    one = estimates.Directions(jnp.array([0.7, 0.3]), jnp.ones(2), side, side)
     np.testing.assert_allclose(estimates.separate_estimate(one, jnp.zeros(1)), 1.0, rtol=1e-4)
 
 
@@ -56,3 +59,54 @@ def test_alike_tasks_have_a_lower_joint_estimate():
         found = estimates.errors_by_model([deltas._replace(s=deltas.s * scale[..., None])], sizes)
         ratios.append(found["joint"] / found["separate"])
     assert ratios[1] < 0.6 * ratios[0]
+
+
+def test_separate_estimate_of_one_direction_with_two_variances_fills_water_on_each_side():
+    """At a high rate: half the nats of an ideal transform coder on either side, at the levels it has."""
+    side = estimates.Components(jnp.array([[16.0, 48.0]]), jnp.array([[3 / 64, 1 / 192]]))
+    one = estimates.Directions(jnp.ones(1), jnp.ones(1), side, side)
+    found = estimates.separate_estimate(one, jnp.array([512.0]))
+    # 4 bits a sample: the geometric mean of the variances times 2^-8
+    mean = np.exp(0.25 * np.log(3 / 64) + 0.75 * np.log(1 / 192))
+    np.testing.assert_allclose(found, 1 - (1 - 64 * mean * 2.0**-8) ** 2, rtol=1e-3)
+    white = estimates.white(jnp.full(1, 64.0))
+    assert found < 0.7 * estimates.separate_estimate(
+        one._replace(inputs=white, outputs=white), jnp.array([512.0])
+    )
+
+
+@pytest.mark.parametrize("weight", [1.0, 100.0])
+def test_weights_allocate_bits_and_are_not_in_what_is_stated(weight):
+    side = estimates.white(jnp.full(2, 16.0))
+    weights = jnp.array([1.0, weight])
+    found = estimates.separate_estimate(
+        estimates.Directions(weights * 1.0, weights, side, side), jnp.zeros(1)
+    )
+    np.testing.assert_allclose(found, 2.0, rtol=1e-5)
+    bits = jnp.array([400.0])
+    uneven = estimates.separate_estimate(estimates.Directions(weights, weights, side, side), bits)
+    even = estimates.separate_estimate(estimates.Directions(jnp.ones(2), jnp.ones(2), side, side), bits)
+    assert (uneven > 1.05 * even) == (weight > 1)
+
+
+def expected_under(moments, many):
+    stacked = adapters.stack(many)
+    metrics = metrics_of({"q": (96, 64)}, moments) if moments else {}
+    ready = problem.prepare(stacked, ["q"], np.ones(len(many)), metrics, share=False)
+    return expected.expected_errors(ready, 0.2 * 2 * stacked.size)
+
+
+def test_moments_that_weigh_all_alike_change_no_estimate():
+    many = synthetic.collection(tasks=["a", "b", "c"], modules={"q": (96, 64)}, rank=4, likeness=0.5)
+    plain = expected_under({}, many)
+    alike = expected_under({"q": 3.0 * np.eye(96), "q:output": 0.2 * np.eye(64)}, many)
+    for model, value in plain.items():
+        # the variances are those of a dozen vectors
+        np.testing.assert_allclose(alike[model], value, rtol=0.15)
+
+
+def test_moments_of_few_dimensions_lower_the_limit():
+    many = synthetic.collection(tasks=["a", "b", "c"], modules={"q": (96, 64)}, rank=4, likeness=0.5)
+    root = np.random.default_rng(0).normal(size=(96, 12))
+    found = expected_under({"q": root @ root.T}, many)
+    assert found["separate"] < 0.5 * expected_under({}, many)["separate"]

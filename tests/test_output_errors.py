@@ -88,6 +88,12 @@ def test_a_calibrated_store_verifies(given, made, capsys):
     assert "of outputs" in text
 
 
+def test_a_limit_of_the_errors_of_outputs_is_stated(made, capsys):
+    """Of coders whose readers know the moments: no store comes near it."""
+    said = json.loads(run(capsys, "inspect", made[0], "--json")[1])
+    assert 0 < said["estimate"]["separate"] < said["output_error"]["mean"]
+
+
 def test_a_wrong_store_still_fails(many, given, made, capsys, tmp_path):
     names, cal = given
     content = hydra.open(made[0])

@@ -22,6 +22,8 @@ ESTIMATES = {
     "joint": "Gaussian estimate at this size, sides shared",
 }
 """Model of `estimates` -> its heading; neither is a bound."""
+KNOWN = ", if readers knew the moments"
+"""What is assumed of an estimate of errors of outputs."""
 
 
 def describe(path: str, content: Store) -> dict[str, Any]:
@@ -177,7 +179,8 @@ def errors_table(content: Store) -> Table:
     if any(bound):
         table.add_row("lower bound for this form and rank", *last, report.format_error(float(np.mean(bound))))
     for name, value in content.report.get("estimate", {}).items():
-        table.add_row(ESTIMATES.get(name, name), *last, report.format_error(value))
+        heading = ESTIMATES.get(name, name) + (KNOWN if last else "")
+        table.add_row(heading, *last, report.format_error(value))
     return table
 
 
@@ -208,7 +211,8 @@ def sentence(content: Store, before: int, after: int) -> str:
     if weights:
         # of this one are estimates and bounds
         said += f", weighted {report.format_error(np.average(task_errors(errors), weights=weights))}"
-    estimates = list(content.report.get("estimate", {}).values())
+    # readers do not know the moments
+    estimates = [] if len(claims) > 1 else list(content.report.get("estimate", {}).values())
     bound = list(content.report["bound"].values())
     if estimates and mean:
         said += f"; estimate {report.format_error(min(estimates))}"

@@ -11,11 +11,11 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import encode, syntax
 from hydraopt_jax.collection import Collection
 from hydraopt_jax.deferred import size_of
-from hydraopt_jax.forms import estimates
 from hydraopt_jax.rate_control import search
 from hydraopt_jax.rate_control.carried import kept_segment
 from hydraopt_jax.rate_control.coding import Trial
 from hydraopt_jax.rate_control.distortion import with_errors
+from hydraopt_jax.rate_control.expected import expected_errors
 from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.mode_decision import Choice
 from hydraopt_jax.rate_control.options import Options, as_report, unit_scale
@@ -125,14 +125,13 @@ def finished(run: Run, number: int, draft: Store, place: Place) -> Store:
         name = f"pass-{number}-{n}"
         problem, trial, given = run.drafts.pop(name)
         calls: list[Callable[[], Any]] = [functools.partial(coded_segment, run, n, problem, trial, given)]
-        if len(run.parts) == 1 and not problem.metrics:
-            deltas = [x.deltas for x in problem.spectra]
-            calls.append(functools.partial(estimates.errors_by_model, deltas, np.array([trial.bytes])))
+        if len(run.parts) == 1:
+            calls.append(functools.partial(expected_errors, problem, trial.bytes))
         segment, *expected = devices.together(calls)
         place.keep(name, segment)
         segments.append(kept_segment(place, name))
         for each in expected:
-            report["estimate"] = {k: float(f"{v[0]:.6g}") for k, v in each.items()}
+            report["estimate"] = each
     return draft.replace(segments=(*segments, *draft.segments[len(segments) :]), report=Static(report))
 
 
