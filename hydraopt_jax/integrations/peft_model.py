@@ -1,7 +1,6 @@
 """Load a store's tasks into a PEFT model of this process, without folders."""
 
 import contextlib
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -267,7 +266,8 @@ def _snapshot(model: Any) -> Callable[[], None]:
     merged = [(x, list(x.merged_adapters)) for x in model.modules() if getattr(x, "merged_adapters", None)]
     own = [vars(x) for x in model.modules()]
     held = [x for attributes in own for x in attributes.values() if isinstance(x, dict | list | set)]
-    copies = [(x, copy.copy(x)) for x in (*own, *held)]
+    # contents alone: a model has tens of thousands of these, and most are empty
+    copies = [(x, dict(x) if isinstance(x, dict) else list(x)) for x in (*own, *held)]
 
     def restore() -> None:
         unmerged = [(layer, names) for layer, names in merged if not layer.merged_adapters]
