@@ -110,3 +110,21 @@ def test_moments_of_few_dimensions_lower_the_limit():
     root = np.random.default_rng(0).normal(size=(96, 12))
     found = expected_under({"q": root @ root.T}, many)
     assert found["separate"] < 0.5 * expected_under({}, many)["separate"]
+
+
+def test_what_a_module_matters_is_not_in_the_stated_mean():
+    """Bits go to the module that matters, and the mean is of relative errors."""
+    modules = {"q": (96, 64), "k": (96, 64)}
+    many = synthetic.collection(tasks=["a", "b", "c"], modules=modules, rank=4, likeness=0.5)
+    stacked = adapters.stack(many)
+    moments = {
+        f"{n}{x}": s * np.eye(k) for n, s in (("q", 1.0), ("k", 30.0)) for x, k in (("", 96), (":output", 64))
+    }
+    ready = problem.prepare(stacked, list(modules), np.ones(3), metrics_of(modules, moments), share=False)
+    alike = problem.prepare(stacked, list(modules), np.ones(3), {}, share=False)
+    for model in ("separate", "joint"):
+        np.testing.assert_allclose(expected.expected_errors(ready, 0)[model], 1.0, rtol=1e-3)
+        size = 0.2 * 2 * stacked.size
+        assert (
+            expected.expected_errors(ready, size)[model] > 1.2 * expected.expected_errors(alike, size)[model]
+        )

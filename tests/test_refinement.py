@@ -16,7 +16,7 @@ from hydraopt_jax.explicit import group_loop
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
-from hydraopt_jax.refinement import rates, rounding
+from hydraopt_jax.refinement import rounding
 from hydraopt_jax.store import decode_terms, select
 from hydraopt_jax.store.sizes import measure_size
 
@@ -146,44 +146,6 @@ def test_the_price_of_a_bit_follows_factors_that_grow(coded):
     size = sum(map(len, encode.serialize(fits, gains).values()))
     limit = sum(v.nbytes for k, v in segment.leaves.items() if k.startswith(("shared", "task_", "head_")))
     assert 0.9 * limit < size < 1.02 * limit
-
-
-def test_slopes_are_the_derivative_of_the_stated_bits():
-    rest = np.random.default_rng(0).laplace(size=(3, 40)).astype(np.float32) * np.array([[0.2], [1.0], [9.0]])
-
-    def bits(x):
-        half = jnp.abs(x).mean(1) / 2
-        entropy = (1 + half) * jnp.log2(1 + half) - half * jnp.log2(half)
-        return x.shape[1] * jnp.sum(entropy + half / (1 + half))
-
-    wanted = np.asarray(jax.grad(bits)(jnp.asarray(rest)))
-    far = np.abs(rest) > rates.NEAR_ZERO
-    np.testing.assert_allclose(rates.slopes(rest)[far], wanted[far], rtol=1e-5)
-    near = rates.slopes(rest)[~far]
-    assert (near * rest[~far] > 0).all()
-    assert (np.abs(near) <= np.abs(wanted[~far])).all()
-
-
-def test_slopes_foretell_the_bytes_of_factors_that_shrink(coded):
-    segment = coded.segments[0]
-    kept = rounding.coded_terms(segment)
-    tables = rounding.start_tables(kept, segment.modules)
-
-    def at(size):
-        scaled = {n: tuple(x._replace(a=size * x.a, b=size * x.b) for x in t) for n, t in kept.items()}
-        return rounding.terms_in_steps(scaled, segment.modules)
-
-    def bits(size):
-        found = encode.quantize(at(size), tables.frequencies, float(tables.multiplier[0]))
-        return found, 8 * encode.entropy_bytes(found.counts)
-
-    found, _ = bits(1.0)
-    slopes = rates.rate_slopes(found, at(1.0))
-    # less what is predicted, the derivative by the scale of all that is coded
-    pairs = [(s, x) for n, t in slopes.items() for s, x in zip(t, kept[n], strict=True)]
-    told = sum(float(np.sum(a * x.a) + np.sum(b * x.b)) for (a, b), x in pairs)
-    seen = (bits(1.2)[1] - bits(1 / 1.2)[1]) / (1.2 - 1 / 1.2)
-    assert 0.6 * seen < told < 1.6 * seen
 
 
 def test_bytes_go_where_the_loss_sees_them(coded, many):

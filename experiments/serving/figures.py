@@ -67,7 +67,7 @@ def swap() -> str:
         [
             "The swap is of rank 16 on the attention of an 8B Llama, 32 layers,",
             f"{x['numbers'] / 1e6:.1f} million numbers: {x['swap']:.2f} processor seconds in all,",
-            f"{x['decode']:.2f} of them decoding;",
+            f"{x['swap'] - x['swap_beside_decoding'] * x['folder']:.2f} of them decoding;",
             f"PEFT's load of the folder takes {x['folder']:.2f}.",
         ]
     )

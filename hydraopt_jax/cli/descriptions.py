@@ -195,7 +195,7 @@ def forms_table(content: Store) -> Table | None:
 
 
 def sentence(content: Store, before: int, after: int) -> str:
-    """A sentence on a store: tasks, bytes, error, and the lower one of `ESTIMATES`.
+    """A sentence on a store: tasks, bytes, error, and the lower one of `ESTIMATES` where they are of weights.
 
     `before` are the bytes of the adapters' files, 0 if unknown, `after` those of the store on disk.
     """

@@ -87,7 +87,7 @@ class Sides(NamedTuple):
     Attributes:
       left, right: `[M, N]` eigenvalues of the Gram matrices of the scaled singular vectors.
       weight: `[M]` as in `Directions`, the mean of the tasks.
-      inputs, outputs: `[M, C]` of what lies along each eigenvector.
+      inputs, outputs: components `[M, C]` of the vector that belongs to each eigenvalue.
     """
 
     left: Array
@@ -208,9 +208,9 @@ def errors_by_model(
         the root of the task's weight); zero where a task lacks a module.
       sizes: `[P]` bytes.
       components: for each shape those of the modules' inputs and outputs, `[M, C]`; None for one variance.
-      weights: for each shape `[M, T]`, positive, which the deltas have the roots of as well, and which the
-        mean has not: bits are allocated by them. Of `joint` a module's tasks are assumed to have equal
-        relative errors.
+      weights: for each shape `[M, T]`, positive: the deltas are already multiplied by their roots. They steer
+        the allocation of bits, and are divided out of the mean; `joint` assumes that a module's tasks have
+        equal relative errors.
 
     Returns:
       `separate` and `joint`, each `[P]`: mean over the existing (task, module) pairs.

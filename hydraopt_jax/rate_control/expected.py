@@ -8,8 +8,8 @@ from hydraopt_jax.rate_control.analysis import Spectrum
 from hydraopt_jax.rate_control.metrics import Metric, Metrics, importance
 from hydraopt_jax.rate_control.problem import Problem
 
-# variances that the samples of a module's vectors are told apart by, each of twice as many samples as that
-# before it
+# variances that the samples of a module's vectors are told apart by: each is of as many samples as all with
+# larger eigenvalues
 VARIANCES = 8
 
 
@@ -41,7 +41,8 @@ def side_components(metric: Metric | None, vectors: np.ndarray) -> tuple[np.ndar
     """Numbers and variances `[C]` of the samples of vectors `[T, n, R]`, in a metric's coordinates.
 
     Samples are those along the metric's eigenvectors. Their variances are means over all vectors and over
-    neighboring eigenvalues, so that few vectors do not look predictable.
+    neighboring eigenvalues: those of single samples of a few vectors would be too uneven, and the estimate
+    too low.
 
     >>> samples, variance = side_components(None, np.ones((1, 256, 1)))
     >>> samples.tolist(), float(samples @ variance)

@@ -43,7 +43,8 @@ def slopes(rest: np.ndarray) -> np.ndarray:
 def rate_slopes(coded: Coded, modules: Mapping[str, list[TermInSteps]]) -> dict[str, Any]:
     """Bits per step of each entry of quantized factors: module -> `(a: [A, I, S], b: [B, S, O])` per term.
 
-    What is predicted of a vector counts as fixed.
+    What is predicted of a vector counts as fixed: a reference has the slopes of its own bits, not of those
+    that it saves others. A basis that no task reads has none: as no loss depends on it, it would vanish.
 
     Args:
       coded: the quantized factors.
@@ -54,6 +55,9 @@ def rate_slopes(coded: Coded, modules: Mapping[str, list[TermInSteps]]) -> dict[
     }
     for i, code in encode.all_codes(coded):
         row = coded.pieces[i]
+        shape = coded.shapes[row.module][row.term]
+        if row.factor not in (shape.b_of if row.side else shape.a_of):
+            continue
         predicted = coded.values[i].T - code
         rest = encode.factor_of(row, modules) - predicted
         rest[coded.contexts[i] == 0] = 0

@@ -155,13 +155,13 @@ class Rounded(NamedTuple):
     Attributes:
       factors: decoded.
       tables: the rate model of the next rounding.
-      rate: derivative of the bits, at the quantizer's price, by the unrounded factors, in squared steps per
+      slopes: derivative of the bits, at the quantizer's price, by the unrounded factors, in squared steps per
         step: like `trainable_arrays`, scalar zeros where there is none.
     """
 
     factors: Modules
     tables: Any
-    rate: Any
+    slopes: Any
 
 
 class Rounding(NamedTuple):
@@ -212,16 +212,16 @@ def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Round
 
     def round_all(modules: Modules, tables: Any, settled: bool) -> Rounded:
         coded = quantized(modules, shapes, tables)
-        slopes = rates.rate_slopes(coded, terms_in_steps(modules, shapes))
+        bits = rates.rate_slopes(coded, terms_in_steps(modules, shapes))
         price, core = np.float32(tables.multiplier[0]), np.zeros((), np.float32)
-        rate = {n: tuple((price * a, price * b, core) for a, b in terms) for n, terms in slopes.items()}
+        slopes = {n: tuple((price * a, price * b, core) for a, b in terms) for n, terms in bits.items()}
         over = bias * estimate(coded, modules) / (limit - MARGIN * limit)
         if settled and over <= 1:
-            return Rounded(decoded(coded, modules), tables, rate)
+            return Rounded(decoded(coded, modules), tables, slopes)
         # bytes react slowly to the price
         relative = tables.multiplier * np.clip(over**4, 0.95, 1.05) / encode.MULTIPLIER
         following = recount(coded, encode.MULTIPLIER * np.clip(relative, *PRICES))
-        return Rounded(decoded(coded, modules), following, rate)
+        return Rounded(decoded(coded, modules), following, slopes)
 
     def finish(modules: Modules, tables: Any) -> tuple[Modules, dict[str, bytes] | None]:
         for _ in range(ROUNDS):

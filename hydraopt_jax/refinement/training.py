@@ -14,7 +14,8 @@ The quantizer minimizes `D + price * R`, squared error in steps and bits. Factor
 
     loss + h * price * R,     h = loss / D
 
-with the loss of the last steps, and D of the store at the start: the same compromise, as the loss sees it.
+with the loss of the last steps, and D the squared steps from the given store to the unrounded factors at the
+start: the same compromise, as the loss sees it.
 
 References: Bengio et al., Estimating or propagating gradients through stochastic neurons, arXiv 1308.3432;
 Balle et al., End-to-end optimized image compression, arXiv 1611.01704 (rate in the loss).
@@ -172,6 +173,9 @@ def refine(
 ) -> tuple[Store, Refined]:
     """Refine a store so that the model's outputs with it diverge least; the bytes of its factors do not grow.
 
+    Bytes go where the outputs on the batches depend on them: other factors shrink, and their errors of
+    weights grow. So the batches should be like what the adapters will see.
+
     The loss needs all modules of a task at once: all factors are in memory in float32, also those of a store
     that was coded in several segments. `at_once` bounds what the model takes.
 
@@ -234,8 +238,12 @@ def refine(
     if not found.after < found.before:
         return store, found
     account = {"steps": steps} | {k: float(f"{getattr(found, k):.6g}") for k in ("before", "after")}
-    report = Static({**store.report, "refinement": account})
-    return store.replace(segments=tuple(segments), report=report), found
+    refined = store.replace(segments=tuple(segments))
+    report = {**store.report, "refinement": account}
+    if refined.output_errors is None and store.output_errors is not None:
+        # of errors that are no longer known
+        report.pop("estimate", None)
+    return refined.replace(report=Static(report)), found
 
 
 class Given(NamedTuple):
@@ -275,7 +283,7 @@ def refine_segments(
     state, done, trace = resume(begin, folder)
     # with all batches of a step: the tables are those after its rounding
     every = -(-given.save // given.accumulate) * given.accumulate
-    # a plain store is where it starts: it has no rate
+    # 0 where all factors are plain, which have no rate
     distortion = sum(x.distortion() for x in opened)
     around: Any = None
     for i in range(done, given.steps):
@@ -285,10 +293,10 @@ def refine_segments(
                 for x, own, tables in zip(opened, state.factors, state.tables, strict=True)
             ]
             state = state._replace(tables=[x.tables for x in rounded])
-            cost = np.mean(trace[-RECENT:]) if trace else before
+            cost = np.mean([x for x in trace[-RECENT:] if np.isfinite(x)] or [before])
             weight = np.float32(cost / distortion if distortion > 0 else 0.0)
-            rate = [jax.tree.map(lambda x, w=weight: w * x, y.rate) for y in rounded]
-            around = Around(arrays_of([x.factors for x in rounded]), slope, rate)
+            rate = [jax.tree.map(lambda x, w=weight: w * x, y.slopes) for y in rounded]
+            around = Around(arrays_of([x.factors for x in rounded]), slope, jax.device_put(rate))
         at = descent.DescentState(state.factors, state.optimizer)
         (factors, memory, _), lost = take(chain, loss, rows, original, around, at, given.batch_at(i))
         state = RefinementState(factors, memory, state.tables)
