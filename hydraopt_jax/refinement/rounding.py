@@ -211,10 +211,10 @@ def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Round
     bias = serialize(first, kept)[1] / estimate(first, kept)
 
     def round_all(modules: Modules, tables: Any, settled: bool) -> Rounded:
-        coded = quantized(modules, shapes, tables)
-        bits = rates.rate_slopes(coded, terms_in_steps(modules, shapes))
-        price, core = np.float32(tables.multiplier[0]), np.zeros((), np.float32)
-        slopes = {n: tuple((price * a, price * b, core) for a, b in terms) for n, terms in bits.items()}
+        terms, price = terms_in_steps(modules, shapes), float(tables.multiplier[0])
+        coded = encode.quantize(terms, tables.frequencies, price)
+        bits, core = rates.rate_slopes(coded, terms), np.zeros((), np.float32)
+        slopes = {n: tuple((price * a, price * b, core) for a, b in each) for n, each in bits.items()}
         over = bias * estimate(coded, modules) / (limit - MARGIN * limit)
         if settled and over <= 1:
             return Rounded(decoded(coded, modules), tables, slopes)
