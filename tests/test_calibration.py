@@ -132,7 +132,8 @@ def test_stores_with_large_moments_claim_the_errors_that_outputs_have(monkeypatc
     monkeypatch.setattr(metrics, "WHOLE", 64)
     found = compression.compress(made, max_error=0.02, calibration=moments)
     assert max(decomposed) == metrics.BLOCKS * 4
-    assert sizes.measure_size(found) == pytest.approx(sizes.measure_size(whole), rel=0.05)
+    # the whole moment shapes noise, too
+    assert 1.0 < sizes.measure_size(found) / sizes.measure_size(whole) < 1.2
     for t, given in enumerate(made):
         kept = store.decode(found, given.task)
         for m, n in enumerate(shapes):

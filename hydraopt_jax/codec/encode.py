@@ -5,20 +5,18 @@ entropy-coded. The shared leaf is quantized first, because other leaves may be p
 vectors. The gains, a diagonal core per task, convert steps to values.
 """
 
-import functools
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydraopt_jax import devices
-from hydraopt_jax.codec import frequency_tables, lanes, prediction, streams, syntax, trellis
+from hydraopt_jax.codec import frequency_tables, lanes, prediction, streams, syntax
 from hydraopt_jax.codec.contexts import COUNT, RAW_BITS, WIDE
 from hydraopt_jax.codec.decode import prediction_base, read_sides, split_gains
 from hydraopt_jax.codec.layout import Piece, TermShape, pieces
+from hydraopt_jax.codec.noise_shaping import Filter, Vector
 from hydraopt_jax.codec.prediction import Prediction
-from hydraopt_jax.codec.rans import PERIOD
+from hydraopt_jax.codec.quantization import context_bits, quantize_streams
 from hydraopt_jax.codec.remainders import remainders
 from hydraopt_jax.codec.streams import Symbols
 from hydraopt_jax.codec.syntax import SHARED, join
@@ -26,26 +24,18 @@ from hydraopt_jax.codec.syntax import SHARED, join
 # squared steps per bit, and the squared error of a well-coded coefficient in squared steps
 MULTIPLIER = 0.38
 DISTORTION = 0.26
-# chunks that are quantized side by side, of few widths, for few compilations: the trellis keeps some thirty
-# bytes of every symbol until it has decided, so a CPU takes a few chunks at a time
-WIDTHS = {"cpu": (32,)}
-ELSEWHERE = (128, 1 << 11)
-# least steps of a trellis, so that few shapes are compiled
-LEAST_STEPS = 1024
 
 
-class Chunk(NamedTuple):
-    """Consecutive codes of a lane that the trellis quantizes from its first state on.
+class Filters(NamedTuple):
+    """Filters of a factor's errors.
 
     Attributes:
-      length: number of codes, at most `PERIOD`.
-      stream: their stream.
-      first: position of the first one in the stream.
+      each: different ones.
+      of: `[A, S]` which of them each vector has, -1 for none.
     """
 
-    length: int
-    stream: int
-    first: int
+    each: tuple[Filter, ...]
+    of: np.ndarray
 
 
 class TermInSteps(NamedTuple):
@@ -55,11 +45,13 @@ class TermInSteps(NamedTuple):
       shape: its structure.
       a: `[A, I, S]` input-side vectors in steps; a zero vector is not coded.
       b: `[B, O, S]` output-side vectors in steps, likewise.
+      filters: of the errors of `a` and of `b`; None for errors that all count alike.
     """
 
     shape: TermShape
     a: np.ndarray
     b: np.ndarray
+    filters: tuple[Filters | None, Filters | None] = (None, None)
 
 
 class Coded(NamedTuple):
@@ -88,16 +80,6 @@ class Coded(NamedTuple):
     counts: np.ndarray
 
 
-def context_bits(frequencies: np.ndarray) -> np.ndarray:
-    """Mean bits of a code in each context, `[COUNT]`: symbols at their entropy given the quantizer, signs,
-    middle bits."""
-    total = frequencies.sum(-1)
-    share = frequencies / np.where(total > 0, total, 1)[..., None]
-    bits = -(share * np.log2(np.where(share > 0, share, 1))).sum(-1) + RAW_BITS[:, None]
-    bits += np.where(WIDE[:, None], 1, 1 - share[..., 0])
-    return (bits * total).sum(1) / np.maximum(total.sum(1), 1e-9)
-
-
 def quantize(
     modules: Mapping[str, Sequence[TermInSteps]], frequencies: np.ndarray, multiplier: float = MULTIPLIER
 ) -> Coded:
@@ -112,6 +94,7 @@ def quantize(
       HydraOptError: an entry of more steps than a code can hold.
     """
     shapes = {name: tuple(x.shape for x in terms) for name, terms in modules.items()}
+    shaped = any(f for terms in modules.values() for x in terms for f in x.filters)
     rows, _ = pieces(shapes)
     leaves = (SHARED, *sorted({x.leaf for x in rows} - {SHARED}))
     context: list[Any] = [None] * len(rows)
@@ -137,6 +120,9 @@ def quantize(
             ],
             frequencies,
             multiplier,
+            [[x for i in members[leaf] for x in vectors_of(rows[i], modules, context[i] > 0)] for leaf in now]
+            if shaped
+            else (),
         )
         symbols += found
         for leaf, stream in zip(now, found, strict=True):
@@ -154,6 +140,13 @@ def factor_of(row: Piece, modules: Mapping[str, Sequence[TermInSteps]]) -> np.nd
     """The vectors `[S, n]` of a piece, in steps."""
     term = modules[row.module][row.term]
     return (term.b if row.side else term.a)[row.factor].T
+
+
+def vectors_of(row: Piece, modules: Mapping[str, Sequence[TermInSteps]], coded: np.ndarray) -> list[Vector]:
+    """The coded vectors of a piece."""
+    found = modules[row.module][row.term].filters[row.side]
+    of = np.full(row.rank, -1) if found is None else found.of[row.factor]
+    return [Vector(row.length, found.each[k] if found and k >= 0 else None) for k in of[coded]]
 
 
 def codes_of(stream: Symbols, rows: Sequence[Piece], contexts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
@@ -179,58 +172,6 @@ def all_codes(coded: Coded) -> Iterator[tuple[int, np.ndarray]]:
         mine = members[leaf]
         found = codes_of(stream, [coded.pieces[i] for i in mine], [coded.contexts[i] for i in mine])
         yield from zip(mine, found, strict=True)
-
-
-@devices.not_on_gpu
-def quantize_streams(
-    values: Sequence[np.ndarray], context: Sequence[np.ndarray], frequencies: np.ndarray, multiplier: float
-) -> list[Symbols]:
-    """Quantize streams, given as 1-D values in steps and the context of every value."""
-    table = trellis.prices(trellis.costs(frequencies), multiplier)
-    per_code = context_bits(frequencies)
-    lanes = [streams.lane_count(len(c), float(per_code[c].sum())) for c in context]
-    magnitude = [np.zeros(len(x), np.int32) for x in values]
-    quantizer = [np.zeros(len(x), np.uint8) for x in values]
-
-    def one(chunks: Sequence[Chunk], width: int) -> None:
-        """Quantize chunks side by side."""
-        steps = max(1 << (chunks[0].length - 1).bit_length(), LEAST_STEPS)
-        y, of = streams.rows_of(width, steps, np.float32), streams.rows_of(width, steps, np.uint8)
-        for row, (length, k, first) in enumerate(chunks):
-            y[row, :length] = values[k][first : first + length]
-            of[row, :length] = context[k][first : first + length]
-        found = trellis.quantize(*(np.ascontiguousarray(x.T) for x in (y, of)), table)
-        m, q = streams.rows_of(width, steps, np.int32), streams.rows_of(width, steps, np.uint8)
-        m[:], q[:] = (np.asarray(x).T for x in found)
-        for row, (length, k, first) in enumerate(chunks):
-            magnitude[k][first : first + length] = m[row, :length]
-            quantizer[k][first : first + length] = q[row, :length]
-
-    # the longest first, so that those of about one length are side by side
-    order = [x for k, (v, n) in enumerate(zip(values, lanes, strict=True)) for x in chunks_of(len(v), n, k)]
-    order.sort(reverse=True)
-    widths = WIDTHS.get(devices.platform(), ELSEWHERE)
-    width = next((x for x in widths if x >= len(order)), widths[-1])
-    groups = [order[at : at + width] for at in range(0, len(order), width)]
-    devices.together([functools.partial(one, x, width) for x in groups])
-    return [
-        Symbols(m, q, c.astype(np.uint8), v < 0, n)
-        for m, q, c, v, n in zip(magnitude, quantizer, context, values, lanes, strict=True)
-    ]
-
-
-def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:
-    """The chunks of a stream of `count` codes in `lanes` lanes.
-
-    >>> chunks_of(6000, 1, 0)
-    [Chunk(length=4096, stream=0, first=0), Chunk(length=1904, stream=0, first=4096)]
-    """
-    ends = np.cumsum(streams.lane_lengths(count, lanes)).tolist()
-    return [
-        Chunk(min(PERIOD, end - first), stream, first)
-        for start, end in itertools.pairwise([0, *ends])
-        for first in range(start, end, PERIOD)
-    ]
 
 
 def estimate_bytes(coded: Coded, side: Mapping[str, bytes]) -> float:

@@ -121,9 +121,9 @@ def places_of(value: Array, context: Array) -> Places:
     return Places(whole, phase, context * CELLS + cell)
 
 
-def candidates(x: Places, quantizer: Array, parity: Array, table: Array) -> tuple[Array, Array]:
-    """Costs of the magnitude of a parity whose reconstruction is next to each value, and of that below it, in
-    units of 2^-18 squared steps.
+def nearby(x: Places, quantizer: Array, parity: Array, table: Array) -> tuple[Array, Array, Array, Array]:
+    """Of the magnitude of a parity whose reconstruction is next to each value, and of that below it: the
+    errors, in units of 2^-9 steps, and the prices, in units of `2^-FINE` squared steps.
 
     Reconstructions of one parity are four steps apart, but for that of the zero of Q1, which would be at -1.
     """
@@ -134,8 +134,21 @@ def candidates(x: Places, quantizer: Array, parity: Array, table: Array) -> tupl
     first, second = jnp.where(x.whole < 1, zero, 0), jnp.where((x.whole > 0) & (x.whole < 5), zero, 0)
     error = ((x.phase + 1024 - 512 * (2 * parity - quantizer)) & 2047) - 1024 - 512 * first
     lower = error + 2048 - 512 * second
+    return error, lower, both >> 16, both & 0xFFFF
+
+
+def candidates(x: Places, quantizer: Array, parity: Array, table: Array) -> tuple[Array, Array]:
+    """Costs of the magnitude of a parity whose reconstruction is next to each value, and of that below it, in
+    units of 2^-18 squared steps."""
+    error, lower, price, lower_price = nearby(x, quantizer, parity, table)
     shift = 18 - FINE
-    return error**2 + (both >> 16 << shift), lower**2 + ((both & 0xFFFF) << shift)
+    return error**2 + (price << shift), lower**2 + (lower_price << shift)
+
+
+def magnitude_near(x: Places, quantizer: Array, parity: Array) -> Array:
+    """The magnitude of a parity whose reconstruction is next to each value, as the table has it: rounding the
+    value itself could differ at an edge."""
+    return jnp.maximum((2 * x.whole + 5 + 2 * (quantizer - 2 * parity) >> 3) * 2 + parity, parity)
 
 
 def history() -> np.ndarray:
@@ -204,8 +217,7 @@ def quantize(y: Array, context: Array, table: Array) -> tuple[Array, Array]:
     place = jnp.arange(TOGETHER, dtype=jnp.int32)[:, None, None]
     parity, quantizer = words >> place & 1, words >> TOGETHER >> place & 1
     at, below = candidates(places, quantizer, parity, table)
-    # as the table has it: rounding the value itself could differ at an edge
-    near = (2 * places.whole + 5 + 2 * (quantizer - 2 * parity) >> 3) * 2 + parity
-    magnitude = jnp.maximum(near, parity) - 2 * (below < at).astype(jnp.int32)
+    near = magnitude_near(places, quantizer, parity)
+    magnitude = near - 2 * (below < at).astype(jnp.int32)
     flat = (x.reshape(-1, lanes)[:n] for x in (magnitude, quantizer.astype(jnp.uint8)))
     return next(flat), next(flat)

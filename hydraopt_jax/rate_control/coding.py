@@ -10,7 +10,7 @@ from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.rate_control import mode_decision
-from hydraopt_jax.rate_control.metrics import Metric, Metrics, unweigh
+from hydraopt_jax.rate_control.metrics import Metrics, to_code
 from hydraopt_jax.rate_control.parts import pick_names
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.terms import terms_in_steps
@@ -94,18 +94,22 @@ def terms_at_step(
         chosen = mode_decision.decide_modes(x, forms_at or step, problem.no_joint)
         for name, terms in terms_in_steps(x, chosen, step).items():
             left, right = problem.metrics.get(name, (None, None))
-            goals[name] = tuple(
-                t._replace(a=unweigh_own(left, t.a, t.shape.a_of), b=unweigh_own(right, t.b, t.shape.b_of))
-                for t in terms
-            )
+            goals[name] = tuple(unweighed(t, (left, right)) for t in terms)
         choices |= dict(zip(x.modules, chosen.choices, strict=True))
     return {n: goals[n] for n in problem.order}, choices
 
 
-def unweigh_own(metric: Metric | None, a: np.ndarray, of: Sequence[int]) -> np.ndarray:
-    """`unweigh` of the factors that tasks read; a joint basis is already in coded coordinates."""
-    read = np.isin(np.arange(len(a)), of)
-    return np.where(read[:, None, None], unweigh(metric, a), a)
+def unweighed(term: encode.TermInSteps, metrics: Metrics) -> encode.TermInSteps:
+    """The term with the factors that tasks read as they are coded, and the filters of their errors; a joint
+    basis is in these coordinates already."""
+    sides, filters = [], []
+    factors, uses = (term.a, term.b), (term.shape.a_of, term.shape.b_of)
+    for metric, x, of in zip(metrics, factors, uses, strict=True):
+        read = np.isin(np.arange(len(x)), of)
+        found, mine = to_code(metric, x)
+        sides.append(np.where(read[:, None, None], found, x))
+        filters.append(mine and mine._replace(of=np.where(read[:, None], mine.of, -1)))
+    return term._replace(a=sides[0], b=sides[1], filters=(filters[0], filters[1]))
 
 
 def prior_tables() -> np.ndarray:
@@ -144,7 +148,9 @@ def first_factors(x: encode.TermInSteps, share: float) -> encode.TermInSteps:
         (i, o) if max(i, o) < most else (-1, -1) for i, o in zip(x.shape.a_of, x.shape.b_of, strict=True)
     ]
     a_of, b_of = zip(*pairs, strict=True)
-    return encode.TermInSteps(x.shape._replace(a_of=a_of, b_of=b_of), x.a[:most], x.b[:most])
+    one, two = (f and f._replace(of=f.of[:most]) for f in x.filters)
+    shape = x.shape._replace(a_of=a_of, b_of=b_of)
+    return encode.TermInSteps(shape, x.a[:most], x.b[:most], (one, two))
 
 
 def shares(frequencies: np.ndarray) -> np.ndarray:

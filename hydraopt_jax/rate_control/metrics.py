@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from hydraopt_jax.calibration import OUTPUT
-from hydraopt_jax.codec import encode
+from hydraopt_jax.codec import encode, noise_shaping
 from hydraopt_jax.errors import HydraOptError
 
 # what is added to a moment of mean eigenvalue 1, so that errors in unseen directions count too
@@ -81,7 +81,7 @@ Metrics = tuple[Metric | None, Metric | None]
 
 
 def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
-    """Vectors to code for given vectors in the metric's coordinates, both in steps.
+    """Vectors in the original coordinates for given vectors in the metric's, both in steps.
 
     The plain inverse would spend bits on directions that inputs never have. The part along an eigenvector of
     value l costs bits in proportion to the energy `e / l` that it adds, and reduces the error by e. The
@@ -94,10 +94,68 @@ def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
     if metric is None:
         return a
     plain = metric.along(a) / np.sqrt(metric.values)[:, None]
-    variance = np.maximum((plain**2).sum(-2, keepdims=True) / a.shape[-2], 1e-9)
-    ridge = encode.MULTIPLIER / (2 * np.log(2) * variance)
+    return filtered(metric, plain, 2.0 ** ridges(plain, a.shape[-2]))
+
+
+def ridges(plain: np.ndarray, size: int) -> np.ndarray:
+    """The exponents, base 2, of the ridges `[A, 1, S]` that `unweigh` has for vectors of n entries, given as
+    coefficients along the eigenvectors `[A, k, S]`; integers, so that few filters are made."""
+    variance = np.maximum((plain**2).sum(-2, keepdims=True) / size, 1e-9)
+    return np.rint(np.log2(encode.MULTIPLIER / (2 * np.log(2) * variance)))
+
+
+def filtered(metric: Metric, plain: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """Vectors `[A, n, S]` of coefficients along the eigenvectors, with the factors of `unweigh`."""
     values = metric.values[:, None]
     return metric.back(plain * values / (values + ridge)).astype(np.float32)
+
+
+def shapes_noise(metric: Metric | None) -> bool:
+    """Whether errors have filters: where the moment is decomposed as a whole."""
+    return metric is not None and metric.vectors is not None and metric.moment is None
+
+
+def filters_at(metric: Metric, exponents: np.ndarray) -> tuple[encode.Filters, np.ndarray]:
+    """The filters of errors for vectors of given ridges, and what vectors are multiplied by, `[A, 1, S]`.
+
+    Error plus bits, as `unweigh` has them, are `e.T @ (M + r I) @ e` for an error e of what it returns.
+    Vectors are multiplied by the root of what noise shaping leaves of this form, so that an error of a step
+    counts as much as without it.
+    """
+    known, of = np.unique(exponents[:, 0], return_inverse=True)
+    moment = (np.asarray(metric.vectors) * metric.values) @ np.asarray(metric.vectors).T
+    found = [noise_shaping.filter_of(moment + 2.0**k * np.eye(len(moment))) for k in known]
+    of = of.reshape(exponents[:, 0].shape)
+    scale = np.sqrt([left for _, left in found])[of][:, None]
+    return encode.Filters(tuple(x for x, _ in found), of), scale
+
+
+def to_code(metric: Metric | None, a: np.ndarray) -> tuple[np.ndarray, encode.Filters | None]:
+    """What is coded of vectors `[A, n, S]` in the metric's coordinates, both in steps, and the filters of its
+    errors."""
+    if metric is None or not shapes_noise(metric) or not a.size:
+        return unweigh(metric, a), None
+    plain = metric.along(a) / np.sqrt(metric.values)[:, None]
+    exponents = ridges(plain, a.shape[-2])
+    filters, scale = filters_at(metric, exponents)
+    return filtered(metric, plain * scale, 2.0**exponents), filters
+
+
+def before_rounding(metric: Metric | None, coded: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """What was rounded to coded vectors `[A, n, S]` of given ones in the metric's coordinates: `unweigh` of
+    these, each entry less the errors before it as their filter has them."""
+    if metric is None or not shapes_noise(metric) or not a.size:
+        return unweigh(metric, a)
+    plain = metric.along(a) / np.sqrt(metric.values)[:, None]
+    # the ridges were those of vectors that had not been scaled
+    _, scale = filters_at(metric, ridges(plain, a.shape[-2]))
+    exponents = ridges(plain / scale, a.shape[-2])
+    filters, _ = filters_at(metric, exponents)
+    errors = coded - filtered(metric, plain, 2.0**exponents)
+    out = coded - errors
+    for k, x in enumerate(filters.each):
+        out -= np.where((filters.of == k)[:, None], x.feedback @ errors, 0)
+    return out
 
 
 # the ridge of `unweigh` at a few bits per coefficient, for choices before a step is known
@@ -131,6 +189,8 @@ def metric(
       inner: only inner products will be taken: nothing is decomposed.
     """
     moment = np.asarray(moment)
+    if moment.shape == (size, size) and np.count_nonzero(moment) == np.count_nonzero(np.diagonal(moment)):
+        moment = np.diagonal(moment)
     diagonal = moment.ndim == 1
     if moment.shape != ((size,) if diagonal else (size, size)):
         raise HydraOptError(

@@ -54,8 +54,8 @@ def separate_terms(
         # the module's shape, and no factors
         none = tuple(-1 for _ in live)
         shape = TermShape(none, none, deltas.u.shape[-2], 1, deltas.v.shape[-1], 0)
-        empty = [np.zeros((0, n, 1), np.float32) for n in (shape.inputs, shape.outputs)]
-        return (TermInSteps(shape, *empty),)
+        a, b = (np.zeros((0, n, 1), np.float32) for n in (shape.inputs, shape.outputs))
+        return (TermInSteps(shape, a, b),)
     rank = max(int(live[present].sum(-1).max(initial=0)), 1)
     scales = [np.ones(live.shape, np.float32) for _ in range(2)]
     if cosines is not None:

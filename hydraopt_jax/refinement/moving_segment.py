@@ -11,7 +11,7 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.rate_control.distortion import error_table, segment_terms
-from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
+from hydraopt_jax.rate_control.metrics import Metrics, metrics_of, shapes_noise
 from hydraopt_jax.refinement import rounding
 from hydraopt_jax.refinement.rounding import Modules, indices_of, trainable_arrays, with_indices
 from hydraopt_jax.store import Segment, plain
@@ -78,8 +78,11 @@ def start_moving(
         metrics = metrics_of(shapes, calibration)
     unit = units(kept, segment.coded)
     if segment.coded:
-        how = rounding.coded_rounding(segment, kept, -(-rounding.SPARE // among))
-        begin = rounding.unrounded(kept, adapters, metrics)
+        # a calibrated segment states errors of outputs
+        calibrated = segment.leaves.get("output_errors") is not None
+        shaped = calibrated and any(shapes_noise(x) for sides in metrics.values() for x in sides)
+        how = rounding.coded_rounding(segment, kept, -(-rounding.SPARE // among), shaped)
+        begin = rounding.unrounded(kept, adapters, metrics, shaped)
     else:
         how, begin = rounding.cast_rounding(kept), dict(kept)
     live = jax.tree.map(lambda x: np.asarray(np.abs(np.asarray(x, np.float32)) > 0), trainable_arrays(begin))

@@ -17,7 +17,7 @@ from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.codec.layout import TermShape
 from hydraopt_jax.factors import Array, Factors
 from hydraopt_jax.rate_control.coding import fitted_tables, prior_tables
-from hydraopt_jax.rate_control.metrics import Metrics, unweigh
+from hydraopt_jax.rate_control.metrics import Metrics, before_rounding, unweigh
 from hydraopt_jax.refinement import rates
 from hydraopt_jax.store.decoding import all_terms, decode_segment, terms_of
 from hydraopt_jax.store.store import Segment
@@ -37,6 +37,9 @@ MARGIN = 0.002
 # range of the price of a bit while factors move, relative to the usual price: a loss is that of a store that
 # fits only as long as the price keeps up with factors that grow
 PRICES = (0.5, 32.0)
+# the least price, at which refinement begins, where noise shaping made the codes: at the usual one the
+# trellis alone would round factors to codes of larger errors
+LEAST_SHAPED = 1 / 16
 # attempts to meet the byte limit at the end
 ROUNDS = 12
 # limit on entries in steps, for modules that diverged under a bad optimizer
@@ -110,9 +113,9 @@ def recount(coded: Coded, multiplier: float | np.ndarray) -> Tables:
     return Tables(fitted_tables(coded.counts), np.reshape(multiplier, 1))
 
 
-def start_tables(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]]) -> Tables:
-    """Tables for factors in steps, by alternating quantization and counting."""
-    tables = Tables(prior_tables(), np.array([encode.MULTIPLIER]))
+def start_tables(modules: Modules, shapes: Mapping[str, tuple[TermShape, ...]], price: float = 1.0) -> Tables:
+    """Tables for factors in steps, by alternating quantization at a price and counting."""
+    tables = Tables(prior_tables(), np.array([price * encode.MULTIPLIER]))
     for _ in range(TABLE_ROUNDS):
         tables = recount(quantized(modules, shapes, tables), tables.multiplier)
     return tables
@@ -192,12 +195,16 @@ def cast_rounding(kept: Modules) -> Rounding:
     return Rounding(np.zeros(1), cast, lambda modules, tables: (cast(modules, tables).factors, None))
 
 
-def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Rounding:
-    """The rounding of a coded segment; the price of a bit is adjusted so that bytes shrink by `spare`."""
+def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE, shaped: bool = False) -> Rounding:
+    """The rounding of a coded segment; the price of a bit is adjusted so that bytes shrink by `spare`.
+
+    `shaped`: noise shaping made its codes.
+    """
     shapes, tasks = segment.modules, len(segment.tasks)
     factors = (np.size(v) for k, v in segment.leaves.items() if k.startswith(("shared", "task_", "head_")))
     limit = max(sum(factors) - spare, SPARE)
-    tables = start_tables(kept, shapes)
+    least = LEAST_SHAPED if shaped else PRICES[0]
+    tables = start_tables(kept, shapes, LEAST_SHAPED if shaped else 1.0)
 
     def estimate(coded: Coded, modules: Modules) -> float:
         return encode.estimate_bytes(coded, encode.sides(coded, gains_of(coded, modules, tasks)))
@@ -220,7 +227,7 @@ def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Round
             return Rounded(decoded(coded, modules), tables, slopes)
         # bytes react slowly to the price
         relative = tables.multiplier * np.clip(over**4, 0.95, 1.05) / encode.MULTIPLIER
-        following = recount(coded, encode.MULTIPLIER * np.clip(relative, *PRICES))
+        following = recount(coded, encode.MULTIPLIER * np.clip(relative, least, PRICES[1]))
         return Rounded(decoded(coded, modules), following, slopes)
 
     def finish(modules: Modules, tables: Any) -> tuple[Modules, dict[str, bytes] | None]:
@@ -237,19 +244,21 @@ def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE) -> Round
 
 
 def unrounded(
-    kept: Modules, collection: Sequence[Adapter], metrics: Mapping[str, Metrics]
+    kept: Modules, collection: Sequence[Adapter], metrics: Mapping[str, Metrics], shaped: bool = False
 ) -> dict[str, tuple[Factors, ...]]:
     """Unrounded factors: per side those of least squared error, given the decoded factors of the other side.
 
     With `p_t = core_t @ b_t`, the best `a` of the tasks t that share one factor solves
     `a @ sum_t w_t p_t p_t.T = sum_t w_t delta_t p_t.T`, `w_t = 1 / ||delta_t||^2`; the other side is
     analogous. Entries are limited to one quantizer cell around the stored ones. Vectors that are zero in the
-    store stay zero. With metrics all this is in their coordinates.
+    store stay zero. With metrics all this is in their coordinates. Where noise shaping made the codes, the
+    factors are what it rounded: others would be rounded to codes of larger errors.
 
     Args:
       kept: coded terms, with diagonal cores.
       collection: the original adapters, in the order of the tasks.
       metrics: module -> metrics of its inputs and outputs; modules may be missing.
+      shaped: whether noise shaping made the codes.
     """
     out: dict[str, tuple[Factors, ...]] = {}
     for name, terms in kept.items():
@@ -269,11 +278,12 @@ def unrounded(
             new_a = solve_side(rest, a_of, len(a), seen_b.swapaxes(1, 2), b_of, core)
             new_b = solve_side(flipped, b_of, len(b), seen_a.swapaxes(1, 2), a_of, core)
             # a basis that others are predicted from is read by no task: it stays as it is
+            as_coded = before_rounding if shaped else lambda metric, _, x: unweigh(metric, x)
             read_a, read_b = (
                 np.isin(np.arange(len(x)), of)[:, None, None] for x, of in ((a, a_of), (b, b_of))
             )
-            a = np.where(read_a, within_cell(a, unweigh(sides[0], new_a)), a)
-            b = np.where(read_b, within_cell(b, unweigh(sides[1], new_b)), b).swapaxes(1, 2)
+            a = np.where(read_a, within_cell(a, as_coded(sides[0], a, new_a)), a)
+            b = np.where(read_b, within_cell(b, as_coded(sides[1], b, new_b)), b).swapaxes(1, 2)
             rebuilt.append(term._replace(a=a, b=b))
         out[name] = tuple(rebuilt)
     return out
