@@ -61,6 +61,8 @@ def test_what_the_engines_jit_lowers(monkeypatch):
             monkeypatch.setattr(module, key, record)
     few = synthetic.collection(tasks=5, modules={"q": (96, 64), "k": (64, 96)}, rank=3)
     coded = compression.compress(few, max_error=0.01)
+    moment = np.cov(np.random.default_rng(0).normal(size=(96, 200)))
+    compression.compress(few, max_error=0.01, calibration={"q": moment})
     refinement.refine(
         coded,
         few,

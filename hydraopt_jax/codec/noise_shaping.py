@@ -35,6 +35,8 @@ from hydraopt_jax.codec.trellis import (
 
 # codes of a block, over which survivors keep errors of their own, and those of the block before
 BLOCK = 24
+# values beyond which float32 errors would not tell the codes
+LARGEST = 2.0**22
 # chunks that are quantized side by side
 WIDTHS = (16, 64)
 # cost of a path that begins in another state than the first
@@ -67,7 +69,7 @@ class Vector(NamedTuple):
     filter: Filter | None
 
 
-class Part(NamedTuple):
+class Span(NamedTuple):
     """A vector, or what of it is in a chunk of codes.
 
     Attributes:
@@ -81,18 +83,18 @@ class Part(NamedTuple):
     filter: Filter | None
 
 
-class Chunk(NamedTuple):
+class Lane(NamedTuple):
     """Values that are quantized in order from the trellis' first state on.
 
     Attributes:
       values: `[N]` in steps.
       context: `[N]` of each.
-      parts: the vectors they are of, in order.
+      spans: the vectors they are of, in order.
     """
 
     values: np.ndarray
     context: np.ndarray
-    parts: Sequence[Part]
+    spans: Sequence[Span]
 
 
 def filter_of(form: np.ndarray) -> tuple[Filter, float]:
@@ -151,8 +153,8 @@ def quantize_block(
       before: the survivors at its begin.
       values, context, weights: `[BLOCK, L]`.
       far: `[BLOCK, L]` feedback of what is older than the block before.
-      old: `[BLOCK, BLOCK, L]` entries of C, for each code those of the block before.
-      new: `[BLOCK, BLOCK, L]` likewise, of the `BLOCK` codes before each code.
+      old: `[BLOCK, BLOCK, L]` entries of C: code, code of the block before, lane.
+      new: `[BLOCK, BLOCK, L]` likewise: code, one of the `BLOCK` codes before it, the oldest first, lane.
       table: see `trellis.prices`.
     """
     # barriers: each of what they separate would be computed again for all that follows from it
@@ -161,12 +163,13 @@ def quantize_block(
     states = jnp.arange(STATES, dtype=jnp.int32)[:, None]
     quantizer, parity = states & 1, jnp.arange(2, dtype=jnp.int32)[:, None, None]
 
-    fed = apart(far[:, None] + jnp.einsum("owl,wsl->osl", old, before.errors))
+    fed = apart(far[:, None] + jnp.einsum("owl,wsl->osl", old, before.errors, precision="highest"))
 
     def step(carry: tuple[Array, Array, Array], each: Any) -> tuple[tuple[Array, Array, Array], None]:
         cost, errors, origin = carry
         value, context, weight, fed, new = apart(each)
-        feedback = jnp.take_along_axis(fed, origin, 0) + jnp.einsum("wl,wsl->sl", new, errors)
+        feedback = jnp.einsum("wl,wsl->sl", new, errors, precision="highest")
+        feedback += jnp.take_along_axis(fed, origin, 0)
         wanted = apart(value - feedback)
         places = apart(places_of(jnp.abs(wanted), jnp.broadcast_to(context, wanted.shape)))
         at, below, price, lower_price = nearby(places, quantizer, parity, table)
@@ -226,49 +229,51 @@ def rows_of(filters: Sequence[Filter]) -> Rows:
     return Rows(np.concatenate(near), np.concatenate(weights), first)
 
 
-def row_of_each(x: Chunk, rows: Rows) -> np.ndarray:
-    """The row of each code of a chunk, `[N]`."""
+def row_of_each(x: Lane, rows: Rows) -> np.ndarray:
+    """The row of each code of a lane, `[N]`."""
     out = np.zeros(len(x.values), np.int64)
-    for start, length, given in x.parts:
+    for start, length, given in x.spans:
         if given is not None:
             low, high = max(start, 0), min(start + length, len(out))
             out[low:high] = rows.first[id(given)] + np.arange(low - start, high - start)
     return out
 
 
-def far_feedback(part: Part, at: int, settled: np.ndarray) -> np.ndarray | float:
-    """Feedback `[rows]` of a block's codes that are of the part, of errors before the block before it."""
-    start, length, given = part
+def far_feedback(span: Span, at: int, settled: np.ndarray) -> np.ndarray:
+    """Feedback `[BLOCK]` of a span's errors before the block before, to its codes in the block."""
+    start, length, given = span
     first, last = max(start, 0), at - BLOCK
-    if given is None or first >= last:
-        return 0.0
-    rows = slice(at - start, min(at - start + BLOCK, length))
-    return given.feedback[rows, first - start : last - start] @ settled[first:last]
+    out = np.zeros(BLOCK, np.float32)
+    if given is not None and first < last:
+        rows = slice(at - start, min(at - start + BLOCK, length))
+        fed = given.feedback[rows, first - start : last - start] @ settled[first:last]
+        out[: len(fed)] = fed
+    return out
 
 
 def quantize(
-    chunks: Sequence[Chunk], rows: Rows, width: int, table: Array
+    given: Sequence[Lane], rows: Rows, width: int, table: Array
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Codes of least `form of the errors + multiplier * bits`, approximately.
 
     Args:
-      chunks: at most `width`.
+      given: at most `width`; values are below `LARGEST`.
       rows: of all filters.
       width: lanes that are computed.
       table: costs, see `trellis.prices`.
 
     Returns:
-      Magnitudes `[N]` int32 of each chunk, the quantizer of each `[N]` uint8, and whether it is negative.
+      Magnitudes `[N]` int32 of each lane, the quantizer of each `[N]` uint8, and whether it is negative.
     """
-    steps = -(-max(len(x.values) for x in chunks) // BLOCK) * BLOCK
+    steps = -(-max(len(x.values) for x in given) // BLOCK) * BLOCK
     values, context = np.zeros((steps, width), np.float32), np.zeros((steps, width), np.int32)
     row = np.zeros((steps, width), np.int64)
     running = []
-    for lane, x in enumerate(chunks):
+    for lane, x in enumerate(given):
         n = len(x.values)
         values[:n, lane], context[:n, lane], row[:n, lane] = x.values, x.context, row_of_each(x, rows)
-        # the part that goes on at the begin of each block
-        ends = [y.start + y.length for y in x.parts]
+        # the span that goes on at the begin of each block
+        ends = [y.start + y.length for y in x.spans]
         running.append(np.searchsorted(ends, np.arange(0, n, BLOCK), "right").tolist())
     settled = np.zeros((width, steps), np.float32)
     cost = np.full((STATES, width), FORBIDDEN, np.float32)
@@ -278,10 +283,9 @@ def quantize(
     for at in range(0, steps, BLOCK):
         mine = slice(at, at + BLOCK)
         far = np.zeros((BLOCK, width), np.float32)
-        for lane, x in enumerate(chunks):
+        for lane, x in enumerate(given):
             if at < len(x.values):
-                fed = far_feedback(x.parts[running[lane][at // BLOCK]], at, settled[lane])
-                far[: np.size(fed), lane] = fed
+                far[:, lane] = far_feedback(x.spans[running[lane][at // BLOCK]], at, settled[lane])
         near = rows.near[row[mine]].swapaxes(1, 2)
         old = np.stack([near[k, BLOCK - k : 2 * BLOCK - k] for k in range(BLOCK)])
         state, done = quantize_block(
@@ -302,7 +306,7 @@ def quantize(
     quantizer = quantizers_of(magnitude, first)
     return [
         (magnitude[:n, lane], quantizer[:n, lane], signed[:n, lane] < 0)
-        for lane, n in enumerate(len(x.values) for x in chunks)
+        for lane, n in enumerate(len(x.values) for x in given)
     ]
 
 
@@ -317,12 +321,12 @@ def quantizers_of(magnitude: np.ndarray, first: np.ndarray) -> np.ndarray:
     return out.reshape(magnitude.shape)
 
 
-def parts_of(vectors: Sequence[Vector], ends: np.ndarray, first: int, last: int) -> list[Part]:
-    """The parts of the codes from `first` to `last` of a stream.
+def spans_of(vectors: Sequence[Vector], ends: np.ndarray, first: int, last: int) -> list[Span]:
+    """The spans of the codes from `first` to `last` of a stream.
 
     Args:
       vectors: those of the stream.
       ends: positions behind each.
     """
     mine = range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last)) + 1)
-    return [Part(int(ends[k]) - vectors[k].length - first, *vectors[k]) for k in mine]
+    return [Span(int(ends[k]) - vectors[k].length - first, *vectors[k]) for k in mine]

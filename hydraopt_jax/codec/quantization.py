@@ -54,7 +54,7 @@ def quantize_streams(
     multiplier: float,
     vectors: Sequence[Sequence[Vector]] = (),
 ) -> list[Symbols]:
-    """Codes of streams, with noise shaping if a vector has a filter.
+    """Codes of streams, with noise shaping where a chunk has a vector with a filter.
 
     Args:
       values: of each stream, `[N]` in steps.
@@ -91,10 +91,8 @@ def quantize_streams(
     def shaped(chunks: Sequence[Chunk], width: int) -> None:
         """The same with filters."""
         given = [
-            noise_shaping.Chunk(
-                values[k][first : first + length],
-                context[k][first : first + length],
-                noise_shaping.parts_of(vectors[k], ends[k], first, first + length),
+            noise_shaping.Lane(
+                values[k][first : first + length], context[k][first : first + length], spans[k, first]
             )
             for length, k, first in chunks
         ]
@@ -106,10 +104,27 @@ def quantize_streams(
     # the longest first, so that those of about one length are side by side
     order = [x for k, (v, n) in enumerate(zip(values, lanes, strict=True)) for x in chunks_of(len(v), n, k)]
     order.sort(reverse=True)
-    widths = noise_shaping.WIDTHS if filters else WIDTHS.get(devices.platform(), ELSEWHERE)
-    width = next((x for x in widths if x >= len(order)), widths[-1])
-    groups = [order[at : at + width] for at in range(0, len(order), width)]
-    devices.together([functools.partial(shaped if filters else plain, x, width) for x in groups])
+    spans = {
+        (k, first): noise_shaping.spans_of(vectors[k], ends[k], first, first + length)
+        for length, k, first in order
+        if filters
+    }
+    filtered = [
+        any(x.filter for x in spans.get((k, first), ()))
+        and np.abs(values[k][first : first + length]).max() < noise_shaping.LARGEST
+        for length, k, first in order
+    ]
+    jobs = []
+    for quantize, widths in (
+        (plain, WIDTHS.get(devices.platform(), ELSEWHERE)),
+        (shaped, noise_shaping.WIDTHS),
+    ):
+        mine = [x for x, has in zip(order, filtered, strict=True) if has == (quantize is shaped)]
+        width = next((x for x in widths if x >= len(mine)), widths[-1])
+        jobs += [
+            functools.partial(quantize, mine[at : at + width], width) for at in range(0, len(mine), width)
+        ]
+    devices.together(jobs)
     return [
         Symbols(m, q, c.astype(np.uint8), s, n)
         for m, q, c, s, n in zip(magnitude, quantizer, context, negative, lanes, strict=True)

@@ -93,8 +93,8 @@ def terms_at_step(
     for x in problem.spectra:
         chosen = mode_decision.decide_modes(x, forms_at or step, problem.no_joint)
         for name, terms in terms_in_steps(x, chosen, step).items():
-            left, right = problem.metrics.get(name, (None, None))
-            goals[name] = tuple(unweighed(t, (left, right)) for t in terms)
+            metrics = problem.metrics.get(name, (None, None))
+            goals[name] = tuple(unweighed(t, metrics) for t in terms)
         choices |= dict(zip(x.modules, chosen.choices, strict=True))
     return {n: goals[n] for n in problem.order}, choices
 
@@ -106,9 +106,9 @@ def unweighed(term: encode.TermInSteps, metrics: Metrics) -> encode.TermInSteps:
     factors, uses = (term.a, term.b), (term.shape.a_of, term.shape.b_of)
     for metric, x, of in zip(metrics, factors, uses, strict=True):
         read = np.isin(np.arange(len(x)), of)
-        found, mine = to_code(metric, x)
+        found, mine = to_code(metric, x, read)
         sides.append(np.where(read[:, None, None], found, x))
-        filters.append(mine and mine._replace(of=np.where(read[:, None], mine.of, -1)))
+        filters.append(mine)
     return term._replace(a=sides[0], b=sides[1], filters=(filters[0], filters[1]))
 
 

@@ -29,6 +29,8 @@ RIDGE = 1e-4
 # moments up to this size are decomposed as a whole; larger ones in a Krylov space of so many blocks, unless
 # that has more than half of their dimensions
 WHOLE, BLOCKS = 1024, 8
+# filters are made for ridges that are so many octaves apart
+OCTAVES = 2
 # rows of a moment that are converted at a time
 ROWS = 512
 
@@ -94,14 +96,14 @@ def unweigh(metric: Metric | None, a: np.ndarray) -> np.ndarray:
     if metric is None:
         return a
     plain = metric.along(a) / np.sqrt(metric.values)[:, None]
-    return filtered(metric, plain, 2.0 ** ridges(plain, a.shape[-2]))
+    return filtered(metric, plain, ridges(plain, a.shape[-2]))
 
 
 def ridges(plain: np.ndarray, size: int) -> np.ndarray:
-    """The exponents, base 2, of the ridges `[A, 1, S]` that `unweigh` has for vectors of n entries, given as
-    coefficients along the eigenvectors `[A, k, S]`; integers, so that few filters are made."""
+    """The ridges `[A, 1, S]` that `unweigh` has for vectors of n entries, given as coefficients along the
+    eigenvectors `[A, k, S]`."""
     variance = np.maximum((plain**2).sum(-2, keepdims=True) / size, 1e-9)
-    return np.rint(np.log2(encode.MULTIPLIER / (2 * np.log(2) * variance)))
+    return encode.MULTIPLIER / (2 * np.log(2) * variance)
 
 
 def filtered(metric: Metric, plain: np.ndarray, ridge: np.ndarray) -> np.ndarray:
@@ -111,34 +113,55 @@ def filtered(metric: Metric, plain: np.ndarray, ridge: np.ndarray) -> np.ndarray
 
 
 def shapes_noise(metric: Metric | None) -> bool:
-    """Whether errors have filters: where the moment is decomposed as a whole."""
-    return metric is not None and metric.vectors is not None and metric.moment is None
+    """Whether errors have filters: those in a full moment of at most `WHOLE` dimensions."""
+    return (
+        metric is not None
+        and metric.vectors is not None
+        and len(metric.values) == len(metric.vectors) <= WHOLE
+    )
 
 
-def filters_at(metric: Metric, exponents: np.ndarray) -> tuple[encode.Filters, np.ndarray]:
-    """The filters of errors for vectors of given ridges, and what vectors are multiplied by, `[A, 1, S]`.
+def filters_at(metric: Metric, exponents: np.ndarray, live: np.ndarray) -> tuple[encode.Filters, np.ndarray]:
+    """The filters of errors, and what vectors are multiplied by, `[A, 1, S]`.
 
     Error plus bits, as `unweigh` has them, are `e.T @ (M + r I) @ e` for an error e of what it returns.
     Vectors are multiplied by the root of what noise shaping leaves of this form, so that an error of a step
     counts as much as without it.
+
+    Args:
+      metric: see `shapes_noise`.
+      exponents: `[A, S]` of the ridges r of the vectors, base 2.
+      live: `[A, S]` bool, the vectors that have a filter; others are multiplied by 1.
     """
-    known, of = np.unique(exponents[:, 0], return_inverse=True)
+    known, of = np.unique(exponents[live], return_inverse=True)
     moment = (np.asarray(metric.vectors) * metric.values) @ np.asarray(metric.vectors).T
     found = [noise_shaping.filter_of(moment + 2.0**k * np.eye(len(moment))) for k in known]
-    of = of.reshape(exponents[:, 0].shape)
-    scale = np.sqrt([left for _, left in found])[of][:, None]
-    return encode.Filters(tuple(x for x, _ in found), of), scale
+    each, scale = np.full(live.shape, -1), np.ones(live.shape)
+    each[live] = of
+    scale[live] = np.sqrt([left for _, left in found])[of] if found else 1.0
+    return encode.Filters(tuple(x for x, _ in found), each), scale[:, None]
 
 
-def to_code(metric: Metric | None, a: np.ndarray) -> tuple[np.ndarray, encode.Filters | None]:
+def rounded(ridge: np.ndarray) -> np.ndarray:
+    """Exponents `[A, S]` of ridges `[A, 1, S]`, so few different ones that few filters are made."""
+    return np.rint(np.log2(ridge[:, 0]) / OCTAVES) * OCTAVES
+
+
+def to_code(
+    metric: Metric | None, a: np.ndarray, read: np.ndarray | None = None
+) -> tuple[np.ndarray, encode.Filters | None]:
     """What is coded of vectors `[A, n, S]` in the metric's coordinates, both in steps, and the filters of its
-    errors."""
+    errors; `read` `[A]` are the factors that tasks read, None for all."""
     if metric is None or not shapes_noise(metric) or not a.size:
         return unweigh(metric, a), None
     plain = metric.along(a) / np.sqrt(metric.values)[:, None]
-    exponents = ridges(plain, a.shape[-2])
-    filters, scale = filters_at(metric, exponents)
-    return filtered(metric, plain * scale, 2.0**exponents), filters
+    exponents = rounded(ridges(plain, a.shape[-2]))
+    largest = np.abs(filtered(metric, plain, 2.0 ** exponents[:, None])).max(1)
+    live = (largest > 0) & (largest < noise_shaping.LARGEST)
+    if read is not None:
+        live &= read[:, None]
+    filters, scale = filters_at(metric, exponents, live)
+    return filtered(metric, plain * scale, 2.0 ** exponents[:, None]), filters
 
 
 def before_rounding(metric: Metric | None, coded: np.ndarray, a: np.ndarray) -> np.ndarray:
@@ -147,15 +170,17 @@ def before_rounding(metric: Metric | None, coded: np.ndarray, a: np.ndarray) -> 
     if metric is None or not shapes_noise(metric) or not a.size:
         return unweigh(metric, a)
     plain = metric.along(a) / np.sqrt(metric.values)[:, None]
+    live = np.asarray(a.any(1))
     # the ridges were those of vectors that had not been scaled
-    _, scale = filters_at(metric, ridges(plain, a.shape[-2]))
-    exponents = ridges(plain / scale, a.shape[-2])
-    filters, _ = filters_at(metric, exponents)
-    errors = coded - filtered(metric, plain, 2.0**exponents)
-    out = coded - errors
+    _, scale = filters_at(metric, rounded(ridges(plain, a.shape[-2])), live)
+    exponents = rounded(ridges(plain / scale, a.shape[-2]))
+    filters, _ = filters_at(metric, exponents, live)
+    out = filtered(metric, plain, 2.0 ** exponents[:, None]).swapaxes(1, 2)
+    errors = coded.swapaxes(1, 2) - out
     for k, x in enumerate(filters.each):
-        out -= np.where((filters.of == k)[:, None], x.feedback @ errors, 0)
-    return out
+        mine = filters.of == k
+        out[mine] -= errors[mine].astype(np.float32) @ x.feedback.T
+    return out.swapaxes(1, 2)
 
 
 # the ridge of `unweigh` at a few bits per coefficient, for choices before a step is known

@@ -81,6 +81,14 @@ def test_vectors_without_a_filter_lie_between_those_with_one():
     assert (shaped.quantizer == streams.expected_quantizers(shaped)).all()
 
 
+def test_values_that_float32_cannot_hold_are_quantized_without_filters():
+    filtered, _ = noise_shaping.filter_of(form(64))
+    values = np.random.default_rng(1).uniform(-(2**25), 2**25, (8, 64)).astype(np.float32)
+    found, codes = code(values, [[Vector(64, filtered)] * 8], sigma=2.0**24)
+    assert (found.quantizer == streams.expected_quantizers(found)).all()
+    assert np.abs(codes - values).max() <= 4
+
+
 def test_a_term_with_filters_decodes_to_what_was_coded():
     rng = np.random.default_rng(3)
     a, b = (4 * rng.standard_normal((2, n, 3)).astype(np.float32) for n in (40, 25))
