@@ -118,10 +118,26 @@ def divergences() -> str:
     return markdown(heads, rows)
 
 
+def shaping() -> str:
+    """Stores calibrated with output gradients, without and with noise shaping."""
+    every = read("morphology/results/shaping.json")["rows"]
+    plain = {x["budget"]: x for x in every if not x["shaped"]}
+    rows = []
+    for x in every:
+        if x["shaped"]:
+            pair = plain[x["budget"]], x
+            cells = [" / ".join(f"{y[key]:.2g}" for y in pair) for key in ("output_error", "divergence")]
+            less = percent(1 - x["bytes"] / x["bytes_without"])
+            rows.append([f"{x['share']:.4f}", *cells, less, f"{pair[1]['seconds'] / pair[0]['seconds']:.1f}"])
+    heads = ["bytes", "error of outputs", "divergence", "fewer bytes at the error", "times the seconds"]
+    return markdown(heads, rows)
+
+
 REGIONS: dict[str, Callable[[], str]] = {
     "scores of the forty adapters": scores,
     "lowest of the forty adapters": lowest,
     "stores of the forty adapters": stores,
     "seeds of the forty adapters": seeds,
     "refinement of the forty adapters": divergences,
+    "noise shaping of the forty adapters": shaping,
 }
