@@ -66,10 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the folder download.py filled")
     parser.add_argument("--json", type=Path, required=True, help="results")
-    parser.add_argument("--every", type=int, default=1, help="take one of so many adapters")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        paths = unpack_adapters(ADAPTERS_FILE, Path(folder))[:: options.every]
+        paths = unpack_adapters(ADAPTERS_FILE, Path(folder))
         collection = [formats.read_adapter(p) for p in paths]
     base, vocabulary = load_base(BASE_FILE), load_vocabulary(BASE_FILE)
     items, given = load_items(options.data, Data()), Refining()

@@ -156,12 +156,13 @@ def to_code(
         return unweigh(metric, a), None
     plain = metric.along(a) / np.sqrt(metric.values)[:, None]
     exponents = rounded(ridges(plain, a.shape[-2]))
-    largest = np.abs(filtered(metric, plain, 2.0 ** exponents[:, None])).max(1)
+    out = filtered(metric, plain, 2.0 ** exponents[:, None])
+    largest = np.abs(out).max(1)
     live = (largest > 0) & (largest < noise_shaping.LARGEST)
     if read is not None:
         live &= read[:, None]
     filters, scale = filters_at(metric, exponents, live)
-    return filtered(metric, plain * scale, 2.0 ** exponents[:, None]), filters
+    return (out * scale).astype(np.float32), filters
 
 
 def before_rounding(metric: Metric | None, coded: np.ndarray, a: np.ndarray) -> np.ndarray:

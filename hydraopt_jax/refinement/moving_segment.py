@@ -79,7 +79,7 @@ def start_moving(
     unit = units(kept, segment.coded)
     if segment.coded:
         # a calibrated segment states errors of outputs
-        calibrated = segment.leaves.get("output_errors") is not None
+        calibrated = "output_errors" in segment.leaves
         shaped = calibrated and any(shapes_noise(x) for sides in metrics.values() for x in sides)
         how = rounding.coded_rounding(segment, kept, -(-rounding.SPARE // among), shaped)
         begin = rounding.unrounded(kept, adapters, metrics, shaped)

@@ -203,8 +203,8 @@ def coded_rounding(segment: Segment, kept: Modules, spare: int = SPARE, shaped: 
     shapes, tasks = segment.modules, len(segment.tasks)
     factors = (np.size(v) for k, v in segment.leaves.items() if k.startswith(("shared", "task_", "head_")))
     limit = max(sum(factors) - spare, SPARE)
-    least = LEAST_SHAPED if shaped else PRICES[0]
-    tables = start_tables(kept, shapes, LEAST_SHAPED if shaped else 1.0)
+    least, begin = (LEAST_SHAPED, LEAST_SHAPED) if shaped else (PRICES[0], 1.0)
+    tables = start_tables(kept, shapes, begin)
 
     def estimate(coded: Coded, modules: Modules) -> float:
         return encode.estimate_bytes(coded, encode.sides(coded, gains_of(coded, modules, tasks)))
