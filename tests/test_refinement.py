@@ -205,7 +205,7 @@ def test_a_store_of_several_segments_gains_at_no_more_bytes(many, calibration, t
     kept = in_parts(many, calibration=calibration)
     assert sorted(x.tasks for x in kept.segments) == 4 * [("one", "two")] + 2 * [("three",)]
     # at the low price that shaped codes begin with it takes long to settle
-    steps = 16 if calibration is None else 64
+    steps = 16 if calibration is None else 128
     optimizer = refinement.default_optimizer(steps, 0.03 if calibration is None else 0.05)
     found, info = refine(kept, many, calibration=calibration, steps=steps, optimizer=optimizer)
     assert info.after < 0.8 * info.before

@@ -96,7 +96,7 @@ def quantize_streams(
             )
             for length, k, first in chunks
         ]
-        found = noise_shaping.quantize(given, rows, width, table)
+        found = noise_shaping.quantize(given, rows, table, width)
         for (length, k, first), (m, q, sign) in zip(chunks, found, strict=True):
             mine = slice(first, first + length)
             magnitude[k][mine], quantizer[k][mine], negative[k][mine] = m, q, sign
@@ -117,7 +117,7 @@ def quantize_streams(
     jobs = []
     for quantize, widths in (
         (plain, WIDTHS.get(devices.platform(), ELSEWHERE)),
-        (shaped, noise_shaping.WIDTHS),
+        (shaped, (noise_shaping.WIDTH,)),
     ):
         mine = [x for x, has in zip(order, filtered, strict=True) if has == (quantize is shaped)]
         width = next((x for x in widths if x >= len(mine)), widths[-1])

@@ -126,7 +126,8 @@ def fitted_tables(counts: np.ndarray) -> np.ndarray:
 def fit_tables(problem: Problem, step: float) -> np.ndarray:
     """Frequencies for decisions at a step: quantization and counting alternate on a sample of modules.
 
-    Logarithms of frequencies move further than those of the counts, which takes a third of the rounds.
+    Logarithms of frequencies move further than those of the counts, which takes a third of the rounds. Noise
+    shaping is left out: it takes most of the time, and every pass has tables of the pass before.
     """
     few = problem.take(sample(problem, TABLE_CODES))
     goals, _ = terms_at_step(few, step)
@@ -148,9 +149,8 @@ def first_factors(x: encode.TermInSteps, share: float) -> encode.TermInSteps:
         (i, o) if max(i, o) < most else (-1, -1) for i, o in zip(x.shape.a_of, x.shape.b_of, strict=True)
     ]
     a_of, b_of = zip(*pairs, strict=True)
-    one, two = (f and f._replace(of=f.of[:most]) for f in x.filters)
     shape = x.shape._replace(a_of=a_of, b_of=b_of)
-    return encode.TermInSteps(shape, x.a[:most], x.b[:most], (one, two))
+    return encode.TermInSteps(shape, x.a[:most], x.b[:most])
 
 
 def shares(frequencies: np.ndarray) -> np.ndarray:

@@ -30,7 +30,9 @@ RIDGE = 1e-4
 # that has more than half of their dimensions
 WHOLE, BLOCKS = 1024, 8
 # filters are made for ridges that are so many octaves apart
-OCTAVES = 2
+OCTAVES = 3
+# filters of a metric that are kept for the next pass
+KEPT = 4
 # rows of a moment that are converted at a time
 ROWS = 512
 
@@ -44,12 +46,15 @@ class Metric(NamedTuple):
       scale: mean eigenvalue of the moment itself.
       moment: `[n, n]` the moment itself, where the eigenvectors are those of a Krylov space, or where none
         are known and only inner products (`gram`) are taken; None else.
+      filters: by the exponent of the ridge, those used last: the next pass needs most of them again. None
+        where errors have none, see `shapes_noise`.
     """
 
     values: np.ndarray
     vectors: np.ndarray | None
     scale: float
     moment: np.ndarray | None = None
+    filters: dict[float, tuple[noise_shaping.Filter, float]] | None = None
 
     def along(self, x: np.ndarray) -> np.ndarray:
         """Coefficients `[..., n, S]` of vectors along the eigenvectors."""
@@ -114,11 +119,7 @@ def filtered(metric: Metric, plain: np.ndarray, ridge: np.ndarray) -> np.ndarray
 
 def shapes_noise(metric: Metric | None) -> bool:
     """Whether errors have filters: those in a full moment of at most `WHOLE` dimensions."""
-    return (
-        metric is not None
-        and metric.vectors is not None
-        and len(metric.values) == len(metric.vectors) <= WHOLE
-    )
+    return metric is not None and metric.filters is not None
 
 
 def filters_at(metric: Metric, exponents: np.ndarray, live: np.ndarray) -> tuple[encode.Filters, np.ndarray]:
@@ -133,13 +134,31 @@ def filters_at(metric: Metric, exponents: np.ndarray, live: np.ndarray) -> tuple
       exponents: `[A, S]` of the ridges r of the vectors, base 2.
       live: `[A, S]` bool, the vectors that have a filter; others are multiplied by 1.
     """
-    known, of = np.unique(exponents[live], return_inverse=True)
-    moment = (np.asarray(metric.vectors) * metric.values) @ np.asarray(metric.vectors).T
-    found = [noise_shaping.filter_of(moment + 2.0**k * np.eye(len(moment))) for k in known]
+    wanted, of = np.unique(exponents[live], return_inverse=True)
+    found = filters_of(metric, wanted.tolist())
     each, scale = np.full(live.shape, -1), np.ones(live.shape)
     each[live] = of
     scale[live] = np.sqrt([left for _, left in found])[of] if found else 1.0
     return encode.Filters(tuple(x for x, _ in found), each), scale[:, None]
+
+
+def filters_of(metric: Metric, exponents: Sequence[float]) -> list[tuple[noise_shaping.Filter, float]]:
+    """The filters of ridges `2^exponent`, and what each leaves of the form; `metric` keeps the latest."""
+    known, vectors = metric.filters, metric.vectors
+    assert known is not None
+    assert vectors is not None
+    moment = None
+    found = []
+    for k in exponents:
+        if k not in known:
+            if moment is None:
+                moment = (vectors * metric.values) @ vectors.T
+            known[k] = noise_shaping.filter_of(moment + 2.0**k * np.eye(len(moment)))
+        found.append(known.pop(k))
+        known[k] = found[-1]
+    for k in list(known)[:-KEPT]:
+        del known[k]
+    return found
 
 
 def rounded(ridge: np.ndarray) -> np.ndarray:
@@ -236,7 +255,7 @@ def metric(
         return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment)
     moment = moment.astype(np.float64)
     values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
-    return Metric(np.maximum(values, 0) + RIDGE, vectors, scale)
+    return Metric(np.maximum(values, 0) + RIDGE, vectors, scale, filters={} if size <= WHOLE else None)
 
 
 def krylov_space(moment: np.ndarray, scale: float, around: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
