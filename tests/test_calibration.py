@@ -126,10 +126,7 @@ def test_stores_with_large_moments_claim_the_errors_that_outputs_have(monkeypatc
     shapes = {"q": (192, 64), "k": (192, 32)}
     made = synthetic.collection(4, tasks=["a", "b"], modules=shapes, rank=2, dtype="float32")
     moments = {n: decaying_moment(192, seed) for seed, n in enumerate(shapes)}
-    with monkeypatch.context() as patch:
-        # of large moments only whole ones shape noise
-        patch.setattr(metrics, "shapes_noise", lambda metric: False)
-        whole = compression.compress(made, max_error=0.02, calibration=moments)
+    whole = compression.compress(made, max_error=0.02, calibration=moments)
     decomposed, decompose = [], np.linalg.eigh
     monkeypatch.setattr(np.linalg, "eigh", lambda x: decomposed.append(len(x)) or decompose(x))
     monkeypatch.setattr(metrics, "WHOLE", 64)

@@ -29,6 +29,8 @@ RIDGE = 1e-4
 # moments up to this size are decomposed as a whole; larger ones in a Krylov space of so many blocks, unless
 # that has more than half of their dimensions
 WHOLE, BLOCKS = 1024, 8
+# errors have filters, three or four `[n, n]` in float32, for moments up to this size
+SHAPED = 1536
 # filters are made for ridges that are so many octaves apart
 OCTAVES = 3
 # filters of a metric that are kept for the next pass
@@ -118,7 +120,7 @@ def filtered(metric: Metric, plain: np.ndarray, ridge: np.ndarray) -> np.ndarray
 
 
 def shapes_noise(metric: Metric | None) -> bool:
-    """Whether errors have filters: those in a full moment of at most `WHOLE` dimensions."""
+    """Whether errors have filters: those in a full moment of at most `SHAPED` dimensions."""
     return metric is not None and metric.filters is not None
 
 
@@ -144,21 +146,29 @@ def filters_at(metric: Metric, exponents: np.ndarray, live: np.ndarray) -> tuple
 
 def filters_of(metric: Metric, exponents: Sequence[float]) -> list[tuple[noise_shaping.Filter, float]]:
     """The filters of ridges `2^exponent`, and what each leaves of the form; `metric` keeps the latest."""
-    known, vectors = metric.filters, metric.vectors
+    known = metric.filters
     assert known is not None
-    assert vectors is not None
-    moment = None
+    form = None
     found = []
     for k in exponents:
         if k not in known:
-            if moment is None:
-                moment = (vectors * metric.values) @ vectors.T
-            known[k] = noise_shaping.filter_of(moment + 2.0**k * np.eye(len(moment)))
+            form = whole_form(metric) if form is None else form
+            known[k] = noise_shaping.filter_of(form + 2.0**k * np.eye(len(form)))
         found.append(known.pop(k))
         known[k] = found[-1]
     for k in list(known)[:-KEPT]:
         del known[k]
     return found
+
+
+def whole_form(metric: Metric) -> np.ndarray:
+    """The moment `[n, n]` over its scale, with its ridge; positive definite."""
+    if metric.moment is None:
+        assert metric.vectors is not None
+        return (metric.vectors * metric.values) @ metric.vectors.T
+    form = (metric.moment.astype(np.float64) + metric.moment.T) / (2 * metric.scale)
+    # rounding of the moment may have made it indefinite
+    return form + (RIDGE + np.finfo(np.float32).eps * len(form)) * np.eye(len(form))
 
 
 def rounded(ridge: np.ndarray) -> np.ndarray:
@@ -249,13 +259,14 @@ def metric(
         return Metric(np.maximum(moment.astype(np.float64) / scale, 0) + RIDGE, None, scale)
     if inner:
         return Metric(np.ones(size), None, scale, moment)
+    filters: dict[float, tuple[noise_shaping.Filter, float]] | None = {} if size <= SHAPED else None
     if around is not None and size > WHOLE and 2 * BLOCKS * around.shape[1] <= size:
         basis, products = krylov_space(moment, scale, around)
         values, inside = np.linalg.eigh(basis.T @ products)
-        return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment)
+        return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment, filters)
     moment = moment.astype(np.float64)
     values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
-    return Metric(np.maximum(values, 0) + RIDGE, vectors, scale, filters={} if size <= WHOLE else None)
+    return Metric(np.maximum(values, 0) + RIDGE, vectors, scale, filters=filters)
 
 
 def krylov_space(moment: np.ndarray, scale: float, around: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
