@@ -267,6 +267,12 @@ def main(argv: list[str] | None = None) -> None:
     for log in (folder / task / "log.json" for task in given.tasks):
         if log.exists():
             adapters.check_made(log, "--adapters", base=lower.base.name)
+    for name in given.tasks:
+        if not answers_path(lower.base.name, name, folder / name).exists():
+            raise SystemExit(
+                f"{given.regime} {name}: no answers of the own adapter: python -m experiments.llm.score with "
+                "the same --data, --regime, --layers and --adapters makes them"
+            )
     collection = stores.read_collection(folder, given.tasks)
     rows, results = {}, {}
     measured = partial(moments, lower, folder, given.tasks, given.data)

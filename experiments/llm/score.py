@@ -112,14 +112,19 @@ def main(argv: list[str] | None = None) -> None:
         if own and not (folder / "log.json").exists():
             print(f"{given.regime} {name}: no adapter in {folder}", flush=True)
             continue
-        if path.exists() != given.rescore:
-            print(f"{given.regime} {name}: {'is' if path.exists() else 'no score'} in {path}", flush=True)
+        at = answers_path(lower.base.name, name, folder if own else None)
+        scored, known = path.exists(), at.exists()
+        if not scored if given.rescore else scored and known:
+            print(f"{given.regime} {name}: {'is' if scored else 'no score'} in {path}", flush=True)
             continue
         upper = with_deltas(lower.upper, adapters.load_deltas(folder) if own else {})
-        at = answers_path(lower.base.name, name, folder if own else None)
-        kept = json.loads(at.read_text()) if given.rescore else None
+        kept = json.loads(at.read_text()) if given.rescore and known else None
         found, answers = score(TASKS[name], lower, upper, given.data, given.regime, kept)
+        at.parent.mkdir(parents=True, exist_ok=True)
         at.write_text(json.dumps(answers))
+        if scored and not given.rescore:
+            print(f"{given.regime} {name}: is in {path}; answers for compare again in {at}", flush=True)
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found) + "\n")
         print(
