@@ -4,13 +4,14 @@ import json
 import sys
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from commands import run
 
 from hydraopt_jax import HydraOptError, calibration, changes, compression, formats, store, synthetic
 from hydraopt_jax.calibration import tap
-from hydraopt_jax.rate_control import metrics
+from hydraopt_jax.rate_control import metrics, unweighing
 from hydraopt_jax.store import sizes
 
 
@@ -116,8 +117,8 @@ def test_a_large_moment_filters_vectors_as_the_whole_one_does(monkeypatch):
     monkeypatch.setattr(metrics, "WHOLE", 64)
     near = metrics.metric(full, "m", 256, x)
     for steps in (0.3, 1.0, 10.0):
-        wanted = metrics.unweigh(whole, steps * whole.weigh(x)[None])[0]
-        missed = metrics.unweigh(near, steps * near.weigh(x)[None])[0] - wanted
+        wanted = unweighing.unweigh(whole, steps * whole.weigh(x)[None])[0]
+        missed = unweighing.unweigh(near, steps * near.weigh(x)[None])[0] - wanted
         # errors of outputs, which is what the filter is for
         assert np.trace(whole.gram(missed)) < 1e-3 * np.trace(whole.gram(wanted))
 
@@ -141,6 +142,37 @@ def test_stores_with_large_moments_claim_the_errors_that_outputs_have(monkeypatc
             weights = metrics.metric(moments[n], n, 192)
             error = np.trace(weights.gram(missed)) / np.trace(weights.gram(wanted))
             assert found.output_errors[m, t] == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.parametrize("whole", [64, 192], ids=["krylov", "decomposed"])
+def test_moments_that_rounding_made_indefinite_shape_noise(monkeypatch, whole):
+    monkeypatch.setattr(metrics, "WHOLE", whole)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((48, 192)) * np.where(np.arange(192) == 7, 100, 1)
+    rough = (x.T @ x).astype(ml_dtypes.bfloat16).astype(np.float32)
+    assert np.linalg.eigvalsh(rough)[0] < -metrics.RIDGE * np.trace(rough) / 192
+    made = synthetic.collection(4, tasks=["a", "b"], modules={"q": (192, 64)}, rank=2, dtype="float32")
+    found = compression.compress(made, max_error=0.01, calibration={"q": rough})
+    assert np.nanmean(found.output_errors) <= 0.01
+
+
+def test_a_metric_keeps_the_filters_used_last():
+    found = metrics.metric(decaying_moment(64), "m", 64)
+    for k in (-9.0, -6.0, -3.0, 0.0, -9.0, 3.0):
+        ((first, left),) = unweighing.filters_of(found, [k])
+        assert first.feedback.shape == (64, 64)
+        assert 0 < left < 1
+    assert list(found.filters) == [-3.0, 0.0, -9.0, 3.0]
+    assert unweighing.filters_of(found, [3.0])[0][0] is first
+    unweighing.forget_filters({"m": (found, None)})
+    assert not found.filters
+    assert unweighing.shapes_noise(found)
+
+
+def test_moments_above_a_size_shape_no_noise(monkeypatch):
+    monkeypatch.setattr(metrics, "SHAPED", 63)
+    assert not unweighing.shapes_noise(metrics.metric(decaying_moment(64), "m", 64))
+    assert unweighing.shapes_noise(metrics.metric(decaying_moment(63), "m", 63))
 
 
 def test_half_of_the_output_moments_count_as_the_others_do_on_average():

@@ -204,7 +204,8 @@ def in_parts(many, **options):
 def test_a_store_of_several_segments_gains_at_no_more_bytes(many, calibration, tmp_path):
     kept = in_parts(many, calibration=calibration)
     assert sorted(x.tasks for x in kept.segments) == 4 * [("one", "two")] + 2 * [("three",)]
-    # at the low price that shaped codes begin with it takes long to settle
+    # at the low price that shaped codes begin with it takes long to settle: in 64 steps of these few bytes
+    # nothing is gained
     steps = 16 if calibration is None else 128
     optimizer = refinement.default_optimizer(steps, 0.03 if calibration is None else 0.05)
     found, info = refine(kept, many, calibration=calibration, steps=steps, optimizer=optimizer)

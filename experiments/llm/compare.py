@@ -99,7 +99,13 @@ def prepare(task: Task, lower: Lower, data: Path, folder: Path, items: int) -> P
     """The first `items` test items of a task, drafts and logits of its own adapter in `folder`."""
     base = lower.base
     sequences = load_sequences(task, data, base.tokenizer, base.stop)["test"][:items]
-    answers = json.loads(answers_path(base.name, task.name, folder).read_text())["test"][: len(sequences)]
+    kept = answers_path(base.name, task.name, folder)
+    if not kept.exists():
+        raise SystemExit(
+            f"{task.name}: no answers of its own adapter in {kept}: python -m experiments.llm.score with the "
+            "same --data, --base, --regime, --layers and --adapters makes them"
+        )
+    answers = json.loads(kept.read_text())["test"][: len(sequences)]
     # An answer cut at its greatest length has no end to predict.
     ended = [answer if len(answer) >= LONGEST_ANSWER else [*answer, base.stop] for answer in answers]
     drafts = [s._replace(answer=draft) for s, draft in zip(sequences, ended, strict=True)]
@@ -267,12 +273,6 @@ def main(argv: list[str] | None = None) -> None:
     for log in (folder / task / "log.json" for task in given.tasks):
         if log.exists():
             adapters.check_made(log, "--adapters", base=lower.base.name)
-    for name in given.tasks:
-        if not answers_path(lower.base.name, name, folder / name).exists():
-            raise SystemExit(
-                f"{given.regime} {name}: no answers of the own adapter: python -m experiments.llm.score with "
-                "the same --data, --regime, --layers and --adapters makes them"
-            )
     collection = stores.read_collection(folder, given.tasks)
     rows, results = {}, {}
     measured = partial(moments, lower, folder, given.tasks, given.data)

@@ -5,7 +5,8 @@
     python -m experiments.llm.score --data DATA --regime zero-shot --tasks asset --rescore
 
 One JSON per task in results/REGIME, with the score of every item; the answers themselves stay in the cache
-folder, where the drafts of `stores` are read from. Tasks that are scored already are left alone.
+folder, where the drafts of `stores` are read from. Scores that are there already are left alone, and only
+answers of own adapters that are missing are made again.
 """
 
 import argparse
@@ -114,16 +115,23 @@ def main(argv: list[str] | None = None) -> None:
             continue
         at = answers_path(lower.base.name, name, folder if own else None)
         scored, known = path.exists(), at.exists()
-        if not scored if given.rescore else scored and known:
-            print(f"{given.regime} {name}: {'is' if scored else 'no score'} in {path}", flush=True)
+        if given.rescore and not (scored and known):
+            what, where = ("kept answers", at) if scored else ("score", path)
+            print(f"{given.regime} {name}: no {what} in {where}", flush=True)
+            continue
+        if scored and not given.rescore and (known or not own):
+            print(f"{given.regime} {name}: is in {path}", flush=True)
             continue
         upper = with_deltas(lower.upper, adapters.load_deltas(folder) if own else {})
-        kept = json.loads(at.read_text()) if given.rescore and known else None
+        kept = json.loads(at.read_text()) if given.rescore else None
         found, answers = score(TASKS[name], lower, upper, given.data, given.regime, kept)
         at.parent.mkdir(parents=True, exist_ok=True)
         at.write_text(json.dumps(answers))
         if scored and not given.rescore:
-            print(f"{given.regime} {name}: is in {path}; answers for compare again in {at}", flush=True)
+            before = json.loads(path.read_text())["test"]["score"]
+            now = found["test"]["score"]
+            print(f"{given.regime} {name}: {before:.3f} is in {path}", flush=True)
+            print(f"  its answers are again in {at}, of score {now:.3f}", flush=True)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found) + "\n")

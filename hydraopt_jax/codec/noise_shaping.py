@@ -41,8 +41,8 @@ UNROLL = 8
 LARGEST = 2.0**22
 # chunks that are quantized side by side
 WIDTH = 32
-# cost of a path that begins in another state than the first
-FORBIDDEN = 1e4
+# cost of a path that begins in another state than the first, above that of any other: weights are up to n
+FORBIDDEN = 1e6
 # the two ways into each state: parity times `STATES`, and where from
 WAYS = [STATES * (BRANCH[:, i] & 1) + FROM[:, i] for i in range(2)]
 
@@ -255,22 +255,21 @@ def far_feedback(span: Span, at: int, settled: np.ndarray) -> np.ndarray:
 
 
 def quantize(
-    given: Sequence[Lane], rows: Rows, table: Array, width: int = WIDTH
+    given: Sequence[Lane], rows: Rows, table: Array
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Codes of least `form of the errors + multiplier * bits`, approximately.
 
     Args:
-      given: at most `width`; values are below `LARGEST`.
+      given: at most `WIDTH`; values are below `LARGEST`.
       rows: of all filters.
       table: costs, see `trellis.prices`.
-      width: lanes that are computed.
 
     Returns:
       Magnitudes `[N]` int32 of each lane, the quantizer of each `[N]` uint8, and whether it is negative.
     """
     steps = -(-max(len(x.values) for x in given) // BLOCK) * BLOCK
-    values, context = np.zeros((steps, width), np.float32), np.zeros((steps, width), np.int32)
-    row = np.zeros((steps, width), np.int64)
+    values, context = np.zeros((steps, WIDTH), np.float32), np.zeros((steps, WIDTH), np.int32)
+    row = np.zeros((steps, WIDTH), np.int64)
     running = []
     for lane, x in enumerate(given):
         n = len(x.values)
@@ -278,14 +277,14 @@ def quantize(
         # the span that goes on at the begin of each block
         ends = [y.start + y.length for y in x.spans]
         running.append(np.searchsorted(ends, np.arange(0, n, BLOCK), "right").tolist())
-    settled = np.zeros((width, steps), np.float32)
-    cost = np.full((STATES, width), FORBIDDEN, np.float32)
+    settled = np.zeros((WIDTH, steps), np.float32)
+    cost = np.full((STATES, WIDTH), FORBIDDEN, np.float32)
     cost[0] = 0
-    state = Survivors(jnp.asarray(cost), jnp.zeros((BLOCK, STATES, width), jnp.float32))
+    state = Survivors(jnp.asarray(cost), jnp.zeros((BLOCK, STATES, WIDTH), jnp.float32))
     blocks: list[tuple[Array, Array]] = []
     for at in range(0, steps, BLOCK):
         mine = slice(at, at + BLOCK)
-        far = np.zeros((BLOCK, width), np.float32)
+        far = np.zeros((BLOCK, WIDTH), np.float32)
         for lane, x in enumerate(given):
             if at < len(x.values):
                 far[:, lane] = far_feedback(x.spans[running[lane][at // BLOCK]], at, settled[lane])
@@ -297,9 +296,9 @@ def quantize(
         blocks.append((state.errors, done.origin))
         if at:
             settled[:, at - BLOCK : at] = np.asarray(done.settled).T
-    found = np.zeros((steps, width), np.float32)
-    first = np.zeros((len(blocks), width), np.int32)
-    lanes, last = np.arange(width), np.asarray(state.cost).argmin(0)
+    found = np.zeros((steps, WIDTH), np.float32)
+    first = np.zeros((len(blocks), WIDTH), np.int32)
+    lanes, last = np.arange(WIDTH), np.asarray(state.cost).argmin(0)
     for n, (errors, origin) in reversed(list(enumerate(blocks))):
         found[n * BLOCK : (n + 1) * BLOCK] = np.asarray(errors)[:, last, lanes]
         first[n] = last = np.asarray(origin)[last, lanes]

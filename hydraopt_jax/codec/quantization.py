@@ -96,7 +96,7 @@ def quantize_streams(
             )
             for length, k, first in chunks
         ]
-        found = noise_shaping.quantize(given, rows, table, width)
+        found = noise_shaping.quantize(given, rows, table)
         for (length, k, first), (m, q, sign) in zip(chunks, found, strict=True):
             mine = slice(first, first + length)
             magnitude[k][mine], quantizer[k][mine], negative[k][mine] = m, q, sign

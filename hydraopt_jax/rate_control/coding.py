@@ -10,10 +10,11 @@ from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.rate_control import mode_decision
-from hydraopt_jax.rate_control.metrics import Metrics, to_code
+from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.parts import pick_names
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.terms import terms_in_steps
+from hydraopt_jax.rate_control.unweighing import to_code
 from hydraopt_jax.store.decoding import all_terms
 
 # tables and rate-distortion decisions depend on each other: rounds of fitting, how far beyond its count the
@@ -126,17 +127,18 @@ def fitted_tables(counts: np.ndarray) -> np.ndarray:
 def fit_tables(problem: Problem, step: float) -> np.ndarray:
     """Frequencies for decisions at a step: quantization and counting alternate on a sample of modules.
 
-    Logarithms of frequencies move further than those of the counts, which takes a third of the rounds. Noise
-    shaping is left out: it takes most of the time, and every pass has tables of the pass before.
+    Logarithms of frequencies move further than those of the counts, which takes a third of the rounds. Only
+    the last one has noise shaping, which takes most of the time.
     """
     few = problem.take(sample(problem, TABLE_CODES))
     goals, _ = terms_at_step(few, step)
     codes = sum(y.size for terms in goals.values() for x in terms for y in (x.a, x.b))
     share = TABLE_CODES / max(codes, 1)
     goals = {n: tuple(first_factors(x, share) for x in terms) for n, terms in goals.items()}
-    frequencies = fitted_tables(encode.quantize(goals, prior_tables()).counts)
-    for power in MOMENTUM:
-        counted = fitted_tables(encode.quantize(goals, frequencies).counts)
+    plain = {n: tuple(x._replace(filters=(None, None)) for x in terms) for n, terms in goals.items()}
+    frequencies = fitted_tables(encode.quantize(plain, prior_tables()).counts)
+    for left, power in reversed(list(enumerate(reversed(MOMENTUM)))):
+        counted = fitted_tables(encode.quantize(plain if left else goals, frequencies).counts)
         change = shares(counted) / shares(frequencies)
         frequencies = counted * np.clip(change, 1 / FASTEST, FASTEST) ** power
     return frequencies
@@ -149,8 +151,9 @@ def first_factors(x: encode.TermInSteps, share: float) -> encode.TermInSteps:
         (i, o) if max(i, o) < most else (-1, -1) for i, o in zip(x.shape.a_of, x.shape.b_of, strict=True)
     ]
     a_of, b_of = zip(*pairs, strict=True)
+    one, two = (f and f._replace(of=f.of[:most]) for f in x.filters)
     shape = x.shape._replace(a_of=a_of, b_of=b_of)
-    return encode.TermInSteps(shape, x.a[:most], x.b[:most])
+    return encode.TermInSteps(shape, x.a[:most], x.b[:most], (one, two))
 
 
 def shares(frequencies: np.ndarray) -> np.ndarray:

@@ -54,6 +54,7 @@ from hydraopt_jax.rate_control.segments import (
     put_together,
     sized_segment,
 )
+from hydraopt_jax.rate_control.unweighing import forget_filters
 from hydraopt_jax.rate_control.work import IN_MEMORY, Job, Memory, Place, Processes, Progress
 from hydraopt_jax.static import Static
 from hydraopt_jax.store import lossless, plain, sizes, tensors
@@ -331,6 +332,8 @@ def encode_parts(
         else:
             problem = problem._replace(no_joint=frozenset(before["no_joint"]))
         coded = quantize_at_step(problem, step, frequencies, forms_at)
+        if n not in run.cache:
+            forget_filters(problem.metrics)
         return functools.partial(finish, n, name, problem, coded, given)
 
     def finish(n: int, name: str, problem: Problem, coded: Quantized, given: list[Adapter]) -> None:

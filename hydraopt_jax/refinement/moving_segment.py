@@ -11,7 +11,8 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import Factors
 from hydraopt_jax.rate_control.distortion import error_table, segment_terms
-from hydraopt_jax.rate_control.metrics import Metrics, metrics_of, shapes_noise
+from hydraopt_jax.rate_control.metrics import Metrics, metrics_of
+from hydraopt_jax.rate_control.unweighing import shapes_noise
 from hydraopt_jax.refinement import rounding
 from hydraopt_jax.refinement.rounding import Modules, indices_of, trainable_arrays, with_indices
 from hydraopt_jax.store import Segment, plain

@@ -17,7 +17,8 @@ from hydraopt_jax.codec.encode import Coded
 from hydraopt_jax.codec.layout import TermShape
 from hydraopt_jax.factors import Array, Factors
 from hydraopt_jax.rate_control.coding import fitted_tables, prior_tables
-from hydraopt_jax.rate_control.metrics import Metrics, before_rounding, unweigh
+from hydraopt_jax.rate_control.metrics import Metrics
+from hydraopt_jax.rate_control.unweighing import before_rounding, unweigh
 from hydraopt_jax.refinement import rates
 from hydraopt_jax.store.decoding import all_terms, decode_segment, terms_of
 from hydraopt_jax.store.store import Segment
