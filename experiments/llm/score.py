@@ -125,7 +125,6 @@ def main(argv: list[str] | None = None) -> None:
         upper = with_deltas(lower.upper, adapters.load_deltas(folder) if own else {})
         kept = json.loads(at.read_text()) if given.rescore else None
         found, answers = score(TASKS[name], lower, upper, given.data, given.regime, kept)
-        at.parent.mkdir(parents=True, exist_ok=True)
         at.write_text(json.dumps(answers))
         if scored and not given.rescore:
             before = json.loads(path.read_text())["test"]["score"]

@@ -171,7 +171,7 @@ def quantize_block(
         cost, errors, origin = carry
         value, context, weight, fed, new = apart(each)
         feedback = jnp.take_along_axis(fed, origin, 0, mode="promise_in_bounds")
-        # a loop: a CPU takes four times as long for the einsum
+        # a loop: on a CPU an einsum of this shape takes longer
         feedback = jax.lax.fori_loop(0, BLOCK, lambda w, x: x + new[w] * errors[w], feedback, unroll=UNROLL)
         wanted = apart(value - feedback)
         places = apart(places_of(jnp.abs(wanted), context))

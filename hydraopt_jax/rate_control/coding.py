@@ -137,8 +137,9 @@ def fit_tables(problem: Problem, step: float) -> np.ndarray:
     goals = {n: tuple(first_factors(x, share) for x in terms) for n, terms in goals.items()}
     plain = {n: tuple(x._replace(filters=(None, None)) for x in terms) for n, terms in goals.items()}
     frequencies = fitted_tables(encode.quantize(plain, prior_tables()).counts)
-    for left, power in reversed(list(enumerate(reversed(MOMENTUM)))):
-        counted = fitted_tables(encode.quantize(plain if left else goals, frequencies).counts)
+    rounds = [plain] * (len(MOMENTUM) - 1) + [goals]
+    for given, power in zip(rounds, MOMENTUM, strict=True):
+        counted = fitted_tables(encode.quantize(given, frequencies).counts)
         change = shares(counted) / shares(frequencies)
         frequencies = counted * np.clip(change, 1 / FASTEST, FASTEST) ** power
     return frequencies
