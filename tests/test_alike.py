@@ -13,7 +13,7 @@ from hydraopt_jax.compression import compress
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import similarity
-from hydraopt_jax.rate_control import engine, parts
+from hydraopt_jax.rate_control import coding, engine, parts
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import predictions, removal
 from hydraopt_jax.store.predictions import Predicted, Source
@@ -101,19 +101,39 @@ def test_a_basis_of_several_tasks_is_named_by_its_segment():
     assert predictions.groups(found) == [["x", "y"], ["z"]]
 
 
-def test_a_joint_basis_is_a_source():
-    """Of many tasks whose sides have the same span."""
+def of_one_span():
+    """Many tasks whose sides have the same span."""
     alike = family([f"t{k}" for k in range(12)], 5, 1.0)
     rng = np.random.default_rng(0)
-    mixed = [
+    return [
         x.replace(a={n: a @ rng.normal(size=(4, 4)).astype(np.float32) / 2 for n, a in x.a.items()})
         for x in alike
     ]
-    kept = compress(mixed, budget=0.1)
+
+
+def test_a_joint_basis_is_a_source():
+    kept = compress(of_one_span(), budget=0.1)
     sources = {s for x in predictions.predicted(kept).values() for s in x.sources}
     assert kept.report["forms"] == {"joint basis": 4}
     assert sources == {"basis of segment 1"}
     assert predictions.groups(predictions.predicted(kept)) == [list(kept.tasks)]
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_where_noise_is_shaped_a_few_modules_are_asked_for_all(monkeypatch, helps):
+    asked = []
+
+    def dearer(problem, chosen, step, frequencies):
+        asked.append(len(chosen))
+        return frozenset() if helps else frozenset(chosen)
+
+    monkeypatch.setattr(coding, "dearer_joint", dearer)
+    seen = np.random.default_rng(0).normal(size=(200, 96)).astype(np.float32)
+    moments = dict.fromkeys(MODULES, seen.T @ seen / 200)
+    kept = compress(of_one_span(), budget=0.1, calibration=moments)
+    assert asked[0] < 4
+    assert asked[1:] == ([4 - asked[0]] if helps else [])
+    assert kept.report["forms"].get("joint basis", 0) == (4 if helps else 0)
 
 
 def test_segments_are_counted_together(many, monkeypatch):

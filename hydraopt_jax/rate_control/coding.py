@@ -14,7 +14,7 @@ from hydraopt_jax.rate_control.metrics import Metrics
 from hydraopt_jax.rate_control.parts import pick_names
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.rate_control.terms import terms_in_steps
-from hydraopt_jax.rate_control.unweighing import to_code
+from hydraopt_jax.rate_control.unweighing import shapes_noise, to_code
 from hydraopt_jax.store.decoding import all_terms
 
 # tables and rate-distortion decisions depend on each other: rounds of fitting, how far beyond its count the
@@ -221,7 +221,9 @@ def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Pro
     """The problem without the joint basis where it raises the Lagrangian cost, or everywhere if cheaper.
 
     The chosen modules are encoded with and without the joint basis. This comparison includes the filter by
-    second moments and quantization; the estimate of the mode decision does not.
+    second moments and quantization; the estimate of the mode decision does not. With noise shaping, which
+    takes longest and leaves little for a basis to save, a few of them are asked first: where none of these
+    keeps its basis, no module does.
     """
     chosen = [
         n
@@ -229,18 +231,32 @@ def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Pro
         for n, c in zip(x.modules, mode_decision.decide_modes(x, step, problem.no_joint).choices, strict=True)
         if c.form == "joint"
     ]
+    shaped = any(shapes_noise(y) for n in chosen for y in problem.metrics.get(n, ()))
+    few = pick_names(chosen, LEAST_MODULES) if shaped else chosen
+    off = dearer_joint(problem, few, step, frequencies)
+    if len(off) == len(few):
+        off = frozenset(chosen)
+    elif shaped:
+        off |= dearer_joint(problem, [n for n in chosen if n not in few], step, frequencies)
+    return problem._replace(no_joint=problem.no_joint | off)
+
+
+def dearer_joint(
+    problem: Problem, chosen: Sequence[str], step: float, frequencies: np.ndarray
+) -> frozenset[str]:
+    """Those of the chosen modules whose Lagrangian cost the joint basis raises; all, if the whole is cheaper
+    without."""
     if not chosen:
-        return problem
+        return frozenset()
     few = problem.take(chosen)
     costs, whole = [], []
-    for tried in (few, few._replace(no_joint=frozenset(chosen))):
+    for tried in (few, few._replace(no_joint=few.no_joint.union(chosen))):
         trial = encode_at_step(tried, step, frequencies)
         lost = np.nansum(trial.errors * tried.weights, 1) / step**2
         costs.append(lost + encode.MULTIPLIER * encode.module_bits(trial.coded))
         whole.append(lost.sum() + encode.MULTIPLIER * 8 * trial.bytes)
     dearer = (costs[0] > costs[1]) | (whole[0] > whole[1])
-    off = {n for n, x in zip(few.order, dearer, strict=True) if x}
-    return problem._replace(no_joint=problem.no_joint | off)
+    return frozenset(n for n, x in zip(few.order, dearer, strict=True) if x)
 
 
 def gains_and_errors(problem: Problem, coded: Coded) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:

@@ -117,7 +117,7 @@ def metric(
       inner: only inner products will be taken: nothing is decomposed.
     """
     moment = np.asarray(moment)
-    if moment.shape == (size, size) and np.count_nonzero(moment) == np.count_nonzero(np.diagonal(moment)):
+    if moment.shape == (size, size) and not beyond_diagonal(moment):
         moment = np.diagonal(moment)
     diagonal = moment.ndim == 1
     if moment.shape != ((size,) if diagonal else (size, size)):
@@ -140,6 +140,21 @@ def metric(
     moment = moment.astype(np.float64)
     values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
     return Metric(np.maximum(values, 0) + RIDGE, vectors, scale, filters=filters)
+
+
+def have_filters(calibration: Mapping[str, np.ndarray] | None) -> bool:
+    """Whether a calibration has full moments of at most `SHAPED` dimensions, whose errors have filters.
+
+    >>> have_filters({"q": np.ones((2, 2))}), have_filters({"q": np.eye(2)}), have_filters({"q": np.ones(2)})
+    (True, False, False)
+    """
+    small = (x for x in (calibration or {}).values() if np.ndim(x) == 2 and len(x) <= SHAPED)
+    return any(beyond_diagonal(x) for x in small)
+
+
+def beyond_diagonal(moment: np.ndarray) -> bool:
+    """Whether a matrix has more than its diagonal."""
+    return bool(np.count_nonzero(moment) > np.count_nonzero(np.diagonal(moment)))
 
 
 def krylov_space(moment: np.ndarray, scale: float, around: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

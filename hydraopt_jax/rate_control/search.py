@@ -11,12 +11,13 @@ from hydraopt_jax.collection import Collection
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.rate_control import budget, mode_decision
 from hydraopt_jax.rate_control.coding import Trial, encode_at_step, fit_tables, fitted_tables
+from hydraopt_jax.rate_control.metrics import have_filters
 from hydraopt_jax.rate_control.options import Options, weights_of
 from hydraopt_jax.rate_control.problem import Problem
 from hydraopt_jax.store.store import task_errors
 
-# fraction of a target that may stay unused: for up to FEW_PARTS parts, and for more
-SLACK, WIDE_SLACK, FEW_PARTS = 0.002, 0.01, 4
+# fraction of a target that may stay unused: for up to FEW_PARTS parts, where noise is shaped, for more parts
+SLACK, SHAPED_SLACK, WIDE_SLACK, FEW_PARTS = 0.002, 0.005, 0.01, 4
 # bytes of a budget that may stay unused in any case: small stores grow in jumps
 GRAIN = 16
 # upper limit of passes over the collection, and of further passes where a store in bytes was larger than its
@@ -100,7 +101,8 @@ def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -
     Raises:
       HydraOptError: a budget that suffices for lossless storage.
     """
-    slack, settling = (SLACK, 1) if parts <= FEW_PARTS else (WIDE_SLACK, 0)
+    narrow = SHAPED_SLACK if have_filters(options.calibration) else SLACK
+    slack, settling = (narrow, 1) if parts <= FEW_PARTS else (WIDE_SLACK, 0)
     if options.max_task_error is not None:
         weights = weights_of(found.tasks, options)
         worst = tuple((weights / weights.min()).tolist())
