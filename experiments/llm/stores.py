@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.llm.distill import Teaching
 from experiments.llm.model import MODULES
-from hydraopt_jax import adapters, calibration, formats, merging, refinement, serving, store, tradeoff
+from hydraopt_jax import adapters, formats, merging, refinement, serving, store, tradeoff
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.compression import compress
@@ -31,8 +31,8 @@ from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
-# budgets that are also calibrated, or refined
-CALIBRATED = (0.0625, 0.03, 0.015)
+# budgets that are also refined
+REFINED = (0.0625, 0.03, 0.015)
 # of a refinement: steps, and the batches that they go through; tasks computed side by side
 CODED, PLAIN = (40, 32), (300, 100)
 AT_ONCE = 8
@@ -127,15 +127,13 @@ def plan(
     for budget in BUDGETS:
         made = partial(compress, collection, budget=budget)
         rows[f"budget {budget:g}"] = partial(_stored, made)
-        if budget in CALIBRATED:
-            for label, measured in (("", moments), (" by inputs", lambda: inputs(moments()))):
-                made = partial(_calibrated, collection, budget, measured)
-                rows[f"budget {budget:g}, calibrated{label}"] = partial(_stored, made)
-            if teach is not None:
-                # in one segment, as the committed rows were made; refinement takes several as well
-                target, whole = Options(budget=budget), fp16_bytes(collection)
-                made = partial(engine.compress_to_target, in_memory(collection), target, segment_bytes=whole)
-                rows[f"budget {budget:g}, refined"] = partial(_refined, collection, made, teach, CODED)
+        made = partial(_calibrated, collection, budget, moments)
+        rows[f"budget {budget:g}, calibrated"] = partial(_stored, made)
+        if teach is not None and budget in REFINED:
+            # in one segment, as the committed rows were made; refinement takes several as well
+            target, whole = Options(budget=budget), fp16_bytes(collection)
+            made = partial(engine.compress_to_target, in_memory(collection), target, segment_bytes=whole)
+            rows[f"budget {budget:g}, refined"] = partial(_refined, collection, made, teach, CODED)
     for rank in SVD_RANKS:
         rows[f"SVD rank {rank}, 4 bits"] = partial(_separate_svd, collection, rank, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -148,11 +146,6 @@ def plan(
     for name in SINGLE:
         rows[f"merged, {name}"] = partial(_merged, collection, name)
     return rows
-
-
-def inputs(moments: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The second moments of inputs alone."""
-    return {name: moment for name, moment in moments.items() if not name.endswith(calibration.OUTPUT)}
 
 
 def _calibrated(
