@@ -122,7 +122,7 @@ def plan(
             made = partial(compress, collection, form=form, dtype="float16")
             rows[f"HydraOpt K = {heads}, {label}"] = partial(_stored, made)
             if teach is not None and heads == tasks and form is adam:
-                refined = partial(_refined, collection, made, teach, PLAIN)
+                refined = partial(_refined, collection, made, teach, PLAIN, None)
                 rows[f"HydraOpt K = {heads}, {label}, refined"] = refined
     for budget in BUDGETS:
         made = partial(compress, collection, budget=budget)
@@ -130,10 +130,10 @@ def plan(
         made = partial(_calibrated, collection, budget, moments)
         rows[f"budget {budget:g}, calibrated"] = partial(_stored, made)
         if teach is not None and budget in REFINED:
-            # in one segment, as the committed rows were made; refinement takes several as well
-            target, whole = Options(budget=budget), fp16_bytes(collection)
-            made = partial(engine.compress_to_target, in_memory(collection), target, segment_bytes=whole)
-            rows[f"budget {budget:g}, refined"] = partial(_refined, collection, made, teach, CODED)
+            for label, measured in (("", None), (", calibrated", moments)):
+                made = partial(_in_one_segment, collection, budget, measured)
+                refined = partial(_refined, collection, made, teach, CODED, measured)
+                rows[f"budget {budget:g}{label}, refined"] = refined
     for rank in SVD_RANKS:
         rows[f"SVD rank {rank}, 4 bits"] = partial(_separate_svd, collection, rank, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -155,11 +155,20 @@ def _calibrated(
     return compress(collection, budget=budget, calibration=moments())
 
 
+def _in_one_segment(
+    collection: list[Adapter], budget: float, moments: Callable[[], Mapping[str, np.ndarray]] | None
+) -> Any:
+    """A store under `budget` to be refined, as the committed rows were; refinement takes several as well."""
+    options = Options(budget=budget, calibration=moments() if moments else None)
+    return engine.compress_to_target(in_memory(collection), options, segment_bytes=fp16_bytes(collection))
+
+
 def _refined(
     collection: list[Adapter],
     start: Callable[[], Any],
     teach: Callable[[int], Teaching],
     effort: tuple[int, int],
+    moments: Callable[[], Mapping[str, np.ndarray]] | None,
     folder: Path,
 ) -> Row:
     """The store that `start` makes, moved until its adapters' answers come nearest to the own adapters'."""
@@ -170,6 +179,7 @@ def _refined(
         return refinement.refine(
             start(),
             collection,
+            calibration=moments() if moments else None,
             forward=given.forward,
             batches=given.batches,
             mask=given.mask,
