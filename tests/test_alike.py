@@ -119,21 +119,28 @@ def test_a_joint_basis_is_a_source():
     assert predictions.groups(predictions.predicted(kept)) == [list(kept.tasks)]
 
 
-@pytest.mark.parametrize("helps", [True, False])
-def test_where_noise_is_shaped_a_few_modules_are_asked_for_all(monkeypatch, helps):
+@pytest.mark.parametrize(("dearer", "left"), [(0, 4), (1, 2), (4, 0)])
+def test_where_noise_is_shaped_a_few_modules_are_asked_first(monkeypatch, dearer, left):
+    """Of each that are asked, so many are dearer with a joint basis."""
     asked = []
 
-    def dearer(problem, chosen, step, frequencies):
+    def dearer_joint(problem, chosen, step, frequencies):
         asked.append(len(chosen))
-        return frozenset() if helps else frozenset(chosen)
+        return frozenset(chosen[:dearer])
 
-    monkeypatch.setattr(coding, "dearer_joint", dearer)
+    monkeypatch.setattr(coding, "dearer_joint", dearer_joint)
     seen = np.random.default_rng(0).normal(size=(200, 96)).astype(np.float32)
     moments = dict.fromkeys(MODULES, seen.T @ seen / 200)
     kept = compress(of_one_span(), budget=0.1, calibration=moments)
-    assert asked[0] < 4
-    assert asked[1:] == ([4 - asked[0]] if helps else [])
-    assert kept.report["forms"].get("joint basis", 0) == (4 if helps else 0)
+    assert asked == ([2] if dearer == 4 else [2, 2])
+    assert kept.report["forms"].get("joint basis", 0) == left
+
+
+def test_where_no_noise_is_shaped_all_modules_are_asked_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(coding, "dearer_joint", lambda p, chosen, *_: asked.append(chosen) or frozenset())
+    compress(of_one_span(), budget=0.1, calibration={n: np.ones(96, np.float32) for n in MODULES})
+    assert asked == [list(MODULES)]
 
 
 def test_segments_are_counted_together(many, monkeypatch):

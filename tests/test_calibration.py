@@ -11,7 +11,9 @@ from commands import run
 
 from hydraopt_jax import HydraOptError, calibration, changes, compression, formats, store, synthetic
 from hydraopt_jax.calibration import tap
-from hydraopt_jax.rate_control import metrics, unweighing
+from hydraopt_jax.formats.memory_collection import in_memory
+from hydraopt_jax.rate_control import metrics, search, unweighing
+from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import sizes
 
 
@@ -173,6 +175,20 @@ def test_moments_above_a_size_shape_no_noise(monkeypatch):
     monkeypatch.setattr(metrics, "SHAPED", 63)
     assert not unweighing.shapes_noise(metrics.metric(decaying_moment(64), "m", 64))
     assert unweighing.shapes_noise(metrics.metric(decaying_moment(63), "m", 63))
+
+
+def test_more_of_a_target_may_stay_unused_where_noise_is_shaped(made):
+    full = {n: moment(0, i) for n, (i, _) in SHAPES.items()}
+    cases = [
+        (None, search.SLACK),
+        ({n: np.diag(x) for n, x in full.items()}, search.SLACK),
+        ({"layers.9.q": full["layers.0.q"]}, search.SLACK),
+        (full, search.SHAPED_SLACK),
+    ]
+    for known, slack in cases:
+        for target in ({"max_error": 0.1}, {"budget": 1_000_000}):
+            found = search.target_of(in_memory(made), Options(calibration=known, **target), 0)
+            assert found.slack == slack
 
 
 def test_half_of_the_output_moments_count_as_the_others_do_on_average():

@@ -242,7 +242,7 @@ def choose_scale(row: stores.Row, lower: Lower, data: Path, tasks: list[str]) ->
 def make_stores(collection: list[Any], patterns: list[str]) -> None:
     """Makes the rows that are kept on disk and need no model, so that others find them there."""
     for name, make in stores.plan(collection).items():
-        kept = name.startswith(("HydraOpt", "budget")) and "calibrated" not in name
+        kept = name.startswith(("HydraOpt", "budget"))
         if kept and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             print(f"{name}: {make(stores_folder(collection) / slug_of(name)).bytes} bytes", flush=True)
 

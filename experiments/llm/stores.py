@@ -42,6 +42,7 @@ SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 SVD_RANKS = (8, 4, 3, 2, 1)
 SINGLE = ("linear", "ties", "dare-ties", "knots", "tsv-m", "iso-c", "core-space")
 Pair = tuple[np.ndarray, np.ndarray]
+Moments = Callable[[], Mapping[str, np.ndarray]]
 
 
 class Row(NamedTuple):
@@ -104,14 +105,14 @@ def serve(x: jax.Array, modules: Mapping[str, Any], name: str, ids: jax.Array) -
 
 def plan(
     collection: list[Adapter],
-    moments: Callable[[], Mapping[str, np.ndarray]] = dict,
+    moments: Moments | None = None,
     teach: Callable[[int], Teaching] | None = None,
 ) -> dict[str, Callable[[Path], Row]]:
     """Name of each row -> what makes it, given a folder for it.
 
     Args:
         collection: the adapters.
-        moments: what gives second moments for the calibrated rows.
+        moments: what gives second moments for the calibrated rows; without it there are none.
         teach: what gives the model and so many batches for the refined rows; without it there are none.
     """
     tasks = len(collection)
@@ -127,13 +128,14 @@ def plan(
     for budget in BUDGETS:
         made = partial(compress, collection, budget=budget)
         rows[f"budget {budget:g}"] = partial(_stored, made)
-        made = partial(_calibrated, collection, budget, moments)
-        rows[f"budget {budget:g}, calibrated"] = partial(_stored, made)
+        if moments is not None:
+            made = partial(_calibrated, collection, budget, moments)
+            rows[f"budget {budget:g}, calibrated"] = partial(_stored, made)
         if teach is not None and budget in REFINED:
-            for label, measured in (("", None), (", calibrated", moments)):
+            for measured in dict.fromkeys((None, moments)):
                 made = partial(_in_one_segment, collection, budget, measured)
                 refined = partial(_refined, collection, made, teach, CODED, measured)
-                rows[f"budget {budget:g}{label}, refined"] = refined
+                rows[f"budget {budget:g}{', calibrated' if measured else ''}, refined"] = refined
     for rank in SVD_RANKS:
         rows[f"SVD rank {rank}, 4 bits"] = partial(_separate_svd, collection, rank, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -148,17 +150,14 @@ def plan(
     return rows
 
 
-def _calibrated(
-    collection: list[Adapter], budget: float, moments: Callable[[], Mapping[str, np.ndarray]]
-) -> Any:
+def _calibrated(collection: list[Adapter], budget: float, moments: Moments) -> Any:
     """A store under `budget` whose errors count as second moments say."""
     return compress(collection, budget=budget, calibration=moments())
 
 
-def _in_one_segment(
-    collection: list[Adapter], budget: float, moments: Callable[[], Mapping[str, np.ndarray]] | None
-) -> Any:
-    """A store under `budget` to be refined, as the committed rows were; refinement takes several as well."""
+def _in_one_segment(collection: list[Adapter], budget: float, moments: Moments | None) -> Any:
+    """A store under `budget` in one segment, as the first refined rows were; refinement takes several as
+    well."""
     options = Options(budget=budget, calibration=moments() if moments else None)
     return engine.compress_to_target(in_memory(collection), options, segment_bytes=fp16_bytes(collection))
 
@@ -168,7 +167,7 @@ def _refined(
     start: Callable[[], Any],
     teach: Callable[[int], Teaching],
     effort: tuple[int, int],
-    moments: Callable[[], Mapping[str, np.ndarray]] | None,
+    moments: Moments | None,
     folder: Path,
 ) -> Row:
     """The store that `start` makes, moved until its adapters' answers come nearest to the own adapters'."""

@@ -32,7 +32,7 @@ from hydraopt_jax.demo.model import forward
 from hydraopt_jax.demo.tasks import Item
 from hydraopt_jax.demo.vocabulary import encode_items
 from hydraopt_jax.formats.memory_collection import in_memory
-from hydraopt_jax.rate_control import engine, unweighing
+from hydraopt_jax.rate_control import engine, metrics
 from hydraopt_jax.rate_control.options import Options
 from hydraopt_jax.store import decode_terms
 from hydraopt_jax.store.sizes import measure_size
@@ -45,12 +45,12 @@ TOLD = (0.125, 0.0625, 0.03)
 @contextmanager
 def plainly() -> Iterator[None]:
     """Without noise shaping."""
-    shapes = unweighing.shapes_noise
-    unweighing.shapes_noise = lambda metric: False
+    largest = metrics.SHAPED
+    metrics.SHAPED = 0
     try:
         yield
     finally:
-        unweighing.shapes_noise = shapes
+        metrics.SHAPED = largest
 
 
 def bytes_without(rows: Sequence[dict[str, Any]], error: float) -> float:

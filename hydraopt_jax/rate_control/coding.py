@@ -218,12 +218,12 @@ def encode_at_step(
 
 
 def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:
-    """The problem without the joint basis where it raises the Lagrangian cost, or everywhere if cheaper.
+    """The problem without the joint basis where it raises the Lagrangian cost, see `dearer_joint`.
 
     The chosen modules are encoded with and without the joint basis. This comparison includes the filter by
-    second moments and quantization; the estimate of the mode decision does not. With noise shaping, which
-    takes longest and leaves little for a basis to save, a few of them are asked first: where none of these
-    keeps its basis, no module does.
+    second moments and quantization; the estimate of the mode decision does not. Of those with noise shaping,
+    which takes longest and leaves little for a basis to save, a few are asked first: where none of these
+    keeps its basis, none of the others does.
     """
     chosen = [
         n
@@ -231,13 +231,11 @@ def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Pro
         for n, c in zip(x.modules, mode_decision.decide_modes(x, step, problem.no_joint).choices, strict=True)
         if c.form == "joint"
     ]
-    shaped = any(shapes_noise(y) for n in chosen for y in problem.metrics.get(n, ()))
-    few = pick_names(chosen, LEAST_MODULES) if shaped else chosen
-    off = dearer_joint(problem, few, step, frequencies)
-    if len(off) == len(few):
-        off = frozenset(chosen)
-    elif shaped:
-        off |= dearer_joint(problem, [n for n in chosen if n not in few], step, frequencies)
+    shaped = [n for n in chosen if any(shapes_noise(x) for x in problem.metrics.get(n, ()))]
+    few = pick_names(shaped, LEAST_MODULES)
+    rest = [n for n in shaped if n not in few]
+    off = dearer_joint(problem, [n for n in chosen if n not in rest], step, frequencies)
+    off |= frozenset(rest) if off.issuperset(few) else dearer_joint(problem, rest, step, frequencies)
     return problem._replace(no_joint=problem.no_joint | off)
 
 

@@ -14,7 +14,7 @@ are taken from the moment itself.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -142,14 +142,15 @@ def metric(
     return Metric(np.maximum(values, 0) + RIDGE, vectors, scale, filters=filters)
 
 
-def have_filters(calibration: Mapping[str, np.ndarray] | None) -> bool:
-    """Whether a calibration has full moments of at most `SHAPED` dimensions, whose errors have filters.
+def have_filters(modules: Iterable[str], calibration: Mapping[str, np.ndarray] | None) -> bool:
+    """Whether some modules have full moments of at most `SHAPED` dimensions, whose errors have filters.
 
-    >>> have_filters({"q": np.ones((2, 2))}), have_filters({"q": np.eye(2)}), have_filters({"q": np.ones(2)})
-    (True, False, False)
+    >>> have_filters(["q"], {"q": np.ones((2, 2))}), have_filters(["q"], {"q": np.eye(2)})
+    (True, False)
     """
-    small = (x for x in (calibration or {}).values() if np.ndim(x) == 2 and len(x) <= SHAPED)
-    return any(beyond_diagonal(x) for x in small)
+    known = calibration or {}
+    given = (known[name] for n in modules for name in (n, n + OUTPUT) if name in known)
+    return any(beyond_diagonal(x) for x in given if np.ndim(x) == 2 and len(x) <= SHAPED)
 
 
 def beyond_diagonal(moment: np.ndarray) -> bool:

@@ -101,7 +101,7 @@ def target_of(found: Collection, options: Options, heads: int, parts: int = 1) -
     Raises:
       HydraOptError: a budget that suffices for lossless storage.
     """
-    narrow = SHAPED_SLACK if have_filters(options.calibration) else SLACK
+    narrow = SHAPED_SLACK if have_filters(found.shapes, options.calibration) else SLACK
     slack, settling = (narrow, 1) if parts <= FEW_PARTS else (WIDE_SLACK, 0)
     if options.max_task_error is not None:
         weights = weights_of(found.tasks, options)

@@ -30,6 +30,7 @@ from experiments.llm import (
 from experiments.llm.activations import gather, hidden_of, pad, place
 from experiments.llm.base import load_base
 from experiments.llm.decoding import answer_logits, decode
+from experiments.llm.distill import Teaching
 from experiments.llm.readers import Item
 from experiments.llm.tasks import TASKS, Task, load_sequences
 from hydraopt_jax import formats
@@ -255,6 +256,26 @@ def test_verified_drafts_give_the_answers_of_plain_decoding(trained, row):
         found = json.loads(compare.stored_answers_path(collection, row, name).read_text())
         assert [answer[:-1] if answer[-1] == lower.base.stop else answer for answer in found] == answers
         assert result["tasks"][name]["items"] == score.item_scores(task, lower, answers, sequences)
+
+
+def test_refined_stores_start_from_plain_and_from_calibrated_ones(trained, tmp_path, monkeypatch):
+    collection = stores.read_collection(trained[0] / "adapters" / "shared", list(TOY))
+    moments = {name: np.ones(len(a), np.float32) for name, a in collection[0].a.items()}
+    seen = {}
+
+    def refine(start, given, **options):
+        seen.update(options, start=start)
+        return (start,)
+
+    monkeypatch.setattr(stores.refinement, "refine", refine)
+    monkeypatch.setattr(stores, "BUDGETS", (0.95,))
+    monkeypatch.setattr(stores, "REFINED", (0.95,))
+    rows = stores.plan(collection, lambda: moments, lambda count: Teaching(None, [], None))
+    for label, wanted in (("", None), (", calibrated", moments)):
+        rows[f"budget 0.95{label}, refined"](tmp_path / f"refined{label}")
+        assert seen["calibration"] is wanted
+        assert seen["start"].report["options"]["calibrated"] == (wanted is not None)
+    assert not any("calibrated" in name for name in stores.plan(collection))
 
 
 def test_batches_that_mix_tasks_give_the_answers_of_the_compared_store(trained):
