@@ -14,6 +14,7 @@ OUT: a second run goes on where the first stopped.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import functools
 import json
 import re
@@ -118,9 +119,9 @@ def run(
     *,
     regime: str = "shared",
     count: int = 1000,
-    only: str = "",
+    only: Sequence[str] = ("*",),
 ) -> dict[str, Any]:
-    """All rows whose name contains `only`, on up to `count` held-out items a task, into the file `path`."""
+    """All rows that `only` names or has a pattern of, on up to `count` held-out items a task, into `path`."""
     tasks = [x.task for x in collection]
     result: dict[str, Any] = {
         "regime": regime,
@@ -149,7 +150,8 @@ def run(
         lambda store: float(evaluate(base, serving.load(store, dtype=jnp.float32), few).exact.mean()),
         out / "refining",
     )
-    rows = {k: x for k, x in plan(setting, settings).items() if only in k}
+    made = plan(setting, settings)
+    rows = {k: x for k, x in made.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in only)}
     fill(result, path, setting, rows, {s: encoded(s, count) for s in ("test", "dev")}, out)
     return result
 
@@ -164,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=BASE_FILE, help="the transformer that they adapt")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the scores")
     parser.add_argument("--items", type=int, default=1000, help="held-out items a task, at most")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument(
+        "--only", nargs="*", default=["*"], help="names of rows, or patterns such as 'budget*'"
+    )
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         paths = unpack_adapters(options.adapters, Path(folder))

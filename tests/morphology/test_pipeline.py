@@ -133,9 +133,9 @@ def test_every_kind_of_row_is_scored_and_a_second_run_adds_nothing(items, traine
     collection = [formats.read_adapter(p) for p in folders]
     small = Refining((0.9,), (3,), (0.05,), prompts=(8,), check=2, moments=4, batch=2, seeds=(0,), save=2)
     given = base, vocabulary, collection, items, small, tmp_path / "result.json", tmp_path / "out"
-    stores.run(*given, count=20, only="0.9, output gradients")
-    found = stores.run(*given, count=20, only="merged, linear")
-    assert stores.run(*given, count=20, only="merged, linear") == found
+    stores.run(*given, count=20, only=["budget 0.9, output gradients*"])
+    found = stores.run(*given, count=20, only=["merged, linear"])
+    assert stores.run(*given, count=20, only=["merged, linear"]) == found
     done = found["rows"]
     own, kept = (np.array(done[x]["test_cer"]) for x in ("own adapters", "budget 0.9, output gradients"))
     assert set(done) - {"zero-shot", "own adapters", "merged, linear"} == {
