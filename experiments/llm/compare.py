@@ -10,7 +10,6 @@ task by task: the same command goes on.
 """
 
 import argparse
-import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from experiments.llm.distill import teach
 from experiments.llm.moments import moments
 from experiments.llm.score import ITEMS, answers_path, item_scores, labels_of, with_deltas
 from experiments.llm.tasks import TASKS, Sequence, Task, load_sequences
+from experiments.selection import add_only, selected
 
 HERE = Path(__file__).parent
 REFERENCES = 16
@@ -241,9 +241,8 @@ def choose_scale(row: stores.Row, lower: Lower, data: Path, tasks: list[str]) ->
 
 def make_stores(collection: list[Any], patterns: list[str]) -> None:
     """Makes the rows that are kept on disk and need no model, so that others find them there."""
-    for name, make in stores.plan(collection).items():
-        kept = name.startswith(("HydraOpt", "budget"))
-        if kept and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+    for name, make in selected(stores.plan(collection), patterns).items():
+        if name.startswith(("HydraOpt", "budget")):
             print(f"{name}: {make(stores_folder(collection) / slug_of(name)).bytes} bytes", flush=True)
 
 
@@ -259,9 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--layers", type=int, default=8, help="upper layers that are adapted")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="the collection")
-    parser.add_argument(
-        "--only", nargs="*", default=["*"], help="names of rows, or patterns such as 'budget*'"
-    )
+    add_only(parser)
     parser.add_argument("--items", type=int, default=ITEMS["test"], help="test items per task")
     parser.add_argument("--make", action="store_true", help="only make the stores that need no model")
     given = parser.parse_args(argv)
@@ -277,19 +274,18 @@ def main(argv: list[str] | None = None) -> None:
     rows, results = {}, {}
     measured = partial(moments, lower, folder, given.tasks, given.data)
     teaching = partial(teach, lower, given.tasks, given.data)
-    for name, make in stores.plan(collection, measured, teaching).items():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in given.only):
-            slug = slug_of(name)
-            rows[name] = make(stores_folder(collection) / slug)
-            path = given.results / f"stores-{given.regime}" / f"{slug}.json"
-            facts = start_result(path, name, given.regime, rows[name], collection, given.items)
-            if name.startswith("merged"):
-                if "scale" not in facts:
-                    facts["scale"] = choose_scale(rows[name], lower, given.data, given.tasks)
-                rows[name] = stores.scaled(rows[name], facts["scale"])
-            path.write_text(json.dumps(facts) + "\n")
-            results[name] = path, facts
-            print(f"{name}: {facts['bytes'] / facts['fp16_bytes']:.4f} of the bytes", flush=True)
+    for name, make in selected(stores.plan(collection, measured, teaching), given.only).items():
+        slug = slug_of(name)
+        rows[name] = make(stores_folder(collection) / slug)
+        path = given.results / f"stores-{given.regime}" / f"{slug}.json"
+        facts = start_result(path, name, given.regime, rows[name], collection, given.items)
+        if name.startswith("merged"):
+            if "scale" not in facts:
+                facts["scale"] = choose_scale(rows[name], lower, given.data, given.tasks)
+            rows[name] = stores.scaled(rows[name], facts["scale"])
+        path.write_text(json.dumps(facts) + "\n")
+        results[name] = path, facts
+        print(f"{name}: {facts['bytes'] / facts['fp16_bytes']:.4f} of the bytes", flush=True)
     for name in given.tasks:
         left = [row for row in rows if name not in results[row][1]["tasks"]]
         if not left:

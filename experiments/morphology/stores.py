@@ -14,7 +14,6 @@ OUT: a second run goes on where the first stopped.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import functools
 import json
 import re
@@ -31,6 +30,7 @@ from experiments.morphology import outputs
 from experiments.morphology.config import Data, Refining
 from experiments.morphology.dataset import load_items
 from experiments.morphology.rows import Maker, Setting, plan
+from experiments.selection import add_only, selected
 from hydraopt_jax import formats, refinement, report, serving
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.demo.assets import ADAPTERS_FILE, BASE_FILE, load_base, load_vocabulary, unpack_adapters
@@ -150,8 +150,7 @@ def run(
         lambda store: float(evaluate(base, serving.load(store, dtype=jnp.float32), few).exact.mean()),
         out / "refining",
     )
-    made = plan(setting, settings)
-    rows = {k: x for k, x in made.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in only)}
+    rows = selected(plan(setting, settings), only)
     fill(result, path, setting, rows, {s: encoded(s, count) for s in ("test", "dev")}, out)
     return result
 
@@ -166,9 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=BASE_FILE, help="the transformer that they adapt")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the scores")
     parser.add_argument("--items", type=int, default=1000, help="held-out items a task, at most")
-    parser.add_argument(
-        "--only", nargs="*", default=["*"], help="names of rows, or patterns such as 'budget*'"
-    )
+    add_only(parser)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         paths = unpack_adapters(options.adapters, Path(folder))
