@@ -106,7 +106,8 @@ def test_budget_makes_a_store_that_verifies(capsys, folders, tmp_path):
     said = ok(capsys, "compress", *folders, "--budget", "0.6", "--out", out)
     assert said["bytes_after"] <= 0.6 * 2 * said["entries"]["before"]
     assert sum(said["forms"].values()) == said["modules"]
-    assert set(said["estimate"]) == {"separate", "joint"}
+    assert set(said["estimate"]) == {"separate", "joint", "of"}
+    assert said["estimate"]["of"] == "weights"
     assert ok(capsys, "verify", out, *folders)["ok"]
     assert ok(capsys, "inspect", out)["form"] == "coded"
 

@@ -92,6 +92,7 @@ def test_a_limit_of_the_errors_of_outputs_is_stated(made, capsys):
     """Of coders whose readers know the moments: no store comes near it."""
     said = json.loads(run(capsys, "inspect", made[0], "--json")[1])
     assert 0 < said["estimate"]["separate"] < said["output_error"]["mean"]
+    assert said["estimate"]["of"] == "outputs"
 
 
 def test_a_wrong_store_still_fails(many, given, made, capsys, tmp_path):

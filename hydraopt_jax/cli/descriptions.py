@@ -32,7 +32,7 @@ def describe(path: str, content: Store) -> dict[str, Any]:
     claims: dict[str, Any] = {"error": errors_by_task(content, content.errors) | {"of": "weights"}}
     if content.output_errors is not None:
         claims["output_error"] = errors_by_task(content, content.output_errors) | {"of": "outputs"}
-    # the bound is of the errors that were minimized
+    # the bound and the estimate are of the errors that were minimized
     for key, x in claims.items():
         x["bound"] = jsonable(float(np.mean(bound))) if bound and key == list(claims)[-1] else None
     chosen = {
@@ -40,6 +40,8 @@ def describe(path: str, content: Store) -> dict[str, Any]:
         for k in ("forms", "estimate", "step", "left_out", "factor_bytes", "uncalibrated")
         if k in content.report
     }
+    if "estimate" in chosen:
+        chosen["estimate"] = {**chosen["estimate"], "of": list(claims.values())[-1]["of"]}
     return {
         "store": str(path),
         "version": manifest.VERSION,
