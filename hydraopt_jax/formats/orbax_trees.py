@@ -96,7 +96,8 @@ def read_checkpoint(
     """
     tree = load_factors(latest_step(Path(path)), within)
     source = os.fspath(path)
-    adapter = read_tree(tree, name, task=task or Path(path).name, scale=scale, stack=stack, source=source)
+    task = task or Path(os.path.abspath(path)).name
+    adapter = read_tree(tree, name, task=task, scale=scale, stack=stack, source=source)
     return adapter.replace(digest=tree_digest(tree))
 
 

@@ -265,8 +265,11 @@ class Slots:
             raise HydraOptError(f"names = {names!r}: one name, not one per row: give [{names!r}]")
         if len(state.tasks) != self.count:
             raise HydraOptError(f"the state has {len(state.tasks)} slots, these are {self.count}")
-        place = {t: k for k, t in enumerate(self.store.tasks)} | {None: EMPTY}
-        wanted = [place[x] if x in place else task_index(self.store.tasks, str(x)) for x in names]
+        place = {t: k for k, t in enumerate(self.store.tasks)}
+        asked = [None if x is None else str(x) for x in names]
+        wanted = [
+            EMPTY if x is None else place[x] if x in place else task_index(self.store.tasks, x) for x in asked
+        ]
         tasks, order, loads = assign(np.asarray(state.tasks), np.asarray(state.order), wanted)
         rows = self._rows(list(loads.values()))
         modules = state.modules

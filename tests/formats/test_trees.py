@@ -297,9 +297,11 @@ def test_layers_of_other_ranks_are_stacked_with_zeros():
     )
 
 
-def test_an_orbax_tree_becomes_a_peft_folder(tmp_path):
+def test_an_orbax_tree_becomes_a_peft_folder(tmp_path, monkeypatch):
     ocp.save(tmp_path / "tree", {"attn": LAYOUTS["gemma"][1]["layer_0"]["attn"]})
-    adapter = formats.read_checkpoint(tmp_path / "tree", "gemma", scale=1.0)
+    monkeypatch.chdir(tmp_path / "tree")
+    adapter = formats.read_checkpoint(".", "gemma", scale=1.0)
+    assert adapter.task == "tree"
     formats.write_adapter(tmp_path / "peft", adapter)
     back = formats.read_adapter(tmp_path / "peft")
     for name, a in adapter.a.items():

@@ -149,6 +149,8 @@ def test_what_cannot_be_served_leaves_the_slots_as_they_are(coded):
         slots.load(state, ["a", "b", "c", "c"])
     with pytest.raises(hydra.HydraOptError, match="no task 'z' in the store: did you mean"):
         slots.load(state, ["a", "z"])
+    with pytest.raises(hydra.HydraOptError, match=r"no task \"\['a'\]\" in the store"):
+        slots.load(state, [["a"], "a"])
     with pytest.raises(hydra.HydraOptError, match="the state has 2 slots, these are 3"):
         serving.Slots(kept, 3).load(state, ["a"])
     with pytest.raises(hydra.HydraOptError, match="0 slots: make at least 1"):
