@@ -88,7 +88,7 @@ def quantize_streams(
     rows = noise_shaping.rows_of(filters)
     ends = [np.cumsum([x.length for x in found]) for found in vectors]
 
-    def shaped(chunks: Sequence[Chunk], width: int) -> None:
+    def shaped(chunks: Sequence[Chunk]) -> None:
         """The same with filters."""
         given = [
             noise_shaping.Lane(
@@ -114,21 +114,23 @@ def quantize_streams(
         and np.abs(values[k][first : first + length]).max() < noise_shaping.LARGEST
         for length, k, first in order
     ]
-    jobs = []
-    for quantize, widths in (
-        (plain, WIDTHS.get(devices.platform(), ELSEWHERE)),
-        (shaped, (noise_shaping.WIDTH,)),
-    ):
-        mine = [x for x, has in zip(order, filtered, strict=True) if has == (quantize is shaped)]
-        width = next((x for x in widths if x >= len(mine)), widths[-1])
-        jobs += [
-            functools.partial(quantize, mine[at : at + width], width) for at in range(0, len(mine), width)
-        ]
+    without, having = (
+        [x for x, has in zip(order, filtered, strict=True) if has == wanted] for wanted in (False, True)
+    )
+    widths = WIDTHS.get(devices.platform(), ELSEWHERE)
+    width = next((x for x in widths if x >= len(without)), widths[-1])
+    jobs = [functools.partial(plain, x, width) for x in batches(without, width)]
+    jobs += [functools.partial(shaped, x) for x in batches(having, noise_shaping.WIDTH)]
     devices.together(jobs)
     return [
         Symbols(m, q, c.astype(np.uint8), s, n)
         for m, q, c, s, n in zip(magnitude, quantizer, context, negative, lanes, strict=True)
     ]
+
+
+def batches(chunks: Sequence[Chunk], width: int) -> list[Sequence[Chunk]]:
+    """The chunks, at most `width` at a time."""
+    return [chunks[at : at + width] for at in range(0, len(chunks), width)]
 
 
 def chunks_of(count: int, lanes: int, stream: int) -> list[Chunk]:

@@ -132,7 +132,7 @@ def metric(
         return Metric(np.maximum(moment.astype(np.float64) / scale, 0) + RIDGE, None, scale)
     if inner:
         return Metric(np.ones(size), None, scale, moment)
-    filters: dict[float, tuple[noise_shaping.Filter, float]] | None = {} if size <= SHAPED else None
+    filters: dict[float, tuple[noise_shaping.Filter, float]] | None = {} if has_filters(moment) else None
     if around is not None and size > WHOLE and 2 * BLOCKS * around.shape[1] <= size:
         basis, products = krylov_space(moment, scale, around)
         values, inside = np.linalg.eigh(basis.T @ products)
@@ -142,15 +142,19 @@ def metric(
     return Metric(np.maximum(values, 0) + RIDGE, vectors, scale, filters=filters)
 
 
-def have_filters(modules: Iterable[str], calibration: Mapping[str, np.ndarray] | None) -> bool:
-    """Whether some modules have full moments of at most `SHAPED` dimensions, whose errors have filters.
+def has_filters(moment: np.ndarray) -> bool:
+    """Whether errors have filters: in a full second moment of at most `SHAPED` dimensions.
 
-    >>> have_filters(["q"], {"q": np.ones((2, 2))}), have_filters(["q"], {"q": np.eye(2)})
+    >>> has_filters(np.ones((2, 2))), has_filters(np.eye(2))
     (True, False)
     """
+    return np.ndim(moment) == 2 and len(moment) <= SHAPED and beyond_diagonal(moment)
+
+
+def have_filters(modules: Iterable[str], calibration: Mapping[str, np.ndarray] | None) -> bool:
+    """Whether errors of some of the modules have filters, on either side."""
     known = calibration or {}
-    given = (known[name] for n in modules for name in (n, n + OUTPUT) if name in known)
-    return any(beyond_diagonal(x) for x in given if np.ndim(x) == 2 and len(x) <= SHAPED)
+    return any(has_filters(known[name]) for n in modules for name in (n, n + OUTPUT) if name in known)
 
 
 def beyond_diagonal(moment: np.ndarray) -> bool:
