@@ -18,9 +18,15 @@ def add_only(parser: argparse.ArgumentParser) -> None:
 def selected(rows: Mapping[str, Maker], only: Sequence[str]) -> dict[str, Maker]:
     """The rows, name -> maker, that are named or match a pattern (`fnmatch`), in their order.
 
+    Raises:
+      SystemExit: a pattern that no row matches.
+
     >>> selected({"budget 0.5": 1, "budget 0.5, refined": 2, "merged": 3}, ["merged", "budget ?.?"])
     {'budget 0.5': 1, 'merged': 3}
     """
+    for pattern in only:
+        if not fnmatch.filter(rows, pattern):
+            raise SystemExit(f"--only: no row is called {pattern!r}; the rows are: {'; '.join(rows)}")
     return {
         name: make
         for name, make in rows.items()

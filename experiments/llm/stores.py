@@ -23,12 +23,9 @@ from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.compression import compress
 from hydraopt_jax.explicit import fitting
-from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, whole_adapters
-from hydraopt_jax.rate_control import engine
-from hydraopt_jax.rate_control.options import Options
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
 # budgets that are also refined
@@ -126,16 +123,12 @@ def plan(
                 refined = partial(_refined, collection, made, teach, PLAIN, None)
                 rows[f"HydraOpt K = {heads}, {label}, refined"] = refined
     for budget in BUDGETS:
-        made = partial(compress, collection, budget=budget)
-        rows[f"budget {budget:g}"] = partial(_stored, made)
-        if moments is not None:
-            made = partial(_calibrated, collection, budget, moments)
-            rows[f"budget {budget:g}, calibrated"] = partial(_stored, made)
-        if teach is not None and budget in REFINED:
-            for measured in dict.fromkeys((None, moments)):
-                made = partial(_in_one_segment, collection, budget, measured)
-                refined = partial(_refined, collection, made, teach, CODED, measured)
-                rows[f"budget {budget:g}{', calibrated' if measured else ''}, refined"] = refined
+        for measured in dict.fromkeys((None, moments)):
+            name = f"budget {budget:g}{', calibrated' if measured else ''}"
+            made = partial(_budgeted, collection, budget, measured)
+            rows[name] = partial(_stored, made)
+            if teach is not None and budget in REFINED:
+                rows[f"{name}, refined"] = partial(_refined, collection, made, teach, CODED, measured)
     for rank in SVD_RANKS:
         rows[f"SVD rank {rank}, 4 bits"] = partial(_separate_svd, collection, rank, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -150,16 +143,9 @@ def plan(
     return rows
 
 
-def _calibrated(collection: list[Adapter], budget: float, moments: Moments) -> Any:
-    """A store under `budget` whose errors count as second moments say."""
-    return compress(collection, budget=budget, calibration=moments())
-
-
-def _in_one_segment(collection: list[Adapter], budget: float, moments: Moments | None) -> Any:
-    """A store under `budget` in one segment, as the first refined rows were; refinement takes several as
-    well."""
-    options = Options(budget=budget, calibration=moments() if moments else None)
-    return engine.compress_to_target(in_memory(collection), options, segment_bytes=fp16_bytes(collection))
+def _budgeted(collection: list[Adapter], budget: float, moments: Moments | None) -> Any:
+    """A store under `budget`, whose errors count as second moments say if there are any."""
+    return compress(collection, budget=budget, calibration=moments() if moments else None)
 
 
 def _refined(

@@ -136,6 +136,8 @@ def test_every_kind_of_row_is_scored_and_a_second_run_adds_nothing(items, traine
     stores.run(*given, count=20, only=["budget 0.9, output gradients*"])
     found = stores.run(*given, count=20, only=["merged, linear"])
     assert stores.run(*given, count=20, only=["merged, linear"]) == found
+    with pytest.raises(SystemExit, match="no row is called 'merged, none'; the rows are: budget 0"):
+        stores.run(*given, count=20, only=["merged, linear", "merged, none"])
     done = found["rows"]
     own, kept = (np.array(done[x]["test_cer"]) for x in ("own adapters", "budget 0.9, output gradients"))
     assert set(done) - {"zero-shot", "own adapters", "merged, linear"} == {
