@@ -7,7 +7,7 @@ import numpy as np
 
 from hydraopt_jax.codec import frequency_tables, prediction, rans, streams, syntax
 from hydraopt_jax.codec.bitstream import Damaged, Reader
-from hydraopt_jax.codec.layout import Piece, TermShape, pieces
+from hydraopt_jax.codec.layout import Piece, TermShape, by_leaf, pieces
 from hydraopt_jax.codec.syntax import SHARED, Side
 
 
@@ -106,7 +106,7 @@ def read_sides(
     order = (SHARED, *sorted(set(leaves) - {SHARED}))
     readers = {name: Reader(leaves[name]) for name in order}
     table = frequency_tables.unpack_tables(readers[SHARED]) if frequencies is None else frequencies
-    members = {name: [i for i, x in enumerate(rows) if x.leaf == name] for name in order}
+    members = by_leaf(rows, order)
     contexts: dict[int, np.ndarray] = {}
     sides: dict[str, Side] = {}
     for name in order:

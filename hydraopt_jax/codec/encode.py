@@ -13,7 +13,7 @@ import numpy as np
 from hydraopt_jax.codec import frequency_tables, lanes, prediction, streams, syntax
 from hydraopt_jax.codec.contexts import COUNT, RAW_BITS, WIDE
 from hydraopt_jax.codec.decode import prediction_base, read_sides, split_gains
-from hydraopt_jax.codec.layout import Piece, TermShape, pieces
+from hydraopt_jax.codec.layout import Piece, TermShape, by_leaf, pieces
 from hydraopt_jax.codec.noise_shaping import Filter, Vector
 from hydraopt_jax.codec.prediction import Prediction
 from hydraopt_jax.codec.quantization import context_bits, quantize_streams
@@ -102,9 +102,7 @@ def quantize(
     offsets: list[Any] = [None] * len(rows)
     values: list[Any] = [None] * len(rows)
     symbols: list[Symbols] = []
-    members: dict[str, list[int]] = {leaf: [] for leaf in leaves}
-    for i, x in enumerate(rows):
-        members[x.leaf].append(i)
+    members = by_leaf(rows, leaves)
     for now in (leaves[:1], leaves[1:]):
         factors = {i: factor_of(rows[i], modules) for leaf in now for i in members[leaf]}
         bases = {rows[i].base for i in factors if rows[i].base >= 0}
@@ -165,11 +163,8 @@ def codes_of(stream: Symbols, rows: Sequence[Piece], contexts: Sequence[np.ndarr
 
 def all_codes(coded: Coded) -> Iterator[tuple[int, np.ndarray]]:
     """The position of each piece and its codes `[S, n]` in steps."""
-    members: dict[str, list[int]] = {leaf: [] for leaf in coded.leaves}
-    for i, x in enumerate(coded.pieces):
-        members[x.leaf].append(i)
-    for leaf, stream in zip(coded.leaves, coded.symbols, strict=True):
-        mine = members[leaf]
+    members = by_leaf(coded.pieces, coded.leaves)
+    for mine, stream in zip(members.values(), coded.symbols, strict=True):
         found = codes_of(stream, [coded.pieces[i] for i in mine], [coded.contexts[i] for i in mine])
         yield from zip(mine, found, strict=True)
 
@@ -218,8 +213,8 @@ def module_bits(coded: Coded) -> np.ndarray:
 def sides(coded: Coded, gains: Mapping[int, Sequence[np.ndarray]]) -> dict[str, bytes]:
     """The side information of each leaf."""
     out = {}
-    for leaf in (*coded.leaves, *(f"task_{t}" for t in gains if f"task_{t}" not in coded.leaves)):
-        members = [i for i, x in enumerate(coded.pieces) if x.leaf == leaf]
+    leaves = (*coded.leaves, *(f"task_{t}" for t in gains if f"task_{t}" not in coded.leaves))
+    for leaf, members in by_leaf(coded.pieces, leaves).items():
         task = syntax.task_of(leaf)
         out[leaf] = syntax.pack_side(
             [coded.pieces[i] for i in members],

@@ -4,10 +4,8 @@ Every part (one factor, one core) is in the leaf of the set of tasks that read i
 `task_3` if one does, `head_0`, `head_1`, ... for the other sets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 # sets of tasks beyond this many, or with less than this to store, share one leaf with everybody
 MAX_GROUPS = 64
@@ -101,12 +99,37 @@ def pieces(modules: Mapping[str, Sequence[TermShape]]) -> tuple[list[Piece], lis
             tasks = len(term.a_of)
             for side, (of, length) in enumerate(((term.a_of, term.inputs), (term.b_of, term.outputs))):
                 first = len(rows)
-                for factor in range(term.factors(side)):
+                for factor, users in enumerate(users_of(of, term.factors(side))):
                     base = first if term.predicted and factor else -1
                     everyone = term.predicted and not factor
-                    users = range(tasks) if everyone else np.flatnonzero(np.array(of) == factor).tolist()
                     rows.append((name, k, side, factor, length, term.rank, base))
-                    members.append(frozenset(users))
+                    members.append(frozenset(range(tasks) if everyone else users))
                     sizes.append(length * term.rank)
     names, groups = leaf_names(members, sizes, tasks)
     return [Piece(*row, leaf) for row, leaf in zip(rows, names, strict=True)], groups
+
+
+def users_of(of: Sequence[int], factors: int) -> list[list[int]]:
+    """The tasks that use each factor.
+
+    Args:
+      of: which factor each task uses, -1 for none.
+      factors: their number.
+
+    >>> users_of([1, 0, -1, 1], 2)
+    [[1], [0, 3]]
+    """
+    users: list[list[int]] = [[] for _ in range(factors)]
+    for task, factor in enumerate(of):
+        if factor >= 0:
+            users[factor].append(task)
+    return users
+
+
+def by_leaf(rows: Sequence[Piece], leaves: Iterable[str]) -> dict[str, list[int]]:
+    """Leaf -> positions of its pieces, for some leaves, in their order."""
+    members: dict[str, list[int]] = {leaf: [] for leaf in leaves}
+    for i, x in enumerate(rows):
+        if x.leaf in members:
+            members[x.leaf].append(i)
+    return members
