@@ -45,7 +45,7 @@ def full_tensors(
     for n in range(processes.rank, len(groups), processes.size):
         if place.note(f"tensors-{n}") is None:
             own = [tensors.encode_tensors(task_tensors(found, t), dtype) for t in groups[n]]
-            names = [found.tasks[t] for t in groups[n]]
+            names = [found.cards[t].task for t in groups[n]]
             place.keep(f"tensors-{n}", make_segment(names, {}, {}, tensors=own))
             place.keep_note(f"tensors-{n}", {})
     if groups:

@@ -354,7 +354,7 @@ def encode_parts(
             run.progress.read(size)
 
     cached = all(n in run.cache for n in todo) and run.options.calibration is None
-    names = {n: [Adapter(run.found.tasks[t], {}, {}) for t in parts[n].tasks] for n in todo}
+    names = {n: [Adapter(run.found.cards[t].task, {}, {}) for t in parts[n].tasks] for n in todo}
     coming = (
         (names[n] for n in todo)
         if cached

@@ -83,7 +83,7 @@ class Draft(NamedTuple):
 def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Sequence[Adapter]) -> Segment:
     """The segment of a trial."""
     leaves = encode.serialize(trial.coded, trial.gains, side=trial.side)
-    names = [run.found.tasks[t] for t in run.parts[n].tasks]
+    names = [run.found.cards[t].task for t in run.parts[n].tasks]
     carried = [run.carried[t] for t in run.parts[n].tasks] if run.carried else ()
     made = make_segment(names, trial.coded.shapes, leaves, trial.errors, tensors=carried)
     return with_errors(made, given, trial.errors) if problem.metrics else made
@@ -91,7 +91,7 @@ def coded_segment(run: Run, n: int, problem: Problem, trial: Trial, given: Seque
 
 def sized_segment(run: Run, part: Part, problem: Problem, trial: Trial) -> Segment:
     """A segment of about the size of a trial's segment, without codes."""
-    names = [run.found.tasks[t] for t in part.tasks]
+    names = [run.found.cards[t].task for t in part.tasks]
     carried = [run.carried[t] for t in part.tasks] if run.carried else ()
     leaves = {*trial.coded.leaves, *(f"task_{t}" for t in trial.gains)}
     each = max(-(-int(trial.bytes) // len(leaves)), 1)
