@@ -11,7 +11,7 @@ store.
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -164,7 +164,8 @@ def passes(
     said: Mapping[str, Any],
     place: Place | None = None,
 ) -> Store:
-    """The store of the pass that meets the target; each pass encodes all parts.
+    """The store that meets the target; of a target of single tasks' errors the smallest of some rounds, each
+    of which spends less on the tasks that the round before left below it.
 
     Args:
       run: the compression.
@@ -175,55 +176,19 @@ def passes(
     """
     weights = relative_weights(run.found.tasks, run.options)
     known = pilot.run_pilot(run, goal, weights)
-    step, frequencies = known["step"], np.array(known["frequencies"])
-    number, aim = 0, goal
+    state = State(known["step"], np.array(known["frequencies"]), 0)
     best: Store | None = None
-    for round_number in range(ROUNDS if goal.worst else 1):
-        # other weights have other forms
-        pilots = None if round_number else known["forms"]
-        done: list[Pass] = []
-        made: list[Store | None] = []
-        numbers: list[int] = []
-        while True:
-            chosen = search.met(done, goal)
-            if chosen is not None and place is not None and run.drafts is not None:
-                draft = made[chosen]
-                assert draft is not None
-                made[chosen] = store = finished(run, numbers[chosen], draft, place)
-                drafted = done[chosen]
-                done[chosen] = pass_of(drafted.step, store, goal, place)._replace(forms=drafted.forms)
-                if done[chosen].miss > 0 and goal.sign < 0:
-                    # the estimate was too low, and will be about as low again
-                    short = max(done[chosen].value - drafted.value, 0) + SPARE
-                    aim = goal._replace(limit=goal.limit - short)
-                    goal = goal._replace(passes=max(goal.passes, len(done) + search.FURTHER))
-                if done[chosen].miss > 0:
-                    # perhaps another pass still meets it
-                    continue
-            if chosen is not None:
-                break
-            if done and search.hopeless(done, goal):
-                if best is not None:
-                    # other weights of the tasks would not meet what these have met
-                    return best
-                raise search.unmet(done, goal, run.found.entries(), bool(run.options.weights))
-            # tables and forms stay as they are in the end, so that the search sees a smooth curve
-            forms = search.forms_of(done, goal, pilots)
-            if done:
-                step = search.next_step(done, known["slope"], goal, forms)
-            step = encode_pass(run, number, step, frequencies, weights, known, goal, forms)
-            if number < goal.settling:
-                frequencies = next_frequencies(run, number)
-            found, passed = outcome(run, number, step, aim, heads, said)
-            done.append(passed._replace(forms=forms))
-            made.append(found)
-            numbers.append(number)
-            number += 1
-        found, step = made[chosen], done[chosen].step
-        assert found is not None
+    for _ in range(ROUNDS if goal.worst else 1):
+        try:
+            found, state = one_round(run, goal, weights, known, state, heads, said, place)
+        except search.Unmet:
+            if best is None:
+                raise
+            # other weights of the tasks would not meet what these have met
+            return best
         if best is None or codes_of(found.segments) < codes_of(best.segments):
             best = found
-        if round_number + 1 < ROUNDS and goal.worst:
+        if goal.worst:
             # spend less on tasks that are better than they need be
             errors = task_errors(found.errors if found.output_errors is None else found.output_errors)
             errors = errors * np.asarray(goal.worst)
@@ -232,9 +197,77 @@ def passes(
                 break
             weights = weights * change / np.mean(weights * change)
             run, goal = run._replace(cache={}), goal._replace(settling=0)
-            aim = goal
     assert best is not None
     return best
+
+
+class State(NamedTuple):
+    """Where a search stands.
+
+    Attributes:
+      step, frequencies: of the next pass.
+      number: of the next pass.
+    """
+
+    step: float
+    frequencies: np.ndarray
+    number: int
+
+
+def one_round(
+    run: Run,
+    goal: Target,
+    weights: np.ndarray,
+    known: Mapping[str, Any],
+    state: State,
+    heads: Sequence[Segment],
+    said: Mapping[str, Any],
+    place: Place | None,
+) -> tuple[Store, State]:
+    """The store of the pass that meets the target, with given weights of the tasks; each pass encodes all
+    parts. Arguments are those of `passes`.
+
+    Raises:
+      Unmet: no pass meets it.
+    """
+    step, frequencies, first = state
+    # other weights than the first ones have other forms
+    pilots = None if first else known["forms"]
+    aim, done, made = goal, list[Pass](), list[Store | None]()
+    while True:
+        chosen = search.met(done, goal)
+        if chosen is not None and place is not None and run.drafts is not None:
+            draft = made[chosen]
+            assert draft is not None
+            made[chosen] = whole = finished(run, first + chosen, draft, place)
+            drafted = done[chosen]
+            done[chosen] = pass_of(drafted.step, whole, goal, place)._replace(forms=drafted.forms)
+            if done[chosen].miss > 0 and goal.sign < 0:
+                # the estimate was too low, and will be about as low again
+                short = max(done[chosen].value - drafted.value, 0) + SPARE
+                aim = goal._replace(limit=goal.limit - short)
+                goal = goal._replace(passes=max(goal.passes, len(done) + search.FURTHER))
+            if done[chosen].miss > 0:
+                # perhaps another pass still meets it
+                continue
+        if chosen is not None:
+            break
+        if done and search.hopeless(done, goal):
+            raise search.unmet(done, goal, run.found.entries(), bool(run.options.weights))
+        # tables and forms stay as they are in the end, so that the search sees a smooth curve
+        forms = search.forms_of(done, goal, pilots)
+        if done:
+            step = search.next_step(done, known["slope"], goal, forms)
+        number = first + len(done)
+        step = encode_pass(run, number, step, frequencies, weights, known, goal, forms)
+        if number < goal.settling:
+            frequencies = next_frequencies(run, number)
+        store, passed = outcome(run, number, step, aim, heads, said)
+        done.append(passed._replace(forms=forms))
+        made.append(store)
+    found = made[chosen]
+    assert found is not None
+    return found, State(done[chosen].step, frequencies, first + len(done))
 
 
 def outcome(
