@@ -20,7 +20,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from experiments.morphology.assets import load_adapters, save_adapters, save_sample, stack_adapters
+from experiments.morphology.assets import (
+    load_adapters,
+    revision_of,
+    save_adapters,
+    save_sample,
+    stack_adapters,
+)
 from experiments.morphology.config import Adapting, Data
 from experiments.morphology.dataset import Rows, load_items, training_rows
 from experiments.morphology.training import draw, loss, run, schedule
@@ -120,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     minutes = (time.perf_counter() - begun) / 60
     archive = args.out / f"adapters-{args.regime}.zip"
     separate = {t: {m: (a[i], b[i]) for m, (a, b) in lora.items()} for i, t in enumerate(items)}
-    save_adapters(archive, separate, settings.alpha)
+    save_adapters(archive, separate, settings.alpha, revision_of(base))
     save_sample(args.out / "held-out.tsv.gz", {t: s["test"][: Data().sample] for t, s in items.items()})
     stored = stack_adapters(load_adapters(archive))
     report: dict[str, Any] = {

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from safetensors.numpy import save_file
 
+from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.demo.assets import ADAPTERS_FILE
 from hydraopt_jax.demo.model import PROJECTIONS, Base, Lora
 from hydraopt_jax.demo.tasks import Item
@@ -35,7 +38,22 @@ def save_base(path: Path, base: Base, vocabulary: Vocabulary) -> None:
     save_file({k: np.asarray(v, np.float16) for k, v in base.params.items()}, path, metadata=header)
 
 
-def peft_files(lora: Lora, alpha: float) -> dict[str, bytes]:
+def revision_of(base: Base) -> str:
+    """Digest of a base's weights as they are saved."""
+    digest = hashlib.sha256()
+    for name in sorted(base.params):
+        digest.update(np.asarray(base.params[name], np.float16).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_base(adapters: Sequence[Adapter], base: Base) -> None:
+    """Raises SystemExit unless the adapters were trained on the base; those that ship do not say on which."""
+    for x in adapters:
+        if x.config.get("revision") not in (None, revision_of(base)):
+            raise SystemExit(f"{x.task}: trained on another base than --base: give that one")
+
+
+def peft_files(lora: Lora, alpha: float, revision: str | None) -> dict[str, bytes]:
     """One adapter in PEFT's layout; `b` comes without the scale, which is alpha / rank."""
     tensors = {}
     for name, (a, b) in lora.items():
@@ -46,6 +64,7 @@ def peft_files(lora: Lora, alpha: float) -> dict[str, bytes]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "hydraopt-jax/morphology-base",
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -58,10 +77,16 @@ def peft_files(lora: Lora, alpha: float) -> dict[str, bytes]:
     return {"adapter_config.json": text.encode(), "adapter_model.safetensors": save_tensors(tensors)}
 
 
-def save_adapters(path: Path, adapters: dict[str, Lora], alpha: float) -> None:
-    """PEFT folders, one a task: in an archive if `path` ends in .zip, else below the folder `path`."""
+def save_adapters(path: Path, adapters: dict[str, Lora], alpha: float, revision: str | None = None) -> None:
+    """PEFT folders, one a task: in an archive if `path` ends in .zip, else below the folder `path`.
+
+    Args:
+        revision: of their base, see `revision_of`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {f"{t}/{n}": c for t, lora in adapters.items() for n, c in peft_files(lora, alpha).items()}
+    files = {
+        f"{t}/{n}": c for t, lora in adapters.items() for n, c in peft_files(lora, alpha, revision).items()
+    }
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
             for name, content in files.items():

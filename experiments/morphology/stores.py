@@ -2,7 +2,7 @@
 
     python -m experiments.morphology.stores --data DATA --out OUT --regime shared
     python -m experiments.morphology.stores --data DATA --out OUT --regime independent \\
-        --adapters OUT/adapters-independent.zip
+        --adapters OUT/adapters-independent.zip --base OUT/base.safetensors
 
 Every row is a store written to disk, read back and scored by greedy decoding on the held-out items of every
 task, in batches that mix the tasks (`serving`). Second moments and refinement see prompts of the train split
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.morphology import outputs
+from experiments.morphology.assets import check_base
 from experiments.morphology.config import Data, Refining
 from experiments.morphology.dataset import load_items
 from experiments.morphology.rows import Maker, Setting, plan
@@ -170,9 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = unpack_adapters(options.adapters, Path(folder))
         collection = [formats.read_adapter(p) for p in paths]
+    base = load_base(options.base)
+    check_base(collection, base)
     options.results.mkdir(parents=True, exist_ok=True)
     run(
-        load_base(options.base),
+        base,
         load_vocabulary(options.base),
         collection,
         load_items(options.data, Data()),

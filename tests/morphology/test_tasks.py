@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from experiments.morphology import assets as written
+from experiments.morphology.adapters import init_adapters
 from experiments.morphology.pretrain import build_vocabulary, init_base
+from hydraopt_jax import formats
 from hydraopt_jax.demo import assets
 from hydraopt_jax.demo.model import Config, modules
 from hydraopt_jax.demo.tasks import Item, answer, characters, features, phonemes, prompt
@@ -80,6 +82,19 @@ def test_adapters_come_back_with_the_scale_in_b(tmp_path, name):
     for module, (a, b) in lora.items():
         np.testing.assert_array_equal(found["inflect-de"][module][0], a.astype(np.float32))
         np.testing.assert_array_equal(found["inflect-de"][module][1], 3 * b.astype(np.float32))
+
+
+def test_adapters_of_another_base_are_refused(tmp_path):
+    own, other = (init_base(Config(9, layers=1, width=8, hidden=16), jax.random.key(k)) for k in (0, 1))
+    lora = init_adapters(own.config, 1, 4, jax.random.key(2), shared=False)
+    one = {name: (a[0], b[0]) for name, (a, b) in lora.items()}
+    for place, revision in (("said", written.revision_of(own)), ("unsaid", None)):
+        written.save_adapters(tmp_path / place, {"inflect-de": one}, 12.0, revision)
+    said, unsaid = (formats.read_adapter(tmp_path / x / "inflect-de") for x in ("said", "unsaid"))
+    written.check_base([said, unsaid], own)
+    written.check_base([unsaid], other)
+    with pytest.raises(SystemExit, match="inflect-de: trained on another base than --base: give that one"):
+        written.check_base([said, unsaid], other)
 
 
 def test_an_empty_folder_is_no_collection(tmp_path):
