@@ -1,5 +1,6 @@
-"""The paper's figure: average score over the own adapters' score against storage, labeled directly."""
+"""The paper's figure: average score over the own adapters' score against storage."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 COLORS = {"--budget": "#0b5fa5", "calibrated": "#1b8a5a", "refined": "#7a3fa0", "HydraOpt": "#c2410c"}
@@ -45,67 +47,52 @@ def group_of(row: str) -> str:
     return f"HydraOpt, {tail}" if head.startswith("HydraOpt") else row
 
 
-def short(row: str) -> str:
-    """A row's name without the solver, for a point that stands alone.
-
-    >>> short("HydraOpt K = 16, Adam from the mean, refined"), short("HydraOpt K = 16, Adam from the mean")
-    ('HydraOpt K = 16, refined', 'HydraOpt K = 16')
-    """
-    return row.replace(", Adam from the mean", "")
-
-
 def color_of(group: str) -> str:
     """Color of a line, the last name of `COLORS` in it."""
     return next((color for name, color in reversed(COLORS.items()) if name in group), OTHERS)
 
 
-def draw(axes: Axes, points: list[Point], *, gain: bool) -> None:
-    """One panel of scores, or of kept gains: the names of lines of color stand at their last points, those of
-    other methods in a legend of the lower panel."""
+def styles_of(groups: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each line is drawn: this package's and HydraOpt's in colors, the others gray with a marker each."""
+    names = sorted(dict.fromkeys(groups), key=lambda x: (color_of(x) == OTHERS, not x.startswith("--"), x))
+    gray = iter(MARKERS)
+    styles: dict[str, dict[str, Any]] = {}
+    for name in names:
+        color = color_of(name)
+        style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.4}
+        if color == OTHERS:
+            style |= {"marker": next(gray), "linewidth": 0.8}
+        elif name == "HydraOpt, closed form":
+            style["linestyle"] = "--"
+        elif name.startswith("HydraOpt") and name.endswith("refined"):
+            style |= {"markerfacecolor": "white", "markersize": 6}
+        if name == "one merged adapter":
+            style["linestyle"] = ""
+        styles[name] = style
+    return styles
+
+
+def draw(axes: Axes, points: list[Point], styles: Mapping[str, dict[str, Any]], *, gain: bool) -> None:
+    """One panel of scores with their intervals, or of kept gains."""
     groups: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda x: x.share):
         groups.setdefault(group_of(point.row), []).append(point)
-    others = [name for name in groups if color_of(name) == OTHERS]
     for name, mine in groups.items():
-        color = color_of(name)
-        shares, values = [x.share for x in mine], [x.gain if gain else x.score for x in mine]
-        style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.4, "color": color}
-        if name in others:
-            style |= {"marker": MARKERS[others.index(name) % len(MARKERS)], "linewidth": 0.8, "label": name}
-        if name == "one merged adapter":
-            style["linewidth"] = 0
+        shares = [x.share for x in mine]
         if gain:
-            axes.plot(shares, values, **style)
+            axes.plot(shares, [x.gain for x in mine], **styles[name])
         else:
             spread = [[x.score - x.low for x in mine], [x.high - x.score for x in mine]]
-            axes.errorbar(shares, values, spread, elinewidth=0.6, capsize=2, **style)
-        if name in others:
-            continue
-        long = len(mine) > 2 and name.startswith("HydraOpt")
-        # two lines of HydraOpt side by side: one has its name on the left, the other on the right
-        closed = name.endswith("closed form")
-        at = (len(mine) - 1) // 2 + closed if long else -1
-        left = closed if long else shares[at] > 0.2
-        above = name.endswith("refined") or name == "--budget" or (long and closed)
-        axes.annotate(
-            name if len(mine) > 1 or not name.startswith("HydraOpt") else short(mine[0].row),
-            (shares[at], values[at]),
-            xytext=((-6 if long else 4) if left else 6, 6 if above else -12),
-            textcoords="offset points",
-            fontsize=7.5,
-            color=color,
-            ha="right" if left else "left",
-        )
-    if others and gain:
-        axes.legend(fontsize=7, frameon=False, loc="lower right", labelcolor=OTHERS)
+            axes.errorbar(shares, [x.score for x in mine], spread, elinewidth=0.6, capsize=2, **styles[name])
 
 
 def plot(panels: dict[str, list[Point]], path: Path) -> None:
-    """Writes two panels per regime: kept score above, kept gain in log-likelihood below."""
+    """Writes two panels per regime, kept score above and kept gain in log-likelihood below; one legend."""
+    styles = styles_of(group_of(x.row) for points in panels.values() for x in points)
     figure, rows = pyplot.subplots(
         2,
         len(panels),
-        figsize=(5.4 * len(panels), 7.2),
+        figsize=(5.4 * len(panels), 7.8),
         layout="constrained",
         sharex=True,
         sharey="row",
@@ -114,7 +101,7 @@ def plot(panels: dict[str, list[Point]], path: Path) -> None:
     figure.set_facecolor("white")
     for column, (title, points) in enumerate(panels.items()):
         for row, axes in enumerate(rows[:, column]):
-            draw(axes, points, gain=row == 1)
+            draw(axes, points, styles, gain=row == 1)
             axes.axhline(100, color="#bbbbbb", linewidth=0.8, zorder=0)
             axes.set_xscale("log")
             axes.tick_params(labelbottom=True)
@@ -128,5 +115,7 @@ def plot(panels: dict[str, list[Point]], path: Path) -> None:
         rows[1, column].set_xlabel("bytes on disk over the adapters' fp16 bytes", fontsize=9)
     rows[0, 0].set_ylabel("mean score over own adapters' score, %", fontsize=9)
     rows[1, 0].set_ylabel("gain in log-likelihood kept, %", fontsize=9)
+    lines = [Line2D([], [], label=name, **style) for name, style in styles.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=7, fontsize=8.5, frameon=False)
     figure.savefig(path, dpi=110, facecolor="white")
     pyplot.close(figure)
