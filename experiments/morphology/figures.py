@@ -94,7 +94,7 @@ def seeds() -> str:
             f"mean drops of {mean[0]:.2f} to {mean[-1]:.2f}%, worst tasks' drops of {worst[0]:.1f} to "
             f"{worst[-1]:.1f}%, worst task of the seeds' mean {of_mean:.1f}%."
         )
-    return wrapped(said)
+    return wrapped(said or ["Each refined row is of one order of the prompts (seed)."])
 
 
 def on_both(regime: str, name: str) -> list[str]:
