@@ -1,5 +1,6 @@
 """The paper's figure: average score over the own adapters' score against storage."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def color_of(group: str) -> str:
 def styles_of(groups: Iterable[str]) -> dict[str, dict[str, Any]]:
     """How each line is drawn: this package's and HydraOpt's in colors, the others gray with a marker each."""
     names = sorted(dict.fromkeys(groups), key=lambda x: (color_of(x) == OTHERS, not x.startswith("--"), x))
-    gray = iter(MARKERS)
+    gray = itertools.cycle(MARKERS)
     styles: dict[str, dict[str, Any]] = {}
     for name in names:
         color = color_of(name)

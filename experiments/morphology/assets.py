@@ -48,8 +48,9 @@ def revision_of(base: Base) -> str:
 
 def check_base(adapters: Sequence[Adapter], base: Base) -> None:
     """Raises SystemExit unless the adapters were trained on the base; those that ship do not say on which."""
+    own = revision_of(base)
     for x in adapters:
-        if x.config.get("revision") not in (None, revision_of(base)):
+        if x.config.get("revision") not in (None, own):
             raise SystemExit(f"{x.task}: trained on another base than --base: give that one")
 
 
