@@ -89,10 +89,12 @@ def test_weights_allocate_bits_and_are_not_in_what_is_stated(weight):
     assert (uneven > 1.05 * even) == (weight > 1)
 
 
-def expected_under(moments, many):
+def expected_under(moments, many, around=None):
     stacked = adapters.stack(many)
-    metrics = metrics_of({"q": (96, 64)}, moments) if moments else {}
-    ready = problem.prepare(stacked, ["q"], np.ones(len(many)), metrics, share=False)
+    (name,) = many[0].a
+    shapes = {name: (many[0].a[name].shape[0], many[0].b[name].shape[1])}
+    metrics = metrics_of(shapes, moments, around) if moments else {}
+    ready = problem.prepare(stacked, [name], np.ones(len(many)), metrics, share=False)
     return expected.expected_errors(ready, 0.2 * 2 * stacked.size)
 
 
@@ -110,6 +112,39 @@ def test_moments_of_few_dimensions_lower_the_limit():
     root = np.random.default_rng(0).normal(size=(96, 12))
     found = expected_under({"q": root @ root.T}, many)
     assert found["separate"] < 0.5 * expected_under({}, many)["separate"]
+
+
+def test_outputs_without_moments_count_as_white():
+    many = synthetic.collection(tasks=["a", "b", "c"], modules={"q": (96, 64)}, rank=4, likeness=0.5)
+    root = np.random.default_rng(0).normal(size=(96, 12))
+    inputs = {"q": root @ root.T}
+    found = expected_under(inputs, many)
+    for model, value in expected_under(inputs | {"q:output": 0.2 * np.eye(64)}, many).items():
+        # the variances are those of a dozen vectors
+        np.testing.assert_allclose(found[model], value, rtol=0.15)
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.75])
+def test_a_krylov_space_expects_what_the_whole_moment_does(decay):
+    many = synthetic.collection(tasks=["a", "b", "c"], modules={"q": (1200, 64)}, rank=4, likeness=0.5)
+    root = np.random.default_rng(0).normal(size=(1200, 1200)) / np.arange(1, 1201) ** decay
+    moment = {"q": root @ root.T}
+    vectors = (np.concatenate([x.a["q"] for x in many], 1), np.concatenate([x.b["q"].T for x in many], 1))
+    found, whole = expected_under(moment, many, {"q": vectors}), expected_under(moment, many)
+    # with eigenvectors that all stand for as many dimensions, 1.9 and 8 times as much
+    for model in whole:
+        assert 1 / 1.3 < found[model] / whole[model] < 1.3
+
+
+def test_a_task_without_deltas_changes_no_error_of_the_others():
+    """The errors at no bytes are all there is, of those tasks that have any."""
+    many = synthetic.collection(tasks=["a", "b", "c"], modules={"q": (96, 64)}, rank=4, likeness=0.5)
+    zero = many[2].replace(b={"q": np.zeros_like(many[2].b["q"])})
+    for moments in ({}, {"q": 3.0 * np.eye(96), "q:output": 0.2 * np.eye(64)}):
+        two, three = expected_under(moments, many[:2]), expected_under(moments, [*many[:2], zero])
+        for model, value in two.items():
+            # three have half as many bytes again
+            assert 0 < three[model] < value
 
 
 def test_what_a_module_matters_is_not_in_the_stated_mean():

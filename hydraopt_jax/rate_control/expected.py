@@ -51,11 +51,13 @@ def side_components(metric: Metric | None, vectors: np.ndarray) -> tuple[np.ndar
     size = vectors.shape[1]
     along = vectors if metric is None else metric.along(vectors)
     energy = np.square(along, dtype=np.float64).sum((0, 2))
+    stands_for = None if metric is None else metric.stands_for
+    each = np.ones(len(energy)) if stands_for is None else stands_for
     order = np.arange(len(energy)) if metric is None else np.argsort(-metric.values)
-    ends = [round(len(energy) / 2**k) for k in range(VARIANCES - 1, -1, -1)]
-    parts = np.split(energy[order], ends[:-1])
-    # of a Krylov space each eigenvector stands for several samples
-    samples = np.array([len(p) for p in parts]) * (size / len(energy))
+    upto = np.cumsum(each[order])
+    ends = [np.searchsorted(upto, round(size / 2**k), side="right") for k in range(VARIANCES - 1, 0, -1)]
+    parts = np.split(energy[order], ends)
+    samples = np.array([x.sum() for x in np.split(each[order], ends)])
     total = energy.sum()
     if metric is None or not total > 0:
         return samples, np.full(VARIANCES, 1 / size)

@@ -29,6 +29,8 @@ RIDGE = 1e-4
 # moments up to this size are decomposed as a whole; larger ones in a Krylov space of so many blocks, unless
 # that has more than half of their dimensions
 WHOLE, BLOCKS = 1024, 8
+# an eigenvector of a Krylov space is one of the moment if C times it leaves it by less than this share
+CONVERGED = 0.1
 # errors have filters, three or four `[n, n]` in float32, for moments up to this size
 SHAPED = 1536
 # rows of a moment that are converted at a time
@@ -44,6 +46,8 @@ class Metric(NamedTuple):
       scale: mean eigenvalue of the moment itself.
       moment: `[n, n]` the moment itself, where the eigenvectors are those of a Krylov space, or where none
         are known and only inner products (`gram`) are taken; None else.
+      stands_for: `[k]` how many of the n dimensions each eigenvector of a Krylov space stands for; None for
+        one each.
       filters: exponent of the ridge -> filter, and what it leaves of the form: those used last, kept here
         by `filters_of`, as the next pass over the same part needs most of them again. None where errors have
         none, see `shapes_noise`.
@@ -53,6 +57,7 @@ class Metric(NamedTuple):
     vectors: np.ndarray | None
     scale: float
     moment: np.ndarray | None = None
+    stands_for: np.ndarray | None = None
     filters: dict[float, tuple[noise_shaping.Filter, float]] | None = None
 
     def along(self, x: np.ndarray) -> np.ndarray:
@@ -135,8 +140,15 @@ def metric(
     filters: dict[float, tuple[noise_shaping.Filter, float]] | None = {} if has_filters(moment) else None
     if around is not None and size > WHOLE and 2 * BLOCKS * around.shape[1] <= size:
         basis, products = krylov_space(moment, scale, around)
-        values, inside = np.linalg.eigh(basis.T @ products)
-        return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment, filters)
+        projected = basis.T @ products
+        values, inside = np.linalg.eigh(projected)
+        # C times the last block is all that leaves the space
+        last = slice(-around.shape[1], None)
+        beyond = products[:, last] - basis @ projected[:, last]
+        residual = np.linalg.norm(np.linalg.qr(beyond)[1] @ inside[last], axis=0)
+        energy = np.square(inside.T @ (basis.T @ around)).sum(1)
+        stands_for = dimensions(energy, residual < CONVERGED * values, size)
+        return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment, stands_for, filters)
     moment = moment.astype(np.float64)
     values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
     return Metric(np.maximum(values, 0) + RIDGE, vectors, scale, filters=filters)
@@ -175,6 +187,26 @@ def krylov_space(moment: np.ndarray, scale: float, around: np.ndarray) -> tuple[
         block = moment_product(moment, scale, block)
         products.append(block)
     return basis, np.concatenate(products, 1)
+
+
+def dimensions(energy: np.ndarray, converged: np.ndarray, size: int) -> np.ndarray:
+    """How many of `size` dimensions each eigenvector of a Krylov space stands for, `[k]`.
+
+    A converged one is an eigenvector of the moment itself. The others share the rest as the vectors that the
+    space was made for do: the quadrature of Golub and Welsch (1969), which is that of the moment's spectrum
+    for vectors that prefer none of its directions.
+
+    Args:
+      energy: `[k]` of those vectors along each eigenvector.
+      converged: `[k]` bool.
+      size: n.
+
+    >>> dimensions(np.array([9.0, 1.0, 3.0]), np.array([True, False, False]), 5).tolist()
+    [1.0, 1.0, 3.0]
+    """
+    rest = np.where(converged, 0, energy)
+    left = size - np.count_nonzero(converged)
+    return np.where(converged, 1.0, rest * (left / rest.sum() if rest.sum() > 0 else 0))
 
 
 def uncovered(shapes: Mapping[str, tuple[int, int]], calibration: Mapping[str, np.ndarray]) -> list[str]:
