@@ -15,6 +15,8 @@ from experiments.llm.model import GROUPS, MODULES, Tree
 
 # one initialization for all tasks, one for each, and one for all again: of rank 16, from another seed
 REGIMES = ("shared", "independent", "rank-16")
+# files of a PEFT folder
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def check_made(path: Path, option: str, **asked: Any) -> None:
@@ -23,6 +25,15 @@ def check_made(path: Path, option: str, **asked: Any) -> None:
     other = [f"{k} {said[k]}, not {v}" for k, v in asked.items() if said.get(k, v) != v]
     if other:
         raise SystemExit(f"{path}: is there, made with {', '.join(other)}: give another {option}")
+
+
+def check_there(folder: Path) -> None:
+    """Ends with a line if a folder has no adapter."""
+    if not (folder / WEIGHTS).exists():
+        raise SystemExit(
+            f"{folder}: has no {WEIGHTS}: train the adapter, or export one (`hydraopt export STORE --task "
+            f"{folder.name} --out {folder}`)"
+        )
 
 
 def key_of(regime: str, task: str, seed: int) -> jax.Array:
@@ -83,17 +94,14 @@ def save_adapter(folder: Path, lora: Tree, *, base: str, first_layer: int, alpha
         "layers_pattern": "layers",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_deltas(folder: Path) -> dict[str, np.ndarray]:
     """Weight changes `[L, in, out]` per module of a PEFT folder, in fp32: `alpha / r * A^T B^T`."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = {
-        name: value.astype(np.float32)
-        for name, value in load_file(folder / "adapter_model.safetensors").items()
-    }
+    config = json.loads((folder / CONFIG).read_text())
+    tensors = {name: value.astype(np.float32) for name, value in load_file(folder / WEIGHTS).items()}
     scale = config["lora_alpha"] / config["r"]
     out = {}
     for module in config["target_modules"]:

@@ -213,17 +213,15 @@ def slug_of(row: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", row.lower())
 
 
-def start_result(
-    path: Path, name: str, regime: str, row: stores.Row, collection: list[Any], items: int
-) -> dict[str, Any]:
-    """What `path` holds of these adapters on as many items, or a result without tasks."""
-    facts = {"row": name, "regime": regime, "adapters": stores.digest(collection), "test_items": items}
+def start_result(path: Path, facts: dict[str, Any], row: stores.Row, fp16_bytes: int) -> dict[str, Any]:
+    """What `path` holds with these facts, by the codec of `row`; or a result without tasks."""
+    asked = facts if row.format is None else facts | {"format": row.format}
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text())
-        if facts.items() <= kept.items():
+        if asked.items() <= kept.items():
             return kept
     path.parent.mkdir(parents=True, exist_ok=True)
-    return facts | {"bytes": row.bytes, "fp16_bytes": stores.fp16_bytes(collection), "tasks": {}}
+    return asked | {"bytes": row.bytes, "fp16_bytes": fp16_bytes, "tasks": {}}
 
 
 def choose_scale(row: stores.Row, lower: Lower, data: Path, tasks: list[str]) -> float:
@@ -274,11 +272,16 @@ def main(argv: list[str] | None = None) -> None:
     rows, results = {}, {}
     measured = partial(moments, lower, folder, given.tasks, given.data)
     teaching = partial(teach, lower, given.tasks, given.data)
-    for name, make in selected(stores.plan(collection, measured, teaching), given.only).items():
-        slug = slug_of(name)
-        rows[name] = make(stores_folder(collection) / slug)
-        path = given.results / f"stores-{given.regime}" / f"{slug}.json"
-        facts = start_result(path, name, given.regime, rows[name], collection, given.items)
+    makers = selected(stores.plan(collection, measured, teaching), given.only)
+    paths = {name: given.results / f"stores-{given.regime}" / f"{slug_of(name)}.json" for name in makers}
+    asked = {"adapters": stores.digest(collection), "test_items": given.items}
+    for path in paths.values():
+        if path.exists():
+            adapters.check_made(path, "--results", **asked)
+    for name, make in makers.items():
+        rows[name] = make(stores_folder(collection) / slug_of(name))
+        path, said = paths[name], {"row": name, "regime": given.regime} | asked
+        facts = start_result(path, said, rows[name], stores.fp16_bytes(collection))
         if name.startswith("merged"):
             if "scale" not in facts:
                 facts["scale"] = choose_scale(rows[name], lower, given.data, given.tasks)

@@ -48,10 +48,14 @@ def with_deltas(upper: dict[str, Any], deltas: dict[str, np.ndarray]) -> dict[st
     return upper | {name: upper[name] + jnp.asarray(delta) for name, delta in deltas.items()}
 
 
+def digest_of(folder: Path) -> str:
+    """Short name of the adapter in `folder`."""
+    return hashlib.sha256((folder / adapters.WEIGHTS).read_bytes()).hexdigest()[:12]
+
+
 def answers_path(base: str, task: str, folder: Path | None = None) -> Path:
     """Where the answers to a task of the adapter in `folder`, or of the base, are kept."""
-    weights = (folder / "adapter_model.safetensors").read_bytes() if folder else b""
-    source = hashlib.sha256(weights).hexdigest()[:12] if folder else "zero-shot"
+    source = digest_of(folder) if folder else "zero-shot"
     return cache_folder() / f"answers-{base.replace('/', '_')}-{source}-{task}.json"
 
 
@@ -107,12 +111,15 @@ def main(argv: list[str] | None = None) -> None:
         path = given.results / given.regime / f"{name}.json"
         folder = given.adapters / given.regime / name
         own = given.regime != "zero-shot"
-        for there in (path, folder / "log.json") if own else (path,):
-            if there.exists():
-                adapters.check_made(there, "--adapters and --results", base=lower.base.name)
-        if own and not (folder / "log.json").exists():
+        if own and not (folder / adapters.WEIGHTS).exists():
             print(f"{given.regime} {name}: no adapter in {folder}", flush=True)
             continue
+        made = {"base": lower.base.name}
+        if own and (folder / "log.json").exists():
+            adapters.check_made(folder / "log.json", "--adapters", **made)
+        made |= {"adapter": digest_of(folder)} if own else {}
+        if path.exists():
+            adapters.check_made(path, "--results", **made)
         at = answers_path(lower.base.name, name, folder if own else None)
         scored, known = path.exists(), at.exists()
         if given.rescore and not (scored and known):
@@ -125,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         upper = with_deltas(lower.upper, adapters.load_deltas(folder) if own else {})
         kept = json.loads(at.read_text()) if given.rescore else None
         found, answers = score(TASKS[name], lower, upper, given.data, given.regime, kept)
+        found |= made
         at.write_text(json.dumps(answers))
         if scored and not given.rescore:
             before = json.loads(path.read_text())["test"]["score"]

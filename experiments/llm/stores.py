@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.llm.adapters import check_there
 from experiments.llm.distill import Teaching
 from experiments.llm.model import MODULES
 from hydraopt_jax import adapters, formats, merging, refinement, serving, store, tradeoff
@@ -26,6 +27,7 @@ from hydraopt_jax.explicit import fitting
 from hydraopt_jax.forms import Gradient, Hydra
 from hydraopt_jax.linalg import decompose
 from hydraopt_jax.merging import compressors, whole_adapters
+from hydraopt_jax.store import manifest
 
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
 # budgets that are also refined
@@ -43,14 +45,18 @@ Moments = Callable[[], Mapping[str, np.ndarray]]
 
 
 class Row(NamedTuple):
-    """A stored collection: its bytes and, per task, module name -> factors `([in, S], [S, out])`."""
+    """A stored collection: its bytes and, per task, module name -> factors `([in, S], [S, out])`; and the
+    version of the format of a coded store, whose factors change with the codec."""
 
     bytes: int
     tasks: Mapping[str, Mapping[str, Pair]]
+    format: int | None = None
 
 
 def read_collection(folder: Path, tasks: Sequence[str]) -> list[Adapter]:
     """The adapters of one regime, in the order of `tasks`."""
+    for task in tasks:
+        check_there(folder / task)
     return [formats.read_adapter(folder / task) for task in tasks]
 
 
@@ -183,7 +189,8 @@ def _stored(make: Callable[[], Any], folder: Path) -> Row:
     kept = store.open(folder)
     found = {task: store.decode(kept, task) for task in kept.tasks}
     tasks = {task: {name: (x.a[name], x.b[name]) for name in x.a} for task, x in found.items()}
-    return Row(store.size_on_disk(folder), tasks)
+    coded = any(x.coded for x in kept.segments)
+    return Row(store.size_on_disk(folder), tasks, manifest.VERSION if coded else None)
 
 
 def _by_task(

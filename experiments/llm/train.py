@@ -165,13 +165,22 @@ def main(argv: list[str] | None = None) -> None:
         settings = {name: getattr(given, name) for name in ("rate", "plus", "steps", "rows", "seed")}
         if (folder / "log.json").exists():
             adapters.check_made(folder / "log.json", "--out", base=base.name, **settings)
+            if (folder / adapters.CONFIG).exists():
+                adapters.check_made(
+                    folder / adapters.CONFIG,
+                    "--out",
+                    r=given.rank,
+                    lora_alpha=given.alpha,
+                    layers_to_transform=list(range(lower.depth, base.config.layers)),
+                )
             print(f"{given.regime} {name}: is in {folder}", flush=True)
             continue
         splits = load_sequences(TASKS[name], given.data, base.tokenizer, base.stop)
         splits["train"] = splits["train"][: given.items]
         start = adapters.initialize(adapters.key_of(given.regime, name, given.seed), lower.upper, given.rank)
         parts = (given.out.resolve().name, base.name, given.regime, name, given.layers)
-        label = "-".join(map(str, (*parts, *settings.values())))
+        shape = (given.rank, given.alpha, given.items)
+        label = "-".join(map(str, (*parts, *shape, *settings.values())))
         saved = cache_folder() / f"training-{label.replace('/', '_')}.npz"
         lora, log = train(lower, start, splits, scale=given.alpha / given.rank, saved=saved, **settings)
         adapters.save_adapter(folder, lora, base=base.name, first_layer=lower.depth, alpha=given.alpha)

@@ -294,12 +294,20 @@ def test_what_was_made_otherwise_is_not_taken_for_this(trained, capsys):
     base, folder = ["--base", str(root / "base"), "--layers", str(UPPER)], str(root / "adapters")
     common = ["--data", str(root), "--regime", "shared", *base, "--tasks", *TOY]
     asked = ["--steps", str(STEPS), "--rate", "0.02", "--plus", "1", "--rows", "8", "--out", folder]
+    asked += ["--rank", str(RANK), "--alpha", str(ALPHA)]
     train.main([*common, *asked])
     assert capsys.readouterr().out.startswith(f"shared turn: is in {root}")
     with pytest.raises(SystemExit, match=f"made with steps {STEPS}, not 7: give another --out"):
         train.main([*common, *asked, "--steps", "7"])
+    with pytest.raises(SystemExit, match=f"made with r {RANK}, not 4: give another --out"):
+        train.main([*common, *asked, "--rank", "4"])
     score.main([*common, "--adapters", folder, "--results", str(root / "results")])
     assert "is in" in capsys.readouterr().out
+    scores = ["--adapters", folder, "--results", str(root / "results")]
+    with pytest.raises(SystemExit, match="made with test_items 100, not 3: give another --results"):
+        compare.main([*common, *scores, "--only", "merged, linear", "--items", "3"])
+    with pytest.raises(SystemExit, match=r"independent/turn: has no adapter_model.safetensors"):
+        compare.main([*common, *scores, "--regime", "independent"])
     log = root / "adapters" / "shared" / "turn" / "log.json"
     said = log.read_text()
     log.write_text(json.dumps(json.loads(said) | {"base": "another"}))
@@ -309,6 +317,15 @@ def test_what_was_made_otherwise_is_not_taken_for_this(trained, capsys):
     log.write_text(said)
     with pytest.raises(SystemExit, match=r"run `python -m experiments.llm.compare --only 'share'` first"):
         compare.stored_answers(stores.read_collection(root / "adapters" / "shared", TOY), "share", "turn")
+
+
+def test_scores_of_another_codec_are_made_again(tmp_path):
+    path, facts = tmp_path / "row.json", {"row": "budget 0.1"}
+    kept = facts | {"format": 7, "tasks": {"turn": {}}}
+    path.write_text(json.dumps(kept))
+    assert compare.start_result(path, facts, stores.Row(5, {}, 7), 9) == kept
+    made = compare.start_result(path, facts, stores.Row(5, {}, 8), 9)
+    assert made == facts | {"format": 8, "bytes": 5, "fp16_bytes": 9, "tasks": {}}
 
 
 def test_tables_have_every_row_and_task(trained, capsys):

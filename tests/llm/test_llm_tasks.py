@@ -47,9 +47,7 @@ def test_typos_change_longer_words_alone():
 
 
 @needs_data
-@pytest.mark.parametrize(
-    "name", ["jfleg", "e2e", "answer", "ask", "shell", "explain", "emotion", "irony", "asset"]
-)
+@pytest.mark.parametrize("name", TASKS)
 def test_splits_of_real_tasks_share_no_input_and_no_reference(name):
     task = TASKS[name]
     splits = load_items(task, DATA)
