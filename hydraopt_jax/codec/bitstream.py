@@ -6,6 +6,9 @@ import numpy as np
 
 # byte planes of an integer, and parameters of Rice codes
 PLANES, RICE = 4, 24
+SHIFTS = np.arange(RICE, dtype=np.uint32)
+# integers that are shifted by all of them at once
+TOGETHER = 1 << 12
 
 
 class Damaged(ValueError):
@@ -124,7 +127,9 @@ def pack_integers(values: np.ndarray) -> bytes:
     parts = [min(deflate_symbols(x.tobytes()), deflate(x.tobytes()), key=len) for x in used]
     whole = number(len(parts)) + b"".join(number(len(x)) + x for x in parts)
     # the bits of each parameter; what is longer than planes is not made
-    sizes = [int((codes >> k).sum(dtype=np.int64)) + (k + 1) * len(codes) for k in range(RICE)]
+    sizes = (np.arange(RICE) + 1) * len(codes)
+    for at in range(0, len(codes), TOGETHER):
+        sizes += (codes[at : at + TOGETHER, None] >> SHIFTS).sum(0, dtype=np.int64)
     best = int(np.argmin(sizes))
     return min(whole, rice(codes, best), key=len) if len(codes) and sizes[best] < 8 * len(whole) else whole
 

@@ -177,33 +177,37 @@ def pack_side(
     gains: bytes,
 ) -> bytes:
     """A leaf's bytes between its tables and its stream."""
-    body = b""
     conditional = [(row, x) for row, x in zip(rows, predictions, strict=True) if row.base >= 0]
-    for row, x in conditional:
-        body += np.packbits(np.zeros(row.rank, bool) if x is None else x.used).tobytes()
-    shifts = np.zeros(0, np.int32)
-    for row, offset in zip(rows, offsets, strict=True):
-        if blocks(row.length):
-            body += np.packbits(offset.any(1)).tobytes()
-            shifts = np.append(shifts, offset[offset.any(1)].ravel().astype(np.int32))
+    flags = [np.packbits(np.zeros(row.rank, bool) if x is None else x.used) for row, x in conditional]
+    moved = [(x, x.any(1)) for row, x in zip(rows, offsets, strict=True) if blocks(row.length)]
+    body = join([*flags, *(np.packbits(mask) for _, mask in moved)], np.uint8).tobytes()
+    shifts = join([x[mask].ravel() for x, mask in moved if mask.any()], np.int32)
     packed = deflate(body)
     coefficients = prediction.pack_coefficients([x for _, x in conditional])
-    moved = pack_integers(zigzag(shifts)) if len(shifts) else b""
+    steps = pack_integers(zigzag(shifts)) if len(shifts) else b""
     first = pack_contexts(rows, contexts)
-    return first + number(len(packed)) + packed + coefficients + moved + number(len(gains)) + gains
+    return first + number(len(packed)) + packed + coefficients + steps + number(len(gains)) + gains
 
 
 def pack_contexts(rows: Sequence[Piece], contexts: Sequence[np.ndarray]) -> bytes:
     """The contexts of a leaf's vectors: how many each piece has up to its last coded one, as differences from
     the piece before; then those contexts, counted from the first of their side, each as its
     difference from the vector before, the first of a piece from that of the last piece of its side."""
-    ranks = np.array([len(np.trim_zeros(x, "b")) for x in contexts], np.int64)
-    coded = [x[:n] % PER_SIDE for x, n in zip(contexts, ranks, strict=True)]
-    rests, before = [], [0, 0]
-    for row, x in zip(rows, coded, strict=True):
-        rests.append(np.diff(x, prepend=before[row.side]))
-        before[row.side] = int(x[0]) if len(x) else before[row.side]
-    return pack_integers(zigzag(np.diff(ranks, prepend=0))) + pack_integers(zigzag(join(rests, np.int64)))
+    sizes = np.array([len(x) for x in contexts], np.int64)
+    flat = join(contexts, np.int64)
+    piece = np.repeat(np.arange(len(rows)), sizes)
+    place = np.arange(len(flat)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    ranks = np.zeros(len(rows), np.int64)
+    np.maximum.at(ranks, piece, np.where(flat > 0, place + 1, 0))
+    coded = flat[place < ranks[piece]] % PER_SIDE
+    rests = np.diff(coded, prepend=0)
+    # the first of a piece from that of the last piece of its side which has any
+    side = np.array([x.side for x in rows], np.int64)[ranks > 0]
+    at = (np.cumsum(ranks) - ranks)[ranks > 0]
+    for k in (0, 1):
+        first = at[side == k]
+        rests[first] = np.diff(coded[first], prepend=0)
+    return pack_integers(zigzag(np.diff(ranks, prepend=0))) + pack_integers(zigzag(rests))
 
 
 def unpack_contexts(reader: Reader, rows: Sequence[Piece]) -> list[np.ndarray]:
