@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.frontier import symbols
 from hydraopt_jax import HydraOptError, adapters, report, synthetic, tradeoff
+from hydraopt_jax.codec.contexts import COUNT, SYMBOLS, WIDE
 from hydraopt_jax.linalg import decompose
+from hydraopt_jax.rate_control import coding, problem
 from hydraopt_jax.tradeoff import Curve, Point
 
 pytestmark = pytest.mark.numeric
@@ -198,3 +201,26 @@ def test_budgets_must_be_positive(many):
     for fractions in ((0.5, 0.0), (), np.array([]), np.array([0.5, -0.1])):
         with pytest.raises(HydraOptError, match="positive fractions"):
             tradeoff.frontier(many, fractions)
+
+
+def test_the_study_of_symbols_sees_every_code_and_its_neighbors(many):
+    found = problem.prepare(adapters.stack(many), ["q", "k"], np.ones(3))
+    trial = coding.encode_at_step(found, 0.05)
+    x = symbols.codes_of(trial.coded)
+    counts = np.bincount(x.row * SYMBOLS + x.symbol, minlength=2 * COUNT * SYMBOLS).reshape(COUNT, 2, SYMBOLS)
+    np.testing.assert_array_equal(counts[~WIDE], trial.coded.counts[~WIDE])
+    # vectors of a module are of 192 or of 128 entries
+    back = (np.arange(len(x.above)) - x.above)[x.above >= 0]
+    assert set(back) <= {128, 192}
+    assert x.first.sum() == sum(np.count_nonzero(c) for c in trial.coded.contexts)
+    assert x.direction.max() < 4
+
+
+def test_an_adaptive_coder_learns_what_it_is_told_of_and_pays_for_what_tells_nothing():
+    rng = np.random.default_rng(0)
+    symbol, nothing = rng.integers(0, 2, 4000), rng.integers(0, 2, 4000)
+    row, prior = np.zeros(4000, int), np.full((1, 2), 0.5)
+    plain = symbols.adaptive_bits(symbol, row, prior)
+    np.testing.assert_allclose(plain, 4000, rtol=0.01)
+    assert symbols.adaptive_bits(symbol, row, prior, symbol) < 0.1 * plain
+    assert plain < symbols.adaptive_bits(symbol, row, prior, nothing) < 1.01 * plain

@@ -122,6 +122,11 @@ def table_of(path: str, head: str) -> str:
     return markdown([head, *(f"{name}, {budget}" for name, budget, _ in cells)], rows)
 
 
+def symbols() -> str:
+    """What richer statistics could save, per cent of the bytes."""
+    return table_of("frontier/symbols.json", "share of the bytes")
+
+
 def sentence() -> str:
     """What `hydraopt compress` ends with on the six adapters."""
     found = read("frontier/compress.json")
@@ -142,6 +147,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "coders and entropy": entropy,
     "what each part saves": ablation,
     "what ideas could save": ideas,
+    "what richer statistics could save": symbols,
     "how good the mode decision is": decisions,
     "trade-off of three adapters": three,
     "what compress ends with": sentence,

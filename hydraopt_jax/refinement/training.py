@@ -3,7 +3,8 @@
 The loss is that of the stored factors. Each stored factor has an unrounded counterpart. A step rounds all of
 them as the store would (a cast, or the trellis quantizer with its tables and predictions), takes the gradient
 of the loss at the rounded factors, and moves the unrounded ones by it (straight-through estimator). Bytes do
-not grow: the quantizer's price of a bit is adjusted.
+not grow: the quantizer's price of a bit is adjusted. A basis that no task reads for itself stays as it is:
+only what is predicted from it moves.
 
 The loss is the mean over tasks and tokens of `KL(p_adapter || p_store)`, the divergence of the stored
 adapters' next-token distributions from the original ones', on unlabeled batches (distillation). Tasks have
