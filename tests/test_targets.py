@@ -9,12 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments.frontier.decisions import coded_as
 from hydraopt_jax import HydraOptError, adapters, forms, store, synthetic, tradeoff
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.compression import compress
 from hydraopt_jax.forms import diagonalization
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control import distortion, metrics, search
+from hydraopt_jax.rate_control import coding, distortion, metrics, mode_decision, problem, search
 from hydraopt_jax.store import sizes, task_factors
 from hydraopt_jax.store.store import task_errors
 
@@ -175,6 +176,50 @@ def test_never_worse_than_a_plain_form(likeness, seed, budget):
     size = sizes.measure_size(kept)
     rivals = [p.mean for curve in plain for p in curve.points if p.bytes + BESIDE <= size]
     assert np.nanmean(kept.errors) <= min(rivals, default=np.inf) + 2e-7
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    likeness=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
+    seed=st.integers(0, 3),
+    budget=st.sampled_from([0.25, 0.35, 0.5, 0.7]),
+)
+def test_never_worse_than_nothing_shared(likeness, seed, budget):
+    """Whatever the collection, up to what two searches end apart."""
+    many = collection(likeness, seed)
+    errors = [np.nanmean(compress(many, budget=budget, share=x).errors) for x in (True, False)]
+    assert errors[0] <= 1.03 * errors[1] + 2e-7
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    likeness=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
+    seed=st.integers(0, 3),
+    step=st.sampled_from([0.03, 0.02, 0.005, 0.001]),
+)
+def test_never_much_worse_than_one_form_for_all_modules(likeness, seed, step):
+    """Nothing shared, one reference for all modules, joint bases for all: squared steps paid at one step.
+
+    Forms are chosen by estimates, which know nothing of the tables that take a tenth of so small a store.
+    """
+    many = collection(likeness, seed)
+    found = problem.prepare(adapters.stack(many), list(many[0].a), np.ones(len(many)))
+    frequencies = coding.fit_tables(found, step)
+    places = range(max(len(mode_decision.candidates(x, step)) for x in found.spectra))
+    rivals = [coded_as(found, step, frequencies, dict.fromkeys(found.order, k)) for k in places]
+    settled = coding.settle_forms(found, step, frequencies)
+    own = coding.encode_at_step(settled, step, frequencies)
+    assert coding.lagrangian(found, own) <= 1.03 * min(coding.lagrangian(found, x) for x in rivals)
+
+
+def test_of_few_codes_nothing_is_shared_where_tables_cost_more(monkeypatch):
+    many = collection(0.3, 2)
+    kept = compress(many, budget=0.5)
+    assert kept.report["forms"] == {"separate": 2}
+    monkeypatch.setattr(coding, "FEW_CODES", 0)
+    other = compress(many, budget=0.5)
+    assert "separate" not in other.report["forms"]
+    assert np.nanmean(kept.errors) < 0.8 * np.nanmean(other.errors)
 
 
 def test_identical_adapters_cost_little_more_than_one():

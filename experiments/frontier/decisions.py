@@ -36,7 +36,7 @@ def coded_as(problem: Problem, step: float, frequencies: np.ndarray, chosen: dic
     """The collection with each module in a form of its own, by its place among the candidates."""
     decide = mode_decision.decide_modes
 
-    def forced(x: Spectrum, step: float, no_joint: Any = ()) -> mode_decision.Plan:
+    def forced(x: Spectrum, step: float, no_joint: Any = (), alone: bool = False) -> mode_decision.Plan:
         options = mode_decision.candidates(x, step)
         return mode_decision.pick(options, np.array([min(chosen[n], len(options) - 1) for n in x.modules]))
 

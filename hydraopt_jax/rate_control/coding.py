@@ -23,6 +23,8 @@ from hydraopt_jax.store.decoding import all_terms
 MOMENTUM, FASTEST = (2, 2, 2, 1, 1), 2.0
 TABLE_CODES = 1 << 18
 LEAST_MODULES, LEAST_FACTORS = 3, 8
+# entries of factors up to which a store's tables may take more than sharing saves
+FEW_CODES = 1 << 17
 # weight of the prior in fitted tables
 PRIOR_COUNTS = 8
 # approximate fraction that rounding of gains adds to a task's error
@@ -92,7 +94,7 @@ def terms_at_step(
     goals: dict[str, tuple[encode.TermInSteps, ...]] = {}
     choices: dict[str, mode_decision.Choice] = {}
     for x in problem.spectra:
-        chosen = mode_decision.decide_modes(x, forms_at or step, problem.no_joint)
+        chosen = mode_decision.decide_modes(x, forms_at or step, problem.no_joint, problem.alone)
         for name, terms in terms_in_steps(x, chosen, step).items():
             metrics = problem.metrics.get(name, (None, None))
             goals[name] = tuple(unweighed(t, metrics) for t in terms)
@@ -217,6 +219,28 @@ def encode_at_step(
     return measure(problem, quantize_at_step(problem, step, frequencies, forms_at))
 
 
+def settle_forms(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:
+    """The problem without what trials show to be dearer: joint bases, see `disable_joint`, and of few codes
+    all that is shared.
+
+    The mode decision counts no tables. Of few codes these are much of the bytes, and remainders, of many
+    sizes, need more of them than vectors that are coded as they are.
+    """
+    problem = disable_joint(problem, step, frequencies)
+    codes = sum(x.deltas.u.size + x.deltas.v.size for x in problem.spectra)
+    plans = [mode_decision.decide_modes(x, step, problem.no_joint) for x in problem.spectra]
+    if codes > FEW_CODES or all(mode_decision.is_alone(c) for x in plans for c in x.choices):
+        return problem
+    tried = (problem, problem._replace(alone=True))
+    return min(tried, key=lambda x: lagrangian(x, encode_at_step(x, step, frequencies)))
+
+
+def lagrangian(problem: Problem, trial: Trial) -> float:
+    """Squared error in steps, and bits at the usual price."""
+    lost = np.nansum(trial.errors * problem.weights) / trial.step**2
+    return float(lost + encode.MULTIPLIER * 8 * trial.bytes)
+
+
 def disable_joint(problem: Problem, step: float, frequencies: np.ndarray) -> Problem:
     """The problem without the joint basis where it raises the Lagrangian cost, see `dearer_joint`.
 
@@ -252,7 +276,7 @@ def dearer_joint(
         trial = encode_at_step(tried, step, frequencies)
         lost = np.nansum(trial.errors * tried.weights, 1) / step**2
         costs.append(lost + encode.MULTIPLIER * encode.module_bits(trial.coded))
-        whole.append(lost.sum() + encode.MULTIPLIER * 8 * trial.bytes)
+        whole.append(lagrangian(tried, trial))
     dearer = (costs[0] > costs[1]) | (whole[0] > whole[1])
     return frozenset(n for n, x in zip(few.order, dearer, strict=True) if x)
 

@@ -24,11 +24,11 @@ from hydraopt_jax.rate_control import budget, pilot, prepared, search
 from hydraopt_jax.rate_control.carried import full_tensors
 from hydraopt_jax.rate_control.coding import (
     Quantized,
-    disable_joint,
     fit_tables,
     fitted_tables,
     measure,
     quantize_at_step,
+    settle_forms,
 )
 from hydraopt_jax.rate_control.metrics import uncovered
 from hydraopt_jax.rate_control.options import (
@@ -361,9 +361,10 @@ def encode_parts(
         problem = prepared.problem_of(run, n, weights, known, given)
         before = run.place.note(f"pass-0-{n}")
         if before is None:
-            problem = disable_joint(problem, step, frequencies)
+            problem = settle_forms(problem, step, frequencies)
         else:
-            problem = problem._replace(no_joint=frozenset(before["no_joint"]))
+            found = frozenset(before["no_joint"])
+            problem = problem._replace(no_joint=found, alone=before["alone"])
         coded = quantize_at_step(problem, step, frequencies, forms_at)
         if n not in run.cache:
             forget_filters(problem.metrics)

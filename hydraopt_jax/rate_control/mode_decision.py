@@ -41,6 +41,11 @@ class Choice(NamedTuple):
     widths: tuple[int, int] = (0, 0)
 
 
+def is_alone(choice: Choice) -> bool:
+    """Whether a module shares nothing."""
+    return choice.form == "separate" and choice.reference < 0
+
+
 def cost(count: int, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cost in squared steps, and bits, of `count` Gaussian coefficients with a variance in squared steps."""
     bits = 0.5 * count * np.log2(np.maximum(variance / DISTORTION, 1))
@@ -67,10 +72,13 @@ Candidate = tuple[np.ndarray, np.ndarray, list[Choice], np.ndarray]
 """Cost `[M]`, bits `[M]`, forms `[M]` and coded directions `[M, T, R]` of one kind of form."""
 
 
-def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = ()) -> Plan:
-    """The cheapest form of each module at a quantizer step; modules in `no_joint` get no joint basis."""
+def decide_modes(x: Spectrum, step: float, no_joint: Collection[str] = (), alone: bool = False) -> Plan:
+    """The cheapest form of each module at a quantizer step; modules in `no_joint` get no joint basis, and
+    `alone` none anything that is shared."""
     options = candidates(x, step)
-    if x.joint:
+    if alone:
+        options = options[:1]
+    elif x.joint:
         options[-1][0][[n in no_joint for n in x.modules]] = np.inf
     return pick(options, np.stack([option[0] for option in options]).argmin(0))
 

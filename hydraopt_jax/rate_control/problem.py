@@ -22,6 +22,7 @@ class Problem(NamedTuple):
       present: `[M, T]` whether a task has the module, be it that its delta is zero.
       unit: the mean importance of a delta, by which importance is divided.
       no_joint: modules whose cost was higher with a joint basis in a trial.
+      alone: whether the cost of all was higher with anything shared in a trial.
     """
 
     spectra: tuple[Spectrum, ...]
@@ -31,6 +32,7 @@ class Problem(NamedTuple):
     present: np.ndarray
     unit: float = 1.0
     no_joint: frozenset[str] = frozenset()
+    alone: bool = False
 
     def take(self, modules: Collection[str]) -> "Problem":
         """The problem of some of its modules."""

@@ -144,6 +144,7 @@ def note_of(problem: Problem, trial: Trial, segment: Segment, tasks: Sequence[st
         forms[label(choice, names)] = forms.get(label(choice, names), 0) + 1
     note = {
         "no_joint": sorted(problem.no_joint),
+        "alone": problem.alone,
         "forms": forms,
         "tail": mean_tail(problem, trial),
         "modules": int(np.count_nonzero(~np.isnan(trial.errors))),
