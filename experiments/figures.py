@@ -46,9 +46,12 @@ ROWS = (
 
 
 def scores(results: Path = ROOT / "experiments/llm/results") -> str:
-    """Stored rows of the language model: bytes, mean drops of score per regime, least gain kept; rows that
-    were not measured, or that take other bytes in a regime, are left out there."""
+    """Stored rows of the language model: bytes, mean drops of score per regime, of the first one over the
+    tasks worth keeping, too, least gain kept; rows that were not measured, or that take other bytes in a
+    regime, are left out there."""
     found = {regime: {x.row: x for x in table.load_rows(results, regime, list(TASKS))} for regime in REGIMES}
+    worth = table.kept_tasks(results, REGIMES[0], list(TASKS)) or list(TASKS)
+    few = {x.row: x for x in table.load_rows(results, REGIMES[0], worth)}
     rows = []
     for name in ROWS:
         row = [found[regime].get(name) for regime in REGIMES]
@@ -56,10 +59,12 @@ def scores(results: Path = ROOT / "experiments/llm/results") -> str:
         row = [x if x and abs(x.share / first - 1) < 0.1 else None for x in row]
         known = [x for x in row if x is not None]
         if known:
-            drops = [table.percent(x.drop, x.drop_interval) if x else "" for x in row]
+            shown = [row[0], few.get(name) if row[0] else None, *row[1:]]
+            drops = [table.percent(x.drop, x.drop_interval) if x else "" for x in shown]
             kept = f"{100 * min(x.gain_kept for x in known):.1f}%"
             rows.append([name, f"{max(x.share for x in known):.3f}", *drops, kept])
-    heads = ["stored", "bytes", *(table.TITLES[x] for x in REGIMES), "gain kept"]
+    titles = [table.TITLES[x] for x in REGIMES]
+    heads = ["stored", "bytes", titles[0], "the same, worth keeping", *titles[1:], "least gain kept"]
     return markdown(heads, sorted(rows, key=lambda x: -float(x[1])))
 
 

@@ -101,12 +101,13 @@ def decisions() -> str:
 
 
 def three() -> str:
-    """Errors of three adapters with one initialization at each budget."""
-    curves = read("frontier/triple.json")["curves"]
-    labels = ("hydraopt_jax", "hydraopt_jax, nothing shared")
+    """Errors of three adapters with one initialization at each budget, and both estimates."""
+    found = read("frontier/triple.json")
+    curves = found["curves"] | found["estimates"]
+    labels = ("hydraopt_jax", "hydraopt_jax, nothing shared", *found["estimates"])
     columns = [{p["setting"].removeprefix("budget "): p["mean"] for p in curves[x]} for x in labels]
     rows = [[budget, *(f"{x[budget]:.4g}" for x in columns)] for budget in columns[0]]
-    return markdown(["bytes", "this package", "nothing shared"], rows)
+    return markdown(["bytes", "this package", "nothing shared", *labels[2:]], rows)
 
 
 def ideas() -> str:

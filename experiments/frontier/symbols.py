@@ -13,7 +13,8 @@ WEIGHT codes), and its code length is compared with that under the store's table
 - the parity of the code before, a part of the trellis state; the quantizer is a condition already;
 - signs: by the sign before in the vector, by that at the same entry of the vector before;
 - two-parameter tables: in place of frequencies the share of zeros and the mean of the others, a byte each;
-- coefficients: an adaptive coder of their bit lengths, alone and by whether the vector and the one that it is
+- contexts of vectors, gains, coefficients: what they take;
+- coefficients, adaptive: a coder of their bit lengths, alone and by whether the vector and the one that it is
   predicted from are of the same direction;
 - any quantizer: Gaussian vectors of the same variances and distortions, by the rate-distortion function.
 
@@ -21,13 +22,13 @@ Needs no model.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.frontier.named import Named
-from hydraopt_jax.codec import encode, frequency_tables, prediction, streams
+from hydraopt_jax.codec import encode, frequency_tables, prediction, streams, syntax
 from hydraopt_jax.codec.contexts import SYMBOLS
 from hydraopt_jax.codec.layout import Piece, by_leaf
 from hydraopt_jax.codec.streams import Symbols
@@ -62,7 +63,7 @@ class Codes(NamedTuple):
 def codes_of(coded: encode.Coded) -> Codes:
     """The codes of all leaves."""
     parts, start = [], 0
-    for members, x in zip(by_leaf(coded.pieces, coded.leaves).values(), coded.symbols, strict=True):
+    for members, x in zip(members_of(coded), coded.symbols, strict=True):
         signed = streams.signed_symbols(x)
         place = [places(coded.pieces[i], coded.contexts[i]) for i in members]
         first, above, direction = (np.concatenate(y) for y in zip(*place, strict=True))
@@ -167,8 +168,7 @@ def sign_bits(x: Codes) -> dict[str, float]:
 def coefficient_bits(coded: encode.Coded) -> tuple[float, float, float]:
     """Bits of the coefficients as they are packed, adaptively by bit length, and by direction too."""
     packed, values, same = 0.0, [], []
-    members = by_leaf(coded.pieces, coded.leaves)
-    for mine in members.values():
+    for mine in members_of(coded):
         found = [coded.predictions[i] for i in mine]
         packed += 8 * len(prediction.pack_coefficients(found))
         for i, x in zip(mine, found, strict=True):
@@ -186,6 +186,19 @@ def coefficient_bits(coded: encode.Coded) -> tuple[float, float, float]:
     zero, prior = np.zeros_like(length), np.full((1, 32), 1 / 32)
     alone, by_direction = (adaptive_bits(length, zero, prior, x) for x in (zero, alike))
     return packed, alone + rest, by_direction + rest
+
+
+def side_bits(trial: coding.Trial) -> Iterator[tuple[str, int]]:
+    """Bits of the contexts of vectors, and of the gains."""
+    coded = trial.coded
+    rows = [([coded.pieces[i] for i in x], [coded.contexts[i] for i in x]) for x in members_of(coded)]
+    yield "contexts of vectors", 8 * sum(len(syntax.pack_contexts(*x)) for x in rows)
+    yield "gains", 8 * sum(len(encode.packed_gains(coded, t, x)) for t, x in trial.gains.items())
+
+
+def members_of(coded: encode.Coded) -> Collection[Sequence[int]]:
+    """Positions of the pieces of each leaf."""
+    return by_leaf(coded.pieces, coded.leaves).values()
 
 
 def gaussian_bits(problem: Problem, step: float) -> tuple[float, float]:
@@ -206,9 +219,8 @@ def gaussian_bits(problem: Problem, step: float) -> tuple[float, float]:
     # leaves' lengths and tables are not codes
     paid = 8 * (encode.estimate_bytes(coded, {}) - 8 * len(coded.leaves)) - table_bits(coded)[1]
     least = 0.0
-    members = by_leaf(coded.pieces, coded.leaves)
     # before these, tables were fitted
-    for (values, x), mine in zip(kept[-len(coded.leaves) :], members.values(), strict=True):
+    for (values, x), mine in zip(kept[-len(coded.leaves) :], members_of(coded), strict=True):
         ends = [coded.pieces[i].length for i in mine for _ in range(np.count_nonzero(coded.contexts[i]))]
         starts = np.cumsum([0, *ends[:-1]])
         if not len(ends):
@@ -231,6 +243,8 @@ def figures(problem: Problem, step: float) -> Iterator[tuple[str, float]]:
     for name, bits in sign_bits(x).items():
         yield name, -bits / whole
     yield "two-parameter tables", (stored + tables - two_parameter_bits(x.row, x.symbol)) / whole
+    for name, bits in side_bits(trial):
+        yield name, bits / whole
     packed, alone, by_direction = coefficient_bits(trial.coded)
     yield "coefficients", packed / whole
     yield "coefficients, adaptive", (packed - alone) / whole

@@ -24,7 +24,7 @@ MOMENTUM, FASTEST = (2, 2, 2, 1, 1), 2.0
 TABLE_CODES = 1 << 18
 LEAST_MODULES, LEAST_FACTORS = 3, 8
 # entries of factors up to which a store's tables may take more than sharing saves
-FEW_CODES = 1 << 17
+FEW_CODES = 1 << 14
 # weight of the prior in fitted tables
 PRIOR_COUNTS = 8
 # approximate fraction that rounding of gains adds to a task's error

@@ -278,16 +278,16 @@ def test_targets_that_cannot_be_met_say_so(given, tmp_path, target, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_few_parts_are_written_once(given, kept, tmp_path, monkeypatch):
+def test_few_parts_are_written_once(given, kept, alike, monkeypatch):
     """What misses the target is estimated, and never in bytes."""
     written = []
     monkeypatch.setattr(prepared, "CACHED", 99)
     monkeypatch.setattr(segments, "coded_segment", watched(written, segments.coded_segment))
-    few = code(tmp_path / "few", given[1])
+    few = code(alike, given[1])
     assert len(written) > 1
     assert written == list(range(len(few.segments)))
     assert few.report["forms"] == kept[1].report["forms"]
-    size, limit = sizes.size_on_disk(tmp_path / "few"), 0.5 * 2 * given[1].entries()
+    size, limit = sizes.size_on_disk(alike), 0.5 * 2 * given[1].entries()
     assert (1 - search.WIDE_SLACK) * limit < size <= limit
     assert np.nanmean(few.errors) == pytest.approx(np.nanmean(kept[1].errors), rel=0.05)
 

@@ -1,0 +1,64 @@
+"""Whether a mixture of both metrics does better than either: errors of weights, and of outputs by moments.
+
+    python -m experiments.morphology.mixture --data DATA --json experiments/morphology/results/mixture.json
+
+The forty adapters of the shared initialization, calibrated by `share * M + (1 - share) * mean eigenvalue * I`
+for each second moment M of inputs and output gradients: share 1 is the calibration as it is, 0 is that of
+errors of weights, but for what modules matter. For each share and budget: mean error of the weights, and
+divergence of the logits on prompts that the moments did not see. Rows are kept as they are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.morphology.study import prepare
+from hydraopt_jax.formats.memory_collection import in_memory
+from hydraopt_jax.rate_control import engine
+from hydraopt_jax.rate_control.options import Options
+
+BUDGETS = (0.125, 0.03)
+SHARES = (1.0, 0.97, 0.9, 0.7, 0.0)
+
+
+def mixed(moment: np.ndarray, share: float) -> np.ndarray:
+    """A second moment with so much of its mean eigenvalue in place of the rest, in all directions.
+
+    >>> mixed(np.diag([1.0, 3.0]), 0.5).tolist()
+    [[1.5, 0.0], [0.0, 2.5]]
+    """
+    flat = float(np.trace(moment)) / len(moment) * np.eye(len(moment))
+    return share * moment + (1 - share) * flat
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="the folder download.py filled")
+    parser.add_argument("--json", type=Path, required=True, help="results")
+    options = parser.parse_args(argv)
+    study = prepare(options.data)
+    found = in_memory(study.collection)
+    kept = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    rows: list[dict[str, Any]] = kept
+    for budget, share in itertools.product(BUDGETS, SHARES):
+        if any((x["budget"], x["share_of_moments"]) == (budget, share) for x in rows):
+            continue
+        moments = {n: mixed(m, share) for n, m in study.moments.items()}
+        store = engine.compress_to_target(found, Options(budget=budget, calibration=moments))
+        row = {"budget": budget, "share_of_moments": share} | study.measure(store)
+        row["error"] = float(np.nanmean(np.asarray(store.errors)))
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
