@@ -51,7 +51,7 @@ class Refining(NamedTuple):
 
     budgets: tuple[float, ...] = (0.125, 0.0625, 0.03)  # that second moments are used at, and refinement
     steps: tuple[int, ...] = (600, 2700, 2700)  # at each of them
-    rates: tuple[float, ...] = (0.02, 0.05, 0.02)  # likewise, in quantizer steps
+    rates: tuple[float, ...] = (0.02, 0.05, 0.05)  # likewise, in quantizer steps
     prompts: tuple[int, ...] = (1056, 4832, 4832)  # of the train split, a task, likewise
     check: int = 32  # of them that are not refined on, to see what is bought
     moments: int = 64  # of them that second moments are taken of
