@@ -26,7 +26,7 @@ def place(tmp_path_factory):
         f"base.model.transformer.layers.{n}.self_attention.query_projection": (64, 48) for n in range(3)
     }
     tasks = [LONG, LONG + "-2", "c"]
-    for x in synthetic.collection(3, tasks=tasks, modules=modules, rank=4, likeness=0.7, dtype="float32"):
+    for x in synthetic.collection(3, tasks=tasks, modules=modules, rank=4, likeness=0.95, dtype="float32"):
         formats.write_adapter(at / "in" / x.task, x)
     return at
 
