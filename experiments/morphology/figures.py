@@ -118,6 +118,16 @@ def divergences() -> str:
     return markdown(heads, rows)
 
 
+def mixture() -> str:
+    """Divergence and error of weights by share of the moments in the metric, at each budget."""
+    rows = read("morphology/results/mixture.json")["rows"]
+    each = []
+    for x in rows:
+        measured = [f"{x[key]:.2g}" for key in ("divergence", "error")]
+        each.append([f"{x['budget']:g}", f"{x['share_of_moments']:g}", *measured])
+    return markdown(["budget", "share of the moments", "divergence", "error of the weights"], each)
+
+
 def shaping() -> str:
     """Stores calibrated with output gradients, without and with noise shaping."""
     every = read("morphology/results/shaping.json")["rows"]
@@ -140,4 +150,5 @@ REGIONS: dict[str, Callable[[], str]] = {
     "seeds of the forty adapters": seeds,
     "refinement of the forty adapters": divergences,
     "noise shaping of the forty adapters": shaping,
+    "mixtures of both metrics": mixture,
 }
