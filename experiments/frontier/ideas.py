@@ -116,8 +116,9 @@ def by_entry(v: np.ndarray) -> tuple[float, float]:
     return whole, min(length(own * x / x.mean(1, keepdims=True)) for x in each) if len(v) > 1 else whole
 
 
-def reconstruction(problem: Problem, step: float) -> float:
-    """Share of the bits that reconstruction at the mean of each small magnitude, in its context, is worth."""
+def watched(problem: Problem, step: float) -> tuple[coding.Trial, list[tuple[np.ndarray, streams.Symbols]]]:
+    """A collection coded at a step, and the values and codes of every stream that was quantized for it:
+    those of fitted tables first."""
     kept: list[tuple[np.ndarray, streams.Symbols]] = []
     quantize = encode.quantize_streams
 
@@ -128,9 +129,14 @@ def reconstruction(problem: Problem, step: float) -> float:
 
     encode.quantize_streams = keep  # type: ignore[assignment]
     try:
-        trial = coding.encode_at_step(problem, step)
+        return coding.encode_at_step(problem, step), kept
     finally:
         encode.quantize_streams = quantize
+
+
+def reconstruction(problem: Problem, step: float) -> float:
+    """Share of the bits that reconstruction at the mean of each small magnitude, in its context, is worth."""
+    trial, kept = watched(problem, step)
     error = np.concatenate([np.abs(v) * np.where((v < 0) == x.negative, 1, -1) for v, x in kept])
     error = error - np.concatenate([np.abs(streams.values(x)) for _, x in kept])
     place = np.concatenate(

@@ -23,15 +23,15 @@ Needs no model.
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from experiments.frontier.ideas import watched
 from experiments.frontier.named import Named
 from hydraopt_jax.codec import encode, frequency_tables, prediction, streams, syntax
 from hydraopt_jax.codec.contexts import SYMBOLS
 from hydraopt_jax.codec.layout import Piece, by_leaf
-from hydraopt_jax.codec.streams import Symbols
 from hydraopt_jax.rate_control import coding, search
 from hydraopt_jax.rate_control.problem import Problem
 
@@ -203,19 +203,8 @@ def members_of(coded: encode.Coded) -> Collection[Sequence[int]]:
 
 def gaussian_bits(problem: Problem, step: float) -> tuple[float, float]:
     """Bits of the codes with middle bits and signs, and of Gaussian vectors at the same distortions."""
-    kept: list[tuple[np.ndarray, Symbols]] = []
-    quantize = encode.quantize_streams
-
-    def keep(values: Any, *given: Any) -> list[Symbols]:
-        found = quantize(values, *given)
-        kept.extend(zip(values, found, strict=True))
-        return found
-
-    encode.quantize_streams = keep  # type: ignore[assignment]
-    try:
-        coded = coding.encode_at_step(problem, step).coded
-    finally:
-        encode.quantize_streams = quantize
+    trial, kept = watched(problem, step)
+    coded = trial.coded
     # leaves' lengths and tables are not codes
     paid = 8 * (encode.estimate_bytes(coded, {}) - 8 * len(coded.leaves)) - table_bits(coded)[1]
     least = 0.0

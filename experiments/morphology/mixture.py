@@ -10,16 +10,14 @@ divergence of the logits on prompts that the moments did not see. Rows are kept 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.morphology.study import prepare
+from experiments.morphology.study import arguments, prepare
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
@@ -40,10 +38,7 @@ def mixed(moment: np.ndarray, share: float) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the folder download.py filled")
-    parser.add_argument("--json", type=Path, required=True, help="results")
-    options = parser.parse_args(argv)
+    options = arguments(__doc__, argv)
     study = prepare(options.data)
     found = in_memory(study.collection)
     kept = json.loads(options.json.read_text())["rows"] if options.json.exists() else []

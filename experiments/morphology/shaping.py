@@ -11,17 +11,15 @@ with, interpolated between budgets.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.morphology.study import prepare
+from experiments.morphology.study import arguments, prepare
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import engine, metrics
 from hydraopt_jax.rate_control.options import Options
@@ -52,10 +50,7 @@ def bytes_without(rows: Sequence[dict[str, Any]], error: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the folder download.py filled")
-    parser.add_argument("--json", type=Path, required=True, help="results")
-    options = parser.parse_args(argv)
+    options = arguments(__doc__, argv)
     study = prepare(options.data)
     found, rows = in_memory(study.collection), list[dict[str, Any]]()
     for shaped in (False, True):

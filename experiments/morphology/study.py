@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,14 @@ class Study(NamedTuple):
         total = 2 * sum(x.a[n].size + x.b[n].size for x in self.collection for n in x.a)
         size = measure_size(store)
         return {"bytes": size, "share": size / total, "divergence": self.diverged(store)}
+
+
+def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of a study: where its data are, and where its results go."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="the folder download.py filled")
+    parser.add_argument("--json", type=Path, required=True, help="results")
+    return parser.parse_args(argv)
 
 
 def prepare(data: Path) -> Study:

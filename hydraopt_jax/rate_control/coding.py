@@ -228,8 +228,10 @@ def settle_forms(problem: Problem, step: float, frequencies: np.ndarray) -> Prob
     """
     problem = disable_joint(problem, step, frequencies)
     codes = sum(x.deltas.u.size + x.deltas.v.size for x in problem.spectra)
+    if codes > FEW_CODES:
+        return problem
     plans = [mode_decision.decide_modes(x, step, problem.no_joint) for x in problem.spectra]
-    if codes > FEW_CODES or all(mode_decision.is_alone(c) for x in plans for c in x.choices):
+    if all(mode_decision.is_alone(c) for x in plans for c in x.choices):
         return problem
     tried = (problem, problem._replace(alone=True))
     return min(tried, key=lambda x: lagrangian(x, encode_at_step(x, step, frequencies)))
