@@ -85,6 +85,25 @@ def test_a_diagonal_moment_is_the_matrix_it_stands_for_without_a_decomposition(m
     np.testing.assert_allclose(found.errors, whole.errors, rtol=0.05)
 
 
+@pytest.mark.parametrize("share", [1e-4, 0.3, 1.0])
+@pytest.mark.parametrize("around", [None, 2], ids=["decomposed", "krylov"])
+def test_a_share_of_the_identity_keeps_the_mean_eigenvalue(monkeypatch, share, around):
+    """However a moment is given; of all, errors of outputs are those of weights."""
+    monkeypatch.setattr(metrics, "RIDGE", share)
+    monkeypatch.setattr(metrics, "WHOLE", 16)
+    full = 7 * decaying_moment(48)
+    x = np.random.default_rng(0).standard_normal((48, 4))
+    vectors = None if around is None else x[:, :around]
+    found = metrics.metric(full, "m", 48, vectors)
+    exact = (1 - share) * full / (np.trace(full) / 48) + share * np.eye(48)
+    np.testing.assert_allclose(found.gram(x), x.T @ exact @ x, rtol=1e-4, atol=1e-3 * share)
+    np.testing.assert_allclose(unweighing.whole_form(found), exact, rtol=1e-3, atol=1e-4)
+    if around is None:
+        assert found.values.mean() == pytest.approx(1, rel=1e-4)
+    variances = metrics.metric(np.diagonal(full), "m", 48)
+    np.testing.assert_allclose(variances.values, np.diagonal(exact), rtol=1e-4)
+
+
 def decaying_moment(size, seed=0):
     """A second moment whose eigenvalues fall from 100 to 1e-3 of their mean, as those of activations do."""
     q = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]
@@ -150,9 +169,10 @@ def test_stores_with_large_moments_claim_the_errors_that_outputs_have(monkeypatc
 def test_moments_that_rounding_made_indefinite_shape_noise(monkeypatch, whole):
     monkeypatch.setattr(metrics, "WHOLE", whole)
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((48, 192)) * np.where(np.arange(192) == 7, 100, 1)
-    rough = (x.T @ x).astype(ml_dtypes.bfloat16).astype(np.float32)
-    assert np.linalg.eigvalsh(rough)[0] < -metrics.RIDGE * np.trace(rough) / 192
+    x = rng.standard_normal((48, 192)) * np.where(np.arange(192) < 40, 10, 1)
+    rough = (x.T @ x / 100).astype(ml_dtypes.float8_e5m2).astype(np.float32)
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(metrics.ridged(rough / (np.trace(rough) / 192), np.eye(192)))
     made = synthetic.collection(4, tasks=["a", "b"], modules={"q": (192, 64)}, rank=2, dtype="float32")
     found = compression.compress(made, max_error=0.01, calibration={"q": rough})
     assert np.nanmean(found.output_errors) <= 0.01
@@ -300,8 +320,8 @@ def test_rows_that_are_left_out_may_be_no_numbers():
     rows, mask = jnp.array([[1.0, 0.0], [jnp.nan, jnp.inf]]), jnp.array([True, False])
     found = calibration.mean(calibration.accumulate(calibration.start(2), rows, mask))
     np.testing.assert_allclose(found, [[1, 0], [0, 0]])
-    for ndim in (1, 2):
-        assert np.isfinite(tap.second(rows, mask.astype(jnp.float32), ndim)).all()
+    for known in (None, np.ones((2, 3), np.float32)):
+        assert np.isfinite(tap.second(rows, mask.astype(jnp.float32), known)).all()
 
 
 def test_a_task_without_any_calibrated_module_is_added_by_its_weights():

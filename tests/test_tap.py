@@ -88,7 +88,7 @@ def watched(model, batches, path):
 @pytest.mark.parametrize("mask", [None, real])
 def test_second_moments_are_those_of_the_inputs(model, batches, path, mask):
     found = calibration.collect(model, batches, mask=mask)
-    full = calibration.collect(model, batches, mask=mask, diagonal=True)
+    full = calibration.collect(model, batches, mask=mask, rank=0)
     size = HEADS * HEAD if path.endswith("o") else WIDTH
     calls = watched(model, batches, path)
     every = np.concatenate([x.reshape(-1, size) for x in calls])
@@ -191,13 +191,13 @@ def test_what_it_gives_is_a_calibration(model, batches, tmp_path):
     assert "uncalibrated" not in store.report
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_modules_that_share_a_kernel_have_its_inputs_and_their_own_outputs(model, batches, diagonal):
+@pytest.mark.parametrize("rank", [None, 0])
+def test_modules_that_share_a_kernel_have_its_inputs_and_their_own_outputs(model, batches, rank):
     shared = lambda path: ("left", "right") if path == "layers.0.q" else path  # noqa: E731
-    given = {"outputs": True, "diagonal": diagonal}
+    given = {"outputs": True, "rank": rank}
     whole = calibration.collect(model, batches, modules=["layers.0.q"], **given)
     parts = calibration.collect(model, batches, modules=["right"], rename=shared, **given)
     for n, name in enumerate(("left", "right")):
         np.testing.assert_array_equal(parts[name], whole["layers.0.q"])
-        own = (slice(n * HEAD, (n + 1) * HEAD),) * (1 if diagonal else 2)
+        own = (slice(n * HEAD, (n + 1) * HEAD),) * (1 if rank == 0 else 2)
         np.testing.assert_array_equal(parts[f"{name}:output"], whole["layers.0.q:output"][own])

@@ -19,7 +19,7 @@ import numpy as np
 from experiments.llm.adapters import check_there
 from experiments.llm.distill import Teaching
 from experiments.llm.model import MODULES
-from hydraopt_jax import adapters, formats, merging, refinement, serving, store, tradeoff
+from hydraopt_jax import adapters, calibration, formats, merging, refinement, serving, store, tradeoff
 from hydraopt_jax.adapters import Adapter
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.compression import compress
@@ -32,6 +32,8 @@ from hydraopt_jax.store import manifest
 BUDGETS = (0.25, 0.125, 0.0625, 0.03, 0.015)
 # budgets that are also refined
 REFINED = (0.0625, 0.03, 0.015)
+# the budget and the ranks at which moments of low rank are compared with whole ones, 0 for variances only
+LOW_RANK, MOMENT_RANKS = 0.03, (64, 16, 0)
 # of a refinement: steps, and the batches that they go through; tasks computed side by side
 CODED, PLAIN = (40, 32), (300, 100)
 AT_ONCE = 8
@@ -135,6 +137,10 @@ def plan(
             rows[name] = partial(_stored, made)
             if teach is not None and budget in REFINED:
                 rows[f"{name}, refined"] = partial(_refined, collection, made, teach, CODED, measured)
+    for rank in MOMENT_RANKS if moments is not None else ():
+        few = partial(reduced, moments, rank)  # type: ignore[arg-type]
+        made = partial(_budgeted, collection, LOW_RANK, few)
+        rows[f"budget {LOW_RANK:g}, calibrated at rank {rank}"] = partial(_stored, made)
     for rank in SVD_RANKS:
         rows[f"SVD rank {rank}, 4 bits"] = partial(_separate_svd, collection, rank, 4)
     rows["SVD two-level, 2 and 1 bits"] = lambda folder: two_level(collection, 4)
@@ -147,6 +153,11 @@ def plan(
     for name in SINGLE:
         rows[f"merged, {name}"] = partial(_merged, collection, name)
     return rows
+
+
+def reduced(moments: Moments, rank: int) -> dict[str, np.ndarray]:
+    """Second moments at a rank."""
+    return {name: np.asarray(calibration.reduced(x, rank)) for name, x in moments().items()}
 
 
 def _budgeted(collection: list[Adapter], budget: float, moments: Moments | None) -> Any:

@@ -11,8 +11,10 @@ from hydraopt_jax.calibration.moments import (
     Moment,
     accumulate,
     digest,
+    matrix_of,
     mean,
     read_moments,
+    reduced,
     start,
     write_moments,
 )
@@ -23,8 +25,10 @@ __all__ = [
     "accumulate",
     "collect",
     "digest",
+    "matrix_of",
     "mean",
     "read_moments",
+    "reduced",
     "start",
     "write_moments",
 ]

@@ -1,5 +1,6 @@
 """A tap on a PyTorch model: what `tap` gathers, by forward hooks. PyTorch only when used."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen
+from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen, probes, width
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.peft_config import PREFIX
 
@@ -56,8 +57,8 @@ class Tap:
       counted: which inputs of the batch count, `[...]` float32; None for all.
     """
 
-    def __init__(self, name: str, diagonal: bool, outputs: bool) -> None:
-        self.name, self.diagonal, self.outputs = name, diagonal, outputs
+    def __init__(self, name: str, rank: int | None, outputs: bool) -> None:
+        self.name, self.rank, self.outputs = name, rank, outputs
         self.counted: Any = None
         self.total: Any = 0.0
         self.cell: Any = 0.0
@@ -69,7 +70,7 @@ class Tap:
 
         x = args[0] if args else next(iter(options.values()))
         weights = weigh(self.counted, x, self.name)
-        self.total = self.total + second(x, weights, self.diagonal)
+        self.total = self.total + second(x, weights, self.rank)
         self.count += float(weights.sum())
         if not self.outputs:
             return None
@@ -79,7 +80,7 @@ class Tap:
 
         def note(gradient: Any) -> None:
             with torch.no_grad():
-                self.cell = self.cell + second(gradient, weights, self.diagonal)
+                self.cell = self.cell + second(gradient, weights, self.rank)
 
         y.register_hook(note)
         return y
@@ -102,11 +103,27 @@ def weigh(counted: Any, x: Any, name: str) -> Any:
     return counted.to(x.device).reshape(shape).broadcast_to(x.shape[:-1])
 
 
-def second(rows: Any, weights: Any, diagonal: bool) -> Any:
-    """Sum of `x x.T` over rows `[..., n]`, or of its diagonal."""
+def second(rows: Any, weights: Any, rank: int | None) -> Any:
+    """As `moments.second`, for rows `[..., n]` and a moment of a given rank."""
+    size = rows.shape[-1]
     keep = weights.reshape(-1, 1)
-    flat = rows.detach().reshape(-1, rows.shape[-1]).float().masked_fill(keep <= 0, 0.0)
-    return (flat * flat * keep).sum(0) if diagonal else flat.T @ (flat * keep)
+    flat = rows.detach().reshape(-1, size).float().masked_fill(keep <= 0, 0.0)
+    weighted = flat * keep
+    known = probes_on(flat.device, size, width(size, rank))
+    if known is None:
+        return flat.T @ weighted
+    out = flat.new_empty(size, 1 + known.shape[1])
+    out[:, 0], out[:, 1:] = (flat * weighted).sum(0), weighted.T @ (flat @ known)
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def probes_on(device: Any, size: int, columns: int) -> Any:
+    """`moments.probes` on a device."""
+    import torch
+
+    known = probes(size, columns)
+    return None if known is None else torch.tensor(known, device=device)
 
 
 def collect(
@@ -122,7 +139,7 @@ def collect(
 
     layers = layers_of(model, watch.modules is not None)
     names = chosen(layers, watch)
-    taps = {path: Tap(path, watch.diagonal, watch.outputs) for path in names}
+    taps = {path: Tap(path, watch.rank, watch.outputs) for path in names}
     handles = [layers[path].register_forward_hook(x, with_kwargs=True) for path, x in taps.items()]
     draw = torch.Generator().manual_seed(seed)
     empty = True

@@ -6,13 +6,19 @@ labels drawn from the model itself, and `G = E[g g.T]`, the divergence of the mo
 `tr(C @ D @ G @ D.T) / 2`, the Kronecker-factored Fisher information.
 
 A calibration file is a safetensors file with one float32 tensor per module under the module's name: `[I, I]`,
-or `[I]` if only the diagonal is kept. If gradients were gathered it also has one `NAME:output` per module,
-`[O, O]` or `[O]`, in the same units for all modules.
+`[I, 1 + K]` for a diagonal plus a matrix of rank K (see `matrix_of`), or `[I]` for its diagonal. If gradients
+were gathered it also has one `NAME:output` per module, `[O, O]`, `[O, 1 + K]` or `[O]`, in the same units for
+all modules.
 
-Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
-arXiv 1503.05671.
+A moment of rank K is gathered without the whole one: its diagonal, and its products with 2 K random vectors,
+of which its largest eigenvectors are made in the end (Nystrom approximation from a sketch).
+
+References: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature,
+2015, arXiv 1503.05671; Tropp, Yurtsever, Udell and Cevher, Fixed-rank approximation of a
+positive-semidefinite matrix from streaming data, 2017, arXiv 1706.05736.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -21,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -34,13 +41,15 @@ from hydraopt_jax.linalg.decompose import matmul
 
 # suffix of a module's name for the moment of the gradients at its outputs
 OUTPUT = ":output"
+# smallest eigenvalue that is told from rounding errors in float32, over the largest
+ROUNDING = 1e-5
 
 
 class Moment(NamedTuple):
     """A running second moment.
 
     Attributes:
-      total: `[I, I]` sum of `x x.T`.
+      total: `[I, I]` sum of `x x.T`; for rank K `[I, 1 + 2 K]`, its diagonal and its products with `probes`.
       count: number of inputs, scalar.
     """
 
@@ -48,9 +57,37 @@ class Moment(NamedTuple):
     count: Array  # type: ignore[assignment]
 
 
-def start(inputs: int) -> Moment:
-    """The moment of zero inputs."""
-    return Moment(jnp.zeros((inputs, inputs)), jnp.zeros(()))
+def start(inputs: int, rank: int | None = None) -> Moment:
+    """The moment of zero inputs.
+
+    Args:
+      inputs: I.
+      rank: K of the matrix that is kept beside the diagonal, 0 for the diagonal alone; None for the whole
+        moment, which is kept, too, where it is not larger.
+    """
+    return Moment(jnp.zeros((inputs, width(inputs, rank))), jnp.zeros(()))
+
+
+def width(size: int, rank: int | None) -> int:
+    """Columns of the sum that a moment of n dimensions is made of.
+
+    >>> width(576, None), width(576, 64), width(576, 0), width(96, 64)
+    (576, 129, 1, 96)
+    """
+    return size if rank is None else min(size, 1 + 2 * rank)
+
+
+@functools.lru_cache(maxsize=16)
+def probes(size: int, columns: int) -> np.ndarray | None:
+    """The random vectors `[n, 2 K]` whose products are in a sum of so many columns; None for a whole moment.
+
+    They are the same for all sums of a size, so that sums of several runs add up.
+    """
+    if columns == size:
+        return None
+    made = np.random.default_rng(size).standard_normal((size, columns - 1), np.float32)
+    made.flags.writeable = False
+    return made
 
 
 def accumulate(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
@@ -67,26 +104,122 @@ def accumulate(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
      [0.  2. ]]
     """
     keep = jnp.ones(x.shape[:-1]) if mask is None else mask.astype(jnp.float32)
-    return Moment(moment.total + second(x, keep, 2), moment.count + keep.sum())
+    known = probes(*moment.total.shape)
+    return Moment(moment.total + second(x, keep, known), moment.count + keep.sum())
 
 
-def second(rows: Array, weights: Array, ndim: int) -> Array:
-    """Sum of `x x.T` over rows `[..., n]`, or of its diagonal; rows of weight 0 may be no numbers."""
+def second(rows: Array, weights: Array, probes: Array | np.ndarray | None) -> Array:
+    """Sum of `x x.T` over rows `[..., n]`; with probes `[n, P]` its diagonal and its product with them,
+    `[n, 1 + P]`. Rows of weight 0 may be no numbers."""
     keep = weights.reshape(-1, 1)
     flat = jnp.where(keep > 0, rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), 0.0)
-    return (flat * flat * keep).sum(0) if ndim == 1 else matmul(flat.T, flat * keep)
+    weighted = flat * keep
+    if probes is None:
+        return matmul(flat.T, weighted)
+    squares = (flat * weighted).sum(0)[:, None]
+    return jnp.concatenate([squares, matmul(weighted.T, matmul(flat, jnp.asarray(probes)))], 1)
 
 
 def mean(moment: Moment) -> Array:
-    """`E[x x.T]`, `[I, I]`."""
-    return moment.total / jnp.maximum(moment.count, 1.0)
+    """`E[x x.T]`, `[I, I]`, or what stands for it: `[I, 1 + K]`, see `matrix_of`, or the diagonal `[I]`."""
+    return finished(moment.total / jnp.maximum(moment.count, 1.0))
+
+
+def finished(total: Array | np.ndarray) -> Array:
+    """The moment of a sum over its count, see `mean`."""
+    known = probes(*total.shape)
+    total = jnp.asarray(total)
+    return total if known is None else low_rank(total, known)
+
+
+def reduced(moment: Array | np.ndarray, rank: int) -> Array:
+    """A whole moment `[I, I]` at a rank, as it is where it is gathered so, see `start`.
+
+    >>> reduced(np.diag([1.0, 2.0]), 0).tolist()
+    [1.0, 2.0]
+    """
+    moment = jnp.asarray(moment)
+    known = probes(len(moment), width(len(moment), rank))
+    if known is None:
+        return moment
+    products = matmul(moment, jnp.asarray(known))
+    return low_rank(jnp.concatenate([jnp.diagonal(moment)[:, None], products], 1), known)
+
+
+def low_rank(sketch: Array, probes: Array | np.ndarray) -> Array:
+    """A diagonal plus a matrix of rank K, from a moment's diagonal and its products with random vectors.
+
+    With Y = C P, `Y (P.T Y)^+ Y.T` is at most C, and near it along its large eigenvectors; K of them are
+    kept. The diagonal has what they lack, so that every input's variance is that of C.
+
+    Args:
+      sketch: `[n, 1 + 2 K]`.
+      probes: P, `[n, 2 K]`.
+
+    Returns:
+      `[n, 1 + K]`, see `matrix_of`; `[n]`, the diagonal, for K = 0.
+    """
+    diagonal, products = sketch[:, 0], sketch[:, 1:]
+    rank = products.shape[1] // 2
+    if not rank:
+        return diagonal
+    inner = matmul(jnp.asarray(probes).T, products)
+    values, vectors = jnp.linalg.eigh((inner + inner.T) / 2)
+    # below it are the rounding errors of the sums
+    kept = values > ROUNDING * values[-1]
+    scale = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1.0)), 0.0)
+    u, s, _ = jnp.linalg.svd(matmul(products, vectors * scale), full_matrices=False)
+    root = (u * s)[:, :rank]
+    rest = jnp.maximum(diagonal - (root * root).sum(1), 0.0)
+    return jnp.concatenate([rest[:, None], root], 1)
+
+
+def matrix_of(moment: np.ndarray) -> np.ndarray:
+    """The matrix `[I, I]` that a moment stands for.
+
+    Args:
+      moment: `[I, I]`; or `[I]`, its diagonal; or `[I, 1 + K]`, for `diag(d) + F @ F.T` with d the first
+        column and F the others.
+
+    >>> print(matrix_of(np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])))
+    [[5. 0. 2.]
+     [0. 3. 0.]
+     [2. 0. 1.]]
+    """
+    if not is_low_rank(moment):
+        return np.diag(moment) if moment.ndim == 1 else moment
+    return np.diag(moment[:, 0]) + moment[:, 1:] @ moment[:, 1:].T
+
+
+def diagonal_of(moment: np.ndarray) -> np.ndarray:
+    """The diagonal `[I]` of a moment in any form, see `matrix_of`.
+
+    >>> diagonal_of(np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])).tolist()
+    [5.0, 3.0, 1.0]
+    """
+    if is_low_rank(moment):
+        return moment[:, 0] + np.square(moment[:, 1:]).sum(1)
+    return np.diagonal(moment) if moment.ndim == 2 else moment
+
+
+def is_low_rank(moment: np.ndarray) -> bool:
+    """Whether a moment is a diagonal plus a matrix of low rank, `[I, 1 + K]`."""
+    return moment.ndim == 2 and moment.shape[1] < moment.shape[0]
+
+
+def part_of(moment: np.ndarray, at: slice) -> np.ndarray:
+    """The moment of some of the dimensions, as a matrix where that is not larger."""
+    if moment.ndim == 2 and not is_low_rank(moment):
+        return moment[at, at]
+    part = moment[at]
+    return part if part.ndim == 1 or is_low_rank(part) else matrix_of(moment)[at, at]
 
 
 class Seen(NamedTuple):
     """What a layer of a model has seen.
 
     Attributes:
-      total: `[I, I]` sum of `x x.T` over its inputs, or the `[I]` diagonal.
+      total: the sum over its inputs, see `Moment`.
       count: how many inputs.
       outputs: as `total`, of the gradients at its outputs; None where they were not gathered.
     """
@@ -101,7 +234,7 @@ class Watch(NamedTuple):
 
     modules: tuple[str, ...] | None
     rename: Callable[[str], Name]
-    diagonal: bool
+    rank: int | None
     outputs: bool
 
 
@@ -125,16 +258,16 @@ def averaged(seen: Mapping[str, Seen], names: Mapping[str, Name], watch: Watch) 
             if watch.modules is not None:
                 raise HydraOptError(f"{path}: forward never calls it: leave it out of modules")
             continue
-        for n, one in enumerate(shared):
-            out[one] = x.total / x.count
-            if x.outputs is not None:
-                width = len(x.outputs) // len(shared)
-                part = (slice(n * width, (n + 1) * width),) * x.outputs.ndim
-                # in the same units for all: per input of the batch
-                out[one + OUTPUT] = x.outputs[part] / largest
-            for key in (one, one + OUTPUT):
-                if key in out and not np.isfinite(out[key]).all():
-                    raise HydraOptError(f"{path}: the model's numbers there are not finite")
+        if not all(np.isfinite(y).all() for y in (x.total, x.outputs) if y is not None):
+            raise HydraOptError(f"{path}: the model's numbers there are not finite")
+        inputs = np.asarray(finished(x.total / x.count))
+        out |= dict.fromkeys(shared, inputs)
+        if x.outputs is not None:
+            # in the same units for all: per input of the batch
+            outputs = np.asarray(finished(x.outputs / largest))
+            size = len(outputs) // len(shared)
+            for n, one in enumerate(shared):
+                out[one + OUTPUT] = part_of(outputs, slice(n * size, (n + 1) * size))
     if not out:
         raise HydraOptError("forward calls no layer that is tapped: nothing was collected")
     return out
@@ -181,7 +314,7 @@ def aligned(shape: tuple[int, ...], lead: tuple[int, ...], name: str) -> tuple[i
 
 
 def write_moments(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) -> None:
-    """Write second moments, module name -> `[I, I]` or `[I]`.
+    """Write second moments, module name -> `[I, I]`, `[I, 1 + K]` or `[I]`, see `matrix_of`.
 
     Raises:
       HydraOptError: the file cannot be written; there is then nothing of it.

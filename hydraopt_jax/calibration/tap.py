@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from hydraopt_jax.calibration import hooks
-from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen, second
+from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen, probes, second, start
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.families import Name
 from hydraopt_jax.nnx_layers import (
@@ -33,11 +33,11 @@ from hydraopt_jax.nnx_layers import (
 
 
 class Sum(nnx.Variable):
-    """The sum over a layer's inputs, `[I, I]` or `[I]`, and their number."""
+    """The sum over a layer's inputs, see `Moment`, and their number."""
 
 
 class Cell(nnx.Variable):
-    """`[O, O]` or `[O]` zeros, whose gradient is the sum over a layer's output gradients."""
+    """Zeros, whose gradient is the sum over a layer's output gradients."""
 
 
 class Counted(nnx.Variable):
@@ -47,12 +47,11 @@ class Counted(nnx.Variable):
 class Tapped(nnx.Module):
     """A layer that also accumulates the second moment of its inputs."""
 
-    def __init__(self, base: nnx.Module, name: str, counted: Counted, diagonal: bool, outputs: bool):
+    def __init__(self, base: nnx.Module, name: str, counted: Counted, rank: int | None, outputs: bool):
         inputs, features = matrix(base)
-        shape = lambda n: (n,) if diagonal else (n, n)  # noqa: E731
         self.base, self.name, self.counted = base, name, counted
-        self.sum = Sum((jnp.zeros(shape(inputs)), jnp.zeros(())))
-        self.cell = Cell(jnp.zeros(shape(features))) if outputs else None
+        self.sum = Sum(tuple(start(inputs, rank)))
+        self.cell = Cell(start(features, rank).total) if outputs else None
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
         """The output of the original layer."""
@@ -61,7 +60,8 @@ class Tapped(nnx.Module):
         weights = weigh(self.counted.get_value(), rows.shape[:-1], self.name)
         total, count = self.sum.get_value()
         seen = jax.lax.stop_gradient(rows)
-        self.sum.set_value((total + second(seen, weights, total.ndim), count + weights.sum()))
+        known = probes(*total.shape)
+        self.sum.set_value((total + second(seen, weights, known), count + weights.sum()))
         y = self.base(x, *args, **options)
         if self.cell is None:
             return y
@@ -92,7 +92,7 @@ def note(rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Arra
         return y, weights
 
     def backward(weights: Array, g: Array) -> tuple[Array, Array, Array]:
-        return g, second(rows_of(g), weights, cell.ndim), jnp.zeros_like(weights)
+        return g, second(rows_of(g), weights, probes(*cell.shape)), jnp.zeros_like(weights)
 
     identity.defvjp(forward, backward)
     return identity(y, cell, weights)
@@ -116,7 +116,7 @@ def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]
                 f"{path}: its kernel has shape {list(shape)}, layers stacked by scan or vmap: collect "
                 "from the model with its layers one by one"
             )
-        replace(copy, keys, Tapped(base, path, counted, watch.diagonal, watch.outputs))
+        replace(copy, keys, Tapped(base, path, counted, watch.rank, watch.outputs))
     return copy, names
 
 
@@ -135,7 +135,7 @@ def collect(
     mask: Callable[[Any], Any] | None = None,
     modules: Iterable[str] | None = None,
     rename: Callable[[str], Name] = lambda path: path,
-    diagonal: bool = False,
+    rank: int | None = None,
     outputs: bool = False,
     key: Array | None = None,
 ) -> dict[str, np.ndarray]:
@@ -143,8 +143,8 @@ def collect(
 
     The model is not changed. Of a Flax NNX model the `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum`
     layers are observed; of a PyTorch model the layers that PEFT adapts, or, without any, all linear layers
-    except the output head. Each takes `[I, I]` float32 on the device (`[I]` with `diagonal`), with `outputs`
-    also `[O, O]` (or `[O]`).
+    except the output head. Each takes `[I, I]` float32 on the device (`[I, 1 + 2 K]` with `rank=K`), with
+    `outputs` also `[O, O]` (or `[O, 1 + 2 K]`).
 
     More than eight arguments: each says something else of a foreign model; all but two have a default.
 
@@ -162,7 +162,8 @@ def collect(
       rename: the model's path of a layer (`"layers.0.q_proj"`) -> the adapters' name of the module, or a
         tuple of names if modules share the kernel, see `serving.wrap`. Layers that PEFT wraps already have
         the names of its adapters.
-      diagonal: keep only variances: much smaller, but ignores correlations between inputs.
+      rank: K of a matrix that stands, with a diagonal, for each moment: `[I, 1 + K]` in place of `[I, I]`. 0
+        keeps variances only, which ignores correlations between inputs; None the whole moments.
       outputs: gather `NAME:output` as well: gradients of the log-likelihood of labels that are drawn from the
         model's predictions, so that errors are weighted by their effect on the model's outputs. `forward`
         must then return logits.
@@ -173,10 +174,13 @@ def collect(
       it.
 
     Raises:
-      HydraOptError: a module without a layer (near paths are listed), a mask that does not fit, no batches.
+      HydraOptError: a module without a layer (near paths are listed), a mask that does not fit, no batches, a
+        negative rank.
     """
+    if rank is not None and rank < 0:
+        raise HydraOptError(f"rank={rank}: must be 0, for variances only, or more")
     key = jax.random.key(0) if key is None else key
-    watch = Watch(None if modules is None else tuple(modules), rename, diagonal, outputs)
+    watch = Watch(None if modules is None else tuple(modules), rename, rank, outputs)
     if hooks.is_torch(model):
         seed = int(jax.random.bits(key))
         return hooks.collect(model, batches, forward, mask, watch, seed)

@@ -16,7 +16,11 @@ from hydraopt_jax.errors import HydraOptError, exists
 @click.argument("text", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="safetensors file to write")
 @click.option("--outputs", is_flag=True, help="also gather moments of output gradients, by a backward pass")
-@click.option("--diagonal", is_flag=True, help="variances only: [I] per module in place of [I, I]")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=0),
+    help="a diagonal and a matrix of this rank, [I, 1 + RANK] per module, not [I, I]; 0: variances only",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
@@ -30,7 +34,14 @@ from hydraopt_jax.errors import HydraOptError, exists
 @click.option("--overwrite", is_flag=True, help="replace what is there")
 @output_options
 def calibrate(
-    model: str, text: str, out: str, outputs: bool, diagonal: bool, tokens: int, length: int, overwrite: bool
+    model: str,
+    text: str,
+    out: str,
+    outputs: bool,
+    rank: int | None,
+    tokens: int,
+    length: int,
+    overwrite: bool,
 ) -> None:
     """Write the file for --calibration: what MODEL's modules see when it reads TEXT.
 
@@ -51,7 +62,7 @@ def calibrate(
         read,
         length=length,
         tokens=tokens,
-        diagonal=diagonal,
+        rank=rank,
         outputs=outputs,
     )
     calibration.write_moments(out, moments)
@@ -59,7 +70,9 @@ def calibrate(
     widest, size = max(len(x) for x in inputs.values()), Path(out).stat().st_size
     table = report.columns("calibration", ">modules", ">tokens", ">widest input")
     table.add_row(report.shorten(out), str(len(inputs)), str(count), str(widest))
-    few = f"{count} tokens are fewer than the widest module's {widest} inputs: give more text"
+    needed = widest if rank is None else min(widest, rank)
+    what = f"the widest module's {widest} inputs" if rank is None else f"the {rank} directions of --rank"
+    few = f"{count} tokens are fewer than {what}: give more text"
     payload = {
         "out": out,
         "model": model,
@@ -67,8 +80,8 @@ def calibrate(
         "tokens": count,
         "widest": widest,
         "outputs": outputs,
-        "diagonal": diagonal,
+        "rank": rank,
         "bytes": size,
     }
     last = f"{out}: {report.format_bytes(size)}, for compress --calibration {shlex.quote(out)}"
-    say(payload, table, few if count < widest and not diagonal else None, last)
+    say(payload, table, few if count < needed else None, last)

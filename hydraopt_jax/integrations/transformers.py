@@ -73,7 +73,7 @@ def moments_of_text(
     *,
     length: int = 512,
     tokens: int = 16384,
-    diagonal: bool = False,
+    rank: int | None = None,
     outputs: bool = False,
 ) -> tuple[dict[str, np.ndarray], int]:
     """Second moments of a text, see `calibration.collect`, and how many of its tokens were read.
@@ -83,7 +83,7 @@ def moments_of_text(
       text: what the model will see, from its beginning.
       length: tokens per sequence, fewer where the model takes fewer.
       tokens: the most that are read.
-      diagonal, outputs: see `calibration.collect`.
+      rank, outputs: see `calibration.collect`.
 
     Raises:
       HydraOptError: a text of no tokens.
@@ -93,7 +93,7 @@ def moments_of_text(
         raise HydraOptError("the text has no tokens: give some thousand of what the model will see")
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     batches = [{"input_ids": x[None].to(model.device)} for x in found.split(length)]
-    return calibration.collect(model, batches, diagonal=diagonal, outputs=outputs), len(found)
+    return calibration.collect(model, batches, rank=rank, outputs=outputs), len(found)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -20,12 +20,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from hydraopt_jax.calibration import OUTPUT
+from hydraopt_jax.calibration import OUTPUT, matrix_of
+from hydraopt_jax.calibration.moments import diagonal_of, is_low_rank
 from hydraopt_jax.codec import noise_shaping
 from hydraopt_jax.errors import HydraOptError
 
-# what is added to a moment of mean eigenvalue 1, so that errors in unseen directions count too
-RIDGE = 1e-4
+# share of a moment of mean eigenvalue 1 that is replaced by the identity, as K-FAC's damping: inputs that few
+# tokens have not shown count, too
+RIDGE = 0.1
 # moments up to this size are decomposed as a whole; larger ones in a Krylov space of so many blocks, unless
 # that has more than half of their dimensions
 WHOLE, BLOCKS = 1024, 8
@@ -38,14 +40,15 @@ ROWS = 512
 
 
 class Metric(NamedTuple):
-    """A second moment, scaled to a mean eigenvalue of 1.
+    """A second moment, scaled to a mean eigenvalue of 1, of which `RIDGE` is the identity.
 
     Attributes:
       values: `[k]` eigenvalues.
       vectors: `[n, k]` eigenvectors; None for a diagonal moment, whose eigenvectors are the axes.
       scale: mean eigenvalue of the moment itself.
-      moment: `[n, n]` the moment itself, where the eigenvectors are those of a Krylov space, or where none
-        are known and only inner products (`gram`) are taken; None else.
+      moment: `[n, n]` the moment itself, or `[n, 1 + K]` for it (see `calibration.matrix_of`), where the
+        eigenvectors are those of a Krylov space, or where none are known and only inner products (`gram`) are
+        taken; None else.
       stands_for: `[k]` how many of the n dimensions each eigenvector of a Krylov space stands for; None for
         one each.
       filters: exponent of the ridge -> filter, and what it leaves of the form: those used last, kept here
@@ -106,8 +109,20 @@ def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
 
 def moment_product(moment: np.ndarray, scale: float, x: np.ndarray) -> np.ndarray:
     """`C @ x` of a moment over its scale, with its ridge; in float64, some rows of a moment at a time."""
+    if is_low_rank(moment):
+        root = moment[:, 1:].astype(np.float64)
+        return ridged((moment[:, :1] * x + root @ (root.T @ x)) / scale, x)
     parts = [moment[at : at + ROWS].astype(np.float64) @ x for at in range(0, len(moment), ROWS)]
-    return np.concatenate(parts, -2) / scale + RIDGE * x
+    return ridged(np.concatenate(parts, -2) / scale, x)
+
+
+def ridged(moment: np.ndarray, identity: np.ndarray | float) -> np.ndarray:
+    """A moment of mean eigenvalue 1 with its share of the identity; or what both do to vectors.
+
+    >>> ridged(np.array([0.0, 1.0]), 1.0).tolist()
+    [0.1, 1.0]
+    """
+    return (1 - RIDGE) * moment + RIDGE * identity
 
 
 def metric(
@@ -116,25 +131,28 @@ def metric(
     """The metric of a second moment.
 
     Args:
-      moment: `[n]` or `[n, n]`.
+      moment: `[n]`, `[n, n]` or `[n, 1 + K]`.
       name, size: its name, for errors, and n.
       around: `[n, S]` vectors that it weighs; None for any.
       inner: only inner products will be taken: nothing is decomposed.
     """
     moment = np.asarray(moment)
-    if moment.shape == (size, size) and not beyond_diagonal(moment):
-        moment = np.diagonal(moment)
-    diagonal = moment.ndim == 1
-    if moment.shape != ((size,) if diagonal else (size, size)):
+    if moment.shape[:1] != (size,) or moment.ndim > 2 or moment.shape[-1] > size:
         raise HydraOptError(
-            f"calibration: {name} has shape {list(moment.shape)}, its module needs {[size, size]}"
+            f"calibration: {name} has shape {list(moment.shape)}, its module needs {[size, size]}, "
+            f"[{size}, 1 + K] with a smaller K, or {[size]}"
         )
-    total = float(moment.sum(dtype=np.float64) if diagonal else np.trace(moment, dtype=np.float64))
-    if not np.isfinite(moment).all() or not total > 0:
-        raise HydraOptError(f"calibration: {name} is not a second moment (NaN, infinite or zero)")
+    variances = diagonal_of(moment)
+    if not beyond_diagonal(moment):
+        moment = variances
+    diagonal = moment.ndim == 1
+    total = float(variances.sum(dtype=np.float64))
+    negative = is_low_rank(moment) and (moment[:, 0] < 0).any()
+    if not np.isfinite(moment).all() or not total > 0 or negative:
+        raise HydraOptError(f"calibration: {name} is not a second moment (NaN, infinite, zero or negative)")
     scale = total / size
     if diagonal:
-        return Metric(np.maximum(moment.astype(np.float64) / scale, 0) + RIDGE, None, scale)
+        return Metric(ridged(np.maximum(moment.astype(np.float64) / scale, 0), 1.0), None, scale)
     if inner:
         return Metric(np.ones(size), None, scale, moment)
     filters: dict[float, tuple[noise_shaping.Filter, float]] | None = {} if has_filters(moment) else None
@@ -149,13 +167,13 @@ def metric(
         energy = np.square(inside.T @ (basis.T @ around)).sum(1)
         stands_for = dimensions(energy, residual < CONVERGED * values, size)
         return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment, stands_for, filters)
-    moment = moment.astype(np.float64)
+    moment = matrix_of(moment.astype(np.float64))
     values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
-    return Metric(np.maximum(values, 0) + RIDGE, vectors, scale, filters=filters)
+    return Metric(ridged(np.maximum(values, 0), 1.0), vectors, scale, filters=filters)
 
 
 def has_filters(moment: np.ndarray) -> bool:
-    """Whether errors have filters: in a full second moment of at most `SHAPED` dimensions.
+    """Whether errors have filters: in a second moment of at most `SHAPED` dimensions that is not diagonal.
 
     >>> has_filters(np.ones((2, 2))), has_filters(np.eye(2))
     (True, False)
@@ -170,8 +188,10 @@ def have_filters(modules: Iterable[str], calibration: Mapping[str, np.ndarray] |
 
 
 def beyond_diagonal(moment: np.ndarray) -> bool:
-    """Whether a matrix has more than its diagonal."""
-    return bool(np.count_nonzero(moment) > np.count_nonzero(np.diagonal(moment)))
+    """Whether a moment has more than its diagonal."""
+    if is_low_rank(moment):
+        return bool(moment[:, 1:].any())
+    return moment.ndim == 2 and bool(np.count_nonzero(moment) > np.count_nonzero(np.diagonal(moment)))
 
 
 def krylov_space(moment: np.ndarray, scale: float, around: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +301,7 @@ def usual_scale(calibration: Mapping[str, np.ndarray], outputs: bool) -> float:
     2.0
     """
     known = [np.asarray(v) for n, v in calibration.items() if n.endswith(OUTPUT) == outputs]
-    means = [float(np.mean(np.diag(v) if v.ndim == 2 else v)) for v in known]
+    means = [float(np.mean(diagonal_of(v))) for v in known]
     return float(np.exp(np.mean(np.log([x for x in means if np.isfinite(x) and x > 0] or [1.0]))))
 
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hydraopt_jax.calibration import matrix_of
 from hydraopt_jax.codec import encode, noise_shaping
-from hydraopt_jax.rate_control.metrics import RIDGE, Metric, Metrics
+from hydraopt_jax.rate_control.metrics import Metric, Metrics, ridged
 
 # filters are made for ridges that are so many octaves apart
 OCTAVES = 3
@@ -99,15 +100,16 @@ def whole_form(metric: Metric) -> np.ndarray:
     if metric.moment is None:
         assert metric.vectors is not None
         return (metric.vectors * metric.values) @ metric.vectors.T
-    form = (metric.moment.astype(np.float64) + metric.moment.T) / (2 * metric.scale)
-    ridge = RIDGE * np.eye(len(form))
+    moment = matrix_of(metric.moment.astype(np.float64))
+    form = (moment + moment.T) / (2 * metric.scale)
+    identity = np.eye(len(form))
     try:
         # rounding may have made it indefinite
-        np.linalg.cholesky(form + ridge / 2)
+        np.linalg.cholesky(ridged(form, identity / 2))
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(form)
         form = (vectors * np.maximum(values, 0)) @ vectors.T
-    return form + ridge
+    return ridged(form, identity)
 
 
 def rounded(ridge: np.ndarray) -> np.ndarray:

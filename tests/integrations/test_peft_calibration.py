@@ -86,7 +86,7 @@ def test_second_moments_are_those_of_the_adapted_modules_inputs(model, batches, 
     found = calibration.collect(model.train(), batches)
     rows = watched(copy.deepcopy(model), batches, f"base_model.model.{name}")
     np.testing.assert_allclose(found[name], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
-    full = calibration.collect(model, batches, diagonal=True, modules=[name])
+    full = calibration.collect(model, batches, rank=0, modules=[name])
     np.testing.assert_allclose(full[name], np.diag(found[name]), rtol=1e-4, atol=1e-6)
     assert set(full) == {name}
     # as PEFT's own files have them
@@ -154,7 +154,7 @@ def test_a_model_without_adapters_has_all_linear_layers_but_its_head(base, batch
     assert set(calibration.collect(base, batches, modules=["lm_head"])) == {"lm_head"}
     small = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=24, n_layer=1, n_head=2)
     gpt2 = transformers.GPT2LMHeadModel(small).eval()
-    assert calibration.collect(gpt2, batches, diagonal=True)["transformer.h.0.attn.c_attn"].shape == (24,)
+    assert calibration.collect(gpt2, batches, rank=0)["transformer.h.0.attn.c_attn"].shape == (24,)
 
 
 def test_a_forward_and_a_mask_of_ones_own(base, batches):

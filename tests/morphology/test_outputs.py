@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.morphology import mixture, outputs
+from experiments.morphology import outputs
 from experiments.morphology.pretrain import init_base
 from hydraopt_jax import calibration
 from hydraopt_jax.demo.evaluate import answer_all
@@ -78,14 +78,3 @@ def test_moments_are_positive_and_do_not_see_padding(base, lora, heard):
     wider = [np.pad(x, ((0, 0), (0, 0), (0, 3))) for x in heard]
     again = outputs.moments(base, lora, outputs.Sequences(*wider), jax.random.key(2))
     np.testing.assert_allclose(again["layers.0.up_proj"], found["layers.0.up_proj"], rtol=1e-4, atol=1e-5)
-
-
-def test_a_mixture_keeps_the_mean_eigenvalue_and_is_flat_at_no_share():
-    root = np.random.default_rng(0).normal(size=(5, 2))
-    moment = root @ root.T
-    for share in (0.0, 0.3, 1.0):
-        found = mixture.mixed(moment, share)
-        np.testing.assert_allclose(np.trace(found), np.trace(moment))
-        np.testing.assert_allclose(
-            found - share * moment, (1 - share) * np.trace(moment) / 5 * np.eye(5), atol=1e-12
-        )
