@@ -89,6 +89,10 @@ def test_second_moments_are_those_of_the_adapted_modules_inputs(model, batches, 
     full = calibration.collect(model, batches, rank=0, modules=[name])
     np.testing.assert_allclose(full[name], np.diag(found[name]), rtol=1e-4, atol=1e-6)
     assert set(full) == {name}
+    low = calibration.collect(model, batches, rank=3, modules=[name])
+    assert low[name].shape == (len(found[name]), 4)
+    wanted = calibration.matrix_of(np.asarray(calibration.reduced(found[name], 3)))
+    np.testing.assert_allclose(calibration.matrix_of(low[name]), wanted, atol=1e-3 * np.abs(wanted).max())
     # as PEFT's own files have them
     keys = peft.get_peft_model_state_dict(model)
     assert set(found) == {x.removeprefix("base_model.model.").split(".lora_")[0] for x in keys}
@@ -267,6 +271,18 @@ def test_the_command_gathers_gradients_and_says_what_is_little(place, capsys):
     status, _, error = run(capsys, *asked)
     assert status == 2
     assert "c.safetensors: exists" in error
+
+
+def test_the_command_gathers_moments_of_low_rank(place, capsys):
+    asked = ["calibrate", "adapter", "text.txt", "--out", "c.safetensors", "--outputs", "--rank", "4"]
+    status, said, error = run(capsys, *asked, "--json")
+    assert (status, error) == (0, "")
+    assert json.loads(said)["rank"] == 4
+    found = calibration.read_moments("c.safetensors")
+    assert {x.shape[1] for x in found.values()} == {5}
+    status, said, error = run(capsys, *asked, "--tokens", "3", "--overwrite")
+    assert (status, error) == (0, "")
+    assert "3 tokens are fewer than the 4 directions of --rank: give more text" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
