@@ -18,7 +18,17 @@ from flax import nnx
 from jax import Array
 
 from hydraopt_jax.calibration import hooks
-from hydraopt_jax.calibration.moments import Seen, Watch, aligned, averaged, chosen, probes, second, start
+from hydraopt_jax.calibration.moments import (
+    Seen,
+    Watch,
+    aligned,
+    averaged,
+    chosen,
+    probes,
+    second,
+    start,
+    width,
+)
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.formats.families import Name
 from hydraopt_jax.nnx_layers import (
@@ -44,14 +54,24 @@ class Counted(nnx.Variable):
     """Weights of the inputs, shared by all layers: `[...]` like the leading axes of a batch, or a scalar."""
 
 
+class Probes(nnx.Variable):
+    """What moments of a size are multiplied with, see `moments.probes`; shared by all layers."""
+
+
 class Tapped(nnx.Module):
     """A layer that also accumulates the second moment of its inputs."""
 
-    def __init__(self, base: nnx.Module, name: str, counted: Counted, rank: int | None, outputs: bool):
+    def __init__(
+        self, base: nnx.Module, name: str, counted: Counted, watch: Watch, known: dict[int, Probes | None]
+    ):
         inputs, features = matrix(base)
         self.base, self.name, self.counted = base, name, counted
-        self.sum = Sum(tuple(start(inputs, rank)))
-        self.cell = Cell(start(features, rank).total) if outputs else None
+        for n in (inputs, features):
+            vectors = probes(n, width(n, watch.rank))
+            known.setdefault(n, None if vectors is None else Probes(jnp.asarray(vectors)))
+        self.sum, self.before = Sum(tuple(start(inputs, watch.rank))), known[inputs]
+        self.cell = Cell(start(features, watch.rank).total) if watch.outputs else None
+        self.after = known[features] if watch.outputs else None
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
         """The output of the original layer."""
@@ -60,15 +80,19 @@ class Tapped(nnx.Module):
         weights = weigh(self.counted.get_value(), rows.shape[:-1], self.name)
         total, count = self.sum.get_value()
         seen = jax.lax.stop_gradient(rows)
-        known = probes(*total.shape)
-        self.sum.set_value((total + second(seen, weights, known), count + weights.sum()))
+        self.sum.set_value((total + second(seen, weights, value_of(self.before)), count + weights.sum()))
         y = self.base(x, *args, **options)
         if self.cell is None:
             return y
         made = jax.ShapeDtypeStruct((*weights.shape, y.size // max(weights.size, 1)), y.dtype)
         # the inverse of what only reorders entries
         rows_of = jax.linear_transpose(restore, made)
-        return note(lambda g: rows_of(g)[0], y, self.cell.get_value(), weights)
+        return note(lambda g: rows_of(g)[0], y, self.cell.get_value(), weights, value_of(self.after))
+
+
+def value_of(known: Probes | None) -> Array | None:
+    """The vectors of a variable, if there are any."""
+    return None if known is None else known.get_value()
 
 
 def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
@@ -81,21 +105,23 @@ def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
     return jnp.broadcast_to(counted.reshape(aligned(counted.shape, lead, name)), lead)
 
 
-def note(rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Array) -> Array:
+def note(
+    rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Array, known: Array | None
+) -> Array:
     """`y`; the derivative for `cell` is the sum over the gradients at y."""
 
     @jax.custom_vjp
-    def identity(y: Array, cell: Array, weights: Array) -> Array:
+    def identity(y: Array, cell: Array, seen: Any) -> Array:
         return y
 
-    def forward(y: Array, cell: Array, weights: Array) -> tuple[Array, Array]:
-        return y, weights
+    def forward(y: Array, cell: Array, seen: Any) -> tuple[Array, Any]:
+        return y, seen
 
-    def backward(weights: Array, g: Array) -> tuple[Array, Array, Array]:
-        return g, second(rows_of(g), weights, probes(*cell.shape)), jnp.zeros_like(weights)
+    def backward(seen: Any, g: Array) -> tuple[Array, Array, Any]:
+        return g, second(rows_of(g), *seen), jax.tree.map(jnp.zeros_like, seen)
 
     identity.defvjp(forward, backward)
-    return identity(y, cell, weights)
+    return identity(y, cell, (weights, known))
 
 
 def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]]:
@@ -107,7 +133,7 @@ def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]
     copy = nnx.merge(*nnx.split(model), copy=True)
     layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(copy) if is_layer(x)}
     names = chosen(layers, watch)
-    counted = Counted(jnp.ones(()))
+    counted, known = Counted(jnp.ones(())), dict[int, Probes | None]()
     for path in names:
         keys, base = layers[path]
         shape = kernel_of(base).get_value().shape
@@ -116,7 +142,7 @@ def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]
                 f"{path}: its kernel has shape {list(shape)}, layers stacked by scan or vmap: collect "
                 "from the model with its layers one by one"
             )
-        replace(copy, keys, Tapped(base, path, counted, watch.rank, watch.outputs))
+        replace(copy, keys, Tapped(base, path, counted, watch, known))
     return copy, names
 
 
