@@ -10,7 +10,7 @@ import pytest
 from commands import run
 
 from hydraopt_jax import HydraOptError, calibration, changes, compression, formats, store, synthetic
-from hydraopt_jax.calibration import tap
+from hydraopt_jax.calibration import moments, tap
 from hydraopt_jax.formats.memory_collection import in_memory
 from hydraopt_jax.rate_control import metrics, search, unweighing
 from hydraopt_jax.rate_control.options import Options
@@ -89,7 +89,7 @@ def test_a_diagonal_moment_is_the_matrix_it_stands_for_without_a_decomposition(m
 @pytest.mark.parametrize("around", [None, 2], ids=["decomposed", "krylov"])
 def test_a_share_of_the_identity_keeps_the_mean_eigenvalue(monkeypatch, share, around):
     """However a moment is given; of all, errors of outputs are those of weights."""
-    monkeypatch.setattr(metrics, "RIDGE", share)
+    monkeypatch.setattr(moments, "DAMPING", share)
     monkeypatch.setattr(metrics, "WHOLE", 16)
     full = 7 * decaying_moment(48)
     x = np.random.default_rng(0).standard_normal((48, 4))
@@ -172,7 +172,7 @@ def test_moments_that_rounding_made_indefinite_shape_noise(monkeypatch, whole):
     x = rng.standard_normal((48, 192)) * np.where(np.arange(192) < 40, 10, 1)
     rough = (x.T @ x / 100).astype(ml_dtypes.float8_e5m2).astype(np.float32)
     with pytest.raises(np.linalg.LinAlgError):
-        np.linalg.cholesky(metrics.ridged(rough / (np.trace(rough) / 192), np.eye(192)))
+        np.linalg.cholesky(metrics.damped(rough / (np.trace(rough) / 192), np.eye(192)))
     made = synthetic.collection(4, tasks=["a", "b"], modules={"q": (192, 64)}, rank=2, dtype="float32")
     found = compression.compress(made, max_error=0.01, calibration={"q": rough})
     assert np.nanmean(found.output_errors) <= 0.01

@@ -2,13 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from commands import run
 from flax import nnx
 
 import hydraopt_jax as hydra
-from hydraopt_jax import HydraOptError, calibration, merging, synthetic
-from hydraopt_jax.calibration.moments import diagonal_of, part_of
+from hydraopt_jax import HydraOptError, calibration, formats, merging, synthetic
+from hydraopt_jax.calibration import moments
+from hydraopt_jax.calibration.moments import diagonal_of
 from hydraopt_jax.rate_control import metrics, unweighing
 
 SIZE = 48
@@ -103,6 +106,63 @@ def test_it_composes_and_sums_of_runs_add_up():
     assert apart.shape == (4, SIZE, 7)
 
 
+@pytest.mark.parametrize("rank", [2, 8])
+def test_derivatives_are_finite_where_inputs_have_fewer_directions(rank):
+    x = jnp.asarray(inputs(4, rows=64))
+
+    def loss(rows):
+        found = calibration.mean(calibration.accumulate(calibration.start(SIZE, rank), rows))
+        return (found[:, 0] + (found[:, 1:] ** 2).sum(1)).sum()
+
+    found = jax.grad(loss)(x)
+    assert np.isfinite(found).all()
+    # the variances are exact whatever the rank is, so their sum has the derivative of theirs
+    np.testing.assert_allclose(found, 2 * x / len(x), rtol=0.05, atol=0.02 * np.abs(x).max() / len(x))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_file_in_half_precision_has_the_metric_of_its_numbers(dtype):
+    found = (400 * gathered(inputs(6, noise=0.1), 6)).astype(dtype)
+    exact = metrics.metric(found.astype(np.float64), "m", SIZE)
+    half = metrics.metric(found, "m", SIZE)
+    assert half.scale == pytest.approx(exact.scale, rel=1e-6)
+    np.testing.assert_allclose(half.values, exact.values, rtol=1e-6)
+    matrix = calibration.matrix_of(found)
+    np.testing.assert_allclose(matrix, calibration.matrix_of(found.astype(np.float64)), rtol=1e-4, atol=1)
+
+
+def test_a_large_one_is_never_a_matrix(monkeypatch):
+    monkeypatch.setattr(metrics, "WHOLE", 16)
+    monkeypatch.setattr(metrics, "BLOCKS", 4)
+    monkeypatch.setattr(metrics, "SHAPED", 16)
+    monkeypatch.setattr(metrics, "matrix_of", None)
+    monkeypatch.setattr(unweighing, "matrix_of", None)
+    x = np.random.default_rng(1).normal(size=(SIZE, 4))
+    found = gathered(inputs(6, noise=0.1), 6)
+    for inner in (False, True):
+        assert metrics.metric(found, "m", SIZE, x, inner).gram(x).shape == (4, 4)
+
+
+def test_the_damping_is_of_the_fingerprint(monkeypatch):
+    before = calibration.digest({"q": np.eye(3)})
+    monkeypatch.setattr(moments, "DAMPING", 0.2)
+    assert calibration.digest({"q": np.eye(3)}) != before
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: calibration.start(8, -1), "rank=-1: must be 0, for variances only, or more"),
+        (lambda: calibration.reduced(np.eye(8), -2), "rank=-2: must be 0"),
+        (lambda: calibration.reduced(np.ones((8, 3)), 2), r"shape \[8, 3\] is not whole"),
+        (lambda: calibration.reduced(np.ones(8), 2), r"shape \[8\] is not whole"),
+    ],
+)
+def test_what_has_no_rank_is_refused(call, said):
+    with pytest.raises(HydraOptError, match=said):
+        call()
+
+
 class Model(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(50, SIZE, rngs=rngs)
@@ -125,6 +185,11 @@ def test_a_model_is_seen_at_a_rank():
     assert found["k:output"].shape == (5, 5)
     for name, x in whole.items():
         np.testing.assert_allclose(diagonal_of(found[name]), np.diag(x), rtol=1e-3, atol=1e-9)
+        # what is added up batch by batch, on either side, is the whole moment's part
+        wanted = calibration.matrix_of(np.asarray(calibration.reduced(x, 8)))
+        np.testing.assert_allclose(calibration.matrix_of(found[name]), wanted, atol=1e-3 * np.abs(x).max())
+        # the reader's to change
+        found[name] *= 2
     with pytest.raises(HydraOptError, match="rank=-1: must be 0, for variances only, or more"):
         calibration.collect(model, batches, rank=-1)
 
@@ -144,7 +209,8 @@ def test_modules_of_one_kernel_have_their_own_outputs(rank):
         assert part.shape == ((12, 4) if rank == 3 else (12, 12))
         scale = np.abs(whole).max()
         np.testing.assert_allclose(calibration.matrix_of(part), whole[at, at], atol=1e-5 * scale)
-        np.testing.assert_array_equal(part, part_of(parts[f"{name}:output"], slice(None)))
+        assert part.flags.writeable
+    assert parts["part.0"] is not parts["part.1"]
 
 
 @pytest.mark.parametrize("whole", [SIZE, 16], ids=["decomposed", "krylov"])
@@ -194,6 +260,20 @@ def test_regression_mean_takes_it():
     dense = [{"q": calibration.matrix_of(x["q"])} for x in low]
     one, two = (merging.merge_adapters(made, "regmean", moments=x) for x in (low, dense))
     np.testing.assert_allclose(one.a["q"] @ one.b["q"], two.a["q"] @ two.b["q"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(HydraOptError, match="a second moment is"):
+        merging.merge_adapters(made, "regmean", moments=[{"q": np.ones((SIZE + 1, 3))}] * 2)
+
+
+def test_a_file_serves_compress_and_verify(tmp_path, capsys):
+    made = synthetic.collection(3, tasks=["a", "b"], modules={"q": (SIZE, 96)}, rank=4, dtype="float32")
+    for x in made:
+        formats.write_adapter(tmp_path / x.task, x)
+    path, out = tmp_path / "c.safetensors", tmp_path / "store"
+    calibration.write_moments(path, {"q": gathered(inputs(6, noise=0.1), 6)})
+    given = [tmp_path / x.task for x in made]
+    assert run(capsys, "compress", *given, "--out", out, "--max-error", "0.05", "--calibration", path)[0] == 0
+    status, _, error = run(capsys, "verify", out, *given, "--calibration", path)
+    assert (status, error) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from experiments.frontier.decisions import coded_as
 from hydraopt_jax import HydraOptError, adapters, forms, store, synthetic, tradeoff
+from hydraopt_jax.calibration import moments
 from hydraopt_jax.codec import fixed_rate
 from hydraopt_jax.compression import compress
 from hydraopt_jax.forms import diagonalization
 from hydraopt_jax.linalg import decompose
-from hydraopt_jax.rate_control import coding, distortion, metrics, mode_decision, problem, search
+from hydraopt_jax.rate_control import coding, distortion, mode_decision, problem, search
 from hydraopt_jax.store import sizes, task_factors
 from hydraopt_jax.store.store import task_errors
 
@@ -286,9 +287,9 @@ def test_calibration_lowers_the_output_error(alike):
     plain = at_budget(0.4)
     fitted = compress(alike, budget=0.4, calibration=calibration)
     assert output_error(fitted) < 0.8 * output_error(plain)
-    # what is stated counts errors in directions that inputs never have a little, too
+    # what is stated counts errors in directions that inputs never have, too
     stated = np.nanmean(fitted.output_errors)
-    np.testing.assert_allclose(output_error(fitted, metrics.RIDGE), stated, rtol=0.01)
+    np.testing.assert_allclose(output_error(fitted, moments.DAMPING), stated, rtol=0.01)
 
 
 def test_lossless_above_the_input(alike):

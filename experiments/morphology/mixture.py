@@ -3,7 +3,7 @@
     python -m experiments.morphology.mixture --data DATA --json experiments/morphology/results/mixture.json
 
 The forty adapters of the shared initialization, calibrated by `share * M + (1 - share) * mean eigenvalue * I`
-for each second moment M of inputs and output gradients (`metrics.RIDGE` is 1 - share): share 0 is that of
+for each second moment M of inputs and output gradients (`moments.DAMPING` is 1 - share): share 0 is that of
 errors of weights, but for what modules matter; of share 1 a ten-thousandth is the identity. For each share
 and budget: mean error of the weights, and divergence of the logits on prompts that the moments did not see.
 Rows are kept as they are done.
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from experiments.morphology.study import arguments, prepare
+from hydraopt_jax.calibration import moments
 from hydraopt_jax.formats.memory_collection import in_memory
-from hydraopt_jax.rate_control import engine, metrics
+from hydraopt_jax.rate_control import engine
 from hydraopt_jax.rate_control.options import Options
 
 BUDGETS = (0.125, 0.03)
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for budget, share in itertools.product(BUDGETS, SHARES):
         if any((x["budget"], x["share_of_moments"]) == (budget, share) for x in rows):
             continue
-        metrics.RIDGE = max(1 - share, LEAST)
+        moments.DAMPING = max(1 - share, LEAST)
         store = engine.compress_to_target(found, Options(budget=budget, calibration=study.moments))
         row = {"budget": budget, "share_of_moments": share} | study.measure(store)
         row["error"] = float(np.nanmean(np.asarray(store.errors)))

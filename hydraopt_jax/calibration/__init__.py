@@ -16,6 +16,7 @@ from hydraopt_jax.calibration.moments import (
     read_moments,
     reduced,
     start,
+    width,
     write_moments,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "read_moments",
     "reduced",
     "start",
+    "width",
     "write_moments",
 ]
 

@@ -1,6 +1,5 @@
 """A tap on a PyTorch model: what `tap` gathers, by forward hooks. PyTorch only when used."""
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,10 +54,11 @@ class Tap:
     Attributes:
       name: the layer's path.
       counted: which inputs of the batch count, `[...]` float32; None for all.
+      probes: size and device -> `moments.probes` there, for all layers.
     """
 
-    def __init__(self, name: str, rank: int | None, outputs: bool) -> None:
-        self.name, self.rank, self.outputs = name, rank, outputs
+    def __init__(self, name: str, rank: int | None, outputs: bool, probes: dict[Any, Any]) -> None:
+        self.name, self.rank, self.outputs, self.probes = name, rank, outputs, probes
         self.counted: Any = None
         self.total: Any = 0.0
         self.cell: Any = 0.0
@@ -70,7 +70,7 @@ class Tap:
 
         x = args[0] if args else next(iter(options.values()))
         weights = weigh(self.counted, x, self.name)
-        self.total = self.total + second(x, weights, self.rank)
+        self.total = self.total + self.second(x, weights)
         self.count += float(weights.sum())
         if not self.outputs:
             return None
@@ -80,10 +80,22 @@ class Tap:
 
         def note(gradient: Any) -> None:
             with torch.no_grad():
-                self.cell = self.cell + second(gradient, weights, self.rank)
+                self.cell = self.cell + self.second(gradient, weights)
 
         y.register_hook(note)
         return y
+
+    def second(self, rows: Any, weights: Any) -> Any:
+        """`second` of rows `[..., n]` at the rank that is asked for."""
+        import torch
+
+        size, place = rows.shape[-1], rows.device
+        if (size, place) not in self.probes:
+            vectors = probes(size, width(size, self.rank))
+            self.probes[size, place] = None if vectors is None else torch.tensor(vectors, device=place)
+        # whatever the model's forward runs in
+        with torch.autocast(place.type, enabled=False):
+            return second(rows, weights, self.probes[size, place])
 
     def seen(self) -> Seen:
         """What the layer has seen."""
@@ -103,27 +115,16 @@ def weigh(counted: Any, x: Any, name: str) -> Any:
     return counted.to(x.device).reshape(shape).broadcast_to(x.shape[:-1])
 
 
-def second(rows: Any, weights: Any, rank: int | None) -> Any:
-    """As `moments.second`, for rows `[..., n]` and a moment of a given rank."""
-    size = rows.shape[-1]
+def second(rows: Any, weights: Any, vectors: Any) -> Any:
+    """As `moments.second`."""
     keep = weights.reshape(-1, 1)
-    flat = rows.detach().reshape(-1, size).float().masked_fill(keep <= 0, 0.0)
+    flat = rows.detach().reshape(-1, rows.shape[-1]).float().masked_fill(keep <= 0, 0.0)
     weighted = flat * keep
-    known = probes_on(flat.device, size, width(size, rank))
-    if known is None:
+    if vectors is None:
         return flat.T @ weighted
-    out = flat.new_empty(size, 1 + known.shape[1])
-    out[:, 0], out[:, 1:] = (flat * weighted).sum(0), weighted.T @ (flat @ known)
+    out = flat.new_empty(flat.shape[1], 1 + vectors.shape[1])
+    out[:, 0], out[:, 1:] = (flat * weighted).sum(0), weighted.T @ (flat @ vectors)
     return out
-
-
-@functools.lru_cache(maxsize=16)
-def probes_on(device: Any, size: int, columns: int) -> Any:
-    """`moments.probes` on a device."""
-    import torch
-
-    known = probes(size, columns)
-    return None if known is None else torch.tensor(known, device=device)
 
 
 def collect(
@@ -139,7 +140,8 @@ def collect(
 
     layers = layers_of(model, watch.modules is not None)
     names = chosen(layers, watch)
-    taps = {path: Tap(path, watch.rank, watch.outputs) for path in names}
+    known: dict[Any, Any] = {}
+    taps = {path: Tap(path, watch.rank, watch.outputs, known) for path in names}
     handles = [layers[path].register_forward_hook(x, with_kwargs=True) for path, x in taps.items()]
     draw = torch.Generator().manual_seed(seed)
     empty = True

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -37,12 +36,16 @@ from safetensors.numpy import load_file
 from hydraopt_jax.errors import HydraOptError, near, system_error
 from hydraopt_jax.formats.families import Name
 from hydraopt_jax.formats.tensor_files import write_tensors
+from hydraopt_jax.linalg import factorizations
 from hydraopt_jax.linalg.decompose import matmul
 
 # suffix of a module's name for the moment of the gradients at its outputs
 OUTPUT = ":output"
 # smallest eigenvalue that is told from rounding errors in float32, over the largest
 ROUNDING = 1e-5
+# share of a moment of mean eigenvalue 1 that a metric takes as the identity, as K-FAC's damping: inputs that
+# few tokens have not shown count, too
+DAMPING = 0.1
 
 
 class Moment(NamedTuple):
@@ -73,7 +76,12 @@ def width(size: int, rank: int | None) -> int:
 
     >>> width(576, None), width(576, 64), width(576, 0), width(96, 64)
     (576, 129, 1, 96)
+
+    Raises:
+      HydraOptError: a negative rank.
     """
+    if rank is not None and rank < 0:
+        raise HydraOptError(f"rank={rank}: must be 0, for variances only, or more")
     return size if rank is None else min(size, 1 + 2 * rank)
 
 
@@ -104,32 +112,27 @@ def accumulate(moment: Moment, x: Array, mask: Array | None = None) -> Moment:
      [0.  2. ]]
     """
     keep = jnp.ones(x.shape[:-1]) if mask is None else mask.astype(jnp.float32)
-    known = probes(*moment.total.shape)
-    return Moment(moment.total + second(x, keep, known), moment.count + keep.sum())
+    vectors = probes(*moment.total.shape)
+    return Moment(moment.total + second(x, keep, vectors), moment.count + keep.sum())
 
 
-def second(rows: Array, weights: Array, probes: Array | np.ndarray | None) -> Array:
-    """Sum of `x x.T` over rows `[..., n]`; with probes `[n, P]` its diagonal and its product with them,
-    `[n, 1 + P]`. Rows of weight 0 may be no numbers."""
+def second(rows: Array, weights: Array, vectors: Array | np.ndarray | None) -> Array:
+    """Sum of `x x.T` over rows `[..., n]`; with vectors `[n, P]`, see `probes`, its diagonal and its products
+    with them, `[n, 1 + P]`. Rows of weight 0 may be no numbers."""
     keep = weights.reshape(-1, 1)
     flat = jnp.where(keep > 0, rows.reshape(-1, rows.shape[-1]).astype(jnp.float32), 0.0)
     weighted = flat * keep
-    if probes is None:
+    if vectors is None:
         return matmul(flat.T, weighted)
     squares = (flat * weighted).sum(0)[:, None]
-    return jnp.concatenate([squares, matmul(weighted.T, matmul(flat, jnp.asarray(probes)))], 1)
+    return jnp.concatenate([squares, matmul(weighted.T, matmul(flat, jnp.asarray(vectors)))], 1)
 
 
 def mean(moment: Moment) -> Array:
     """`E[x x.T]`, `[I, I]`, or what stands for it: `[I, 1 + K]`, see `matrix_of`, or the diagonal `[I]`."""
-    return finished(moment.total / jnp.maximum(moment.count, 1.0))
-
-
-def finished(total: Array | np.ndarray) -> Array:
-    """The moment of a sum over its count, see `mean`."""
-    known = probes(*total.shape)
-    total = jnp.asarray(total)
-    return total if known is None else low_rank(total, known)
+    total = moment.total / jnp.maximum(moment.count, 1.0)
+    vectors = probes(*total.shape)
+    return total if vectors is None else low_rank(total, jnp.asarray(vectors))
 
 
 def reduced(moment: Array | np.ndarray, rank: int) -> Array:
@@ -137,16 +140,22 @@ def reduced(moment: Array | np.ndarray, rank: int) -> Array:
 
     >>> reduced(np.diag([1.0, 2.0]), 0).tolist()
     [1.0, 2.0]
+
+    Raises:
+      HydraOptError: a moment that is not whole, or a negative rank.
     """
-    moment = jnp.asarray(moment)
-    known = probes(len(moment), width(len(moment), rank))
-    if known is None:
+    moment = jnp.asarray(moment, jnp.float32)
+    if moment.shape != (len(moment),) * 2:
+        raise HydraOptError(f"a moment of shape {list(moment.shape)} is not whole: it cannot be reduced")
+    vectors = probes(len(moment), width(len(moment), rank))
+    if vectors is None:
         return moment
-    products = matmul(moment, jnp.asarray(known))
-    return low_rank(jnp.concatenate([jnp.diagonal(moment)[:, None], products], 1), known)
+    products = matmul(moment, jnp.asarray(vectors))
+    sketch = jnp.concatenate([jnp.diagonal(moment)[:, None], products], 1)
+    return low_rank(sketch, jnp.asarray(vectors))
 
 
-def low_rank(sketch: Array, probes: Array | np.ndarray) -> Array:
+def low_rank(sketch: Array, vectors: Array) -> Array:
     """A diagonal plus a matrix of rank K, from a moment's diagonal and its products with random vectors.
 
     With Y = C P, `Y (P.T Y)^+ Y.T` is at most C, and near it along its large eigenvectors; K of them are
@@ -154,7 +163,7 @@ def low_rank(sketch: Array, probes: Array | np.ndarray) -> Array:
 
     Args:
       sketch: `[n, 1 + 2 K]`.
-      probes: P, `[n, 2 K]`.
+      vectors: P, `[n, 2 K]`, see `probes`.
 
     Returns:
       `[n, 1 + K]`, see `matrix_of`; `[n]`, the diagonal, for K = 0.
@@ -163,12 +172,11 @@ def low_rank(sketch: Array, probes: Array | np.ndarray) -> Array:
     rank = products.shape[1] // 2
     if not rank:
         return diagonal
-    inner = matmul(jnp.asarray(probes).T, products)
-    values, vectors = jnp.linalg.eigh((inner + inner.T) / 2)
+    values, axes = factorizations.eigh(matmul(vectors.T, products))
     # below it are the rounding errors of the sums
-    kept = values > ROUNDING * values[-1]
-    scale = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1.0)), 0.0)
-    u, s, _ = jnp.linalg.svd(matmul(products, vectors * scale), full_matrices=False)
+    inverse = factorizations.safe_inverse(values, ROUNDING * jnp.maximum(values[-1], 0.0))
+    scale = factorizations.safe_sqrt(inverse)
+    u, s, _ = factorizations.thin_svd(matmul(products, axes * scale))
     root = (u * s)[:, :rank]
     rest = jnp.maximum(diagonal - (root * root).sum(1), 0.0)
     return jnp.concatenate([rest[:, None], root], 1)
@@ -188,18 +196,19 @@ def matrix_of(moment: np.ndarray) -> np.ndarray:
     """
     if not is_low_rank(moment):
         return np.diag(moment) if moment.ndim == 1 else moment
-    return np.diag(moment[:, 0]) + moment[:, 1:] @ moment[:, 1:].T
+    root = np.asarray(moment[:, 1:], np.promote_types(moment.dtype, np.float32))
+    return np.diag(moment[:, 0]) + root @ root.T
 
 
 def diagonal_of(moment: np.ndarray) -> np.ndarray:
-    """The diagonal `[I]` of a moment in any form, see `matrix_of`.
+    """The diagonal `[I]` of a moment in any form, see `matrix_of`, in float64.
 
     >>> diagonal_of(np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])).tolist()
     [5.0, 3.0, 1.0]
     """
     if is_low_rank(moment):
-        return moment[:, 0] + np.square(moment[:, 1:]).sum(1)
-    return np.diagonal(moment) if moment.ndim == 2 else moment
+        return moment[:, 0] + np.square(moment[:, 1:], dtype=np.float64).sum(1)
+    return np.asarray(np.diagonal(moment) if moment.ndim == 2 else moment, np.float64)
 
 
 def is_low_rank(moment: np.ndarray) -> bool:
@@ -212,7 +221,9 @@ def part_of(moment: np.ndarray, at: slice) -> np.ndarray:
     if moment.ndim == 2 and not is_low_rank(moment):
         return moment[at, at]
     part = moment[at]
-    return part if part.ndim == 1 or is_low_rank(part) else matrix_of(moment)[at, at]
+    if part.ndim == 1 or is_low_rank(part):
+        return part
+    return np.diag(part[:, 0]) + part[:, 1:] @ part[:, 1:].T
 
 
 class Seen(NamedTuple):
@@ -260,17 +271,23 @@ def averaged(seen: Mapping[str, Seen], names: Mapping[str, Name], watch: Watch) 
             continue
         if not all(np.isfinite(y).all() for y in (x.total, x.outputs) if y is not None):
             raise HydraOptError(f"{path}: the model's numbers there are not finite")
-        inputs = np.asarray(finished(x.total / x.count))
-        out |= dict.fromkeys(shared, inputs)
+        inputs = finished(x.total / x.count)
+        out |= {one: inputs.copy() for one in shared}
         if x.outputs is not None:
             # in the same units for all: per input of the batch
-            outputs = np.asarray(finished(x.outputs / largest))
+            outputs = finished(x.outputs / largest)
             size = len(outputs) // len(shared)
             for n, one in enumerate(shared):
-                out[one + OUTPUT] = part_of(outputs, slice(n * size, (n + 1) * size))
+                out[one + OUTPUT] = part_of(outputs, slice(n * size, (n + 1) * size)).copy()
     if not out:
         raise HydraOptError("forward calls no layer that is tapped: nothing was collected")
     return out
+
+
+def finished(total: np.ndarray) -> np.ndarray:
+    """The moment of a sum over its count, see `mean`."""
+    vectors = probes(*total.shape)
+    return total if vectors is None else np.asarray(low_rank(jnp.asarray(total), jnp.asarray(vectors)))
 
 
 def chosen(paths: Iterable[str], watch: Watch) -> dict[str, Name]:
@@ -326,12 +343,12 @@ def write_moments(path: str | os.PathLike, moments: Mapping[str, np.ndarray]) ->
 
 
 def digest(moments: Mapping[str, np.ndarray]) -> str:
-    """A fingerprint of a calibration: 16 hexadecimal digits of a hash of its float32 numbers.
+    """A fingerprint of a calibration: 16 hexadecimal digits of a hash of its float32 numbers and the damping.
 
     >>> digest({"q": np.eye(2)}) == digest({"q": np.eye(2, dtype=np.float32)})
     True
     """
-    out = hashlib.sha256()
+    out = hashlib.sha256(json.dumps(DAMPING).encode())
     for name in sorted(moments):
         x = np.ascontiguousarray(moments[name], np.float32)
         out.update(json.dumps([name, x.shape]).encode())

@@ -3,11 +3,13 @@
 This module is for Flax NNX; `hooks` does the same for PyTorch.
 
 The model is copied; the copy shares its arrays. In the copy each layer is replaced by one that also adds
-`x.T @ x` to a sum. For output gradients, each layer also passes its output through an identity whose second
-argument is a matrix of zeros and whose derivative with respect to that argument is `g.T @ g`. One backward
-pass then gives the sums of all layers, for any shapes and any number of calls per layer.
+`x.T @ x` to a sum, or, for a moment of low rank, its diagonal and its products with a few vectors. For output
+gradients, each layer also passes its output through an identity whose second argument is a matrix of zeros
+and whose derivative with respect to that argument is the same sum of `g.T @ g`. One backward pass then gives
+the sums of all layers, for any shapes and any number of calls per layer.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,16 +64,13 @@ class Tapped(nnx.Module):
     """A layer that also accumulates the second moment of its inputs."""
 
     def __init__(
-        self, base: nnx.Module, name: str, counted: Counted, watch: Watch, known: dict[int, Probes | None]
+        self, base: nnx.Module, name: str, counted: Counted, watch: Watch, probes_of: Callable[[int], Any]
     ):
         inputs, features = matrix(base)
         self.base, self.name, self.counted = base, name, counted
-        for n in (inputs, features):
-            vectors = probes(n, width(n, watch.rank))
-            known.setdefault(n, None if vectors is None else Probes(jnp.asarray(vectors)))
-        self.sum, self.before = Sum(tuple(start(inputs, watch.rank))), known[inputs]
+        self.sum, self.input_probes = Sum(tuple(start(inputs, watch.rank))), probes_of(inputs)
         self.cell = Cell(start(features, watch.rank).total) if watch.outputs else None
-        self.after = known[features] if watch.outputs else None
+        self.output_probes = probes_of(features) if watch.outputs else None
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
         """The output of the original layer."""
@@ -80,19 +79,21 @@ class Tapped(nnx.Module):
         weights = weigh(self.counted.get_value(), rows.shape[:-1], self.name)
         total, count = self.sum.get_value()
         seen = jax.lax.stop_gradient(rows)
-        self.sum.set_value((total + second(seen, weights, value_of(self.before)), count + weights.sum()))
+        self.sum.set_value(
+            (total + second(seen, weights, value_of(self.input_probes)), count + weights.sum())
+        )
         y = self.base(x, *args, **options)
         if self.cell is None:
             return y
         made = jax.ShapeDtypeStruct((*weights.shape, y.size // max(weights.size, 1)), y.dtype)
         # the inverse of what only reorders entries
         rows_of = jax.linear_transpose(restore, made)
-        return note(lambda g: rows_of(g)[0], y, self.cell.get_value(), weights, value_of(self.after))
+        return note(lambda g: rows_of(g)[0], y, self.cell.get_value(), weights, value_of(self.output_probes))
 
 
-def value_of(known: Probes | None) -> Array | None:
+def value_of(variable: Probes | None) -> Array | None:
     """The vectors of a variable, if there are any."""
-    return None if known is None else known.get_value()
+    return None if variable is None else variable.get_value()
 
 
 def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
@@ -106,7 +107,7 @@ def weigh(counted: Array, lead: tuple[int, ...], name: str) -> Array:
 
 
 def note(
-    rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Array, known: Array | None
+    rows_of: Callable[[Array], Array], y: Array, cell: Array, weights: Array, vectors: Array | None
 ) -> Array:
     """`y`; the derivative for `cell` is the sum over the gradients at y."""
 
@@ -121,7 +122,7 @@ def note(
         return g, second(rows_of(g), *seen), jax.tree.map(jnp.zeros_like, seen)
 
     identity.defvjp(forward, backward)
-    return identity(y, cell, (weights, known))
+    return identity(y, cell, (weights, vectors))
 
 
 def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]]:
@@ -133,7 +134,13 @@ def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]
     copy = nnx.merge(*nnx.split(model), copy=True)
     layers = {dotted(path): (path, x) for path, x in nnx.iter_modules(copy) if is_layer(x)}
     names = chosen(layers, watch)
-    counted, known = Counted(jnp.ones(())), dict[int, Probes | None]()
+    counted = Counted(jnp.ones(()))
+
+    @functools.cache
+    def probes_of(size: int) -> Probes | None:
+        vectors = probes(size, width(size, watch.rank))
+        return None if vectors is None else Probes(jnp.asarray(vectors))
+
     for path in names:
         keys, base = layers[path]
         shape = kernel_of(base).get_value().shape
@@ -142,7 +149,7 @@ def tapped(model: nnx.Module, watch: Watch) -> tuple[nnx.Module, dict[str, Name]
                 f"{path}: its kernel has shape {list(shape)}, layers stacked by scan or vmap: collect "
                 "from the model with its layers one by one"
             )
-        replace(copy, keys, Tapped(base, path, counted, watch, known))
+        replace(copy, keys, Tapped(base, path, counted, watch, probes_of))
     return copy, names
 
 
@@ -203,8 +210,7 @@ def collect(
       HydraOptError: a module without a layer (near paths are listed), a mask that does not fit, no batches, a
         negative rank.
     """
-    if rank is not None and rank < 0:
-        raise HydraOptError(f"rank={rank}: must be 0, for variances only, or more")
+    width(1, rank)
     key = jax.random.key(0) if key is None else key
     watch = Watch(None if modules is None else tuple(modules), rename, rank, outputs)
     if hooks.is_torch(model):

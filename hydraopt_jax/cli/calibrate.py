@@ -70,8 +70,9 @@ def calibrate(
     widest, size = max(len(x) for x in inputs.values()), Path(out).stat().st_size
     table = report.columns("calibration", ">modules", ">tokens", ">widest input")
     table.add_row(report.shorten(out), str(len(inputs)), str(count), str(widest))
-    needed = widest if rank is None else min(widest, rank)
-    what = f"the widest module's {widest} inputs" if rank is None else f"the {rank} directions of --rank"
+    needed, what = widest, f"the widest module's {widest} inputs"
+    if rank is not None and calibration.width(widest, rank) < widest:
+        needed, what = rank, f"the {rank} directions of --rank"
     few = f"{count} tokens are fewer than {what}: give more text"
     payload = {
         "out": out,

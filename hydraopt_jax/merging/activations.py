@@ -34,7 +34,8 @@ def regmean(
       a, b: `[T, I, R]`, `[T, R, O]`.
       weights: `[T]`.
       rank: S; `T * R` keeps all.
-      moments: T of `[I, I]`, or `[I]` where only the diagonal is known, see `calibration`.
+      moments: T of `[I, I]`, of `[I, 1 + K]` for one of low rank, or `[I]` where only the diagonal is known,
+        see `calibration.matrix_of`.
       off_diagonal: factor of the off-diagonal entries, in [0, 1].
 
     Returns:
@@ -50,10 +51,9 @@ def regmean(
     if len(moments) != tasks:
         raise HydraOptError(f"regmean: {len(moments)} second moments for {tasks} tasks: give one each")
     for moment in moments:
-        if jnp.shape(moment) not in ((inputs,), (inputs, inputs)):
-            raise HydraOptError(
-                f"regmean: a second moment is {jnp.shape(moment)}, the module has {inputs} inputs"
-            )
+        shape = jnp.shape(moment)
+        if shape[:1] != (inputs,) or len(shape) > 2 or shape[-1] > inputs:
+            raise HydraOptError(f"regmean: a second moment is {shape}, the module has {inputs} inputs")
     # a matrix is formed only where one is given: diagonals are for modules where it would be too large
     whole = any(jnp.ndim(x) == 2 for x in moments)
 
@@ -61,6 +61,8 @@ def regmean(
         moment = jnp.asarray(moment, jnp.float32)
         if moment.ndim == 1:
             return jnp.diag(moment) if whole else moment
+        if moment.shape[1] < inputs:
+            moment = jnp.diag(moment[:, 0]) + matmul(moment[:, 1:], moment[:, 1:].T)
         return off_diagonal * moment + (1 - off_diagonal) * jnp.diag(jnp.diagonal(moment))
 
     total, sides = jnp.zeros((inputs, inputs) if whole else inputs), []

@@ -12,7 +12,6 @@ import numpy as np
 
 from hydraopt_jax import adapters
 from hydraopt_jax.adapters import Adapter
-from hydraopt_jax.calibration import matrix_of
 from hydraopt_jax.errors import HydraOptError
 from hydraopt_jax.factors import without_zeros
 from hydraopt_jax.linalg import decompose
@@ -74,7 +73,7 @@ def merge_module(
         traced["key"] = jax.random.fold_in(options["key"], zlib.crc32(module.encode()))
     if "moments" in traced:
         # one moment at a time on the device
-        rows = [y if np.ndim(y) == 1 else matrix_of(y) for x in traced.pop("moments") for y in [x[module]]]
+        rows = [x[module] for x in traced.pop("moments")]
         return method.function(a, b, weights, moments=rows, **dict(static))
     return _jitted(method.function, static)(a, b, weights, **{k: v for k, v in traced.items() if k in known})
 

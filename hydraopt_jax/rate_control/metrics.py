@@ -20,14 +20,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from hydraopt_jax.calibration import OUTPUT, matrix_of
+from hydraopt_jax.calibration import OUTPUT, matrix_of, moments
 from hydraopt_jax.calibration.moments import diagonal_of, is_low_rank
 from hydraopt_jax.codec import noise_shaping
 from hydraopt_jax.errors import HydraOptError
 
-# share of a moment of mean eigenvalue 1 that is replaced by the identity, as K-FAC's damping: inputs that few
-# tokens have not shown count, too
-RIDGE = 0.1
 # moments up to this size are decomposed as a whole; larger ones in a Krylov space of so many blocks, unless
 # that has more than half of their dimensions
 WHOLE, BLOCKS = 1024, 8
@@ -40,7 +37,7 @@ ROWS = 512
 
 
 class Metric(NamedTuple):
-    """A second moment, scaled to a mean eigenvalue of 1, of which `RIDGE` is the identity.
+    """A second moment, scaled to a mean eigenvalue of 1, of which `moments.DAMPING` is the identity.
 
     Attributes:
       values: `[k]` eigenvalues.
@@ -108,21 +105,21 @@ def coordinates(metrics: Sequence[Metric | None], x: np.ndarray) -> np.ndarray:
 
 
 def moment_product(moment: np.ndarray, scale: float, x: np.ndarray) -> np.ndarray:
-    """`C @ x` of a moment over its scale, with its ridge; in float64, some rows of a moment at a time."""
+    """`C @ x` of a moment over its scale, damped; in float64, some rows of a moment at a time."""
     if is_low_rank(moment):
         root = moment[:, 1:].astype(np.float64)
-        return ridged((moment[:, :1] * x + root @ (root.T @ x)) / scale, x)
+        return damped((moment[:, :1].astype(np.float64) * x + root @ (root.T @ x)) / scale, x)
     parts = [moment[at : at + ROWS].astype(np.float64) @ x for at in range(0, len(moment), ROWS)]
-    return ridged(np.concatenate(parts, -2) / scale, x)
+    return damped(np.concatenate(parts, -2) / scale, x)
 
 
-def ridged(moment: np.ndarray, identity: np.ndarray | float) -> np.ndarray:
+def damped(moment: np.ndarray, identity: np.ndarray | float) -> np.ndarray:
     """A moment of mean eigenvalue 1 with its share of the identity; or what both do to vectors.
 
-    >>> ridged(np.array([0.0, 1.0]), 1.0).tolist()
+    >>> damped(np.array([0.0, 1.0]), 1.0).tolist()
     [0.1, 1.0]
     """
-    return (1 - RIDGE) * moment + RIDGE * identity
+    return (1 - moments.DAMPING) * moment + moments.DAMPING * identity
 
 
 def metric(
@@ -146,13 +143,13 @@ def metric(
     if not beyond_diagonal(moment):
         moment = variances
     diagonal = moment.ndim == 1
-    total = float(variances.sum(dtype=np.float64))
+    total = float(variances.sum())
     negative = is_low_rank(moment) and (moment[:, 0] < 0).any()
-    if not np.isfinite(moment).all() or not total > 0 or negative:
+    if not np.isfinite(moment).all() or not 0 < total < np.inf or negative:
         raise HydraOptError(f"calibration: {name} is not a second moment (NaN, infinite, zero or negative)")
     scale = total / size
     if diagonal:
-        return Metric(ridged(np.maximum(moment.astype(np.float64) / scale, 0), 1.0), None, scale)
+        return Metric(damped(np.maximum(moment.astype(np.float64) / scale, 0), 1.0), None, scale)
     if inner:
         return Metric(np.ones(size), None, scale, moment)
     filters: dict[float, tuple[noise_shaping.Filter, float]] | None = {} if has_filters(moment) else None
@@ -166,10 +163,10 @@ def metric(
         residual = np.linalg.norm(np.linalg.qr(beyond)[1] @ inside[last], axis=0)
         energy = np.square(inside.T @ (basis.T @ around)).sum(1)
         stands_for = dimensions(energy, residual < CONVERGED * values, size)
-        return Metric(np.maximum(values, RIDGE), basis @ inside, scale, moment, stands_for, filters)
+        return Metric(np.maximum(values, moments.DAMPING), basis @ inside, scale, moment, stands_for, filters)
     moment = matrix_of(moment.astype(np.float64))
     values, vectors = np.linalg.eigh((moment + moment.T) / (2 * scale))
-    return Metric(ridged(np.maximum(values, 0), 1.0), vectors, scale, filters=filters)
+    return Metric(damped(np.maximum(values, 0), 1.0), vectors, scale, filters=filters)
 
 
 def has_filters(moment: np.ndarray) -> bool:

@@ -29,9 +29,10 @@ class Options(NamedTuple):
       max_task_error: largest relative squared error of any task, the mean over its modules; with weights, of
         the tasks of the least weight, and of one of n times this weight an n-th of it.
       weights: task name -> weight of its relative error, 1 where not named: the weighted mean is minimized.
-      calibration: module name -> second moment `[I, I]` of its inputs, or `[I]` for a diagonal one; errors
-        are then those of the modules' outputs. With `NAME:output` -> second moment of the gradients at its
-        outputs, the error estimates the divergence of the model's outputs (see `calibration`).
+      calibration: module name -> second moment `[I, I]` of its inputs, `[I, 1 + K]` for one of low rank, or
+        `[I]` for a diagonal one; errors are then those of the modules' outputs. With `NAME:output` -> second
+        moment of the gradients at its outputs, the error estimates the divergence of the model's outputs (see
+        `calibration`).
       share: whether tasks may share factors or be predicted from one another.
       extras_dtype: wider full tensors are rounded to it, one of `tensors.DTYPES`; None keeps them.
     """

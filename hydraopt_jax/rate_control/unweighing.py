@@ -6,7 +6,7 @@ import numpy as np
 
 from hydraopt_jax.calibration import matrix_of
 from hydraopt_jax.codec import encode, noise_shaping
-from hydraopt_jax.rate_control.metrics import Metric, Metrics, ridged
+from hydraopt_jax.rate_control.metrics import Metric, Metrics, damped
 
 # filters are made for ridges that are so many octaves apart
 OCTAVES = 3
@@ -45,7 +45,7 @@ def filtered(metric: Metric, plain: np.ndarray, ridge: np.ndarray) -> np.ndarray
 
 
 def shapes_noise(metric: Metric | None) -> bool:
-    """Whether errors have filters: those in a full moment of at most `SHAPED` dimensions."""
+    """Whether errors have filters: those in a moment of at most `SHAPED` dimensions that is not diagonal."""
     return metric is not None and metric.filters is not None
 
 
@@ -96,7 +96,7 @@ def forget_filters(metrics: Mapping[str, Metrics]) -> None:
 
 
 def whole_form(metric: Metric) -> np.ndarray:
-    """The moment `[n, n]` over its scale, with its ridge; positive definite."""
+    """The moment `[n, n]` over its scale, damped; positive definite."""
     if metric.moment is None:
         assert metric.vectors is not None
         return (metric.vectors * metric.values) @ metric.vectors.T
@@ -105,11 +105,11 @@ def whole_form(metric: Metric) -> np.ndarray:
     identity = np.eye(len(form))
     try:
         # rounding may have made it indefinite
-        np.linalg.cholesky(ridged(form, identity / 2))
+        np.linalg.cholesky(damped(form, identity / 2))
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(form)
         form = (vectors * np.maximum(values, 0)) @ vectors.T
-    return ridged(form, identity)
+    return damped(form, identity)
 
 
 def rounded(ridge: np.ndarray) -> np.ndarray:

@@ -98,6 +98,24 @@ def test_second_moments_are_those_of_the_adapted_modules_inputs(model, batches, 
     assert set(found) == {x.removeprefix("base_model.model.").split(".lora_")[0] for x in keys}
 
 
+@pytest.mark.parametrize("rank", [None, 0, 3])
+def test_sums_are_in_float32_whatever_the_model_runs_in(model, batches, rank):
+    def forward(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(**batch)
+
+    wanted = calibration.collect(model, batches, outputs=True, rank=rank)
+    found = calibration.collect(model, batches, forward=forward, outputs=True, rank=rank)
+    for name in (Q, f"{Q}:output"):
+        one, two = (calibration.matrix_of(x[name]) for x in (found, wanted))
+        np.testing.assert_allclose(one, two, atol=0.05 * np.abs(two).max())
+    low = calibration.collect(model, batches, outputs=True, rank=3)[f"{Q}:output"]
+    whole = calibration.collect(model, batches, outputs=True)[f"{Q}:output"]
+    assert low.shape == (len(whole), 4)
+    reduced = calibration.matrix_of(np.asarray(calibration.reduced(whole, 3)))
+    np.testing.assert_allclose(calibration.matrix_of(low), reduced, atol=1e-3 * np.abs(reduced).max())
+
+
 @pytest.mark.parametrize("name", [Q, DOWN])
 def test_output_moments_are_those_of_the_gradients(model, batches, name):
     key = jax.random.key(3)
