@@ -22,6 +22,8 @@ from experiments.llm.plot import Point, plot
 from experiments.llm.tasks import TASKS
 
 HERE = Path(__file__).parent
+# of rows of moments at a rank, which are compared among themselves
+AT_RANK = "calibrated at rank"
 # beginning of the rows' names, greatest mean drop, greatest drop of a task
 ONE_START = (
     ("HydraOpt K = 16", 0.018, None),
@@ -199,7 +201,7 @@ def target_lines(rows: dict[str, list[Summary]]) -> list[str]:
     for regime, targets in TARGETS.items():
         for name, mean, worst in targets:
             for x in rows.get(regime, []):
-                if x.row == name or x.row.startswith(f"{name},"):
+                if x.row == name or (x.row.startswith(f"{name},") and AT_RANK not in x.row):
                     found = f"{percent(x.drop, x.drop_interval)} | {100 * mean:g}%"
                     last = f"{percent(x.worst, x.worst_interval)}, {x.worst_task}"
                     last += " | " + (f"{100 * worst:g}%" if worst else "")
@@ -213,7 +215,7 @@ def target_lines(rows: dict[str, list[Summary]]) -> list[str]:
 def points(rows: list[Summary]) -> list[Point]:
     """What the figure shows of the rows: their kept score in percent."""
     out = []
-    for x in rows:
+    for x in (x for x in rows if AT_RANK not in x.row):
         low, high = (100 * (1 - v) for v in reversed(x.drop_interval))
         out.append(Point(x.row, x.share, 100 * (1 - x.drop), low, high, 100 * x.gain_kept))
     return out
