@@ -196,6 +196,11 @@ def matrix_of(moment: np.ndarray) -> np.ndarray:
     """
     if not is_low_rank(moment):
         return np.diag(moment) if moment.ndim == 1 else moment
+    return expanded(moment)
+
+
+def expanded(moment: np.ndarray) -> np.ndarray:
+    """`diag(d) + F @ F.T`, `[I, I]`, of `[I, 1 + K]`."""
     root = np.asarray(moment[:, 1:], np.promote_types(moment.dtype, np.float32))
     return np.diag(moment[:, 0]) + root @ root.T
 
@@ -223,7 +228,7 @@ def part_of(moment: np.ndarray, at: slice) -> np.ndarray:
     part = moment[at]
     if part.ndim == 1 or is_low_rank(part):
         return part
-    return np.diag(part[:, 0]) + part[:, 1:] @ part[:, 1:].T
+    return expanded(part)
 
 
 class Seen(NamedTuple):

@@ -210,6 +210,7 @@ def collect(
       HydraOptError: a module without a layer (near paths are listed), a mask that does not fit, no batches, a
         negative rank.
     """
+    # refuses a negative rank before anything runs
     width(1, rank)
     key = jax.random.key(0) if key is None else key
     watch = Watch(None if modules is None else tuple(modules), rename, rank, outputs)
